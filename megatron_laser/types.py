@@ -1,0 +1,99 @@
+"""The plain data that moves between data, rollout, rewards and trainer. No torch, no process groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem, already tokenized. `row` counts rows over all data files, from 0."""
+
+    row: int
+    problem: str
+    answer: str
+    token_ids: list[int]
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How responses are sampled. `temperature` 0 means greedy."""
+
+    samples_per_prompt: int
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(slots=True)
+class Generation:
+    """What an engine returns for one response.
+
+    `response_ids` includes the stop token when `finish_reason` is "stop". `logprobs` has one entry for each
+    response id: the log-probability of logits / temperature, before top-p filtering.
+    """
+
+    response_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    weight_version: int
+
+    def is_scored(self, stop_token_ids: tuple[int, ...]) -> bool:
+        """Whether this response has a self-reward score: it stopped by itself, on a stop token."""
+        return (
+            self.finish_reason == "stop"
+            and len(self.response_ids) > 0
+            and self.response_ids[-1] in stop_token_ids
+        )
+
+
+@dataclass(slots=True)
+class Sample:
+    """One graded response of a group."""
+
+    prompt_ids: list[int]
+    generation: Generation
+    text: str
+    scored: bool
+    reward: float = math.nan  # the verifier's label r_v, 1.0 right or 0.0 wrong; nan until graded
+    outcome: str = ""  # correct, wrong, no_answer, unparsable, timeout or crash
+    zc_logprob: float | None = None  # log pi(z_c | x, y, EOS) when the engine scored it
+
+    @property
+    def length(self) -> int:
+        """Prompt plus response tokens."""
+        return len(self.prompt_ids) + len(self.generation.response_ids)
+
+
+@dataclass(slots=True)
+class Group:
+    """All responses sampled for one prompt."""
+
+    prompt: Prompt
+    samples: list[Sample]
+
+
+@dataclass(slots=True)
+class RolloutBatch:
+    """What one step trains on: finished groups, graded, in prompt order."""
+
+    step: int
+    weight_version: int
+    groups: list[Group] = field(default_factory=list)
+
+    def samples(self) -> Iterator[Sample]:
+        """All samples, group after group; the position is the sample's index everywhere downstream."""
+        for group in self.groups:
+            yield from group.samples
+
+    def group_ids(self) -> list[int]:
+        """The group index of each sample, in the order of `samples()`."""
+        return [index for index, group in enumerate(self.groups) for _ in group.samples]

@@ -1,0 +1,44 @@
+"""Package definition. Exact versions of the CPU set-up are in constraints-cpu.txt."""
+
+from setuptools import find_packages, setup
+
+INSTALL_REQUIRES = [
+    "torch>=2.6",
+    "megatron-core==0.16.*",
+    "psutil",  # megatron-core's checkpoint writer needs it and does not declare it
+    "transformers>=4.57",
+    "safetensors",
+    "math-verify>=0.8",
+    "pyyaml",
+    "pydantic>=2.8",
+    "typer>=0.15",
+    "rich",
+    "numpy",
+    "httpx",
+    "tenacity",
+    "pebble>=5",
+    "pyarrow",
+    "matplotlib",
+    "tensorboard",
+]
+
+EXTRAS_REQUIRE = {
+    "gpu": ["transformer-engine[pytorch]", "triton>=3.2"],
+    "wandb": ["wandb"],
+    "test": ["pytest>=8", "pytest-timeout", "hypothesis", "scikit-learn", "ruff", "mypy", "types-PyYAML"],
+}
+
+setup(
+    name="megatron_laser",
+    version="0.1.0",
+    description="LaSeR (RL with last-token self-rewarding) training on Megatron-Core",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_laser", "megatron_laser.*"]),
+    package_data={"megatron_laser": ["py.typed"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["megatron-laser = megatron_laser.cli:main"]},
+)
