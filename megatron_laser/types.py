@@ -23,7 +23,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How responses are sampled. `temperature` 0 means greedy."""
+    """How responses are sampled. `temperature` 0 means greedy.
+
+    With `score_token_id` the engine also returns log pi(score token | prompt, response) at temperature 1 for
+    every response that ends in a stop token: one extra position behind it.
+    """
 
     samples_per_prompt: int
     max_new_tokens: int
@@ -31,6 +35,7 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
+    score_token_id: int | None = None
 
 
 @dataclass(slots=True)
@@ -45,6 +50,7 @@ class Generation:
     logprobs: list[float]
     finish_reason: FinishReason
     weight_version: int
+    zc_logprob: float | None = None
 
     def is_scored(self, stop_token_ids: tuple[int, ...]) -> bool:
         """Whether this response has a self-reward score: it stopped by itself, on a stop token."""

@@ -1,0 +1,1 @@
+"""What LaSeR computes: torch and numpy only, no process groups, no model."""

@@ -1,0 +1,160 @@
+"""Group-relative advantages: from the verifier's rewards, from the self-reward scores, and their mixture.
+
+Samples may come in any order and groups may have any ids and sizes. Everything is computed in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Unscored = Literal["zero", "exclude"]
+
+_GRPO_EPSILON = 1e-6  # added to the standard deviation of the rewards, as in GRPO
+
+
+class _GroupStatistics(NamedTuple):
+    """Per sample, of the sample's group."""
+
+    deviation: Tensor  # value minus the group's mean
+    std: Tensor  # unbiased; 0 for fewer than two members
+    index: Tensor  # dense group number
+    num_groups: int
+
+
+def grpo_advantages(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool = True) -> Tensor:
+    """A_v = (r - mean) / (std + 1e-6) over the sample's group (GRPO, arXiv 2402.03300), std unbiased.
+
+    A group of one, and a group whose rewards are all equal, get exactly 0.
+
+    Args:
+        rewards: [samples], every sample graded.
+        group_ids: [samples] int64, the same number for all responses to one prompt.
+        normalize_std: False leaves the division out (Dr. GRPO, arXiv 2503.20783).
+
+    Returns:
+        [samples] float32.
+    """
+    _check_samples(rewards=rewards, group_ids=group_ids)
+    if not bool(torch.isfinite(rewards).all()):
+        bad = int((~torch.isfinite(rewards)).nonzero()[0])
+        raise ValueError(
+            f"rewards[{bad}] is {float(rewards[bad])}; expected a finite number: grade every sample first"
+        )
+    group = _group_statistics(rewards.double(), group_ids)
+    advantages = group.deviation / (group.std + _GRPO_EPSILON) if normalize_std else group.deviation
+    return advantages.float()
+
+
+def self_reward_advantages(
+    scores: Tensor,
+    scored: Tensor,
+    group_ids: Tensor,
+    verifier_advantages: Tensor,
+    *,
+    std_threshold: float,
+    unscored: Unscored = "zero",
+) -> Tensor:
+    """A_s = (s - mean) / std over the sample's group, with s = clamp(r_s, 0, 1) and std unbiased.
+
+    A group whose std is at most `std_threshold` takes the verifier's advantages instead: its scores do not
+    tell its responses apart.
+
+    Args:
+        scores: [samples], r_s from the *old* policy's zc_logprob; ignored where not scored (NaN is fine).
+        scored: [samples] bool, whether the response ended with EOS by itself.
+        group_ids: [samples] int64.
+        verifier_advantages: [samples], from `grpo_advantages`.
+        std_threshold: T, >= 0.
+        unscored: "zero" counts a response without a score as s = 0, in the statistics and for itself;
+            "exclude" leaves it out of the statistics and gives it its verifier advantage.
+
+    Returns:
+        [samples] float32.
+    """
+    _check_samples(scores=scores, scored=scored, group_ids=group_ids, verifier_advantages=verifier_advantages)
+    group, uses_scores = _score_groups(scores, scored, group_ids, std_threshold, unscored)
+    # Where the verifier's advantage is used the std may be 0; 1 stands in for it.
+    normalized = group.deviation / torch.where(uses_scores, group.std, 1.0)
+    if unscored == "exclude":
+        uses_scores = uses_scores & scored.bool()
+    return torch.where(uses_scores, normalized, verifier_advantages.double()).float()
+
+
+def mix_advantages(verifier_advantages: Tensor, self_advantages: Tensor, *, tau: float) -> Tensor:
+    """A = (1 - tau) * A_v + tau * A_s, [samples] float32. Where the two agree, A is exactly that value."""
+    _check_samples(verifier_advantages=verifier_advantages, self_advantages=self_advantages)
+    if not 0.0 <= tau <= 1.0:
+        raise ValueError(f"laser.tau is {tau}; expected a number from 0 to 1")
+    verifier = verifier_advantages.double()
+    return (verifier + tau * (self_advantages.double() - verifier)).float()
+
+
+def groups_mixed(
+    scores: Tensor,
+    scored: Tensor,
+    group_ids: Tensor,
+    *,
+    std_threshold: float,
+    unscored: Unscored = "zero",
+) -> float:
+    """The share of groups whose scores pass `std_threshold`, so that A_s is used; 0 without any group."""
+    _check_samples(scores=scores, scored=scored, group_ids=group_ids)
+    group, uses_scores = _score_groups(scores, scored, group_ids, std_threshold, unscored)
+    return _share_of_groups(uses_scores, group)
+
+
+def groups_uniform(rewards: Tensor, group_ids: Tensor) -> float:
+    """The share of groups whose rewards are all equal (their A_v is 0); 0 without any group."""
+    _check_samples(rewards=rewards, group_ids=group_ids)
+    group = _group_statistics(rewards.double(), group_ids)
+    return _share_of_groups(group.std == 0, group)
+
+
+def _score_groups(
+    scores: Tensor, scored: Tensor, group_ids: Tensor, std_threshold: float, unscored: Unscored
+) -> tuple[_GroupStatistics, Tensor]:
+    """Statistics of the clamped scores, and per sample whether its group uses them."""
+    if unscored not in ("zero", "exclude"):
+        raise ValueError(f"laser.unscored is {unscored!r}; expected 'zero' or 'exclude'")
+    if not std_threshold >= 0:
+        raise ValueError(f"laser.std_threshold is {std_threshold}; expected 0 or more")
+    scored = scored.bool()
+    if bool((scored & torch.isnan(scores)).any()):
+        bad = int((scored & torch.isnan(scores)).nonzero()[0])
+        raise ValueError(f"scores[{bad}] is NaN although the sample is scored: its zc_logprob is missing")
+    clamped = torch.where(scored, scores.double().clamp(0.0, 1.0), 0.0)
+    group = _group_statistics(clamped, group_ids, members=scored if unscored == "exclude" else None)
+    return group, group.std > std_threshold
+
+
+def _group_statistics(values: Tensor, group_ids: Tensor, members: Tensor | None = None) -> _GroupStatistics:
+    """Mean and unbiased std over the `members` ([samples] bool, None for all) of each sample's group."""
+    ids, index = torch.unique(group_ids, return_inverse=True)
+    included = torch.ones_like(values) if members is None else members.to(values.dtype)
+
+    def per_group(x: Tensor) -> Tensor:
+        return x.new_zeros(ids.numel()).index_add_(0, index, x * included)
+
+    # Measured from the smallest member, equal values have a deviation of exactly 0, not of a rounding error.
+    lowest = values.new_full((ids.numel(),), torch.inf)
+    lowest.scatter_reduce_(0, index, torch.where(included > 0, values, torch.inf), reduce="amin")
+    shifted = values - torch.where(torch.isinf(lowest), 0.0, lowest)[index]
+    count = per_group(torch.ones_like(values))
+    deviation = shifted - (per_group(shifted) / count.clamp(min=1.0))[index]
+    std = (per_group(deviation**2) / (count - 1.0).clamp(min=1.0)).sqrt()
+    return _GroupStatistics(deviation, std[index], index, ids.numel())
+
+
+def _share_of_groups(flag: Tensor, group: _GroupStatistics) -> float:
+    if group.num_groups == 0:
+        return 0.0
+    return group.index[flag].unique().numel() / group.num_groups
+
+
+def _check_samples(**tensors: Tensor) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 1:
+        raise ValueError(f"all of {shapes} must have one shape [samples]: pass one entry per sample")

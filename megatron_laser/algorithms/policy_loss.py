@@ -1,0 +1,169 @@
+"""The clipped policy-gradient loss on flat rows, and the weights that make its sum the chosen aggregation.
+
+A *row* is one response token. Weights carry the global counts, so the sum over any cut of the rows, over
+micro-batches and ranks, is the loss of the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_laser.algorithms.precision import at_least_float32
+
+LossAggregation = Literal[
+    "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length"
+]
+
+# exp(20) = 5e8: a ratio this far out is clipped or is a fault; past it float32 gradients would be inf * 0.
+_LARGEST_LOG_RATIO = 20.0
+
+
+class PolicyLoss(NamedTuple):
+    """Sums over rows, each times its weight. Only `loss` has a gradient.
+
+    With weights that sum to 1 over the batch (`token_mean`, `sequence_mean_token_mean`) the other two are a
+    fraction and a mean.
+    """
+
+    loss: Tensor
+    clip_fraction: Tensor  # rows where a clip, dual clip included, replaced the plain objective
+    approx_kl: Tensor  # k3 estimate of KL(old || current), never negative
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+    importance_weights: Tensor | None = None,
+) -> PolicyLoss:
+    """PPO's clipped surrogate (arXiv 1707.06347): -min(ratio * A, clamp(ratio, 1 - low, 1 + high) * A).
+
+    With `old_logprobs=logprobs.detach()` (on-policy) the ratio is exactly 1, nothing is clipped and the
+    gradient is that of the policy gradient, -A * grad log pi.
+
+    Args:
+        logprobs: [rows], of the policy that is trained. No rows give a zero that still has a gradient.
+        old_logprobs: [rows], of the policy that the ratio is taken against; no gradient.
+        advantages: [rows], each sample's advantage on all its rows; no gradient.
+        weights: [rows], from `sequence_token_weights`; no gradient.
+        clip_low, clip_high: the ratio stays within [1 - clip_low, 1 + clip_high].
+        dual_clip: c > 1 bounds the loss of a row with a negative advantage by -c * A (arXiv 1912.09729).
+        importance_weights: [rows], from `importance_weights`; they multiply the row's loss.
+
+    Returns:
+        Scalars, at least float32.
+    """
+    _check_rows(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        weights=weights,
+        importance_weights=importance_weights,
+    )
+    if not 0.0 <= clip_low <= 1.0 or not clip_high >= 0.0:
+        raise ValueError(
+            f"policy.clip_low is {clip_low} and policy.clip_high is {clip_high}; "
+            "expected clip_low from 0 to 1 and clip_high of 0 or more"
+        )
+    if dual_clip is not None and not dual_clip > 1.0:
+        raise ValueError(f"policy.dual_clip is {dual_clip}; expected a number above 1, or null for none")
+
+    logprobs = at_least_float32(logprobs)
+    advantages = advantages.detach().to(logprobs.dtype)
+    row_weights = weights.detach().to(logprobs.dtype)
+    if importance_weights is not None:
+        loss_weights = row_weights * importance_weights.detach().to(logprobs.dtype)
+    else:
+        loss_weights = row_weights
+
+    log_ratio = (logprobs - old_logprobs.detach()).clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    ratio = log_ratio.exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    is_clipped = clipped > plain
+    row_loss = torch.where(is_clipped, clipped, plain)
+    if dual_clip is not None:
+        bound = -advantages * dual_clip
+        beyond = (advantages < 0) & (row_loss > bound)
+        row_loss = torch.where(beyond, bound, row_loss)
+        is_clipped = is_clipped | beyond
+
+    with torch.no_grad():
+        clip_fraction = (row_weights * is_clipped).sum()
+        approx_kl = (row_weights * (torch.expm1(log_ratio) - log_ratio)).sum()
+    return PolicyLoss((loss_weights * row_loss).sum(), clip_fraction, approx_kl)
+
+
+def sequence_token_weights(
+    response_lengths: Tensor,
+    mode: LossAggregation,
+    *,
+    num_samples: int,
+    num_tokens: int,
+    max_new_tokens: int,
+) -> Tensor:
+    """The weight of each row of sample i, so that the weighted sum over the global batch is the aggregation.
+
+    `token_mean` 1 / num_tokens; `sequence_mean_token_mean` 1 / (num_samples * length_i);
+    `sequence_mean_token_sum` 1 / num_samples; `constant_length` 1 / (num_samples * max_new_tokens), which is
+    Dr. GRPO's (arXiv 2503.20783).
+
+    Args:
+        response_lengths: [samples] of this rank, response tokens of each; 0 is fine (it has no rows).
+        mode: `policy.loss_aggregation`.
+        num_samples: samples in the global batch of the optimizer step, those of length 0 included.
+        num_tokens: response tokens in that batch.
+        max_new_tokens: `rollout.max_new_tokens`.
+
+    Returns:
+        [samples] float32.
+    """
+    if num_samples < response_lengths.numel():
+        raise ValueError(
+            f"num_samples is {num_samples} but {response_lengths.numel()} lengths were given; expected the "
+            "count of the global batch (all ranks, all micro-batches)"
+        )
+    lengths = response_lengths.double()
+    if mode == "token_mean":
+        weights = torch.full_like(lengths, 1.0 / max(num_tokens, 1))
+    elif mode == "sequence_mean_token_mean":
+        weights = 1.0 / (max(num_samples, 1) * lengths.clamp(min=1.0))
+    elif mode == "sequence_mean_token_sum":
+        weights = torch.full_like(lengths, 1.0 / max(num_samples, 1))
+    elif mode == "constant_length":
+        if max_new_tokens < 1:
+            raise ValueError(f"rollout.max_new_tokens is {max_new_tokens}; expected 1 or more")
+        weights = torch.full_like(lengths, 1.0 / (max(num_samples, 1) * max_new_tokens))
+    else:
+        raise ValueError(
+            f"policy.loss_aggregation is {mode!r}; expected token_mean, sequence_mean_token_mean, "
+            "sequence_mean_token_sum or constant_length"
+        )
+    return weights.float()
+
+
+def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
+    """min(pi_old / pi_rollout, cap) for each row: corrects for an engine that samples with other numerics.
+
+    Truncated importance sampling; [rows], at least float32, without gradient.
+    """
+    _check_rows(old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs)
+    if not cap > 0:
+        raise ValueError(f"policy.importance_cap is {cap}; expected a positive number, or null for none")
+    log_ratio = at_least_float32(old_logprobs.detach()) - rollout_logprobs.detach()
+    return log_ratio.clamp(max=math.log(cap)).exp()
+
+
+def _check_rows(**tensors: Tensor | None) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 1:
+        raise ValueError(f"all of {shapes} must have one shape [rows]: pass one entry per response token")

@@ -1,0 +1,157 @@
+"""A rollout batch as flat arrays: what goes from the rank that drives generation to all others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laser.batching.packing import PackInput
+from megatron_laser.types import RolloutBatch
+
+
+@dataclass(frozen=True)
+class FlatBatch:
+    """S samples in the order of `RolloutBatch.samples()`.
+
+    tokens: [sum of lengths] int32, prompt then response of each sample.
+    prompt_lengths, response_lengths, group_ids: [S] int32.
+    rewards: [S] float32, NaN where ungraded. scored: [S] bool.
+    rollout_logprobs: [sum of response lengths] float32, the engine's, nats.
+    zc_logprobs: [S] float32, NaN where the engine did not score.
+    """
+
+    step: int
+    weight_version: int
+    tokens: npt.NDArray[np.int32]
+    prompt_lengths: npt.NDArray[np.int32]
+    response_lengths: npt.NDArray[np.int32]
+    group_ids: npt.NDArray[np.int32]
+    rewards: npt.NDArray[np.float32]
+    scored: npt.NDArray[np.bool_]
+    rollout_logprobs: npt.NDArray[np.float32]
+    zc_logprobs: npt.NDArray[np.float32]
+
+    #: The arrays of `to_arrays` and their dtypes: plain numbers that any process group can send.
+    ARRAYS: ClassVar[dict[str, type[np.generic]]] = {
+        "header": np.int64,
+        "tokens": np.int32,
+        "prompt_lengths": np.int32,
+        "response_lengths": np.int32,
+        "group_ids": np.int32,
+        "rewards": np.float32,
+        "scored": np.uint8,
+        "rollout_logprobs": np.float32,
+        "zc_logprobs": np.float32,
+    }
+
+    def __post_init__(self) -> None:
+        samples = len(self.prompt_lengths)
+        responses = int(self.response_lengths.sum(dtype=np.int64))
+        sizes = {
+            "tokens": int(self.prompt_lengths.sum(dtype=np.int64)) + responses,
+            "rollout_logprobs": responses,
+            **dict.fromkeys(("response_lengths", "group_ids", "rewards", "scored", "zc_logprobs"), samples),
+        }
+        for name, size in sizes.items():
+            if getattr(self, name).shape != (size,):
+                raise ValueError(
+                    f"FlatBatch.{name} has shape {getattr(self, name).shape}: expected ({size},) from "
+                    f"{samples} samples and their lengths."
+                )
+
+    @property
+    def num_samples(self) -> int:
+        """S."""
+        return len(self.prompt_lengths)
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """[S] prompt plus response tokens."""
+        return self.prompt_lengths.astype(np.int64) + self.response_lengths
+
+    @cached_property
+    def token_offsets(self) -> npt.NDArray[np.int64]:
+        """[S + 1] where each sample starts in `tokens`."""
+        return np.concatenate(([0], np.cumsum(self.lengths)))
+
+    @cached_property
+    def response_offsets(self) -> npt.NDArray[np.int64]:
+        """[S + 1] where each response starts in `rollout_logprobs`.
+
+        The rollout log-prob of a policy row is `rollout_logprobs[response_offsets[sample_index] +
+        response_position]`.
+        """
+        return np.concatenate(([0], np.cumsum(self.response_lengths, dtype=np.int64)))
+
+    def prompt_ids(self, index: int) -> npt.NDArray[np.int32]:
+        """The prompt of a sample: a view of `tokens`."""
+        start = self.token_offsets[index]
+        return self.tokens[start : start + self.prompt_lengths[index]]
+
+    def response_ids(self, index: int) -> npt.NDArray[np.int32]:
+        """The response of a sample, stop token included: a view of `tokens`."""
+        end = self.token_offsets[index + 1]
+        return self.tokens[end - self.response_lengths[index] : end]
+
+    def pack_input(self, index: int) -> PackInput:
+        """A sample as `pack` takes it."""
+        return PackInput(index, self.prompt_ids(index), self.response_ids(index), bool(self.scored[index]))
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """One array per entry of `ARRAYS`, in that order; `header` is (step, weight_version)."""
+        header = (self.step, self.weight_version)
+        return {
+            name: np.ascontiguousarray(header if name == "header" else getattr(self, name), dtype=dtype)
+            for name, dtype in self.ARRAYS.items()
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> FlatBatch:
+        """The inverse of `to_arrays`. Raises ValueError for missing, unknown or unfit arrays."""
+        if arrays.keys() != cls.ARRAYS.keys():
+            raise ValueError(f"arrays are {sorted(arrays)}: expected {sorted(cls.ARRAYS)}.")
+        for name, dtype in cls.ARRAYS.items():
+            if arrays[name].dtype != dtype:
+                raise ValueError(f"array {name!r} is {arrays[name].dtype}: expected {np.dtype(dtype)}.")
+        fields = dict(arrays)
+        step, weight_version = (int(value) for value in fields.pop("header"))
+        fields["scored"] = fields["scored"].astype(np.bool_)
+        return cls(step=step, weight_version=weight_version, **fields)
+
+
+def flatten(batch: RolloutBatch) -> FlatBatch:
+    """The arrays of a rollout batch.
+
+    Raises ValueError for a response whose log-probs do not match its tokens and OverflowError for an id that
+    does not fit int32.
+    """
+    samples = list(batch.samples())
+    for index, sample in enumerate(samples):
+        ids, logprobs = sample.generation.response_ids, sample.generation.logprobs
+        if len(ids) != len(logprobs):
+            raise ValueError(
+                f"sample {index} of step {batch.step} has {len(ids)} response ids and {len(logprobs)} "
+                "log-probs: expected one log-prob for each id from the rollout engine."
+            )
+    tokens = chain.from_iterable(chain(s.prompt_ids, s.generation.response_ids) for s in samples)
+    rollout_logprobs = chain.from_iterable(s.generation.logprobs for s in samples)
+    zc_logprobs = [math.nan if s.zc_logprob is None else s.zc_logprob for s in samples]
+    return FlatBatch(
+        step=batch.step,
+        weight_version=batch.weight_version,
+        tokens=np.fromiter(tokens, dtype=np.int32),
+        prompt_lengths=np.array([len(s.prompt_ids) for s in samples], dtype=np.int32),
+        response_lengths=np.array([len(s.generation.response_ids) for s in samples], dtype=np.int32),
+        group_ids=np.array(batch.group_ids(), dtype=np.int32),
+        rewards=np.array([s.reward for s in samples], dtype=np.float32),
+        scored=np.array([s.scored for s in samples], dtype=np.bool_),
+        rollout_logprobs=np.fromiter(rollout_logprobs, dtype=np.float32),
+        zc_logprobs=np.array(zc_logprobs, dtype=np.float32),
+    )

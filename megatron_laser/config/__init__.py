@@ -1,0 +1,52 @@
+"""Run configuration: schema, loading, checks and the dry run's plan. Imports neither torch nor Megatron."""
+
+from megatron_laser.config.architecture import (
+    SUPPORTED_MODEL_TYPES,
+    Architecture,
+    read_architecture,
+)
+from megatron_laser.config.checks import check_layout, check_structure
+from megatron_laser.config.derived import (
+    evaluation_max_new_tokens,
+    longest_sequence,
+    mixing_first_step,
+    needs_reference_model,
+    old_policy_pass,
+    optimizer_steps,
+    self_reward_first_step,
+)
+from megatron_laser.config.errors import ConfigError
+from megatron_laser.config.loading import load_config, resolved_yaml
+from megatron_laser.config.parameters import Layout, count_parameters, padded_vocab_size, stage_parameters
+from megatron_laser.config.plan import Plan, resolve_plan
+from megatron_laser.config.schema import RunConfig, key_paths
+from megatron_laser.config.score_token import ScoreToken, read_stop_token_ids, resolve_score_token
+
+__all__ = [
+    "SUPPORTED_MODEL_TYPES",
+    "Architecture",
+    "ConfigError",
+    "Layout",
+    "Plan",
+    "RunConfig",
+    "ScoreToken",
+    "check_layout",
+    "check_structure",
+    "count_parameters",
+    "evaluation_max_new_tokens",
+    "key_paths",
+    "load_config",
+    "longest_sequence",
+    "mixing_first_step",
+    "needs_reference_model",
+    "old_policy_pass",
+    "optimizer_steps",
+    "padded_vocab_size",
+    "read_architecture",
+    "read_stop_token_ids",
+    "resolve_plan",
+    "resolve_score_token",
+    "resolved_yaml",
+    "self_reward_first_step",
+    "stage_parameters",
+]

@@ -1,0 +1,144 @@
+"""The model's shape, read from the config.json of a Hugging Face folder. No torch, no transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_laser.config.errors import ConfigError
+
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+# Frequencies that depend neither on the sequence's length nor on a scaled attention.
+_ROPE_TYPES = ("default", "linear", "llama3")
+# What transformers takes for keys that a config.json leaves out.
+_ROPE_THETA = 10000.0
+_MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
+_QWEN3_HEAD_DIM = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A dense decoder: RMSNorm, rotary attention with grouped key/value heads, SwiGLU."""
+
+    model_type: str  # llama, qwen2 or qwen3
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int  # rows of the embedding, without padding
+    tied_embeddings: bool
+    rms_norm_eps: float
+    max_position_embeddings: int
+    qkv_bias: bool  # Qwen2
+    qk_norm: bool  # Qwen3: RMSNorm over head_dim on queries and keys
+    rope_theta: float
+    rope_type: str  # default, linear or llama3; the model reads the scaling's own numbers
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """Reads `folder`/config.json, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
+
+    Raises:
+        ConfigError: no such folder or file, an unsupported model, or a shape that is incomplete.
+    """
+    folder = Path(folder)
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise ConfigError([f"model.path: {folder} is not a folder; expected a Hugging Face model folder"])
+    if not file.is_file():
+        raise ConfigError([f"model.path: {folder} has no config.json; expected a Hugging Face model folder"])
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"cannot be read as JSON: {error}"], str(file)) from error
+    if not isinstance(raw, dict):
+        raise ConfigError([f"expected an object, got {type(raw).__name__}"], str(file))
+    return architecture_from_dict(raw, source=str(file))
+
+
+def architecture_from_dict(raw: dict[str, Any], source: str = "config.json") -> Architecture:
+    """The architecture that the contents of a config.json describe; raises ConfigError like
+    `read_architecture`."""
+    model_type = raw.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ConfigError(
+            [f"model_type {model_type!r} is not supported; expected {', '.join(SUPPORTED_MODEL_TYPES)}"],
+            source,
+        )
+    problems = _unsupported(raw)
+    shape = {}
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
+        shape[key] = _positive(raw, key, problems)
+    heads = shape["num_attention_heads"]
+    if "num_key_value_heads" not in raw and model_type != "llama":
+        # transformers would take 32 whatever the number of heads is
+        problems.append("num_key_value_heads: required and not given")
+    kv_heads = heads
+    if raw.get("num_key_value_heads") is not None:
+        kv_heads = _positive(raw, "num_key_value_heads", problems)
+    head_dim = _QWEN3_HEAD_DIM if model_type == "qwen3" else shape["hidden_size"] // heads
+    if raw.get("head_dim") is not None:
+        head_dim = _positive(raw, "head_dim", problems)
+    elif model_type != "qwen3" and shape["hidden_size"] % heads:
+        problems.append(f"hidden_size {shape['hidden_size']} is not divisible by num_attention_heads {heads}")
+    if heads % kv_heads:
+        problems.append(f"num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}")
+    rope = _rope(raw, problems)
+    if problems:
+        raise ConfigError(problems, source)
+    return Architecture(
+        model_type=model_type,
+        hidden_size=shape["hidden_size"],
+        num_layers=shape["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=shape["intermediate_size"],
+        vocab_size=shape["vocab_size"],
+        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        max_position_embeddings=int(raw.get("max_position_embeddings") or _MAX_POSITIONS[model_type]),
+        qkv_bias=model_type == "qwen2",
+        qk_norm=model_type == "qwen3",
+        rope_theta=rope[0],
+        rope_type=rope[1],
+    )
+
+
+def _positive(raw: dict[str, Any], key: str, problems: list[str]) -> int:
+    value = raw.get(key)
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    problems.append(f"{key}: expected a positive integer, got {value!r}")
+    return 1
+
+
+def _unsupported(raw: dict[str, Any]) -> list[str]:
+    """Switches of these model types that would change the model and that nothing here builds."""
+    problems = []
+    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        if raw.get(key) and not (key == "attention_bias" and raw["model_type"] == "qwen2"):
+            problems.append(f"{key}: {raw[key]!r} is not supported, expected false")
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        problems.append(f"hidden_act: {activation!r} is not supported, expected 'silu'")
+    return problems
+
+
+def _rope(raw: dict[str, Any], problems: list[str]) -> tuple[float, str]:
+    """Base and kind of scaling: `rope_parameters` holds both in transformers 5, `rope_theta` and
+    `rope_scaling` do before."""
+    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        problems.append(f"rope_parameters: expected an object, got {parameters!r}")
+        return _ROPE_THETA, "default"
+    theta = parameters.get("rope_theta", raw.get("rope_theta"))
+    theta = _ROPE_THETA if theta is None else float(theta)
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind not in _ROPE_TYPES:
+        problems.append(f"rope_type: {kind!r} is not supported, expected {', '.join(_ROPE_TYPES)}")
+    return theta, str(kind)

@@ -1,0 +1,68 @@
+"""Facts that follow from a configuration and that several modules need to agree on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_laser.config.schema import RunConfig
+
+OldPolicyPass = Literal["full", "score_rows", "none"]
+
+
+def reference_model_reasons(config: RunConfig) -> tuple[str, ...]:
+    """The settings that make a frozen copy of the initial model necessary; empty when none is."""
+    reasons = []
+    if config.policy.kl_coefficient > 0:
+        reasons.append(f"policy.kl_coefficient is {config.policy.kl_coefficient:g}")
+    if config.laser.enabled and config.laser.reference == "model":
+        reasons.append("laser.reference is model")
+    return tuple(reasons)
+
+
+def needs_reference_model(config: RunConfig) -> bool:
+    """Whether a frozen copy of the initial model must be loaded; the paper's recipe needs none."""
+    return bool(reference_model_reasons(config))
+
+
+def old_policy_pass(config: RunConfig) -> OldPolicyPass:
+    """The trainer's no-grad pass before the update.
+
+    "full": log-probs of all labelled rows (`old_logprobs: recompute`); "score_rows": only the EOS rows go
+    through the head, for the scores; "none": no pass.
+    """
+    if config.policy.old_logprobs == "recompute":
+        return "full"
+    if config.laser.enabled and config.laser.score_source == "trainer":
+        return "score_rows"
+    return "none"
+
+
+def self_reward_first_step(config: RunConfig) -> int | None:
+    """First step (from 1) with the self-reward loss, perhaps beyond `run.steps`; None when LaSeR is off or
+    alpha is 0."""
+    if not config.laser.enabled or config.laser.alpha == 0:
+        return None
+    return config.laser.reasoning_warmup_steps + 1
+
+
+def mixing_first_step(config: RunConfig) -> int | None:
+    """First step (from 1) with self-reward advantages, perhaps beyond `run.steps`; None when LaSeR is off or
+    tau is 0."""
+    if not config.laser.enabled or config.laser.tau == 0:
+        return None
+    return config.laser.reasoning_warmup_steps + config.laser.self_reward_warmup_steps + 1
+
+
+def longest_sequence(config: RunConfig) -> int:
+    """Tokens of the longest training sequence: prompt plus response."""
+    return config.data.max_prompt_tokens + config.rollout.max_new_tokens
+
+
+def optimizer_steps(config: RunConfig) -> int:
+    """Optimizer steps of the whole run."""
+    return config.run.steps * config.policy.epochs * config.policy.minibatches
+
+
+def evaluation_max_new_tokens(config: RunConfig) -> int:
+    """`evaluation.max_new_tokens`, or the rollout's where that is null."""
+    return config.evaluation.max_new_tokens or config.rollout.max_new_tokens

@@ -1,0 +1,93 @@
+"""Field types shared by all sections: strict where YAML has accidents, lenient where it has none.
+
+PyYAML reads `1e-6` as a string (YAML 1.1 wants a dot), `on` and `off` as booleans; Python takes True for 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict types, unknown keys refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value  # pydantic's strict float refuses it and shows the value
+    return value
+
+
+def _path(value: Any) -> Any:
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError("expected a path, got an empty string")
+        return Path(value)
+    return value
+
+
+def _paths(value: Any) -> Any:
+    if isinstance(value, str | Path):
+        value = [value]
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError("expected a path or a list of paths, got an empty list")
+        if not all(isinstance(item, str | Path) for item in value):
+            raise ValueError("expected a path or a list of paths")
+        return tuple(_path(item) for item in value)
+    if value is None:
+        return value
+    raise ValueError("expected a path or a list of paths")
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _token_ids(value: Any) -> Any:
+    return (value,) if isinstance(value, int) and not isinstance(value, bool) else _tuple(value)
+
+
+def _score_token(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and value):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError("expected a token such as '<|vision_start|>' or a token id of 0 or more")
+
+
+def _switch(value: Any) -> Any:
+    """YAML 1.1 reads unquoted on and off as booleans."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0.0)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0.0)]
+Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0.0, le=1.0)]
+ClipLow = Annotated[float, BeforeValidator(_number), Field(gt=0.0, lt=1.0)]
+TopP = Annotated[float, BeforeValidator(_number), Field(gt=0.0, le=1.0)]
+Decay = Annotated[float, BeforeValidator(_number), Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+FilePath = Annotated[Path, BeforeValidator(_path)]
+FilePaths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]
+OptionalFilePaths = Annotated[tuple[Path, ...] | None, BeforeValidator(_paths)]
+TokenIds = Annotated[tuple[CountOrZero, ...], BeforeValidator(_token_ids), Field(min_length=1)]
+LogProb = Annotated[float, BeforeValidator(_number), Field(lt=0.0)]
+AboveOne = Annotated[float, BeforeValidator(_number), Field(gt=1.0)]
+ScoreTokenSetting = Annotated[int | str | None, BeforeValidator(_score_token)]
+NumberPair = Annotated[tuple[Number, Number], BeforeValidator(_tuple)]
+DecayPair = Annotated[tuple[Decay, Decay], BeforeValidator(_tuple)]
+Switch = BeforeValidator(_switch)

@@ -1,0 +1,108 @@
+"""Exact parameter counts of an architecture, whole and per rank, and the bytes that training holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_laser.config.architecture import Architecture
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Sizes of the parallel dimensions; `data` is what the others leave of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    data: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all; virtual stages share a rank."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+
+@dataclass(frozen=True, slots=True)
+class RankBytes:
+    """Bytes that the biggest pipeline stage holds on each rank, without activations."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    reference_model: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.reference_model
+
+
+def padded_vocab_size(vocab_size: int, tensor: int, multiple: int) -> int:
+    """Rows of the padded vocabulary: each of `tensor` shards is a multiple of `multiple`."""
+    unit = tensor * multiple
+    return -(-vocab_size // unit) * unit
+
+
+def count_parameters(architecture: Architecture) -> int:
+    """Parameters of the whole model as transformers counts them: no padding, tied embeddings once."""
+    arch = architecture
+    embeddings = (1 if arch.tied_embeddings else 2) * arch.vocab_size * arch.hidden_size
+    return embeddings + arch.num_layers * sum(_layer(arch)) + arch.hidden_size
+
+
+def stage_parameters(architecture: Architecture, layout: Layout, vocab_multiple: int) -> tuple[int, ...]:
+    """Parameters on each rank of every pipeline stage, padded vocabulary included.
+
+    Weight matrices and their biases are split over `tensor`; norms are on every rank. The first stage holds
+    the embedding, the last one the final norm and the head; tied weights are held by both where these are
+    two stages. Virtual stages move layers between ranks but keep their number.
+    """
+    arch = architecture
+    split, replicated = _layer(arch)
+    layers = arch.num_layers // layout.pipeline
+    shard = padded_vocab_size(arch.vocab_size, layout.tensor, vocab_multiple) // layout.tensor
+    table = shard * arch.hidden_size
+    stages = [layers * (split // layout.tensor + replicated)] * layout.pipeline
+    stages[0] += table
+    stages[-1] += arch.hidden_size
+    if layout.pipeline > 1 or not arch.tied_embeddings:
+        stages[-1] += table
+    return tuple(stages)
+
+
+def rank_bytes(
+    parameters: int,
+    dtype: str,
+    *,
+    shards: int,
+    reference_model: bool,
+) -> RankBytes:
+    """Bytes for `parameters` on one rank.
+
+    Args:
+        parameters: held by the rank.
+        dtype: float32 or bfloat16, of the weights. Gradients are accumulated in float32. AdamW keeps two
+            float32 moments, with bfloat16 weights also a float32 copy of them.
+        shards: ranks that share the optimizer state: data-parallel x context-parallel size with the
+            distributed optimizer, otherwise 1.
+        reference_model: whether a frozen copy of the weights is held too.
+    """
+    weights = parameters * _DTYPE_BYTES[dtype]
+    state = parameters * (8 if dtype == "float32" else 12)
+    return RankBytes(
+        weights=weights,
+        gradients=parameters * 4,
+        optimizer=-(-state // shards),
+        reference_model=weights if reference_model else 0,
+    )
+
+
+def _layer(arch: Architecture) -> tuple[int, int]:
+    """Parameters of one layer: (those that tensor parallelism splits, those on every rank)."""
+    query = arch.num_attention_heads * arch.head_dim
+    qkv = query + 2 * arch.num_key_value_heads * arch.head_dim
+    split = arch.hidden_size * (qkv + query + 3 * arch.intermediate_size) + (qkv if arch.qkv_bias else 0)
+    return split, 2 * arch.hidden_size + (2 * arch.head_dim if arch.qk_norm else 0)

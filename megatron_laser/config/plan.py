@@ -1,0 +1,229 @@
+"""The resolved run on a given number of ranks: what a dry run shows, from config.json and the YAML alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import RenderableType
+
+from megatron_laser.config.architecture import Architecture, read_architecture
+from megatron_laser.config.checks import check_layout, check_structure
+from megatron_laser.config.derived import (
+    longest_sequence,
+    mixing_first_step,
+    needs_reference_model,
+    old_policy_pass,
+    optimizer_steps,
+    reference_model_reasons,
+    self_reward_first_step,
+)
+from megatron_laser.config.errors import ConfigError
+from megatron_laser.config.parameters import (
+    Layout,
+    RankBytes,
+    count_parameters,
+    padded_vocab_size,
+    rank_bytes,
+    stage_parameters,
+)
+from megatron_laser.config.schema import RunConfig
+from megatron_laser.config.score_token import ScoreToken, read_stop_token_ids, resolve_score_token
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """Batch arithmetic of one training step. Upper bounds assume that every sequence has the maximum length
+    and that sequences are spread evenly over the data-parallel ranks."""
+
+    prompts: int
+    samples_per_prompt: int
+    sequences: int  # of one rollout batch
+    optimizer_steps: int  # per rollout batch
+    sequences_per_optimizer_step: int
+    sequences_per_rank: int  # per optimizer step, on the fullest data-parallel rank
+    tokens_per_rank: int  # upper bound, per optimizer step
+    micro_batches_per_rank: int  # upper bound, per optimizer step
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One part of the algorithm: whether this run uses it, and from when or why (not)."""
+
+    name: str
+    on: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that follows from a configuration before a model is built."""
+
+    config: RunConfig
+    architecture: Architecture
+    layout: Layout
+    batch: BatchPlan
+    parameters: int
+    padded_vocab_size: int
+    stage_parameters: tuple[int, ...]  # per rank of each pipeline stage
+    bytes_per_rank: RankBytes  # of the biggest stage
+    features: tuple[Feature, ...]
+    score_token: ScoreToken | None  # None while LaSeR is off
+
+    def render(self) -> RenderableType:
+        """The plan as tables, for a rich console."""
+        from megatron_laser.config.plan_view import render_plan  # it imports this module
+
+        return render_plan(self)
+
+
+def resolve_plan(config: RunConfig, world_size: int | None = None) -> Plan:
+    """Checks `config` against the model folder and `world_size` ranks and works out what will run.
+
+    Needs only config.json in the folder; tokenizer files are used where they are.
+
+    Args:
+        config: the run.
+        world_size: ranks; None: the fewest that hold one copy of the model.
+
+    Raises:
+        ConfigError: no such model, an impossible layout, or a score token that cannot be one.
+    """
+    check_structure(config)
+    architecture = read_architecture(config.model.path)
+    parallel = config.parallel
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    world_size = model_ranks if world_size is None else world_size
+    check_layout(config, architecture, world_size)
+    layout = Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        context=parallel.context,
+        data=world_size // model_ranks,
+    )
+    stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
+    return Plan(
+        config=config,
+        architecture=architecture,
+        layout=layout,
+        batch=_batch(config, layout),
+        parameters=count_parameters(architecture),
+        padded_vocab_size=padded_vocab_size(
+            architecture.vocab_size, layout.tensor, config.model.vocab_multiple
+        ),
+        stage_parameters=stages,
+        bytes_per_rank=rank_bytes(
+            max(stages),
+            config.model.dtype,
+            shards=layout.data * layout.context if config.optimizer.distributed else 1,
+            reference_model=needs_reference_model(config),
+        ),
+        features=_features(config),
+        score_token=_score_token(config, architecture),
+    )
+
+
+def _batch(config: RunConfig, layout: Layout) -> BatchPlan:
+    rollout, policy = config.rollout, config.policy
+    sequences = rollout.prompts_per_step * rollout.samples_per_prompt
+    per_step = sequences // policy.minibatches
+    per_rank = -(-per_step // layout.data)
+    longest = longest_sequence(config)
+    return BatchPlan(
+        prompts=rollout.prompts_per_step,
+        samples_per_prompt=rollout.samples_per_prompt,
+        sequences=sequences,
+        optimizer_steps=policy.minibatches * policy.epochs,
+        sequences_per_optimizer_step=per_step,
+        sequences_per_rank=per_rank,
+        tokens_per_rank=per_rank * longest,
+        micro_batches_per_rank=-(-per_rank // (config.batching.tokens_per_micro_batch // longest)),
+    )
+
+
+def _features(config: RunConfig) -> tuple[Feature, ...]:
+    laser, policy = config.laser, config.policy
+    reasons = reference_model_reasons(config)
+    passes = {
+        "full": "policy.old_logprobs is recompute: one no-grad pass before the update",
+        "score_rows": f"policy.old_logprobs is {policy.old_logprobs}, but laser.score_source trainer needs a "
+        "no-grad pass whose head runs on the EOS rows only",
+        "none": f"policy.old_logprobs is {policy.old_logprobs}"
+        + (" and the engine computes the scores" if laser.enabled else ""),
+    }
+    old_pass = old_policy_pass(config)
+    cap = policy.importance_cap
+    return (
+        _scheduled("self-reward loss", self_reward_first_step(config), config, f"alpha {laser.alpha:g}"),
+        _scheduled("self-reward advantages", mixing_first_step(config), config, f"tau {laser.tau:g}"),
+        Feature(
+            "KL loss", policy.kl_coefficient > 0, _coefficient(policy.kl_coefficient, policy.kl_estimator)
+        ),
+        Feature("entropy bonus", policy.entropy_coefficient > 0, _coefficient(policy.entropy_coefficient)),
+        Feature(
+            "reference model",
+            bool(reasons),
+            "loaded: " + "; ".join(reasons) if reasons else "not loaded: no KL and a constant reference",
+        ),
+        Feature("old-policy pass", old_pass != "none", passes[old_pass]),
+        Feature("importance correction", cap is not None, f"cap {cap:g}" if cap is not None else "no cap"),
+        Feature(
+            "evaluation",
+            config.evaluation.every > 0,
+            f"every {config.evaluation.every} steps" if config.evaluation.every else "evaluation.every is 0",
+        ),
+        Feature(
+            "final evaluation",
+            config.data.test is not None,
+            f"{config.evaluation.final_samples_per_prompt} responses per problem of data.test"
+            if config.data.test is not None
+            else "data.test is null",
+        ),
+        Feature(
+            "optimizer",
+            True,
+            f"{optimizer_steps(config)} steps, lr {config.optimizer.lr:g} {config.optimizer.schedule}"
+            + (", distributed" if config.optimizer.distributed else ""),
+        ),
+    )
+
+
+def _scheduled(name: str, first_step: int | None, config: RunConfig, weight: str) -> Feature:
+    if first_step is None:
+        return Feature(name, False, "laser.enabled is false" if not config.laser.enabled else weight)
+    if first_step > config.run.steps:
+        return Feature(
+            name, False, f"would start at step {first_step}, but run.steps is {config.run.steps}; {weight}"
+        )
+    return Feature(name, True, f"from step {first_step} of {config.run.steps}, {weight}")
+
+
+def _coefficient(value: float, kind: str = "") -> str:
+    return f"coefficient {value:g}" + (f", {kind}" if kind and value > 0 else "")
+
+
+def _score_token(config: RunConfig, architecture: Architecture) -> ScoreToken | None:
+    setting = config.laser.score_token
+    if not config.laser.enabled or setting is None:
+        return None
+    folder = Path(config.model.path)
+    token = resolve_score_token(folder, setting)
+    stop_ids = config.rollout.stop_token_ids or read_stop_token_ids(folder)
+    if token.id is not None and token.id >= architecture.vocab_size:
+        raise ConfigError(
+            [
+                f"laser.score_token: {setting!r} has id {token.id}, but the model's vocab_size is "
+                f"{architecture.vocab_size}; expected an id below it"
+            ],
+            str(folder),
+        )
+    if token.id in stop_ids:
+        raise ConfigError(
+            [
+                f"laser.score_token: {setting!r} (id {token.id}) is a stop token {list(stop_ids)}; expected "
+                "a token that no response contains"
+            ],
+            str(folder),
+        )
+    return token

@@ -1,0 +1,61 @@
+"""The root of a run's configuration: one section per concern, all keys known, everything frozen."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from megatron_laser.config.fields import Section
+from megatron_laser.config.schema_inputs import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+)
+from megatron_laser.config.schema_system import (
+    BatchingConfig,
+    CheckpointConfig,
+    LoggingConfig,
+    ParallelConfig,
+    RunSettings,
+)
+from megatron_laser.config.schema_training import LaserConfig, OptimizerConfig, PolicyConfig
+
+
+class RunConfig(Section):
+    """One run, as one YAML file. Build it with `load_config`, which also runs the cross-field checks."""
+
+    model: ModelConfig
+    """The policy's starting point."""
+    data: DataConfig
+    """Problems and prompts."""
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    """Sampling of responses."""
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    """The verifier."""
+    laser: LaserConfig = Field(default_factory=LaserConfig)
+    """Last-token self-rewarding."""
+    policy: PolicyConfig = Field(default_factory=PolicyConfig)
+    """Policy loss."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """AdamW and schedule."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """Parallel layout."""
+    batching: BatchingConfig = Field(default_factory=BatchingConfig)
+    """Micro-batches."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """What is kept of the model."""
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    """Evaluation during and after the run."""
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    """Metrics and logs."""
+    run: RunSettings
+    """The run itself."""
+
+
+def key_paths() -> dict[str, tuple[str, ...]]:
+    """Section name -> names of its keys, in schema order."""
+    return {
+        section: tuple(field.annotation.model_fields)  # type: ignore[union-attr]
+        for section, field in RunConfig.model_fields.items()
+    }

@@ -1,0 +1,126 @@
+"""Sections that say what goes in: the model, the data, the rollouts, the reward and the evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import field_validator
+
+from megatron_laser.config.fields import (
+    Count,
+    CountOrZero,
+    FilePath,
+    FilePaths,
+    NonNegative,
+    OptionalFilePaths,
+    Positive,
+    Section,
+    Text,
+    TokenIds,
+    TopP,
+)
+
+
+class ModelConfig(Section):
+    """The policy's starting point and how it is held in memory."""
+
+    path: FilePath
+    """Hugging Face folder with config.json, *.safetensors and the tokenizer. A name on the hub is not
+    accepted: download it first."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of weights and activations in training. With bfloat16 the optimizer keeps float32 copies."""
+    vocab_multiple: Count = 128
+    """Each tensor-parallel shard of the padded vocabulary has a multiple of this many rows."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation recomputation: `full` keeps only each layer's input and runs the layer again in the
+    backward pass (about a third more compute, much less memory)."""
+
+
+class DataConfig(Section):
+    """Where the problems come from and how they become prompts."""
+
+    train: FilePaths
+    """Training problems: one .jsonl or .parquet file, or a list of them."""
+    validation: OptionalFilePaths = None
+    """Problems for the evaluation every `evaluation.every` steps; null: none."""
+    test: OptionalFilePaths = None
+    """Problems for the evaluation after the last step; null: none."""
+    prompt_key: Text = "problem"
+    """Column that holds the problem."""
+    answer_key: Text = "answer"
+    """Column that holds the reference answer."""
+    prompt_suffix: str = " Please reason step by step, and put your final answer within \\boxed{}."
+    """Appended to each problem, before the chat template."""
+    apply_chat_template: bool = True
+    """Send problem and suffix through the tokenizer's chat template as one user message; false: the plain
+    text is the prompt."""
+    max_prompt_tokens: Count = 2048
+    """Longest prompt, in tokens. Longer ones are left out and counted."""
+    shuffle: bool = True
+    """Shuffle the training problems anew each epoch, from `run.seed`."""
+
+
+class RolloutConfig(Section):
+    """How responses are sampled for training."""
+
+    engine: Literal["in_process"] = "in_process"
+    """Who generates: `in_process` runs the policy's weights inside the training job."""
+    prompts_per_step: Count = 128
+    """Problems per training step."""
+    samples_per_prompt: Count = 8
+    """Responses per problem, the group size G of GRPO; 2 or more."""
+    max_new_tokens: Count = 8192
+    """Longest response, in tokens. A response cut here has no score."""
+    temperature: Positive = 1.0
+    """Sampling temperature. Response log-probs are of logits / temperature; the score never is."""
+    top_p: TopP = 1.0
+    """Nucleus sampling, in (0, 1]; 1 samples from the whole distribution."""
+    stop_token_ids: TokenIds | None = None
+    """Token ids that end a response; null: the EOS ids of the model's generation_config.json. Only a
+    response that ended on one of them has a score."""
+    deadline: Positive = 3600.0
+    """Seconds that one step's rollout may take before the run stops with an error."""
+    max_batch_size: Count = 256
+    """Sequences generated at once by the in-process engine."""
+
+
+class RewardConfig(Section):
+    """The verifier that labels responses right (1) or wrong (0)."""
+
+    function: Text = "math_verify"
+    """A registered name, or `package.module:function`, or `path/to/file.py:function`."""
+    workers: Count = 2
+    """Grading processes."""
+    deadline: Positive = 5.0
+    """Seconds for one response; a worker that takes longer is killed and the outcome is `timeout`."""
+
+    @field_validator("function")
+    @classmethod
+    def _has_module_and_name(cls, value: str) -> str:
+        module, colon, function = value.rpartition(":")
+        if colon and not (module and function.isidentifier()):
+            raise ValueError(
+                "expected a registered name, 'package.module:function' or 'path/to/file.py:function'"
+            )
+        return value
+
+
+class EvaluationConfig(Section):
+    """Evaluation during the run (`data.validation`) and after it (`data.test`)."""
+
+    every: CountOrZero = 0
+    """Steps between evaluations on `data.validation`; 0: off."""
+    samples_per_prompt: Count = 1
+    """Responses per problem on `data.validation`."""
+    max_prompts: Count | None = None
+    """Use only the first so many problems of each split; null: all."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: TopP = 1.0
+    """Nucleus sampling, in (0, 1]."""
+    max_new_tokens: Count | None = None
+    """Longest response, in tokens; null: `rollout.max_new_tokens`."""
+    final_samples_per_prompt: Count = 8
+    """Responses per problem on `data.test` after the last step."""
+    seed: CountOrZero = 1234
+    """Seed of evaluation sampling, apart from training's."""

@@ -1,0 +1,81 @@
+"""Sections that say how and where it runs: parallel layout, batching, outputs and the run itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import model_validator
+
+from megatron_laser.config.fields import Count, CountOrZero, FilePath, Positive, Section, Switch
+
+
+class ParallelConfig(Section):
+    """How many ranks share one copy of the model. The data-parallel size is what is left of the world."""
+
+    tensor: Count = 1
+    """Ranks that split each weight matrix; must divide the key/value heads."""
+    pipeline: Count = 1
+    """Stages that split the layers."""
+    virtual_pipeline: Count = 1
+    """Chunks of layers per stage (interleaved schedule); above 1 needs `pipeline` above 1."""
+    context: Count = 1
+    """Ranks that split each sequence. Only 1 for now."""
+    expert: Count = 1
+    """Ranks that split the experts of a mixture-of-experts model. Only 1 for now."""
+    sequence: bool = False
+    """Split activations between the tensor-parallel regions along the sequence; needs `tensor` above 1."""
+
+
+class BatchingConfig(Section):
+    """How sequences are packed into micro-batches."""
+
+    tokens_per_micro_batch: Count = 16384
+    """Token budget of a packed micro-batch on one rank; at least the longest sequence,
+    `data.max_prompt_tokens` + `rollout.max_new_tokens`."""
+
+
+class CheckpointConfig(Section):
+    """What is kept of the model."""
+
+    export_hf: bool = True
+    """Write a Hugging Face folder to `output_dir`/hf at the end of the run."""
+
+
+class LoggingConfig(Section):
+    """What is shown and written while the run goes on. metrics.jsonl is always written."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events to `output_dir`/tensorboard."""
+    live: Annotated[Literal["auto", "on", "off"], Switch] = "auto"
+    """Live terminal view on rank 0; `auto`: only on a terminal, else one plain line a step."""
+    rollouts_every: CountOrZero = 0
+    """Steps between dumps of all responses to `output_dir`/rollouts; 0: off."""
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Level of the log."""
+
+
+class RunSettings(Section):
+    """The run: its length, its seed, its folder and how long anybody waits."""
+
+    name: str = ""
+    """Name in logs and reports; null: the name of `output_dir`."""
+    steps: Count
+    """Training steps; one step is one rollout batch."""
+    seed: CountOrZero = 1
+    """Seed of data order, sampling and initialisation."""
+    output_dir: FilePath
+    """Folder for everything that the run writes."""
+    resume: Literal["never"] = "never"
+    """`never`: a folder that already holds a run is refused."""
+    deadline: Positive = 600.0
+    """Seconds that a rank waits for another, outside a rollout, before it stops with an error."""
+    start_grace: Positive = 120.0
+    """Further seconds allowed while processes start and models load."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_from_output_dir(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("name") and isinstance(data.get("output_dir"), str | Path):
+            return {**data, "name": Path(data["output_dir"]).name}
+        return data

@@ -1,0 +1,138 @@
+"""Resolving the score token against a model folder's JSON files, without loading a tokenizer."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_laser.config.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreToken:
+    """What `laser.score_token` names.
+
+    Attributes:
+        id: token id; None when the setting is a string and no file says which id it has.
+        text: the token; None when no file names the id.
+        verified: id and text were found together in the folder's files.
+        note: why it is unverified, or what is unusual about it; "" otherwise.
+    """
+
+    id: int | None
+    text: str | None
+    verified: bool
+    note: str = ""
+
+
+@dataclass
+class _Vocabulary:
+    """Tokens named by the folder's files: text -> id, and which of them are special."""
+
+    ids: dict[str, int] = field(default_factory=dict)
+    special: set[str] = field(default_factory=set)
+    files: list[str] = field(default_factory=list)
+
+
+def resolve_score_token(folder: str | Path, token: str | int) -> ScoreToken:
+    """Looks `token` up in tokenizer.json, added_tokens.json, tokenizer_config.json and vocab.json.
+
+    Raises:
+        ConfigError: the files name the tokens and this string is none of them (near special tokens are
+            listed), or one of the files is no valid JSON.
+    """
+    vocabulary = _read_vocabulary(Path(folder))
+    if not vocabulary.files:
+        note = "the model folder has no tokenizer files"
+        if isinstance(token, int):
+            return ScoreToken(token, None, False, note)
+        return ScoreToken(None, token, False, note)
+    if isinstance(token, int):
+        texts = [text for text, token_id in vocabulary.ids.items() if token_id == token]
+        if not texts:
+            return ScoreToken(token, None, False, f"no token has this id in {', '.join(vocabulary.files)}")
+        text = texts[0]
+    elif token in vocabulary.ids:
+        text = token
+    else:
+        raise ConfigError([_missing(token, vocabulary)], str(folder))
+    note = "" if text in vocabulary.special else "not a special token: text may contain it"
+    return ScoreToken(vocabulary.ids[text], text, True, note)
+
+
+def read_stop_token_ids(folder: str | Path) -> tuple[int, ...]:
+    """The EOS ids of generation_config.json, else of config.json; empty when neither names any."""
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(Path(folder) / name)
+        eos = value.get("eos_token_id") if isinstance(value, dict) else None
+        if isinstance(eos, int):
+            return (eos,)
+        if isinstance(eos, list) and eos:
+            return tuple(int(item) for item in eos)
+    return ()
+
+
+def _missing(token: str, vocabulary: _Vocabulary) -> str:
+    near = difflib.get_close_matches(token, vocabulary.special, n=3, cutoff=0.4)
+    if near:
+        hint = f"near special tokens: {_listed(near)}"
+    elif vocabulary.special:
+        shown = sorted(vocabulary.special)[:8]
+        more = ", ..." if len(vocabulary.special) > len(shown) else ""
+        hint = f"its special tokens are {_listed(shown)}{more}"
+    else:
+        hint = "it has no special tokens"
+    return f"laser.score_token: {token!r} is not in the tokenizer ({', '.join(vocabulary.files)}); {hint}"
+
+
+def _listed(tokens: Iterable[str]) -> str:
+    return ", ".join(repr(token) for token in tokens)
+
+
+def _read_vocabulary(folder: Path) -> _Vocabulary:
+    """Merges the files, those that say which tokens are special first."""
+    vocabulary = _Vocabulary()
+    tokenizer = _read_json(folder / "tokenizer.json")
+    if isinstance(tokenizer, dict):
+        vocabulary.files.append("tokenizer.json")
+        for entry in tokenizer.get("added_tokens") or []:
+            _add(vocabulary, entry.get("content"), entry.get("id"), bool(entry.get("special")))
+        vocab = (tokenizer.get("model") or {}).get("vocab")
+        if isinstance(vocab, dict):  # BPE, WordPiece, WordLevel
+            for text, token_id in vocab.items():
+                _add(vocabulary, text, token_id, False)
+        elif isinstance(vocab, list):  # Unigram: [[text, score], ...]
+            for token_id, (text, _) in enumerate(vocab):
+                _add(vocabulary, text, token_id, False)
+    settings = _read_json(folder / "tokenizer_config.json")
+    if isinstance(settings, dict) and isinstance(settings.get("added_tokens_decoder"), dict):
+        vocabulary.files.append("tokenizer_config.json")
+        for token_id, entry in settings["added_tokens_decoder"].items():
+            _add(vocabulary, entry.get("content"), int(token_id), bool(entry.get("special")))
+    for name in ("added_tokens.json", "vocab.json"):
+        tokens = _read_json(folder / name)
+        if isinstance(tokens, dict):
+            vocabulary.files.append(name)
+            for text, token_id in tokens.items():
+                _add(vocabulary, text, token_id, False)
+    return vocabulary
+
+
+def _add(vocabulary: _Vocabulary, text: Any, token_id: Any, special: bool) -> None:
+    if isinstance(text, str) and isinstance(token_id, int):
+        vocabulary.ids.setdefault(text, token_id)
+        if special:
+            vocabulary.special.add(text)
+
+
+def _read_json(file: Path) -> Any:
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"cannot be read as JSON: {error}"], str(file)) from error

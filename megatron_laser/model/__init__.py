@@ -1,0 +1,1 @@
+"""Megatron-Core model: platform layer, layer specs, log-prob head and the Hugging Face mapping."""

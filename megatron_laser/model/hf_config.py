@@ -1,0 +1,130 @@
+"""From a Hugging Face configuration to Megatron's TransformerConfig and rotary frequencies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_laser.model import platform
+from megatron_laser.model.specs import use_transformer_engine
+
+SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama")
+
+
+def read_hf_config(path: str | Path) -> PretrainedConfig:
+    """Read `config.json` of a local Hugging Face folder and refuse what the mapping does not cover."""
+    config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"model.path {path}: model_type {config.model_type!r} is not supported; "
+            f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    if getattr(config, "use_sliding_window", False):
+        raise ValueError(
+            f"model.path {path}: use_sliding_window is not supported; set it to false in config.json"
+        )
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        raise ValueError(
+            f"model.path {path}: attention_bias or mlp_bias is not supported for {config.model_type}"
+        )
+    return config
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Size of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def padded_vocab_size(vocab_size: int, tensor: int, multiple: int) -> int:
+    """Vocabulary rows with padding: every tensor-parallel shard is a multiple of `multiple`."""
+    unit = tensor * multiple
+    return (vocab_size + unit - 1) // unit * unit
+
+
+def rope_inverse_frequencies(config: PretrainedConfig) -> torch.Tensor:
+    """Rotary inverse frequencies [head_dim / 2] fp32, scaling included, exactly as transformers has them."""
+    rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    rope_type = rope.get("rope_type", "default")
+    theta = rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
+    if rope_type == "default":
+        dim = head_dim(config)
+        return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if rope_type not in ROPE_INIT_FUNCTIONS or rope_type in ("dynamic", "longrope"):
+        raise ValueError(
+            f"rope_type {rope_type!r} is not supported: its frequencies depend on the sequence length"
+        )
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+    if attention_factor != 1.0:
+        raise ValueError(
+            f"rope_type {rope_type!r} scales attention by {attention_factor}, which is not supported"
+        )
+    return frequencies.float()
+
+
+def transformer_config(
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual_pipeline: int = 1,
+    context: int = 1,
+    sequence: bool = False,
+    recompute: bool = False,
+) -> TransformerConfig:
+    """Megatron's configuration for a dense Qwen2, Qwen3 or Llama model under a parallel layout.
+
+    Gradients are summed, never averaged: `calculate_per_token_loss` makes DDP add gradients over data-parallel
+    ranks, and every loss term is already divided by its global count.
+    """
+    fused = use_transformer_engine()
+    arguments: dict[str, Any] = dict(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=head_dim(config),
+        ffn_hidden_size=config.intermediate_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=config.model_type == "qwen2",
+        qk_layernorm=config.model_type == "qwen3",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+        context_parallel_size=context,
+        sequence_parallel=sequence,
+        # Micro-batches differ in length; Megatron then exchanges shapes between stages, which it allows only
+        # with the all-to-all dispatcher, dense models included.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        overlap_p2p_comm=virtual_pipeline > 1,
+        batch_p2p_comm=virtual_pipeline == 1 and platform.has_cuda(),
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        use_cpu_initialization=not platform.has_cuda(),
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=fused,
+    )
+    if recompute:
+        arguments.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return TransformerConfig(**arguments)

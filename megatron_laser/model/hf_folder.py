@@ -1,0 +1,150 @@
+"""Reading and writing Hugging Face folders of safetensors, a tensor (or a part of one) at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+# Written anew at export; everything else that is small (tokenizer, chat template, licences) is copied.
+_NOT_COPIED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
+MAX_SHARD_BYTES = 4 * 2**30
+
+
+class HfFolder:
+    """The tensors of a local Hugging Face folder (`model.safetensors`, whole or with an index).
+
+    A `TensorReader`: slices are read from the memory-mapped file, nothing else is loaded.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self._where = self._locate()
+
+    def _locate(self) -> dict[str, str]:
+        index = self.path / _INDEX
+        if index.is_file():
+            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        if not (self.path / _WEIGHTS).is_file():
+            raise FileNotFoundError(f"model.path {self.path}: neither {_WEIGHTS} nor {_INDEX} is there")
+        return {name: _WEIGHTS for name in self._open(_WEIGHTS).keys()}  # noqa: SIM118 - not a mapping
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            handle = safe_open(str(self.path / file), framework="pt", device="cpu")
+            self._files[file] = self._stack.enter_context(handle)
+        return self._files[file]
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._where:
+            raise KeyError(f"model.path {self.path}: tensor {name!r} is missing from its safetensors files")
+        return self._open(self._where[name]).get_slice(name)
+
+    def names(self) -> list[str]:
+        """All tensor names, in file order."""
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape from the file's header."""
+        return tuple(self._slice(name).get_shape())
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """tensor[start:stop]"""
+        return self._slice(name)[start:stop]
+
+    def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """tensor[:, start:stop]"""
+        return self._slice(name)[:, start:stop]
+
+    def full(self, name: str) -> torch.Tensor:
+        """The whole tensor."""
+        return self._slice(name)[:]
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._files.clear()
+        self._stack.close()
+
+    def __enter__(self) -> HfFolder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def write_hf_folder(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    target: Path,
+    *,
+    source: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; published by one rename.
+
+    Configuration, tokenizer and other small files are copied from `source`. At most one shard of
+    `max_shard_bytes` is held in memory. An existing `target` is replaced only once the new one is complete.
+    """
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(_NOT_COPIED_SUFFIXES) and file.name != _INDEX:
+            shutil.copyfile(file, partial / file.name)
+    config_file = partial / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    shards: list[list[str]] = []
+    total = 0
+    for shard in _shards(weights, dtype, max_shard_bytes):
+        save_file(shard, partial / f"shard-{len(shards)}", metadata={"format": "pt"})
+        total += sum(tensor.nbytes for tensor in shard.values())
+        shards.append(list(shard))
+    if len(shards) == 1:
+        os.replace(partial / "shard-0", partial / _WEIGHTS)
+    else:
+        weight_map = {}
+        for number, names in enumerate(shards):
+            file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            os.replace(partial / f"shard-{number}", partial / file)
+            weight_map.update(dict.fromkeys(names, file))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(partial, target)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _shards(
+    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, limit: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in weights:
+        tensor = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    if shard:
+        yield shard

@@ -1,0 +1,117 @@
+"""Loading a Hugging Face folder into this rank's model chunks, and the same weights as a stream back out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from transformers import PretrainedConfig
+
+from megatron_laser.model.hf_folder import HfFolder
+from megatron_laser.model.mapping import Geometry, Rule, global_names, rules
+
+
+@torch.no_grad()
+def load_weights(
+    chunks: Sequence[torch.nn.Module], folder: HfFolder, config: PretrainedConfig, geometry: Geometry
+) -> None:
+    """Copy this rank's shards from `folder`; every parameter must be covered by a rule.
+
+    Raises KeyError when a tensor is missing and ValueError when a shape differs.
+    """
+    parameters = global_names(chunks)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    for rule in rules(config):
+        parameter = parameters.pop(rule.megatron, None)
+        if parameter is None:
+            continue  # on another pipeline stage
+        shard = rule.layout.load(folder, rule.hf, geometry, rank)
+        if shard.shape != parameter.shape:
+            raise ValueError(
+                f"{', '.join(rule.hf)} in {folder.path} gives {tuple(shard.shape)} for {rule.megatron}, "
+                f"which is {tuple(parameter.shape)}: config.json and weights disagree"
+            )
+        parameter.copy_(shard)
+    if parameters:
+        raise KeyError(f"no rule for {config.model_type} parameters {sorted(parameters)}")
+
+
+class WeightExporter:
+    """The trained weights as a stream of (Hugging Face name, full tensor) on global rank 0.
+
+    All ranks of the first data-parallel replica must iterate the stream together; the other ranks, and those
+    outside that replica, get an empty stream. One parameter is gathered at a time, so the extra memory is one
+    full parameter. The order is that of `rules`.
+    """
+
+    def __init__(
+        self, chunks: Sequence[torch.nn.Module], config: PretrainedConfig, geometry: Geometry
+    ) -> None:
+        self._parameters = global_names(chunks)
+        self._rules = [rule for rule in rules(config) if rule.exported]
+        self._geometry = geometry
+        self._tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        self._pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+        self._owners = self._find_owners()
+
+    def _find_owners(self) -> dict[str, int]:
+        """Which pipeline rank holds each parameter (the first one, for a tied embedding)."""
+        size = parallel_state.get_pipeline_model_parallel_world_size()
+        names: list[list[str] | None] = [None] * size
+        if size > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            dist.all_gather_object(names, list(self._parameters), group=group)
+        else:
+            names = [list(self._parameters)]
+        owners: dict[str, int] = {}
+        for stage, held in enumerate(names):
+            for name in held or []:
+                owners.setdefault(name, stage)
+        return owners
+
+    @torch.no_grad()
+    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) on global rank 0; run the collectives and yield nothing elsewhere.
+
+        A yielded tensor may share memory with the model: copy it before the next optimizer step.
+        """
+        if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+            return
+        for rule in self._rules:
+            owner = self._owners[rule.megatron]
+            tensors = self._gather(rule) if owner == self._pp_rank else []
+            if self._tp_rank != 0:
+                continue
+            if owner != 0:
+                tensors = self._to_first_stage(tensors, owner)
+            if self._pp_rank == 0:
+                yield from zip(rule.hf, tensors, strict=True)
+
+    def _gather(self, rule: Rule) -> list[torch.Tensor]:
+        local = self._parameters[rule.megatron].detach()
+        if self._geometry.tensor == 1:
+            return rule.layout.export([local], self._geometry)
+        shards = [torch.empty_like(local) for _ in range(self._geometry.tensor)]
+        group = parallel_state.get_tensor_model_parallel_group()
+        dist.all_gather(shards, local.contiguous(), group=group)
+        return rule.layout.export(shards, self._geometry) if self._tp_rank == 0 else []
+
+    def _to_first_stage(self, tensors: list[torch.Tensor], owner: int) -> list[torch.Tensor]:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        ranks = dist.get_process_group_ranks(group)
+        if self._pp_rank == owner:
+            dist.send_object_list([[(t.shape, t.dtype) for t in tensors]], dst=ranks[0], group=group)
+            for tensor in tensors:
+                dist.send(tensor.contiguous(), dst=ranks[0], group=group)
+            return []
+        if self._pp_rank != 0:
+            return []
+        box: list = [None]
+        dist.recv_object_list(box, src=ranks[owner], group=group)
+        device = next(iter(self._parameters.values())).device
+        received = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in box[0]]
+        for tensor in received:
+            dist.recv(tensor, src=ranks[owner], group=group)
+        return received

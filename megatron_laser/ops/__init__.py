@@ -1,0 +1,15 @@
+"""The log-prob op: hidden rows times a vocabulary shard to one log-prob per row, never the logits."""
+
+from megatron_laser.ops.api import few_row_logprob, linear_logprob
+from megatron_laser.ops.backends import available_backends
+from megatron_laser.ops.labels import IGNORE_LABEL, check_labels
+from megatron_laser.ops.results import LogProbs
+
+__all__ = [
+    "IGNORE_LABEL",
+    "LogProbs",
+    "available_backends",
+    "check_labels",
+    "few_row_logprob",
+    "linear_logprob",
+]

@@ -1,0 +1,125 @@
+"""The two public calls of the log-prob op: argument checks, then the chosen backend."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_laser.ops.backends import resolve_backend
+from megatron_laser.ops.collectives import group_size
+from megatron_laser.ops.results import LogProbs
+
+
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    inv_temperature: float | torch.Tensor = 1.0,
+    vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    with_entropy: bool = False,
+    backend: str = "auto",
+) -> LogProbs:
+    """Log-prob of one label per row under softmax(hidden @ weight.T * inv_temperature), with gradients.
+
+    Differentiable in `hidden` and `weight`. No [rows, vocabulary] tensor exists at any time; logits and sums
+    are float32 whatever the dtype of the inputs (float64 for float64 inputs).
+
+    Args:
+        hidden: [rows, H]. Replicated over `tp_group` (its gradient is then all-reduced), or, with
+            `sequence_parallel`, this rank's equal-length shard of the rows.
+        weight: [V_shard, H], rows [rank * V_shard, (rank + 1) * V_shard) of the (padded) vocabulary.
+        labels: [rows] int64 global vocabulary ids; -100 is no label and gives 0 and no gradient. A label
+            outside the vocabulary gives NaN (`check_labels` names it).
+        inv_temperature: 1 / temperature, one for all rows or [rows]. Not differentiable.
+        vocab_size: the real vocabulary; columns from here on are padding and have probability 0.
+            None: all columns are real.
+        tp_group: the ranks that share the vocabulary. All of them call together and get the same results.
+        sequence_parallel: `hidden` is gathered along dim 0 and its gradient reduce-scattered; `labels`,
+            `inv_temperature` and the results cover all tp * rows rows.
+        with_entropy: also return the entropy in nats of each labelled row's (scaled) distribution.
+        backend: "auto" or a name from `available_backends`.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or `vocab_size` that do not fit together; an unknown backend.
+        RuntimeError: a backend that cannot run here.
+    """
+    rows = hidden.shape[0] * (group_size(tp_group) if sequence_parallel else 1)
+    _check(hidden, weight, labels, rows, vocab_size, tp_group)
+    if isinstance(inv_temperature, torch.Tensor) and (
+        inv_temperature.shape != (rows,)
+        or inv_temperature.device != hidden.device
+        or inv_temperature.requires_grad
+    ):
+        raise ValueError(
+            f"inv_temperature is {tuple(inv_temperature.shape)} on {inv_temperature.device}, requires_grad="
+            f"{inv_temperature.requires_grad}; expected a float or a constant tensor [{rows}] on "
+            f"{hidden.device}."
+        )
+    return resolve_backend(backend, hidden.device).linear_logprob(
+        hidden,
+        weight,
+        labels,
+        inv_temperature=inv_temperature,
+        vocab_size=vocab_size,
+        tp_group=tp_group,
+        sequence_parallel=sequence_parallel,
+        with_entropy=with_entropy,
+    )
+
+
+@torch.no_grad()
+def few_row_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Log-prob of one label per row at temperature 1, without gradient, for few rows (the EOS rows).
+
+    Arguments and errors as in `linear_logprob`; returns [rows] float32 (float64 for float64 inputs).
+    """
+    _check(hidden, weight, labels, hidden.shape[0], vocab_size, tp_group)
+    return resolve_backend(backend, hidden.device).few_row_logprob(
+        hidden, weight, labels, vocab_size=vocab_size, tp_group=tp_group
+    )
+
+
+def _check(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    rows: int,
+    vocab_size: int | None,
+    tp_group: dist.ProcessGroup | None,
+) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: expected [rows, H] and "
+            "[V_shard, H] with the same H; flatten sequence and batch dimensions first."
+        )
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(
+            f"hidden is {hidden.dtype}, weight is {weight.dtype}: expected one floating-point dtype."
+        )
+    if labels.shape != (rows,) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels is {tuple(labels.shape)} {labels.dtype}: expected [{rows}] torch.int64, one per row "
+            "(of all ranks' rows with sequence_parallel=True)."
+        )
+    if not hidden.device == weight.device == labels.device:
+        raise ValueError(
+            f"hidden, weight and labels are on {hidden.device}, {weight.device} and {labels.device}: "
+            "expected one device."
+        )
+    columns = weight.shape[0] * group_size(tp_group)
+    if columns < 1 or (vocab_size is not None and not 1 <= vocab_size <= columns):
+        raise ValueError(
+            f"vocab_size={vocab_size}: expected 1 to {columns}, the columns of "
+            f"{group_size(tp_group)} shard(s) of {weight.shape[0]}."
+        )

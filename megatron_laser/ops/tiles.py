@@ -1,0 +1,104 @@
+"""Tiles of logits: how rows and vocabulary are cut, and the products in the accumulation dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_laser.ops.collectives import group_rank, group_size
+
+# Half-precision inputs with float32 output: the product is accumulated and returned unrounded.
+_MM_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")
+
+
+class Shard(NamedTuple):
+    """This rank's real columns: global ids [first, first + columns); `vocab_size` over all ranks."""
+
+    first: int
+    columns: int
+    vocab_size: int
+
+
+def vocabulary_shard(weight: torch.Tensor, vocab_size: int | None, group: dist.ProcessGroup | None) -> Shard:
+    """The real columns of this rank's `weight` [V_shard, H]; a shard of nothing but padding has none."""
+    if vocab_size is None:
+        vocab_size = weight.shape[0] * group_size(group)
+    first = weight.shape[0] * group_rank(group)
+    # Padding columns are never computed, which is the same as masking them with -inf.
+    return Shard(first, min(max(vocab_size - first, 0), weight.shape[0]), vocab_size)
+
+
+def has_label(labels: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """Whether each row's label is a column of the whole vocabulary: [rows] bool."""
+    return (labels >= 0) & (labels < shard.vocab_size)
+
+
+def local_labels(labels: torch.Tensor, first: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(column [rows, 1] safe to index with, whether the label is among the columns [rows])."""
+    local = labels - first
+    safe = local.clamp(0, columns - 1)
+    return safe.unsqueeze(1), safe == local
+
+
+def tile_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, inv_temperature: float | torch.Tensor
+) -> torch.Tensor:
+    """hidden [rows, H] times weight [columns, H] transposed, scaled: a tile [rows, columns] of its own."""
+    z = mm(hidden, weight.t())
+    if isinstance(inv_temperature, torch.Tensor):
+        return z.mul_(inv_temperature.unsqueeze(1))
+    return z if inv_temperature == 1.0 else z.mul_(inv_temperature)
+
+
+def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """float32 for inputs up to float32, float64 for float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def mm_operand(tensor: torch.Tensor) -> torch.Tensor:
+    """A matrix as `mm` wants it: half precision stays on CUDA and is widened elsewhere."""
+    if tensor.is_cuda and _MM_OUT_DTYPE:
+        return tensor
+    return tensor.to(accumulation_dtype(tensor))
+
+
+def mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Matrix product in the accumulation dtype."""
+    dtype = accumulation_dtype(left)
+    return torch.mm(left, right) if left.dtype == dtype else torch.mm(left, right, out_dtype=dtype)
+
+
+def add_mm_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add left @ right to `out`, which has the accumulation dtype."""
+    if left.dtype == out.dtype:
+        out.addmm_(left, right)
+    else:
+        out.add_(mm(left, right))
+
+
+def row_part(value: float | torch.Tensor, block: slice) -> float | torch.Tensor:
+    """The rows `block` of a per-row tensor; a number is the same for all rows."""
+    return value[block] if isinstance(value, torch.Tensor) else value
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most `step`; one empty slice for length 0."""
+    for start in range(0, max(length, 1), step):
+        yield slice(start, min(start + step, length))
+
+
+def tile_shape(rows: int, columns: int, itemsize: int, tile_bytes: int) -> tuple[int, int]:
+    """(rows, columns) of a tile of logits of at most `tile_bytes`: all of them, else about square.
+
+    Square tiles keep both dimensions of every product large; a tile is never less than 1 x 1.
+    """
+    elements = max(1, tile_bytes // itemsize)
+    if rows * columns <= elements:
+        return max(rows, 1), columns
+    row_block = min(rows, math.isqrt(elements))
+    column_block = min(columns, elements // row_block)
+    return min(rows, elements // column_block), column_block

@@ -1,0 +1,5 @@
+"""Rollouts: the engine protocol, the in-process engine, and the collector that turns prompts into graded groups."""
+
+from megatron_laser.rollout.engine import RolloutEngine
+
+__all__ = ["RolloutEngine"]

@@ -1,0 +1,280 @@
+"""The in-process engine: transformers underneath, batched, with a KV cache, for models that fit one device.
+
+It samples from fp32 log-softmax of logits / temperature and returns exactly those log-probs. Each prompt is
+prefilled once and its cache repeated for its samples; finished rows leave the batch. A response that ends in
+a stop token stays for one more position when a score is asked for: that forward's log-prob of the score token
+is the self-reward's input.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from megatron_laser.types import Generation, SamplingParams
+
+# Rows that are done leave the batch once they make up this share of it.
+_COMPACT_SHARE = 0.25
+
+
+class InProcessEngine:
+    """A `RolloutEngine` over `AutoModelForCausalLM`."""
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_batch_size: int = 256,
+    ) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(
+            str(model_path), dtype=dtype, local_files_only=True, attn_implementation="sdpa"
+        ).to(device)
+        self._model.eval().requires_grad_(False)
+        self._parameters = dict(self._model.named_parameters())
+        self._device = device
+        self._max_batch_size = max_batch_size
+        self._vocab_size: int = self._model.config.vocab_size
+        self._max_positions: int = self._model.config.max_position_embeddings
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        """Version of the current weights."""
+        return self._version
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        deadline: float,
+        on_finished: Callable[[int, int, Generation], None] | None = None,
+    ) -> list[list[Generation]]:
+        """See `RolloutEngine.generate`. Repeatable: equal prompts, sampling and weights give equal responses."""
+        self._check(prompts, sampling.max_new_tokens)
+        ends = time.monotonic() + deadline
+        generator = torch.Generator(self._device)
+        generator.manual_seed(sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ())))
+        samples = sampling.samples_per_prompt
+        results: list[list[Generation]] = []
+        per_batch = max(1, self._max_batch_size // samples)
+        for start in range(0, len(prompts), per_batch):
+            batch = _Batch(self, prompts[start : start + per_batch], sampling, generator, ends)
+            for index, generation in batch.run():
+                if on_finished is not None:
+                    on_finished(start + index // samples, index % samples, generation)
+            results += [batch.done[i : i + samples] for i in range(0, len(batch.done), samples)]
+        return results
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[Sequence[int]], token_id: int, *, deadline: float) -> list[float]:
+        """See `RolloutEngine.score`."""
+        self._check(sequences, 0)
+        if not 0 <= token_id < self._vocab_size:
+            raise ValueError(f"score token id {token_id} is outside the vocabulary of {self._vocab_size}")
+        ends = time.monotonic() + deadline
+        scores = [0.0] * len(sequences)
+        # Similar lengths together: less padding.
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        for start in range(0, len(order), self._max_batch_size):
+            if time.monotonic() > ends:
+                raise TimeoutError(f"scored {start} of {len(sequences)} sequences in {deadline:g} s")
+            chunk = order[start : start + self._max_batch_size]
+            logits, _ = self.prefill([sequences[i] for i in chunk], None)
+            logprobs = torch.log_softmax(logits.float(), dim=-1)[:, token_id]
+            for i, value in zip(chunk, logprobs.tolist()):
+                scores[i] = value
+        return scores
+
+    @torch.no_grad()
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """See `RolloutEngine.update_weights`. Raises KeyError on unknown or missing names."""
+        missing = set(self._parameters)
+        for name, tensor in weights:
+            if name not in self._parameters:
+                raise KeyError(f"weight sync to version {version}: the engine has no parameter {name!r}")
+            self._parameters[name].copy_(tensor)
+            missing.discard(name)
+        if missing:
+            raise KeyError(f"weight sync to version {version}: the stream lacked {sorted(missing)[:5]}")
+        self._version = version
+
+    def close(self) -> None:
+        """Nothing runs outside this process."""
+        self._parameters = {}
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left-padded forward: last-position logits [prompts, vocab] and the mask [prompts, width] of real tokens."""
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+        mask = torch.zeros(len(prompts), width, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        mask = mask.to(self._device)
+        output = self._model(
+            input_ids=ids.to(self._device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1], mask
+
+    def decode(
+        self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        """One position for every row: logits [rows, vocab]."""
+        return self._model(
+            input_ids=tokens[:, None],
+            attention_mask=mask,
+            position_ids=positions[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {index} is empty")
+            if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+                raise ValueError(
+                    f"prompt {index} has a token id outside the vocabulary of {self._vocab_size}"
+                )
+            if len(prompt) + max_new_tokens > self._max_positions:
+                raise ValueError(
+                    f"prompt {index} has {len(prompt)} tokens; with rollout.max_new_tokens {max_new_tokens} that "
+                    f"passes the model's max_position_embeddings {self._max_positions}"
+                )
+
+
+class _Batch:
+    """The sampling state of one batch: rows are (prompt, sample) pairs that are still running."""
+
+    def __init__(
+        self,
+        engine: InProcessEngine,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        generator: torch.Generator,
+        ends: float,
+    ) -> None:
+        self._engine = engine
+        self._sampling = sampling
+        self._generator = generator
+        self._ends = ends
+        self._stop = torch.tensor(sampling.stop_token_ids, device=engine._device)
+        self._prompts = prompts
+        count = len(prompts) * sampling.samples_per_prompt
+        self.done: list[Generation] = [None] * count  # type: ignore[list-item]
+        self._tokens: list[torch.Tensor] = []  # per step [count], -1 where a row did not run
+        self._logprobs: list[torch.Tensor] = []
+
+    def run(self) -> Iterable[tuple[int, Generation]]:
+        """Sample until every row has ended; yield (row, generation) as rows end."""
+        sampling, engine = self._sampling, self._engine
+        cache = DynamicCache(config=engine._model.config)
+        logits, mask = engine.prefill(self._prompts, cache)
+        if sampling.samples_per_prompt > 1:
+            cache.batch_repeat_interleave(sampling.samples_per_prompt)
+            logits = logits.repeat_interleave(sampling.samples_per_prompt, dim=0)
+            mask = mask.repeat_interleave(sampling.samples_per_prompt, dim=0)
+        rows = torch.arange(len(self.done), device=logits.device)
+        # `ended` rows wait for their score (or for the next compaction).
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
+        positions = mask.sum(1)
+        for step in range(sampling.max_new_tokens):
+            if time.monotonic() > self._ends:
+                raise TimeoutError(
+                    f"generation: {len(rows)} of {len(self.done)} responses still running after {step} tokens"
+                )
+            tokens, logprobs = self._sample(logits)
+            self._record(step, rows, tokens, logprobs, ended)
+            stopped = torch.isin(tokens, self._stop) & ~ended
+            if sampling.score_token_id is None:
+                yield from self._finish(rows[stopped], step, "stop", None)
+            newly = stopped if sampling.score_token_id is not None else torch.zeros_like(stopped)
+            ended = ended | stopped
+            last = step + 1 == sampling.max_new_tokens
+            if last:
+                yield from self._finish(rows[~ended], step, "length", None)
+            alive = ~ended | newly
+            if not bool(alive.any()) or (last and not bool(newly.any())):
+                return
+            if float(alive.float().mean()) <= 1.0 - _COMPACT_SHARE or last:
+                keep = (newly if last else alive).nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                rows, tokens, ended, mask = rows[keep], tokens[keep], ended[keep], mask[keep]
+                positions, newly = positions[keep], newly[keep]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            logits = engine.decode(tokens, mask, positions, cache)
+            positions = positions + 1
+            if bool(newly.any()):
+                scores = torch.log_softmax(logits[newly].float(), dim=-1)[:, sampling.score_token_id]
+                yield from self._finish(rows[newly], step, "stop", scores)
+
+    def _sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token [rows] and its log-prob [rows] under logits / temperature, before top-p."""
+        temperature = self._sampling.temperature
+        if temperature == 0.0:
+            logprobs = torch.log_softmax(logits.float(), dim=-1)
+            tokens = logprobs.argmax(dim=-1)
+        else:
+            logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+            probabilities = logprobs.exp()
+            if self._sampling.top_p < 1.0:
+                probabilities = _nucleus(probabilities, self._sampling.top_p)
+            tokens = torch.multinomial(probabilities, 1, generator=self._generator).squeeze(1)
+        return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+
+    def _record(
+        self,
+        step: int,
+        rows: torch.Tensor,
+        tokens: torch.Tensor,
+        logprobs: torch.Tensor,
+        ended: torch.Tensor,
+    ) -> None:
+        column = torch.full((len(self.done),), -1, dtype=torch.int64, device=rows.device)
+        values = torch.zeros(len(self.done), device=rows.device)
+        running = rows[~ended]
+        column[running] = tokens[~ended]
+        values[running] = logprobs[~ended]
+        self._tokens.append(column)
+        self._logprobs.append(values)
+
+    def _finish(
+        self, rows: torch.Tensor, step: int, reason: str, scores: torch.Tensor | None
+    ) -> Iterable[tuple[int, Generation]]:
+        if len(rows) == 0:
+            return
+        ids = torch.stack([column[rows] for column in self._tokens[: step + 1]], dim=1).tolist()
+        logprobs = torch.stack([column[rows] for column in self._logprobs[: step + 1]], dim=1).tolist()
+        values = [None] * len(ids) if scores is None else scores.tolist()
+        for row, response, row_logprobs, score in zip(rows.tolist(), ids, logprobs, values):
+            generation = Generation(
+                response_ids=response,
+                logprobs=row_logprobs,
+                finish_reason=reason,  # type: ignore[arg-type]
+                weight_version=self._engine.version,
+                zc_logprob=score,
+            )
+            self.done[row] = generation
+            yield row, generation
+
+
+def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Zero all but the smallest set of tokens whose probabilities reach `top_p` (unnormalised)."""
+    ordered, index = probabilities.sort(dim=-1, descending=True)
+    outside = ordered.cumsum(dim=-1) - ordered >= top_p
+    return torch.zeros_like(probabilities).scatter(1, index, ordered.masked_fill(outside, 0.0))

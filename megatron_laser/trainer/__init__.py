@@ -1,0 +1,1 @@
+"""Policy training on Megatron-Core: process groups, log-prob pass, train step, optimizer."""

@@ -1,0 +1,116 @@
+"""Rank 0 works alone for a while (rollout, grading, evaluation); the others wait without an open collective.
+
+A collective that is entered minutes before its last member arrives either times out or hides a dead rank. So
+the others poll the rendezvous store: they see rank 0's heartbeat, its current phase, and its failure, and they
+stop with a message when the heartbeat stops.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+_BEAT_SECONDS = 1.0
+_DONE = b"done"
+_KEPT_KEYS = 16
+
+
+class Coordinator:
+    """Runs phases on rank 0 while the other ranks wait; every wait has a deadline."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, *, deadline: float) -> None:
+        self._store = store
+        self._rank = rank
+        self._alone = world_size == 1
+        self._deadline = deadline
+        self._count = 0
+        self._phase = "start"
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        if rank == 0 and not self._alone:
+            self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+            self._thread.start()
+
+    def lead(self, phase: str, work: Callable[[], T], *, deadline: float) -> T | None:
+        """Run `work` on rank 0 and return its result there; the other ranks wait and return None.
+
+        Args:
+            phase: names the work in error messages.
+            deadline: seconds that the others wait for the work as a whole.
+
+        Raises:
+            RuntimeError: on waiting ranks, when rank 0 failed, fell silent for `run.deadline` seconds, or took
+                longer than `deadline`.
+        """
+        if self._alone:
+            return work()
+        key = f"phase/{self._count}"
+        self._count += 1
+        if self._rank != 0:
+            self._wait(key, phase, deadline)
+            return None
+        self._phase = phase
+        try:
+            result = work()
+        except BaseException as error:
+            self._store.set(key, f"{type(error).__name__}: {error}")
+            raise
+        self._store.set(key, _DONE)
+        if self._count > _KEPT_KEYS:
+            self._store.delete_key(f"phase/{self._count - 1 - _KEPT_KEYS}")
+        return result
+
+    def close(self) -> None:
+        """Stop the heartbeat."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2 * _BEAT_SECONDS)
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._stop.is_set():
+            beat += 1
+            try:
+                self._store.set("heartbeat", f"{beat} {self._phase}")
+            except (RuntimeError, dist.DistError):
+                return  # the store went away with the job
+            self._stop.wait(_BEAT_SECONDS)
+
+    def _wait(self, key: str, phase: str, deadline: float) -> None:
+        started = last_change = time.monotonic()
+        last_beat = b""
+        while not self._is_set(key):
+            now = time.monotonic()
+            beat = self._store.get("heartbeat") if self._store.check(["heartbeat"]) else b""
+            if beat != last_beat:
+                last_beat, last_change = beat, now
+            where = f"rank {self._rank}, phase {phase!r}: rank 0"
+            if now - last_change > self._deadline:
+                raise RuntimeError(
+                    f"{where} gave no sign of life for {now - last_change:.0f} s (run.deadline is "
+                    f"{self._deadline:g} s); its last message was {last_beat.decode()!r}"
+                )
+            if now - started > deadline:
+                raise RuntimeError(
+                    f"{where} is alive but did not finish within {deadline:g} s; raise the phase's deadline "
+                    "(rollout.deadline for generation) if it is legitimately that slow"
+                )
+        outcome = self._store.get(key)
+        if outcome != _DONE:
+            raise RuntimeError(f"rank {self._rank}, phase {phase!r}: rank 0 failed with {outcome.decode()}")
+
+    def _is_set(self, key: str) -> bool:
+        try:
+            self._store.wait([key], timedelta(seconds=_BEAT_SECONDS))
+        except dist.DistNetworkError:
+            raise
+        except (dist.DistStoreError, RuntimeError):
+            return False  # not yet
+        return True

@@ -1,0 +1,188 @@
+"""The trained policy on this rank: model chunks, Megatron DDP, optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import PretrainedConfig
+
+from megatron_laser.config.derived import optimizer_steps
+from megatron_laser.config.schema import RunConfig
+from megatron_laser.model import platform
+from megatron_laser.model.hf_config import read_hf_config, transformer_config
+from megatron_laser.model.hf_folder import HfFolder
+from megatron_laser.model.mapping import Geometry
+from megatron_laser.model.policy_model import PolicyModel
+from megatron_laser.model.weights import WeightExporter, load_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Chunks:
+    """Model chunks of this rank, one per virtual pipeline stage.
+
+    models: the bare `PolicyModel`s; wrapped: what the schedules call (bf16 and, when trained, DDP around them).
+    """
+
+    models: list[PolicyModel]
+    wrapped: list[torch.nn.Module]
+    config: TransformerConfig
+    hf: PretrainedConfig
+    geometry: Geometry
+
+
+@dataclass
+class Policy:
+    """The trained model with its optimizer."""
+
+    chunks: Chunks
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    exporter: WeightExporter
+
+    def learning_rate(self) -> float:
+        """Learning rate of the last optimizer step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+def build_chunks(config: RunConfig, hf: PretrainedConfig, folder: HfFolder) -> Chunks:
+    """Build this rank's part of the model and load its weights from `folder`, shard by shard."""
+    parallel = config.parallel
+    model_config = transformer_config(
+        hf,
+        dtype=DTYPES[config.model.dtype],
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        context=parallel.context,
+        sequence=parallel.sequence,
+        recompute=config.model.recompute == "full",
+    )
+    stages: list[int | None] = (
+        list(range(parallel.virtual_pipeline)) if parallel.virtual_pipeline > 1 else [None]
+    )
+    geometry = Geometry.of(hf, tensor=parallel.tensor, vocab_multiple=config.model.vocab_multiple)
+    models = []
+    for stage in stages:
+        model = PolicyModel(
+            model_config,
+            hf,
+            vocab_multiple=config.model.vocab_multiple,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            vp_stage=stage,
+        )
+        models.append(model.to(platform.device()))
+    load_weights(models, folder, hf, geometry)
+    wrapped: list[torch.nn.Module] = list(models)
+    if model_config.bf16:
+        wrapped = [Float16Module(model_config, model) for model in models]
+    return Chunks(models, wrapped, model_config, hf, geometry)
+
+
+def build_policy(config: RunConfig) -> Policy:
+    """The trained policy: weights from `model.path`, DDP, optimizer and schedule."""
+    hf = read_hf_config(config.model.path)
+    with HfFolder(config.model.path) as folder:
+        chunks = build_chunks(config, hf, folder)
+    _wrap_ddp(config, chunks)
+    optimizer = _build_optimizer(config, chunks)
+    chunks.config.grad_scale_func = optimizer.scale_loss
+    return Policy(
+        chunks,
+        optimizer,
+        _build_scheduler(config, optimizer),
+        WeightExporter(chunks.models, hf, chunks.geometry),
+    )
+
+
+def build_reference(config: RunConfig) -> Chunks:
+    """A frozen copy of the initial model, for KL terms and the reference ablation; no DDP, no optimizer."""
+    hf = read_hf_config(Path(config.model.path))
+    with HfFolder(config.model.path) as folder:
+        chunks = build_chunks(config, hf, folder)
+    for module in chunks.wrapped:
+        module.requires_grad_(False)
+        module.eval()
+    return chunks
+
+
+def _wrap_ddp(config: RunConfig, chunks: Chunks) -> None:
+    settings = config.optimizer
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=settings.distributed,
+        overlap_grad_reduce=settings.overlap_grad_reduce,
+        overlap_param_gather=settings.overlap_param_gather,
+    )
+    chunks.wrapped = [
+        DistributedDataParallel(chunks.config, ddp_config, module, disable_bucketing=index > 0)
+        for index, module in enumerate(chunks.wrapped)
+    ]
+    if settings.overlap_grad_reduce:
+        no_sync: Any = [module.no_sync for module in chunks.wrapped]
+        chunks.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    chunks.config.finalize_model_grads_func = _finalize_gradients
+
+
+def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
+    """Sum gradients over ranks and stop there: every loss term is already divided by its global count."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def _build_optimizer(config: RunConfig, chunks: Chunks) -> MegatronOptimizer:
+    settings = config.optimizer
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.eps,
+        clip_grad=settings.grad_clip,
+        bf16=chunks.config.bf16,
+        params_dtype=chunks.config.params_dtype,
+        use_distributed_optimizer=settings.distributed,
+        overlap_param_gather=settings.overlap_param_gather,
+    )
+    # Norms and biases take no weight decay.
+    return get_megatron_optimizer(
+        optimizer_config, chunks.wrapped, config_overrides=get_standard_config_overrides(optimizer_config)
+    )
+
+
+def _build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    settings = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=max(optimizer_steps(config), settings.warmup_steps + 1),
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,150 @@
+"""Process groups of a run: one process per device, started by torchrun, or a single process without it."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_laser.config.schema import RunConfig
+from megatron_laser.model import platform
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process's place in the run.
+
+    store: the rendezvous store, for signals that must not depend on a collective.
+    cpu_group: all ranks over gloo; replica_group: the ranks that work on the same samples (one data-parallel
+    replica), over gloo; leaders_group: each replica's first rank, over gloo (None on other ranks).
+    """
+
+    rank: int
+    world_size: int
+    store: dist.Store
+    cpu_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup
+    replica_ranks: tuple[int, ...]
+    leaders_group: dist.ProcessGroup | None
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Global rank 0: it drives the rollout and writes all files."""
+        return self.rank == 0
+
+    @property
+    def is_replica_leader(self) -> bool:
+        """The first rank of its data-parallel replica."""
+        return self.rank == self.replica_ranks[0]
+
+    @property
+    def reports_rows(self) -> bool:
+        """Whether this rank speaks for its rows in sums over all ranks: last stage, first tensor rank."""
+        return (
+            parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+
+
+def torchrun_world_size() -> int:
+    """World size that torchrun announces; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(config: RunConfig) -> Runtime:
+    """Join the process groups, set up Megatron's parallel state, and seed every generator.
+
+    Raises RuntimeError when the other ranks do not come within `run.start_grace` seconds.
+    """
+    platform.install()
+    platform.set_local_device(int(os.environ.get("LOCAL_RANK", "0")))
+    store, rank, world_size = _rendezvous(config)
+    timeout = timedelta(seconds=config.run.deadline)
+    dist.init_process_group(
+        platform.collective_backend(),
+        store=dist.PrefixStore("process_groups", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    return build_groups(config, store)
+
+
+def _rendezvous(config: RunConfig) -> tuple[dist.Store, int, int]:
+    if "RANK" not in os.environ:
+        return dist.HashStore(), 0, 1
+    grace = timedelta(seconds=config.run.start_grace)
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=grace))
+    except Exception as error:
+        raise RuntimeError(
+            f"rank {os.environ['RANK']}: no rendezvous at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} within run.start_grace {config.run.start_grace:g} s: {error}"
+        ) from error
+    return store, rank, world_size
+
+
+def build_groups(config: RunConfig, store: dist.Store) -> Runtime:
+    """Megatron's parallel state and this project's gloo groups, for the layout of `config`.
+
+    The default process group must exist. Call `parallel_state.destroy_model_parallel()` before calling this
+    again for another layout in the same processes.
+    """
+    parallel = config.parallel
+    timeout = timedelta(seconds=config.run.deadline)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        distributed_timeout_minutes=max(1, int(config.run.deadline / 60)),
+    )
+    seed_everything(config.run.seed)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    data_rank = parallel_state.get_data_parallel_rank()
+    data_size = parallel_state.get_data_parallel_world_size()
+    data_ranks: list[int] = [0] * world_size
+    dist.all_gather_object(data_ranks, data_rank)
+    replicas = [tuple(r for r in range(world_size) if data_ranks[r] == d) for d in range(data_size)]
+    # Every rank creates every group, in the same order: new_group is a collective over all ranks.
+    cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+    groups = [dist.new_group(list(ranks), backend="gloo", timeout=timeout) for ranks in replicas]
+    leaders = [ranks[0] for ranks in replicas]
+    leaders_group = dist.new_group(leaders, backend="gloo", timeout=timeout)
+    return Runtime(
+        rank=rank,
+        world_size=world_size,
+        store=dist.PrefixStore("run", store),
+        cpu_group=cpu_group,
+        replica_group=groups[data_rank],
+        replica_ranks=replicas[data_rank],
+        leaders_group=leaders_group if rank in leaders else None,
+        data_rank=data_rank,
+        data_size=data_size,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy, torch and Megatron's model-parallel generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def stop() -> None:
+    """Leave the process groups; safe to call when they were never joined."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

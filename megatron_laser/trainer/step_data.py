@@ -1,0 +1,137 @@
+"""One rollout batch as this rank trains on it: schedule, micro-batches, and the counts of the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_laser.algorithms.policy_loss import sequence_token_weights
+from megatron_laser.algorithms.self_reward import class_weights
+from megatron_laser.batching.flat import FlatBatch
+from megatron_laser.batching.schedule import build_schedule
+from megatron_laser.config.schema import RunConfig
+from megatron_laser.model import platform
+from megatron_laser.trainer.micro_batch import MicroBatch, make_micro_batch
+
+
+@dataclass
+class MiniBatch:
+    """The samples of one optimizer step.
+
+    Counts are over all data-parallel ranks: the loss is a sum divided by them, however the batch is cut.
+    token_weights [samples of the rollout batch] float32: the weight of each policy row of a sample.
+    """
+
+    micro_batches: list[MicroBatch]
+    num_samples: int
+    num_tokens: int
+    num_scored: int
+    class_weights: tuple[float, float]
+    token_weights: torch.Tensor
+
+
+@dataclass
+class StepData:
+    """All optimizer steps of one rollout batch, and per-sample facts known to every rank.
+
+    rewards, scored, group_ids: [samples], on the CPU.
+    """
+
+    minibatches: list[MiniBatch]
+    rewards: torch.Tensor
+    scored: torch.Tensor
+    group_ids: torch.Tensor
+
+    @property
+    def micro_batches(self) -> list[MicroBatch]:
+        """The micro-batches of all optimizer steps, in order."""
+        return [micro_batch for minibatch in self.minibatches for micro_batch in minibatch.micro_batches]
+
+
+def prepare_step(
+    flat: FlatBatch,
+    config: RunConfig,
+    *,
+    score_token_id: int | None,
+    data_rank: int,
+    data_size: int,
+) -> StepData:
+    """Cut the rollout batch into optimizer steps, ranks and micro-batches, and pack this rank's share.
+
+    A pure function of its arguments: every rank computes the same schedule. `score_token_id` None leaves the
+    score rows out.
+    """
+    parallel = config.parallel
+    schedule = build_schedule(
+        (flat.prompt_lengths + flat.response_lengths).tolist(),
+        data_parallel=data_size,
+        tokens_per_micro_batch=config.batching.tokens_per_micro_batch,
+        minibatches=config.policy.minibatches,
+        group_ids=flat.group_ids.tolist(),
+        # The interleaved pipeline schedule works on whole rounds of micro-batches.
+        micro_batch_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
+    )
+    minibatches = []
+    for ranks in schedule.minibatches:
+        members = np.array(sorted(i for rank in ranks for samples in rank for i in samples), dtype=np.int64)
+        minibatches.append(
+            _minibatch(flat, config, members, ranks[data_rank], score_token_id, pad=_pad_multiple(config))
+        )
+    return StepData(
+        minibatches=minibatches,
+        rewards=torch.from_numpy(flat.rewards.astype(np.float32)),
+        scored=torch.from_numpy(flat.scored.astype(bool)),
+        group_ids=torch.from_numpy(flat.group_ids.astype(np.int64)),
+    )
+
+
+def _pad_multiple(config: RunConfig) -> int:
+    """Packed lengths must divide over the sequence-parallel ranks (and, in zig-zag, the context ranks)."""
+    parallel = config.parallel
+    sequence = parallel.tensor if parallel.sequence else 1
+    context = 2 * parallel.context if parallel.context > 1 else 1
+    return max(2, sequence * context)
+
+
+def _minibatch(
+    flat: FlatBatch,
+    config: RunConfig,
+    members: np.ndarray,
+    own: Sequence[Sequence[int]],
+    score_token_id: int | None,
+    *,
+    pad: int,
+) -> MiniBatch:
+    scored = flat.scored[members].astype(bool)
+    right = scored & (flat.rewards[members] > 0.5)
+    num_tokens = int(flat.response_lengths[members].sum())
+    weights = sequence_token_weights(
+        torch.from_numpy(flat.response_lengths[members].astype(np.int64)),
+        config.policy.loss_aggregation,
+        num_samples=len(members),
+        num_tokens=num_tokens,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+    per_sample = torch.zeros(len(flat.prompt_lengths), dtype=torch.float32)
+    per_sample[torch.from_numpy(members)] = weights
+    balanced = class_weights(int(right.sum()), int(scored.sum() - right.sum()))
+    return MiniBatch(
+        micro_batches=[
+            make_micro_batch(
+                flat,
+                samples,
+                score_token_id=score_token_id,
+                temperature=config.rollout.temperature,
+                pad_multiple=pad,
+            )
+            for samples in own
+        ],
+        num_samples=len(members),
+        num_tokens=num_tokens,
+        num_scored=int(scored.sum()),
+        class_weights=balanced if config.laser.class_weights else (1.0, 1.0),
+        token_weights=per_sample.to(platform.device()),
+    )

@@ -1,0 +1,236 @@
+"""The trainer: one call per rollout batch, the same on every rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_laser.algorithms import advantages as adv
+from megatron_laser.algorithms.self_reward import self_reward_scores
+from megatron_laser.batching.flat import FlatBatch
+from megatron_laser.config.derived import (
+    mixing_first_step,
+    needs_reference_model,
+    old_policy_pass,
+    self_reward_first_step,
+)
+from megatron_laser.config.schema import RunConfig
+from megatron_laser.model import platform
+from megatron_laser.observability.timers import Timers
+from megatron_laser.trainer.forward import run_forward, run_forward_backward
+from megatron_laser.trainer.losses import SampleTensors, TrainLoss
+from megatron_laser.trainer.policy import build_policy, build_reference
+from megatron_laser.trainer.reduce import reduce_sums
+from megatron_laser.trainer.runtime import Runtime
+from megatron_laser.trainer.step_data import StepData, prepare_step
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    metrics: flat names, the same on every rank. scores: [samples] r_s of the policy that generated the batch,
+    NaN where a response has none (or LaSeR is off); advantages: [samples], as used by the policy loss.
+    """
+
+    metrics: dict[str, float]
+    scores: torch.Tensor
+    advantages: torch.Tensor
+
+
+class Trainer:
+    """Policy, optimizer and everything that turns a rollout batch into an update."""
+
+    def __init__(
+        self, config: RunConfig, runtime: Runtime, *, score_token_id: int | None, timers: Timers | None = None
+    ) -> None:
+        """Build the model from `model.path`; a reference model only when a setting needs one.
+
+        Args:
+            score_token_id: z_c; required when `laser.enabled`.
+        """
+        if config.laser.enabled and score_token_id is None:
+            raise ValueError("laser.enabled needs the id of laser.score_token")
+        self._config = config
+        self._runtime = runtime
+        self._timers = timers or Timers()
+        self._score_token_id = score_token_id if config.laser.enabled else None
+        self.policy = build_policy(config)
+        self._reference = build_reference(config) if needs_reference_model(config) else None
+
+    def train_step(self, flat: FlatBatch, step: int) -> StepResult:
+        """One rollout batch: old-policy pass, advantages, and the optimizer steps of `policy`.
+
+        Args:
+            flat: the whole batch, the same on every rank.
+            step: counted from 1; the warm-ups count it.
+
+        Raises:
+            FloatingPointError: the gradient is not finite.
+        """
+        config = self._config
+        data = prepare_step(
+            flat,
+            config,
+            score_token_id=self._score_token_id,
+            data_rank=self._runtime.data_rank,
+            data_size=self._runtime.data_size,
+        )
+        with self._timers("logprob"):
+            zc_logprobs = self._old_policy_pass(data, flat)
+            reference_zc = self._reference_pass(data)
+        scores = self_reward_scores(zc_logprobs, ref_logprob=reference_zc, beta=config.laser.beta)
+        advantages, mixed = self._advantages(data, scores, step)
+        device = platform.device()
+        samples = SampleTensors(
+            advantages=advantages.to(device),
+            labels=data.rewards.to(device),
+            reference_zc=reference_zc.to(device),
+        )
+        with self._timers("train"):
+            metrics = self._optimize(data, samples, step)
+        metrics["advantage_mixed_fraction"] = mixed
+        metrics["micro_batches"] = float(len(data.micro_batches))
+        return StepResult(metrics, scores, advantages)
+
+    def weight_stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face (name, full tensor) pairs on global rank 0; all ranks must exhaust it together."""
+        if self._config.optimizer.overlap_param_gather:
+            for module in self.policy.chunks.wrapped:
+                module.start_param_sync(force_sync=True)
+        return self.policy.exporter.stream()
+
+    def _old_policy_pass(self, data: StepData, flat: FlatBatch) -> torch.Tensor:
+        """Fill `old_logprobs`; return zc_logprob [samples] float32, NaN where there is none."""
+        kind = old_policy_pass(self._config)
+        batches = data.micro_batches
+        if self._config.policy.old_logprobs == "rollout":
+            for batch in batches:
+                batch.old_logprobs = batch.rollout_logprobs
+        own = torch.zeros(len(data.rewards))
+        if kind == "full":
+            outputs = run_forward(self.policy.chunks, batches, lambda batch: batch.without_entropy())
+            for batch, output in zip(batches, outputs):
+                batch.old_logprobs = output[0].index_select(0, batch.policy_rows)
+                own[batch.score_sample.cpu()] = output[0].index_select(0, batch.score_rows).cpu()
+        elif kind == "score_rows":
+            outputs = run_forward(self.policy.chunks, batches, lambda batch: batch.only_scores())
+            for batch, output in zip(batches, outputs):
+                own[batch.score_sample.cpu()] = output[0].cpu()
+        if self._score_token_id is None:
+            return torch.full_like(own, math.nan)
+        if self._config.laser.score_source == "server":
+            return torch.from_numpy(flat.zc_logprobs.copy()).float()
+        return torch.where(data.scored, self._sum_over_ranks(own), math.nan)
+
+    def _reference_pass(self, data: StepData) -> torch.Tensor:
+        """Fill `reference_logprobs` if there is a reference model; return c_ref for each sample [samples]."""
+        laser = self._config.laser
+        constant = torch.full(
+            (len(data.rewards),), laser.ref_logprob if laser.ref_logprob is not None else 0.0
+        )
+        if self._reference is None:
+            return constant
+        own = torch.zeros(len(data.rewards))
+        batches = data.micro_batches
+        outputs = run_forward(self._reference, batches, lambda batch: batch.without_entropy())
+        for batch, output in zip(batches, outputs):
+            batch.reference_logprobs = output[0].index_select(0, batch.policy_rows)
+            own[batch.score_sample.cpu()] = output[0].index_select(0, batch.score_rows).cpu()
+        return self._sum_over_ranks(own) if laser.enabled and laser.reference == "model" else constant
+
+    def _sum_over_ranks(self, own: torch.Tensor) -> torch.Tensor:
+        """Each sample's value from the one rank that has it."""
+        if self._runtime.world_size > 1:
+            if not self._runtime.reports_rows:
+                own.zero_()
+            dist.all_reduce(own, group=self._runtime.cpu_group)
+        return own
+
+    def _advantages(self, data: StepData, scores: torch.Tensor, step: int) -> tuple[torch.Tensor, float]:
+        """Advantages [samples] and the share of groups in which self-reward advantages were mixed in."""
+        laser = self._config.laser
+        verifier = adv.grpo_advantages(
+            data.rewards, data.group_ids, normalize_std=self._config.policy.normalize_std
+        )
+        first = mixing_first_step(self._config)
+        if first is None or step < first:
+            return verifier, 0.0
+        own = adv.self_reward_advantages(
+            scores,
+            data.scored,
+            data.group_ids,
+            verifier,
+            std_threshold=laser.std_threshold,
+            unscored=laser.unscored,
+        )
+        mixed = adv.groups_mixed(
+            scores, data.scored, data.group_ids, std_threshold=laser.std_threshold, unscored=laser.unscored
+        )
+        return adv.mix_advantages(verifier, own, tau=laser.tau), mixed
+
+    def _optimize(self, data: StepData, samples: SampleTensors, step: int) -> dict[str, float]:
+        first = self_reward_first_step(self._config)
+        entries: list[dict[str, torch.Tensor]] = []
+        norms = []
+        for epoch in range(self._config.policy.epochs):
+            for index, minibatch in enumerate(data.minibatches):
+                loss = TrainLoss(
+                    self._config,
+                    minibatch,
+                    samples,
+                    with_self_reward=first is not None and step >= first,
+                    fresh=self._config.policy.old_logprobs == "recompute" or (epoch, index) == (0, 0),
+                )
+                entries += self._optimizer_step(minibatch.micro_batches, loss, norms, step)
+        totals = reduce_sums(
+            entries,
+            contributes=self._runtime.reports_rows,
+            group=self._runtime.cpu_group if self._runtime.world_size > 1 else None,
+        )
+        return self._metrics(totals, norms)
+
+    def _optimizer_step(
+        self, micro_batches: list, loss: TrainLoss, norms: list[float], step: int
+    ) -> list[dict[str, torch.Tensor]]:
+        policy = self.policy
+        for module in policy.chunks.wrapped:
+            module.zero_grad_buffer()
+        policy.optimizer.zero_grad()
+        entries = run_forward_backward(policy.chunks, micro_batches, loss)
+        policy.scheduler.step(increment=1)
+        _, norm, _ = policy.optimizer.step()
+        norms.append(float(norm))
+        if not math.isfinite(norms[-1]):
+            raise FloatingPointError(
+                f"step {step}, rank {self._runtime.rank}: the gradient norm is {norms[-1]}; the update would "
+                "destroy the weights. Lower optimizer.lr or laser.alpha, or look at the batch's rewards and "
+                "log-probs (logging.rollouts_every)"
+            )
+        return entries
+
+    def _metrics(self, totals: dict[str, float], norms: list[float]) -> dict[str, float]:
+        updates = len(norms)
+        count = max(totals["mismatch_count"], 1.0)
+        metrics = {
+            name: totals[name] / updates
+            for name in (
+                "policy_loss",
+                "self_reward_loss",
+                "kl_loss",
+                "entropy",
+                "total_loss",
+                "clip_fraction",
+                "approx_kl",
+            )
+        }
+        metrics["grad_norm"] = sum(norms) / updates
+        metrics["lr"] = self.policy.learning_rate()
+        metrics["logprob_diff_mean"] = totals["mismatch_sum"] / count
+        metrics["logprob_diff_max"] = totals["max_mismatch"]
+        metrics["rollout_k3_kl"] = totals["mismatch_k3"] / count
+        return metrics

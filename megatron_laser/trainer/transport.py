@@ -1,0 +1,45 @@
+"""Numpy arrays from rank 0 to every rank: to each replica's leader first, then inside the replica."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_laser.trainer.runtime import Runtime
+
+
+def broadcast_arrays(arrays: dict[str, np.ndarray] | None, runtime: Runtime) -> dict[str, np.ndarray]:
+    """Send rank 0's named arrays to all ranks over gloo; `arrays` is ignored elsewhere. No pickling."""
+    if runtime.world_size == 1:
+        assert arrays is not None
+        return arrays
+    payload = _encode(arrays) if runtime.is_main and arrays is not None else None
+    if runtime.leaders_group is not None:
+        payload = _broadcast(payload, 0, runtime.leaders_group)
+    if len(runtime.replica_ranks) > 1:
+        payload = _broadcast(payload, runtime.replica_ranks[0], runtime.replica_group)
+    assert payload is not None
+    return _decode(payload)
+
+
+def _broadcast(payload: torch.Tensor | None, source: int, group: dist.ProcessGroup) -> torch.Tensor:
+    size = torch.tensor([0 if payload is None else payload.numel()], dtype=torch.int64)
+    dist.broadcast(size, src=source, group=group)
+    if payload is None:
+        payload = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(payload, src=source, group=group)
+    return payload
+
+
+def _encode(arrays: dict[str, np.ndarray]) -> torch.Tensor:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
+
+
+def _decode(payload: torch.Tensor) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(payload.numpy().tobytes()), allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}

@@ -1,0 +1,85 @@
+"""Two gloo ranks: the log-prob op on two vocabulary shards against the whole weight on one rank.
+
+Started by test_linear_logprob_tp.py under torchrun; exits non-zero when a claim does not hold.
+"""
+
+import datetime
+import itertools
+
+import torch
+import torch.distributed as dist
+
+from megatron_laser.ops import IGNORE_LABEL, few_row_logprob, linear_logprob, torch_reference
+
+ROWS, HIDDEN, COLUMNS = 22, 12, 40
+
+
+def problem(rows, vocab_size):
+    generator = torch.Generator().manual_seed(rows + 1000 * vocab_size)
+    hidden = torch.randn(rows, HIDDEN, generator=generator)
+    weight = torch.randn(COLUMNS, HIDDEN, generator=generator)
+    labels = torch.randint(0, vocab_size, (rows,), generator=generator)
+    labels[::4] = IGNORE_LABEL
+    inv_temperature = torch.rand(rows, generator=generator) + 0.5
+    factors = torch.randn(2, rows, generator=generator)
+    return hidden, weight, labels, inv_temperature, factors
+
+
+def run(hidden, weight, labels, inv_temperature, factors, **settings):
+    """(logprobs, entropy, dX, dW) of a fixed weighting of the outputs."""
+    hidden = hidden.clone().requires_grad_()
+    weight = weight.clone().requires_grad_()
+    op = torch_reference.linear_logprob if "tile_bytes" in settings else linear_logprob
+    result = op(hidden, weight, labels, inv_temperature=inv_temperature, with_entropy=True, **settings)
+    ((result.logprobs * factors[0]).sum() + (result.entropy * factors[1]).sum()).backward()
+    return result.logprobs.detach(), result.entropy.detach(), hidden.grad, weight.grad
+
+
+def assert_equal_on_all_ranks(tensor):
+    copies = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(copies, tensor.contiguous())
+    assert all(torch.equal(copy, copies[0]) for copy in copies)
+
+
+def main():
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    # 40: all columns real. 33: padding in the last shard. 15: the last shard is nothing but padding.
+    for rows, vocab_size, sequence_parallel, tile_bytes in itertools.product(
+        (ROWS, 2, 0), (40, 33, 15), (False, True), (None, 4 * 30)
+    ):
+        hidden, weight, labels, inv_temperature, factors = problem(rows, vocab_size)
+        whole = run(hidden, weight, labels, inv_temperature, factors, vocab_size=vocab_size)
+        columns = slice(rank * COLUMNS // size, (rank + 1) * COLUMNS // size)
+        own = slice(rank * rows // size, (rank + 1) * rows // size) if sequence_parallel else slice(None)
+        settings = {} if tile_bytes is None else {"tile_bytes": tile_bytes}
+        sharded = run(
+            hidden[own],
+            weight[columns],
+            labels,
+            inv_temperature,
+            factors,
+            vocab_size=vocab_size,
+            tp_group=group,
+            sequence_parallel=sequence_parallel,
+            **settings,
+        )
+        expected = (whole[0], whole[1], whole[2][own], whole[3][columns])
+        for name, got, want in zip(("logprobs", "entropy", "dX", "dW"), sharded, expected):
+            case = f"{name}: rows={rows} {vocab_size=} {sequence_parallel=} {tile_bytes=}"
+            torch.testing.assert_close(
+                got, want, atol=1e-5, rtol=1e-5, msg=lambda text, c=case: f"{c}\n{text}"
+            )
+        assert_equal_on_all_ranks(sharded[0])
+        assert_equal_on_all_ranks(sharded[1])
+        few = few_row_logprob(hidden, weight[columns], labels, vocab_size=vocab_size, tp_group=group)
+        torch.testing.assert_close(
+            few, few_row_logprob(hidden, weight, labels, vocab_size=vocab_size), atol=1e-5, rtol=1e-5
+        )
+        assert_equal_on_all_ranks(few)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

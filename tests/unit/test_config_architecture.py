@@ -1,0 +1,166 @@
+"""Reading config.json and counting parameters, against transformers' own models."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from megatron_laser.config import ConfigError, Layout, count_parameters, read_architecture, stage_parameters
+from megatron_laser.config.architecture import architecture_from_dict
+from megatron_laser.config.parameters import padded_vocab_size, rank_bytes
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "vocab_size": 101,
+}
+
+
+def raw(model_type: str = "qwen2", **changes: Any) -> dict[str, Any]:
+    return {"model_type": model_type, **SHAPE, **changes}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_parameter_count_is_that_of_the_transformers_model(tmp_path, model_type, tied):
+    transformers = pytest.importorskip("transformers")
+    hf_config = transformers.AutoConfig.for_model(model_type, **SHAPE, tie_word_embeddings=tied)
+    hf_config.save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_config(hf_config)
+    assert count_parameters(read_architecture(tmp_path)) == sum(p.numel() for p in model.parameters())
+
+
+def test_the_parameter_count_of_qwen2_5_7b_is_the_published_one():
+    architecture = architecture_from_dict(
+        raw(
+            hidden_size=3584,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            intermediate_size=18944,
+            vocab_size=152064,
+        )
+    )
+    assert count_parameters(architecture) == 7_615_616_512
+
+
+def test_old_and_new_rope_keys_are_read():
+    assert architecture_from_dict(raw(rope_theta=1e6)).rope_theta == 1e6
+    new = architecture_from_dict(raw(rope_parameters={"rope_theta": 5e5, "rope_type": "default"}))
+    assert (new.rope_theta, new.rope_type) == (5e5, "default")
+    scaled = architecture_from_dict(
+        raw("llama", rope_theta=5e5, rope_scaling={"rope_type": "llama3", "factor": 32.0})
+    )
+    assert (scaled.rope_theta, scaled.rope_type) == (5e5, "llama3")
+    assert architecture_from_dict(raw()).rope_theta == 10000.0
+
+
+def test_left_out_keys_take_the_values_that_transformers_takes():
+    llama = raw("llama")
+    del llama["num_key_value_heads"]
+    assert architecture_from_dict(llama).num_key_value_heads == 4
+    assert architecture_from_dict(raw(num_key_value_heads=None)).num_key_value_heads == 4
+    assert architecture_from_dict(raw("qwen2")).head_dim == 12
+    assert architecture_from_dict(raw("qwen3")).head_dim == 128
+    assert architecture_from_dict(raw("qwen3", head_dim=16)).head_dim == 16
+
+
+def test_biases_and_norms_follow_the_model_type():
+    flags = {
+        name: (found.qkv_bias, found.qk_norm)
+        for name in ("llama", "qwen2", "qwen3")
+        for found in [architecture_from_dict(raw(name))]
+    }
+    assert flags == {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
+
+
+@pytest.mark.parametrize(
+    ("contents", "expected"),
+    [
+        (raw("mixtral"), "model_type 'mixtral' is not supported; expected llama, qwen2, qwen3"),
+        ({}, "model_type None is not supported"),
+        (raw(hidden_size=None), "hidden_size: expected a positive integer, got None"),
+        (raw(num_hidden_layers=0), "num_hidden_layers: expected a positive integer, got 0"),
+        (raw(num_key_value_heads=3), "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
+        (raw(hidden_size=50), "hidden_size 50 is not divisible by num_attention_heads 4"),
+        (raw(hidden_act="gelu"), "hidden_act: 'gelu'"),
+        (raw(use_sliding_window=True), "use_sliding_window"),
+        (raw("llama", attention_bias=True), "attention_bias"),
+        (raw("llama", mlp_bias=True), "mlp_bias"),
+        (raw(rope_scaling={"type": "yarn", "factor": 4}), "rope_type: 'yarn' is not supported"),
+    ],
+)
+def test_models_that_cannot_be_built_are_refused(contents, expected):
+    with pytest.raises(ConfigError) as error:
+        architecture_from_dict(contents)
+    assert expected in str(error.value)
+
+
+def test_qwen_needs_its_key_value_heads_said():
+    contents = raw()
+    del contents["num_key_value_heads"]
+    with pytest.raises(ConfigError, match="num_key_value_heads: required"):
+        architecture_from_dict(contents)
+
+
+def test_a_folder_without_a_readable_config_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="absent is not a folder"):
+        read_architecture(tmp_path / "absent")
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        read_architecture(tmp_path)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        read_architecture(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps([1]), encoding="utf-8")
+    with pytest.raises(ConfigError, match="expected an object, got list"):
+        read_architecture(tmp_path)
+
+
+def test_the_padded_vocabulary_is_a_multiple_on_every_shard():
+    assert padded_vocab_size(101, 1, 1) == 101
+    assert padded_vocab_size(101, 2, 64) == 128
+    assert padded_vocab_size(151936, 8, 128) == 152576
+    assert padded_vocab_size(152576, 8, 128) == 152576
+
+
+def test_one_rank_holds_the_whole_model_plus_the_padding():
+    for tied, tables in ((False, 2), (True, 1)):
+        arch = architecture_from_dict(raw(tie_word_embeddings=tied))
+        (stage,) = stage_parameters(arch, Layout(), vocab_multiple=128)
+        assert stage == count_parameters(arch) + tables * (128 - 101) * 48
+
+
+def test_tensor_parallel_ranks_split_matrices_and_repeat_norms():
+    arch = architecture_from_dict(raw("qwen3", head_dim=16))
+    (whole,) = stage_parameters(arch, Layout(), vocab_multiple=128)
+    (half,) = stage_parameters(arch, Layout(tensor=2), vocab_multiple=64)
+    norms = 4 * (2 * 48 + 2 * 16) + 48
+    assert 2 * half == whole + norms
+
+
+def test_tied_embeddings_are_held_by_the_first_and_the_last_stage():
+    arch = architecture_from_dict(raw(tie_word_embeddings=True))
+    stages = stage_parameters(arch, Layout(pipeline=4), vocab_multiple=1)
+    layer = stages[1]
+    assert stages == (layer + 101 * 48, layer, layer, layer + 101 * 48 + 48)
+    assert sum(stages) == count_parameters(arch) + 101 * 48
+
+
+def test_stages_of_an_untied_model_add_up_to_the_model():
+    arch = architecture_from_dict(raw())
+    for layout in (Layout(pipeline=2), Layout(pipeline=2, virtual_pipeline=2), Layout(pipeline=4)):
+        assert sum(stage_parameters(arch, layout, vocab_multiple=1)) == count_parameters(arch)
+
+
+def test_bytes_follow_the_dtype_and_the_sharding():
+    plain = rank_bytes(1000, "float32", shards=1, reference_model=False)
+    assert (plain.weights, plain.gradients, plain.optimizer, plain.reference_model) == (4000, 4000, 8000, 0)
+    sharded = rank_bytes(1000, "bfloat16", shards=7, reference_model=True)
+    assert (sharded.weights, sharded.gradients, sharded.reference_model) == (2000, 4000, 2000)
+    assert sharded.optimizer == 1715  # 12000 / 7, rounded up
+    assert sharded.total == 2000 + 4000 + 1715 + 2000

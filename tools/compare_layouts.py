@@ -1,0 +1,243 @@
+#!/usr/bin/env python
+"""Does the parallel layout change what is learned? Trains 3 steps on fixed rollouts under many layouts.
+
+    python tools/compare_layouts.py                     # 1, 2 and 4 gloo processes on this machine
+    python tools/compare_layouts.py --processes 1 2     # without the 2 x 2 layouts
+
+Every layout starts from the same tiny random model and trains on the same rollouts: off-policy old log-probs,
+right and wrong scored responses, truncated and one-token ones, groups of different sizes, a number of samples
+that no rank count divides. All loss terms are on: clipping, KL to a reference model, entropy, self-reward,
+mixed advantages. Loss terms and gradient norms of each step and a parameter checksum after the last must agree
+with one process at one token budget: |a - b| <= 1e-5 |b| + 1e-7 in fp32. The exit status is 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+STEPS = 3
+RELATIVE, ABSOLUTE = 1e-5, 1e-7
+COMPARED = ("total_loss", "policy_loss", "self_reward_loss", "kl_loss", "entropy", "grad_norm")
+BUDGETS = (4096, 160, 80)
+# processes -> {name: overrides}; the first entry of all is the reference.
+LAYOUTS: dict[int, dict[str, list[str]]] = {
+    1: {f"1 process, {budget} tokens": [f"batching.tokens_per_micro_batch={budget}"] for budget in BUDGETS},
+    2: {
+        **{f"data 2, {budget} tokens": [f"batching.tokens_per_micro_batch={budget}"] for budget in BUDGETS},
+        "data 2, distributed optimizer": ["optimizer.distributed=true"],
+        "data 2, distributed, overlapped": [
+            "optimizer.distributed=true",
+            "optimizer.overlap_grad_reduce=true",
+            "optimizer.overlap_param_gather=true",
+        ],
+        "tensor 2": ["parallel.tensor=2"],
+        "tensor 2, 80 tokens": ["parallel.tensor=2", "batching.tokens_per_micro_batch=80"],
+        "tensor 2, sequence": ["parallel.tensor=2", "parallel.sequence=true"],
+        "pipeline 2, 160 tokens": ["parallel.pipeline=2", "batching.tokens_per_micro_batch=160"],
+        "pipeline 2": ["parallel.pipeline=2"],
+        "pipeline 2 x virtual 2": [
+            "parallel.pipeline=2",
+            "parallel.virtual_pipeline=2",
+            "batching.tokens_per_micro_batch=160",
+        ],
+    },
+    4: {
+        "tensor 2 x pipeline 2": ["parallel.tensor=2", "parallel.pipeline=2"],
+        "tensor 2 x data 2": ["parallel.tensor=2"],
+        "tensor 2 x data 2, sequence, distributed": [
+            "parallel.tensor=2",
+            "parallel.sequence=true",
+            "optimizer.distributed=true",
+        ],
+        "pipeline 2 x data 2, 80 tokens": ["parallel.pipeline=2", "batching.tokens_per_micro_batch=80"],
+    },
+}
+CONFIG = """
+model: {{path: {model}, dtype: float32, vocab_multiple: 1}}
+data: {{train: {model}/unused.jsonl, max_prompt_tokens: 32}}
+rollout: {{prompts_per_step: 8, samples_per_prompt: 4, max_new_tokens: 48, temperature: 0.8}}
+laser: {{score_token: 89, ref_logprob: -6.0, beta: 0.4, alpha: 0.5, tau: 0.3, std_threshold: 0.001,
+        reasoning_warmup_steps: 0, self_reward_warmup_steps: 0}}
+policy: {{old_logprobs: rollout, dual_clip: 3.0, kl_coefficient: 0.05, entropy_coefficient: 0.01}}
+optimizer: {{lr: 1.0e-3}}
+run: {{steps: {steps}, output_dir: {model}/run, deadline: 120}}
+"""
+
+
+def make_model(folder: Path, tied: bool) -> None:
+    """A tiny random Qwen2 with an odd vocabulary-free size that 2 x 2 layouts divide."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=90,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2 if parameter.dim() == 1 else 0.1)
+    model.save_pretrained(folder)
+
+
+def fixed_rollouts(step: int):
+    """A hand-shaped rollout batch, the same in every process."""
+    import numpy as np
+
+    from megatron_laser.batching.flat import flatten
+    from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample
+
+    rng = np.random.default_rng(step)
+    batch = RolloutBatch(step=step, weight_version=step - 1)
+    for row, size in enumerate((4, 4, 3, 4, 4, 2, 4, 4)):
+        prompt = [int(x) for x in rng.integers(2, 89, rng.integers(3, 12))]
+        group = Group(Prompt(row, "", "", prompt), [])
+        for number in range(size):
+            length = 1 if (row, number) == (1, 2) else int(rng.integers(2, 40))
+            truncated = (row + number) % 5 == 4
+            ids = [int(x) for x in rng.integers(2, 89, length)]
+            if not truncated:
+                ids[-1] = 1
+            logprobs = [float(x) for x in rng.normal(-4.5, 0.5, length)]
+            generation = Generation(ids, logprobs, "length" if truncated else "stop", step - 1)
+            reward = 0.0 if truncated else float(rng.random() < 0.5)
+            group.samples.append(
+                Sample(
+                    prompt,
+                    generation,
+                    "",
+                    generation.is_scored((1,)),
+                    reward,
+                    "correct" if reward else "wrong",
+                )
+            )
+        batch.groups.append(group)
+    return flatten(batch)
+
+
+def run_worker(model: Path, names: list[str], output: Path) -> None:
+    """Inside torchrun: train under each named layout in turn; rank 0 writes the figures."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_laser.config import load_config
+    from megatron_laser.trainer import runtime as runtimes
+    from megatron_laser.trainer.trainer import Trainer
+
+    torch.set_num_threads(1)
+    layouts = LAYOUTS[int(os.environ.get("WORLD_SIZE", "1"))]
+    runtime = None
+    store = None
+    results = {}
+    for name in names:
+        config = load_config(model / "config.yaml", layouts[name])
+        if runtime is None:
+            runtime = runtimes.start(config)
+            store = runtime.store
+        else:
+            parallel_state.destroy_model_parallel()
+            runtime = runtimes.build_groups(config, store)
+        trainer = Trainer(config, runtime, score_token_id=89)
+        figures = []
+        for step in range(1, STEPS + 1):
+            metrics = trainer.train_step(fixed_rollouts(step), step).metrics
+            figures.append({key: metrics[key] for key in COMPARED})
+        checksum = sum(float(tensor.double().abs().sum()) for _, tensor in trainer.weight_stream())
+        signed = sum(
+            float(
+                (tensor.double().flatten() * torch.linspace(-1, 1, tensor.numel(), dtype=torch.float64)).sum()
+            )
+            for _, tensor in trainer.weight_stream()
+        )
+        results[name] = {"steps": figures, "checksum": checksum, "signed_checksum": signed}
+        dist.barrier()
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps(results))
+    runtimes.stop()
+
+
+def launch(model: Path, processes: int, output: Path) -> dict:
+    """Start the worker, under torchrun when there is more than one process."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    command += [__file__, "--worker", str(model), "--output", str(output)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    if done.returncode != 0:
+        raise SystemExit(f"{processes} processes failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return json.loads(output.read_text())
+
+
+def worst_ratio(result: dict, reference: dict) -> tuple[float, str]:
+    """Largest |a - b| / (1e-5 |b| + 1e-7) and where it is; at most 1 is agreement."""
+    pairs = [(result[name], reference[name], name) for name in ("checksum", "signed_checksum")] + [
+        (mine[key], theirs[key], f"{key}, step {step}")
+        for step, (mine, theirs) in enumerate(zip(result["steps"], reference["steps"], strict=True), 1)
+        for key in COMPARED
+    ]
+    return max((abs(a - b) / (RELATIVE * abs(b) + ABSOLUTE), where) for a, b, where in pairs)
+
+
+def main() -> None:
+    """Parse the command line, run all layouts, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], choices=sorted(LAYOUTS))
+    parser.add_argument("--tied", action="store_true", help="a model with tied embeddings")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker is not None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        run_worker(arguments.worker, list(LAYOUTS[world_size]), arguments.output)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch)
+        make_model(model, arguments.tied)
+        (model / "config.yaml").write_text(CONFIG.format(model=model, steps=STEPS))
+        results: dict[str, dict] = {}
+        for processes in sorted({1, *arguments.processes}):
+            results |= launch(model, processes, model / f"results-{processes}.json")
+    reference_name = next(iter(results))
+    reference = results[reference_name]
+    header = (
+        f"{'layout':42s} {'loss step 1':>13s} {'grad norm 3':>13s} {'self-reward 3':>13s} {'checksum':>15s}"
+    )
+    print(f"{header} {'worst':>8s}  where")
+    failed = False
+    for name, result in results.items():
+        ratio, where = worst_ratio(result, reference)
+        failed |= ratio > 1.0
+        first, last = result["steps"][0], result["steps"][-1]
+        print(
+            f"{name:42s} {first['total_loss']:13.8f} {last['grad_norm']:13.8f} {last['self_reward_loss']:13.8f} "
+            f"{result['checksum']:15.7f} {ratio:8.4f}  {'reference' if result is reference else where}"
+        )
+    print(f"\nworst = largest |a - b| / (1e-5 |b| + 1e-7) against '{reference_name}'; at most 1 agrees")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
