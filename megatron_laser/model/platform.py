@@ -44,7 +44,7 @@ _MODULES = (
     "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.transformer.moe.moe_layer",
 )
-_FACTORIES = "arange as_tensor empty empty_like full full_like ones ones_like rand randn tensor zeros zeros_like".split()
+_FACTORIES = ["arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn", "tensor", "zeros", "zeros_like"]
 _installed = False
 
 
@@ -56,6 +56,11 @@ def has_cuda() -> bool:
 def device() -> torch.device:
     """The device of this process's model: the current CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def device_name() -> str:
+    """The device's product name."""
+    return torch.cuda.get_device_name() if has_cuda() else "CPU (gloo)"
 
 
 def set_local_device(local_rank: int) -> None:
@@ -79,6 +84,20 @@ def reset_peak_memory() -> None:
     """Start a new measurement of `peak_device_gib`."""
     if has_cuda():
         torch.cuda.reset_peak_memory_stats()
+
+
+def reset_peak_memory_bytes() -> int:
+    """Start a new measurement of `peak_memory_bytes`; returns the bytes that are allocated now."""
+    if not has_cuda():
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak_memory_bytes() -> int:
+    """Most device bytes allocated at once since the last reset; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() if has_cuda() else 0
 
 
 def memory_gib() -> dict[str, float]:

@@ -27,13 +27,12 @@ from transformers import PretrainedConfig
 from megatron_laser.config.derived import optimizer_steps
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.model import platform
+from megatron_laser.model.dtypes import DTYPES
 from megatron_laser.model.hf_config import read_hf_config, transformer_config
 from megatron_laser.model.hf_folder import HfFolder
 from megatron_laser.model.mapping import Geometry
 from megatron_laser.model.policy_model import PolicyModel
 from megatron_laser.model.weights import WeightExporter, load_weights
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass

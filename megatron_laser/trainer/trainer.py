@@ -33,11 +33,13 @@ from megatron_laser.trainer.step_data import StepData, prepare_step
 class StepResult:
     """What one step did.
 
-    metrics: flat names, the same on every rank. scores: [samples] r_s of the policy that generated the batch,
-    NaN where a response has none (or LaSeR is off); advantages: [samples], as used by the policy loss.
+    metrics: flat names, the same on every rank. zc_logprobs, scores: [samples] log pi(z_c | x, y, EOS) and r_s
+    of the policy that generated the batch, NaN where a response has none (or LaSeR is off). advantages:
+    [samples], as used by the policy loss. All on the CPU.
     """
 
     metrics: dict[str, float]
+    zc_logprobs: torch.Tensor
     scores: torch.Tensor
     advantages: torch.Tensor
 
@@ -95,7 +97,7 @@ class Trainer:
             metrics = self._optimize(data, samples, step)
         metrics["advantage_mixed_fraction"] = mixed
         metrics["micro_batches"] = float(len(data.micro_batches))
-        return StepResult(metrics, scores, advantages)
+        return StepResult(metrics, zc_logprobs, scores, advantages)
 
     def weight_stream(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face (name, full tensor) pairs on global rank 0; all ranks must exhaust it together."""

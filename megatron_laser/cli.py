@@ -1,0 +1,181 @@
+"""The command line. Heavy imports happen inside the commands: `--help` and `--dry-run` need no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="megatron-laser",
+    help="LaSeR training on Megatron-Core: RL with verifiable rewards in which the model learns to judge itself.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+bench_app = typer.Typer(help="Measure: each command prints a table.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Settings as [cyan]section.key=value[/] (YAML values), for example parallel.tensor=2."
+    ),
+]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved run and stop: no weights, no data, no process group."
+        ),
+    ] = False,
+    world_size: Annotated[
+        int | None,
+        typer.Option(help="With --dry-run: the number of processes; by default the smallest valid one."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Move an existing run.output_dir aside (to NAME.old-1) and start anew.")
+    ] = False,
+) -> None:
+    """Train.
+
+    One process:   megatron-laser train examples/tiny_sum/laser.yaml
+
+    Several:       torchrun --nproc-per-node 8 -m megatron_laser train RUN.yaml parallel.tensor=4
+    """
+    from megatron_laser.config import check_layout, load_config, read_architecture, resolve_plan
+
+    with _user_errors():
+        loaded = load_config(config, overrides or [])
+        if dry_run:
+            from rich.console import Console
+
+            Console(soft_wrap=not sys.stdout.isatty()).print(resolve_plan(loaded, world_size).render())
+            return
+        if world_size is not None:
+            raise typer.BadParameter("--world-size goes with --dry-run; torchrun sets the real one")
+        check_layout(loaded, read_architecture(loaded.model.path), int(os.environ.get("WORLD_SIZE", "1")))
+        is_main = os.environ.get("RANK", "0") == "0"
+        _prepare_process(loaded.logging.level, is_main)
+        if overwrite and is_main:
+            from megatron_laser.output_folder import move_aside
+
+            moved = move_aside(Path(loaded.run.output_dir))
+            if moved is not None:
+                typer.echo(f"moved the existing {loaded.run.output_dir} to {moved}")
+        from megatron_laser.loop import train as run
+
+        folder = run(loaded)
+        if is_main:
+            typer.echo(f"done: {folder}/report.md")
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Output folders, for example a GRPO run and a LaSeR run.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for report.md and plots/; by default that of the last run.")
+    ] = None,
+) -> None:
+    """Write report.md with plots for one or more runs, beside each other."""
+    from megatron_laser.observability.report import write_report
+
+    with _user_errors():
+        typer.echo(f"wrote {write_report(runs, output)}")
+
+
+@app.command()
+def env() -> None:
+    """Print versions, devices, and which optional parts were found."""
+    from megatron_laser.environment import describe
+
+    for name, value in describe().items():
+        typer.echo(f"{name:22s} {value}")
+
+
+@bench_app.command("step")
+def bench_step(
+    pairs: Annotated[int, typer.Option(help="Interleaved GRPO/LaSeR pairs that are counted.")] = 30,
+    prompts: Annotated[int, typer.Option(help="Prompts per step.")] = 4,
+    samples: Annotated[int, typer.Option(help="Responses per prompt.")] = 8,
+    response_length: Annotated[int, typer.Option(help="Tokens of each response.")] = 256,
+    hidden: Annotated[int, typer.Option(help="Hidden size of the random Qwen2 model.")] = 128,
+    layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
+    vocabulary: Annotated[int, typer.Option(help="Its vocabulary.")] = 8192,
+    output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """What LaSeR adds to a GRPO train step (old-policy pass included in both): time ratio and peak memory."""
+    _prepare_process("WARNING", is_main=True)
+    from megatron_laser.benchmarks.step import StepBenchmark
+
+    benchmark = StepBenchmark(
+        prompts=prompts,
+        samples=samples,
+        response_length=response_length,
+        hidden=hidden,
+        layers=layers,
+        vocabulary=vocabulary,
+    )
+    result = benchmark.run(pairs)
+    typer.echo(result.table())
+    if output is not None:
+        result.write(output)
+
+
+class _user_errors:
+    """Turn errors about the user's input into one readable message and exit status 2."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        from megatron_laser.config import ConfigError
+
+        expected: tuple[type[BaseException], ...] = (ConfigError, FileNotFoundError)
+        if "megatron_laser.data" in sys.modules:
+            from megatron_laser.data import DataError
+
+            expected += (DataError,)
+        if "megatron_laser.rewards" in sys.modules:
+            from megatron_laser.rewards import GradingPoolError, RewardSpecError
+
+            expected += (RewardSpecError, GradingPoolError)
+        if isinstance(error, expected):
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        return False
+
+
+def _prepare_process(level: str, is_main: bool) -> None:
+    """Logging of this process; quiet the import-time remarks of libraries about parts that are optional here."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine).*")
+    logging.basicConfig(level=level if is_main else "ERROR", format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("megatron.core", "torch.distributed", "httpx"):
+        logging.getLogger(noisy).setLevel("ERROR")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Entry point of `megatron-laser` and `python -m megatron_laser`."""
+    app()

@@ -1,0 +1,16 @@
+"""Data: files to rows, rows to tokenized prompts, and the order in which they are used. No torch."""
+
+from .cursor import PromptCursor
+from .errors import DataError
+from .prompts import DroppedPrompts, build_prompts
+from .readers import Row, fingerprint, read_rows
+
+__all__ = [
+    "DataError",
+    "DroppedPrompts",
+    "PromptCursor",
+    "Row",
+    "build_prompts",
+    "fingerprint",
+    "read_rows",
+]

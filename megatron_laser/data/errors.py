@@ -1,0 +1,7 @@
+"""The error of this package."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """A data file, a row, or the way they are read does not fit; the message names the place."""

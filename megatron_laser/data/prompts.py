@@ -1,0 +1,115 @@
+"""Rows to tokenized prompts: chat template or plain text, length limit, ids within the vocabulary."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_laser.types import Prompt
+
+from .errors import DataError
+from .readers import Row
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 1000  # texts for one call of the tokenizer
+_NAMED = 5  # dropped rows that the log names
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedPrompts:
+    """The prompts that were longer than the limit.
+
+    Attributes:
+        total: number of rows there were.
+        max_prompt_tokens: the limit.
+        rows: (where the row is, its prompt's length in tokens), in the order of the rows.
+    """
+
+    total: int
+    max_prompt_tokens: int
+    rows: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        named = ", ".join(f"{source} ({length} tokens)" for source, length in self.rows[:_NAMED])
+        more = f" and {len(self.rows) - _NAMED} more" if len(self.rows) > _NAMED else ""
+        return (
+            f"{len(self.rows)} of {self.total} prompts are longer than data.max_prompt_tokens = "
+            f"{self.max_prompt_tokens} and dropped" + (f": {named}{more}" if named else "")
+        )
+
+
+def build_prompts(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    prompt_suffix: str,
+    apply_chat_template: bool,
+    max_prompt_tokens: int,
+    vocab_size: int,
+) -> tuple[list[Prompt], DroppedPrompts]:
+    """Tokenize every row's problem followed by `prompt_suffix`.
+
+    Args:
+        rows: see `read_rows`.
+        tokenizer: a Hugging Face tokenizer.
+        prompt_suffix: appended to the problem as it is.
+        apply_chat_template: one user turn through the tokenizer's template, with the generation prompt; else
+            the text itself, with the special tokens that the tokenizer adds by default (Llama's BOS).
+        max_prompt_tokens: longer prompts are dropped, and named in the log.
+        vocab_size: number of ids that the model has (before padding).
+
+    Raises:
+        DataError: the tokenizer has no chat template, an id is not in the vocabulary, a prompt has no tokens,
+            or no prompt is left.
+    """
+    if apply_chat_template and not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "data.apply_chat_template is true, but the tokenizer has no chat template: "
+            "set data.apply_chat_template: false (a base model), or add chat_template.jinja to model.path"
+        )
+    prompts: list[Prompt] = []
+    dropped: list[tuple[str, int]] = []
+    for start in range(0, len(rows), _BATCH):
+        batch = rows[start : start + _BATCH]
+        texts = [row.problem + prompt_suffix for row in batch]
+        for row, token_ids in zip(batch, _tokenize(tokenizer, texts, apply_chat_template), strict=True):
+            _check_ids(token_ids, row, vocab_size)
+            if len(token_ids) > max_prompt_tokens:
+                dropped.append((row.source, len(token_ids)))
+            else:
+                prompts.append(Prompt(row.row, row.problem, row.answer, token_ids))
+    report = DroppedPrompts(len(rows), max_prompt_tokens, tuple(dropped))
+    if not prompts:
+        raise DataError(f"no prompts are left: {report}" if rows else "no prompts: there are no rows")
+    if dropped:
+        logger.warning("%s", report)
+    return prompts, report
+
+
+def _tokenize(tokenizer: Any, texts: list[str], apply_chat_template: bool) -> list[list[int]]:
+    if apply_chat_template:
+        # Rendering and encoding apart: encoding a batch is many times faster, and what
+        # apply_chat_template(tokenize=True) returns changed with transformers 5 (a BatchEncoding).
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+            for text in texts
+        ]
+    # a template writes the special tokens itself
+    encoded = tokenizer(texts, add_special_tokens=not apply_chat_template)["input_ids"]
+    return [[int(token_id) for token_id in token_ids] for token_ids in encoded]
+
+
+def _check_ids(token_ids: list[int], row: Row, vocab_size: int) -> None:
+    if not token_ids:
+        raise DataError(f"{row.source}: the prompt has no tokens")
+    worst = max(token_ids) if min(token_ids) >= 0 else min(token_ids)
+    if not 0 <= worst < vocab_size:
+        raise DataError(
+            f"{row.source}: token id {worst} is not in the model's vocabulary of {vocab_size}: "
+            "the tokenizer belongs to another model"
+        )

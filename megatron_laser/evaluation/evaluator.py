@@ -1,0 +1,239 @@
+"""Evaluation of whatever an engine holds: sample, grade, score, write down, summarize."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from megatron_laser.algorithms.self_reward import self_reward_scores
+from megatron_laser.evaluation.records import EvaluationRecord, write_records
+from megatron_laser.evaluation.summary import summarize
+from megatron_laser.observability.plain import plain, write_atomically
+from megatron_laser.rewards import Grade, GradingPool, equivalence_classes, extract_answer
+from megatron_laser.types import Generation, Prompt, SamplingParams
+
+
+class EvaluationEngine(Protocol):
+    """The part of `rollout.RolloutEngine` that an evaluation needs."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, deadline: float
+    ) -> list[list[Generation]]:
+        """`samples_per_prompt` responses for each prompt, in order."""
+        ...
+
+    def score(self, sequences: Sequence[Sequence[int]], token_id: int, *, deadline: float) -> list[float]:
+        """log pi(token_id | sequence) at temperature 1."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSummary:
+    """The metrics (names: see `summarize`) and where records and summary lie."""
+
+    metrics: dict[str, float]
+    records_path: Path
+    summary_path: Path
+
+    def prefixed(self, prefix: str = "eval/") -> dict[str, float]:
+        """The metrics as metrics.jsonl names them."""
+        return {prefix + name: value for name, value in self.metrics.items()}
+
+
+def evaluate(
+    engine: EvaluationEngine,
+    prompts: Sequence[Prompt],
+    *,
+    sampling: SamplingParams,
+    decode: Callable[[list[int]], str],
+    grading: GradingPool,
+    score_token_id: int | None,
+    ref_logprob: float | None,
+    beta: float,
+    records_path: Path,
+    deadline: float,
+    generation_batch: int,
+) -> EvaluationSummary:
+    """Answer every prompt `sampling.samples_per_prompt` times and judge the answers and their scores.
+
+    Records are appended to `records_path` as batches finish; the summary is written beside it with the suffix
+    .json when all have, so a summary always belongs to complete records.
+
+    Args:
+        decode: response ids without the stop token to text.
+        score_token_id: z_c; None for no scores.
+        ref_logprob: c_ref; None records zc_logprob but gives no scores (how c_ref is measured).
+        beta: beta_v.
+        deadline: seconds for all of it.
+        generation_batch: responses asked for in one call of the engine; at least one prompt's.
+
+    Raises:
+        ValueError: no prompts, or `generation_batch` below 1.
+        TimeoutError: the deadline passed; says how far the evaluation came.
+        RuntimeError: the engine returned another number of responses or a log-prob that is not finite.
+    """
+    if not prompts:
+        raise ValueError("evaluation got no prompts; check the data file and evaluation.max_prompts")
+    if generation_batch < 1:
+        raise ValueError(f"generation_batch is {generation_batch}; expected 1 or more responses")
+    job = _Job(
+        engine, sampling, decode, grading, score_token_id, ref_logprob, beta, time.monotonic() + deadline
+    )
+    records: list[EvaluationRecord] = []
+    per_call = max(1, generation_batch // sampling.samples_per_prompt)
+    records_path.parent.mkdir(parents=True, exist_ok=True)
+    summary_path = records_path.with_suffix(".json")
+    summary_path.unlink(missing_ok=True)
+    with records_path.open("w", encoding="utf-8") as file:
+        for start in range(0, len(prompts), per_call):
+            try:
+                batch = job.run(prompts[start : start + per_call], start)
+            except TimeoutError as error:
+                raise TimeoutError(
+                    f"evaluation into {records_path}: {start} of {len(prompts)} prompts were done when its "
+                    f"{deadline:g} s ended; raise the deadline, or lower evaluation.max_prompts or "
+                    f"the samples per prompt ({error})"
+                ) from error
+            write_records(file, batch)
+            # Texts are on disk; 32 long responses to each of many problems need not stay in memory.
+            records += [replace(record, response="") for record in batch]
+    metrics = summarize(records, seed=sampling.seed or 0)
+    write_atomically(
+        summary_path, json.dumps({name: plain(value) for name, value in metrics.items()}, indent=1) + "\n"
+    )
+    return EvaluationSummary(metrics, records_path, summary_path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What stays the same from batch to batch."""
+
+    engine: EvaluationEngine
+    sampling: SamplingParams
+    decode: Callable[[list[int]], str]
+    grading: GradingPool
+    score_token_id: int | None
+    ref_logprob: float | None
+    beta: float
+    ends: float
+
+    def run(self, prompts: Sequence[Prompt], start: int) -> list[EvaluationRecord]:
+        groups = self._generate(prompts, start)
+        texts = [[self._text(generation) for generation in group] for group in groups]
+        zc_logprobs = self._score(prompts, groups)
+        pairs = [(text, prompt.answer) for prompt, group in zip(prompts, texts) for text in group]
+        grades = iter(self.grading.grade_many(pairs, deadline=self._left("grade")))
+        records: list[EvaluationRecord] = []
+        for prompt, group, group_texts, group_zc in zip(prompts, groups, texts, zc_logprobs):
+            extracted = [extract_answer(text) for text in group_texts]
+            classes = equivalence_classes(extracted, self._left("compare answers"), pool=self.grading)
+            for sample, generation in enumerate(group):
+                records.append(
+                    self._record(
+                        prompt,
+                        sample,
+                        generation,
+                        text=group_texts[sample],
+                        grade=next(grades),
+                        extracted=extracted[sample],
+                        answer_class=classes[sample],
+                        zc_logprob=group_zc[sample],
+                    )
+                )
+        return records
+
+    def _generate(self, prompts: Sequence[Prompt], start: int) -> list[list[Generation]]:
+        sampling = replace(self.sampling, score_token_id=self.score_token_id)
+        if sampling.seed is not None:  # a stream of its own for each batch
+            sampling = replace(sampling, seed=(sampling.seed % 2**31) * 2**31 + start)
+        groups = self.engine.generate(
+            [prompt.token_ids for prompt in prompts], sampling, deadline=self._left("generate")
+        )
+        counts = [len(group) for group in groups]
+        if counts != [sampling.samples_per_prompt] * len(prompts):
+            raise RuntimeError(
+                f"the engine returned {counts} responses for {len(prompts)} prompts; "
+                f"expected {sampling.samples_per_prompt} for each"
+            )
+        return groups
+
+    def _score(self, prompts: Sequence[Prompt], groups: list[list[Generation]]) -> list[list[float | None]]:
+        """zc_logprob of scored responses; the engine is asked for what it did not return with them."""
+        values: list[list[float | None]] = [[None] * len(group) for group in groups]
+        if self.score_token_id is None:
+            return values
+        open_places: list[tuple[int, int]] = []
+        for i, group in enumerate(groups):
+            for j, generation in enumerate(group):
+                if not generation.is_scored(self.sampling.stop_token_ids):
+                    continue
+                values[i][j] = generation.zc_logprob
+                if generation.zc_logprob is None:
+                    open_places.append((i, j))
+        if open_places:
+            sequences = [prompts[i].token_ids + groups[i][j].response_ids for i, j in open_places]
+            answers = self.engine.score(sequences, self.score_token_id, deadline=self._left("score"))
+            for (i, j), answer in zip(open_places, answers, strict=True):
+                values[i][j] = answer
+        for prompt, row in zip(prompts, values):
+            for value in row:
+                if value is not None and not math.isfinite(value):
+                    raise RuntimeError(
+                        f"the engine returned log-prob {value} of score token {self.score_token_id} for a "
+                        f"response to row {prompt.row}; expected a finite number: check the weights"
+                    )
+        return values
+
+    def _text(self, generation: Generation) -> str:
+        ids = generation.response_ids
+        return self.decode(ids[:-1] if generation.finish_reason == "stop" else ids)
+
+    def _record(
+        self,
+        prompt: Prompt,
+        sample: int,
+        generation: Generation,
+        *,
+        text: str,
+        grade: Grade,
+        extracted: str | None,
+        answer_class: int | None,
+        zc_logprob: float | None,
+    ) -> EvaluationRecord:
+        logprobs = generation.logprobs
+        return EvaluationRecord(
+            row=prompt.row,
+            sample=sample,
+            problem=prompt.problem,
+            answer=prompt.answer,
+            response=text,
+            response_ids_length=len(generation.response_ids),
+            finish_reason=generation.finish_reason,
+            scored=generation.is_scored(self.sampling.stop_token_ids),
+            reward=grade.reward,
+            outcome=grade.outcome,
+            extracted=extracted,
+            zc_logprob=zc_logprob,
+            score=self._self_reward(zc_logprob),
+            mean_logprob=math.fsum(logprobs) / len(logprobs) if logprobs else None,
+            answer_class=answer_class,
+        )
+
+    def _self_reward(self, zc_logprob: float | None) -> float | None:
+        if zc_logprob is None or self.ref_logprob is None:
+            return None
+        value = torch.tensor(zc_logprob, dtype=torch.float64)
+        return float(self_reward_scores(value, ref_logprob=self.ref_logprob, beta=self.beta))
+
+    def _left(self, phase: str) -> float:
+        left = self.ends - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"no time was left to {phase}")
+        return left

@@ -1,0 +1,74 @@
+"""One evaluated response, and files of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from megatron_laser.observability.plain import plain
+
+
+@dataclass(slots=True)
+class EvaluationRecord:
+    """One response to one problem.
+
+    Attributes:
+        row: of the problem in its data files, from 0. sample: of the response, from 0.
+        response: text without the stop token. response_ids_length: tokens with it.
+        finish_reason: stop, length (truncated) or abort.
+        scored: the response ended in a stop token by itself, so it can have a score.
+        reward: the verifier's. outcome: see `rewards.Grade`.
+        extracted: the last box's content, None without one.
+        zc_logprob: log pi(score token | prompt, response), None if not scored (or no score token).
+        score: r_s = beta * (zc_logprob - ref_logprob), None like `zc_logprob`.
+        mean_logprob: mean log-prob of the response's tokens under sampling temperature; None if empty.
+        answer_class: equal for equal answers to the same problem; None abstains.
+    """
+
+    row: int
+    sample: int
+    problem: str
+    answer: str
+    response: str
+    response_ids_length: int
+    finish_reason: str
+    scored: bool
+    reward: float
+    outcome: str
+    extracted: str | None
+    zc_logprob: float | None
+    score: float | None
+    mean_logprob: float | None
+    answer_class: int | None
+
+    @property
+    def right(self) -> bool:
+        """The verifier's verdict."""
+        return self.reward > 0.5
+
+
+def write_records(file: TextIO, records: Iterable[EvaluationRecord]) -> None:
+    """Append one JSON line for each record and flush."""
+    for record in records:
+        fields = {name: plain(value) for name, value in asdict(record).items()}
+        file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def read_records(path: Path) -> list[EvaluationRecord]:
+    """The records of a file that `write_records` wrote.
+
+    Raises:
+        ValueError: a line is not a record; names it.
+    """
+    records: list[EvaluationRecord] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                records.append(EvaluationRecord(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path} line {number} is not an evaluation record: {error}") from error
+    return records

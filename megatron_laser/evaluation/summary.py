@@ -1,0 +1,164 @@
+"""The numbers of an evaluation, from its records."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_laser.algorithms.metrics import auroc, bootstrap_interval, spearman, verification_metrics
+from megatron_laser.algorithms.voting import VotingCurves, voting_curves
+from megatron_laser.evaluation.records import EvaluationRecord
+
+_CURVES = {
+    "average": "average",
+    "pass": "pass_rate",
+    "majority": "majority",
+    "weighted_majority": "weighted_majority",
+    "best_of": "best",
+}
+_NEED_SCORES = ("weighted_majority", "best_of")
+
+
+def summarize(
+    records: Sequence[EvaluationRecord], *, seed: int = 0, subsets: int = 100, num_resamples: int = 1000
+) -> dict[str, float]:
+    """Everything that is reported about an evaluation, as flat names.
+
+    With K the smallest number of responses to a problem:
+    - `accuracy` (average over responses) with its 95 % interval `accuracy_low`, `accuracy_high`;
+    - `<way>_at_<k>` for k = 1..K and `<way>` for k = K, the ways being average, pass, majority,
+      weighted_majority and best_of; `weighted_minus_majority` with `_low` and `_high`;
+    - `self_reward_<metric>`: `verification_metrics` over the responses that have a score (their number is
+      `num_scored`), `boxed_self_reward_<metric>` over those that also have a boxed answer
+      (`num_scored_boxed`). A response without a score has no part in them, and weight 0 in votes;
+    - `length_auroc` and `mean_logprob_auroc` over the same responses, for comparison with
+      `self_reward_auroc`. They are raw: the chance that a right response is the longer (the more probable)
+      one, so a length AUROC below 0.5 says that shorter responses are right more often;
+    - `score_length_spearman`, scores of right and wrong responses, log-probs of the score token, lengths,
+      truncation, and `outcome/<name>` counts.
+
+    Weighted votes and best-of are left out where no response has a score; what is undefined is NaN.
+
+    Args:
+        seed: of random subsets and of the bootstrap, which resamples problems.
+        subsets: random orders of each problem's responses for the vote curves.
+        num_resamples: of the bootstrap.
+
+    Raises:
+        ValueError: no records.
+    """
+    if not records:
+        raise ValueError("there are no evaluation records to summarize; expected at least one")
+    problems = _by_problem(records)
+    scored = [record for record in records if record.score is not None]
+    boxed = [record for record in scored if record.extracted is not None]
+    summary: dict[str, float] = {
+        "num_problems": len(problems),
+        "num_responses": len(records),
+        "num_scored": len(scored),
+        "num_scored_boxed": len(boxed),
+    }
+    summary |= _voting(problems, has_scores=bool(scored), seed=seed, subsets=subsets, resamples=num_resamples)
+    summary |= _verification(scored, "")
+    summary |= _verification(boxed, "boxed_")
+    summary |= _score_statistics(scored)
+    summary |= _zc_statistics(records)
+    summary |= _response_statistics(records)
+    return summary
+
+
+def _by_problem(records: Sequence[EvaluationRecord]) -> list[list[EvaluationRecord]]:
+    problems: dict[int, list[EvaluationRecord]] = {}
+    for record in sorted(records, key=lambda record: (record.row, record.sample)):
+        problems.setdefault(record.row, []).append(record)
+    return list(problems.values())
+
+
+def _voting(
+    problems: list[list[EvaluationRecord]], *, has_scores: bool, seed: int, subsets: int, resamples: int
+) -> dict[str, float]:
+    curves = voting_curves(
+        [[record.answer_class for record in problem] for problem in problems],
+        [[float(record.right) for record in problem] for problem in problems],
+        [[record.score for record in problem] for problem in problems],
+        subsets=subsets,
+        seed=seed,
+    )
+    max_k = curves.majority.shape[1]
+    per_problem = [float(np.mean([record.right for record in problem])) for problem in problems]
+    low, high = bootstrap_interval(per_problem, seed=seed, num_resamples=resamples)
+    summary = {
+        "samples_per_prompt": float(max_k),
+        "accuracy": float(np.mean([record.right for problem in problems for record in problem])),
+        "accuracy_low": low,
+        "accuracy_high": high,
+    }
+    for name, field in _CURVES.items():
+        if name in _NEED_SCORES and not has_scores:
+            continue
+        values = getattr(curves, field).mean(axis=0)
+        summary[name] = float(values[-1])
+        summary |= {f"{name}_at_{k}": float(value) for k, value in enumerate(values, start=1)}
+    if has_scores:
+        summary |= _weighted_minus_majority(curves, seed, resamples)
+    return summary
+
+
+def _weighted_minus_majority(curves: VotingCurves, seed: int, resamples: int) -> dict[str, float]:
+    differences = (curves.weighted_majority - curves.majority)[:, -1]
+    low, high = bootstrap_interval(differences.tolist(), seed=seed, num_resamples=resamples)
+    return {
+        "weighted_minus_majority": float(differences.mean()),
+        "weighted_minus_majority_low": low,
+        "weighted_minus_majority_high": high,
+    }
+
+
+def _verification(records: list[EvaluationRecord], prefix: str) -> dict[str, float]:
+    """Scores, and what needs no score, judged by how well they tell right from wrong."""
+    scores = [record.score for record in records]
+    labels = [float(record.right) for record in records]
+    metrics = verification_metrics(scores, labels)._asdict()
+    return {f"{prefix}self_reward_{name}": value for name, value in metrics.items()} | {
+        f"{prefix}length_auroc": auroc([record.response_ids_length for record in records], labels),
+        f"{prefix}mean_logprob_auroc": auroc([record.mean_logprob for record in records], labels),
+    }
+
+
+def _score_statistics(scored: list[EvaluationRecord]) -> dict[str, float]:
+    summary = {
+        "score_length_spearman": spearman(
+            [record.score for record in scored], [record.response_ids_length for record in scored]
+        )
+    }
+    for name, right in (("right", True), ("wrong", False)):
+        scores = [r.score for r in scored if r.right is right and r.score is not None]
+        summary[f"score_{name}_mean"] = float(np.mean(scores)) if scores else math.nan
+        summary[f"score_{name}_std"] = float(np.std(scores, ddof=1)) if len(scores) > 1 else math.nan
+    return summary
+
+
+def _zc_statistics(records: Sequence[EvaluationRecord]) -> dict[str, float]:
+    """Mean, standard deviation and maximum; on the initial model, c_ref and how constant it is."""
+    values = [record.zc_logprob for record in records if record.zc_logprob is not None]
+    if not values:
+        return {}
+    return {
+        "zc_logprob_mean": float(np.mean(values)),
+        "zc_logprob_std": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
+        "zc_logprob_max": max(values),
+    }
+
+
+def _response_statistics(records: Sequence[EvaluationRecord]) -> dict[str, float]:
+    count = len(records)
+    outcomes = Counter(record.outcome for record in records)
+    return {
+        "response_length_mean": sum(record.response_ids_length for record in records) / count,
+        "truncated_fraction": sum(record.finish_reason == "length" for record in records) / count,
+        "scored_fraction": sum(record.scored for record in records) / count,
+        "boxed_fraction": sum(record.extracted is not None for record in records) / count,
+    } | {f"outcome/{name}": float(number) for name, number in sorted(outcomes.items())}

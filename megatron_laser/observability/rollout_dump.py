@@ -1,0 +1,58 @@
+"""One step's rollouts as a file for people: what was asked, answered, graded and scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_laser.observability.plain import plain, write_atomically
+from megatron_laser.types import RolloutBatch
+
+
+def dump_rollouts(
+    path: Path, batch: RolloutBatch, scores: Sequence[float] | Any, advantages: Sequence[float] | Any
+) -> None:
+    """Write one JSON line for each response, in the order of `batch.samples()`; atomically.
+
+    Args:
+        scores: [samples] r_s as a sequence, array or tensor; NaN or None without one (written as null).
+        advantages: [samples], as the policy loss used them.
+
+    Raises:
+        ValueError: the number of scores or advantages is not that of the samples.
+    """
+    score_values, advantage_values = plain(scores), plain(advantages)
+    count = sum(1 for _ in batch.samples())
+    for name, values in (("scores", score_values), ("advantages", advantage_values)):
+        if len(values) != count:
+            raise ValueError(f"{name} has {len(values)} entries for {count} samples of step {batch.step}")
+    lines: list[str] = []
+    for group in batch.groups:
+        for number, sample in enumerate(group.samples):
+            generation = sample.generation
+            logprobs = generation.logprobs
+            record = {
+                "step": batch.step,
+                "row": group.prompt.row,
+                "sample": number,
+                "epoch": group.prompt.epoch,
+                "problem": group.prompt.problem,
+                "answer": group.prompt.answer,
+                "response": sample.text,
+                "reward": sample.reward,
+                "outcome": sample.outcome,
+                "scored": sample.scored,
+                "zc_logprob": sample.zc_logprob,
+                "score": score_values[len(lines)],
+                "advantage": advantage_values[len(lines)],
+                "finish_reason": generation.finish_reason,
+                "response_ids_length": len(generation.response_ids),
+                "mean_logprob": sum(logprobs) / len(logprobs) if logprobs else None,
+                "weight_version": generation.weight_version,
+            }
+            lines.append(
+                json.dumps({name: plain(value) for name, value in record.items()}, ensure_ascii=False)
+            )
+    write_atomically(path, "".join(line + "\n" for line in lines))

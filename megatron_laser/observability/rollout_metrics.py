@@ -1,0 +1,61 @@
+"""What a graded rollout says about the policy and about its self-reward score, as flat metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_laser.algorithms.advantages import groups_uniform
+from megatron_laser.algorithms.metrics import verification_metrics
+from megatron_laser.rewards import OUTCOMES
+from megatron_laser.types import RolloutBatch
+
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def rollout_metrics(batch: RolloutBatch, zc_logprobs: torch.Tensor, scores: torch.Tensor) -> dict[str, Any]:
+    """Metrics of one step's batch.
+
+    Args:
+        zc_logprobs, scores: [samples] of the policy that generated the batch; NaN where there is no score.
+
+    Returns:
+        Flat names; the score's metrics are left out when no sample has a score.
+    """
+    samples = list(batch.samples())
+    rewards = np.array([sample.reward for sample in samples])
+    lengths = np.array([len(sample.generation.response_ids) for sample in samples])
+    outcomes = Counter(sample.outcome for sample in samples)
+    metrics: dict[str, Any] = {
+        "reward_mean": rewards.mean(),
+        "reward_std": rewards.std(),
+        "response_length_mean": lengths.mean(),
+        "truncated_fraction": np.mean([sample.generation.finish_reason != "stop" for sample in samples]),
+        "scored_fraction": np.mean([sample.scored for sample in samples]),
+        "groups_uniform_fraction": groups_uniform(
+            torch.from_numpy(rewards), torch.tensor(batch.group_ids(), dtype=torch.int64)
+        ),
+        **{f"outcome/{name}": outcomes.get(name, 0) for name in OUTCOMES},
+    }
+    return metrics | score_metrics(zc_logprobs, scores, torch.from_numpy(rewards))
+
+
+def score_metrics(zc_logprobs: torch.Tensor, scores: torch.Tensor, rewards: torch.Tensor) -> dict[str, Any]:
+    """How well the self-reward score tells right from wrong; {} when no sample has a score."""
+    known = ~torch.isnan(scores)
+    if not bool(known.any()):
+        return {}
+    values, labels = scores[known].double(), rewards[known] > 0.5
+    verification = verification_metrics(values, labels.double())._asdict()
+    metrics = {f"self_reward_{name}": value for name, value in verification.items()}
+    metrics["zc_logprob_mean"] = float(zc_logprobs[known].double().mean())
+    metrics["zc_logprob_max"] = float(zc_logprobs[known].max())
+    for name, part in (("right", values[labels]), ("wrong", values[~labels])):
+        if len(part):
+            metrics[f"score_{name}_mean"] = float(part.mean())
+            metrics[f"score_{name}_std"] = float(part.std(correction=0))
+            metrics[f"score_quantiles_{name}"] = np.quantile(part.numpy(), _QUANTILES).tolist()
+    return metrics

@@ -1,0 +1,104 @@
+"""Where a run's metrics go: metrics.jsonl always, TensorBoard beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_laser.observability.plain import plain
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsLogger:
+    """Writes `output_dir`/metrics.jsonl and `output_dir`/tensorboard.
+
+    An existing metrics.jsonl is continued, so a resumed run keeps what it had written.
+    """
+
+    def __init__(self, output_dir: Path, tensorboard: bool = True) -> None:
+        """Open the files. Without the tensorboard package: one warning, and metrics.jsonl only."""
+        output_dir.mkdir(parents=True, exist_ok=True)
+        path = output_dir / "metrics.jsonl"
+        cut_off = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        self._file = path.open("a", encoding="utf-8")
+        if cut_off:  # a run that was killed while writing: its last line must not swallow our first
+            self._file.write("\n")
+        self._writer = _tensorboard_writer(output_dir / "tensorboard") if tensorboard else None
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one line and flush it; the line is there even if the run dies in the next step.
+
+        Args:
+            metrics: flat; numbers, 0-d arrays and tensors, or lists of numbers (these are not sent to
+                TensorBoard). NaN and infinities are written as null.
+
+        Raises:
+            TypeError: a value is something else, such as a nested dict; names the metric.
+        """
+        line: dict[str, Any] = {"step": step}
+        for name, value in metrics.items():
+            try:
+                line[name] = plain(value)
+            except TypeError as error:
+                raise TypeError(f"metric {name!r}: {error}; metrics are flat") from None
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in line.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Close both; may be called again."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __enter__(self) -> MetricsLogger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl in order of steps; null is read as NaN.
+
+    Lines of the same step are merged and later values win: a resumed run repeats the steps after its
+    checkpoint. A line that a killed run left incomplete is skipped with a warning.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            step = int(line["step"])
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s line %d is not a line of metrics and is skipped: %.60s", path, number, text)
+            continue
+        values = {name: math.nan if value is None else value for name, value in line.items()}
+        rows.setdefault(step, {}).update(values)
+    return [rows[step] for step in sorted(rows)]
+
+
+def _tensorboard_writer(folder: Path) -> Any | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        logger.warning(
+            "logging.tensorboard is true but TensorBoard cannot be imported (%s); metrics go to "
+            "metrics.jsonl only. Install the tensorboard package, or set logging.tensorboard=false",
+            error,
+        )
+        return None
+    return SummaryWriter(log_dir=str(folder))

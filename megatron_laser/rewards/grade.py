@@ -1,0 +1,54 @@
+"""What grading one response gives, and the errors of this package."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Outcome = Literal["correct", "wrong", "no_answer", "unparsable", "timeout", "crash"]
+OUTCOMES: tuple[str, ...] = get_args(Outcome)
+
+
+class RewardSpecError(ValueError):
+    """`reward.function` names no usable function."""
+
+
+class GradingPoolError(RuntimeError):
+    """The grading machinery itself failed: a worker cannot be started, or the pool was closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """The verdict on one response.
+
+    Attributes:
+        reward: finite; the verifier's label r_v (1.0 right, 0.0 wrong) for math_verify.
+        outcome: correct, wrong, no_answer (no box), unparsable (a box that is unclosed, empty, too long or
+            not mathematics), timeout (the deadline passed) or crash (the function raised, returned nonsense,
+            or its process died). Only the first four say something about the response.
+    """
+
+    reward: float
+    outcome: Outcome
+
+
+def as_grade(value: object) -> Grade:
+    """Check what a reward function returned; a bare number above 0.5 counts as correct.
+
+    Raises:
+        TypeError: `value` is neither a Grade nor a real number.
+        ValueError: the reward is not finite, or the outcome is unknown.
+    """
+    if isinstance(value, Grade):
+        if value.outcome not in OUTCOMES:
+            raise ValueError(f"unknown outcome {value.outcome!r}; expected one of {', '.join(OUTCOMES)}")
+        reward, outcome = value.reward, value.outcome
+    elif isinstance(value, numbers.Real):  # bool, int, float and numpy's scalars
+        reward, outcome = float(value), "correct" if float(value) > 0.5 else "wrong"
+    else:
+        raise TypeError(f"a reward function returns a number or a Grade, not {type(value).__name__}")
+    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+        raise ValueError(f"a reward is a finite number, not {reward!r}")
+    return Grade(float(reward), outcome)

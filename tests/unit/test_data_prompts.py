@@ -1,0 +1,112 @@
+"""Rows to prompts: templates, limits, and ids within the vocabulary."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from megatron_laser.data import DataError, Row, build_prompts
+from megatron_laser.types import Prompt
+
+WORDS = ["<unk>", "<bos>", "<user>", "<assistant>", "what", "is", "1", "2", "+", "boxed"]
+TEMPLATE = (
+    "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", WORDS.index("<bos>"))]
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, chat_template=TEMPLATE)
+
+
+def words(prompt: Prompt) -> str:
+    return " ".join(WORDS[index] for index in prompt.token_ids)
+
+
+def row(number: int, problem: str) -> Row:
+    return Row(number, problem, "3", f"train.jsonl:{number + 1}")
+
+
+def build(rows: list[Row], tokenizer: Any, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "prompt_suffix": " boxed",
+        "apply_chat_template": True,
+        "max_prompt_tokens": 8,
+        "vocab_size": len(WORDS),
+    }
+    return build_prompts(rows, tokenizer, **{**settings, **changes})
+
+
+def test_the_chat_template_asks_for_the_generation_and_adds_no_second_bos(tokenizer: Any) -> None:
+    prompts, dropped = build([row(0, "what is 1 + 2")], tokenizer)
+    assert words(prompts[0]) == "<user> what is 1 + 2 boxed <assistant>"
+    assert (prompts[0].row, prompts[0].problem, prompts[0].answer) == (0, "what is 1 + 2", "3")
+    assert dropped.rows == () and dropped.total == 1
+
+
+def test_it_gives_the_ids_of_apply_chat_template(tokenizer: Any) -> None:
+    prompts, _ = build([row(0, "what is 1 + 2")], tokenizer)
+    messages = [{"role": "user", "content": "what is 1 + 2 boxed"}]
+    expected = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    assert prompts[0].token_ids == list(expected["input_ids"])
+    assert all(type(token_id) is int for token_id in prompts[0].token_ids)
+
+
+def test_plain_text_keeps_the_tokenizer_s_special_tokens(tokenizer: Any) -> None:
+    prompts, _ = build([row(0, "1 + 2")], tokenizer, apply_chat_template=False)
+    assert words(prompts[0]) == "<bos> 1 + 2 boxed"
+
+
+def test_without_a_template_the_setting_is_named(tokenizer: Any) -> None:
+    class Bare:
+        chat_template = None
+
+    with pytest.raises(DataError, match=r"data\.apply_chat_template: false"):
+        build([row(0, "1")], Bare())
+
+
+def test_long_prompts_are_dropped_counted_and_named(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [row(0, "1 + 2"), *(row(number, "1 + 1 + 1 + 1") for number in range(1, 8)), row(8, "2")]
+    with caplog.at_level(logging.WARNING):
+        prompts, dropped = build(rows, tokenizer)
+    assert [prompt.row for prompt in prompts] == [0, 8]
+    assert dropped.rows == tuple((f"train.jsonl:{number + 1}", 10) for number in range(1, 8))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "7 of 9 prompts are longer than data.max_prompt_tokens = 8" in message
+    assert "train.jsonl:2 (10 tokens)" in message and "and 2 more" in message
+
+
+def test_a_prompt_of_exactly_the_limit_stays(tokenizer: Any) -> None:
+    assert len(build([row(0, "1 + 2")], tokenizer, max_prompt_tokens=6)[0]) == 1
+
+
+def test_no_prompt_left_is_an_error(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"no prompts are left: 1 of 1 .*train\.jsonl:1"):
+        build([row(0, "1 + 2")], tokenizer, max_prompt_tokens=5)
+    with pytest.raises(DataError, match="no rows"):
+        build([], tokenizer)
+
+
+def test_an_id_outside_the_vocabulary_is_named(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl:1: token id 9 is not in the model's vocabulary of 9"):
+        build([row(0, "1 + 2")], tokenizer, vocab_size=9)
+
+
+def test_more_rows_than_one_batch_keep_their_order(tokenizer: Any) -> None:
+    prompts, _ = build([row(number, "1" if number % 2 else "2") for number in range(2345)], tokenizer)
+    assert [prompt.row for prompt in prompts] == list(range(2345))
+    assert [words(prompts[number]).split()[1] for number in (0, 999, 1000, 2344)] == ["2", "1", "2", "2"]

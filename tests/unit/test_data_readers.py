@@ -1,0 +1,131 @@
+"""Data files to rows: what is read, and errors that name the place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_laser.data import DataError, Row, fingerprint, read_rows
+
+
+def write_jsonl(path: Path, *records: Any) -> Path:
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+    )
+    return path
+
+
+def write_parquet(path: Path, columns: dict[str, list[Any]]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def read(*paths: Path) -> list[Row]:
+    return read_rows(paths, prompt_key="problem", answer_key="answer")
+
+
+def test_rows_are_numbered_over_all_files_in_order(tmp_path: Path) -> None:
+    first = write_jsonl(tmp_path / "a.jsonl", {"problem": "1+1?", "answer": "2", "level": 1})
+    second = write_parquet(
+        tmp_path / "b.parquet", {"answer": [3, 4], "x": [0, 0], "problem": ["1+2?", "2+2?"]}
+    )
+    assert read(second, first) == [
+        Row(0, "1+2?", "3", f"{second} row 0"),
+        Row(1, "2+2?", "4", f"{second} row 1"),
+        Row(2, "1+1?", "2", f"{first}:1"),
+    ]
+    assert read_rows(str(first), prompt_key="problem", answer_key="answer")[0].problem == "1+1?"
+
+
+def test_only_newlines_end_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    text = "a\u2028b\x85c"
+    path.write_bytes(
+        b"\xef\xbb\xbf"
+        + json.dumps({"problem": text, "answer": "é"}, ensure_ascii=False).encode()
+        + b"\r\n\n \n"
+    )
+    assert read(path) == [Row(0, text, "é", f"{path}:1")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"problem": "x", "answer": }', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'["x", "y"]', "expected a JSON object on each line, found a list"),
+        (b'{"problem": "\xff", "answer": "1"}', "not UTF-8"),
+        (b'{"problm": "x", "answer": "1"}', "no key 'problem' .data.prompt_key.. Did you mean 'problm'"),
+        (
+            b'{"problem": "x", "solution": "1"}',
+            "no key 'answer' .data.answer_key.. Found: 'problem', 'solution'",
+        ),
+        (b'{"problem": " ", "answer": "1"}', "'problem' .data.prompt_key. is empty"),
+        (b'{"problem": "x", "answer": ""}', "'answer' .data.answer_key. is empty"),
+        (b'{"problem": ["x"], "answer": "1"}', "expected a string, found"),
+        (b'{"problem": 5, "answer": "1"}', "expected a string, found 5"),
+        (b'{"problem": "x", "answer": 0.5}', "expected a string or an integer, found 0.5"),
+        (b'{"problem": "x", "answer": true}', "expected a string or an integer, found True"),
+        (b'{"problem": "x", "answer": null}', "expected a string or an integer, found None"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"problem": "x", "answer": "1"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=message) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}:2: ")
+
+
+def test_a_bad_parquet_file_is_named(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", {"problems": ["x"], "answer": ["1"]})
+    with pytest.raises(
+        DataError, match=r"no column 'problem'.*Did you mean 'problems'.*Found: 'problems', 'answer'"
+    ):
+        read(path)
+    path = write_parquet(tmp_path / "b.parquet", {"problem": ["x", "y"], "answer": ["1", None]})
+    with pytest.raises(DataError, match=r"b\.parquet row 1: 'answer'.*found None"):
+        read(path)
+    path.write_bytes(b"no parquet")
+    with pytest.raises(DataError, match="not readable as Parquet"):
+        read(path)
+
+
+def test_files_that_give_no_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl: no such file"):
+        read(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="not a file"):
+        read(tmp_path)
+    (tmp_path / "a.csv").write_text("problem,answer\n")
+    with pytest.raises(DataError, match=r"'\.csv'; expected \.jsonl, \.ndjson, \.parquet"):
+        read(tmp_path / "a.csv")
+    with pytest.raises(DataError, match="no rows"):
+        read(write_jsonl(tmp_path / "empty.jsonl"))
+    with pytest.raises(DataError, match="no rows"):
+        read(write_parquet(tmp_path / "empty.parquet", {"problem": [], "answer": []}))
+    with pytest.raises(DataError, match="at least one path"):
+        read()
+
+
+def test_the_fingerprint_follows_content_order_and_keys_but_not_names(tmp_path: Path) -> None:
+    first = write_jsonl(tmp_path / "a.jsonl", {"problem": "x", "answer": "1"})
+    second = write_jsonl(tmp_path / "b.jsonl", {"problem": "y", "answer": "2"})
+    copy = write_jsonl(tmp_path / "c.jsonl", {"problem": "x", "answer": "1"})
+    keys = ("problem", "answer")
+    base = fingerprint([first, second], keys)
+    assert base.startswith("sha256:") and len(base) == 7 + 64
+    assert fingerprint([copy, second], keys) == base
+    others = [
+        fingerprint([second, first], keys),
+        fingerprint([first], keys),
+        fingerprint(first, ("problem", "solution")),
+        fingerprint([first, second, second], keys),
+    ]
+    assert len({base, *others}) == 5
+    with pytest.raises(DataError, match=r"none\.jsonl: cannot be read"):
+        fingerprint(tmp_path / "none.jsonl", keys)
