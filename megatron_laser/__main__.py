@@ -1,4 +1,4 @@
-"""`python -m megatron_laser`, also the target of torchrun. Kept tiny: Megatron's checkpoint writer re-imports it."""
+"""`python -m megatron_laser`, also the target of torchrun. Kept tiny: checkpoint writers re-import it."""
 
 from megatron_laser.cli import main
 

@@ -11,7 +11,7 @@ import typer
 
 app = typer.Typer(
     name="megatron-laser",
-    help="LaSeR training on Megatron-Core: RL with verifiable rewards in which the model learns to judge itself.",
+    help="LaSeR training on Megatron-Core: RL in which the model also learns to judge its own answers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -157,7 +157,7 @@ class _user_errors:
 
 
 def _prepare_process(level: str, is_main: bool) -> None:
-    """Logging of this process; quiet the import-time remarks of libraries about parts that are optional here."""
+    """Logging of this process; quiets import-time remarks of libraries about what is optional here."""
     import logging
     import warnings
 

@@ -8,7 +8,10 @@ import sys
 
 from megatron_laser import __version__
 
-_PACKAGES = ["torch", "megatron-core", "transformers", "safetensors", "math-verify", "pydantic", "transformer-engine", "apex", "triton", "sglang", "flash-attn", "tensorboard", "wandb"]
+_PACKAGES = (
+    *("torch", "megatron-core", "transformers", "safetensors", "math-verify", "pydantic", "tensorboard"),
+    *("transformer-engine", "apex", "triton", "flash-attn", "sglang", "wandb"),
+)
 
 
 def describe() -> dict[str, str]:

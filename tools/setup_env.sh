@@ -40,7 +40,7 @@ import hashlib, pathlib, sys
 
 root, index = pathlib.Path(sys.argv[1]), sys.argv[2]
 digest = hashlib.sha256(f"{root}\n{index}\n".encode())
-for name in ("setup.py", "pyproject.toml", "constraints-cpu.txt", "tools/setup_env.sh"):
+for name in ("setup.py", "constraints-cpu.txt", "tools/setup_env.sh"):
     digest.update((root / name).read_bytes())
 print(digest.hexdigest())
 PY
@@ -84,8 +84,8 @@ find "$venv" -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf {} +
 torch=$(grep '^torch==' "$root/constraints-cpu.txt")
 # First and alone: with torch present nothing later asks the index for another build of it.
 install "$torch" --no-deps ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch"
-install "the other requirements" setuptools
-install "megatron_laser with its requirements" --no-build-isolation --editable "$root[test]"
+install setuptools setuptools
+install "megatron_laser and its requirements" --no-build-isolation --editable "$root[test]"
 "$venv/bin/python" -m pip check >>"$log" 2>&1 || say "pip check complains, see $log"
 fingerprint "$venv/bin/python" >"$stamp"
 say "done in $((SECONDS - begun)) s; to use it yourself: . .venv/bin/activate"

@@ -1,7 +1,7 @@
 """The cost of LaSeR: its train step over GRPO's on the same model and the same rollouts.
 
-Both trainers live in one process and take turns, GRPO first in even pairs and LaSeR first in odd ones, so that
-a drifting machine speed cancels out. A step is the old-policy pass, the advantages, forward, backward and the
+Both trainers live in one process and take turns, GRPO first in even pairs and LaSeR first in odd ones, so
+that a drifting machine speed cancels out. A step is the old-policy pass, the advantages, forward, backward and the
 optimizer; generation and grading are outside.
 """
 
@@ -42,7 +42,7 @@ run: {{steps: 1000, output_dir: {model}/run}}
 
 @dataclass(frozen=True)
 class StepBenchmarkResult:
-    """Seconds are medians; the ratio is LaSeR / GRPO pair by pair with a 95 % bootstrap interval of its median."""
+    """Seconds are medians; the ratio is LaSeR / GRPO, pair by pair, with a 95 % interval of its median."""
 
     device: str
     torch: str
@@ -62,8 +62,8 @@ class StepBenchmarkResult:
         memory = self.laser_peak_bytes / self.grpo_peak_bytes
         return "\n".join(
             [
-                f"train step on {self.device}, {self.tokens_per_step} tokens, {self.pairs} interleaved pairs, "
-                f"torch {self.torch}, {self.threads} thread(s)",
+                f"train step on {self.device}, {self.tokens_per_step} tokens, {self.pairs} interleaved "
+                f"pairs, torch {self.torch}, {self.threads} thread(s)",
                 f"{'':10s} {'median s':>10s} {'peak MiB':>10s}",
                 f"{'GRPO':10s} {self.grpo_seconds:10.4f} {self.grpo_peak_bytes / 2**20:10.2f}",
                 f"{'LaSeR':10s} {self.laser_seconds:10.4f} {self.laser_peak_bytes / 2**20:10.2f}",

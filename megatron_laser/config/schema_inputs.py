@@ -111,7 +111,7 @@ class EvaluationConfig(Section):
     every: CountOrZero = 0
     """Steps between evaluations on `data.validation`; 0: off."""
     baseline: bool = True
-    """Also evaluate the initial model, before the first step: the report can then say what training changed."""
+    """Also evaluate the initial model before the first step: the report then says what training changed."""
     samples_per_prompt: Count = 1
     """Responses per problem on `data.validation`."""
     max_prompts: Count | None = None

@@ -1,8 +1,8 @@
 """Packed causal attention through torch SDPA, for machines without Transformer Engine.
 
-Megatron hands over one packed micro-batch: q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] and
-`PackedSeqParams(qkv_format="thd")`. The sequences are regrouped into a few right-padded batches of similar
-length, and each batch is one SDPA call with `is_causal=True`: padding stands after the real tokens, so no real
+Megatron hands over one packed micro-batch: q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]
+and `PackedSeqParams(qkv_format="thd")`. The sequences are regrouped into a few right-padded batches of
+similar length, and each batch is one SDPA call with `is_causal=True`: padding stands after the real tokens, so no real
 query can see it. The regrouping is worked out once per micro-batch and kept on the `PackedSeqParams` object.
 """
 
@@ -40,14 +40,14 @@ class PaddedBatch:
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """All batches of a micro-batch; `inverse` [tokens] brings their concatenated rows back into packed order."""
+    """All batches of a micro-batch; `inverse` [tokens] brings their joined rows back into packed order."""
 
     batches: tuple[PaddedBatch, ...]
     inverse: torch.Tensor
 
 
 def padded_layout(cu_seqlens: torch.Tensor) -> PaddedLayout:
-    """Group the sequences of `cu_seqlens` ([sequences + 1] int32) into right-padded batches of similar length."""
+    """Group the sequences of `cu_seqlens` ([sequences + 1] int32) into right-padded, similar batches."""
     device = cu_seqlens.device
     bounds = cu_seqlens.cpu().long()
     lengths = bounds[1:] - bounds[:-1]

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from safetensors.torch import save_file
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-# Written anew at export; everything else that is small (tokenizer, chat template, licences) is copied.
-_NOT_COPIED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
+# What belongs to a model besides its weights: configuration, tokenizer, chat template, licence.
+_COPIED = (
+    *("config.json", "generation_config.json", "chat_template*", "LICENSE*", "NOTICE*"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken"),
+)
 MAX_SHARD_BYTES = 4 * 2**30
 
 
@@ -94,14 +98,14 @@ def write_hf_folder(
 ) -> Path:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; published by one rename.
 
-    Configuration, tokenizer and other small files are copied from `source`. At most one shard of
+    Configuration, tokenizer, chat template and licence are copied from `source`. At most one shard of
     `max_shard_bytes` is held in memory. An existing `target` is replaced only once the new one is complete.
     """
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(_NOT_COPIED_SUFFIXES) and file.name != _INDEX:
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in _COPIED):
             shutil.copyfile(file, partial / file.name)
     config_file = partial / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))

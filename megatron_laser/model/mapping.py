@@ -1,8 +1,8 @@
 """Which Hugging Face tensors make up which Megatron parameter, both ways, for one tensor-parallel shard.
 
-A family is a table of `Rule`s keyed on *global* Megatron names (layer numbers count over all pipeline stages).
-Transformer Engine modules fuse norms into the following linear layer; `ALIASES` brings their names back to the
-table's. Another family is another table.
+A family is a table of `Rule`s keyed on *global* Megatron names (layer numbers count over all pipeline
+stages). Transformer Engine modules fuse norms into the following linear layer; `ALIASES` brings their names
+back to the table's. Another family is another table.
 """
 
 from __future__ import annotations

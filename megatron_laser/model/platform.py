@@ -44,7 +44,10 @@ _MODULES = (
     "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.transformer.moe.moe_layer",
 )
-_FACTORIES = ["arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn", "tensor", "zeros", "zeros_like"]
+_FACTORIES = (
+    *("arange", "as_tensor", "tensor", "rand", "randn"),
+    *("empty", "empty_like", "full", "full_like", "ones", "ones_like", "zeros", "zeros_like"),
+)
 _installed = False
 
 

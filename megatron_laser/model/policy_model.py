@@ -1,4 +1,4 @@
-"""The policy: Megatron's GPTModel whose output layer returns log-probabilities of labelled rows, never logits."""
+"""The policy: Megatron's GPTModel whose output layer returns log-probs of labelled rows, never logits."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class HeadInputs:
 class LogProbHead(ColumnParallelLinear):
     """The vocabulary projection as a log-prob op over labelled rows.
 
-    Called through its forward like any ColumnParallelLinear, so DDP's overlapped parameter gather waits in its
-    pre-hook; the parameter keeps its name and attributes, and `weight` is handed in when it is tied.
+    Called through its forward like any ColumnParallelLinear, so DDP's overlapped parameter gather waits in
+    its pre-hook; the parameter keeps its name and attributes, and `weight` is handed in when it is tied.
     """
 
     def forward(  # type: ignore[override]

@@ -20,6 +20,7 @@ LiveMode = Literal["auto", "on", "off"]
 _REFRESHES_PER_SECOND = 2.0
 _SECONDS_BETWEEN_LINES = 2.0
 _ETA_STEPS = 50  # recent steps whose pace the remaining time is estimated from
+_EVALUATIONS = ("eval/", "test/")
 _HISTORIES = ("reward_mean", "self_reward_f1")
 
 
@@ -82,13 +83,13 @@ class LiveView:
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show a finished step's metrics (names as in metrics.jsonl); what is missing is left out."""
         state, now = self._state, self._clock()
-        if self._times and self._times[-1][0] == 0 and step > 1:  # a resumed run starts later
+        if step == 0 or (state.step == 0 and step > 1):  # the initial model's evaluation; a resumed run
             self._times.clear()
         self._times.append((step, now))
         state.step = step
         state.metrics = dict(metrics)
         state.eta = self._seconds_left(step)
-        state.evaluation |= {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        state.evaluation |= {name: value for name, value in metrics.items() if name.startswith(_EVALUATIONS)}
         for name in _HISTORIES:
             value = metrics.get(name)
             if isinstance(value, (int, float)) and math.isfinite(value):
@@ -102,7 +103,7 @@ class LiveView:
 
     def _print_line(self, step: int, metrics: Mapping[str, Any], now: float) -> None:
         first_or_last = self._last_line == -math.inf or step >= self._state.total_steps
-        evaluated = any(name.startswith("eval/") for name in metrics)
+        evaluated = any(name.startswith(_EVALUATIONS) for name in metrics)
         if not (first_or_last or evaluated or now - self._last_line >= _SECONDS_BETWEEN_LINES):
             return
         self._last_line = now

@@ -19,12 +19,16 @@ LINE_FIELDS = (
     ("grad", "grad_norm", ".2f"),
     ("len", "response_length_mean", ".0f"),
 )
-EVALUATION_FIELDS = (
-    ("accuracy", "eval/accuracy", ".3f"),
-    ("F1", "eval/self_reward_f1", ".3f"),
-    ("AUROC", "eval/self_reward_auroc", ".3f"),
-    ("majority", "eval/majority", ".3f"),
-    ("weighted", "eval/weighted_majority", ".3f"),
+EVALUATION_FIELDS = tuple(
+    (prefix + label, f"{split}/{name}", ".3f")
+    for split, prefix in (("eval", ""), ("test", "test "))
+    for label, name in (
+        ("accuracy", "accuracy"),
+        ("F1", "self_reward_f1"),
+        ("AUROC", "self_reward_auroc"),
+        ("majority", "majority"),
+        ("weighted", "weighted_majority"),
+    )
 )
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "_.-:=+*#"

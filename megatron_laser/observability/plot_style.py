@@ -1,4 +1,4 @@
-"""How the report's figures look: sizes, colours that colour-blind readers can tell apart, titles, smoothing."""
+"""How the report's figures look: sizes, colours that colour-blind readers can tell apart, titles."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _RC: dict[str, Any] = {
 
 def styled() -> Any:
     """Context in which figures are made; leaves matplotlib's global settings alone."""
-    return rc_context(_RC)
+    return rc_context(rc=_RC)  # type: ignore[arg-type]
 
 
 def new_figure(
@@ -83,7 +83,9 @@ def smooth(values: FloatArray) -> FloatArray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-def raw_and_smooth(axes: Axes, steps: FloatArray, values: FloatArray, label: str, style: dict[str, Any]) -> None:
+def raw_and_smooth(
+    axes: Axes, steps: FloatArray, values: FloatArray, label: str, style: dict[str, Any]
+) -> None:
     """The values faint, their running mean strong."""
     if len(values) == 0:
         return
@@ -95,7 +97,13 @@ def raw_and_smooth(axes: Axes, steps: FloatArray, values: FloatArray, label: str
 def validation_points(axes: Axes, steps: FloatArray, values: FloatArray, style: dict[str, Any]) -> None:
     """Evaluations as markers."""
     axes.plot(
-        steps, values, marker="o", markersize=6, markeredgecolor="white", linestyle="none", color=style["color"]
+        steps,
+        values,
+        marker="o",
+        markersize=6,
+        markeredgecolor="white",
+        linestyle="none",
+        color=style["color"],
     )
 
 

@@ -51,7 +51,7 @@ def plot_learning(runs: list[Run], path: Path) -> Path:
         figure,
         path,
         "Accuracy while training: " + _starts_and_ends(runs, "reward_mean"),
-        "Line: rollouts, running mean (faint: each step). Dots: validation. Both should rise and then level off.",
+        "Line: rollouts, running mean (faint: each step). Dots: validation. Both should rise.",
     )
 
 
@@ -79,7 +79,7 @@ def plot_self_reward(runs: list[Run], path: Path) -> Path:
         figure,
         path,
         "Does the score tell right from wrong? F1: " + _starts_and_ends(runs, "self_reward_f1"),
-        "Should rise with LaSeR and stay low for GRPO, whose score nobody trains. Line: rollouts, dots: validation.",
+        "Should rise with LaSeR; GRPO's score is not trained. Line: rollouts, dots: validation.",
     )
 
 
@@ -109,7 +109,7 @@ def plot_scores(runs: list[Run], path: Path) -> Path:
         figure,
         path,
         "Scores of right and wrong responses should part: " + _gaps(runs),
-        "Line: median; bands: middle 50 % and 90 %. Dashed: targets 1 (right) and 0 (wrong). Dotted: decision at 0.5.",
+        "Line: median; bands: middle 50 % and 90 %. Dashed: targets 1 and 0. Dotted: decision at 0.5.",
     )
 
 
@@ -151,12 +151,12 @@ def plot_time(runs: list[Run], path: Path) -> Path:
         figure,
         path,
         "Where the time goes: " + (", ".join(texts) or "no timings"),
-        "Generation usually takes most. LaSeR's extra over GRPO should be small: one more label in the same pass.",
+        "LaSeR's extra over GRPO should be small: one more label in the same pass.",
     )
 
 
 def time_split(run: Run) -> dict[str, float]:
-    """Mean seconds per step: phases, what else `total` holds as `other`, and evaluation, which is outside it."""
+    """Mean seconds per step: phases, the rest of `total` as `other`, and evaluation, which is outside."""
     phases = run.phases()
     total = phases.pop("total", 0.0)
     evaluate = phases.pop("evaluate", 0.0)
@@ -221,19 +221,10 @@ def _legend(axes: Axes, runs: list[Run], evaluated: str) -> None:
         axes.legend(handles, labels, loc="best")
 
 
-def _ends(run: Run, name: str) -> tuple[float, float]:
-    """Means over the first and the last tenth of a series; NaN without one."""
-    _, values = run.series(name)
-    if len(values) == 0:
-        return math.nan, math.nan
-    tenth = max(1, len(values) // 10)
-    return float(values[:tenth].mean()), float(values[-tenth:].mean())
-
-
 def _starts_and_ends(runs: list[Run], name: str) -> str:
     texts: list[str] = []
     for run in runs:
-        first, last = _ends(run, name)
+        first, last = run.ends(name)
         if math.isfinite(last):
             texts.append(f"{run.label} {first:.2f} → {last:.2f}")
     return ", ".join(texts) or "not measured"

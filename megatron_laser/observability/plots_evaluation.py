@@ -126,9 +126,9 @@ def _histogram(axes: Axes, scores: FloatArray, right: NDArray[np.bool_]) -> None
     clipped = scores.clip(edges[0], edges[-1])
     for mask, name, colour in ((right, "right", RIGHT), (~right, "wrong", WRONG)):
         if mask.any():
-            weights = np.full(int(mask.sum()), 1 / mask.sum())
-            axes.hist(clipped[mask], edges, weights=weights, color=colour, alpha=0.5, label=name)
-            axes.hist(clipped[mask], edges, weights=weights, color=colour, histtype="step", linewidth=1.3)
+            shares = np.histogram(clipped[mask], edges)[0] / mask.sum()
+            axes.stairs(shares, edges, color=colour, alpha=0.45, fill=True, label=name)
+            axes.stairs(shares, edges, color=colour, linewidth=1.3)
     axes.axvline(0.5, color="black", linewidth=0.9, linestyle=":")
     axes.set(xlabel="score $r_s$", ylabel="share of its class")
     axes.legend(loc="upper center")

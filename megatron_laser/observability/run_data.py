@@ -100,8 +100,16 @@ class Run:
         pairs = [(row["step"], row[name]) for row in self.rows if _is_finite(row.get(name))]
         return np.array([step for step, _ in pairs], float), np.array([value for _, value in pairs], float)
 
+    def ends(self, name: str) -> tuple[float, float]:
+        """Means over the first and the last tenth of a series; NaN without one."""
+        _, values = self.series(name)
+        if len(values) == 0:
+            return math.nan, math.nan
+        tenth = max(1, len(values) // 10)
+        return float(values[:tenth].mean()), float(values[-tenth:].mean())
+
     def evaluation_series(self, name: str) -> tuple[FloatArray, FloatArray]:
-        """(steps, values) of the validation: its summaries, or eval/<name> in metrics.jsonl without them."""
+        """(steps, values) on validation: from its summaries, else eval/<name> in metrics.jsonl."""
         evaluations = self.evaluations.get("validation")
         if not evaluations:
             return self.series(f"eval/{name}")
@@ -122,7 +130,8 @@ class Run:
         rows = self.training_rows
         names = {name for row in rows for name in row if name.startswith("time/")}
         means = {
-            name.removeprefix("time/"): sum(row[name] for row in rows if _is_finite(row.get(name))) / len(rows)
+            name.removeprefix("time/"): sum(row[name] for row in rows if _is_finite(row.get(name)))
+            / len(rows)
             for name in sorted(names)
         }
         return {name: value for name, value in means.items() if value > 0}
@@ -170,9 +179,7 @@ def _load(folder: Path) -> Run:
         match = _SUMMARY_NAME.fullmatch(path.name)
         if match:
             summary = json.loads(path.read_text(encoding="utf-8"))
-            evaluation = Evaluation(
-                match["split"], int(match["step"]), summary, path.with_suffix(".jsonl")
-            )
+            evaluation = Evaluation(match["split"], int(match["step"]), summary, path.with_suffix(".jsonl"))
             run.evaluations.setdefault(match["split"], []).append(evaluation)
     for evaluations in run.evaluations.values():
         evaluations.sort(key=lambda evaluation: evaluation.step)

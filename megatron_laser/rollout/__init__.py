@@ -1,4 +1,4 @@
-"""Rollouts: the engine protocol, the in-process engine, and the collector that turns prompts into graded groups."""
+"""Rollouts: the engine protocol, the in-process engine, and the collector of graded groups."""
 
 from megatron_laser.rollout.engine import RolloutEngine
 

@@ -113,7 +113,7 @@ class InProcessEngine:
     def prefill(
         self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left-padded forward: last-position logits [prompts, vocab] and the mask [prompts, width] of real tokens."""
+        """Left-padded forward: last logits [prompts, vocab], and the mask [prompts, width] of real tokens."""
         width = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.int64)
         mask = torch.zeros(len(prompts), width, dtype=torch.int64)

@@ -1,7 +1,7 @@
 """Rank 0 works alone for a while (rollout, grading, evaluation); the others wait without an open collective.
 
-A collective that is entered minutes before its last member arrives either times out or hides a dead rank. So
-the others poll the rendezvous store: they see rank 0's heartbeat, its current phase, and its failure, and they
+A collective that is entered minutes before its last member arrives either times out or hides a dead rank.
+So the others poll the rendezvous store: they see rank 0's heartbeat, its current phase, and its failure, and they
 stop with a message when the heartbeat stops.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -18,6 +17,7 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 _BEAT_SECONDS = 1.0
+_LONGEST_POLL = 0.5
 _DONE = b"done"
 _KEPT_KEYS = 16
 
@@ -86,7 +86,7 @@ class Coordinator:
     def _wait(self, key: str, phase: str, deadline: float) -> None:
         started = last_change = time.monotonic()
         last_beat = b""
-        while not self._is_set(key):
+        while not self._store.check([key]):
             now = time.monotonic()
             beat = self._store.get("heartbeat") if self._store.check(["heartbeat"]) else b""
             if beat != last_beat:
@@ -102,15 +102,8 @@ class Coordinator:
                     f"{where} is alive but did not finish within {deadline:g} s; raise the phase's deadline "
                     "(rollout.deadline for generation) if it is legitimately that slow"
                 )
+            # Short phases are noticed at once; in long ones hundreds of ranks must not crowd the store.
+            time.sleep(min(_LONGEST_POLL, max(0.001, 0.02 * (now - started))))
         outcome = self._store.get(key)
         if outcome != _DONE:
             raise RuntimeError(f"rank {self._rank}, phase {phase!r}: rank 0 failed with {outcome.decode()}")
-
-    def _is_set(self, key: str) -> bool:
-        try:
-            self._store.wait([key], timedelta(seconds=_BEAT_SECONDS))
-        except dist.DistNetworkError:
-            raise
-        except (dist.DistStoreError, RuntimeError):
-            return False  # not yet
-        return True

@@ -43,7 +43,7 @@ def run_forward(
     micro_batches: Sequence[MicroBatch],
     head: Callable[[MicroBatch], HeadInputs] = lambda micro_batch: micro_batch.head,
 ) -> list[torch.Tensor]:
-    """No-gradient pass; the head's output [1 or 2, rows] per micro-batch on the last stage, else an empty list."""
+    """No-gradient pass: the head's output [1 or 2, rows] per micro-batch on the last stage, else []."""
 
     def step(iterator: Any, model: Any) -> Any:
         micro_batch = next(iterator)

@@ -38,7 +38,7 @@ class TrainLoss:
         with_self_reward: bool,
         fresh: bool,
     ) -> None:
-        """`fresh`: the weights are still those that generated the batch, so log-probs compare to the engine's."""
+        """`fresh`: the weights are those that generated the batch: log-probs compare to the engine's."""
         self._policy = config.policy
         self._laser = config.laser
         self._minibatch = minibatch

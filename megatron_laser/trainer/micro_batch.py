@@ -1,4 +1,4 @@
-"""One packed micro-batch on the device: what the model reads, and what the loss needs for its labelled rows."""
+"""One packed micro-batch on the device: what the model reads, and what the loss needs for its rows."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class MicroBatch:
     """Model inputs [1, tokens] and per labelled row [rows] tensors, all on the device.
 
     is_score marks the EOS rows labelled z_c; `policy_rows` and `score_rows` are the positions of both kinds.
-    sample [rows] int64 is the sample's index in the rollout batch. The log-prob tensors are per policy row and
-    are filled in as they become known.
+    policy_sample and score_sample int64 are sample indexes in the rollout batch. The log-prob tensors are per
+    policy row and are filled in as they become known.
     """
 
     tokens: torch.Tensor

@@ -39,7 +39,7 @@ from megatron_laser.model.weights import WeightExporter, load_weights
 class Chunks:
     """Model chunks of this rank, one per virtual pipeline stage.
 
-    models: the bare `PolicyModel`s; wrapped: what the schedules call (bf16 and, when trained, DDP around them).
+    models: the bare `PolicyModel`s; wrapped: what the schedules call (bf16 and, when trained, DDP around).
     """
 
     models: list[PolicyModel]

@@ -1,4 +1,4 @@
-"""One rollout batch as this rank trains on it: schedule, micro-batches, and the counts of the global batch."""
+"""One rollout batch as this rank trains on it: schedule, micro-batches, counts of the global batch."""
 
 from __future__ import annotations
 

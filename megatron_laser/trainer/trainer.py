@@ -33,8 +33,8 @@ from megatron_laser.trainer.step_data import StepData, prepare_step
 class StepResult:
     """What one step did.
 
-    metrics: flat names, the same on every rank. zc_logprobs, scores: [samples] log pi(z_c | x, y, EOS) and r_s
-    of the policy that generated the batch, NaN where a response has none (or LaSeR is off). advantages:
+    metrics: flat names, the same on every rank. zc_logprobs, scores: [samples] log pi(z_c | x, y, EOS) and
+    r_s of the policy that generated the batch, NaN where a response has none (or LaSeR is off). advantages:
     [samples], as used by the policy loss. All on the CPU.
     """
 

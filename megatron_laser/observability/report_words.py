@@ -1,0 +1,164 @@
+"""What a report's numbers say, in sentences; also where they speak against the method."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from megatron_laser.observability.report_table import (
+    final_number,
+    fixed,
+    laser_and_grpo,
+    seconds_per_step,
+)
+from megatron_laser.observability.run_data import Evaluation, Run
+
+# AUROCs closer than this are called equal: about one standard error with 1000 responses of each class.
+_SAME_AUROC = 0.01
+
+
+def findings(runs: list[Run]) -> list[str]:
+    """Sentences in Markdown, each from numbers of the runs."""
+    sentences: list[str] = []
+    pair = laser_and_grpo(runs)
+    if pair:
+        sentences += _comparison(*pair)
+    for run in runs:
+        sentences += _accuracy(run)
+        if run.final is None:
+            sentences.append(f"{run.label} has no finished evaluation, so votes and calibration are missing.")
+            continue
+        sentences += _score(run, run.final)
+        if run.kind != "GRPO" and math.isfinite(run.final.number("self_reward_auroc")):
+            sentences += [_against_baseline(run, run.final, name) for name in ("logprob", "length")]
+        sentences += _votes(run, run.final)
+    return [sentence for sentence in sentences if sentence]
+
+
+def _comparison(laser: Run, grpo: Run) -> list[str]:
+    sentences: list[str] = []
+    if laser.final and grpo.final and laser.final.split == grpo.final.split:
+        sentences.append(_accuracy_difference(laser, grpo, laser.final, grpo.final))
+    else:
+        difference = laser.ends("reward_mean")[1] - grpo.ends("reward_mean")[1]
+        if math.isfinite(difference):
+            sentences.append(
+                f"Share of right rollouts over the last tenth of the steps, {laser.label} minus {grpo.label}: "
+                f"{difference:+.3f} (there is no common evaluation)."
+            )
+    for name, label in (("self_reward_f1", "F1"), ("self_reward_auroc", "AUROC")):
+        trained, untrained = final_number(name)(laser), final_number(name)(grpo)
+        if math.isfinite(trained) and math.isfinite(untrained):
+            sentences.append(
+                f"Self-reward {label}: {trained:.3f} with {laser.label}, {untrained:.3f} with {grpo.label}, "
+                "whose score is not trained."
+            )
+    times = seconds_per_step(laser), seconds_per_step(grpo)
+    if all(map(math.isfinite, times)) and times[1] > 0:
+        sentences.append(
+            f"A step takes {times[0]:.2f} s with {laser.label} and {times[1]:.2f} s with {grpo.label} "
+            f"({times[0] / times[1] - 1:+.1%}; lengths of responses differ too)."
+        )
+    if laser.steps != grpo.steps:
+        sentences.append(
+            f"**The runs differ in length** ({laser.label} {laser.steps} steps, {grpo.label} {grpo.steps}): "
+            "compare the curves at equal steps."
+        )
+    return sentences
+
+
+def _accuracy_difference(laser: Run, grpo: Run, after: Evaluation, other: Evaluation) -> str:
+    difference = after.number("accuracy") - other.number("accuracy")
+    text = f"Share of right responses on {after.split}, {laser.label} minus {grpo.label}: {difference:+.3f} ("
+    first, second = after.accuracy_by_row(), other.accuracy_by_row()
+    if first and first.keys() == second.keys():
+        low, high = _paired_interval([first[row] - second[row] for row in first])
+        return (
+            f"{text}95 % interval [{low:+.3f}, {high:+.3f}] over the same problems): {_verdict(low, high)}."
+        )
+    return f"{text}not the same problems)."
+
+
+def _paired_interval(differences: list[float]) -> tuple[float, float]:
+    from megatron_laser.algorithms.metrics import bootstrap_interval  # imports torch
+
+    return bootstrap_interval(differences, seed=0)
+
+
+def _verdict(low: float, high: float) -> str:
+    if low > 0:
+        return "more than chance explains"
+    return "less, by more than chance explains" if high < 0 else "no difference beyond chance"
+
+
+def _accuracy(run: Run) -> list[str]:
+    first, last = run.ends("reward_mean")
+    if not math.isfinite(last):
+        return [f"{run.label} has no reward_mean in metrics.jsonl."]
+    return [f"{run.label}: rollouts were right {first:.1%} of the time at first, {last:.1%} at the end."]
+
+
+def _score(run: Run, evaluation: Evaluation) -> list[str]:
+    scored, responses = evaluation.number("num_scored"), evaluation.number("num_responses")
+    if not scored > 0:
+        return [f"{run.label}: no response of the last evaluation has a score."]
+    right, wrong = evaluation.number("score_right_mean"), evaluation.number("score_wrong_mean")
+    sentences = [
+        f"{run.label}: right responses score {fixed(right, 2)} on average and wrong ones {fixed(wrong, 2)} "
+        f"(targets 1 and 0); at threshold 0.5 F1 is {fixed(evaluation.number('self_reward_f1'))}, "
+        f"ECE {fixed(evaluation.number('self_reward_ece'))}. "
+        f"{scored:.0f} of {responses:.0f} responses have a score; the {responses - scored:.0f} others "
+        "(truncated) are left out here and weigh 0 in votes."
+    ]
+    if not math.isfinite(evaluation.number("self_reward_auroc")):
+        sentences.append(
+            f"{run.label}: all scored responses are of one class, so AUROC and F1 are undefined."
+        )
+    return sentences
+
+
+def _against_baseline(run: Run, evaluation: Evaluation, name: str) -> str:
+    """The score against what needs no training; the length in the direction in which it separates."""
+    score = evaluation.number("self_reward_auroc")
+    if name == "logprob":
+        baseline = evaluation.number("mean_logprob_auroc")
+        text = f"the mean token log-prob (AUROC {fixed(baseline)})"
+    else:
+        raw = evaluation.number("length_auroc")
+        baseline = max(raw, 1 - raw)
+        direction = "longer" if raw >= 0.5 else "shorter"
+        text = f"the length (AUROC {fixed(baseline)}, {direction} responses being right more often)"
+    if not math.isfinite(baseline):
+        return ""
+    gap = score - baseline
+    if gap > _SAME_AUROC:
+        return f"{run.label}: the score (AUROC {score:.3f}) tells right from wrong better than {text}."
+    if gap < -_SAME_AUROC:
+        return (
+            f"**{run.label}: {text} tells right from wrong better than the score** (AUROC {score:.3f}), "
+            f"by {-gap:.3f}, and needs no training."
+        )
+    return f"{run.label}: the score (AUROC {score:.3f}) tells right from wrong as well as {text}, no better."
+
+
+def _votes(run: Run, evaluation: Evaluation) -> list[str]:
+    gain, low, high = (
+        evaluation.number("weighted_minus_majority" + suffix) for suffix in ("", "_low", "_high")
+    )
+    k = evaluation.max_k
+    if k < 2 or not np.isfinite([gain, low, high]).all():
+        return []
+    sentences = [
+        f"{run.label}: with {k} responses the weighted vote gives "
+        f"{fixed(evaluation.number('weighted_majority'))}, the plain one "
+        f"{fixed(evaluation.number('majority'))}: {gain:+.3f}, 95 % interval "
+        f"[{low:+.3f}, {high:+.3f}] over problems: {_verdict(low, high)}."
+    ]
+    best, average = evaluation.number("best_of"), evaluation.number("average")
+    if math.isfinite(best) and best <= average:
+        sentences.append(
+            f"**{run.label}: picking the best of {k} by score ({best:.3f}) is no better than one response** "
+            f"({average:.3f})."
+        )
+    return sentences
