@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from megatron_laser.observability.rollout_dump import dump_rollouts
 from megatron_laser.observability.rollout_metrics import rollout_metrics
 from megatron_laser.observability.sinks import MetricsLogger
 from megatron_laser.observability.timers import Timers
-from megatron_laser.output_folder import claim_output_folder
+from megatron_laser.output_folder import STOPPED, ClaimedFolder, claim_output_folder
 from megatron_laser.rewards import GradingPool, resolve_reward
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.in_process import InProcessEngine
@@ -50,6 +51,7 @@ class RunInputs:
     score_token_id: int | None
     stop_token_ids: tuple[int, ...]
     data_fingerprint: str
+    folder: ClaimedFolder
 
     def shared_arrays(self) -> dict[str, np.ndarray]:
         """What the other ranks need of it; -1 stands for no score token."""
@@ -99,7 +101,7 @@ def read_inputs(config: RunConfig) -> RunInputs:
         )[0]
 
     train = prompts(config.data.train) or []
-    inputs = RunInputs(
+    return RunInputs(
         tokenizer=tokenizer,
         train=train,
         validation=prompts(config.data.validation),
@@ -107,15 +109,17 @@ def read_inputs(config: RunConfig) -> RunInputs:
         score_token_id=score_token_id,
         stop_token_ids=tuple(stop_token_ids),
         data_fingerprint=fingerprint(config.data.train, [config.data.prompt_key, config.data.answer_key]),
+        folder=claim_output_folder(config),
     )
-    claim_output_folder(config)
-    return inputs
 
 
 class Leader:
     """Rank 0's side of the loop: collect a rollout, record a step, evaluate, finish."""
 
-    def __init__(self, config: RunConfig, inputs: RunInputs, timers: Timers) -> None:
+    def __init__(
+        self, config: RunConfig, inputs: RunInputs, timers: Timers, *, resumed: dict[str, Any] | None = None
+    ) -> None:
+        """Start engine and graders; `resumed` is the checkpoint's state, whose cursor and step are taken over."""
         self._config = config
         self._inputs = inputs
         self._timers = timers
@@ -154,7 +158,14 @@ class Leader:
             seed=config.run.seed,
             timers=timers,
         )
-        self._metrics = MetricsLogger(self._folder, tensorboard=config.logging.tensorboard)
+        if resumed is not None:
+            self._cursor.load_state_dict(resumed["run"]["cursor"])
+        # A fresh start in a folder without a checkpoint drops what an earlier attempt wrote.
+        self._metrics = MetricsLogger(
+            self._folder,
+            tensorboard=config.logging.tensorboard,
+            last_step=-1 if resumed is None else int(resumed["step"]),
+        )
         self._view = LiveView(config.run.steps, mode=config.logging.live, title=config.run.name)
         self._view.__enter__()
 
@@ -169,7 +180,7 @@ class Leader:
         metrics |= result.metrics | times | platform.memory_gib()
         tokens = sum(sample.length for sample in batch.samples())
         metrics["tokens"] = tokens
-        metrics["tokens_per_second"] = tokens / max(times.get("time/total", 0.0), 1e-9)
+        metrics["time/tokens_per_second"] = tokens / max(times.get("time/total", 0.0), 1e-9)
         metrics["epoch"] = self._cursor.progress
         if evaluation_due(self._config, step):
             metrics |= self._evaluate("validation", step)
@@ -179,6 +190,18 @@ class Leader:
         if every and step % every == 0:
             path = self._folder / "rollouts" / f"step_{step}.jsonl"
             dump_rollouts(path, batch, result.scores, result.advantages)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of rank 0. Every rollout is trained on before a save: nothing is pending."""
+        return {"cursor": self._cursor.state_dict(), "pending_groups": []}
+
+    def stopped(self, step: int, reason: str) -> None:
+        """Say that the run stopped early and can be continued."""
+        note = {"step": step, "reason": reason}
+        (self._folder / STOPPED).write_text(json.dumps(note) + "\n", encoding="utf-8")
+        self._view.message(
+            f"stopped after step {step} ({reason}); saved: the same command continues from here"
+        )
 
     def evaluate_baseline(self) -> None:
         """Evaluate the initial model, so that the report can say what training changed."""
@@ -209,6 +232,7 @@ class Leader:
         self._metrics.close()
         self._grading.close()
         self.engine.close()
+        self._inputs.folder.release()
 
     def _write(self, step: int, metrics: dict[str, Any]) -> None:
         self._metrics.log(step, metrics)

@@ -7,6 +7,7 @@ Every rank runs `train`. Rank 0 also has a `Leader`: prompts, engine, graders, m
     train     old-policy pass, scores, advantages, optimizer steps: Megatron's schedules on all ranks
     sync      the new weights go to the engine as one stream of Hugging Face tensors
     report    metrics, dumps, evaluation
+    save      when due: weights, optimizer, cursor; published by one rename
 
 so generation for step n + 1 always uses the weights of step n (strictly on-policy).
 """
@@ -26,8 +27,10 @@ from megatron_laser.model.dtypes import DTYPES
 from megatron_laser.model.hf_folder import write_hf_folder
 from megatron_laser.observability.timers import Timers
 from megatron_laser.trainer import runtime as runtimes
+from megatron_laser.trainer.checkpoint.manager import CheckpointManager
 from megatron_laser.trainer.coordinator import Coordinator
 from megatron_laser.trainer.runtime import Runtime
+from megatron_laser.trainer.signals import stop_signals
 from megatron_laser.trainer.trainer import Trainer
 from megatron_laser.trainer.transport import broadcast_arrays
 from megatron_laser.types import RolloutBatch
@@ -47,16 +50,16 @@ def train(config: RunConfig) -> Path:
         score_token_id = _share_score_token(inputs, runtime)
         timers = Timers()
         trainer = Trainer(config, runtime, score_token_id=score_token_id, timers=timers)
+        checkpoints = CheckpointManager(config, runtime, trainer.policy)
+        resumed = checkpoints.resume() if config.run.resume == "auto" else None
         leader = coordinator.lead(
             "starting the rollout engine",
-            lambda: Leader(config, only_on_main(inputs), timers),
+            lambda: Leader(config, only_on_main(inputs), timers, resumed=resumed),
             deadline=config.run.deadline,
         )
-        run = _Run(config, runtime, coordinator, trainer, leader, timers)
-        run.evaluate_baseline()
-        for step in range(1, config.run.steps + 1):
-            run.step(step)
-        run.finish()
+        run = _Run(config, runtime, coordinator, trainer, checkpoints, leader, timers)
+        with stop_signals(coordinator.request_stop):
+            run.run(first_step=1 if resumed is None else resumed["step"] + 1)
         return Path(config.run.output_dir)
     finally:
         if leader is not None:
@@ -73,8 +76,26 @@ class _Run:
     runtime: Runtime
     coordinator: Coordinator
     trainer: Trainer
+    checkpoints: CheckpointManager
     leader: Leader | None
     timers: Timers
+
+    def run(self, first_step: int) -> None:
+        """All steps from `first_step`, or as many as until somebody asks to stop."""
+        if first_step == 1:
+            self._lead("evaluation before the first step", lambda leader: leader.evaluate_baseline())
+        else:
+            self._sync(first_step - 1)
+        for step in range(first_step, self.config.run.steps + 1):
+            self.step(step)
+            reason = self.coordinator.agree_to_stop(step)
+            if reason is not None:
+                self.stop(step, reason)
+                return
+            if self.checkpoints.due(step, self.config.run.steps):
+                self._save(step)
+        self.checkpoints.wait()
+        self.finish()
 
     def step(self, step: int) -> None:
         """One rollout batch: generate, grade, train, sync, record."""
@@ -83,14 +104,14 @@ class _Run:
             batch = self._lead(f"rollout of step {step}", lambda leader: leader.collect(step))
             flat = self._share(batch)
             result = self.trainer.train_step(flat, step)
-            with self.timers("sync"):
-                engine = None if self.leader is None else self.leader.engine
-                sync_weights(self.trainer.weight_stream(), engine, version=step)
+            self._sync(step)
         self._lead(f"recording step {step}", lambda leader: leader.record(step, only_on_main(batch), result))
 
-    def evaluate_baseline(self) -> None:
-        """Measure the initial model, if `evaluation` asks for it."""
-        self._lead("evaluation before the first step", lambda leader: leader.evaluate_baseline())
+    def stop(self, step: int, reason: str) -> None:
+        """Save and leave, so that the same command continues after `step`."""
+        if not (self._save(step) and self.checkpoints.wait()):
+            raise RuntimeError(f"stopping after step {step} ({reason}): the checkpoint was not saved")
+        self._lead("stopping", lambda leader: leader.stopped(step, reason))
 
     def finish(self) -> None:
         """Export the trained model, evaluate it on the test split, write the report."""
@@ -106,6 +127,16 @@ class _Run:
             else:
                 sync_weights(stream, None, version=self.config.run.steps)
         self._lead("final evaluation and report", lambda leader: leader.finish())
+
+    def _save(self, step: int) -> bool:
+        with self.timers("checkpoint"):
+            return self.checkpoints.save(step, None if self.leader is None else self.leader.state())
+
+    def _sync(self, version: int) -> None:
+        """Give the engine the trained weights."""
+        with self.timers("sync"):
+            engine = None if self.leader is None else self.leader.engine
+            sync_weights(self.trainer.weight_stream(), engine, version=version)
 
     def _lead(self, phase: str, work: Callable[[Leader], T]) -> T | None:
         """Rank 0 works while the others wait on the store."""

@@ -2,45 +2,81 @@
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import json
 import os
 import time
 from pathlib import Path
+from typing import IO, Any
 
 from megatron_laser.config import ConfigError, RunConfig, resolved_yaml
 
+STOPPED = "STOPPED"
 _IDENTITY = "run.json"
+_LOCK = "run.lock"
+# What may change between the start of a run and its continuation: it decides where and how fast things run,
+# how long and how talkative, but not what is learned from which data.
+_MAY_CHANGE = {
+    "parallel": None,
+    "batching": None,
+    "checkpoint": None,
+    "logging": None,
+    "evaluation": None,
+    "run": {"name", "steps", "output_dir", "resume", "deadline", "start_grace"},
+    "rollout": {"deadline"},
+    "reward": {"workers", "deadline"},
+    "optimizer": {"distributed", "overlap_grad_reduce", "overlap_param_gather"},
+    "data": {"validation", "test"},
+}
 
 
-def claim_output_folder(config: RunConfig) -> Path:
-    """Create `run.output_dir` and write the resolved configuration and the run's identity into it.
+class ClaimedFolder:
+    """The right to write into `path`; held until `release` or the end of the process."""
+
+    def __init__(self, path: Path, lock: IO[str]) -> None:
+        self.path = path
+        self._lock = lock
+
+    def release(self) -> None:
+        """Let go of the folder; safe to call twice."""
+        self._lock.close()
+
+
+def claim_output_folder(config: RunConfig) -> ClaimedFolder:
+    """Create `run.output_dir`, lock it, and write the resolved configuration and the run's identity into it.
 
     Raises:
-        ConfigError: the folder belongs to another run or cannot be written.
+        ConfigError: the folder is in use, belongs to another run, or cannot be written.
     """
     folder = Path(config.run.output_dir)
-    identity = folder / _IDENTITY
-    if identity.exists() or (folder / "metrics.jsonl").exists():
-        raise ConfigError(
-            [
-                f"run.output_dir {folder} already holds a run{_started(identity)}; choose another run.output_dir, "
-                "or pass --overwrite to move the old folder aside"
-            ]
-        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        text = resolved_yaml(config)
-        (folder / "config.yaml").write_text(text, encoding="utf-8")
-        record = {
-            "name": config.run.name,
-            "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        identity.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        lock = (folder / _LOCK).open("w", encoding="utf-8")
+        _lock(lock, folder)
+        _check_same_run(config, folder)
+        (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
+        if not (folder / _IDENTITY).exists():
+            record = {
+                "name": config.run.name,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "settings": identity(config),
+            }
+            (folder / _IDENTITY).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (folder / STOPPED).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError([f"run.output_dir {folder} cannot be written: {error}"]) from error
-    return folder
+    return ClaimedFolder(folder, lock)
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """The settings that make a run this run, as {"section.key": value}."""
+    settings = {}
+    for section, keys in config.model_dump(mode="json").items():
+        free = _MAY_CHANGE.get(section, set())
+        for key, value in keys.items():
+            if free is not None and key not in free:
+                settings[f"{section}.{key}"] = value
+    return settings
 
 
 def move_aside(folder: Path) -> Path | None:
@@ -54,9 +90,37 @@ def move_aside(folder: Path) -> Path | None:
     return target
 
 
-def _started(identity: Path) -> str:
+def _lock(lock: IO[str], folder: Path) -> None:
     try:
-        record = json.loads(identity.read_text(encoding="utf-8"))
-        return f" ({record['name']!r}, started {record['started']})"
-    except (OSError, ValueError, KeyError):
-        return ""
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            [f"run.output_dir {folder} is in use by a live run; stop it or choose another run.output_dir"]
+        ) from None
+
+
+def _check_same_run(config: RunConfig, folder: Path) -> None:
+    file = folder / _IDENTITY
+    if not file.exists():
+        if (folder / "metrics.jsonl").exists():
+            raise ConfigError(
+                [f"run.output_dir {folder} holds metrics of an unknown run (no {_IDENTITY}); {_WAYS}"]
+            )
+        return
+    if config.run.resume == "never":
+        raise ConfigError([f"run.output_dir {folder} already holds a run and run.resume is never; {_WAYS}"])
+    try:
+        theirs = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError) as error:
+        raise ConfigError([f"{file} cannot be read ({error!r}); {_WAYS}"]) from error
+    ours = identity(config)
+    changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    if changed:
+        listed = ", ".join(
+            f"{key} {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in changed[:5]
+        )
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise ConfigError([f"run.output_dir {folder} belongs to another run: {listed}{more}; {_WAYS}"])
+
+
+_WAYS = "choose another run.output_dir, or pass --overwrite to move the old folder aside"

@@ -55,24 +55,31 @@ timed set-up $((SECONDS - started))
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 mkdir -p "$runs"
 
-# Job control gives each run a process group of its own, to be stopped with its grading workers; without it
-# bash would also start them deaf to Ctrl-C.
-set -m
 prepare='' grpo='' laser=''
 
+# Starts a command in the background, in a process group of its own (job control) so that it can be stopped
+# together with its grading workers; without job control bash would also start it deaf to interrupts.
+start() {
+  set -m
+  "$@" </dev/null &
+  started_pid=$!
+  set +m
+}
 alive() { [ -n "$1" ] && kill -0 "$1" 2>/dev/null; }
 
 # Interrupt first, so that Python leaves its `with` blocks and the live view gives the cursor back.
 stop_children() {
   local pid deadline=$((SECONDS + 10))
-  for pid in $prepare $laser $grpo; do
-    kill -INT -- "-$pid" 2>/dev/null || true
-  done
-  for pid in $prepare $laser $grpo; do
-    while alive "$pid" && [ $SECONDS -lt $deadline ]; do sleep 0.2; done
-    kill -KILL -- "-$pid" 2>/dev/null || true
-    wait "$pid" 2>/dev/null || true
-  done
+  {
+    for pid in $prepare $laser $grpo; do
+      kill -INT -- "-$pid" || true
+    done
+    for pid in $prepare $laser $grpo; do
+      while alive "$pid" && [ $SECONDS -lt $deadline ]; do sleep 0.2; done
+      kill -KILL -- "-$pid" || true
+      wait "$pid" || true
+    done
+  } 2>/dev/null # bash would list each stopped job
   prepare='' grpo='' laser=''
   if [ -t 1 ]; then printf '\033[?25h'; fi
 }
@@ -100,9 +107,8 @@ grpo_progress() { printf '   GRPO: %s\n' "$(tail -n 1 "$grpo_log" 2>/dev/null | 
 
 say "2/4 base model and data: python $example/prepare.py"
 started=$SECONDS
-# In the background and waited for, like the runs: so that Ctrl-C reaches this script's trap.
-python "$example/prepare.py" </dev/null &
-prepare=$!
+start python "$example/prepare.py"
+prepare=$started_pid
 wait "$prepare" || {
   printf '\nquickstart: %s/prepare.py failed, see above\n' "$example" >&2
   exit 1
@@ -112,12 +118,11 @@ timed "base model and data" $((SECONDS - started))
 
 say "3/4 GRPO (log: $grpo_log) and LaSeR (below), at the same time"
 started=$SECONDS
-python -m megatron_laser train "$example/grpo.yaml" --overwrite run.output_dir="$runs/grpo" logging.live=off \
-  ${overrides[@]+"${overrides[@]}"} </dev/null >"$grpo_log" 2>&1 &
-grpo=$!
-python -m megatron_laser train "$example/laser.yaml" --overwrite run.output_dir="$runs/laser" \
-  ${overrides[@]+"${overrides[@]}"} </dev/null &
-laser=$!
+train() { start python -m megatron_laser train "$@" --overwrite ${overrides[@]+"${overrides[@]}"}; }
+train "$example/grpo.yaml" run.output_dir="$runs/grpo" logging.live=off >"$grpo_log" 2>&1
+grpo=$started_pid
+train "$example/laser.yaml" run.output_dir="$runs/laser"
+laser=$started_pid
 
 shown=$SECONDS
 while [ -n "$grpo$laser" ]; do
@@ -141,7 +146,6 @@ done
 
 say "4/4 report"
 started=$SECONDS
-set +m
 python -m megatron_laser report "$runs/grpo" "$runs/laser" --output "$runs/report"
 timed report $((SECONDS - started))
 

@@ -85,7 +85,7 @@ torch=$(grep '^torch==' "$root/constraints-cpu.txt")
 # First and alone: with torch present nothing later asks the index for another build of it.
 install "$torch" --no-deps ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch"
 install setuptools setuptools
-install "megatron_laser and its requirements" --no-build-isolation --editable "$root[test]"
+install "megatron_laser and its requirements" --no-build-isolation --editable "${root}[test]"
 "$venv/bin/python" -m pip check >>"$log" 2>&1 || say "pip check complains, see $log"
 fingerprint "$venv/bin/python" >"$stamp"
 say "done in $((SECONDS - begun)) s; to use it yourself: . .venv/bin/activate"

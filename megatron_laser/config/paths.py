@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 PATH_KEYS = frozenset(
-    {("model", "path"), ("data", "train"), ("data", "validation"), ("data", "test"), ("run", "output_dir")}
+    {
+        ("model", "path"),
+        ("data", "train"),
+        ("data", "validation"),
+        ("data", "test"),
+        ("run", "output_dir"),
+        ("checkpoint", "folder"),
+    }
 )
 FUNCTION_KEY = ("reward", "function")
 

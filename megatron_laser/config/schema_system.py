@@ -36,8 +36,20 @@ class BatchingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What is kept of the model."""
+    """What is kept of the run."""
 
+    every: CountOrZero = 100
+    """Steps between checkpoints; the last step is saved too. 0: none, the run cannot be resumed."""
+    keep_last: Count = 2
+    """Newest checkpoints that are kept."""
+    keep_every: CountOrZero = 0
+    """Checkpoints at multiples of this step are kept for good; 0: none."""
+    asynchronous: bool = False
+    """Write in a background thread from a copy in host memory while training goes on."""
+    verify: bool = True
+    """Compare every file with its checksum before resuming."""
+    folder: FilePath | None = None
+    """Where checkpoints lie; null: `output_dir`/checkpoints."""
     export_hf: bool = True
     """Write a Hugging Face folder to `output_dir`/hf at the end of the run."""
 
@@ -66,8 +78,9 @@ class RunSettings(Section):
     """Seed of data order, sampling and initialisation."""
     output_dir: FilePath
     """Folder for everything that the run writes."""
-    resume: Literal["never"] = "never"
-    """`never`: a folder that already holds a run is refused."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: the same command continues the run in `output_dir` from its newest checkpoint; `never`: a folder
+    that already holds a run is refused."""
     deadline: Positive = 600.0
     """Seconds that a rank waits for another, outside a rollout, before it stops with an error."""
     start_grace: Positive = 120.0

@@ -23,7 +23,7 @@ _NEED_SCORES = ("weighted_majority", "best_of")
 
 
 def summarize(
-    records: Sequence[EvaluationRecord], *, seed: int = 0, subsets: int = 100, num_resamples: int = 1000
+    records: Sequence[EvaluationRecord], *, seed: int = 0, subsets: int = 200, num_resamples: int = 1000
 ) -> dict[str, float]:
     """Everything that is reported about an evaluation, as flat names.
 

@@ -32,6 +32,10 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
         raise ValueError(
             f"model.path {path}: attention_bias or mlp_bias is not supported for {config.model_type}"
         )
+    if config.hidden_act not in ("silu", "swish"):
+        raise ValueError(
+            f"model.path {path}: hidden_act {config.hidden_act!r} is not supported; expected 'silu' (swish)"
+        )
     return config
 
 

@@ -27,15 +27,21 @@ def load_weights(
         parameter = parameters.pop(rule.megatron, None)
         if parameter is None:
             continue  # on another pipeline stage
-        shard = rule.layout.load(folder, rule.hf, geometry, rank)
-        if shard.shape != parameter.shape:
-            raise ValueError(
-                f"{', '.join(rule.hf)} in {folder.path} gives {tuple(shard.shape)} for {rule.megatron}, "
-                f"which is {tuple(parameter.shape)}: config.json and weights disagree"
-            )
-        parameter.copy_(shard)
+        _check_shapes(folder, rule, parameter, geometry)
+        parameter.copy_(rule.layout.load(folder, rule.hf, geometry, rank))
     if parameters:
         raise KeyError(f"no rule for {config.model_type} parameters {sorted(parameters)}")
+
+
+def _check_shapes(folder: HfFolder, rule: Rule, parameter: torch.Tensor, geometry: Geometry) -> None:
+    # On whole tensors: a shard cut out of a larger tensor would fit, and be the wrong rows.
+    whole = rule.layout.export([parameter.to("meta")] * geometry.tensor, geometry)
+    for name, tensor in zip(rule.hf, whole, strict=True):
+        if folder.shape(name) != tuple(tensor.shape):
+            raise ValueError(
+                f"{name} in {folder.path} is {folder.shape(name)}, expected {tuple(tensor.shape)} for "
+                f"{rule.megatron}: config.json and weights disagree"
+            )
 
 
 class WeightExporter:

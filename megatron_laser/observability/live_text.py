@@ -55,7 +55,7 @@ def plain_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:
     width = len(str(total_steps))
     parts = [f"step {step:>{width}}/{total_steps}"]
     parts += [f"{label} {text}" for label, text in format_fields(metrics, LINE_FIELDS)]
-    rate = number(metrics, "tokens_per_second")
+    rate = number(metrics, "time/tokens_per_second")
     if rate is not None:
         parts.append(f"{format_count(rate)} tok/s")
     total = number(metrics, "time/total")

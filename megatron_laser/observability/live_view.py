@@ -96,7 +96,7 @@ def _time_split(metrics: dict[str, Any], ascii_only: bool) -> RenderableType | N
     text = Text()
     if total is not None:
         text.append(f"{total:.2f} s ")
-    rate = number(metrics, "tokens_per_second")
+    rate = number(metrics, "time/tokens_per_second")
     if rate is not None:
         text.append(f"{format_count(rate)} tok/s ", style="dim")
     done = 0

@@ -109,6 +109,8 @@ def validation_points(axes: Axes, steps: FloatArray, values: FloatArray, style: 
 
 def no_data(axes: Axes, text: str) -> None:
     """Say in an empty panel why it is empty."""
-    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=_GREY)
+    axes.text(
+        0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=_GREY, backgroundcolor="w"
+    )
     axes.set_xticks([])
     axes.set_yticks([])

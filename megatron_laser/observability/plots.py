@@ -23,6 +23,7 @@ from megatron_laser.observability.plot_style import (
 )
 from megatron_laser.observability.run_data import Run
 
+_CLASSES = {"right": RIGHT, "wrong": WRONG}
 _PHASE_COLOURS = {
     "generate": "#0072B2",
     "grade": "#F0E442",
@@ -45,7 +46,7 @@ def plot_learning(runs: list[Run], path: Path) -> Path:
         validation_points(axes, *run.evaluation_series("accuracy"), styles[run.label])
     axes.set(xlabel="step", ylabel="share of right responses")
     axes.margins(x=0.01)
-    _mark_warm_up(axes, runs)
+    _mark_warm_up(axes, runs, at_top=False)
     _legend(axes, runs, "accuracy")
     return save(
         figure,
@@ -55,8 +56,10 @@ def plot_learning(runs: list[Run], path: Path) -> Path:
     )
 
 
-def plot_self_reward(runs: list[Run], path: Path) -> Path:
-    """Self-reward F1 and AUROC over steps."""
+def plot_self_reward(runs: list[Run], path: Path) -> Path | None:
+    """Self-reward F1 and AUROC over steps; None where neither was measured."""
+    if not any(_measured(runs, name) for name in ("self_reward_f1", "self_reward_auroc")):
+        return None
     figure, grid = new_figure(1, 2, width=11.5)
     styles = run_styles(runs)
     for axes, name, title in (
@@ -71,9 +74,9 @@ def plot_self_reward(runs: list[Run], path: Path) -> Path:
         if name == "self_reward_auroc":
             axes.axhline(0.5, color="black", linewidth=1, linestyle=":")
             axes.annotate("chance", (1, 0.5), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-        _mark_warm_up(axes, runs)
-        if not any(len(run.series(name)[0]) or len(run.evaluation_series(name)[0]) for run in runs):
-            no_data(axes, f"no {name} in metrics.jsonl")
+        _mark_warm_up(axes, runs, at_top=True)
+        if not _measured(runs, name):
+            no_data(axes, "never defined: all responses of a step were right, or all wrong")
     _legend(grid[0, 0], runs, "self_reward_f1")
     return save(
         figure,
@@ -83,13 +86,16 @@ def plot_self_reward(runs: list[Run], path: Path) -> Path:
     )
 
 
-def plot_scores(runs: list[Run], path: Path) -> Path:
-    """Median and bands of the scores of right and wrong responses over steps, one panel a run."""
-    figure, grid = new_figure(1, len(runs), width=max(9.6, 5.2 * len(runs)), sharey=True)
+def plot_scores(runs: list[Run], path: Path) -> Path | None:
+    """Median and bands of the scores of right and wrong responses over steps, one panel a run that has them."""
+    runs = [run for run in runs if any(len(_quantiles(run, name)[0]) for name in _CLASSES)]
+    if not runs:
+        return None
+    figure, grid = new_figure(1, len(runs), width=max(9.6, 5.2 * len(runs)), sharex=True, sharey=True)
     shown: list[float] = []
     for axes, run in zip(grid[0], runs):
-        for name, colour in (("right", RIGHT), ("wrong", WRONG)):
-            steps, quantiles = _quantiles(run, f"score_quantiles_{name}")
+        for name, colour in _CLASSES.items():
+            steps, quantiles = _quantiles(run, name)
             if len(steps):
                 shown += _bands(axes, steps, quantiles, name, colour)
         for target in (0.0, 1.0):
@@ -97,14 +103,10 @@ def plot_scores(runs: list[Run], path: Path) -> Path:
         axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
         axes.set(title=run.label, xlabel="step")
         axes.margins(x=0.01)
-        if axes.lines and axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper left")
-        else:
-            no_data(axes, "no score quantiles in metrics.jsonl")
+        axes.legend(loc="upper left")
     grid[0, 0].set_ylabel("score $r_s$")
-    if shown:
-        low, high = np.quantile(shown, [0.01, 0.99])
-        grid[0, 0].set_ylim(min(-0.15, float(low) - 0.1), max(1.25, float(high) + 0.1))
+    low, high = np.quantile(shown, [0.01, 0.99])
+    grid[0, 0].set_ylim(min(-0.15, float(low) - 0.1), max(1.25, float(high) + 0.1))
     return save(
         figure,
         path,
@@ -113,8 +115,11 @@ def plot_scores(runs: list[Run], path: Path) -> Path:
     )
 
 
-def plot_time(runs: list[Run], path: Path) -> Path:
-    """Mean seconds per step of each phase, one bar a run."""
+def plot_time(runs: list[Run], path: Path) -> Path | None:
+    """Mean seconds per step of each phase, one bar a run that has timings; None without any."""
+    runs = [run for run in runs if time_split(run)]
+    if not runs:
+        return None
     figure, grid = new_figure(height=1.9 + 0.75 * len(runs))
     axes = grid[0, 0]
     totals: list[float] = []
@@ -144,13 +149,12 @@ def plot_time(runs: list[Run], path: Path) -> Path:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("seconds per step (mean)")
-    if seen:
-        axes.legend(ncols=len(set(seen)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    texts = [f"{run.label} {total:.2g} s a step" for run, total in zip(runs, totals) if total > 0]
+    axes.legend(ncols=len(set(seen)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    texts = [f"{run.label} {total:.2g} s a step" for run, total in zip(runs, totals)]
     return save(
         figure,
         path,
-        "Where the time goes: " + (", ".join(texts) or "no timings"),
+        "Where the time goes: " + ", ".join(texts),
         "LaSeR's extra over GRPO should be small: one more label in the same pass.",
     )
 
@@ -171,8 +175,13 @@ def time_split(run: Run) -> dict[str, float]:
     return split
 
 
-def _quantiles(run: Run, name: str) -> tuple[FloatArray, FloatArray]:
-    """Steps and [steps, 5] quantiles where all five are known."""
+def _measured(runs: list[Run], name: str) -> bool:
+    return any(len(run.series(name)[0]) or len(run.evaluation_series(name)[0]) for run in runs)
+
+
+def _quantiles(run: Run, responses: str) -> tuple[FloatArray, FloatArray]:
+    """Steps and [steps, 5] quantiles of the scores of `right` or `wrong` responses, where all five are known."""
+    name = f"score_quantiles_{responses}"
     rows = [
         (row["step"], row[name])
         for row in run.training_rows
@@ -189,8 +198,8 @@ def _bands(axes: Axes, steps: FloatArray, quantiles: FloatArray, name: str, colo
     return [*p5.tolist(), *p95.tolist()]
 
 
-def _mark_warm_up(axes: Axes, runs: list[Run]) -> None:
-    """Where LaSeR's loss and mixing begin, when that is inside the run."""
+def _mark_warm_up(axes: Axes, runs: list[Run], *, at_top: bool) -> None:
+    """Where LaSeR's loss and mixing begin, when that is inside the run; labelled where there are no curves."""
     for run in runs:
         if run.kind != "LaSeR":
             continue
@@ -201,11 +210,11 @@ def _mark_warm_up(axes: Axes, runs: list[Run]) -> None:
                 axes.axvline(step + 0.5, color="#777777", linewidth=1, linestyle=(0, (2, 3)))
                 axes.annotate(
                     text,
-                    (step + 0.5, 0.02),
+                    (step + 0.5, 0.98 if at_top else 0.02),
                     xycoords=("data", "axes fraction"),
                     rotation=90,
                     ha="right",
-                    va="bottom",
+                    va="top" if at_top else "bottom",
                     fontsize=8,
                     color="#555555",
                 )
@@ -234,8 +243,8 @@ def _gaps(runs: list[Run]) -> str:
     texts: list[str] = []
     for run in runs:
         medians: dict[str, Any] = {}
-        for name in ("right", "wrong"):
-            steps, quantiles = _quantiles(run, f"score_quantiles_{name}")
+        for name in _CLASSES:
+            steps, quantiles = _quantiles(run, name)
             if len(steps):
                 medians[name] = float(quantiles[-max(1, len(steps) // 10) :, 2].mean())
         if len(medians) == 2:

@@ -34,8 +34,10 @@ def plot_calibration(runs: list[Run], path: Path) -> Path | None:
     for index, (run, evaluation) in enumerate(scored):
         scores, right = evaluation.scores()
         _reliability(reliability, scores.clip(0, 1), right, run.label, styles[run.label], index)
-        _histogram(grid[0, 1 + index], scores, right)
-        grid[0, 1 + index].set_title(f"{run.label}: {right.sum()} right, {(~right).sum()} wrong")
+        axes = grid[0, 1 + index]
+        _histogram(axes, scores, right)
+        axes.set_title(f"{_place(run, evaluation)}: {right.sum()} right, {(~right).sum()} wrong")
+        axes.sharex(grid[0, 1])
         texts.append(f"{run.label} ECE {evaluation.number('self_reward_ece'):.2f}")
     reliability.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle=":")
     reliability.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="score, clamped to [0, 1]")
@@ -44,7 +46,7 @@ def plot_calibration(runs: list[Run], path: Path) -> Path | None:
     return save(
         figure,
         path,
-        f"Is the score a probability? {', '.join(texts)} ({_place(scored[0][1])})",
+        f"Is the score a probability? {', '.join(texts)}",
         "Left: dots on the diagonal mean calibrated (95 % intervals; ten bins). "
         "Right: the two histograms should lie apart.",
     )
@@ -55,7 +57,7 @@ def plot_votes(runs: list[Run], path: Path) -> Path | None:
     voted = [(run, run.final) for run in runs if run.final is not None and run.final.max_k > 1]
     if not voted:
         return None
-    figure, grid = new_figure(1, len(voted), width=max(9.6, 5.4 * len(voted)), sharey=True)
+    figure, grid = new_figure(1, len(voted), width=max(9.6, 5.4 * len(voted)), height=5.2, sharey=True)
     texts: list[str] = []
     for axes, (run, evaluation) in zip(grid[0], voted):
         for way, label, colour, line, marker in _WAYS:
@@ -64,11 +66,16 @@ def plot_votes(runs: list[Run], path: Path) -> Path | None:
                 ks = np.arange(1, len(curve) + 1)
                 text = f"{label}: {curve[-1]:.3f}"
                 axes.plot(ks, curve, color=colour, linestyle=line, marker=marker, markersize=5, label=text)
-        axes.set(title=run.label, xlabel="k responses to each problem")
+        axes.set(title=_place(run, evaluation), xlabel="k responses to each problem")
         ticks = range(1, evaluation.max_k + 1) if evaluation.max_k <= 12 else None
         if ticks is not None:
             axes.set_xticks(ticks)
-        axes.legend(loc="best", title=f"with k = {evaluation.max_k}", alignment="left")
+        axes.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.13),
+            ncols=2,
+            title=f"with k = {evaluation.max_k}",
+        )
         gain = evaluation.number("weighted_minus_majority")
         if math.isfinite(gain):
             texts.append(f"{run.label} {gain:+.3f}")
@@ -77,7 +84,7 @@ def plot_votes(runs: list[Run], path: Path) -> Path | None:
     return save(
         figure,
         path,
-        f"{finding} ({_place(voted[0][1])})",
+        finding,
         "A score worth having lifts the weighted vote above the plain one, and best-of above the average.",
     )
 
@@ -96,7 +103,8 @@ def _reliability(
     means = np.array([scores[bins == b].mean() for b in filled])
     shares = np.array([right[bins == b].mean() for b in filled])
     low, high = _wilson(shares, counts)
-    axes.plot(means, shares, label=label, linewidth=1.2, **style)
+    marker = "os^D"[index % 4]
+    axes.plot(means, shares, label=label, linewidth=1.2, marker=marker, markersize=4, **style)
     errors = [np.maximum(0, shares - low), np.maximum(0, high - shares)]
     axes.errorbar(means, shares, yerr=errors, fmt="none", ecolor=style["color"], alpha=0.6)
     axes.scatter(
@@ -104,7 +112,7 @@ def _reliability(
         shares,
         s=20 + 180 * counts / counts.sum(),
         color=style["color"],
-        marker="os^D"[index % 4],
+        marker=marker,
         edgecolors="white",
         zorder=3,
     )
@@ -131,8 +139,8 @@ def _histogram(axes: Axes, scores: FloatArray, right: NDArray[np.bool_]) -> None
             axes.stairs(shares, edges, color=colour, linewidth=1.3)
     axes.axvline(0.5, color="black", linewidth=0.9, linestyle=":")
     axes.set(xlabel="score $r_s$", ylabel="share of its class")
-    axes.legend(loc="upper center")
+    axes.legend(loc="best")
 
 
-def _place(evaluation: Evaluation) -> str:
-    return f"{evaluation.split}, step {evaluation.step}"
+def _place(run: Run, evaluation: Evaluation) -> str:
+    return f"{run.label} ({evaluation.split}, step {evaluation.step})"

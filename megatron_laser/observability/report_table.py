@@ -47,7 +47,8 @@ def final_number(name: str) -> Number:
 
 def fixed(value: float, digits: int = 3) -> str:
     """The number with so many decimals, – for NaN."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+    # adding 0.0 turns -0.0 into 0.0
+    return f"{round(value, digits) + 0.0:.{digits}f}" if math.isfinite(value) else "–"
 
 
 def before_and_after(evaluations: list[Evaluation]) -> tuple[Evaluation, Evaluation]:

@@ -103,19 +103,18 @@ def _score(run: Run, evaluation: Evaluation) -> list[str]:
     scored, responses = evaluation.number("num_scored"), evaluation.number("num_responses")
     if not scored > 0:
         return [f"{run.label}: no response of the last evaluation has a score."]
+    counts = (
+        f"{scored:.0f} of {responses:.0f} responses have a score; the {responses - scored:.0f} others (truncated "
+        "or aborted) are left out of F1, AUROC and ECE and weigh 0 in votes."
+    )
+    if not math.isfinite(evaluation.number("self_reward_auroc")):
+        return [f"{run.label}: all scored responses are of one class: no F1 and no AUROC. {counts}"]
     right, wrong = evaluation.number("score_right_mean"), evaluation.number("score_wrong_mean")
-    sentences = [
+    return [
         f"{run.label}: right responses score {fixed(right, 2)} on average and wrong ones {fixed(wrong, 2)} "
         f"(targets 1 and 0); at threshold 0.5 F1 is {fixed(evaluation.number('self_reward_f1'))}, "
-        f"ECE {fixed(evaluation.number('self_reward_ece'))}. "
-        f"{scored:.0f} of {responses:.0f} responses have a score; the {responses - scored:.0f} others "
-        "(truncated) are left out here and weigh 0 in votes."
+        f"ECE {fixed(evaluation.number('self_reward_ece'))}. {counts}"
     ]
-    if not math.isfinite(evaluation.number("self_reward_auroc")):
-        sentences.append(
-            f"{run.label}: all scored responses are of one class, so AUROC and F1 are undefined."
-        )
-    return sentences
 
 
 def _against_baseline(run: Run, evaluation: Evaluation, name: str) -> str:
@@ -156,7 +155,7 @@ def _votes(run: Run, evaluation: Evaluation) -> list[str]:
         f"[{low:+.3f}, {high:+.3f}] over problems: {_verdict(low, high)}."
     ]
     best, average = evaluation.number("best_of"), evaluation.number("average")
-    if math.isfinite(best) and best <= average:
+    if math.isfinite(best) and best <= average < 1 and average > 0:
         sentences.append(
             f"**{run.label}: picking the best of {k} by score ({best:.3f}) is no better than one response** "
             f"({average:.3f})."

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 FloatArray = NDArray[np.float64]
 _SUMMARY_NAME = re.compile(r"(?P<split>.+)_step_(?P<step>\d+)\.json")
 
+_RATE = "time/tokens_per_second"  # depends on the clock like a time, but is none
+
 
 @dataclass
 class Evaluation:
@@ -128,7 +130,7 @@ class Run:
     def phases(self) -> dict[str, float]:
         """Mean seconds per step of each phase that metrics.jsonl has under time/."""
         rows = self.training_rows
-        names = {name for row in rows for name in row if name.startswith("time/")}
+        names = {name for row in rows for name in row if name.startswith("time/") and name != _RATE}
         means = {
             name.removeprefix("time/"): sum(row[name] for row in rows if _is_finite(row.get(name)))
             / len(rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_laser.observability.plain import plain
+from megatron_laser.observability.plain import plain, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -21,15 +21,23 @@ class MetricsLogger:
     An existing metrics.jsonl is continued, so a resumed run keeps what it had written.
     """
 
-    def __init__(self, output_dir: Path, tensorboard: bool = True) -> None:
-        """Open the files. Without the tensorboard package: one warning, and metrics.jsonl only."""
+    def __init__(self, output_dir: Path, tensorboard: bool = True, *, last_step: int | None = None) -> None:
+        """Open the files. Without the tensorboard package: one warning, and metrics.jsonl only.
+
+        Args:
+            last_step: the step of the checkpoint that is resumed from; lines of later steps are cut off, since
+                the run will write them again.
+        """
         output_dir.mkdir(parents=True, exist_ok=True)
         path = output_dir / "metrics.jsonl"
+        if last_step is not None and path.exists():
+            _cut_back(path, last_step)
         cut_off = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
         self._file = path.open("a", encoding="utf-8")
         if cut_off:  # a run that was killed while writing: its last line must not swallow our first
             self._file.write("\n")
-        self._writer = _tensorboard_writer(output_dir / "tensorboard") if tensorboard else None
+        purge = None if last_step is None else last_step + 1
+        self._writer = _tensorboard_writer(output_dir / "tensorboard", purge) if tensorboard else None
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line and flush it; the line is there even if the run dies in the next step.
@@ -91,7 +99,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def _tensorboard_writer(folder: Path) -> Any | None:
+def _cut_back(path: Path, last_step: int) -> None:
+    """Keep the lines up to `last_step`; what a killed run left incomplete goes too."""
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            step = int(json.loads(text)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if step <= last_step:
+            kept.append(text + "\n")
+    write_atomically(path, "".join(kept))
+
+
+def _tensorboard_writer(folder: Path, purge_step: int | None) -> Any | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -101,4 +122,4 @@ def _tensorboard_writer(folder: Path) -> Any | None:
             error,
         )
         return None
-    return SummaryWriter(log_dir=str(folder))
+    return SummaryWriter(log_dir=str(folder), purge_step=purge_step)

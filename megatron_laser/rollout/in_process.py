@@ -59,6 +59,8 @@ class InProcessEngine:
     ) -> list[list[Generation]]:
         """See `RolloutEngine.generate`. Repeatable: equal prompts, sampling and weights give equal responses."""
         self._check(prompts, sampling.max_new_tokens)
+        if sampling.score_token_id is not None:
+            self._check_score_token(sampling.score_token_id)
         ends = time.monotonic() + deadline
         generator = torch.Generator(self._device)
         generator.manual_seed(sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ())))
@@ -77,8 +79,7 @@ class InProcessEngine:
     def score(self, sequences: Sequence[Sequence[int]], token_id: int, *, deadline: float) -> list[float]:
         """See `RolloutEngine.score`."""
         self._check(sequences, 0)
-        if not 0 <= token_id < self._vocab_size:
-            raise ValueError(f"score token id {token_id} is outside the vocabulary of {self._vocab_size}")
+        self._check_score_token(token_id)
         ends = time.monotonic() + deadline
         scores = [0.0] * len(sequences)
         # Similar lengths together: less padding.
@@ -95,12 +96,18 @@ class InProcessEngine:
 
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """See `RolloutEngine.update_weights`. Raises KeyError on unknown or missing names."""
+        """See `RolloutEngine.update_weights`. Raises KeyError on unknown or missing names, ValueError on shapes."""
         missing = set(self._parameters)
         for name, tensor in weights:
             if name not in self._parameters:
                 raise KeyError(f"weight sync to version {version}: the engine has no parameter {name!r}")
-            self._parameters[name].copy_(tensor)
+            parameter = self._parameters[name]
+            if tensor.shape != parameter.shape:  # copy_ would broadcast a smaller one
+                raise ValueError(
+                    f"weight sync to version {version}: {name} is {tuple(tensor.shape)}, "
+                    f"the engine's is {tuple(parameter.shape)}"
+                )
+            parameter.copy_(tensor)
             missing.discard(name)
         if missing:
             raise KeyError(f"weight sync to version {version}: the stream lacked {sorted(missing)[:5]}")
@@ -142,6 +149,10 @@ class InProcessEngine:
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
+
+    def _check_score_token(self, token_id: int) -> None:
+        if not 0 <= token_id < self._vocab_size:
+            raise ValueError(f"score token id {token_id} is outside the vocabulary of {self._vocab_size}")
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         for index, prompt in enumerate(prompts):

@@ -19,6 +19,7 @@ T = TypeVar("T")
 _BEAT_SECONDS = 1.0
 _LONGEST_POLL = 0.5
 _DONE = b"done"
+_GO_ON = b"go on"
 _KEPT_KEYS = 16
 
 
@@ -28,7 +29,9 @@ class Coordinator:
     def __init__(self, store: dist.Store, rank: int, world_size: int, *, deadline: float) -> None:
         self._store = store
         self._rank = rank
+        self._world_size = world_size
         self._alone = world_size == 1
+        self._stop_reason: str | None = None
         self._deadline = deadline
         self._count = 0
         self._phase = "start"
@@ -67,6 +70,46 @@ class Coordinator:
             self._store.delete_key(f"phase/{self._count - 1 - _KEPT_KEYS}")
         return result
 
+    def request_stop(self, reason: str) -> None:
+        """Note that this rank wants to stop; safe in a signal handler. See `agree_to_stop`."""
+        self._stop_reason = reason
+
+    def agree_to_stop(self, step: int) -> str | None:
+        """Whether all ranks stop after `step`: the reason, the same on every rank, or None to go on.
+
+        Call on every rank after every step. Rank 0 decides; every rank acknowledges a stop through the store
+        before anybody saves, so that no collective of the save waits for a rank that is gone.
+
+        Raises:
+            RuntimeError: not all ranks acknowledged within `run.deadline`; nothing was saved.
+        """
+        if self._alone:
+            return self._stop_reason
+        if self._stop_reason is not None:
+            self._store.set("stop_request", self._stop_reason)
+        key = f"stop_decision/{step}"
+        if self._rank == 0:
+            asked = self._store.check(["stop_request"])
+            self._store.set(key, self._store.get("stop_request") if asked else _GO_ON)
+            self._store.delete_key(f"stop_decision/{step - _KEPT_KEYS}")
+        else:
+            self._wait_for(key, "agreeing whether to stop", self._deadline)
+        decision = self._store.get(key)
+        if decision == _GO_ON:
+            return None
+        self._store.set(f"stop_acknowledged/{self._rank}", _DONE)
+        for rank in range(self._world_size):
+            acknowledged = f"stop_acknowledged/{rank}"
+            started = time.monotonic()
+            while not self._store.check([acknowledged]):
+                if time.monotonic() - started > self._deadline:
+                    raise RuntimeError(
+                        f"rank {self._rank}: rank {rank} did not acknowledge the stop after step {step} within "
+                        f"run.deadline {self._deadline:g} s; nothing was saved, the last checkpoint is valid"
+                    )
+                time.sleep(0.01)
+        return decision.decode()
+
     def close(self) -> None:
         """Stop the heartbeat."""
         self._stop.set()
@@ -84,6 +127,13 @@ class Coordinator:
             self._stop.wait(_BEAT_SECONDS)
 
     def _wait(self, key: str, phase: str, deadline: float) -> None:
+        self._wait_for(key, phase, deadline)
+        outcome = self._store.get(key)
+        if outcome != _DONE:
+            raise RuntimeError(f"rank {self._rank}, phase {phase!r}: rank 0 failed with {outcome.decode()}")
+
+    def _wait_for(self, key: str, phase: str, deadline: float) -> None:
+        """Until the key is set by rank 0, watching its heartbeat."""
         started = last_change = time.monotonic()
         last_beat = b""
         while not self._store.check([key]):
@@ -104,6 +154,3 @@ class Coordinator:
                 )
             # Short phases are noticed at once; in long ones hundreds of ranks must not crowd the store.
             time.sleep(min(_LONGEST_POLL, max(0.001, 0.02 * (now - started))))
-        outcome = self._store.get(key)
-        if outcome != _DONE:
-            raise RuntimeError(f"rank {self._rank}, phase {phase!r}: rank 0 failed with {outcome.decode()}")

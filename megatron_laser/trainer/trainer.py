@@ -72,7 +72,7 @@ class Trainer:
             step: counted from 1; the warm-ups count it.
 
         Raises:
-            FloatingPointError: the gradient is not finite.
+            FloatingPointError: the gradient or the loss is not finite.
         """
         config = self._config
         data = prepare_step(
@@ -194,6 +194,12 @@ class Trainer:
             contributes=self._runtime.reports_rows,
             group=self._runtime.cpu_group if self._runtime.world_size > 1 else None,
         )
+        # A NaN log-prob can leave the gradient finite: policy_loss bounds the log ratio, which passes none.
+        if not math.isfinite(totals["total_loss"]):
+            raise FloatingPointError(
+                f"step {step}, rank {self._runtime.rank}: the loss is {totals['total_loss']}; look at the batch's "
+                "rollout log-probs (logging.rollouts_every)"
+            )
         return self._metrics(totals, norms)
 
     def _optimizer_step(

@@ -1,0 +1,1 @@
+"""Checkpoints: sharded through Megatron's dist_checkpointing, published atomically, loadable by any layout."""

@@ -1,0 +1,150 @@
+"""Optimizer state per model parameter, the same for every Megatron optimizer and every layout.
+
+Megatron's own formats differ between the plain and the distributed optimizer, and loading torch's AdamW through
+the distributed one hands the *same* `step` tensor to every parameter (megatron-core 0.16
+distrib_optimizer.py:825), so that one update advances it once per parameter. Here the state is three fp32
+tensors in the shape of the model parameter (main weight, exp_avg, exp_avg_sq) and one step count. The
+distributed optimizer's slices are put together over the data-parallel group when saving and cut again when
+loading: a run may change its layout, and turn the distributed optimizer on or off, between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params
+
+MAIN, EXP_AVG, EXP_AVG_SQ = "main_param", "exp_avg", "exp_avg_sq"
+KINDS = (MAIN, EXP_AVG, EXP_AVG_SQ)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where one model parameter's state lives in the torch optimizer.
+
+    main: the tensor that the torch optimizer updates, a flat slice of the parameter under the distributed
+    optimizer; [start, stop) is that slice in the flattened parameter.
+    """
+
+    parameter: torch.nn.Parameter
+    main: torch.Tensor
+    optimizer: torch.optim.Optimizer
+    start: int
+    stop: int
+    group: dist.ProcessGroup | None
+
+    def tensor(self, kind: str) -> torch.Tensor:
+        """The live tensor of `kind`; Adam's moments are created (as zeros) where there are none yet."""
+        if kind == MAIN:
+            return self.main
+        state = self.optimizer.state[self.main]
+        if kind not in state:
+            state[kind] = torch.zeros_like(self.main, dtype=torch.float32)
+        return state[kind]
+
+
+def collect(optimizer: MegatronOptimizer) -> dict[int, dict[str, torch.Tensor]]:
+    """id(model parameter) -> {kind: fp32 tensor of the parameter's local shape}. A collective.
+
+    All ranks of a data-parallel group get the same tensors; without the distributed optimizer they are the live
+    ones, so copy or write them before the next step.
+    """
+    collected: dict[int, dict[str, torch.Tensor]] = {}
+    for parameter, slot, group in _parameters(optimizer):
+        tensors = {}
+        for kind in KINDS:
+            if group is None:
+                assert slot is not None
+                tensors[kind] = slot.tensor(kind).detach()
+                continue
+            whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+            if slot is not None:
+                whole[slot.start : slot.stop] = slot.tensor(kind).detach().flatten()
+            dist.all_reduce(whole, group=group)
+            tensors[kind] = whole.view(parameter.shape)
+        collected[id(parameter)] = tensors
+    return collected
+
+
+@torch.no_grad()
+def restore(optimizer: MegatronOptimizer, state: dict[int, dict[str, torch.Tensor]], step: int) -> None:
+    """The inverse of `collect`: `state` holds whole (local-shape) tensors; each slot takes its slice."""
+    for parameter, slot, _ in _parameters(optimizer):
+        if slot is None:
+            continue
+        for kind in KINDS:
+            whole = state[id(parameter)][kind].flatten()
+            slot.tensor(kind).copy_(whole[slot.start : slot.stop].view_as(slot.main))
+    set_step(optimizer, step)
+
+
+def get_step(optimizer: MegatronOptimizer) -> int:
+    """Updates made so far; Adam's bias correction depends on it."""
+    for inner in _chained(optimizer):
+        for group in inner.optimizer.param_groups:
+            if "step" in group:  # Apex and Transformer Engine keep one count for each group
+                return int(group["step"])
+            for parameter in group["params"]:
+                if "step" in inner.optimizer.state.get(parameter, {}):
+                    return int(inner.optimizer.state[parameter]["step"])
+    return 0
+
+
+def set_step(optimizer: MegatronOptimizer, step: int) -> None:
+    """Set the update count; torch's AdamW gets a tensor of its own for every parameter."""
+    for inner in _chained(optimizer):
+        per_parameter = type(inner.optimizer).__module__.startswith("torch.")
+        for group in inner.optimizer.param_groups:
+            if not per_parameter:
+                group["step"] = step
+                continue
+            for parameter in group["params"]:
+                inner.optimizer.state[parameter]["step"] = torch.tensor(float(step))
+
+
+def _chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    inner = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [one for one in inner if not getattr(one, "is_stub_optimizer", False)]
+
+
+def _parameters(
+    optimizer: MegatronOptimizer,
+) -> Iterator[tuple[torch.nn.Parameter, _Slot | None, dist.ProcessGroup | None]]:
+    """(model parameter, this rank's slot or None, group to sum slices over or None), in one order everywhere."""
+    for inner in _chained(optimizer):
+        if isinstance(inner, DistributedOptimizer):
+            yield from _distributed(inner)
+        elif isinstance(inner, Float16OptimizerWithFloat16Params):
+            pairs = [
+                *zip(inner.float16_groups, inner.fp32_from_float16_groups, strict=True),
+                *zip(inner.fp32_from_fp32_groups, inner.fp32_from_fp32_groups, strict=True),
+            ]
+            for models, mains in pairs:
+                for parameter, main in zip(models, mains, strict=True):
+                    yield parameter, _Slot(parameter, main, inner.optimizer, 0, main.numel(), None), None
+        else:
+            for group in inner.optimizer.param_groups:
+                for parameter in group["params"]:
+                    slot = _Slot(parameter, parameter, inner.optimizer, 0, parameter.numel(), None)
+                    yield parameter, slot, None
+
+
+def _distributed(
+    inner: DistributedOptimizer,
+) -> Iterator[tuple[torch.nn.Parameter, _Slot | None, dist.ProcessGroup]]:
+    group = inner.data_parallel_group
+    owned = inner.model_param_group_index_map
+    for buffer in inner.buffers:
+        for parameter in buffer.params:
+            slot = None
+            if parameter in owned:
+                group_index, order = owned[parameter]
+                main = inner.optimizer.param_groups[group_index]["params"][order]
+                part = inner._get_model_param_range_map(parameter)["param"]
+                slot = _Slot(parameter, main, inner.optimizer, part.start, part.end, group)
+            yield parameter, slot, group

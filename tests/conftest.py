@@ -1,0 +1,29 @@
+"""Fixtures for tests that need Megatron's parallel state in the test process."""
+
+import os
+
+# Before torch is imported: the machine's cores belong to the whole test run.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+def pytest_configure(config):
+    """Megatron warns at import that Transformer Engine and Apex are missing: expected on a CPU."""
+    config.addinivalue_line("filterwarnings", r"ignore::Warning:megatron\..*")
+
+
+@pytest.fixture(scope="module")
+def single_process(tmp_path_factory):
+    """Process groups of a run on one process, without torchrun; gives the Runtime."""
+    import torch
+    from helpers.models import save_tiny_model
+    from helpers.runs import run_config
+
+    from megatron_laser.trainer import runtime
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("single_process")
+    save_tiny_model(folder / "model", "qwen2")
+    yield runtime.start(run_config(folder, folder / "model"))
+    runtime.stop()

@@ -1,0 +1,45 @@
+"""Rank 0 of 2 as a process of its own, for test_coordinator.py, which plays rank 1 and hosts the store.
+
+    coordinator_worker.py PORT SCENARIO
+"""
+
+import sys
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron_laser.trainer.coordinator import Coordinator
+
+
+def busy(seconds):
+    time.sleep(seconds)
+    return "done working"
+
+
+def fail():
+    raise ValueError("the grading pool lost its workers")
+
+
+def main():
+    port, scenario = int(sys.argv[1]), sys.argv[2]
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
+    coordinator = Coordinator(dist.PrefixStore("run", store), 0, 2, deadline=3.0)
+    if scenario == "many phases":
+        for number in range(40):
+            assert coordinator.lead(f"phase {number}", lambda n=number: n, deadline=10) == number
+            store.wait([f"seen {number}"], timedelta(seconds=10))
+    elif scenario == "fails":
+        try:
+            coordinator.lead("rollout of step 3", fail, deadline=10)
+        except ValueError:
+            store.wait(["seen"], timedelta(seconds=10))
+    else:
+        seconds = {"works": 2.0, "hangs": 60.0}[scenario]
+        assert coordinator.lead("rollout of step 3", lambda: busy(seconds), deadline=10) == "done working"
+        store.wait(["seen"], timedelta(seconds=10))
+    coordinator.close()
+
+
+if __name__ == "__main__":
+    main()

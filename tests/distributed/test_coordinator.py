@@ -1,0 +1,112 @@
+"""Rank 1 waits while rank 0, another process, works, fails, hangs, stops or dies."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from helpers.torchrun import worker_environment
+
+from megatron_laser.trainer.coordinator import Coordinator
+
+pytestmark = pytest.mark.distributed
+
+WORKER = Path(__file__).with_name("coordinator_worker.py")
+SILENCE = 2.0  # run.deadline of the waiting rank
+
+
+@contextlib.contextmanager
+def rank_zero(scenario):
+    """(store as rank 1 sees it, coordinator of rank 1, rank 0's process), once rank 0's heart beats."""
+    base = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+    process = subprocess.Popen(
+        [sys.executable, str(WORKER), str(base.port), scenario],
+        env=worker_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        store = dist.PrefixStore("run", base)
+        store.wait(["heartbeat"], timedelta(seconds=60))
+        yield base, Coordinator(store, 1, 2, deadline=SILENCE), process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def finished(process):
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+
+
+def test_the_waiting_rank_goes_on_when_rank_zero_has_finished():
+    with rank_zero("works") as (store, coordinator, process):
+        started = time.monotonic()
+        called = []
+        assert coordinator.lead("rollout of step 3", lambda: called.append(1), deadline=10) is None
+        assert not called
+        assert time.monotonic() - started < 4
+        store.set("seen", "")
+        finished(process)
+
+
+def test_many_phases_in_a_row_stay_in_step():
+    with rank_zero("many phases") as (store, coordinator, process):
+        for number in range(40):
+            assert coordinator.lead(f"phase {number}", lambda: None, deadline=10) is None
+            store.set(f"seen {number}", "")
+        finished(process)
+
+
+def test_the_waiting_rank_gets_rank_zeros_failure_message():
+    with rank_zero("fails") as (store, coordinator, process):
+        message = r"rank 1, phase 'rollout of step 3': .*ValueError: the grading pool lost its workers"
+        with pytest.raises(RuntimeError, match=message):
+            coordinator.lead("rollout of step 3", lambda: None, deadline=10)
+        store.set("seen", "")
+        finished(process)
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])
+def test_a_silent_rank_zero_is_noticed_within_the_deadline_with_rank_and_phase(how):
+    with rank_zero("hangs") as (_, coordinator, process):
+        os.kill(process.pid, how)
+        started = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"rank 1, phase 'rollout of step 3': .*no sign of life.*2 s"):
+            coordinator.lead("rollout of step 3", lambda: None, deadline=30)
+        assert SILENCE <= time.monotonic() - started < SILENCE + 3
+
+
+def test_a_rank_zero_that_is_alive_but_too_slow_is_told_apart_from_a_dead_one():
+    with rank_zero("hangs") as (_, coordinator, _):
+        started = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"phase 'rollout of step 3'.*alive.*within 3 s.*rollout\.deadline"):
+            coordinator.lead("rollout of step 3", lambda: None, deadline=3.0)
+        assert time.monotonic() - started < 6
+
+
+def test_a_rank_zero_that_never_starts_is_noticed():
+    store = dist.HashStore()
+    with pytest.raises(RuntimeError, match=r"rank 1, phase 'reading inputs': .*no sign of life"):
+        Coordinator(store, 1, 2, deadline=0.5).lead("reading inputs", lambda: None, deadline=30)
+
+
+def test_alone_there_is_nobody_to_wait_for():
+    coordinator = Coordinator(dist.HashStore(), 0, 1, deadline=1.0)
+    assert coordinator.lead("work", lambda: 5, deadline=1.0) == 5
+    coordinator.close()
+
+
+def test_rank_zeros_own_failure_is_raised_as_it_is_on_rank_zero():
+    coordinator = Coordinator(dist.HashStore(), 0, 2, deadline=1.0)
+    with pytest.raises(ZeroDivisionError):
+        coordinator.lead("work", lambda: 1 / 0, deadline=1.0)
+    coordinator.close()
+    coordinator.close()

@@ -1,0 +1,66 @@
+"""The Megatron model against transformers, for every family and layout, and its weights there and back."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.models import FAMILIES, save_tiny_model
+from helpers.torchrun import torchrun
+
+from megatron_laser.model.hf_folder import HfFolder
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+WORKER = Path(__file__).with_name("hf_parity_worker.py")
+LAYOUTS = ("data 2", "tensor 2", "tensor 2, shard of padding", "tensor 2, sequence", "pipeline 2")
+CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS]
+every_case = pytest.mark.parametrize(("family", "layout"), CASES, ids=lambda value: value)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        # One of them in many files with an index, as large models come.
+        save_tiny_model(folder / family, family, max_shard_size="60KB" if family == "qwen2" else "1GB")
+    assert (folder / "qwen2" / "model.safetensors.index.json").is_file()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(models):
+    torchrun(WORKER, 2, models, models / "results.json")
+    results = json.loads((models / "results.json").read_text())
+    assert set(results) == {f"{family}, {layout}" for family, layout in CASES}
+    return results
+
+
+@every_case
+def test_packed_logits_and_logprobs_equal_separate_transformers_forwards(results, family, layout):
+    result = results[f"{family}, {layout}"]
+    assert result["logits"] < 1e-5
+    assert result["logprobs"] < 1e-5
+
+
+@every_case
+def test_each_rank_reads_its_shard_and_nothing_else(results, family, layout):
+    result = results[f"{family}, {layout}"]
+    assert result["read_too_much"] == 0
+    assert result["wholly_read_matrices"] == 0
+
+
+@every_case
+def test_export_is_bit_identical_under_the_names_of_transformers(models, results, family, layout):
+    result = results[f"{family}, {layout}"]
+    with HfFolder(models / family) as original:
+        assert result["names"] == sorted(original.names())
+    assert result["changed"] == []
+    assert result["streamed_elsewhere"] == 0
+    assert ("lm_head.weight" in result["names"]) == (family in ("qwen2", "qwen3-untied", "llama3-rope"))
+
+
+@every_case
+def test_transformers_loads_the_sharded_export_and_computes_the_same(results, family, layout):
+    result = results[f"{family}, {layout}"]
+    assert result["shards"] > 1
+    assert result["transformers_logits_equal"]

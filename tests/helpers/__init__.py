@@ -1,0 +1,1 @@
+"""What several tests share: tiny random models, rollout batches, and starting torchrun."""

@@ -1,0 +1,62 @@
+"""Tiny random models of every supported family, saved as Hugging Face folders."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import Qwen2Config, Qwen3Config  # isort: skip
+
+VOCAB_SIZE = 250
+_SIZES = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    bos_token_id=None,
+    eos_token_id=1,
+    pad_token_id=0,
+)
+# Low and high frequency bounds inside the tiny context, so that the scaling changes some frequencies only.
+_LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+FAMILIES = {
+    "qwen2": (Qwen2Config, dict(tie_word_embeddings=False)),
+    "qwen2-tied": (Qwen2Config, dict(tie_word_embeddings=True)),
+    "qwen3": (Qwen3Config, dict(tie_word_embeddings=True, head_dim=32)),
+    "qwen3-untied": (Qwen3Config, dict(tie_word_embeddings=False, head_dim=32)),
+    "llama3-rope": (LlamaConfig, dict(tie_word_embeddings=False, rope_parameters=_LLAMA3_ROPE)),
+}
+
+
+def tiny_config(family: str, **changes: object) -> PretrainedConfig:
+    """The configuration of a tiny model of `family`, a key of FAMILIES."""
+    config_class, settings = FAMILIES[family]
+    return config_class(**(_SIZES | settings | changes))
+
+
+def tiny_model(family: str, *, seed: int = 0, scale: float = 0.08, **changes: object) -> PreTrainedModel:
+    """An fp32 model whose every parameter is random: norms differ from 1 and biases from 0."""
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        spread = 0.2 if parameter.dim() == 1 else scale
+        parameter.data.normal_(1.0 if "norm" in name else 0.0, spread, generator=generator)
+    return model.eval()
+
+
+def save_tiny_model(
+    folder: Path, family: str, *, max_shard_size: str = "1GB", **changes: object
+) -> PreTrainedModel:
+    """`tiny_model`, written to `folder` by transformers itself."""
+    model = tiny_model(family, **changes)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model

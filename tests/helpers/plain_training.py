@@ -1,0 +1,154 @@
+"""GRPO and LaSeR written plainly: a transformers model, one forward per sample, torch's AdamW, Python loops.
+
+Slow and short on purpose: it is what the trainer is compared with. Losses are written from the papers'
+formulas in float64; only the model computes in float32.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from megatron_laser.batching.flat import FlatBatch
+
+
+@dataclass
+class Plain:
+    """Settings, under the names of the configuration."""
+
+    lr: float
+    weight_decay: float
+    grad_clip: float
+    temperature: float
+    old_logprobs: str
+    score_token: int | None = None
+    ref_logprob: float = -6.0
+    beta: float = 0.4
+    alpha: float = 0.0
+    tau: float = 0.0
+    std_threshold: float = 0.0
+    clip: float = 0.2
+    eps: float = 1e-8
+    minibatches: int = 1
+    kl_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
+    importance_cap: float | None = None
+    reference: torch.nn.Module | None = None
+
+
+class PlainTrainer:
+    """Trains `model` in place."""
+
+    def __init__(self, model: torch.nn.Module, settings: Plain) -> None:
+        self.model = model
+        self.settings = settings
+        # Norms and biases take no weight decay.
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        vectors = [p for p in model.parameters() if p.dim() == 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=settings.lr,
+            eps=settings.eps,
+        )
+
+    def rows(self, model: torch.nn.Module, flat: FlatBatch, i: int):
+        """float64 log-softmax: [response, vocab] at the temperature, and [vocab] behind the response at 1."""
+        prompt, response = flat.prompt_ids(i).tolist(), flat.response_ids(i).tolist()
+        logits = model(torch.tensor([prompt + response])).logits[0].double()
+        policy = (logits[len(prompt) - 1 : -1] / self.settings.temperature).log_softmax(-1)
+        return policy, logits[-1].log_softmax(-1)
+
+    def logprobs(self, model: torch.nn.Module, flat: FlatBatch, i: int):
+        """Response log-probs, their rows' entropies, and log pi(z_c) behind the response."""
+        policy, last = self.rows(model, flat, i)
+        ids = torch.from_numpy(flat.response_ids(i).astype("int64"))
+        zc = None if self.settings.score_token is None else last[self.settings.score_token]
+        return policy.gather(1, ids[:, None]).squeeze(1), -(policy.exp() * policy).sum(-1), zc
+
+    def step(self, flat: FlatBatch, *, with_loss: bool, with_mixing: bool) -> dict:
+        """One rollout batch; metrics are means over the optimizer steps, as the trainer reports them."""
+        s, count = self.settings, flat.num_samples
+        with torch.no_grad():
+            before = [self.logprobs(self.model, flat, i) for i in range(count)]
+            frozen = [self.logprobs(s.reference, flat, i) if s.reference else None for i in range(count)]
+        scores = [
+            s.beta * (float(before[i][2]) - s.ref_logprob) if s.score_token and flat.scored[i] else math.nan
+            for i in range(count)
+        ]
+        advantages = self.advantages(flat, scores, with_mixing)
+        groups = sorted(set(flat.group_ids.tolist()))
+        size = len(groups) // s.minibatches
+        sums = dict.fromkeys(("policy_loss", "self_reward_loss", "kl_loss", "entropy", "grad_norm"), 0.0)
+        for m in range(s.minibatches):
+            chosen = groups[m * size : (m + 1) * size]
+            members = [i for i in range(count) if flat.group_ids[i] in chosen]
+            for name, value in self.update(flat, members, advantages, before, frozen, with_loss).items():
+                sums[name] += value / s.minibatches
+        return sums | {"scores": scores, "advantages": advantages}
+
+    def advantages(self, flat: FlatBatch, scores: list[float], with_mixing: bool) -> list[float]:
+        s = self.settings
+        result = [0.0] * flat.num_samples
+        for group in set(flat.group_ids.tolist()):
+            members = [i for i in range(flat.num_samples) if flat.group_ids[i] == group]
+            own = standardised([float(flat.rewards[i]) for i in members], 1e-6)
+            mixed = own
+            if with_mixing:
+                clamped = [min(max(scores[i], 0.0), 1.0) if flat.scored[i] else 0.0 for i in members]
+                if unbiased_std(clamped) > s.std_threshold:
+                    mixed = standardised(clamped, 0.0)
+            for i, verifier, self_reward in zip(members, own, mixed):
+                result[i] = (1 - s.tau) * verifier + s.tau * self_reward if with_mixing else verifier
+        return result
+
+    def update(self, flat, members, advantages, before, frozen, with_loss) -> dict[str, float]:
+        s = self.settings
+        num_tokens = sum(int(flat.response_lengths[i]) for i in members)
+        scored = [i for i in members if flat.scored[i]]
+        right = sum(flat.rewards[i] > 0.5 for i in scored)
+        class_weight = {True: len(scored) / (2 * max(right, 1)), False: len(scored) / (2 * max(len(scored) - right, 1))}
+        self.optimizer.zero_grad()
+        policy_loss = self_reward_loss = kl_loss = entropy = torch.zeros((), dtype=torch.float64)
+        for i in members:
+            logprobs, entropies, zc = self.logprobs(self.model, flat, i)
+            start = flat.response_offsets[i]
+            rollout = torch.from_numpy(flat.rollout_logprobs[start : start + len(logprobs)]).double()
+            old = {"rollout": rollout, "recompute": before[i][0], "on_policy": logprobs.detach()}[s.old_logprobs]
+            ratio = (logprobs - old).exp()
+            surrogate = torch.minimum(ratio * advantages[i], ratio.clamp(1 - s.clip, 1 + s.clip) * advantages[i])
+            if s.importance_cap is not None:
+                surrogate = surrogate * (old - rollout).exp().clamp(max=s.importance_cap)
+            policy_loss = policy_loss - surrogate.sum() / num_tokens
+            entropy = entropy + entropies.sum() / num_tokens
+            if s.reference is not None:
+                log_ratio = frozen[i][0] - logprobs  # k3: pi_ref / pi - 1 - log(pi_ref / pi)
+                kl_loss = kl_loss + (log_ratio.exp() - 1 - log_ratio).sum() / num_tokens
+            if s.score_token is not None and flat.scored[i]:
+                score = s.beta * (zc - s.ref_logprob)
+                error = (score - float(flat.rewards[i])) ** 2
+                self_reward_loss = self_reward_loss + class_weight[flat.rewards[i] > 0.5] * error / len(scored)
+        total = policy_loss + s.kl_coefficient * kl_loss - s.entropy_coefficient * entropy
+        if with_loss:
+            total = total + s.alpha * self_reward_loss
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip)
+        self.optimizer.step()
+        return {
+            "policy_loss": policy_loss.item(),
+            "self_reward_loss": self_reward_loss.item(),
+            "kl_loss": kl_loss.item(),
+            "entropy": entropy.item(),
+            "grad_norm": norm.item(),
+        }
+
+
+def unbiased_std(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def standardised(values: list[float], epsilon: float) -> list[float]:
+    mean, std = sum(values) / len(values), unbiased_std(values)
+    return [0.0 if std == 0.0 else (v - mean) / (std + epsilon) for v in values]

@@ -1,0 +1,148 @@
+"""Who may import whom: the rules that keep the package's parts apart, checked on the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from helpers.source_tree import (
+    PACKAGE,
+    ROOT,
+    all_imports,
+    assert_none,
+    attribute_lines,
+    imports_of_tree,
+    is_under,
+    modules,
+    own_modules,
+    part_of,
+    tree,
+    violations,
+)
+
+# A part may import the parts of lower layers, and of its own only what SAME_LAYER says.
+LAYERS = (
+    ("types", "config"),
+    ("algorithms", "ops", "batching", "data", "rewards"),
+    ("observability",),
+    ("rollout", "evaluation", "model", "trainer"),
+    ("weight_sync",),
+    ("output_folder", "leader", "loop", "benchmarks", "environment", "cli", "__main__"),
+)
+TOP = LAYERS[-1]
+SAME_LAYER = {("config", "types"), ("evaluation", "rollout"), ("trainer", "model")}
+SAME_LAYER |= {(source, target) for source in TOP for target in TOP}
+
+FREE_OF_TORCH = ("config", "rewards", "data")
+FREE_OF_DISTRIBUTED = (
+    "types",
+    "config",
+    "algorithms",
+    "data",
+    "rewards",
+    "batching",
+    "evaluation",
+    "rollout",
+)
+FREE_OF_MEGATRON = (*FREE_OF_DISTRIBUTED, "observability")
+
+
+def test_every_part_has_a_layer() -> None:
+    known = {part for layer in LAYERS for part in layer} | {""}
+    unknown = sorted({part_of(name) for name in modules()} - known)
+    assert not unknown, f"no layer for {unknown}: add them to LAYERS, as low as their imports allow"
+
+
+def test_parts_import_only_lower_layers() -> None:
+    layer_of = {part: index for index, layer in enumerate(LAYERS) for part in layer}
+    found = []
+    for module, item in all_imports():
+        source = part_of(module)
+        for name in own_modules(item.target):
+            target = part_of(name)
+            if target in ("", source) or source not in layer_of or target not in layer_of:
+                continue
+            lower = layer_of[target] < layer_of[source]
+            if not lower and (source, target) not in SAME_LAYER:
+                found.append(f"{item}, but {source} may not import {target}")
+    assert_none(sorted(set(found)), "imports go from upper to lower layers only (LAYERS in this file)")
+
+
+def test_rollout_and_trainer_never_reach_each_other() -> None:
+    found = violations(("rollout",), f"{PACKAGE}.trainer") + violations(("rollout",), f"{PACKAGE}.model")
+    found += violations(("trainer", "model"), f"{PACKAGE}.rollout")
+    assert_none(found, "rollout must not import trainer or model, nor these rollout")
+
+
+def test_config_rewards_and_data_are_free_of_torch() -> None:
+    found = violations(FREE_OF_TORCH, "torch") + violations(FREE_OF_TORCH, "transformers")
+    assert_none(found, f"{', '.join(FREE_OF_TORCH)} must not import torch (nor transformers, which does)")
+
+
+def test_importing_config_rewards_and_data_leaves_torch_out() -> None:
+    names = ", ".join(f"{PACKAGE}.{part}" for part in FREE_OF_TORCH)
+    script = f"import sys, {names}; sys.exit('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, f"import {names} loads torch, or fails:\n{done.stderr}"
+
+
+def test_parts_that_run_without_megatron_do_not_import_it() -> None:
+    assert_none(violations(FREE_OF_MEGATRON, "megatron"), "these parts must not import Megatron")
+
+
+def test_parts_that_run_in_one_process_do_not_import_torch_distributed() -> None:
+    found = violations(FREE_OF_DISTRIBUTED, "torch.distributed")
+    found += [
+        f"{modules()[name].relative_to(ROOT)}:{line} names torch.distributed"
+        for name in modules()
+        if part_of(name) in FREE_OF_DISTRIBUTED
+        for line in attribute_lines(tree(modules()[name]), "torch.distributed")
+    ]
+    assert_none(found, "these parts must not use torch.distributed")
+
+
+def test_sglang_is_never_imported() -> None:
+    found = [str(item) for _, item in all_imports() if is_under(item.target, "sglang")]
+    assert_none(found, "SGLang runs as a child process in an environment of its own")
+
+
+def test_torch_cuda_is_named_only_in_the_platform_module() -> None:
+    def may(module: str) -> bool:
+        # GPU kernels need streams and device properties.
+        return module == f"{PACKAGE}.model.platform" or module.startswith(
+            (f"{PACKAGE}.ops.triton", f"{PACKAGE}.ops.cuda")
+        )
+
+    found = [
+        f"{file.relative_to(ROOT)}:{line} names torch.cuda"
+        for module, file in modules().items()
+        if not may(module)
+        for line in attribute_lines(tree(file), "torch.cuda")
+    ]
+    found += [
+        str(item) for module, item in all_imports() if is_under(item.target, "torch.cuda") and not may(module)
+    ]
+    assert_none(found, "ask megatron_laser.model.platform instead")
+
+
+@pytest.mark.parametrize(
+    ("code", "target", "at_import_time"),
+    [
+        ("import torch.cuda", "torch.cuda", True),
+        ("from torch import cuda", "torch.cuda", True),
+        ("def f():\n    import megatron.core", "megatron.core", False),
+        ("if TYPE_CHECKING:\n    from torch import Tensor", "torch.Tensor", False),
+        ("try:\n    import sglang\nexcept ImportError:\n    sglang = None", "sglang", True),
+        ("from . import errors", "megatron_laser.config.errors", True),
+        ("from ..trainer import trainer", "megatron_laser.trainer.trainer", True),
+        ("importlib.import_module('megatron.core')", "megatron.core", True),
+    ],
+)
+def test_every_way_to_import_is_seen(code: str, target: str, at_import_time: bool) -> None:
+    file = ROOT / PACKAGE / "config" / "example.py"
+    found = imports_of_tree(ast.parse(code), file, f"{PACKAGE}.config.example")
+    assert [(item.target, item.at_import_time) for item in found] == [(target, at_import_time)]
