@@ -136,12 +136,17 @@ class Coordinator:
         """Until the key is set by rank 0, watching its heartbeat."""
         started = last_change = time.monotonic()
         last_beat = b""
-        while not self._store.check([key]):
+        where = f"rank {self._rank}, phase {phase!r}: rank 0"
+        while True:
+            try:
+                if self._store.check([key]):
+                    return
+                beat = self._store.get("heartbeat") if self._store.check(["heartbeat"]) else b""
+            except dist.DistNetworkError as error:
+                raise RuntimeError(f"{where}, or the node that hosts its store, is gone: {error}") from error
             now = time.monotonic()
-            beat = self._store.get("heartbeat") if self._store.check(["heartbeat"]) else b""
             if beat != last_beat:
                 last_beat, last_change = beat, now
-            where = f"rank {self._rank}, phase {phase!r}: rank 0"
             if now - last_change > self._deadline:
                 raise RuntimeError(
                     f"{where} gave no sign of life for {now - last_change:.0f} s (run.deadline is "

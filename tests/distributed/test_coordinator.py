@@ -19,19 +19,24 @@ pytestmark = pytest.mark.distributed
 
 WORKER = Path(__file__).with_name("coordinator_worker.py")
 SILENCE = 2.0  # run.deadline of the waiting rank
+TIMEOUT = timedelta(seconds=20)
 
 
-@contextlib.contextmanager
-def rank_zero(scenario):
-    """(store as rank 1 sees it, coordinator of rank 1, rank 0's process), once rank 0's heart beats."""
-    base = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
-    process = subprocess.Popen(
-        [sys.executable, str(WORKER), str(base.port), scenario],
+def start(port, scenario):
+    return subprocess.Popen(
+        [sys.executable, str(WORKER), str(port), scenario],
         env=worker_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+@contextlib.contextmanager
+def rank_zero(scenario):
+    """(store as rank 1 sees it, coordinator of rank 1, rank 0's process), once rank 0's heart beats."""
+    base = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+    process = start(base.port, scenario)
     try:
         store = dist.PrefixStore("run", base)
         store.wait(["heartbeat"], timedelta(seconds=60))
@@ -90,6 +95,20 @@ def test_a_rank_zero_that_is_alive_but_too_slow_is_told_apart_from_a_dead_one():
         with pytest.raises(RuntimeError, match=r"phase 'rollout of step 3'.*alive.*within 3 s.*rollout\.deadline"):
             coordinator.lead("rollout of step 3", lambda: None, deadline=3.0)
         assert time.monotonic() - started < 6
+
+
+def test_the_death_of_the_process_that_hosts_the_store_is_told_with_rank_and_phase():
+    process = start(0, "hosts the store")
+    try:
+        store = dist.TCPStore("127.0.0.1", int(process.stdout.readline()), is_master=False, timeout=TIMEOUT)
+        store = dist.PrefixStore("run", store)
+        store.wait(["heartbeat"], TIMEOUT)
+        process.kill()
+        with pytest.raises(RuntimeError, match=r"rank 1, phase 'rollout of step 3': rank 0, .*store.* gone"):
+            Coordinator(store, 1, 2, deadline=SILENCE).lead("rollout of step 3", lambda: None, deadline=30)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_rank_zero_that_never_starts_is_noticed():

@@ -7,6 +7,7 @@ A part is a top-level module or package of `megatron_laser`.
 from __future__ import annotations
 
 import ast
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -107,12 +108,13 @@ def is_under(target: str, root: str) -> bool:
 def reach(part: str) -> Iterator[tuple[list[Import], Import]]:
     """All imports that importing `part`'s modules can lead to: (chain of own imports, import at its end).
 
-    Inside `part` imports in functions count as well; beyond it only those that run at import time.
+    Shortest chains first. Inside `part` imports in functions count as well; beyond it only those that run at
+    import time.
     """
-    todo: list[tuple[str, list[Import]]] = [(name, []) for name in modules() if part_of(name) == part]
+    todo = deque[tuple[str, list[Import]]]((name, []) for name in modules() if part_of(name) == part)
     seen = {name for name, _ in todo}
     while todo:
-        module, chain = todo.pop()
+        module, chain = todo.popleft()
         for item in imports(module):
             if chain and not item.at_import_time:
                 continue
@@ -124,12 +126,14 @@ def reach(part: str) -> Iterator[tuple[list[Import], Import]]:
 
 
 def violations(parts: tuple[str, ...], forbidden: str) -> list[str]:
-    return [
-        " -> ".join(map(str, [*chain, item]))
-        for part in parts
-        for chain, item in reach(part)
-        if is_under(item.target, forbidden)
-    ]
+    """For each part that leads to an import of `forbidden`, a shortest way there."""
+    found = []
+    for part in parts:
+        for chain, item in reach(part):
+            if is_under(item.target, forbidden):
+                found.append(" -> ".join(map(str, [*chain, item])))
+                break
+    return found
 
 
 def assert_none(found: list[str], rule: str) -> None:

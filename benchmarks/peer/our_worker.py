@@ -1,0 +1,63 @@
+"""Our side: `megatron_laser.loop.train` as it is, with a pause between blocks of steps.
+
+    python -m peer.our_worker CONFIG.yaml
+
+The loop's Leader is replaced by a subclass that waits for its turn before it collects a rollout. Phases come
+from the run's own metrics.jsonl; only grading, which happens while responses finish, is timed here.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+import transformers
+
+from megatron_laser import leader as leader_module
+from megatron_laser import loop
+from megatron_laser.config import load_config
+from megatron_laser.rewards import Grade, GradingPool
+from megatron_laser.types import RolloutBatch
+from peer.turns import Turns
+
+turns = Turns()
+
+
+class PacedLeader(leader_module.Leader):
+    """A Leader that takes turns with another trainer."""
+
+    def collect(self, step: int) -> RolloutBatch:
+        """Wait for the turn, then collect as always."""
+        turns.next_step()
+        return super().collect(step)
+
+
+class TimedGradingPool(GradingPool):
+    """A GradingPool that notes the time spent where responses are handed to it."""
+
+    def submit(self, response: str, answer: str) -> Future[Grade]:
+        """Time and pass on."""
+        started = time.perf_counter()
+        grade = super().submit(response, answer)
+        turns.add("submit", time.perf_counter() - started)
+        return grade
+
+
+def main(path: str) -> None:
+    """Train the run of the YAML at `path`, in turns."""
+    config = load_config(path)
+    torch.set_num_threads(1)
+    modules: tuple[Any, Any] = (loop, leader_module)
+    modules[0].Leader = PacedLeader
+    modules[1].GradingPool = TimedGradingPool
+    turns.describe(
+        torch=torch.__version__, transformers=transformers.__version__, threads=torch.get_num_threads()
+    )
+    loop.train(config)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
