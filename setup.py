@@ -1,5 +1,7 @@
 """Package definition. Exact versions of the CPU set-up are in constraints-cpu.txt."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 INSTALL_REQUIRES = [
@@ -32,7 +34,7 @@ setup(
     name="megatron_laser",
     version="0.1.0",
     description="LaSeR (RL with last-token self-rewarding) training on Megatron-Core",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -30,6 +30,7 @@ trained model itself); `other` is the rest: batches, advantages, metrics.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import shlex
@@ -89,6 +90,13 @@ def _processor() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{os.cpu_count()} CPU cores" + (f", {names[0]}" if names else "")
+
+
+def _named(path: Path) -> str:
+    """A file's path from the repository's root, with the start of its hash."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else "not one file"
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(*path.parts[-2:])
+    return f"{shown} (sha256 {digest})"
 
 
 def _prepare_example() -> None:
@@ -172,6 +180,8 @@ def _result(sides: list[Side], config: Any, *, rounds: int, block: int) -> dict[
             "date": datetime.date.today().isoformat(),
             "machine": f"{_processor()}; one thread each",
             **versions,
+            "model": _named(config.model.path / "model.safetensors"),
+            "data": ", ".join(_named(path) for path in config.data.train),
             "batch": f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples, at most "
             f"{rollout.max_new_tokens} new tokens, learning rate {config.optimizer.lr:g}",
             "measured": f"{rounds} rounds of {block} steps of each side",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -95,6 +96,68 @@ def report(
 
 
 @app.command()
+def replay(
+    dump: Annotated[Path, typer.Argument(help="A folder such as OUTPUT_DIR/bad_steps/step_12.")],
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="A Hugging Face folder or a checkpoint's step folder; by default the newest checkpoint that "
+            "the dump names, else the initial model."
+        ),
+    ] = None,
+) -> None:
+    """Run one batch that a training run skipped, alone on one process; exit status 1 if it is bad again."""
+    _prepare_process("WARNING", is_main=True)
+    from megatron_laser.replay import replay as run
+
+    with _user_errors():
+        result = run(dump, weights)
+    typer.echo("\n".join(result.lines))
+    raise typer.Exit(1 if result.bad else 0)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(help="A checkpoint such as RUN/checkpoints/step_00000120, or a Hugging Face folder."),
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(help="A new folder; for a checkpoint the run's checkpoint folder, RUN/checkpoints."),
+    ],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="From a checkpoint: the Hugging Face folder that the run started from; by default model.path of "
+            "the run's config.yaml."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="To a checkpoint: the run's model.dtype, float32 or bfloat16; by default config.json's."
+        ),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="From a checkpoint: compare its files with their checksums first.")
+    ] = True,
+) -> None:
+    """Turn a checkpoint of any parallel layout into a Hugging Face folder, or such a folder into a checkpoint.
+
+    Both ways on CPU, in one process and tensor by tensor. A run starts from a converted checkpoint (step 0, fresh
+    optimizer) as it would resume.
+    """
+    with _user_errors():
+        if dtype not in (None, "float32", "bfloat16"):
+            raise typer.BadParameter(f"--dtype {dtype}: expected float32 or bfloat16")
+        _prepare_process("WARNING", is_main=True)
+        from megatron_laser.conversion import convert as run
+
+        typer.echo(f"wrote {run(source, target, model=model, dtype=dtype, verify=verify)}")
+
+
+@app.command()
 def env() -> None:
     """Print versions, devices, and which optional parts were found."""
     from megatron_laser.environment import describe
@@ -138,10 +201,18 @@ class _user_errors:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         from megatron_laser.config import ConfigError
+        from megatron_laser.trainer.checkpoint.folder import CheckpointError
 
-        expected: tuple[type[BaseException], ...] = (ConfigError, FileNotFoundError)
+        if "megatron_laser.trainer.coordinator" in sys.modules:
+            from megatron_laser.trainer.coordinator import RankZeroFailed
+
+            if isinstance(error, RankZeroFailed):
+                # Rank 0 says what is wrong. It ends first, so that torchrun names it as the one that failed.
+                time.sleep(3.0)
+                raise typer.Exit(2) from None
+        expected: tuple[type[BaseException], ...] = (ConfigError, CheckpointError, FileNotFoundError)
         if "megatron_laser.data" in sys.modules:
             from megatron_laser.data import DataError
 
@@ -151,9 +222,11 @@ class _user_errors:
 
             expected += (RewardSpecError, GradingPoolError)
         if isinstance(error, expected):
+            if os.environ.get("RANK", "0") != "0":
+                time.sleep(3.0)  # the same error on every rank: rank 0 says it, and ends first
+                raise typer.Exit(2) from None
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
-        return False
 
 
 def _prepare_process(level: str, is_main: bool) -> None:

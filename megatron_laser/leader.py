@@ -5,23 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from transformers import AutoTokenizer
-
-from megatron_laser.config import (
-    ConfigError,
-    RunConfig,
-    evaluation_max_new_tokens,
-    read_architecture,
-    read_stop_token_ids,
-    resolve_score_token,
-)
-from megatron_laser.data import PromptCursor, build_prompts, fingerprint, read_rows
+from megatron_laser.config import RunConfig, evaluation_max_new_tokens, rollout_tries
+from megatron_laser.data import PromptCursor
 from megatron_laser.evaluation import evaluate
+from megatron_laser.inputs import RunInputs
 from megatron_laser.model import platform
 from megatron_laser.model.dtypes import DTYPES
 from megatron_laser.observability.live import LiveView
@@ -30,87 +20,15 @@ from megatron_laser.observability.rollout_dump import dump_rollouts
 from megatron_laser.observability.rollout_metrics import rollout_metrics
 from megatron_laser.observability.sinks import MetricsLogger
 from megatron_laser.observability.timers import Timers
-from megatron_laser.output_folder import STOPPED, ClaimedFolder, claim_output_folder
-from megatron_laser.rewards import GradingPool, resolve_reward
+from megatron_laser.observability.wandb_sink import WandbSink, open_wandb
+from megatron_laser.output_folder import STOPPED
+from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.in_process import InProcessEngine
 from megatron_laser.trainer.trainer import StepResult
-from megatron_laser.types import Prompt, RolloutBatch, SamplingParams
+from megatron_laser.types import RolloutBatch, SamplingParams
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunInputs:
-    """The user's files, read and checked before any model is built."""
-
-    tokenizer: Any
-    train: list[Prompt]
-    validation: list[Prompt] | None
-    test: list[Prompt] | None
-    score_token_id: int | None
-    stop_token_ids: tuple[int, ...]
-    data_fingerprint: str
-    folder: ClaimedFolder
-
-    def shared_arrays(self) -> dict[str, np.ndarray]:
-        """What the other ranks need of it; -1 stands for no score token."""
-        score = -1 if self.score_token_id is None else self.score_token_id
-        return {"score_token_id": np.array(score, dtype=np.int64)}
-
-
-def read_inputs(config: RunConfig) -> RunInputs:
-    """Read tokenizer and data, resolve score token and reward function, and claim the output folder.
-
-    Raises:
-        ConfigError, DataError, RewardSpecError: with the setting or the file and line that is wrong.
-    """
-    resolve_reward(config.reward.function)
-    architecture = read_architecture(config.model.path)
-    stop_token_ids = config.rollout.stop_token_ids or read_stop_token_ids(config.model.path)
-    if not stop_token_ids:
-        raise ConfigError(
-            [f"model.path {config.model.path} names no eos_token_id; set rollout.stop_token_ids"]
-        )
-    score_token_id = None
-    if config.laser.score_token is not None:
-        token = resolve_score_token(config.model.path, config.laser.score_token)
-        score_token_id = token.id
-        if not token.verified:
-            logger.warning("laser.score_token %r is unverified: %s", config.laser.score_token, token.note)
-    if config.laser.enabled and score_token_id is None:
-        raise ConfigError(
-            [
-                f"laser.score_token {config.laser.score_token!r} has no id in the tokenizer of {config.model.path}"
-            ]
-        )
-    tokenizer = AutoTokenizer.from_pretrained(str(config.model.path), local_files_only=True)
-
-    def prompts(paths: Any) -> list[Prompt] | None:
-        if paths is None:
-            return None
-        data = config.data
-        rows = read_rows(paths, prompt_key=data.prompt_key, answer_key=data.answer_key)
-        return build_prompts(
-            rows,
-            tokenizer,
-            prompt_suffix=data.prompt_suffix,
-            apply_chat_template=data.apply_chat_template,
-            max_prompt_tokens=data.max_prompt_tokens,
-            vocab_size=architecture.vocab_size,
-        )[0]
-
-    train = prompts(config.data.train) or []
-    return RunInputs(
-        tokenizer=tokenizer,
-        train=train,
-        validation=prompts(config.data.validation),
-        test=prompts(config.data.test),
-        score_token_id=score_token_id,
-        stop_token_ids=tuple(stop_token_ids),
-        data_fingerprint=fingerprint(config.data.train, [config.data.prompt_key, config.data.answer_key]),
-        folder=claim_output_folder(config),
-    )
 
 
 class Leader:
@@ -125,6 +43,11 @@ class Leader:
         self._timers = timers
         self._folder = Path(config.run.output_dir)
         self._started = time.monotonic()
+        self._cursor = PromptCursor(
+            len(inputs.train), config.run.seed, config.data.shuffle, data_fingerprint=inputs.data_fingerprint
+        )
+        if resumed is not None and resumed["run"] is not None:  # None: converted from a Hugging Face folder
+            self._cursor.load_state_dict(resumed["run"]["cursor"])
         self.engine = InProcessEngine(
             config.model.path,
             dtype=DTYPES[config.model.dtype],
@@ -136,9 +59,6 @@ class Leader:
         )
         rollout = config.rollout
         engine_scores = config.laser.enabled and config.laser.score_source == "server"
-        self._cursor = PromptCursor(
-            len(inputs.train), config.run.seed, config.data.shuffle, data_fingerprint=inputs.data_fingerprint
-        )
         self._collector = RolloutCollector(
             self.engine,
             self._grading,
@@ -153,18 +73,19 @@ class Leader:
                 score_token_id=inputs.score_token_id if engine_scores else None,
             ),
             prompts_per_step=rollout.prompts_per_step,
+            tries=rollout_tries(config) if rollout.drop_uniform_groups else None,
+            fewest_groups=config.policy.minibatches,
             decode=self._decode,
             deadline=rollout.deadline,
             seed=config.run.seed,
             timers=timers,
         )
-        if resumed is not None:
-            self._cursor.load_state_dict(resumed["run"]["cursor"])
         # A fresh start in a folder without a checkpoint drops what an earlier attempt wrote.
         self._metrics = MetricsLogger(
             self._folder,
             tensorboard=config.logging.tensorboard,
             last_step=-1 if resumed is None else int(resumed["step"]),
+            wandb=self._open_wandb() if config.logging.wandb else None,
         )
         self._view = LiveView(config.run.steps, mode=config.logging.live, title=config.run.name)
         self._view.__enter__()
@@ -173,11 +94,10 @@ class Leader:
         """The graded groups of step `step`."""
         return self._collector.collect(step)
 
-    def record(self, step: int, batch: RolloutBatch, result: StepResult) -> None:
+    def record(self, step: int, batch: RolloutBatch, result: StepResult, times: dict[str, float]) -> None:
         """Write one step's metrics, update the view, and dump the rollouts when they are due."""
-        times = self._timers.collect()
         metrics: dict[str, Any] = rollout_metrics(batch, result.zc_logprobs, result.scores)
-        metrics |= result.metrics | times | platform.memory_gib()
+        metrics |= self._collector.metrics | result.metrics | times | platform.memory_gib()
         tokens = sum(sample.length for sample in batch.samples())
         metrics["tokens"] = tokens
         metrics["time/tokens_per_second"] = tokens / max(times.get("time/total", 0.0), 1e-9)
@@ -212,8 +132,11 @@ class Leader:
         if metrics:
             self._write(0, metrics | self._timers.collect())
 
-    def finish(self) -> Path:
-        """Evaluate the final weights on the test split and write the report; returns its path."""
+    def finish(self, *, complete: bool) -> Path:
+        """Evaluate the final weights on the test split and write the report; returns its path.
+
+        Args: complete: nothing is left to do afterwards; the same command will say so and not start again.
+        """
         steps = self._config.run.steps
         metrics = self._evaluate("test", steps)
         if metrics:
@@ -223,6 +146,8 @@ class Leader:
             self._view.message(f"test split after step {steps}: {summary}")
         self._view.__exit__(None, None, None)
         path = write_report([self._folder])
+        if complete:
+            self._inputs.folder.mark_finished(steps)
         logger.info("finished in %.0f s; report: %s", time.monotonic() - self._started, path)
         return path
 
@@ -233,6 +158,15 @@ class Leader:
         self._grading.close()
         self.engine.close()
         self._inputs.folder.release()
+
+    def _open_wandb(self) -> WandbSink | None:
+        config = self._config
+        return open_wandb(
+            self._folder,
+            project=config.logging.wandb_project,
+            name=config.run.name,
+            settings=config.model_dump(mode="json"),
+        )
 
     def _write(self, step: int, metrics: dict[str, Any]) -> None:
         self._metrics.log(step, metrics)

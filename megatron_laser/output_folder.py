@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
+import socket
 import time
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_laser.config import ConfigError, RunConfig, resolved_yaml
+from megatron_laser.trainer.checkpoint import folder as checkpoints
+
+logger = logging.getLogger(__name__)
 
 STOPPED = "STOPPED"
+FINISHED = "FINISHED"
 _IDENTITY = "run.json"
 _LOCK = "run.lock"
 # What may change between the start of a run and its continuation: it decides where and how fast things run,
@@ -22,7 +29,8 @@ _MAY_CHANGE = {
     "checkpoint": None,
     "logging": None,
     "evaluation": None,
-    "run": {"name", "steps", "output_dir", "resume", "deadline", "start_grace"},
+    "run": {"name", "steps", "output_dir", "resume", "deadline", "start_grace", "max_bad_steps"},
+    "policy": {"mismatch_abort"},
     "rollout": {"deadline"},
     "reward": {"workers", "deadline"},
     "optimizer": {"distributed", "overlap_grad_reduce", "overlap_param_gather"},
@@ -31,11 +39,19 @@ _MAY_CHANGE = {
 
 
 class ClaimedFolder:
-    """The right to write into `path`; held until `release` or the end of the process."""
+    """The right to write into `path`; held until `release` or the end of the process.
 
-    def __init__(self, path: Path, lock: IO[str]) -> None:
+    finished: the run in it has done all of `run.steps`, and there is nothing left to do.
+    """
+
+    def __init__(self, path: Path, lock: IO[str], *, finished: bool = False) -> None:
         self.path = path
+        self.finished = finished
         self._lock = lock
+
+    def mark_finished(self, step: int) -> None:
+        """Say that everything is done and written: the same command will not start again."""
+        checkpoints.write_synced(self.path / FINISHED, {"step": step})
 
     def release(self) -> None:
         """Let go of the folder; safe to call twice."""
@@ -51,9 +67,20 @@ def claim_output_folder(config: RunConfig) -> ClaimedFolder:
     folder = Path(config.run.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK).open("w", encoding="utf-8")
-        _lock(lock, folder)
+        lock = _lock(folder)
         _check_same_run(config, folder)
+        finished = _finished_step(folder)
+        if finished is not None and config.run.steps <= finished:
+            logger.warning(
+                "the run in %s has finished its %d steps: nothing to do. Raise run.steps to train on, or choose "
+                "another run.output_dir",
+                folder,
+                finished,
+            )
+            return ClaimedFolder(folder, lock, finished=True)
+        if finished is not None:
+            _check_continues(config, folder, finished)
+            (folder / FINISHED).unlink()
         (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
         if not (folder / _IDENTITY).exists():
             record = {
@@ -80,9 +107,14 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Rename an existing output folder to `<folder>.old-N`; returns the new name, None if there was none."""
+    """Rename an existing output folder to `<folder>.old-N`; returns the new name, None if there was none.
+
+    Raises:
+        ConfigError: a live run writes into it.
+    """
     if not folder.exists():
         return None
+    _lock(folder).close()
     number = 1
     while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
@@ -90,13 +122,52 @@ def move_aside(folder: Path) -> Path | None:
     return target
 
 
-def _lock(lock: IO[str], folder: Path) -> None:
+def _lock(folder: Path) -> IO[str]:
+    lock = (folder / _LOCK).open("a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip()
+        lock.close()
         raise ConfigError(
-            [f"run.output_dir {folder} is in use by a live run; stop it or choose another run.output_dir"]
+            [
+                f"run.output_dir {folder} is in use by a live run{f' ({owner})' if owner else ''}; stop it or "
+                "choose another run.output_dir"
+            ]
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        logger.warning(
+            "run.output_dir %s: no file locks here (%s); never start two runs in it", folder, error
+        )
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
+def _finished_step(folder: Path) -> int | None:
+    file = folder / FINISHED
+    if not file.exists():
+        return None
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError([f"{file} cannot be read ({error!r}); delete it to go on with the run"]) from error
+
+
+def _check_continues(config: RunConfig, folder: Path, finished: int) -> None:
+    """Without a checkpoint a finished run would begin anew and overwrite what it has measured."""
+    root = Path(config.checkpoint.folder or folder / "checkpoints")
+    if not checkpoints.published(root):
+        raise ConfigError(
+            [
+                f"run.output_dir {folder} holds a finished run of {finished} steps and {root} no checkpoint to go on "
+                f"from to run.steps {config.run.steps}; {_WAYS}"
+            ]
+        )
 
 
 def _check_same_run(config: RunConfig, folder: Path) -> None:

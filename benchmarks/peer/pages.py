@@ -76,7 +76,9 @@ def draw(sides: list[Side], path: Path) -> None:
         axes.plot(steps, rewards, color=f"C{number}", alpha=0.2, linewidth=0.8)
         width = min(_WINDOW, len(rewards))
         mean = np.convolve(rewards, np.ones(width) / width, mode="valid")
-        axes.plot(steps[width - 1 :], mean, color=f"C{number}", label=side.name)
+        # dashed from the third on: runs that compute the same lie on each other
+        style = "-" if number < 2 else "--"
+        axes.plot(steps[width - 1 :], mean, style, color=f"C{number}", label=side.name)
     axes.set(xlabel="step", ylabel=f"accuracy of the batch (mean of {_WINDOW} steps)", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from megatron_laser.config import RunConfig, load_config, read_architecture
+from megatron_laser.config import RunConfig, load_config
 from megatron_laser.config.loading import resolved_yaml
-from megatron_laser.data import PromptCursor, build_prompts, read_rows
+from megatron_laser.data import PromptCursor
+from megatron_laser.inputs import read_inputs
 
 # GRPO without LaSeR, one optimizer step per rollout batch, and nothing written that TRL does not write.
 _COMMON = (
@@ -108,27 +107,21 @@ def trl_run(config: RunConfig, folder: Path) -> Path:
         disable_tqdm=True,
     )
     path = folder / "trl.json"
-    prompts = _prompts_in_our_order(config)
+    prompts = _prompts_in_our_order(config, folder)
     path.write_text(json.dumps({"model": str(config.model.path), "prompts": prompts, "grpo": grpo}))
     return path
 
 
-def _prompts_in_our_order(config: RunConfig) -> list[dict[str, Any]]:
+def _prompts_in_our_order(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
     """The prompts of all steps: the n-th step of either side works on the same problems."""
-    data = config.data
-    prompts, _ = build_prompts(
-        read_rows(data.train, prompt_key=data.prompt_key, answer_key=data.answer_key),
-        AutoTokenizer.from_pretrained(str(config.model.path), local_files_only=True),
-        prompt_suffix=data.prompt_suffix,
-        apply_chat_template=data.apply_chat_template,
-        max_prompt_tokens=data.max_prompt_tokens,
-        vocab_size=read_architecture(config.model.path).vocab_size,
-    )
-    cursor = PromptCursor(len(prompts), config.run.seed, data.shuffle)
+    # As the run itself reads them, with its tokenizer; into another folder, since reading claims the folder.
+    run = config.run.model_copy(update={"output_dir": folder / "inputs"})
+    prompts = read_inputs(config.model_copy(update={"run": run})).train
+    cursor = PromptCursor(len(prompts), config.run.seed, config.data.shuffle)
     taken = cursor.take(config.rollout.prompts_per_step * config.run.steps)
     return [
         {
-            "text": prompts[position].problem + data.prompt_suffix,
+            "text": prompts[position].problem + config.data.prompt_suffix,
             "token_ids": prompts[position].token_ids,
             "answer": prompts[position].answer,
         }

@@ -17,7 +17,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from megatron_laser.rewards import grade_math
@@ -78,15 +78,26 @@ def reward(
     return rewards
 
 
+def load_tokenizer(model: str, prompts: list[dict[str, Any]]) -> Any:
+    """The folder's tokenizer, as a class that tokenizes the prompts as our side does.
+
+    AutoTokenizer builds Qwen2's own tokenizer for every Qwen2 model, whatever its tokenizer.json says;
+    PreTrainedTokenizerFast takes the file as it is.
+    """
+    texts, wanted = [prompt["text"] for prompt in prompts], [prompt["token_ids"] for prompt in prompts]
+    for kind in (PreTrainedTokenizerFast, AutoTokenizer):
+        tokenizer = kind.from_pretrained(model, local_files_only=True)
+        if tokenizer(text=texts)["input_ids"] == wanted:
+            return tokenizer
+    raise SystemExit("TRL would tokenize the prompts differently; data.apply_chat_template has to be false")
+
+
 def main(path: str) -> None:
     """Train on the settings of the JSON file at `path`, in turns."""
     torch.set_num_threads(1)
     settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(settings["model"], local_files_only=True)
     prompts = settings["prompts"]
-    texts = [prompt["text"] for prompt in prompts]
-    if tokenizer(text=texts)["input_ids"] != [prompt["token_ids"] for prompt in prompts]:
-        raise SystemExit("TRL would tokenize the prompts differently; give plain-text prompts to both sides")
+    tokenizer = load_tokenizer(settings["model"], prompts)
     pace = Pace()
     trainer = TimedGRPOTrainer(
         model=settings["model"],

@@ -1,4 +1,4 @@
-"""Group-relative advantages: from the verifier's rewards, from the self-reward scores, and their mixture.
+"""Advantages: from the verifier's rewards (four estimators), from the self-reward scores, and their mixture.
 
 Samples may come in any order and groups may have any ids and sizes. Everything is computed in float64.
 """
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 Unscored = Literal["zero", "exclude"]
+Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"]
 
-_GRPO_EPSILON = 1e-6  # added to the standard deviation of the rewards, as in GRPO
+_EPSILON = 1e-6  # added to the standard deviation of the rewards, as in GRPO
 
 
 class _GroupStatistics(NamedTuple):
@@ -20,6 +21,7 @@ class _GroupStatistics(NamedTuple):
 
     deviation: Tensor  # value minus the group's mean
     std: Tensor  # unbiased; 0 for fewer than two members
+    count: Tensor  # members
     index: Tensor  # dense group number
     num_groups: int
 
@@ -37,15 +39,64 @@ def grpo_advantages(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool =
     Returns:
         [samples] float32.
     """
-    _check_samples(rewards=rewards, group_ids=group_ids)
-    if not bool(torch.isfinite(rewards).all()):
-        bad = int((~torch.isfinite(rewards)).nonzero()[0])
-        raise ValueError(
-            f"rewards[{bad}] is {float(rewards[bad])}; expected a finite number: grade every sample first"
-        )
-    group = _group_statistics(rewards.double(), group_ids)
-    advantages = group.deviation / (group.std + _GRPO_EPSILON) if normalize_std else group.deviation
+    group = _reward_groups(rewards, group_ids)
+    advantages = group.deviation / (group.std + _EPSILON) if normalize_std else group.deviation
     return advantages.float()
+
+
+def dr_grpo_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """A_v = r - mean over the sample's group (Dr. GRPO, arXiv 2503.20783): no division, [samples] float32.
+
+    Its other half, the constant divisor of the token sum, is `policy.loss_aggregation: constant_length`.
+    """
+    return grpo_advantages(rewards, group_ids, normalize_std=False)
+
+
+def rloo_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """A_v = r - mean of the *other* responses of the group (RLOO, arXiv 2402.14740), [samples] float32.
+
+    With n responses that is n / (n - 1) times the deviation from the group's mean; a group of one gets 0.
+    """
+    group = _reward_groups(rewards, group_ids)
+    return (group.deviation * group.count / (group.count - 1.0).clamp(min=1.0)).float()
+
+
+def reinforce_pp_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """REINFORCE++ with baseline (arXiv 2501.03262): r minus the group's mean, normalised over the batch.
+
+    d = r - mean(group); A_v = (d - mean(batch of d)) / (std(batch of d) + 1e-6), std unbiased. The batch is
+    the whole rollout batch and every response counts once, whatever its length. When every group has one
+    member there is no group baseline: d = r, which is plain REINFORCE++. A batch without any spread gets
+    exactly 0. Returns [samples] float32.
+    """
+    group = _reward_groups(rewards, group_ids)
+    alone = bool((group.count <= 1).all())
+    centred = rewards.double() if alone else group.deviation
+    batch = _group_statistics(centred, torch.zeros_like(group_ids))
+    return (batch.deviation / (batch.std + _EPSILON)).float()
+
+
+def verifier_advantages(
+    rewards: Tensor, group_ids: Tensor, *, estimator: Estimator, normalize_std: bool = True
+) -> Tensor:
+    """A_v of every sample by `policy.advantage`, [samples] float32; `normalize_std` is for `grpo` only.
+
+    Args:
+        rewards: [samples], every sample graded.
+        group_ids: [samples] int64.
+
+    Raises:
+        ValueError: a reward is not finite, shapes differ, or the estimator is unknown.
+    """
+    if estimator == "grpo":
+        return grpo_advantages(rewards, group_ids, normalize_std=normalize_std)
+    if estimator == "dr_grpo":
+        return dr_grpo_advantages(rewards, group_ids)
+    if estimator == "rloo":
+        return rloo_advantages(rewards, group_ids)
+    if estimator == "reinforce_pp":
+        return reinforce_pp_advantages(rewards, group_ids)
+    raise ValueError(f"policy.advantage is {estimator!r}; expected grpo, dr_grpo, rloo or reinforce_pp")
 
 
 def self_reward_advantages(
@@ -66,7 +117,7 @@ def self_reward_advantages(
         scores: [samples], r_s from the *old* policy's zc_logprob; ignored where not scored (NaN is fine).
         scored: [samples] bool, whether the response ended with EOS by itself.
         group_ids: [samples] int64.
-        verifier_advantages: [samples], from `grpo_advantages`.
+        verifier_advantages: [samples], A_v by any estimator.
         std_threshold: T, >= 0.
         unscored: "zero" counts a response without a score as s = 0, in the statistics and for itself;
             "exclude" leaves it out of the statistics and gives it its verifier advantage.
@@ -113,6 +164,16 @@ def groups_uniform(rewards: Tensor, group_ids: Tensor) -> float:
     return _share_of_groups(group.std == 0, group)
 
 
+def _reward_groups(rewards: Tensor, group_ids: Tensor) -> _GroupStatistics:
+    _check_samples(rewards=rewards, group_ids=group_ids)
+    if not bool(torch.isfinite(rewards).all()):
+        bad = int((~torch.isfinite(rewards)).nonzero()[0])
+        raise ValueError(
+            f"rewards[{bad}] is {float(rewards[bad])}; expected a finite number: grade every sample first"
+        )
+    return _group_statistics(rewards.double(), group_ids)
+
+
 def _score_groups(
     scores: Tensor, scored: Tensor, group_ids: Tensor, std_threshold: float, unscored: Unscored
 ) -> tuple[_GroupStatistics, Tensor]:
@@ -145,7 +206,7 @@ def _group_statistics(values: Tensor, group_ids: Tensor, members: Tensor | None 
     count = per_group(torch.ones_like(values))
     deviation = shifted - (per_group(shifted) / count.clamp(min=1.0))[index]
     std = (per_group(deviation**2) / (count - 1.0).clamp(min=1.0)).sqrt()
-    return _GroupStatistics(deviation, std[index], index, ids.numel())
+    return _GroupStatistics(deviation, std[index], count[index], index, ids.numel())
 
 
 def _share_of_groups(flag: Tensor, group: _GroupStatistics) -> float:

@@ -13,6 +13,7 @@ from megatron_laser.config.derived import (
     needs_reference_model,
     old_policy_pass,
     optimizer_steps,
+    rollout_tries,
     self_reward_first_step,
 )
 from megatron_laser.config.errors import ConfigError
@@ -47,6 +48,7 @@ __all__ = [
     "resolve_plan",
     "resolve_score_token",
     "resolved_yaml",
+    "rollout_tries",
     "self_reward_first_step",
     "stage_parameters",
 ]

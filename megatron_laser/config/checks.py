@@ -9,6 +9,7 @@ from megatron_laser.config.derived import evaluation_max_new_tokens, longest_seq
 from megatron_laser.config.errors import ConfigError
 from megatron_laser.config.partition import EXCESS_LIMIT, log_partition_excess, round_up, smallest_beta
 from megatron_laser.config.schema import RunConfig
+from megatron_laser.config.schema_training import PolicyConfig
 
 
 def check_structure(config: RunConfig) -> None:
@@ -111,10 +112,20 @@ def _partition_problems(ref_logprob: float, beta: float, right: float) -> list[s
 def _policy_problems(config: RunConfig) -> list[str]:
     policy, rollout = config.policy, config.rollout
     problems = []
-    if rollout.samples_per_prompt < 2:
+    if rollout.samples_per_prompt < 2 and policy.advantage != "reinforce_pp":
         problems.append(
-            f"rollout.samples_per_prompt: {rollout.samples_per_prompt} with policy.advantage grpo; a group "
-            "of one has no spread and no advantage, use 2 or more"
+            f"rollout.samples_per_prompt: {rollout.samples_per_prompt} with policy.advantage {policy.advantage}; "
+            "a group of one has no spread and no advantage: use 2 or more, or policy.advantage reinforce_pp"
+        )
+    if rollout.samples_per_prompt < 2 and rollout.drop_uniform_groups:
+        problems.append(
+            f"rollout.drop_uniform_groups: true with rollout.samples_per_prompt {rollout.samples_per_prompt}; "
+            "every group of one is uniform and would be dropped: use 2 or more, or false"
+        )
+    if not policy.normalize_std and policy.advantage == "reinforce_pp":
+        problems.append(
+            "policy.normalize_std: false with policy.advantage reinforce_pp, which normalises over the batch; "
+            "remove it, or use grpo, dr_grpo or rloo"
         )
     updates = policy.minibatches * policy.epochs
     if policy.old_logprobs == "on_policy" and updates != 1:
@@ -128,6 +139,7 @@ def _policy_problems(config: RunConfig) -> list[str]:
             f"policy.importance_cap: {policy.importance_cap:g} with policy.old_logprobs rollout; the ratio "
             "is pi / pi_rollout already and would be corrected twice. Use recompute or on_policy, or null"
         )
+    problems += _mask_problems(policy)
     problems += _divisible(
         "rollout.prompts_per_step", rollout.prompts_per_step, "policy.minibatches", policy.minibatches
     )
@@ -135,6 +147,24 @@ def _policy_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"evaluation.every: {config.evaluation.every} needs data.validation, which is null; give a file "
             "or set evaluation.every to 0"
+        )
+    return problems
+
+
+def _mask_problems(policy: PolicyConfig) -> list[str]:
+    if policy.importance_mask is None:
+        return []
+    low, high = policy.importance_mask
+    problems = []
+    if not 0.0 <= low < 1.0 < high:
+        problems.append(
+            f"policy.importance_mask: [{low:g}, {high:g}]; expected 0 <= low < 1 < high, since a token on which "
+            "trainer and engine agree has the ratio 1"
+        )
+    if policy.old_logprobs == "rollout":
+        problems.append(
+            f"policy.importance_mask: [{low:g}, {high:g}] with policy.old_logprobs rollout, whose old "
+            "log-probs are the engine's, so that the ratio is always 1. Use recompute or on_policy, or null"
         )
     return problems
 

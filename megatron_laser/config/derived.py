@@ -58,6 +58,11 @@ def longest_sequence(config: RunConfig) -> int:
     return config.data.max_prompt_tokens + config.rollout.max_new_tokens
 
 
+def rollout_tries(config: RunConfig) -> int:
+    """Prompts that one step tries at most with `rollout.drop_uniform_groups`."""
+    return int(config.rollout.oversampling_cap * config.rollout.prompts_per_step)
+
+
 def optimizer_steps(config: RunConfig) -> int:
     """Optimizer steps of the whole run."""
     return config.run.steps * config.policy.epochs * config.policy.minibatches

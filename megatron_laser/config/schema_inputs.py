@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import field_validator
 
 from megatron_laser.config.fields import (
+    AtLeastOne,
     Count,
     CountOrZero,
     FilePath,
@@ -68,7 +69,13 @@ class RolloutConfig(Section):
     prompts_per_step: Count = 128
     """Problems per training step."""
     samples_per_prompt: Count = 8
-    """Responses per problem, the group size G of GRPO; 2 or more."""
+    """Responses per problem, the group size G of GRPO; 2 or more, but with `policy.advantage: reinforce_pp`."""
+    drop_uniform_groups: bool = False
+    """Drop problems whose responses all have one reward, which teach nothing about right and wrong, and try
+    further ones until `prompts_per_step` are there."""
+    oversampling_cap: AtLeastOne = 3.0
+    """With `drop_uniform_groups`: a step tries at most this many times `prompts_per_step` problems, then trains
+    on what it has (on uniform groups when there is nothing else)."""
     max_new_tokens: Count = 8192
     """Longest response, in tokens. A response cut here has no score."""
     temperature: Positive = 1.0
@@ -88,7 +95,8 @@ class RewardConfig(Section):
     """The verifier that labels responses right (1) or wrong (0)."""
 
     function: Text = "math_verify"
-    """A registered name, or `package.module:function`, or `path/to/file.py:function`."""
+    """A registered name, or `package.module:function`, or `path/to/file.py:function`. It returns a number from
+    0 (wrong) to 1 (right); an error or anything else is the outcome `crash` with reward 0."""
     workers: Count = 2
     """Grading processes."""
     deadline: Positive = 5.0

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from megatron_laser.config.fields import Count, CountOrZero, FilePath, Positive, Section, Switch
+from megatron_laser.config.fields import Count, CountOrZero, FilePath, Positive, Section, Switch, Text
 
 
 class ParallelConfig(Section):
@@ -59,10 +59,17 @@ class LoggingConfig(Section):
 
     tensorboard: bool = True
     """Write TensorBoard events to `output_dir`/tensorboard."""
+    wandb: bool = False
+    """Send metrics to Weights & Biases (package `wandb`); without an API key they are recorded offline in
+    `output_dir`/wandb for `wandb sync`."""
+    wandb_project: Text | None = None
+    """The wandb project; null: megatron_laser."""
     live: Annotated[Literal["auto", "on", "off"], Switch] = "auto"
     """Live terminal view on rank 0; `auto`: only on a terminal, else one plain line a step."""
     rollouts_every: CountOrZero = 0
     """Steps between dumps of all responses to `output_dir`/rollouts; 0: off."""
+    straggler_every: CountOrZero = 50
+    """Steps between comparisons of the ranks' seconds per phase; a line is printed when one is slow. 0: off."""
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Level of the log."""
 
@@ -85,6 +92,9 @@ class RunSettings(Section):
     """Seconds that a rank waits for another, outside a rollout, before it stops with an error."""
     start_grace: Positive = 120.0
     """Further seconds allowed while processes start and models load."""
+    max_bad_steps: Count = 3
+    """Steps in a row with a loss or gradient that is not finite, after which the run stops. Their updates are
+    skipped and their batches kept in `output_dir`/bad_steps for `megatron-laser replay`."""
 
     @model_validator(mode="before")
     @classmethod

@@ -67,10 +67,12 @@ class LaserConfig(Section):
 class PolicyConfig(Section):
     """The policy-gradient part: advantages, importance ratios and the loss."""
 
-    advantage: Literal["grpo"] = "grpo"
-    """Advantage estimator: `grpo`, (reward - group mean) / (group std + 1e-6)."""
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"
+    """Advantage estimator: `grpo`, (reward - group mean) / (group std + 1e-6); `dr_grpo`, reward - group
+    mean; `rloo`, reward - mean of the group's other responses; `reinforce_pp`, (reward - group mean)
+    normalised over the whole rollout batch, the only one for groups of one (then without a group mean)."""
     normalize_std: bool = True
-    """Divide advantages by the group's standard deviation; false: subtract the mean only (Dr. GRPO)."""
+    """`grpo` only: divide by the group's standard deviation; false is `dr_grpo`."""
     old_logprobs: Literal["recompute", "on_policy", "rollout"] = "recompute"
     """Old policy's log-probs in the ratio: `recompute`d by the trainer before the update; `on_policy`, the
     current forward's, detached (one optimizer step per rollout batch); `rollout`, the engine's."""
@@ -84,6 +86,12 @@ class PolicyConfig(Section):
     importance_cap: Positive | None = None
     """Weight tokens by min(pi_old_trainer / pi_rollout, cap), detached; null: off. Not with
     `old_logprobs: rollout`, where that ratio is part of the loss already."""
+    importance_mask: NumberPair | None = None
+    """[low, high]: tokens whose pi_old_trainer / pi_rollout is outside take no part in the policy loss and are
+    counted (`importance_masked_fraction`); null: off. Not with `old_logprobs: rollout`."""
+    mismatch_abort: Positive | None = None
+    """Stop the run when a step's mean |trainer - engine| log-prob (`logprob_diff_mean`) is more than this many
+    nats: the engine then samples from another policy than the one that is trained; null: off."""
     kl_coefficient: NonNegative = 0.0
     """Weight of the KL to the initial model; above 0 a reference model is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"

@@ -4,6 +4,7 @@ from .cursor import PromptCursor
 from .errors import DataError
 from .prompts import DroppedPrompts, build_prompts
 from .readers import Row, fingerprint, read_rows
+from .score_token import refuse_score_token
 
 __all__ = [
     "DataError",
@@ -13,4 +14,5 @@ __all__ = [
     "build_prompts",
     "fingerprint",
     "read_rows",
+    "refuse_score_token",
 ]

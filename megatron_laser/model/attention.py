@@ -26,14 +26,12 @@ class PaddedBatch:
     """One right-padded batch of sequences out of a packed micro-batch.
 
     gather [batch * width] int64: the packed row that fills each padded slot (row 0 for padding).
-    valid [batch * width, 1, 1] bool: which slots are real.
     slots [real tokens] int64: the real slots, in order; rows [real tokens] int64: their packed rows.
     """
 
     batch: int
     width: int
     gather: torch.Tensor
-    valid: torch.Tensor
     slots: torch.Tensor
     rows: torch.Tensor
 
@@ -67,7 +65,6 @@ def padded_layout(cu_seqlens: torch.Tensor) -> PaddedLayout:
                 batch=len(members),
                 width=width,
                 gather=rows.to(device),
-                valid=real.reshape(-1, 1, 1).to(device),
                 slots=slots.to(device),
                 rows=rows[slots].to(device),
             )

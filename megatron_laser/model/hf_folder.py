@@ -124,9 +124,9 @@ def write_hf_folder(
     else:
         weight_map = {}
         for number, names in enumerate(shards):
-            file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            os.replace(partial / f"shard-{number}", partial / file)
-            weight_map.update(dict.fromkeys(names, file))
+            shard_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            os.replace(partial / f"shard-{number}", partial / shard_name)
+            weight_map.update(dict.fromkeys(names, shard_name))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     old = target.with_name(target.name + ".old")

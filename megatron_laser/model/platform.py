@@ -120,7 +120,8 @@ def install() -> None:
         return
     _installed = True
     proxy = _TorchProxy()
-    for name, module in list(sys.modules.items()):
+    loaded: list[tuple[str, Any]] = list(sys.modules.items())
+    for name, module in loaded:
         if name.startswith("megatron.core") and getattr(module, "__dict__", {}).get("torch") is torch:
             module.torch = proxy
     _patch_tensor_methods()
@@ -247,7 +248,7 @@ class CpuRngTracker:
 
 
 def _patch_rng() -> None:
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -256,20 +257,43 @@ def _patch_rng() -> None:
 
 def _patch_upstream() -> None:
     # moe_utils names te_general_gemm without binding it when Transformer Engine is missing.
-    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not getattr(moe_utils, "HAVE_TE", False):
         moe_utils.te_general_gemm = None
-    # The unfused THD rotary embedding slices once per sequence in Python; with hundreds of short sequences a
-    # micro-batch that costs more than the matrix products. One gather gives the same values.
-    rope = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
+    # The unfused THD rotary embedding slices once per sequence in Python, for q and k of every layer; with hundreds
+    # of short sequences a micro-batch that costs more than the matrix products. One table per micro-batch gives
+    # the same values.
+    rope: Any = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
     original = rope._apply_rotary_pos_emb_thd
+    table = _RotaryTable()
 
     def apply_thd(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, **kwargs: Any) -> Any:
         group = kwargs.pop("cp_group", None)
-        if group is None or group.size() > 1:
+        plain = not kwargs.get("multi_latent_attention") and kwargs.get("mscale", 1.0) == 1.0
+        if group is None or group.size() > 1 or not plain or freqs.shape[-1] != t.shape[-1]:
             return original(t, cu_seqlens, freqs, cp_group=group, **kwargs)
-        starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens[1:] - cu_seqlens[:-1])
-        positions = torch.arange(t.shape[0]) - starts
-        return rope._apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs[positions], **kwargs).squeeze(1)
+        cos, sin = table.of(t, cu_seqlens, freqs)
+        return t * cos + rope._rotate_half(t, kwargs.get("rotary_interleaved", False)) * sin
 
     rope._apply_rotary_pos_emb_thd = apply_thd
+
+
+class _RotaryTable:
+    """cos and sin [tokens, 1, head_dim] of the last micro-batch seen."""
+
+    def __init__(self) -> None:
+        self._key: tuple[torch.Tensor, torch.Tensor, torch.dtype] | None = None
+        self._values: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def of(
+        self, t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The table for the packed tokens `t`; built anew when the packing, the frequencies or the dtype change."""
+        key = self._key
+        if key is None or key[0] is not cu_seqlens or key[1] is not freqs or key[2] != t.dtype:
+            starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens[1:] - cu_seqlens[:-1])
+            angles = freqs[torch.arange(t.shape[0]) - starts].squeeze(1)
+            self._key = (cu_seqlens, freqs, t.dtype)
+            self._values = (angles.cos().to(t.dtype), angles.sin().to(t.dtype))
+        assert self._values is not None
+        return self._values

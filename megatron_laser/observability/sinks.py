@@ -1,4 +1,4 @@
-"""Where a run's metrics go: metrics.jsonl always, TensorBoard beside it."""
+"""Where a run's metrics go: metrics.jsonl always, TensorBoard and wandb beside it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_laser.observability.plain import plain, write_atomically
+from megatron_laser.observability.wandb_sink import WandbSink
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +22,18 @@ class MetricsLogger:
     An existing metrics.jsonl is continued, so a resumed run keeps what it had written.
     """
 
-    def __init__(self, output_dir: Path, tensorboard: bool = True, *, last_step: int | None = None) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        tensorboard: bool = True,
+        *,
+        last_step: int | None = None,
+        wandb: WandbSink | None = None,
+    ) -> None:
         """Open the files. Without the tensorboard package: one warning, and metrics.jsonl only.
 
         Args:
+            wandb: see `open_wandb`; closed with the files.
             last_step: the step of the checkpoint that is resumed from; lines of later steps are cut off, since
                 the run will write them again.
         """
@@ -38,13 +47,14 @@ class MetricsLogger:
             self._file.write("\n")
         purge = None if last_step is None else last_step + 1
         self._writer = _tensorboard_writer(output_dir / "tensorboard", purge) if tensorboard else None
+        self._wandb = wandb
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line and flush it; the line is there even if the run dies in the next step.
 
         Args:
             metrics: flat; numbers, 0-d arrays and tensors, or lists of numbers (these are not sent to
-                TensorBoard). NaN and infinities are written as null.
+                TensorBoard or wandb). NaN and infinities are written as null.
 
         Raises:
             TypeError: a value is something else, such as a nested dict; names the metric.
@@ -61,13 +71,18 @@ class MetricsLogger:
             for name, value in line.items():
                 if name != "step" and isinstance(value, (int, float)):
                     self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(line)
 
     def close(self) -> None:
-        """Close both; may be called again."""
+        """Close all of them; may be called again."""
         self._file.close()
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+        if self._wandb is not None:
+            self._wandb.close()
+            self._wandb = None
 
     def __enter__(self) -> MetricsLogger:
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -24,7 +23,7 @@ class Grade:
     """The verdict on one response.
 
     Attributes:
-        reward: finite; the verifier's label r_v (1.0 right, 0.0 wrong) for math_verify.
+        reward: the verifier's label r_v, 1.0 right and 0.0 wrong; from 0 to 1 for a custom function.
         outcome: correct, wrong, no_answer (no box), unparsable (a box that is unclosed, empty, too long or
             not mathematics), timeout (the deadline passed) or crash (the function raised, returned nonsense,
             or its process died). Only the first four say something about the response.
@@ -39,7 +38,8 @@ def as_grade(value: object) -> Grade:
 
     Raises:
         TypeError: `value` is neither a Grade nor a real number.
-        ValueError: the reward is not finite, or the outcome is unknown.
+        ValueError: the reward is not a number from 0 to 1, or the outcome is unknown. A larger one is refused,
+            not scaled: it is the label that the self-reward score is trained towards.
     """
     if isinstance(value, Grade):
         if value.outcome not in OUTCOMES:
@@ -49,6 +49,6 @@ def as_grade(value: object) -> Grade:
         reward, outcome = float(value), "correct" if float(value) > 0.5 else "wrong"
     else:
         raise TypeError(f"a reward function returns a number or a Grade, not {type(value).__name__}")
-    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
-        raise ValueError(f"a reward is a finite number, not {reward!r}")
+    if not isinstance(reward, numbers.Real) or not 0.0 <= reward <= 1.0:  # NaN is neither
+        raise ValueError(f"a reward is a number from 0 (wrong) to 1 (right), not {reward!r}")
     return Grade(float(reward), outcome)

@@ -1,6 +1,6 @@
 """Reward functions by name, by `package.module:function` or by `path/to/file.py:function`.
 
-A reward function takes (response: str, answer: str) and returns a finite float or a `Grade`.
+A reward function takes (response: str, answer: str) and returns a number from 0 to 1 or a `Grade`.
 """
 
 from __future__ import annotations

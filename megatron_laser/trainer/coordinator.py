@@ -2,44 +2,75 @@
 
 A collective that is entered minutes before its last member arrives either times out or hides a dead rank.
 So the others poll the rendezvous store: they see rank 0's heartbeat, its current phase, and its failure, and they
-stop with a message when the heartbeat stops.
+stop with a message when the heartbeat stops. Phases with collectives are announced through `phase`: when one
+fails there, its error says what every rank was doing.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch.distributed as dist
 
+from megatron_laser.trainer.heartbeat import Heartbeats
+
 T = TypeVar("T")
 
-_BEAT_SECONDS = 1.0
 _LONGEST_POLL = 0.5
 _DONE = b"done"
 _GO_ON = b"go on"
 _KEPT_KEYS = 16
 
 
+class RankZeroFailed(RuntimeError):
+    """Raised on waiting ranks: rank 0 failed, and says itself with what."""
+
+
 class Coordinator:
     """Runs phases on rank 0 while the other ranks wait; every wait has a deadline."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, *, deadline: float) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        *,
+        deadline: float,
+        detail: Callable[[], str] | None = None,
+    ) -> None:
+        """Args: detail: what part of a phase runs right now, for the table of ranks."""
         self._store = store
         self._rank = rank
         self._world_size = world_size
-        self._alone = world_size == 1
         self._stop_reason: str | None = None
         self._deadline = deadline
         self._count = 0
-        self._phase = "start"
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        if rank == 0 and not self._alone:
-            self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-            self._thread.start()
+        self._hearts: Heartbeats | None = None
+        if world_size > 1:
+            self._hearts = Heartbeats(store, rank, world_size, deadline=deadline, detail=detail)
+
+    def start_watchdog(self) -> None:
+        """End this process when another rank falls silent, even inside a collective that never returns."""
+        if self._hearts is not None:
+            self._hearts.watch()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """All ranks work together on `name`; an error of a collective gets the table of ranks as a note."""
+        if self._hearts is None:
+            yield
+            return
+        before = self._hearts.enter(name)
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, RankZeroFailed) and not getattr(error, "__notes__", None):
+                error.add_note(f"rank {self._rank}, phase {name!r}; {self._hearts.table()}")
+            raise
+        self._hearts.enter(before)
 
     def lead(self, phase: str, work: Callable[[], T], *, deadline: float) -> T | None:
         """Run `work` on rank 0 and return its result there; the other ranks wait and return None.
@@ -49,17 +80,24 @@ class Coordinator:
             deadline: seconds that the others wait for the work as a whole.
 
         Raises:
-            RuntimeError: on waiting ranks, when rank 0 failed, fell silent for `run.deadline` seconds, or took
-                longer than `deadline`.
+            RuntimeError: on waiting ranks, when rank 0 failed (RankZeroFailed), fell silent for `run.deadline`
+                seconds, or took longer than `deadline`.
         """
-        if self._alone:
+        if self._hearts is None:
             return work()
         key = f"phase/{self._count}"
         self._count += 1
         if self._rank != 0:
-            self._wait(key, phase, deadline)
+            before = self._hearts.enter(f"waiting for rank 0: {phase}")
+            self._wait_for(key, phase, deadline)
+            outcome = self._store.get(key)
+            if outcome != _DONE:
+                raise RankZeroFailed(
+                    f"rank {self._rank}, phase {phase!r}: rank 0 failed with {outcome.decode()}"
+                )
+            self._hearts.enter(before)
             return None
-        self._phase = phase
+        before = self._hearts.enter(phase)
         try:
             result = work()
         except BaseException as error:
@@ -68,6 +106,7 @@ class Coordinator:
         self._store.set(key, _DONE)
         if self._count > _KEPT_KEYS:
             self._store.delete_key(f"phase/{self._count - 1 - _KEPT_KEYS}")
+        self._hearts.enter(before)
         return result
 
     def request_stop(self, reason: str) -> None:
@@ -83,8 +122,9 @@ class Coordinator:
         Raises:
             RuntimeError: not all ranks acknowledged within `run.deadline`; nothing was saved.
         """
-        if self._alone:
+        if self._hearts is None:
             return self._stop_reason
+        before = self._hearts.enter(f"agreeing whether to stop after step {step}")
         if self._stop_reason is not None:
             self._store.set("stop_request", self._stop_reason)
         key = f"stop_decision/{step}"
@@ -95,67 +135,65 @@ class Coordinator:
         else:
             self._wait_for(key, "agreeing whether to stop", self._deadline)
         decision = self._store.get(key)
-        if decision == _GO_ON:
-            return None
+        if decision != _GO_ON:
+            self._acknowledge_stop(step)
+        self._hearts.enter(before)
+        return None if decision == _GO_ON else decision.decode()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others that this rank ends with `error`. The watchdog stays on until the process ends."""
+        if self._hearts is not None:
+            try:
+                self._hearts.fail(error)
+            except RuntimeError:
+                return  # the store is gone, and nobody is left to be told
+
+    def close(self) -> None:
+        """Leave the run: stop heartbeat and watchdog."""
+        if self._hearts is not None:
+            self._hearts.close()
+
+    def _acknowledge_stop(self, step: int) -> None:
         self._store.set(f"stop_acknowledged/{self._rank}", _DONE)
+        started = time.monotonic()
         for rank in range(self._world_size):
-            acknowledged = f"stop_acknowledged/{rank}"
-            started = time.monotonic()
-            while not self._store.check([acknowledged]):
+            while not self._store.check([f"stop_acknowledged/{rank}"]):
                 if time.monotonic() - started > self._deadline:
                     raise RuntimeError(
                         f"rank {self._rank}: rank {rank} did not acknowledge the stop after step {step} within "
                         f"run.deadline {self._deadline:g} s; nothing was saved, the last checkpoint is valid"
                     )
                 time.sleep(0.01)
-        return decision.decode()
-
-    def close(self) -> None:
-        """Stop the heartbeat."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=2 * _BEAT_SECONDS)
-
-    def _beat(self) -> None:
-        beat = 0
-        while not self._stop.is_set():
-            beat += 1
-            try:
-                self._store.set("heartbeat", f"{beat} {self._phase}")
-            except (RuntimeError, dist.DistError):
-                return  # the store went away with the job
-            self._stop.wait(_BEAT_SECONDS)
-
-    def _wait(self, key: str, phase: str, deadline: float) -> None:
-        self._wait_for(key, phase, deadline)
-        outcome = self._store.get(key)
-        if outcome != _DONE:
-            raise RuntimeError(f"rank {self._rank}, phase {phase!r}: rank 0 failed with {outcome.decode()}")
 
     def _wait_for(self, key: str, phase: str, deadline: float) -> None:
         """Until the key is set by rank 0, watching its heartbeat."""
+        assert self._hearts is not None
         started = last_change = time.monotonic()
-        last_beat = b""
+        last = None
         where = f"rank {self._rank}, phase {phase!r}: rank 0"
         while True:
             try:
                 if self._store.check([key]):
                     return
-                beat = self._store.get("heartbeat") if self._store.check(["heartbeat"]) else b""
+                beat = self._hearts.latest(0)
             except dist.DistNetworkError as error:
                 raise RuntimeError(f"{where}, or the node that hosts its store, is gone: {error}") from error
             now = time.monotonic()
-            if beat != last_beat:
-                last_beat, last_change = beat, now
+            if beat != last:
+                last, last_change = beat, now
             if now - last_change > self._deadline:
+                doing = (
+                    "nothing was ever heard of it" if last is None else f"its last phase was {last.phase!r}"
+                )
                 raise RuntimeError(
                     f"{where} gave no sign of life for {now - last_change:.0f} s (run.deadline is "
-                    f"{self._deadline:g} s); its last message was {last_beat.decode()!r}"
+                    f"{self._deadline:g} s); {doing}"
                 )
             if now - started > deadline:
+                doing = "" if last is None else f" (it is at {last.where}, in phase {last.phase!r})"
                 raise RuntimeError(
-                    f"{where} is alive but did not finish within {deadline:g} s; raise the phase's deadline "
-                    "(rollout.deadline for generation) if it is legitimately that slow"
+                    f"{where} is alive but did not finish within {deadline:g} s{doing}; raise the phase's "
+                    "deadline (rollout.deadline for generation) if it is legitimately that slow"
                 )
             # Short phases are noticed at once; in long ones hundreds of ranks must not crowd the store.
             time.sleep(min(_LONGEST_POLL, max(0.001, 0.02 * (now - started))))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_laser.algorithms.importance import importance_outside
 from megatron_laser.algorithms.kl import kl_penalty, mismatch
 from megatron_laser.algorithms.policy_loss import importance_weights, policy_loss
 from megatron_laser.algorithms.self_reward import self_reward_loss, self_reward_scores
@@ -74,9 +75,16 @@ class TrainLoss:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         policy = self._policy
         old = logprobs.detach() if micro_batch.old_logprobs is None else micro_batch.old_logprobs
+        sums = {}
         importance = None
         if policy.importance_cap is not None:
             importance = importance_weights(old, micro_batch.rollout_logprobs, policy.importance_cap)
+        if policy.importance_mask is not None:
+            outside = importance_outside(old, micro_batch.rollout_logprobs, policy.importance_mask)
+            importance = torch.ones_like(weights) if importance is None else importance
+            importance = torch.where(outside, 0.0, importance)
+            sums["importance_masked"] = outside.sum()
+            sums["importance_rows"] = outside.new_tensor(outside.numel(), dtype=torch.float64)
         terms = policy_loss(
             logprobs,
             old,
@@ -87,7 +95,7 @@ class TrainLoss:
             dual_clip=policy.dual_clip,
             importance_weights=importance,
         )
-        sums = {
+        sums |= {
             "policy_loss": terms.loss,
             "clip_fraction": terms.clip_fraction,
             "approx_kl": terms.approx_kl,

@@ -18,6 +18,8 @@ SUM_KEYS = (
     "mismatch_count",
     "mismatch_sum",
     "mismatch_k3",
+    "importance_masked",
+    "importance_rows",
 )
 MAX_KEYS = ("max_mismatch",)
 

@@ -88,6 +88,24 @@ def prepare_step(
     )
 
 
+def check_token_ids(flat: FlatBatch, vocab_size: int) -> None:
+    """Raises ValueError for a batch with a token id outside [0, vocab_size); names sample and id.
+
+    Such an id would read another rank's embedding row, or nothing, without any error.
+    """
+    outside = np.flatnonzero((flat.tokens < 0) | (flat.tokens >= vocab_size))
+    if not len(outside):
+        return
+    first = int(outside[0])
+    sample = int(np.searchsorted(flat.token_offsets, first, side="right")) - 1
+    part = "prompt" if first - flat.token_offsets[sample] < flat.prompt_lengths[sample] else "response"
+    raise ValueError(
+        f"step {flat.step}: token id {int(flat.tokens[first])} in the {part} of sample {sample}; expected 0 to "
+        f"{vocab_size - 1}, the vocabulary of model.path: the rollout engine or the tokenizer belongs to "
+        "another model"
+    )
+
+
 def _pad_multiple(config: RunConfig) -> int:
     """Packed lengths must divide over the sequence-parallel ranks (and, in zig-zag, the context ranks)."""
     parallel = config.parallel

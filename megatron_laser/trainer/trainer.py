@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -21,12 +22,18 @@ from megatron_laser.config.derived import (
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.observability.timers import Timers
-from megatron_laser.trainer.forward import run_forward, run_forward_backward
+from megatron_laser.trainer.bad_steps import BadSteps
+from megatron_laser.trainer.forward import run_forward
 from megatron_laser.trainer.losses import SampleTensors, TrainLoss
 from megatron_laser.trainer.policy import build_policy, build_reference
 from megatron_laser.trainer.reduce import reduce_sums
 from megatron_laser.trainer.runtime import Runtime
-from megatron_laser.trainer.step_data import StepData, prepare_step
+from megatron_laser.trainer.step_data import StepData, check_token_ids, prepare_step
+from megatron_laser.trainer.update import Update, update
+
+
+class MismatchError(RuntimeError):
+    """Trainer and rollout engine disagree by more than `policy.mismatch_abort`."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +42,14 @@ class StepResult:
 
     metrics: flat names, the same on every rank. zc_logprobs, scores: [samples] log pi(z_c | x, y, EOS) and
     r_s of the policy that generated the batch, NaN where a response has none (or LaSeR is off). advantages:
-    [samples], as used by the policy loss. All on the CPU.
+    [samples], as used by the policy loss. All on the CPU. updates: the optimizer steps, skipped ones too.
     """
 
     metrics: dict[str, float]
     zc_logprobs: torch.Tensor
     scores: torch.Tensor
     advantages: torch.Tensor
+    updates: tuple[Update, ...]
 
 
 class Trainer:
@@ -63,17 +71,32 @@ class Trainer:
         self._score_token_id = score_token_id if config.laser.enabled else None
         self.policy = build_policy(config)
         self._reference = build_reference(config) if needs_reference_model(config) else None
+        self._bad_steps = BadSteps(config, runtime, score_token_id=self._score_token_id)
 
     def train_step(self, flat: FlatBatch, step: int) -> StepResult:
-        """One rollout batch: old-policy pass, advantages, and the optimizer steps of `policy`.
+        """One rollout batch of a run: `run_batch`, and what a run must not go on with.
 
         Args:
             flat: the whole batch, the same on every rank.
             step: counted from 1; the warm-ups count it.
 
         Raises:
-            FloatingPointError: the gradient or the loss is not finite.
+            BadStepsError: `run.max_bad_steps` steps in a row had an update skipped.
+            MismatchError: trainer and engine differ by more than `policy.mismatch_abort`.
+            ValueError: a token id is not in the vocabulary, or a sample is not graded.
         """
+        result = self.run_batch(flat, step)
+        self._bad_steps.note(flat, step, result.updates)
+        self._check_mismatch(flat, step, result.metrics)
+        return result
+
+    def run_batch(self, flat: FlatBatch, step: int) -> StepResult:
+        """Old-policy pass, advantages, and the optimizer steps of `policy`.
+
+        An optimizer step whose loss or gradient norm is not finite is skipped on all ranks; `bad_steps` counts
+        them and the other metrics leave them out.
+        """
+        check_token_ids(flat, self.policy.chunks.geometry.vocab)
         config = self._config
         data = prepare_step(
             flat,
@@ -86,7 +109,8 @@ class Trainer:
             zc_logprobs = self._old_policy_pass(data, flat)
             reference_zc = self._reference_pass(data)
         scores = self_reward_scores(zc_logprobs, ref_logprob=reference_zc, beta=config.laser.beta)
-        advantages, mixed = self._advantages(data, scores, step)
+        mixing = self._mixes(step)
+        advantages, mixed = self._advantages(data, scores, mixing=mixing)
         device = platform.device()
         samples = SampleTensors(
             advantages=advantages.to(device),
@@ -94,10 +118,16 @@ class Trainer:
             reference_zc=reference_zc.to(device),
         )
         with self._timers("train"):
-            metrics = self._optimize(data, samples, step)
+            # A score that is missing or not finite is as bad as a loss: no advantage can be made of it.
+            updates: tuple[Update, ...]
+            if mixing and not bool(zc_logprobs[data.scored].isfinite().all()):
+                updates = (Update(0, 0, math.nan, ("zc_logprob",), []),)
+            else:
+                updates = self._optimize(data, samples, step)
+        metrics = self._metrics(updates)
         metrics["advantage_mixed_fraction"] = mixed
         metrics["micro_batches"] = float(len(data.micro_batches))
-        return StepResult(metrics, zc_logprobs, scores, advantages)
+        return StepResult(metrics, zc_logprobs, scores, advantages, updates)
 
     def weight_stream(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face (name, full tensor) pairs on global rank 0; all ranks must exhaust it together."""
@@ -153,14 +183,19 @@ class Trainer:
             dist.all_reduce(own, group=self._runtime.cpu_group)
         return own
 
-    def _advantages(self, data: StepData, scores: torch.Tensor, step: int) -> tuple[torch.Tensor, float]:
-        """Advantages [samples] and the share of groups in which self-reward advantages were mixed in."""
-        laser = self._config.laser
-        verifier = adv.grpo_advantages(
-            data.rewards, data.group_ids, normalize_std=self._config.policy.normalize_std
-        )
+    def _mixes(self, step: int) -> bool:
         first = mixing_first_step(self._config)
-        if first is None or step < first:
+        return first is not None and step >= first
+
+    def _advantages(
+        self, data: StepData, scores: torch.Tensor, *, mixing: bool
+    ) -> tuple[torch.Tensor, float]:
+        """Advantages [samples] and the share of groups in which self-reward advantages were mixed in."""
+        laser, policy = self._config.laser, self._config.policy
+        verifier = adv.verifier_advantages(
+            data.rewards, data.group_ids, estimator=policy.advantage, normalize_std=policy.normalize_std
+        )
+        if not mixing or bool(scores[data.scored].isnan().any()):
             return verifier, 0.0
         own = adv.self_reward_advantages(
             scores,
@@ -175,10 +210,9 @@ class Trainer:
         )
         return adv.mix_advantages(verifier, own, tau=laser.tau), mixed
 
-    def _optimize(self, data: StepData, samples: SampleTensors, step: int) -> dict[str, float]:
+    def _optimize(self, data: StepData, samples: SampleTensors, step: int) -> tuple[Update, ...]:
         first = self_reward_first_step(self._config)
-        entries: list[dict[str, torch.Tensor]] = []
-        norms = []
+        updates = []
         for epoch in range(self._config.policy.epochs):
             for index, minibatch in enumerate(data.minibatches):
                 loss = TrainLoss(
@@ -188,44 +222,45 @@ class Trainer:
                     with_self_reward=first is not None and step >= first,
                     fresh=self._config.policy.old_logprobs == "recompute" or (epoch, index) == (0, 0),
                 )
-                entries += self._optimizer_step(minibatch.micro_batches, loss, norms, step)
+                updates.append(
+                    update(
+                        self.policy,
+                        minibatch.micro_batches,
+                        loss,
+                        epoch=epoch,
+                        minibatch=index,
+                        group=self._all_ranks,
+                    )
+                )
+        return tuple(updates)
+
+    @property
+    def _all_ranks(self) -> dist.ProcessGroup | None:
+        return self._runtime.cpu_group if self._runtime.world_size > 1 else None
+
+    def _check_mismatch(self, flat: FlatBatch, step: int, metrics: dict[str, float]) -> None:
+        limit = self._config.policy.mismatch_abort
+        if limit is None:
+            return
+        mean = metrics["logprob_diff_mean"]
+        if mean > limit or bool(np.isnan(flat.rollout_logprobs).any()):
+            raise MismatchError(
+                f"step {step}: logprob_diff_mean is {mean:g} nats (largest {metrics['logprob_diff_max']:g}, k3 KL "
+                f"{metrics['rollout_k3_kl']:g}), more than policy.mismatch_abort {limit:g}: the engine does not "
+                "sample from the policy that is trained. Check that it holds the weights of the last sync "
+                "and uses rollout.temperature and the same precision; or raise the limit, or null"
+            )
+
+    def _metrics(self, updates: tuple[Update, ...]) -> dict[str, float]:
+        """Means over the optimizer steps that were taken; NaN where there was none."""
+        taken = [update for update in updates if not update.bad]
         totals = reduce_sums(
-            entries,
+            [entry for update in taken for entry in update.entries],
             contributes=self._runtime.reports_rows,
-            group=self._runtime.cpu_group if self._runtime.world_size > 1 else None,
+            group=self._all_ranks,
         )
-        # A NaN log-prob can leave the gradient finite: policy_loss bounds the log ratio, which passes none.
-        if not math.isfinite(totals["total_loss"]):
-            raise FloatingPointError(
-                f"step {step}, rank {self._runtime.rank}: the loss is {totals['total_loss']}; look at the batch's "
-                "rollout log-probs (logging.rollouts_every)"
-            )
-        return self._metrics(totals, norms)
-
-    def _optimizer_step(
-        self, micro_batches: list, loss: TrainLoss, norms: list[float], step: int
-    ) -> list[dict[str, torch.Tensor]]:
-        policy = self.policy
-        for module in policy.chunks.wrapped:
-            module.zero_grad_buffer()
-        policy.optimizer.zero_grad()
-        entries = run_forward_backward(policy.chunks, micro_batches, loss)
-        policy.scheduler.step(increment=1)
-        _, norm, _ = policy.optimizer.step()
-        norms.append(float(norm))
-        if not math.isfinite(norms[-1]):
-            raise FloatingPointError(
-                f"step {step}, rank {self._runtime.rank}: the gradient norm is {norms[-1]}; the update would "
-                "destroy the weights. Lower optimizer.lr or laser.alpha, or look at the batch's rewards and "
-                "log-probs (logging.rollouts_every)"
-            )
-        return entries
-
-    def _metrics(self, totals: dict[str, float], norms: list[float]) -> dict[str, float]:
-        updates = len(norms)
-        count = max(totals["mismatch_count"], 1.0)
         metrics = {
-            name: totals[name] / updates
+            name: _ratio(totals[name], len(taken))
             for name in (
                 "policy_loss",
                 "self_reward_loss",
@@ -236,9 +271,18 @@ class Trainer:
                 "approx_kl",
             )
         }
-        metrics["grad_norm"] = sum(norms) / updates
+        metrics["grad_norm"] = _ratio(sum(update.grad_norm for update in taken), len(taken))
         metrics["lr"] = self.policy.learning_rate()
-        metrics["logprob_diff_mean"] = totals["mismatch_sum"] / count
+        metrics["bad_steps"] = float(len(updates) - len(taken))
+        metrics["logprob_diff_mean"] = _ratio(totals["mismatch_sum"], totals["mismatch_count"])
         metrics["logprob_diff_max"] = totals["max_mismatch"]
-        metrics["rollout_k3_kl"] = totals["mismatch_k3"] / count
+        metrics["rollout_k3_kl"] = _ratio(totals["mismatch_k3"], totals["mismatch_count"])
+        if self._config.policy.importance_mask is not None:
+            metrics["importance_masked_fraction"] = _ratio(
+                totals["importance_masked"], totals["importance_rows"]
+            )
         return metrics
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan

@@ -1,6 +1,6 @@
 """Rank 0 of 2 as a process of its own, for test_coordinator.py, which plays rank 1 and hosts the store.
 
-    coordinator_worker.py PORT SCENARIO
+coordinator_worker.py PORT SCENARIO
 """
 
 import sys
@@ -24,11 +24,12 @@ def fail():
 def main():
     port, scenario = int(sys.argv[1]), sys.argv[2]
     timeout = timedelta(seconds=20)
-    store = dist.TCPStore("127.0.0.1", port, scenario == "hosts the store", timeout, wait_for_workers=False)
+    hosts = scenario == "hosts the store"
+    store = dist.TCPStore("127.0.0.1", port, is_master=hosts, timeout=timeout, wait_for_workers=False)
     # A blocking wait holds its client's lock, and the heartbeat with it: the test's signals have their own.
     signals = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timeout)
     coordinator = Coordinator(dist.PrefixStore("run", store), 0, 2, deadline=3.0)
-    if scenario == "hosts the store":
+    if hosts:
         print(store.port, flush=True)
         coordinator.lead("rollout of step 3", lambda: busy(60.0), deadline=10)
     elif scenario == "many phases":

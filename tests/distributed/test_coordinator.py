@@ -39,7 +39,9 @@ def rank_zero(scenario):
     process = start(base.port, scenario)
     try:
         store = dist.PrefixStore("run", base)
-        store.wait(["heartbeat"], timedelta(seconds=60))
+        while not store.check(["heartbeat/0"]):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
         yield base, Coordinator(store, 1, 2, deadline=SILENCE), process
     finally:
         process.kill()
@@ -92,7 +94,9 @@ def test_a_silent_rank_zero_is_noticed_within_the_deadline_with_rank_and_phase(h
 def test_a_rank_zero_that_is_alive_but_too_slow_is_told_apart_from_a_dead_one():
     with rank_zero("hangs") as (_, coordinator, _):
         started = time.monotonic()
-        with pytest.raises(RuntimeError, match=r"phase 'rollout of step 3'.*alive.*within 3 s.*rollout\.deadline"):
+        with pytest.raises(
+            RuntimeError, match=r"phase 'rollout of step 3'.*alive.*within 3 s.*rollout\.deadline"
+        ):
             coordinator.lead("rollout of step 3", lambda: None, deadline=3.0)
         assert time.monotonic() - started < 6
 
@@ -102,10 +106,11 @@ def test_the_death_of_the_process_that_hosts_the_store_is_told_with_rank_and_pha
     try:
         store = dist.TCPStore("127.0.0.1", int(process.stdout.readline()), is_master=False, timeout=TIMEOUT)
         store = dist.PrefixStore("run", store)
-        store.wait(["heartbeat"], TIMEOUT)
+        store.wait(["heartbeat/0"], TIMEOUT)
+        coordinator = Coordinator(store, 1, 2, deadline=SILENCE)
         process.kill()
         with pytest.raises(RuntimeError, match=r"rank 1, phase 'rollout of step 3': rank 0, .*store.* gone"):
-            Coordinator(store, 1, 2, deadline=SILENCE).lead("rollout of step 3", lambda: None, deadline=30)
+            coordinator.lead("rollout of step 3", lambda: None, deadline=30)
     finally:
         process.kill()
         process.communicate()

@@ -30,6 +30,10 @@ class Plain:
     clip: float = 0.2
     eps: float = 1e-8
     minibatches: int = 1
+    epochs: int = 1
+    advantage: str = "grpo"
+    loss_aggregation: str = "token_mean"
+    max_new_tokens: int = 64
     kl_coefficient: float = 0.0
     entropy_coefficient: float = 0.0
     importance_cap: float | None = None
@@ -46,7 +50,10 @@ class PlainTrainer:
         matrices = [p for p in model.parameters() if p.dim() > 1]
         vectors = [p for p in model.parameters() if p.dim() == 1]
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            [
+                {"params": matrices, "weight_decay": settings.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
             lr=settings.lr,
             eps=settings.eps,
         )
@@ -79,54 +86,79 @@ class PlainTrainer:
         groups = sorted(set(flat.group_ids.tolist()))
         size = len(groups) // s.minibatches
         sums = dict.fromkeys(("policy_loss", "self_reward_loss", "kl_loss", "entropy", "grad_norm"), 0.0)
-        for m in range(s.minibatches):
+        for m in list(range(s.minibatches)) * s.epochs:
             chosen = groups[m * size : (m + 1) * size]
             members = [i for i in range(count) if flat.group_ids[i] in chosen]
             for name, value in self.update(flat, members, advantages, before, frozen, with_loss).items():
-                sums[name] += value / s.minibatches
+                sums[name] += value / (s.minibatches * s.epochs)
         return sums | {"scores": scores, "advantages": advantages}
 
     def advantages(self, flat: FlatBatch, scores: list[float], with_mixing: bool) -> list[float]:
         s = self.settings
+        verifier = self.verifier_advantages(flat)
+        result = list(verifier)
+        for group in set(flat.group_ids.tolist()) if with_mixing else ():
+            members = [i for i in range(flat.num_samples) if flat.group_ids[i] == group]
+            clamped = [min(max(scores[i], 0.0), 1.0) if flat.scored[i] else 0.0 for i in members]
+            if unbiased_std(clamped) > s.std_threshold:
+                for i, own in zip(members, standardised(clamped, 0.0)):
+                    result[i] = (1 - s.tau) * verifier[i] + s.tau * own
+        return result
+
+    def verifier_advantages(self, flat: FlatBatch) -> list[float]:
+        kind = self.settings.advantage
         result = [0.0] * flat.num_samples
         for group in set(flat.group_ids.tolist()):
             members = [i for i in range(flat.num_samples) if flat.group_ids[i] == group]
-            own = standardised([float(flat.rewards[i]) for i in members], 1e-6)
-            mixed = own
-            if with_mixing:
-                clamped = [min(max(scores[i], 0.0), 1.0) if flat.scored[i] else 0.0 for i in members]
-                if unbiased_std(clamped) > s.std_threshold:
-                    mixed = standardised(clamped, 0.0)
-            for i, verifier, self_reward in zip(members, own, mixed):
-                result[i] = (1 - s.tau) * verifier + s.tau * self_reward if with_mixing else verifier
-        return result
+            rewards = [float(flat.rewards[i]) for i in members]
+            mean = sum(rewards) / len(rewards)
+            scaled = standardised(rewards, 1e-6)
+            for i, reward, grpo in zip(members, rewards, scaled):
+                others = (sum(rewards) - reward) / (len(rewards) - 1)
+                result[i] = {"grpo": grpo, "rloo": reward - others}.get(kind, reward - mean)
+        return standardised(result, 1e-6) if kind == "reinforce_pp" else result
 
     def update(self, flat, members, advantages, before, frozen, with_loss) -> dict[str, float]:
         s = self.settings
-        num_tokens = sum(int(flat.response_lengths[i]) for i in members)
+        lengths = {i: int(flat.response_lengths[i]) for i in members}
+        row_weight = {  # of every token of response i
+            "token_mean": lambda i: 1 / sum(lengths.values()),
+            "sequence_mean_token_mean": lambda i: 1 / (len(members) * max(lengths[i], 1)),
+            "sequence_mean_token_sum": lambda i: 1 / len(members),
+            "constant_length": lambda i: 1 / (len(members) * s.max_new_tokens),
+        }[s.loss_aggregation]
         scored = [i for i in members if flat.scored[i]]
         right = sum(flat.rewards[i] > 0.5 for i in scored)
-        class_weight = {True: len(scored) / (2 * max(right, 1)), False: len(scored) / (2 * max(len(scored) - right, 1))}
+        class_weight = {
+            True: len(scored) / (2 * max(right, 1)),
+            False: len(scored) / (2 * max(len(scored) - right, 1)),
+        }
         self.optimizer.zero_grad()
         policy_loss = self_reward_loss = kl_loss = entropy = torch.zeros((), dtype=torch.float64)
         for i in members:
             logprobs, entropies, zc = self.logprobs(self.model, flat, i)
             start = flat.response_offsets[i]
             rollout = torch.from_numpy(flat.rollout_logprobs[start : start + len(logprobs)]).double()
-            old = {"rollout": rollout, "recompute": before[i][0], "on_policy": logprobs.detach()}[s.old_logprobs]
+            old = {"rollout": rollout, "recompute": before[i][0], "on_policy": logprobs.detach()}[
+                s.old_logprobs
+            ]
             ratio = (logprobs - old).exp()
-            surrogate = torch.minimum(ratio * advantages[i], ratio.clamp(1 - s.clip, 1 + s.clip) * advantages[i])
+            surrogate = torch.minimum(
+                ratio * advantages[i], ratio.clamp(1 - s.clip, 1 + s.clip) * advantages[i]
+            )
             if s.importance_cap is not None:
                 surrogate = surrogate * (old - rollout).exp().clamp(max=s.importance_cap)
-            policy_loss = policy_loss - surrogate.sum() / num_tokens
-            entropy = entropy + entropies.sum() / num_tokens
+            policy_loss = policy_loss - surrogate.sum() * row_weight(i)
+            entropy = entropy + entropies.sum() * row_weight(i)
             if s.reference is not None:
                 log_ratio = frozen[i][0] - logprobs  # k3: pi_ref / pi - 1 - log(pi_ref / pi)
-                kl_loss = kl_loss + (log_ratio.exp() - 1 - log_ratio).sum() / num_tokens
+                kl_loss = kl_loss + (log_ratio.exp() - 1 - log_ratio).sum() * row_weight(i)
             if s.score_token is not None and flat.scored[i]:
                 score = s.beta * (zc - s.ref_logprob)
                 error = (score - float(flat.rewards[i])) ** 2
-                self_reward_loss = self_reward_loss + class_weight[flat.rewards[i] > 0.5] * error / len(scored)
+                self_reward_loss = self_reward_loss + class_weight[flat.rewards[i] > 0.5] * error / len(
+                    scored
+                )
         total = policy_loss + s.kl_coefficient * kl_loss - s.entropy_coefficient * entropy
         if with_loss:
             total = total + s.alpha * self_reward_loss

@@ -61,7 +61,37 @@ def test_the_papers_recipe_passes():
             {"policy": {"old_logprobs": "rollout", "importance_cap": 2.0}},
             ["policy.importance_cap: 2", "policy.old_logprobs rollout"],
         ),
-        ({"rollout": {"samples_per_prompt": 1}}, ["rollout.samples_per_prompt: 1", "2 or more"]),
+        *(
+            (
+                {"rollout": {"samples_per_prompt": 1}, "policy": {"advantage": advantage}},
+                [
+                    "rollout.samples_per_prompt: 1",
+                    f"policy.advantage {advantage}",
+                    "2 or more",
+                    "reinforce_pp",
+                ],
+            )
+            for advantage in ("grpo", "dr_grpo", "rloo")
+        ),
+        (
+            {
+                "rollout": {"samples_per_prompt": 1, "drop_uniform_groups": True},
+                "policy": {"advantage": "reinforce_pp"},
+            },
+            ["rollout.drop_uniform_groups: true", "rollout.samples_per_prompt 1"],
+        ),
+        (
+            {"policy": {"advantage": "reinforce_pp", "normalize_std": False}},
+            ["policy.normalize_std: false", "reinforce_pp"],
+        ),
+        *(
+            ({"policy": {"importance_mask": mask}}, ["policy.importance_mask", "0 <= low < 1 < high"])
+            for mask in ([1.2, 2.0], [0.5, 0.9], [-0.5, 2.0])
+        ),
+        (
+            {"policy": {"old_logprobs": "rollout", "importance_mask": [0.5, 2.0]}},
+            ["policy.importance_mask: [0.5, 2]", "policy.old_logprobs rollout"],
+        ),
         (
             {"rollout": {"prompts_per_step": 10}, "policy": {"minibatches": 4}},
             ["rollout.prompts_per_step 10", "policy.minibatches 4: 10 % 4 = 2"],
@@ -109,6 +139,9 @@ def test_impossible_combinations_are_refused(sections, parts):
         {"laser": {"score_source": "server"}, "policy": {"epochs": 2}},
         {"laser": {"score_source": "server"}, "policy": {"old_logprobs": "rollout"}},
         {"laser": {"loss": "bce"}},
+        {"rollout": {"samples_per_prompt": 1}, "policy": {"advantage": "reinforce_pp"}},
+        {"policy": {"importance_mask": [0.5, 2.0], "importance_cap": 1.5, "mismatch_abort": 0.1}},
+        {"rollout": {"drop_uniform_groups": True, "oversampling_cap": 1}},
         {"policy": {"old_logprobs": "on_policy", "importance_cap": 2.0}},
         {"policy": {"old_logprobs": "rollout", "minibatches": 4}},
         {"optimizer": {"schedule": "constant", "warmup_steps": 100}},

@@ -13,7 +13,9 @@ from megatron_laser.model.hf_folder import HfFolder, write_hf_folder
 
 def source_folder(path):
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({"model_type": "qwen2", "torch_dtype": "float16", "keep": 3}))
+    (path / "config.json").write_text(
+        json.dumps({"model_type": "qwen2", "torch_dtype": "float16", "keep": 3})
+    )
     (path / "tokenizer.json").write_text("{}")
     (path / "chat_template.jinja").write_text("{{ x }}")
     (path / "model.safetensors.index.json").write_text("{}")

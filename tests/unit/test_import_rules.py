@@ -29,7 +29,19 @@ LAYERS = (
     ("observability",),
     ("rollout", "evaluation", "model", "trainer"),
     ("weight_sync",),
-    ("output_folder", "leader", "loop", "benchmarks", "environment", "cli", "__main__"),
+    (
+        "output_folder",
+        "tokenizer",
+        "inputs",
+        "leader",
+        "loop",
+        "replay",
+        "conversion",
+        "benchmarks",
+        "environment",
+        "cli",
+        "__main__",
+    ),
 )
 TOP = LAYERS[-1]
 SAME_LAYER = {("config", "types"), ("evaluation", "rollout"), ("trainer", "model")}

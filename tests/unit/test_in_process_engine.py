@@ -103,8 +103,8 @@ def test_each_of_several_stop_tokens_ends_a_response(generations):
     assert len(used) > 3
 
 
-def test_a_stop_at_the_very_last_position_is_a_stop_and_has_a_score(engine, reference, generations):
-    prompt, one = next((p, g) for p, g in flat(generations) if g.finish_reason == "stop")
+def test_a_stop_at_the_very_last_position_is_a_stop_and_has_a_score(engine, generations):
+    one = next(g for _, g in flat(generations) if g.finish_reason == "stop")
     limit = len(one.response_ids)
     out = engine.generate(PROMPTS, replace(SAMPLING, max_new_tokens=limit), deadline=60)
     exact = [g for _, g in flat(out) if g.finish_reason == "stop" and len(g.response_ids) == limit]
@@ -255,7 +255,7 @@ def test_a_deadline_that_passes_raises_with_the_number_of_running_responses(engi
 
 @pytest.mark.parametrize("bad", [250, -1])
 def test_ids_outside_the_vocabulary_are_refused_before_anything_runs(engine, bad):
-    with pytest.raises(ValueError, match="prompt 1 .*vocabulary of 250"):
+    with pytest.raises(ValueError, match=r"prompt 1 .*vocabulary of 250"):
         engine.generate([[3], [4, bad]], SAMPLING, deadline=60)
     with pytest.raises(ValueError, match="vocabulary of 250"):
         engine.score([[3, bad]], SCORE, deadline=60)

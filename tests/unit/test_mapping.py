@@ -95,8 +95,13 @@ def test_query_key_value_rows_are_grouped_by_kv_head():
     for name, heads, base in (("q_proj", 4, 10), ("k_proj", 2, 20), ("v_proj", 2, 30)):
         for head in range(heads):
             tensors[f"{prefix}{name}.bias"][16 * head : 16 * (head + 1)] = base + head
-    (rule,) = [rule for rule in rules(config) if rule.megatron.endswith("layers.0.self_attention.linear_qkv.bias")]
-    for tensor, expected in ((1, [[10, 11, 20, 30, 12, 13, 21, 31]]), (2, [[10, 11, 20, 30], [12, 13, 21, 31]])):
+    (rule,) = [
+        rule for rule in rules(config) if rule.megatron.endswith("layers.0.self_attention.linear_qkv.bias")
+    ]
+    for tensor, expected in (
+        (1, [[10, 11, 20, 30, 12, 13, 21, 31]]),
+        (2, [[10, 11, 20, 30], [12, 13, 21, 31]]),
+    ):
         geometry = Geometry.of(config, tensor=tensor, vocab_multiple=1)
         for rank in range(tensor):
             shard = rule.layout.load(RecordingReader(tensors), rule.hf, geometry, rank)

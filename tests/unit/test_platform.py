@@ -14,13 +14,25 @@ platform.install()
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the platform layer changes nothing on CUDA")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the platform layer changes nothing on CUDA"
+)
 
 
 def test_installing_twice_changes_nothing_more():
-    kept = megatron_random.torch, torch.Tensor.type, torch.Tensor.cuda, megatron_random._CUDA_RNG_STATE_TRACKER
+    kept = (
+        megatron_random.torch,
+        torch.Tensor.type,
+        torch.Tensor.cuda,
+        megatron_random._CUDA_RNG_STATE_TRACKER,
+    )
     platform.install()
-    again = megatron_random.torch, torch.Tensor.type, torch.Tensor.cuda, megatron_random._CUDA_RNG_STATE_TRACKER
+    again = (
+        megatron_random.torch,
+        torch.Tensor.type,
+        torch.Tensor.cuda,
+        megatron_random._CUDA_RNG_STATE_TRACKER,
+    )
     assert all(a is b for a, b in zip(kept, again))
 
 

@@ -101,7 +101,7 @@ def test_a_taken_name_is_refused() -> None:
         (1, Grade(1.0, "correct")),
         (True, Grade(1.0, "correct")),
         (0.2, Grade(0.2, "wrong")),
-        (-1.0, Grade(-1.0, "wrong")),
+        (0, Grade(0.0, "wrong")),
         (Grade(0.5, "unparsable"), Grade(0.5, "unparsable")),
     ],
 )
@@ -109,7 +109,13 @@ def test_numbers_and_grades_are_grades(value: object, grade: Grade) -> None:
     assert as_grade(value) == grade
 
 
-@pytest.mark.parametrize("value", [None, "1", [1], float("nan"), float("inf"), Grade(float("nan"), "wrong")])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, "1", [1], float("nan"), float("inf"), Grade(float("nan"), "wrong")),
+        *(2, -1.0, 1.0001, Grade(2.0, "correct")),
+    ],
+)
 def test_nonsense_is_no_grade(value: object) -> None:
     with pytest.raises((TypeError, ValueError)):
         as_grade(value)

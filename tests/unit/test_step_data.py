@@ -176,7 +176,10 @@ def entry(**values):
 
 
 def test_sums_are_added_and_maxima_are_kept_over_micro_batches():
-    entries = [entry(policy_loss=1.5, max_mismatch=3.0), entry(policy_loss=-0.5, kl_loss=2.0, max_mismatch=1.0)]
+    entries = [
+        entry(policy_loss=1.5, max_mismatch=3.0),
+        entry(policy_loss=-0.5, kl_loss=2.0, max_mismatch=1.0),
+    ]
     totals = reduce_sums(entries, contributes=True, group=None)
     assert totals["policy_loss"] == 1.0 and totals["kl_loss"] == 2.0 and totals["max_mismatch"] == 3.0
     assert set(totals) == set(SUM_KEYS) | set(MAX_KEYS)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ _READ_BYTES = 1 << 22
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used: of another run, damaged, or of a newer format."""
+    """A checkpoint that cannot be used (of another run, damaged, of a newer format) or could not be written."""
 
 
 def partial_folder(root: Path, step: int) -> Path:
@@ -50,16 +51,26 @@ def digests(folder: Path, prefix: str) -> dict[str, list[Any]]:
     }
 
 
+def sync_files(paths: Iterable[Path]) -> None:
+    """Bring the files' bytes to the disk: a rename must not survive a power failure that they do not."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
 def publish(partial: Path, state: dict[str, Any], files: dict[str, list[Any]]) -> Path:
     """Add state and manifest to a complete partial folder and rename it; returns the published folder."""
-    _write_synced(partial / _STATE, {"format_version": FORMAT_VERSION, **state})
-    _write_synced(partial / _MANIFEST, files | digests(partial, _STATE))
+    write_synced(partial / _STATE, {"format_version": FORMAT_VERSION, **state})
+    write_synced(partial / _MANIFEST, files | digests(partial, _STATE))
     _sync_folder(partial)
     target = partial.with_name(partial.name.removesuffix(".partial"))
+    replaced = partial.with_name(f"{target.name}.replaced.partial")
     if target.exists():  # a rerun after an older checkpoint was chosen by hand
-        shutil.rmtree(target)
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(target, replaced)
     os.replace(partial, target)
     _sync_folder(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     return target
 
 
@@ -68,8 +79,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         version = int(state["format_version"])
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {_STATE} cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder}: {_STATE} cannot be read ({type(error).__name__}: {error}){_advice(folder)}"
+        ) from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"checkpoint {folder} has format {version}, this version of megatron_laser reads up to "
@@ -86,7 +99,9 @@ def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
     try:
         files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {_MANIFEST} cannot be read: {error}") from error
+        raise CheckpointError(
+            f"checkpoint {folder}: {_MANIFEST} cannot be read ({error}){_advice(folder)}"
+        ) from error
     for name in sorted(files)[part::parts]:
         size, sha256 = files[name]
         path = folder / name
@@ -140,7 +155,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_synced(path: Path, value: Any) -> None:
+def write_synced(path: Path, value: Any) -> None:
+    """Write `value` as JSON and bring it to the disk."""
     with path.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
         file.flush()

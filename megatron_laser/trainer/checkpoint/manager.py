@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import random
+import shutil
 import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint import optimizer_state, sharded
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
+from megatron_laser.trainer.checkpoint.identity import differences, model_identity
+from megatron_laser.trainer.checkpoint.random_states import collect_random_states, restore_random_states
+from megatron_laser.trainer.checkpoint.together import everywhere, gathered_errors, reason
 from megatron_laser.trainer.policy import Policy
 from megatron_laser.trainer.runtime import Runtime
 from megatron_laser.trainer.transport import broadcast_arrays
@@ -30,26 +32,37 @@ class CheckpointManager:
 
     def __init__(self, config: RunConfig, runtime: Runtime, policy: Policy) -> None:
         self._settings = config.checkpoint
+        self._last_step = config.run.steps
         self._root = Path(config.checkpoint.folder or Path(config.run.output_dir) / "checkpoints")
         self._runtime = runtime
         self._policy = policy
-        self._identity = _model_identity(policy)
+        chunks = policy.chunks
+        self._identity = model_identity(chunks.hf, chunks.geometry, chunks.config.params_dtype)
         # A group of its own: the writing thread's collectives must not mix with the main thread's.
-        self._group = dist.new_group(backend="gloo") if config.checkpoint.asynchronous else runtime.cpu_group
+        self._group = runtime.cpu_group
+        if config.checkpoint.asynchronous:
+            timeout = timedelta(seconds=config.run.deadline)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._writer: _Writer | None = None
+        self._trouble = ""
 
-    def due(self, step: int, last_step: int) -> bool:
+    @property
+    def trouble(self) -> str:
+        """Why the newest save that was waited for failed; "" when it succeeded. The same on every rank."""
+        return self._trouble
+
+    def due(self, step: int) -> bool:
         """Whether the run saves after `step`."""
         every = self._settings.every
-        return every > 0 and (step % every == 0 or step == last_step)
+        return every > 0 and (step % every == 0 or step == self._last_step)
 
-    def save(self, step: int, run_state: dict[str, Any] | None) -> bool:
+    def save(self, step: int, run_state: dict[str, Any] | None) -> None:
         """Save after `step`; `run_state` (rank 0's cursor and the like) is stored beside the weights.
 
-        Returns False, after logging why, when it could not be written (disk full, read-only folder): the last
-        published checkpoint is untouched. With `checkpoint.asynchronous` this is known at the next call.
+        A failure (disk full, read-only folder) is logged, and the last published checkpoint stays as it is;
+        `wait` tells of it. With `checkpoint.asynchronous` the files are written while training goes on.
         """
-        succeeded = self.wait()
+        self.wait()
         entries = sharded.build_state(self._policy)
         state = {
             "step": step,
@@ -61,48 +74,70 @@ class CheckpointManager:
         }
         if self._settings.asynchronous:
             entries = sharded.staged(entries)
-        random_states = _random_states()
+        random_states = collect_random_states()
         self._writer = _Writer(lambda: self._write(step, entries, state, random_states))
         if self._settings.asynchronous:
             self._writer.start()
-            return succeeded
-        self._writer.run()
-        return self.wait()
+        else:
+            self._writer.run()
+            self.wait()
 
     def wait(self) -> bool:
-        """Wait for a save that is under way; whether it succeeded on every rank (True when there is none)."""
-        if self._writer is None:
-            return True
-        error = self._writer.finish()
-        self._writer = None
-        failed = torch.tensor([error is not None], dtype=torch.int64)
-        dist.all_reduce(failed, group=self._runtime.cpu_group)
-        if error is not None:
-            logger.error("the checkpoint was not saved; the last published one stays valid: %s", error)
-        return int(failed) == 0
+        """Wait for a save that is under way; whether the newest one succeeded on every rank."""
+        if self._writer is not None:
+            error = self._writer.finish()
+            self._writer = None
+            self._trouble = "; ".join(gathered_errors(error, self._runtime.cpu_group))
+            if self._trouble and self._runtime.is_main:
+                logger.error(
+                    "the checkpoint was not saved, the last published one stays valid: %s", self._trouble
+                )
+        return not self._trouble
 
     def resume(self) -> dict[str, Any] | None:
         """Load the newest published checkpoint; its state, on every rank, or None when there is none.
 
         Raises:
-            CheckpointError: it belongs to another model, is damaged or too new.
+            CheckpointError: it belongs to another model, lies beyond `run.steps`, is damaged or too new; the same
+                on every rank, whichever found it.
         """
         path = self._newest()
         if path is None:
             return None
+        group = self._runtime.cpu_group
+        state: dict[str, Any] = everywhere(lambda: self._checked_state(path), group)
+        everywhere(lambda: self._load(path, state), group)
+        return state
+
+    def _checked_state(self, path: Path) -> dict[str, Any]:
         state = folders.read_state(path)
         if state["model"] != self._identity:
             raise CheckpointError(
-                f"checkpoint {path} is of another model: {_differences(state['model'], self._identity)}; "
+                f"checkpoint {path} is of another model: {differences(state['model'], self._identity)}; "
                 "choose another run.output_dir or the model it was trained from"
+            )
+        if state["step"] > self._last_step:
+            raise CheckpointError(
+                f"checkpoint {path} is of step {state['step']}, beyond run.steps {self._last_step}; raise "
+                "run.steps, or choose another run.output_dir"
             )
         if self._settings.verify:
             folders.verify(path, part=self._runtime.rank, parts=self._runtime.world_size)
-        sharded.load_state(self._policy, path, state["optimizer_step"])
-        self._policy.scheduler.load_state_dict(state["scheduler"])
-        if state["world_size"] == self._runtime.world_size:
-            _restore_random_states(torch.load(path / _random_file(self._runtime.rank), weights_only=False))
         return state
+
+    def _load(self, path: Path, state: dict[str, Any]) -> None:
+        try:
+            sharded.load_state(self._policy, path, state["optimizer_step"])
+            # The rates come from today's configuration: run.steps, which schedules end at, may have been raised.
+            self._policy.scheduler.step(increment=state["scheduler"]["num_steps"])
+            if state["world_size"] == self._runtime.world_size:
+                file = path / _random_file(self._runtime.rank)
+                restore_random_states(torch.load(file, weights_only=False))
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint {path} cannot be loaded: {reason(error)}"
+                + ("" if self._settings.verify else "; checkpoint.verify=true names a damaged file")
+            ) from error
 
     def _newest(self) -> Path | None:
         """Rank 0's choice: file systems of different nodes may disagree for a moment."""
@@ -118,29 +153,54 @@ class CheckpointManager:
         self, step: int, entries: dict[str, Any], state: dict[str, Any], random_states: dict[str, Any]
     ) -> None:
         partial = folders.partial_folder(self._root, step)
+        try:
+            self._write_files(partial, entries, state, random_states)
+        except Exception:
+            if self._runtime.is_main:  # on a full disk its bytes are what the next save needs
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _write_files(
+        self, partial: Path, entries: dict[str, Any], state: dict[str, Any], random_states: dict[str, Any]
+    ) -> None:
         rank = self._runtime.rank
-        _everywhere(lambda: partial.mkdir(parents=True) if rank == 0 else None, self._group)
+
+        def create() -> None:
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+
+        everywhere(create, self._group)
         sharded.save_state(entries, partial, self._group)
         files: list[Any] = [None] * self._runtime.world_size
 
         def own_files() -> dict[str, list[Any]]:
             torch.save(random_states, partial / _random_file(rank))
+            folders.sync_files([partial / _random_file(rank)])
             return folders.digests(partial, f"__{rank}_") | folders.digests(partial, _random_file(rank))
 
-        dist.all_gather_object(files, _everywhere(own_files, self._group), group=self._group)
+        dist.all_gather_object(files, everywhere(own_files, self._group), group=self._group)
 
         def publish() -> None:
             if rank != 0:
                 return
             listed = {name: digest for part in files for name, digest in part.items()}
-            for shared in ("common.pt", "metadata.json", ".metadata"):
-                listed |= folders.digests(partial, shared)
+            shared = ("common.pt", "metadata.json", ".metadata")
+            folders.sync_files(partial / name for name in shared)
+            for name in shared:
+                listed |= folders.digests(partial, name)
             folders.publish(partial, state, listed)
+            self._retain()
+
+        everywhere(publish, self._group)
+
+    def _retain(self) -> None:
+        try:
             folders.retain(
                 self._root, keep_last=self._settings.keep_last, keep_every=self._settings.keep_every
             )
-
-        _everywhere(publish, self._group)
+        except OSError as error:  # the new checkpoint is published all the same
+            logger.warning("old checkpoints in %s could not be deleted: %s", self._root, error)
 
 
 class _Writer:
@@ -167,58 +227,5 @@ class _Writer:
         return self._error
 
 
-def _everywhere(work: Any, group: dist.ProcessGroup) -> Any:
-    """Run `work` on every rank; if it fails on one, every rank raises instead of waiting for it."""
-    result, trouble = None, None
-    try:
-        result = work()
-    except Exception as error:
-        trouble = f"rank {dist.get_rank()}: {error}"
-    troubles: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(troubles, trouble, group=group)
-    if any(troubles):
-        raise CheckpointError("; ".join(text for text in troubles if text))
-    return result
-
-
-def _model_identity(policy: Policy) -> dict[str, Any]:
-    g, hf = policy.chunks.geometry, policy.chunks.hf
-    return {
-        "model_type": hf.model_type,
-        "num_layers": g.num_layers,
-        "hidden_size": g.hidden,
-        "intermediate_size": g.ffn,
-        "heads": g.heads,
-        "kv_heads": g.kv_heads,
-        "head_dim": g.head_dim,
-        "vocab_size": g.vocab,
-        "tied": bool(hf.tie_word_embeddings),
-        "dtype": str(policy.chunks.config.params_dtype).removeprefix("torch."),
-    }
-
-
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    keys = [key for key in ours if theirs.get(key) != ours[key]]
-    return ", ".join(
-        f"{key} {json.dumps(theirs.get(key))} there, {json.dumps(ours[key])} here" for key in keys
-    )
-
-
 def _random_file(rank: int) -> str:
     return f"rng_{rank:05d}.pt"
-
-
-def _random_states() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "model_parallel": get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _restore_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    get_cuda_rng_tracker().set_states(states["model_parallel"])

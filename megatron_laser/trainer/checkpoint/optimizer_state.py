@@ -43,6 +43,9 @@ class _Slot:
         if kind == MAIN:
             return self.main
         state = self.optimizer.state[self.main]
+        if type(self.optimizer).__module__.startswith("torch."):
+            # A save before the first update must not leave a state that looks initialised but counts nothing.
+            state.setdefault("step", torch.tensor(0.0))
         if kind not in state:
             state[kind] = torch.zeros_like(self.main, dtype=torch.float32)
         return state[kind]

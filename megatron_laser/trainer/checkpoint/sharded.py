@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategie
 
 from megatron_laser.model.mapping import Geometry, Replicated, Row, Rule, Vocabulary, global_names, rules
 from megatron_laser.trainer.checkpoint import optimizer_state
+from megatron_laser.trainer.checkpoint.together import readable_errors
 from megatron_laser.trainer.policy import Policy
 
 WEIGHTS = "weights"
@@ -40,6 +41,9 @@ class _Block:
 
 def build_state(policy: Policy) -> dict[str, ShardedTensor]:
     """Everything to be stored, as Megatron ShardedTensors keyed by their names. A collective."""
+    for module in policy.chunks.wrapped:
+        if module.ddp_config.overlap_param_gather:  # else the weights are those before the last update
+            module.start_param_sync(force_sync=True)
     collected = optimizer_state.collect(policy.optimizer)
     entries: dict[str, ShardedTensor] = {}
     for block in _blocks(policy):
@@ -69,7 +73,8 @@ def load_state(policy: Policy, folder: Path, optimizer_step: int) -> None:
         wanted |= _sharded(WEIGHTS, block.rule, empty, geometry)
         for kind in kinds:
             wanted |= _sharded(f"optimizer.{kind}", block.rule, torch.empty(shape), geometry)
-    loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+    with readable_errors():
+        loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
     state: dict[int, dict[str, torch.Tensor]] = {}
     for block in blocks:
         block.parameter.copy_(_joined(WEIGHTS, block.rule, loaded, geometry))
@@ -94,14 +99,17 @@ def save_state(entries: dict[str, ShardedTensor], folder: Path, group: dist.Proc
     flat, _, _ = torch_strategies._replace_state_dict_keys_with_sharded_keys(
         dict(entries), keep_only_main_replica=True
     )
-    dcp.save(
-        torch_strategies.mcore_to_pyt_state_dict(flat, False),
-        storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
-        planner=torch_strategies.MCoreSavePlanner(
-            dedup_replicated_tensors=False, flatten_state_dict=False, can_run_decentralized_global_plan=False
-        ),
-        process_group=group,
-    )
+    with readable_errors():
+        dcp.save(
+            torch_strategies.mcore_to_pyt_state_dict(flat, False),
+            storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
+            planner=torch_strategies.MCoreSavePlanner(
+                dedup_replicated_tensors=False,
+                flatten_state_dict=False,
+                can_run_decentralized_global_plan=False,
+            ),
+            process_group=group,
+        )
 
 
 def staged(entries: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:

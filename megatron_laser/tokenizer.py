@@ -1,0 +1,46 @@
+"""Loading a model folder's tokenizer, and making sure that it is the one that the folder describes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(folder: str | Path, probes: Sequence[str] = ()) -> Any:
+    """The tokenizer of a Hugging Face folder.
+
+    transformers 5 picks a tokenizer class by the model's type: a folder of type qwen2 gets Qwen2Tokenizer, which
+    takes the vocabulary from tokenizer.json but splits text by rules of its own. For a model with other rules
+    every prompt would then be wrong without a word. So the ids of `probes` are compared with what tokenizer.json
+    itself gives, and where they differ tokenizer.json wins.
+
+    Args:
+        probes: texts to compare on, for example the first problems of the data.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        return tokenizer
+    from tokenizers import Tokenizer
+
+    written = Tokenizer.from_file(str(file))
+    for text in probes:
+        expected = written.encode(text, add_special_tokens=False).ids
+        given = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if given != expected:
+            logger.warning(
+                "%s splits text unlike %s (%r: ids %s against %s); the rules of tokenizer.json are used",
+                type(tokenizer).__name__,
+                file,
+                text[:60],
+                given[:12],
+                expected[:12],
+            )
+            return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    return tokenizer

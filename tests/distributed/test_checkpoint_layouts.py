@@ -1,0 +1,124 @@
+"""A checkpoint is saved under one parallel layout and resumed under another."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.torchrun import ROOT, torchrun, worker_environment
+
+sys.path.insert(0, str(ROOT / "tools"))
+from compare_layouts import CONFIG, make_model
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+WORKER = Path(__file__).with_name("checkpoint_layouts_worker.py")
+SMALL = "batching.tokens_per_micro_batch=160"
+DISTRIBUTED = "optimizer.distributed=true"
+LAYOUTS = {
+    "tensor 2": ["parallel.tensor=2"],
+    "tensor 2, sequence, padded": ["parallel.tensor=2", "parallel.sequence=true", "model.vocab_multiple=32"],
+    "pipeline 2": ["parallel.pipeline=2", SMALL],
+    "pipeline 2, virtual 2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2", SMALL],
+    "data 2": [],
+    "data 2, distributed": [DISTRIBUTED],
+    "data 2, overlapped": [
+        DISTRIBUTED,
+        "optimizer.overlap_grad_reduce=true",
+        "optimizer.overlap_param_gather=true",
+    ],
+}
+PAIRS = [
+    ("tensor 2", "pipeline 2, virtual 2"),
+    ("pipeline 2, virtual 2", "data 2, distributed"),
+    ("data 2, distributed", "tensor 2, sequence, padded"),
+    ("tensor 2, sequence, padded", "pipeline 2"),
+    ("data 2, overlapped", "data 2"),
+]
+
+
+def entry(layout, *, load=None, save=None, extra=()):
+    return {"layout": [*LAYOUTS.get(layout, []), *extra], "load": load, "save": save}
+
+
+def run(folder, processes, plan):
+    """The figures of step 3 for each entry of the plan."""
+    plan_file, output = folder / f"plan{processes}.json", folder / f"figures{processes}.json"
+    plan_file.write_text(json.dumps(plan))
+    if processes > 1:
+        torchrun(WORKER, processes, folder, plan_file, output, timeout=240)
+    else:
+        command = [sys.executable, str(WORKER), str(folder), str(plan_file), str(output)]
+        done = subprocess.run(command, env=worker_environment(), capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(output.read_text())
+
+
+def assert_same(figures, reference, name):
+    for key, expected in reference.items():
+        assert abs(figures[key] - expected) <= 1e-5 * abs(expected) + 1e-7, (
+            name,
+            key,
+            figures[key],
+            expected,
+        )
+
+
+def prepared(tmp_path, tied):
+    make_model(tmp_path, tied)
+    (tmp_path / "config.yaml").write_text(CONFIG.format(model=tmp_path, steps=3))
+    return tmp_path
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_step_after_resuming_is_the_same_under_every_layout(tmp_path, tied):
+    folder = prepared(tmp_path, tied)
+    (reference,) = run(folder, 1, [entry("one", save="one")])
+    plan = [entry(name, load="one") for name in LAYOUTS]
+    plan += [entry(name, save=name) for name in LAYOUTS]
+    plan += [entry(there, load=here) for here, there in PAIRS]
+    names = [f"one -> {name}" for name in LAYOUTS] + list(LAYOUTS) + [" -> ".join(pair) for pair in PAIRS]
+    for name, figures in zip(names, run(folder, 2, plan), strict=True):
+        assert_same(figures, reference, name)
+    for name, figures in zip(LAYOUTS, run(folder, 1, [entry("one", load=name) for name in LAYOUTS])):
+        assert_same(figures, reference, f"{name} -> one")
+
+
+def stored(folder):
+    """All tensors of the checkpoint in `folder`, vocabulary padding cut off."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    (path,) = folder.glob("step_*")
+    reader = dcp.FileSystemReader(path)
+    tensors = {
+        name: torch.empty(meta.size, dtype=meta.properties.dtype)
+        for name, meta in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(meta, TensorStorageMetadata)
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return {
+        name: tensor[:90] if "embed" in name or "lm_head" in name else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_bf16_weights_and_fp32_optimizer_state_pass_through_all_layouts_unchanged(tmp_path, tied):
+    folder = prepared(tmp_path, tied)
+    bf16 = ("model.dtype=bfloat16",)
+    plan, before = [], None
+    for name in LAYOUTS:
+        plan.append(entry(name, load=before, save=name, extra=bf16))
+        before = name
+    run(folder, 2, plan)
+    first, *others = (stored(folder / "checkpoints" / name) for name in LAYOUTS)
+    kinds = {name.split(".model")[0].split(".lm_head")[0] for name in first}
+    assert kinds == {"weights", "optimizer.main_param", "optimizer.exp_avg", "optimizer.exp_avg_sq"}
+    assert first["optimizer.main_param.model.norm.weight"].dtype == torch.float32
+    for name, tensors in zip(list(LAYOUTS)[1:], others, strict=True):
+        assert tensors.keys() == first.keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, first[key]), (name, key)

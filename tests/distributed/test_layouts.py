@@ -1,0 +1,33 @@
+"""tools/compare_layouts.py: the parallel layout and the cut into micro-batches do not change what is learned."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers.torchrun import ROOT, worker_environment
+
+TOOL = ROOT / "tools" / "compare_layouts.py"
+
+
+def compare(*arguments):
+    return subprocess.run(
+        [sys.executable, str(TOOL), *arguments],
+        env=worker_environment(),
+        timeout=280,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [("1", "2"), ("4",)], ids=["1 and 2 processes", "4 processes"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_every_layout_learns_the_same(tied, processes):
+    result = compare("--processes", *processes, *(["--tied"] if tied else []))
+    assert result.returncode == 0, result.stdout[-6000:]
+    for name in {"2": ("tensor 2, sequence", "pipeline 2 x virtual 2"), "4": ("tensor 2 x pipeline 2",)}[
+        processes[-1]
+    ]:
+        assert any(line.startswith(f"{name} ") for line in result.stdout.splitlines()), name

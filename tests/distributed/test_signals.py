@@ -1,0 +1,121 @@
+"""SIGTERM and SIGUSR1: all ranks stop after the same step, save, and exit 0; the same command continues."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from helpers.tiny_run import end_session, metrics_without_times, start_run, write_tiny_run
+from helpers.torchrun import torchrun
+
+from megatron_laser.trainer.checkpoint import folder as folders
+from megatron_laser.trainer.coordinator import Coordinator
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+SCRIPT = Path(__file__).with_name("faulty_run.py")
+
+
+@pytest.fixture(scope="module")
+def run_two(tmp_path_factory):
+    """(function that runs two ranks under torchrun with a fault, output folder of an undisturbed run)."""
+    file = write_tiny_run(tmp_path_factory.mktemp("run"))
+
+    def run(output, fault="none", rank=0, step=0):
+        return torchrun(SCRIPT, 2, fault, str(rank), str(step), file, f"run.output_dir={output}")
+
+    run(file.parent / "undisturbed")
+    return run, file.parent / "undisturbed"
+
+
+@pytest.mark.parametrize("fault, rank", [("sigterm", 1), ("sigusr1", 0)])
+def test_a_signal_to_one_rank_stops_both_after_the_step_and_the_run_continues_bitwise(
+    run_two, tmp_path, fault, rank
+):
+    run, undisturbed = run_two
+    out = tmp_path / "out"
+    output = run(out, fault, rank, 3)
+    assert json.loads((out / "STOPPED").read_text()) == {"step": 3, "reason": fault.upper()}
+    assert f"stopped after step 3 ({fault.upper()}); saved" in output
+    assert [step for step, _ in folders.published(out / "checkpoints")] == [2, 3]
+    run(out)
+    assert not (out / "STOPPED").exists()
+    assert metrics_without_times(out) == metrics_without_times(undisturbed)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_from_outside_stops_the_run_which_then_continues(run_two, tmp_path, processes):
+    """With torchrun the signal goes to its agent, which passes it on to its workers and then itself ends with 1."""
+    file, out = write_tiny_run(tmp_path), tmp_path / "out"
+    process = start_run(file, "run.steps=2000", "checkpoint.every=1000", processes=processes)
+    try:
+        while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text().count("\n") > 2:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        end_session(process)
+    assert process.returncode == (0 if processes == 1 else 1), output
+    stopped = json.loads((out / "STOPPED").read_text())
+    assert stopped["reason"] == "SIGTERM"
+    assert [step for step, _ in folders.published(out / "checkpoints")] == [stopped["step"]]
+    assert re.search(r"stopped after step \d+ \(SIGTERM\); saved", output)
+    more = stopped["step"] + 1
+    process = start_run(file, f"run.steps={more}", processes=processes)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert [line["step"] for line in metrics_without_times(out)] == list(range(1, more + 1))
+
+
+def coordinators(deadline):
+    store = dist.HashStore()
+    return [Coordinator(store, rank, 2, deadline=deadline) for rank in range(2)]
+
+
+def both(first, second):
+    """Results of two functions that wait for each other."""
+    results = [None, None]
+
+    def run(index, work):
+        try:
+            results[index] = work()
+        except RuntimeError as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=pair) for pair in enumerate((first, second))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    return results
+
+
+def test_a_request_on_any_rank_becomes_the_decision_of_all():
+    pair = coordinators(5.0)
+    assert both(*(lambda one=one: one.agree_to_stop(1) for one in pair)) == [None, None]
+    pair[1].request_stop("SIGTERM")
+    decisions = []
+    for step in (2, 3):  # rank 0 may have decided on step 2 before it heard of the request
+        decisions += both(*(lambda one=one, step=step: one.agree_to_stop(step) for one in pair))
+        if decisions[-1] is not None:
+            break
+    assert decisions[-2:] == ["SIGTERM", "SIGTERM"]
+    for one in pair:
+        one.close()
+
+
+def test_a_stop_that_is_not_acknowledged_by_all_is_an_error_that_names_the_rank():
+    first, second = coordinators(1.0)
+    first.request_stop("SIGTERM")
+    with pytest.raises(
+        RuntimeError, match=r"rank 1 did not acknowledge the stop after step 4 .*nothing was saved"
+    ):
+        first.agree_to_stop(4)
+    first.close()
+    second.close()

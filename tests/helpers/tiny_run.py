@@ -1,0 +1,129 @@
+"""A whole run that takes seconds: a random model with a tokenizer, sums as data, and its YAML file.
+
+python tests/helpers/tiny_run.py FOLDER        writes it for use by hand
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from helpers.torchrun import worker_environment
+
+TOKENS = ["<pad>", "<eos>", "<|score|>", "<unk>", *map(str, range(20)), "+", "\\boxed{", "}", "?"]
+
+
+def write_tiny_run(folder: Path, **sections: dict[str, Any]) -> Path:
+    """Model, tokenizer, data and run.yaml in `folder`; returns the YAML file. `sections` change its settings."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(TOKENS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens=["<|score|>"],
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(
+        Qwen2Config(
+            vocab_size=len(TOKENS),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            eos_token_id=1,
+            pad_token_id=0,
+            tie_word_embeddings=False,
+        ),
+        dtype=torch.float32,
+    ).save_pretrained(folder)
+    (folder / "lucky.py").write_text(REWARD)
+    rows = [{"problem": f"{i} + {j} ?", "answer": str(i + j)} for i in range(6) for j in range(4)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings: dict[str, dict[str, Any]] = {
+        "model": {"path": ".", "dtype": "float32", "vocab_multiple": 1},
+        "data": {
+            "train": "train.jsonl",
+            "prompt_suffix": "",
+            "apply_chat_template": False,
+            "max_prompt_tokens": 8,
+        },
+        "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 8, "deadline": 120},
+        "reward": {"function": "lucky.py:lucky", "workers": 1},
+        "laser": {
+            "score_token": "<|score|>",
+            "ref_logprob": -5.0,
+            "beta": 0.5,
+            "reasoning_warmup_steps": 1,
+            "self_reward_warmup_steps": 1,
+        },
+        "optimizer": {"lr": 1e-3},
+        "checkpoint": {"every": 2, "export_hf": False},
+        "evaluation": {"baseline": False},
+        "logging": {"tensorboard": False},
+        "run": {"steps": 4, "output_dir": "out", "deadline": 60},
+    }
+    for section, values in sections.items():
+        settings.setdefault(section, {}).update(values)
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+# A random model is right about nothing: a reward that varies inside a group makes the policy loss work.
+REWARD = '''
+def lucky(response, answer):
+    """Right when its characters add up to an odd number."""
+    return float(sum(map(ord, response)) % 2)
+'''
+
+
+def metrics_without_times(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl but for what differs between two equal runs."""
+    varying = ("time/", "memory/")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(varying)} for line in lines]
+
+
+def start_run(file: Path, *overrides: str, processes: int = 1, log: Path | None = None) -> subprocess.Popen:
+    """`train FILE` as a child process in a session of its own, under torchrun for several ranks."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if log is not None:
+            command += ["--log-dir", str(log), "--redirects", "3"]
+    command += ["-m", "megatron_laser", "train", str(file), *overrides]
+    return subprocess.Popen(
+        command,
+        env=worker_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end_session(process: subprocess.Popen) -> None:
+    """Kill a run and everything that it started."""
+    import contextlib
+    import signal
+
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+if __name__ == "__main__":
+    print(write_tiny_run(Path(sys.argv[1])))

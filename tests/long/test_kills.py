@@ -1,0 +1,74 @@
+"""A run is killed ten times at random moments and started again with the same command: nothing is lost."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from helpers.tiny_run import end_session, metrics_without_times, start_run, write_tiny_run
+
+from megatron_laser.trainer.checkpoint import folder as folders
+
+pytestmark = [pytest.mark.long, pytest.mark.distributed, pytest.mark.timeout(3600)]
+
+KILLS = 10
+STEPS = 120
+LAYOUTS = {
+    "1 process": (1, []),
+    "data 2": (2, ["optimizer.distributed=true"]),
+    "tensor 2": (2, ["parallel.tensor=2", "checkpoint.asynchronous=true"]),
+}
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=1200)
+    assert process.returncode == 0, output[-5000:]
+    return output
+
+
+def lines(folder):
+    file = folder / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def kill_at_random(process, rng, folder):
+    """SIGKILL to the whole session: three times of four after a further step or so, else while it starts."""
+    before, end = lines(folder), time.monotonic() + 180
+    starting = rng.random() < 0.25
+    while not starting and lines(folder) == before and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(rng.uniform(0.0, 8.0 if starting else 4.0))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_that_is_killed_ten_times_ends_as_if_nothing_had_happened(tmp_path, layout):
+    processes, overrides = LAYOUTS[layout]
+    file = write_tiny_run(
+        tmp_path,
+        run={"steps": STEPS},
+        checkpoint={"every": 5, "keep_last": 2},
+        rollout={"prompts_per_step": 8},
+    )
+    rng = random.Random(layout)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    finish(start_run(file, f"run.output_dir={undisturbed}", *overrides, processes=processes))
+    kills = 0
+    for _ in range(KILLS):
+        process = start_run(file, f"run.output_dir={killed}", *overrides, processes=processes)
+        try:
+            kill_at_random(process, rng, killed)
+        except ProcessLookupError:
+            break
+        finally:
+            end_session(process)
+        kills += process.returncode == -signal.SIGKILL
+        for _, path in folders.published(killed / "checkpoints"):
+            folders.verify(path)
+    finish(start_run(file, f"run.output_dir={killed}", *overrides, processes=processes))
+    assert kills >= 3, "the run was over before it could be killed often enough: raise STEPS"
+    assert metrics_without_times(killed) == metrics_without_times(undisturbed)
+    again = finish(start_run(file, f"run.output_dir={killed}", *overrides, processes=processes))
+    assert f"has finished its {STEPS} steps: nothing to do" in again

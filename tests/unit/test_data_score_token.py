@@ -1,0 +1,93 @@
+"""Data that holds the score token, and ids that the model does not have, are refused before anything is built."""
+
+import json
+
+import pytest
+from helpers.models import tiny_config
+from helpers.runs import run_config
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_laser.config import ConfigError
+from megatron_laser.data import DataError
+from megatron_laser.inputs import read_inputs
+
+WORDS = ["<unk>", "<eos>", "what", "is", "1", "2", "+", "<|score|>"]
+SCORE = WORDS.index("<|score|>")
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|score|>"]})
+    fast.save_pretrained(folder)
+    # Of type llama: its tokenizer class takes tokenizer.json as it is.
+    (folder / "config.json").write_text(
+        json.dumps(tiny_config("llama3-rope", vocab_size=len(WORDS)).to_dict())
+    )
+    return folder
+
+
+def read(tmp_path, model, *rows, validation=None, score_token="<|score|>", **rollout):
+    files = {"train": rows, "validation": validation or [("what is 1", "1")]}
+    for name, content in files.items():
+        lines = [json.dumps({"problem": problem, "answer": answer}) for problem, answer in content]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    data = {name: str(tmp_path / f"{name}.jsonl") for name in files}
+    config = run_config(
+        tmp_path,
+        model,
+        data=data | {"apply_chat_template": False, "prompt_suffix": ""},
+        laser={"score_token": score_token},
+        rollout=rollout,
+    )
+    inputs = read_inputs(config)
+    inputs.folder.release()
+    return inputs
+
+
+GOOD = ("what is 1 + 1", "2")
+
+
+def test_data_without_the_score_token_is_read(tmp_path, model):
+    inputs = read(tmp_path, model, GOOD, ("what is 2", "2"))
+    assert inputs.score_token_id == SCORE and len(inputs.train) == 2
+
+
+def test_a_prompt_with_the_score_token_is_refused_by_its_row(tmp_path, model):
+    with pytest.raises(
+        DataError, match=r"train\.jsonl:2 \(row 1\): the prompt holds the score token '<\|score\|>'"
+    ):
+        read(tmp_path, model, GOOD, ("what is <|score|>", "2"))
+
+
+def test_an_answer_with_the_score_token_is_refused_by_its_row(tmp_path, model):
+    with pytest.raises(DataError, match=r"train\.jsonl:3 \(row 2\): the answer holds the score token"):
+        read(tmp_path, model, GOOD, GOOD, ("what is 2", "2 <|score|>"))
+
+
+def test_validation_data_is_checked_too(tmp_path, model):
+    with pytest.raises(DataError, match=r"validation\.jsonl:1 \(row 0\): the prompt holds"):
+        read(tmp_path, model, GOOD, validation=[("<|score|>", "1")])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"score_token": 99},
+            r"laser\.score_token: token id 99 is not in the model's vocabulary; expected 0 to 7",
+        ),
+        ({"stop_token_ids": [1, 8]}, r"rollout\.stop_token_ids: token id 8 is not in .* expected 0 to 7"),
+        (
+            {"stop_token_ids": [1, SCORE]},
+            r"laser\.score_token '<\|score\|>' is id 7, which also ends a response",
+        ),
+    ],
+)
+def test_ids_that_cannot_be_used_are_refused(tmp_path, model, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, model, GOOD, **settings)

@@ -1,0 +1,74 @@
+"""docs/troubleshooting.md quotes messages that the program still prints."""
+
+import ast
+import re
+
+import pytest
+from helpers.source_tree import ROOT, modules, tree
+
+PAGE = ROOT / "docs" / "troubleshooting.md"
+HOLE = "…"
+
+
+def rows():
+    """(message, cause, what to do) of every table's lines."""
+    found = []
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("| `"):
+            found.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return found
+
+
+def text_of(node):
+    """A string as written in the source, values replaced by the hole; None for anything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.sub(r"%[.\d]*[sdfrg]", HOLE, node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(part) or HOLE for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = text_of(node.left), text_of(node.right)
+        return None if left is None and right is None else (left or HOLE) + (right or HOLE)
+    return None
+
+
+def messages():
+    texts = {text_of(node) for file in modules().values() for node in ast.walk(tree(file))}
+    return sorted(" ".join(text.split()) for text in texts if text)
+
+
+def occurs(message, texts):
+    pattern = re.compile(".*".join(re.escape(part.strip()) for part in message.split(HOLE)))
+    return any(pattern.search(text) for text in texts)
+
+
+def test_every_quoted_message_still_occurs_in_the_source():
+    texts = messages()
+    gone = [cells[0] for cells in rows() if not occurs(cells[0].strip("`"), texts)]
+    assert not gone, f"docs/troubleshooting.md quotes messages that the source no longer has: {gone}"
+
+
+def test_every_message_has_a_cause_and_something_to_do_and_stands_once():
+    quoted = [cells[0] for cells in rows()]
+    assert len(quoted) > 50
+    assert len(set(quoted)) == len(quoted)
+    for cells in rows():
+        assert len(cells) == 3 and all(len(cell) > 5 for cell in cells), cells
+
+
+def test_every_setting_that_the_page_names_exists():
+    from megatron_laser.config import key_paths
+
+    sections = key_paths()
+    named = re.findall(r"\b(" + "|".join(sections) + r")\.([a-z_]+)\b", PAGE.read_text(encoding="utf-8"))
+    unknown = {f"{section}.{key}" for section, key in named if key not in sections[section]}
+    assert not unknown, f"docs/troubleshooting.md names settings that do not exist: {sorted(unknown)}"
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [("run.steps … is", True), ("took … s", True), ("took … minutes", False), ("was ... lost", False)],
+)
+def test_values_match_whatever_the_source_puts_there(message, expected):
+    code = 'f"run.steps {steps} is small"\nlogger.info("took %.1f s")\n"was not" " lost"'
+    texts = [text for node in ast.walk(ast.parse(code)) if (text := text_of(node))]
+    assert occurs(message, texts) is expected

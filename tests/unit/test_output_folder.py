@@ -1,0 +1,140 @@
+"""The folder of a run: one live run at a time, one run for good, and nothing to do once it is finished."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers.runs import run_config
+from helpers.torchrun import worker_environment
+
+from megatron_laser.config import ConfigError
+from megatron_laser.output_folder import claim_output_folder, move_aside
+from megatron_laser.trainer.checkpoint import folder as checkpoints
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from megatron_laser.config import load_config
+from megatron_laser.output_folder import claim_output_folder
+held = claim_output_folder(load_config(Path(sys.argv[1]), []))
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    def build(*overrides):
+        return run_config(tmp_path, tmp_path / "model", *overrides)
+
+    (tmp_path / "model").mkdir()
+    return build
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "run.lock"
+    }
+
+
+def refused(config):
+    with pytest.raises(ConfigError) as error:
+        claim_output_folder(config)
+    return str(error.value)
+
+
+def test_a_folder_in_use_by_a_live_run_is_refused_and_free_once_that_run_is_killed(config, tmp_path):
+    config()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "config.yaml")],
+        env=worker_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout.readline() == "claimed\n"
+        message = refused(config())
+        assert f"{tmp_path / 'run'} is in use by a live run (process {holder.pid} on " in message
+        assert message.endswith("stop it or choose another run.output_dir")
+        with pytest.raises(ConfigError, match="in use by a live run"):
+            move_aside(tmp_path / "run")
+    finally:
+        holder.kill()
+        holder.communicate()
+    claim_output_folder(config()).release()
+
+
+def test_a_folder_is_free_again_after_its_release(config):
+    for _ in range(2):
+        claim_output_folder(config()).release()
+
+
+def test_a_run_that_may_not_resume_refuses_its_own_folder(config):
+    claim_output_folder(config()).release()
+    assert "already holds a run and run.resume is never" in refused(config("run.resume=never"))
+
+
+def test_another_learning_rate_is_another_run(config):
+    claim_output_folder(config()).release()
+    message = refused(config("optimizer.lr=2.0e-6"))
+    assert "belongs to another run: optimizer.lr 1e-06 there and 2e-06 here" in message
+
+
+def test_another_layout_is_the_same_run(config):
+    claim_output_folder(config()).release()
+    claim_output_folder(config("parallel.tensor=2", "batching.tokens_per_micro_batch=512")).release()
+
+
+def test_metrics_without_a_run_are_not_overwritten(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert "holds metrics of an unknown run" in refused(config())
+
+
+def test_a_finished_run_is_told_apart_and_left_as_it_is(config, tmp_path, caplog):
+    folder = claim_output_folder(config())
+    assert not folder.finished
+    folder.mark_finished(3)
+    folder.release()
+    before = contents(tmp_path / "run")
+    again = claim_output_folder(config())
+    assert again.finished
+    again.release()
+    assert contents(tmp_path / "run") == before
+    assert f"the run in {tmp_path / 'run'} has finished its 3 steps: nothing to do" in caplog.text
+
+
+def test_a_finished_run_goes_on_to_more_steps_from_its_checkpoint(config, tmp_path):
+    folder = claim_output_folder(config())
+    folder.mark_finished(3)
+    folder.release()
+    partial = checkpoints.partial_folder(tmp_path / "run" / "checkpoints", 3)
+    partial.mkdir(parents=True)
+    checkpoints.publish(partial, {"step": 3}, {})
+    longer = claim_output_folder(config("run.steps=5"))
+    assert not longer.finished
+    longer.release()
+    assert not (tmp_path / "run" / "FINISHED").exists()
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(config):
+    folder = claim_output_folder(config())
+    folder.mark_finished(3)
+    folder.release()
+    assert "holds a finished run of 3 steps and" in refused(config("run.steps=5"))
+
+
+def test_a_folder_that_cannot_be_written_is_a_user_error(config, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    assert "run.output_dir" in refused(config())
+    assert "cannot be written" in refused(config())
+
+
+def test_moving_aside_counts_up(tmp_path):
+    for number in (1, 2):
+        (tmp_path / "run").mkdir()
+        assert move_aside(tmp_path / "run") == tmp_path / f"run.old-{number}"
+    assert move_aside(tmp_path / "run") is None

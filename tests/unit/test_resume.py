@@ -1,0 +1,144 @@
+"""Whole runs on one process: stopped, resumed, finished; every time as if nothing had happened."""
+
+import json
+import os
+import signal
+
+import pytest
+from helpers.tiny_run import metrics_without_times, write_tiny_run
+
+from megatron_laser.config import load_config
+from megatron_laser.data import DataError
+from megatron_laser.leader import Leader
+from megatron_laser.loop import train
+from megatron_laser.trainer.checkpoint import folder as folders
+from megatron_laser.trainer.checkpoint import sharded
+from megatron_laser.trainer.checkpoint.folder import CheckpointError
+from megatron_laser.trainer.trainer import Trainer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(YAML file, output folder) of a run of 4 steps in one go."""
+    file = write_tiny_run(tmp_path_factory.mktemp("run"))
+    return file, train(load_config(file, ["run.output_dir=" + str(file.parent / "undisturbed")]))
+
+
+def run(file, output, *overrides):
+    return train(load_config(file, [f"run.output_dir={output}", *overrides]))
+
+
+def checkpoint_digests(folder, step):
+    files = folders.digests(folder / "checkpoints" / f"step_{step:08d}", "")
+    return {name: digest for name, digest in files.items() if name not in (".metadata", "manifest.json")}
+
+
+def contents(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "run.lock")
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def after_recording(monkeypatch, step, action):
+    record = Leader.record
+
+    def patched(self, number, *arguments):
+        record(self, number, *arguments)
+        if number == step:
+            action()
+
+    monkeypatch.setattr(Leader, "record", patched)
+
+
+def test_the_run_learns_something_that_could_be_lost(undisturbed):
+    _, folder = undisturbed
+    lines = metrics_without_times(folder)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["grad_norm"] > 0 for line in lines)
+    assert len({line["self_reward_loss"] for line in lines}) == 4
+    assert [step for step, _ in folders.published(folder / "checkpoints")] == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_run_stopped_by_a_signal_saves_and_continues_bitwise(
+    undisturbed, tmp_path, monkeypatch, capsys, name
+):
+    file, expected = undisturbed
+    with monkeypatch.context() as patch:
+        after_recording(patch, 3, lambda: os.kill(os.getpid(), getattr(signal, name)))
+        run(file, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "STOPPED").read_text()) == {"step": 3, "reason": name}
+    assert f"stopped after step 3 ({name}); saved" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "FINISHED").exists()
+    run(file, tmp_path / "out")
+    assert not (tmp_path / "out" / "STOPPED").exists()
+    assert metrics_without_times(tmp_path / "out") == metrics_without_times(expected)
+    assert checkpoint_digests(tmp_path / "out", 4) == checkpoint_digests(expected, 4)
+
+
+def test_a_run_that_dies_between_two_checkpoints_repeats_the_lost_steps_bitwise(
+    undisturbed, tmp_path, monkeypatch
+):
+    file, expected = undisturbed
+    for dies_in in (2, 4):  # before the first checkpoint, and with one step after it recorded
+        with monkeypatch.context() as patch:
+            step = Trainer.train_step
+
+            def dying(self, flat, number, dies_in=dies_in, step=step):
+                if number == dies_in:
+                    raise KeyboardInterrupt
+                return step(self, flat, number)
+
+            patch.setattr(Trainer, "train_step", dying)
+            with pytest.raises(KeyboardInterrupt):
+                run(file, tmp_path / "out")
+    run(file, tmp_path / "out")
+    assert metrics_without_times(tmp_path / "out") == metrics_without_times(expected)
+    assert checkpoint_digests(tmp_path / "out", 4) == checkpoint_digests(expected, 4)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(undisturbed, caplog):
+    file, folder = undisturbed
+    before = contents(folder)
+    assert run(file, folder) == folder
+    assert "has finished its 4 steps: nothing to do" in caplog.text
+    assert contents(folder) == before
+
+
+def test_other_data_under_the_same_name_are_refused(tmp_path):
+    file = write_tiny_run(tmp_path)
+    run(file, tmp_path / "out", "run.steps=2")
+    rows = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(reversed(rows)))
+    with pytest.raises(DataError, match="the saved data cursor belongs to another run over the data"):
+        run(file, tmp_path / "out", "run.steps=3")
+
+
+def test_a_failed_save_is_survived_but_a_failed_last_save_is_an_error(
+    undisturbed, tmp_path, monkeypatch, caplog
+):
+    file, expected = undisturbed
+    write = sharded.save_state
+
+    def full(entries, folder, group):
+        if folder.name == broken:
+            raise OSError(28, "No space left on device")
+        write(entries, folder, group)
+
+    monkeypatch.setattr(sharded, "save_state", full)
+    broken = "step_00000002.partial"
+    run(file, tmp_path / "out")
+    assert (
+        "the checkpoint was not saved, the last published one stays valid: OSError: [Errno 28]" in caplog.text
+    )
+    assert metrics_without_times(tmp_path / "out") == metrics_without_times(expected)
+    broken = "step_00000004.partial"
+    with pytest.raises(CheckpointError, match="all steps are done, but the last save failed: OSError"):
+        run(file, tmp_path / "last")
+    assert (tmp_path / "last" / "report.md").exists()
+    assert [step for step, _ in folders.published(tmp_path / "last" / "checkpoints")] == [2]
+    broken = ""
+    run(file, tmp_path / "last")
+    assert (tmp_path / "last" / "FINISHED").exists()
+    assert metrics_without_times(tmp_path / "last") == metrics_without_times(expected)

@@ -1,0 +1,146 @@
+#!/usr/bin/env python
+"""Write docs/configuration.md from the schema in megatron_laser/config.
+
+python tools/generate_docs.py            # write it
+python tools/generate_docs.py --check    # exit status 1 when it is not up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megatron_laser.config.fields import Section  # noqa: E402
+from megatron_laser.config.schema import RunConfig  # noqa: E402
+
+TARGET = ROOT / "docs" / "configuration.md"
+COMMAND = "python tools/generate_docs.py"
+_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", Path: "path"}
+_INTRODUCTION = f"""# Configuration
+
+<!-- Written by `{COMMAND}` from the schema in megatron_laser/config. Do not edit. -->
+
+One YAML file per run: sections, and keys in them. Anything can be overridden on the command line as
+`section.key=value` (values in YAML, lists and null too). Relative paths in the file start from the file's folder,
+those in overrides from the working directory. Unknown keys are refused, with the nearest match. What a run used, all
+defaults included, is written to `output_dir/config.yaml`.
+
+```bash
+megatron-laser train RUN.yaml optimizer.lr=2e-6 laser.enabled=false
+megatron-laser train RUN.yaml --dry-run --world-size 64   # checks everything that needs no GPU
+```
+"""
+
+
+def generate() -> str:
+    """The whole page."""
+    sections = list(RunConfig.model_fields.items())
+    parts = [_INTRODUCTION]
+    parts.append("Sections: " + ", ".join(f"[{name}](#{name})" for name, _ in sections) + ".\n")
+    for name, field in sections:
+        section = field.annotation
+        assert isinstance(section, type) and issubclass(section, Section), name
+        parts.append(f"## {name}\n\n{_prose(section.__doc__)}\n\n{_table(section)}\n")
+    return "\n".join(parts)
+
+
+def _table(section: type[Section]) -> str:
+    lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for key, field in section.model_fields.items():
+        cells = (
+            f"`{key}`",
+            describe_type(field.annotation, field.metadata),
+            _default(field),
+            _prose(field.description),
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    return f"`{_yaml(field.get_default(call_default_factory=True))}`"
+
+
+def _yaml(value: Any) -> str:
+    """A value as one would write it in the YAML file."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_yaml, value))}]"
+    if isinstance(value, str):
+        return f'"{value}"' if not value or value != value.strip() or value in ("on", "off") else value
+    return str(value)
+
+
+def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    """A type in words, its limits included: "integer >= 1", "`a` or `b`", "path or null"."""
+    limits = _limits(metadata)
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *more = get_args(annotation)
+        return describe_type(inner, [*more, *metadata])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return " or ".join(
+            "null" if part is type(None) else describe_type(part, metadata) for part in get_args(annotation)
+        )
+    if origin is tuple:
+        parts = get_args(annotation)
+        if parts[-1] is Ellipsis:
+            one = describe_type(parts[0])
+            return f"{one} or a list of them"
+        return f"[{', '.join(describe_type(part) for part in parts)}]"
+    return _NAMES[annotation] + (f" {limits}" if limits else "")
+
+
+def _limits(metadata: Iterable[Any]) -> str:
+    flat: list[Any] = []
+    for item in metadata:
+        flat += item.metadata if isinstance(item, FieldInfo) else [item]
+    found = [
+        f"{sign} {value:g}"
+        for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        for value in (getattr(item, attribute, None) for item in flat)
+        if value is not None
+    ]
+    return " and ".join(found)
+
+
+def _prose(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def main() -> int:
+    """Write or check the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    options = parser.parse_args()
+    text = generate()
+    if options.check:
+        current = TARGET.read_text(encoding="utf-8") if TARGET.exists() else ""
+        if current != text:
+            print(f"{TARGET} is not up to date: run `{COMMAND}`", file=sys.stderr)
+        return int(current != text)
+    TARGET.write_text(text, encoding="utf-8")
+    print(f"wrote {TARGET}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
