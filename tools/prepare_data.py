@@ -253,20 +253,15 @@ def arguments(values: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=".jsonl, .ndjson or .parquet")
-    parser.add_argument("--output", type=Path, required=True, help="file to write: .jsonl or .parquet")
-    parser.add_argument("--prompt-key", help=f"default: the first of {', '.join(PROMPT_KEYS)}")
-    parser.add_argument(
-        "--answer-key", help=f"default: the first of {', '.join(ANSWER_KEYS)}; a.b goes into a"
-    )
-    parser.add_argument(
-        "--test", nargs="+", type=Path, default=[], metavar="FILE", help="test files to stay clear of"
-    )
-    parser.add_argument("--test-prompt-key", help="as --prompt-key, for the --test files")
-    parser.add_argument(
-        "--drop-overlap", action="store_true", help="leave out what the test files hold, and go on"
-    )
-    parser.add_argument("--report", type=Path, help="also write the counts and named rows as JSON")
+    add = parser.add_argument
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help=".jsonl, .ndjson or .parquet")
+    add("--output", type=Path, required=True, help="file to write: .jsonl or .parquet")
+    add("--prompt-key", help=f"default: the first of {', '.join(PROMPT_KEYS)}")
+    add("--answer-key", help=f"default: the first of {', '.join(ANSWER_KEYS)}; a.b goes into a")
+    add("--test", nargs="+", type=Path, default=[], metavar="FILE", help="test files to stay clear of")
+    add("--test-prompt-key", help="as --prompt-key, for the --test files")
+    add("--drop-overlap", action="store_true", help="leave out what the test files hold, and go on")
+    add("--report", type=Path, help="also write the counts and named rows as JSON")
     return parser.parse_args(values)
 
 
@@ -282,22 +277,20 @@ def main(values: Sequence[str] | None = None) -> int:
             for row in unique_rows(options, report):
                 writer.write(row)
             overlapping = report.counts.get("OVERLAP with the test files", 0)
-            if not overlapping and report.counts.get("written"):
+            written = report.counts.get("written", 0)
+            if written and not overlapping:
                 writer.publish()
     except (DataFileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join(report.lines()))
     if options.report is not None:
-        options.report.write_text(
-            json.dumps({"counts": report.counts, "rows": report.named}, indent=1) + "\n"
-        )
-    if overlapping:
-        print(f"error: {overlapping} {_OVERLAP}", file=sys.stderr)
-        return 1
-    if not report.counts.get("written"):
-        print("error: no rows are left; nothing is written", file=sys.stderr)
-        return 2
+        content = {"counts": report.counts, "rows": report.named}
+        options.report.write_text(json.dumps(content, indent=1) + "\n")
+    if overlapping or not written:
+        reason = f"{overlapping} {_OVERLAP}" if overlapping else "no rows are left; nothing is written"
+        print(f"error: {reason}", file=sys.stderr)
+        return 1 if overlapping else 2
     print(f"wrote {options.output}")
     return 0
 

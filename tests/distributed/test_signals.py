@@ -40,9 +40,11 @@ def test_a_signal_to_one_rank_stops_both_after_the_step_and_the_run_continues_bi
     run, undisturbed = run_two
     out = tmp_path / "out"
     output = run(out, fault, rank, 3)
-    assert json.loads((out / "STOPPED").read_text()) == {"step": 3, "reason": fault.upper()}
-    assert f"stopped after step 3 ({fault.upper()}); saved" in output
-    assert [step for step, _ in folders.published(out / "checkpoints")] == [2, 3]
+    stopped = json.loads((out / "STOPPED").read_text())
+    # Rank 0 decides: it may have passed the end of step 3 before rank 1's request was in the store.
+    assert stopped["reason"] == fault.upper() and stopped["step"] in (3, 4)
+    assert f"stopped after step {stopped['step']} ({fault.upper()}); saved" in output
+    assert [step for step, _ in folders.published(out / "checkpoints")] == [2, stopped["step"]]
     run(out)
     assert not (out / "STOPPED").exists()
     assert metrics_without_times(out) == metrics_without_times(undisturbed)
