@@ -32,13 +32,15 @@ def lines(folder):
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def kill_at_random(process, rng, folder):
-    """SIGKILL to the whole session: three times of four after a further step or so, else while it starts."""
-    before, end = lines(folder), time.monotonic() + 180
-    starting = rng.random() < 0.25
-    while not starting and lines(folder) == before and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.02)
-    time.sleep(rng.uniform(0.0, 8.0 if starting else 4.0))
+def kill(process, folder, target, rng):
+    """SIGKILL to the whole session a moment after step `target`; one time in four while it still starts."""
+    end = time.monotonic() + 180
+    if rng.random() < 0.25:
+        time.sleep(rng.uniform(0.0, 8.0))
+    else:
+        while lines(folder) < target and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.0, 0.3))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -56,10 +58,10 @@ def test_a_run_that_is_killed_ten_times_ends_as_if_nothing_had_happened(tmp_path
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     finish(start_run(file, f"run.output_dir={undisturbed}", *overrides, processes=processes))
     kills = 0
-    for _ in range(KILLS):
+    for target in sorted(rng.sample(range(1, STEPS - 10), KILLS)):
         process = start_run(file, f"run.output_dir={killed}", *overrides, processes=processes)
         try:
-            kill_at_random(process, rng, killed)
+            kill(process, killed, target, rng)
         except ProcessLookupError:
             break
         finally:
@@ -68,7 +70,7 @@ def test_a_run_that_is_killed_ten_times_ends_as_if_nothing_had_happened(tmp_path
         for _, path in folders.published(killed / "checkpoints"):
             folders.verify(path)
     finish(start_run(file, f"run.output_dir={killed}", *overrides, processes=processes))
-    assert kills >= 3, "the run was over before it could be killed often enough: raise STEPS"
+    assert kills == KILLS, "the run was over before it could be killed: raise STEPS"
     assert metrics_without_times(killed) == metrics_without_times(undisturbed)
     again = finish(start_run(file, f"run.output_dir={killed}", *overrides, processes=processes))
     assert f"has finished its {STEPS} steps: nothing to do" in again
