@@ -17,7 +17,7 @@ from megatron_laser.model.dtypes import DTYPES
 from megatron_laser.observability.live import LiveView
 from megatron_laser.observability.report import write_report
 from megatron_laser.observability.rollout_dump import dump_rollouts
-from megatron_laser.observability.rollout_metrics import rollout_metrics
+from megatron_laser.observability.rollout_metrics import rollout_metrics, scores_by_label
 from megatron_laser.observability.sinks import MetricsLogger
 from megatron_laser.observability.timers import Timers
 from megatron_laser.observability.wandb_sink import WandbSink, open_wandb
@@ -29,6 +29,8 @@ from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch, SamplingParams
 
 logger = logging.getLogger(__name__)
+
+_HISTOGRAM_STEPS = 10  # a histogram costs more than a scalar
 
 
 class Leader:
@@ -106,6 +108,8 @@ class Leader:
             metrics |= self._evaluate("validation", step)
             metrics |= self._timers.collect()
         self._write(step, metrics)
+        if step % _HISTOGRAM_STEPS == 0:
+            self._metrics.histograms(step, scores_by_label(batch, result.scores))
         every = self._config.logging.rollouts_every
         if every and step % every == 0:
             path = self._folder / "rollouts" / f"step_{step}.jsonl"

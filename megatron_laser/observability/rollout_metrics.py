@@ -43,6 +43,16 @@ def rollout_metrics(batch: RolloutBatch, zc_logprobs: torch.Tensor, scores: torc
     return metrics | score_metrics(zc_logprobs, scores, torch.from_numpy(rewards))
 
 
+def scores_by_label(batch: RolloutBatch, scores: torch.Tensor) -> dict[str, list[float]]:
+    """The scores of right and of wrong responses, as histograms want them; empty lists where there are none."""
+    right: list[float] = []
+    wrong: list[float] = []
+    for sample, score in zip(batch.samples(), scores.tolist(), strict=True):
+        if score == score:  # NaN: not scored
+            (right if sample.reward > 0.5 else wrong).append(score)
+    return {"score/right": right, "score/wrong": wrong}
+
+
 def score_metrics(zc_logprobs: torch.Tensor, scores: torch.Tensor, rewards: torch.Tensor) -> dict[str, Any]:
     """How well the self-reward score tells right from wrong; {} when no sample has a score."""
     known = ~torch.isnan(scores)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import numpy as np
 
 from megatron_laser.observability.plain import plain, write_atomically
 from megatron_laser.observability.wandb_sink import WandbSink
@@ -73,6 +75,14 @@ class MetricsLogger:
                     self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(line)
+
+    def histograms(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
+        """Named distributions, to TensorBoard only; an empty one is left out."""
+        if self._writer is None:
+            return
+        for name, entries in values.items():
+            if len(entries):
+                self._writer.add_histogram(name, np.asarray(entries, dtype=np.float64), step)
 
     def close(self) -> None:
         """Close all of them; may be called again."""

@@ -147,3 +147,14 @@ def test_a_file_is_old_or_new_but_never_a_part(tmp_path: Path, monkeypatch: pyte
             write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_score_histograms_reach_tensorboard_and_empty_ones_are_left_out(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLogger(tmp_path) as logger:
+        logger.histograms(3, {"score/right": [0.9, 1.1, 0.7], "score/wrong": []})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["histograms"] == ["score/right"]
+    assert events.Histograms("score/right")[0].histogram_value.num == 3
