@@ -26,6 +26,7 @@ from megatron_laser.leader import Leader
 from megatron_laser.model import platform
 from megatron_laser.model.dtypes import DTYPES
 from megatron_laser.model.hf_folder import write_hf_folder
+from megatron_laser.observability.host_memory import trim_host_memory
 from megatron_laser.observability.timers import Timers
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
@@ -114,6 +115,7 @@ class _Run:
     def step(self, step: int) -> None:
         """One rollout batch: generate, grade, train, sync, record."""
         platform.reset_peak_memory()
+        trim_host_memory(step)
         with self.timers("total"):
             batch = self._lead(f"rollout of step {step}", lambda leader: leader.collect(step))
             with self.coordinator.phase(f"train step {step}"):

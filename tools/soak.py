@@ -4,7 +4,7 @@
     python tools/soak.py RUN.yaml                     # 300 steps, one process
     python tools/soak.py RUN.yaml --steps 1000 --markdown soak.md optimizer.lr=1.0e-5
 
-Counted after step 50, when caches and pools are filled: resident memory must grow by less than 2 %, open files and
+Free heap pages are given back before each reading. Counted after step 50, when caches and pools are filled: resident memory must grow by less than 2 %, open files and
 threads not at all. The exit status is 1 otherwise. Checkpoints, evaluation and rollout dumps are part of the run.
 """
 
@@ -47,6 +47,7 @@ def soak(run: Path, steps: int, overrides: list[str]) -> list[Reading]:
     from megatron_laser.config import load_config
     from megatron_laser.leader import Leader
     from megatron_laser.loop import train
+    from megatron_laser.observability.host_memory import trim_host_memory
 
     readings: list[Reading] = []
     process = psutil.Process()
@@ -55,6 +56,7 @@ def soak(run: Path, steps: int, overrides: list[str]) -> list[Reading]:
     def reading(self: Leader, step: int, *arguments: Any) -> None:
         record(self, step, *arguments)
         gc.collect()
+        trim_host_memory(0)  # what the run holds, without the free pages that the heap keeps for reuse
         readings.append(
             Reading(step, process.memory_info().rss / 2**20, process.num_fds(), process.num_threads())
         )
