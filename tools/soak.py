@@ -4,8 +4,9 @@
     python tools/soak.py RUN.yaml                     # 300 steps, one process
     python tools/soak.py RUN.yaml --steps 1000 --markdown soak.md optimizer.lr=1.0e-5
 
-Free heap pages are given back before each reading. Counted after step 50, when caches and pools are filled: resident memory must grow by less than 2 %, open files and
-threads not at all. The exit status is 1 otherwise. Checkpoints, evaluation and rollout dumps are part of the run.
+Free heap pages are given back before each reading. Counted after step 50, when caches and pools are filled: resident
+memory must grow by less than 2 %, open files and threads not at all. The exit status is 1 otherwise. Checkpoints,
+evaluation and rollout dumps are part of the run.
 """
 
 from __future__ import annotations
