@@ -44,12 +44,6 @@ def head_dim(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def padded_vocab_size(vocab_size: int, tensor: int, multiple: int) -> int:
-    """Vocabulary rows with padding: every tensor-parallel shard is a multiple of `multiple`."""
-    unit = tensor * multiple
-    return (vocab_size + unit - 1) // unit * unit
-
-
 def rope_inverse_frequencies(config: PretrainedConfig) -> torch.Tensor:
     """Rotary inverse frequencies [head_dim / 2] fp32, scaling included, exactly as transformers has them."""
     rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})

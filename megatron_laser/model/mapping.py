@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from transformers import PretrainedConfig
 
-from megatron_laser.model.hf_config import head_dim, padded_vocab_size
+from megatron_laser.config import padded_vocab_size
+from megatron_laser.model.hf_config import head_dim
 
 # Transformer Engine name -> the table's name.
 ALIASES = {

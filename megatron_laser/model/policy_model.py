@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
+from megatron_laser.config import padded_vocab_size
 from megatron_laser.model import hf_config
 from megatron_laser.model.specs import block_spec
 from megatron_laser.ops import few_row_logprob, linear_logprob
@@ -96,7 +97,7 @@ class PolicyModel(GPTModel):
         vp_stage: int | None = None,
     ) -> None:
         tensor = config.tensor_model_parallel_size
-        padded = hf_config.padded_vocab_size(hf.vocab_size, tensor, vocab_multiple)
+        padded = padded_vocab_size(hf.vocab_size, tensor, vocab_multiple)
         tied = bool(hf.tie_word_embeddings)
         super().__init__(
             config,

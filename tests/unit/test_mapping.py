@@ -8,8 +8,8 @@ from megatron_laser.model import platform
 
 platform.install()
 
+from megatron_laser.config import padded_vocab_size
 from megatron_laser.model.hf_config import (  # noqa: E402
-    padded_vocab_size,
     read_hf_config,
     rope_inverse_frequencies,
     transformer_config,
