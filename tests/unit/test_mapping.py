@@ -4,11 +4,11 @@ import pytest
 import torch
 from helpers.models import FAMILIES, save_tiny_model, tiny_config, tiny_model
 
+from megatron_laser.config import padded_vocab_size
 from megatron_laser.model import platform
 
 platform.install()
 
-from megatron_laser.config import padded_vocab_size
 from megatron_laser.model.hf_config import (  # noqa: E402
     read_hf_config,
     rope_inverse_frequencies,
