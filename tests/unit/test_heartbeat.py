@@ -1,5 +1,6 @@
 """Heartbeats in one process: what the table of ranks says, and when the watchdog acts."""
 
+import re
 import time
 
 import pytest
@@ -30,6 +31,12 @@ def silence(heart):
     heart._thread.join()
 
 
+def phase_of(heart, rank):
+    """The phase that `rank` last sent; "" before its first beat."""
+    beat = heart.latest(rank)
+    return "" if beat is None else beat.phase
+
+
 def wait_for(condition, seconds=20.0):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
@@ -42,17 +49,13 @@ def test_the_table_tells_the_living_the_silent_the_failed_and_those_that_never_c
     first.enter("train step 7")
     second.enter("train step 6")
     third.enter("train step 7")
-    assert wait_for(
-        lambda: third.latest(2).phase == "train step 7: logprob" and third.latest(1).phase[-1] == "6"
-    )
+    assert wait_for(lambda: phase_of(third, 2) == "train step 7: logprob")
+    assert wait_for(lambda: phase_of(third, 1) == "train step 6" and phase_of(third, 0) == "train step 7")
     silence(second)
     third.fail(ValueError("bad\nluck"))
     lines = first.table().splitlines()
     assert lines[0] == "ranks as rank 0 sees them:"
-    assert (
-        lines[1].startswith("  rank 1: no heartbeat for 2 s, last phase 'train step 6', at ")
-        or "for 3 s" in lines[1]
-    )
+    assert re.match(r"  rank 1: no heartbeat for \d+ s, last phase 'train step 6', at ", lines[1])
     assert lines[2] == "  rank 3: never gave a sign of life"
     assert lines[3] == "  rank 2: failed with ValueError: bad, phase 'train step 7: logprob'"
     assert lines[4].startswith("  rank 0: alive, in phase 'train step 7' for ")
