@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.distributed as dist
 
-SUM_KEYS = (
+# Reported as their mean over the optimizer steps of a rollout batch; the other sums are counts and numerators.
+MEAN_KEYS = (
     "policy_loss",
     "self_reward_loss",
     "kl_loss",
@@ -15,6 +16,9 @@ SUM_KEYS = (
     "total_loss",
     "clip_fraction",
     "approx_kl",
+)
+SUM_KEYS = (
+    *MEAN_KEYS,
     "mismatch_count",
     "mismatch_sum",
     "mismatch_k3",

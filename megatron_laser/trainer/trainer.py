@@ -26,7 +26,7 @@ from megatron_laser.trainer.bad_steps import BadSteps
 from megatron_laser.trainer.forward import run_forward
 from megatron_laser.trainer.losses import SampleTensors, TrainLoss
 from megatron_laser.trainer.policy import build_policy, build_reference
-from megatron_laser.trainer.reduce import reduce_sums
+from megatron_laser.trainer.reduce import MEAN_KEYS, reduce_sums
 from megatron_laser.trainer.runtime import Runtime
 from megatron_laser.trainer.step_data import StepData, check_token_ids, prepare_step
 from megatron_laser.trainer.update import Update, update
@@ -259,18 +259,7 @@ class Trainer:
             contributes=self._runtime.reports_rows,
             group=self._all_ranks,
         )
-        metrics = {
-            name: _ratio(totals[name], len(taken))
-            for name in (
-                "policy_loss",
-                "self_reward_loss",
-                "kl_loss",
-                "entropy",
-                "total_loss",
-                "clip_fraction",
-                "approx_kl",
-            )
-        }
+        metrics = {name: _ratio(totals[name], len(taken)) for name in MEAN_KEYS}
         metrics["grad_norm"] = _ratio(sum(update.grad_norm for update in taken), len(taken))
         metrics["lr"] = self.policy.learning_rate()
         metrics["bad_steps"] = float(len(updates) - len(taken))
