@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -55,7 +55,7 @@ def generate() -> str:
 
 def _table(section: type[Section]) -> str:
     lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
-    for key, field in section.model_fields.items():
+    for key, field in _leaves(section):
         cells = (
             f"`{key}`",
             describe_type(field.annotation, field.metadata),
@@ -64,6 +64,14 @@ def _table(section: type[Section]) -> str:
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def _leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for key, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _leaves(field.annotation, f"{prefix}{key}.")
+        else:
+            yield prefix + key, field
 
 
 def _default(field: FieldInfo) -> str:
@@ -78,6 +86,8 @@ def _yaml(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(_yaml, value))}]"
     if isinstance(value, str):
@@ -98,6 +108,8 @@ def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return " or ".join(
             "null" if part is type(None) else describe_type(part, metadata) for part in get_args(annotation)
         )
+    if origin is dict:
+        return "table"
     if origin is tuple:
         parts = get_args(annotation)
         if parts[-1] is Ellipsis:

@@ -8,6 +8,7 @@ from megatron_laser.config.architecture import Architecture
 from megatron_laser.config.derived import evaluation_max_new_tokens, longest_sequence, optimizer_steps
 from megatron_laser.config.errors import ConfigError
 from megatron_laser.config.partition import EXCESS_LIMIT, log_partition_excess, round_up, smallest_beta
+from megatron_laser.config.rollout_checks import rollout_problems
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.config.schema_training import PolicyConfig
 
@@ -32,6 +33,7 @@ def structure_problems(config: RunConfig) -> list[str]:
         *_optimizer_problems(config),
         *_parallel_problems(config),
         *_batch_problems(config),
+        *rollout_problems(config),
     ]
 
 

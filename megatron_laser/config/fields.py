@@ -50,6 +50,10 @@ def _paths(value: Any) -> Any:
     raise ValueError("expected a path or a list of paths")
 
 
+def _strings(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _tuple(value)
+
+
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -79,6 +83,7 @@ ClipLow = Annotated[float, BeforeValidator(_number), Field(gt=0.0, lt=1.0)]
 TopP = Annotated[float, BeforeValidator(_number), Field(gt=0.0, le=1.0)]
 Decay = Annotated[float, BeforeValidator(_number), Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=1, le=65535)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 FilePath = Annotated[Path, BeforeValidator(_path)]
@@ -92,3 +97,4 @@ ScoreTokenSetting = Annotated[int | str | None, BeforeValidator(_score_token)]
 NumberPair = Annotated[tuple[Number, Number], BeforeValidator(_tuple)]
 DecayPair = Annotated[tuple[Decay, Decay], BeforeValidator(_tuple)]
 Switch = BeforeValidator(_switch)
+Strings = BeforeValidator(_strings)

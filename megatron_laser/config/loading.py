@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from megatron_laser.config.checks import structure_problems
 from megatron_laser.config.errors import ConfigError
 from megatron_laser.config.paths import absolute
-from megatron_laser.config.schema import RunConfig, key_paths
+from megatron_laser.config.schema import RunConfig, key_paths, nested_sections
 from megatron_laser.config.suggestions import suggest_key
 from megatron_laser.config.yaml_source import KeyPath, read_yaml
 
@@ -74,8 +74,8 @@ def _flatten(
     for section, content in data.items():
         section = str(section)
         if isinstance(content, dict) and content:
-            for key, value in content.items():
-                values[(section, str(key))] = absolute((section, str(key)), value, base)
+            for path, value in _leaves(section, content, origin):
+                values[path] = absolute(path, value, base)
         elif section not in key_paths():
             values[(section,)] = content
         elif content:  # `laser:` with every key commented out is an empty section
@@ -84,6 +84,25 @@ def _flatten(
                 f"{where}{section}: expected a section, {section}: {{key: value}}, got {content!r}"
             )
     return problems
+
+
+def _leaves(
+    section: str, content: dict[Any, Any], origin: dict[KeyPath, str]
+) -> Iterator[tuple[tuple[str, str], Any]]:
+    """(section, key) -> value; the keys of a nested section as `name.key`."""
+    for key, value in content.items():
+        path = (section, str(key))
+        if path in nested_sections() and isinstance(value, dict):
+            for inner, item in value.items():
+                leaf = (section, f"{key}.{inner}")
+                where = origin.get((*path, str(inner)), origin.get(path))
+                if where is not None:
+                    origin.setdefault(leaf, where)
+                yield leaf, item
+        elif path in nested_sections() and value is None:  # `sglang:` with every key commented out
+            continue
+        else:
+            yield path, value
 
 
 def _apply_override(override: str, values: dict[KeyPath, Any], origin: dict[KeyPath, str]) -> list[str]:
@@ -102,10 +121,31 @@ def _apply_override(override: str, values: dict[KeyPath, Any], origin: dict[KeyP
         for key in value:
             origin[(path[0], str(key))] = where
         return _flatten(content, values, Path.cwd(), origin)
+    if path[:2] in nested_sections() and (len(path) > 2 or isinstance(value, dict)):
+        return _apply_nested(path, value, where, values, origin)
     if len(path) != 2:
         return [f"{where}{'.'.join(path)}: unknown key; {suggest_key(path)}"]
     values[path] = absolute((path[0], path[1]), value, Path.cwd())
     origin[path] = where
+    return []
+
+
+def _apply_nested(
+    path: KeyPath, value: Any, where: str, values: dict[KeyPath, Any], origin: dict[KeyPath, str]
+) -> list[str]:
+    """An override of a nested section's key, or of one entry of such a key that is a table."""
+    if len(path) == 2:
+        items = {(path[0], f"{path[1]}.{key}"): item for key, item in value.items()}
+    else:
+        leaf = (path[0], f"{path[1]}.{path[2]}")
+        if len(path) == 4 and leaf == ("rollout", "sglang.options"):
+            value = {**(values.get(leaf) or {}), path[3]: value}
+        elif len(path) > 3:
+            return [f"{where}{'.'.join(path)}: unknown key; {suggest_key(path)}"]
+        items = {leaf: value}
+    for leaf, item in items.items():
+        values[leaf] = absolute(leaf, item, Path.cwd())
+        origin[leaf] = where
     return []
 
 
@@ -116,7 +156,10 @@ def _nest(values: dict[KeyPath, Any]) -> dict[str, Any]:
             nested[path[0]] = value
         else:
             section = nested.setdefault(path[0], {})
-            if isinstance(section, dict):
+            outer, _, inner = path[1].partition(".")
+            if isinstance(section, dict) and inner and (path[0], outer) in nested_sections():
+                section.setdefault(outer, {})[inner] = value
+            elif isinstance(section, dict):
                 section[path[1]] = value
     return nested
 
@@ -127,6 +170,9 @@ def _describe(error: ValidationError, origin: dict[KeyPath, str]) -> list[str]:
     for detail in error.errors(include_url=False):
         location = detail["loc"]
         key = tuple(str(part) for part in location[:2])
+        if key in nested_sections() and len(location) > 2:
+            key = (key[0], f"{key[1]}.{location[2]}")
+            location = (*key, *location[3:])
         if detail["type"] == "extra_forbidden" and len(key) == 1 and isinstance(detail["input"], dict):
             # an unknown section: name each of its keys, since each may belong elsewhere
             paths: list[KeyPath] = [(key[0], str(name)) for name in detail["input"]] or [key]

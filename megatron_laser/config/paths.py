@@ -14,9 +14,12 @@ PATH_KEYS = frozenset(
         ("data", "test"),
         ("run", "output_dir"),
         ("checkpoint", "folder"),
+        ("rollout", "sync_folder"),
+        ("rollout", "sglang.endpoints"),
     }
 )
 FUNCTION_KEY = ("reward", "function")
+PROGRAM_KEY = ("rollout", "sglang.python")
 
 
 def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
@@ -28,6 +31,8 @@ def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
     if key in PATH_KEYS:
         if isinstance(value, list):
             return [_join(item, base) for item in value]
+        return _join(value, base)
+    if key == PROGRAM_KEY and isinstance(value, str) and "/" in value:  # a bare name is looked up on PATH
         return _join(value, base)
     if key == FUNCTION_KEY and isinstance(value, str):
         file, colon, function = value.rpartition(":")

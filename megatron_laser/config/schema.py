@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from pydantic import Field
 
 from megatron_laser.config.fields import Section
@@ -10,8 +13,8 @@ from megatron_laser.config.schema_inputs import (
     EvaluationConfig,
     ModelConfig,
     RewardConfig,
-    RolloutConfig,
 )
+from megatron_laser.config.schema_rollout import RolloutConfig
 from megatron_laser.config.schema_system import (
     BatchingConfig,
     CheckpointConfig,
@@ -54,8 +57,27 @@ class RunConfig(Section):
 
 
 def key_paths() -> dict[str, tuple[str, ...]]:
-    """Section name -> names of its keys, in schema order."""
+    """Section name -> names of its keys, in schema order; a nested section's keys are `name.key`."""
+    return {name: tuple(_keys(field.annotation)) for name, field in RunConfig.model_fields.items()}
+
+
+def nested_sections() -> dict[tuple[str, ...], type[Section]]:
+    """(section, key) -> the section that this key holds."""
     return {
-        section: tuple(field.annotation.model_fields)  # type: ignore[union-attr]
-        for section, field in RunConfig.model_fields.items()
+        (name, key): field.annotation
+        for name, section in RunConfig.model_fields.items()
+        for key, field in section.annotation.model_fields.items()  # type: ignore[union-attr]
+        if _is_section(field.annotation)
     }
+
+
+def _keys(section: Any) -> Iterator[str]:
+    for key, field in section.model_fields.items():
+        if _is_section(field.annotation):
+            yield from (f"{key}.{inner}" for inner in _keys(field.annotation))
+        else:
+            yield key
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)

@@ -1,4 +1,4 @@
-"""Sections that say what goes in: the model, the data, the rollouts, the reward and the evaluation."""
+"""Sections that say what goes in: the model, the data, the reward and the evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import field_validator
 
 from megatron_laser.config.fields import (
-    AtLeastOne,
     Count,
     CountOrZero,
     FilePath,
@@ -17,7 +16,6 @@ from megatron_laser.config.fields import (
     Positive,
     Section,
     Text,
-    TokenIds,
     TopP,
 )
 
@@ -59,36 +57,6 @@ class DataConfig(Section):
     """Longest prompt, in tokens. Longer ones are left out and counted."""
     shuffle: bool = True
     """Shuffle the training problems anew each epoch, from `run.seed`."""
-
-
-class RolloutConfig(Section):
-    """How responses are sampled for training."""
-
-    engine: Literal["in_process"] = "in_process"
-    """Who generates: `in_process` runs the policy's weights inside the training job."""
-    prompts_per_step: Count = 128
-    """Problems per training step."""
-    samples_per_prompt: Count = 8
-    """Responses per problem, the group size G of GRPO; 2 or more, but with `policy.advantage: reinforce_pp`."""
-    drop_uniform_groups: bool = False
-    """Drop problems whose responses all have one reward, which teach nothing about right and wrong, and try
-    further ones until `prompts_per_step` are there."""
-    oversampling_cap: AtLeastOne = 3.0
-    """With `drop_uniform_groups`: a step tries at most this many times `prompts_per_step` problems, then trains
-    on what it has (on uniform groups when there is nothing else)."""
-    max_new_tokens: Count = 8192
-    """Longest response, in tokens. A response cut here has no score."""
-    temperature: Positive = 1.0
-    """Sampling temperature. Response log-probs are of logits / temperature; the score never is."""
-    top_p: TopP = 1.0
-    """Nucleus sampling, in (0, 1]; 1 samples from the whole distribution."""
-    stop_token_ids: TokenIds | None = None
-    """Token ids that end a response; null: the EOS ids of the model's generation_config.json. Only a
-    response that ended on one of them has a score."""
-    deadline: Positive = 3600.0
-    """Seconds that one step's rollout may take before the run stops with an error."""
-    max_batch_size: Count = 256
-    """Sequences generated at once by the in-process engine."""
 
 
 class RewardConfig(Section):

@@ -34,8 +34,9 @@ def suggest_key(path: Sequence[str]) -> str:
         return _did_you_mean(exact)
     near = difflib.get_close_matches(key, sections[section], n=1, cutoff=0.6)
     part = [name for name in sections[section] if len(key) >= 3 and (key in name or name in key)]
-    if near or part:
-        return _did_you_mean([f"{section}.{name}" for name in near or part])
+    begun = [name for name in part if name.startswith(key)]  # `samples` is the start of samples_per_prompt
+    if begun or near or part:
+        return _did_you_mean([f"{section}.{name}" for name in begun or near or part])
     return _elsewhere(key) or f"the keys of {section} are {', '.join(sections[section])}"
 
 

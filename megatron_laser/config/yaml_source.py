@@ -57,7 +57,7 @@ def read_yaml(path: Path) -> YamlSource:
 
 
 def _walk(node: yaml.MappingNode, prefix: KeyPath, source: YamlSource) -> None:
-    """Notes each key's line and duplicates. No setting lies deeper than section.key, so neither does this."""
+    """Notes each key's line and duplicates, down to the keys of a nested section."""
     for key, value in node.value:
         if key.tag == "tag:yaml.org,2002:merge":
             continue
@@ -69,7 +69,7 @@ def _walk(node: yaml.MappingNode, prefix: KeyPath, source: YamlSource) -> None:
             )
             continue
         source.lines[path] = line
-        if isinstance(value, yaml.MappingNode) and not prefix:
+        if isinstance(value, yaml.MappingNode) and len(prefix) < 2:
             _walk(value, path, source)
 
 

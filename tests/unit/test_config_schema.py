@@ -41,6 +41,34 @@ DEFAULTS = {
         "stop_token_ids": None,
         "deadline": 3600.0,
         "max_batch_size": 256,
+        "oversample": 1.0,
+        "ahead": 0,
+        "max_staleness": 2,
+        "max_concurrency": 1024,
+        "min_servers": 1,
+        "servers_deadline": 900.0,
+        "weight_sync": "distributed",
+        "sync_folder": None,
+        "sync_bucket_mib": 512,
+        "sync_deadline": 600.0,
+        "sync_address": None,
+        "verify_sync": False,
+        "sglang": {
+            "urls": None,
+            "endpoints": None,
+            "router_url": None,
+            "python": None,
+            "servers": 1,
+            "tensor": 1,
+            "device": "cuda",
+            "host": "127.0.0.1",
+            "port": 30000,
+            "router": False,
+            "api_key_env": "MEGATRON_LASER_API_KEY",
+            "options": {},
+            "start_deadline": 1800.0,
+            "hang_deadline": 120.0,
+        },
     },
     "reward": {"function": "math_verify", "workers": 2, "deadline": 5.0},
     "laser": {
@@ -169,7 +197,11 @@ def test_every_key_has_a_description():
         model = RunConfig.model_fields[section].annotation
         assert model.__doc__, section
         for key in keys:
-            assert model.model_fields[key].description, f"{section}.{key}"
+            *outer, name = key.split(".")
+            holder = model
+            for part in outer:
+                holder = holder.model_fields[part].annotation
+            assert holder.model_fields[name].description, f"{section}.{key}"
 
 
 def test_a_configuration_cannot_be_changed():

@@ -1,0 +1,149 @@
+"""Cross-field checks of rollouts by servers: what cannot work together, before anything is started."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from megatron_laser.config.schema import RunConfig
+from megatron_laser.config.schema_rollout import RolloutConfig, SglangConfig
+
+# Options of sglang.launch_server that follow from other settings: given twice, one of the two would be ignored.
+OWN_OPTIONS = {
+    "model_path": "model.path",
+    "host": "rollout.sglang.host",
+    "port": "rollout.sglang.port",
+    "tp_size": "rollout.sglang.tensor",
+    "tensor_parallel_size": "rollout.sglang.tensor",
+    "dtype": "model.dtype",
+    "device": "rollout.sglang.device",
+    "api_key": "rollout.sglang.api_key_env",
+    "skip_tokenizer_init": "nothing: token ids go in and out",
+    "base_gpu_id": "the server's number",
+}
+
+
+def rollout_problems(config: RunConfig) -> list[str]:
+    """Problems of the rollout section with itself and with others; one line each."""
+    rollout = config.rollout
+    problems = _staleness_problems(config)
+    if rollout.engine == "in_process":
+        return [*problems, *_in_process_problems(rollout)]
+    problems += _server_problems(rollout)
+    problems += _option_problems(rollout.sglang)
+    if rollout.weight_sync == "colocated":
+        problems += _colocated_problems(rollout)
+    return problems
+
+
+def off_policy_reason(rollout: RolloutConfig) -> str | None:
+    """The setting by which responses come from older weights than those that are trained; None: none does."""
+    if rollout.ahead:
+        return f"rollout.ahead: {rollout.ahead}"
+    if rollout.oversample > 1:
+        return f"rollout.oversample: {rollout.oversample:g}"
+    return None
+
+
+def _staleness_problems(config: RunConfig) -> list[str]:
+    reason = off_policy_reason(config.rollout)
+    if reason is None:
+        return []
+    problems = []
+    if config.policy.old_logprobs != "rollout" and config.policy.importance_cap is None:
+        problems.append(
+            f"{reason} trains on responses of older weights; set policy.importance_cap (2.0, truncated importance "
+            "sampling), or policy.old_logprobs: rollout"
+        )
+    if config.laser.enabled and config.laser.score_source == "server":
+        problems.append(
+            f"{reason} with laser.score_source server: the server's score would come from other weights than the "
+            "step's; use laser.score_source: trainer"
+        )
+    needed = config.rollout.ahead + (1 if config.rollout.oversample > 1 else 0)
+    if config.rollout.max_staleness < needed:
+        problems.append(
+            f"rollout.max_staleness: {config.rollout.max_staleness}; rollout.ahead {config.rollout.ahead} and "
+            f"rollout.oversample {config.rollout.oversample:g} need {needed} or more"
+        )
+    return problems
+
+
+def _in_process_problems(rollout: RolloutConfig) -> list[str]:
+    reason = off_policy_reason(rollout)
+    if reason is None:
+        return []
+    return [f"{reason} needs rollout.engine: sglang; the in-process engine generates in one piece"]
+
+
+def _server_problems(rollout: RolloutConfig) -> list[str]:
+    sglang = rollout.sglang
+    problems = []
+    if sglang.urls is not None and sglang.endpoints is not None:
+        problems.append(
+            "rollout.sglang.urls and rollout.sglang.endpoints are both given; keep one: addresses, or the file "
+            "that `megatron-laser serve` publishes"
+        )
+    if sglang.router_url is not None and sglang.urls is None:
+        problems.append(
+            "rollout.sglang.router_url needs rollout.sglang.urls: a router forwards generation, but pausing and "
+            "weight updates go to each server"
+        )
+    if sglang.urls is not None and len(set(sglang.urls)) < len(sglang.urls):
+        problems.append(f"rollout.sglang.urls: {list(sglang.urls)} names a server twice")
+    known = len(sglang.urls) if sglang.urls is not None else None if sglang.endpoints else sglang.servers
+    if known is not None and rollout.min_servers > known:
+        name = "rollout.sglang.urls" if sglang.urls is not None else "rollout.sglang.servers"
+        problems.append(
+            f"rollout.min_servers: {rollout.min_servers} is more than the {known} of {name}; the run would never start"
+        )
+    problems += host_problems(sglang.host)
+    return problems
+
+
+def host_problems(host: str) -> list[str]:
+    """A server takes weights and control from whoever reaches it: loopback or a named private address only."""
+    if host == "localhost":
+        return []
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return []  # a host name: whoever runs the cluster's DNS knows what it is
+    if address.is_unspecified or not (address.is_private or address.is_loopback or address.is_link_local):
+        return [
+            f"rollout.sglang.host: {host}; expected loopback or this node's address on a private network, since "
+            "whoever reaches a server can replace its weights"
+        ]
+    return []
+
+
+def _option_problems(sglang: SglangConfig) -> list[str]:
+    problems = []
+    for name, value in sglang.options.items():
+        normal = name.lstrip("-").replace("-", "_")
+        if normal in OWN_OPTIONS:
+            problems.append(f"rollout.sglang.options.{name}: follows from {OWN_OPTIONS[normal]}; remove it")
+        elif not isinstance(value, str | int | float | bool | list | None):
+            problems.append(
+                f"rollout.sglang.options.{name}: expected a value or a list of values, got {value!r}"
+            )
+    return problems
+
+
+def _colocated_problems(rollout: RolloutConfig) -> list[str]:
+    problems = []
+    if rollout.sglang.device == "cpu":
+        problems.append(
+            "rollout.weight_sync: colocated needs GPUs (CUDA IPC); with rollout.sglang.device: cpu use distributed "
+            "or disk"
+        )
+    if rollout.sglang.urls is not None or rollout.sglang.router:
+        problems.append(
+            "rollout.weight_sync: colocated with rollout.sglang.urls or router: the servers share the trainer's "
+            "GPUs and are started with the run, on its nodes; remove them or use weight_sync: distributed"
+        )
+    if rollout.ahead:
+        problems.append(
+            "rollout.weight_sync: colocated with rollout.ahead: 1; the same GPUs cannot generate and train at once: "
+            "use ahead: 0, or servers on GPUs of their own"
+        )
+    return problems
