@@ -213,6 +213,11 @@ class _user_errors:
                 time.sleep(3.0)
                 raise typer.Exit(2) from None
         expected: tuple[type[BaseException], ...] = (ConfigError, CheckpointError, FileNotFoundError)
+        if "megatron_laser.ranks" in sys.modules:
+            from megatron_laser.ranks import RunEnded
+            from megatron_laser.rollout.sglang.errors import ServerMismatch, ServersLost
+
+            expected += (RunEnded, ServersLost, ServerMismatch)
         if "megatron_laser.data" in sys.modules:
             from megatron_laser.data import DataError
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from megatron_laser.config import RunConfig, evaluation_max_new_tokens, rollout_tries
 from megatron_laser.data import PromptCursor
+from megatron_laser.engines import await_servers, open_engine
 from megatron_laser.evaluation import evaluate
 from megatron_laser.inputs import RunInputs
 from megatron_laser.model import platform
-from megatron_laser.model.dtypes import DTYPES
 from megatron_laser.observability.live import LiveView
 from megatron_laser.observability.report import write_report
 from megatron_laser.observability.rollout_dump import dump_rollouts
@@ -23,13 +23,15 @@ from megatron_laser.observability.timers import Timers
 from megatron_laser.observability.wandb_sink import WandbSink, open_wandb
 from megatron_laser.output_folder import STOPPED
 from megatron_laser.rewards import GradingPool
+from megatron_laser.rollout.ahead import RolloutAhead
 from megatron_laser.rollout.collector import RolloutCollector
-from megatron_laser.rollout.in_process import InProcessEngine
+from megatron_laser.rollout.sglang.errors import ServersLost, WeightsNeeded
 from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch, SamplingParams
 
 logger = logging.getLogger(__name__)
 
+NEEDS_WEIGHTS = "needs weights"
 _HISTOGRAM_STEPS = 10  # a histogram costs more than a scalar
 
 
@@ -48,14 +50,7 @@ class Leader:
         self._cursor = PromptCursor(
             len(inputs.train), config.run.seed, config.data.shuffle, data_fingerprint=inputs.data_fingerprint
         )
-        if resumed is not None and resumed["run"] is not None:  # None: converted from a Hugging Face folder
-            self._cursor.load_state_dict(resumed["run"]["cursor"])
-        self.engine = InProcessEngine(
-            config.model.path,
-            dtype=DTYPES[config.model.dtype],
-            device=platform.device(),
-            max_batch_size=config.rollout.max_batch_size,
-        )
+        self.engine = open_engine(config)
         self._grading = GradingPool(
             workers=config.reward.workers, deadline=config.reward.deadline, function=config.reward.function
         )
@@ -81,7 +76,14 @@ class Leader:
             deadline=rollout.deadline,
             seed=config.run.seed,
             timers=timers,
+            oversample=rollout.oversample,
+            max_staleness=rollout.max_staleness,
+            ahead=rollout.ahead,
         )
+        self._ahead = RolloutAhead(self._collector, inputs.train) if rollout.ahead else None
+        if resumed is not None and resumed["run"] is not None:  # None: converted from a Hugging Face folder
+            self._load_state(resumed["run"])
+        self._batch: RolloutBatch | None = None
         # A fresh start in a folder without a checkpoint drops what an earlier attempt wrote.
         self._metrics = MetricsLogger(
             self._folder,
@@ -92,12 +94,51 @@ class Leader:
         self._view = LiveView(config.run.steps, mode=config.logging.live, title=config.run.name)
         self._view.__enter__()
 
-    def collect(self, step: int) -> RolloutBatch:
-        """The graded groups of step `step`."""
-        return self._collector.collect(step)
+    def collect(self, step: int) -> str:
+        """Get the graded groups of step `step` into `batch`.
 
-    def record(self, step: int, batch: RolloutBatch, result: StepResult, times: dict[str, float]) -> None:
+        Returns:
+            "" when they are there; `NEEDS_WEIGHTS` when the servers must be synced first, after which another call
+            goes on where this one was; else why the run has to stop.
+        """
+        try:
+            source = self._collector if self._ahead is None else self._ahead
+            self._batch = source.collect(step)
+        except WeightsNeeded as error:
+            logger.warning("step %d: %s", step, error)
+            return NEEDS_WEIGHTS
+        except ServersLost as error:
+            return str(error)
+        return ""
+
+    def collect_ahead(self, step: int) -> None:
+        """With `rollout.ahead`: start on the rollout of `step` while another one is trained."""
+        if self._ahead is not None and step <= self._config.run.steps:
+            self._ahead.begin(step)
+
+    def finish_ahead(self) -> None:
+        """Wait until nothing is being generated, so that weights may change."""
+        if self._ahead is not None:
+            with self._timers("generate_ahead"):
+                self._ahead.wait(self._config.rollout.deadline)
+
+    def await_servers(self) -> str:
+        """Wait for servers that can be given weights: "" or why the run has to stop."""
+        try:
+            await_servers(self._config, self.engine)
+        except ServersLost as error:
+            return str(error)
+        return ""
+
+    @property
+    def batch(self) -> RolloutBatch:
+        """What `collect` got last."""
+        assert self._batch is not None
+        return self._batch
+
+    def record(self, step: int, result: StepResult, times: dict[str, float]) -> None:
         """Write one step's metrics, update the view, and dump the rollouts when they are due."""
+        batch = self.batch
         metrics: dict[str, Any] = rollout_metrics(batch, result.zc_logprobs, result.scores)
         metrics |= self._collector.metrics | result.metrics | times | platform.memory_gib()
         tokens = sum(sample.length for sample in batch.samples())
@@ -116,8 +157,14 @@ class Leader:
             dump_rollouts(path, batch, result.scores, result.advantages)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of rank 0. Every rollout is trained on before a save: nothing is pending."""
-        return {"cursor": self._cursor.state_dict(), "pending_groups": []}
+        """What a checkpoint keeps of rank 0: the cursor, groups that are begun, and a batch that is ahead."""
+        return self._collector.state() if self._ahead is None else self._ahead.state()
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        if self._ahead is None:
+            self._collector.load_state(state)
+        else:
+            self._ahead.load_state(state)
 
     def stopped(self, step: int, reason: str) -> None:
         """Say that the run stopped early and can be continued."""
@@ -159,6 +206,8 @@ class Leader:
         """Stop workers and close files; safe after a failure and safe to call twice."""
         self._view.__exit__(None, None, None)
         self._metrics.close()
+        if self._ahead is not None:
+            self._ahead.close()
         self._grading.close()
         self.engine.close()
         self._inputs.folder.release()

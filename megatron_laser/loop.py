@@ -9,25 +9,25 @@ Every rank runs `train`. Rank 0 also has a `Leader`: prompts, engine, graders, m
     report    metrics, dumps, evaluation
     save      when due: weights, optimizer, cursor; published by one rename
 
-so generation for step n + 1 always uses the weights of step n (strictly on-policy).
+so generation for step n + 1 uses the weights of step n (strictly on-policy), or, with `rollout.ahead: 1`, those of
+step n - 1, and then overlaps with the training of step n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from megatron_laser.batching.flat import FlatBatch, flatten
+from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.config.schema import RunConfig
+from megatron_laser.engines import needs_first_sync
+from megatron_laser.export import export_hf
 from megatron_laser.inputs import read_inputs
-from megatron_laser.leader import Leader
+from megatron_laser.leader import NEEDS_WEIGHTS, Leader
 from megatron_laser.model import platform
-from megatron_laser.model.dtypes import DTYPES
-from megatron_laser.model.hf_folder import write_hf_folder
 from megatron_laser.observability.host_memory import trim_host_memory
 from megatron_laser.observability.timers import Timers
+from megatron_laser.ranks import CannotGoOn, Ranks, RunEnded, only_on_main
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
 from megatron_laser.trainer.coordinator import Coordinator
@@ -37,10 +37,9 @@ from megatron_laser.trainer.signals import stop_signals
 from megatron_laser.trainer.stragglers import Stragglers, time_reductions
 from megatron_laser.trainer.trainer import Trainer
 from megatron_laser.trainer.transport import broadcast_arrays
-from megatron_laser.types import RolloutBatch
 from megatron_laser.weight_sync import sync_weights
 
-T = TypeVar("T")
+_SYNC_ATTEMPTS = 3
 
 
 def train(config: RunConfig) -> Path:
@@ -70,10 +69,11 @@ def _train(config: RunConfig, runtime: Runtime, coordinator: Coordinator, timers
         leader = coordinator.lead(
             "starting the rollout engine",
             lambda: Leader(config, only_on_main(inputs), timers, resumed=resumed),
-            deadline=config.run.deadline,
+            deadline=config.run.deadline + 2 * config.rollout.sglang.start_deadline,
         )
         stragglers = Stragglers(runtime, config.logging.straggler_every)
-        run = _Run(config, runtime, coordinator, trainer, checkpoints, leader, timers, stragglers)
+        ranks = Ranks(config, runtime, coordinator, leader)
+        run = _Run(config, ranks, trainer, checkpoints, timers, stragglers)
         with stop_signals(coordinator.request_stop):
             run.run(first_step=1 if resumed is None else resumed["step"] + 1, resumed=resumed is not None)
     finally:
@@ -85,107 +85,108 @@ def _train(config: RunConfig, runtime: Runtime, coordinator: Coordinator, timers
 
 @dataclass(frozen=True)
 class _Run:
-    """One run on one rank; `leader` is None on all ranks but 0."""
+    """One run on one rank."""
 
     config: RunConfig
-    runtime: Runtime
-    coordinator: Coordinator
+    ranks: Ranks
     trainer: Trainer
     checkpoints: CheckpointManager
-    leader: Leader | None
     timers: Timers
     stragglers: Stragglers
 
     def run(self, first_step: int, *, resumed: bool) -> None:
-        """All steps from `first_step`, or as many as until somebody asks to stop."""
-        if resumed:  # also from a converted checkpoint of step 0: its weights may not be those of model.path
-            self._sync(first_step - 1)
-        if first_step == 1:
-            self._lead("evaluation before the first step", lambda leader: leader.evaluate_baseline())
-        for step in range(first_step, self.config.run.steps + 1):
-            self.step(step)
-            reason = self.coordinator.agree_to_stop(step)
-            if reason is not None:
-                self.stop(step, reason)
-                return
-            if self.checkpoints.due(step):
-                self._save(step)
+        """All steps from `first_step`, or as many as until somebody asks to stop or the servers are lost."""
+        try:
+            # A converted checkpoint of step 0 is a resume too: its weights may not be those of model.path.
+            if resumed or needs_first_sync(self.config):
+                self._sync(first_step - 1)
+            if first_step == 1:
+                self.ranks.lead("evaluation before the first step", lambda leader: leader.evaluate_baseline())
+            for step in range(first_step, self.config.run.steps + 1):
+                self.step(step)
+                reason = self.ranks.coordinator.agree_to_stop(step)
+                if reason is not None:
+                    self.stop(step, reason)
+                    return
+                if self.checkpoints.due(step):
+                    self._save(step)
+        except CannotGoOn as error:
+            self.stop(error.step, error.reason)
+            raise RunEnded(f"saved after step {error.step} and stopped: {error.reason}") from None
         self.finish()
 
     def step(self, step: int) -> None:
         """One rollout batch: generate, grade, train, sync, record."""
         platform.reset_peak_memory()
         trim_host_memory(step)
+        lost: CannotGoOn | None = None
         with self.timers("total"):
-            batch = self._lead(f"rollout of step {step}", lambda leader: leader.collect(step))
-            with self.coordinator.phase(f"train step {step}"):
-                flat = self._share(batch)
+            flat = self._rollout(step)
+            if self.ranks.leader is not None:
+                self.ranks.leader.collect_ahead(step + 1)
+            with self.ranks.coordinator.phase(f"train step {step}"):
                 result = self.trainer.train_step(flat, step)
-            self._sync(step)
+            if self.config.rollout.ahead:
+                self.ranks.lead(f"rollout ahead of step {step + 1}", lambda leader: leader.finish_ahead())
+            try:
+                self._sync(step)
+            except CannotGoOn as error:
+                lost = error  # the step itself is complete: it is recorded before the run stops
         times = self.timers.collect()
         self.stragglers.add(step, times)
-        self._lead(
-            f"recording step {step}", lambda leader: leader.record(step, only_on_main(batch), result, times)
-        )
+        self.ranks.lead(f"recording step {step}", lambda leader: leader.record(step, result, times))
+        if lost is not None:
+            raise lost
 
     def stop(self, step: int, reason: str) -> None:
         """Save and leave, so that the same command continues after `step`."""
         self._save(step)
         if not self._saved():
             raise CheckpointError(f"stopping after step {step} ({reason}): {self.checkpoints.trouble}")
-        self._lead("stopping", lambda leader: leader.stopped(step, reason))
+        self.ranks.lead("stopping", lambda leader: leader.stopped(step, reason))
 
     def finish(self) -> None:
         """Export the trained model, evaluate it on the test split, write the report."""
         saved = self._saved()
         if self.config.checkpoint.export_hf:
-            with self.coordinator.phase("export"):
-                self._export()
-        self._lead("final evaluation and report", lambda leader: leader.finish(complete=saved))
+            with self.ranks.coordinator.phase("export"):
+                export_hf(self.config, self.trainer.weight_stream(), is_main=self.ranks.runtime.is_main)
+        self.ranks.lead("final evaluation and report", lambda leader: leader.finish(complete=saved))
         if not saved:
             raise CheckpointError(f"all steps are done, but the last save failed: {self.checkpoints.trouble}")
 
-    def _export(self) -> None:
-        stream = self.trainer.weight_stream()
-        if self.runtime.is_main:
-            write_hf_folder(
-                stream,
-                Path(self.config.run.output_dir) / "hf",
-                source=Path(self.config.model.path),
-                dtype=DTYPES[self.config.model.dtype],
-            )
-        else:
-            sync_weights(stream, None, version=self.config.run.steps)
+    def _rollout(self, step: int) -> FlatBatch:
+        """The batch of `step` on every rank; syncs in between when servers came back without weights."""
+        while True:
+            word = self.ranks.decide(f"rollout of step {step}", lambda leader: leader.collect(step))
+            if word == NEEDS_WEIGHTS:
+                self._sync(step - 1)
+            elif word:
+                raise CannotGoOn(step - 1, word)
+            else:
+                return self.ranks.share(lambda leader: leader.batch)
+
+    def _sync(self, version: int) -> None:
+        """Give the engine the trained weights; again, to the servers that are left, when one dies on the way."""
+        trouble = ""
+        for _ in range(_SYNC_ATTEMPTS):
+            if needs_first_sync(self.config):
+                lost = self.ranks.decide("waiting for servers", lambda leader: leader.await_servers())
+                if lost:
+                    raise CannotGoOn(version, lost)
+            with self.timers("sync"), self.ranks.coordinator.phase(f"weight sync of step {version}"):
+                engine = None if self.ranks.leader is None else self.ranks.leader.engine
+                trouble = self.ranks.tell(sync_weights(self.trainer.weight_stream(), engine, version=version))
+            if not trouble:
+                return
+        raise CannotGoOn(version, f"{_SYNC_ATTEMPTS} weight syncs in a row failed: {trouble}")
 
     def _save(self, step: int) -> None:
-        with self.timers("checkpoint"), self.coordinator.phase(f"saving step {step}"):
-            self.checkpoints.save(step, None if self.leader is None else self.leader.state())
+        with self.timers("checkpoint"), self.ranks.coordinator.phase(f"saving step {step}"):
+            leader = self.ranks.leader
+            self.checkpoints.save(step, None if leader is None else leader.state())
 
     def _saved(self) -> bool:
         """Whether the newest checkpoint is on the disk; waits for it."""
-        with self.coordinator.phase("waiting for the last save"):
+        with self.ranks.coordinator.phase("waiting for the last save"):
             return self.checkpoints.wait()
-
-    def _sync(self, version: int) -> None:
-        """Give the engine the trained weights."""
-        with self.timers("sync"), self.coordinator.phase(f"weight sync of step {version}"):
-            engine = None if self.leader is None else self.leader.engine
-            sync_weights(self.trainer.weight_stream(), engine, version=version)
-
-    def _lead(self, phase: str, work: Callable[[Leader], T]) -> T | None:
-        """Rank 0 works while the others wait on the store."""
-        return self.coordinator.lead(
-            phase, lambda: work(only_on_main(self.leader)), deadline=self.config.rollout.deadline
-        )
-
-    def _share(self, batch: RolloutBatch | None) -> FlatBatch:
-        """The same flat batch on every rank."""
-        arrays = None if batch is None else flatten(batch).to_arrays()
-        return FlatBatch.from_arrays(broadcast_arrays(arrays, self.runtime))
-
-
-def only_on_main(value: T | None) -> T:
-    """What rank 0 has and the others do not."""
-    if value is None:
-        raise AssertionError("used on a rank other than 0")
-    return value

@@ -38,12 +38,22 @@ class SamplingParams:
     score_token_id: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class WeightSpan:
+    """`tokens` tokens in a row that one version of the weights sampled."""
+
+    version: int
+    tokens: int
+
+
 @dataclass(slots=True)
 class Generation:
     """What an engine returns for one response.
 
     `response_ids` includes the stop token when `finish_reason` is "stop". `logprobs` has one entry for each
-    response id: the log-probability of logits / temperature, before top-p filtering.
+    response id: the log-probability of logits / temperature, before top-p filtering. `weight_version` is the
+    oldest that sampled a part of it, and `spans` says which sampled what; empty: all is `weight_version`'s.
+    With `finish_reason` "abort" it is unfinished: an engine can go on with it.
     """
 
     response_ids: list[int]
@@ -51,6 +61,7 @@ class Generation:
     finish_reason: FinishReason
     weight_version: int
     zc_logprob: float | None = None
+    spans: tuple[WeightSpan, ...] = ()
 
     def is_scored(self, stop_token_ids: tuple[int, ...]) -> bool:
         """Whether this response has a self-reward score: it stopped by itself, on a stop token."""

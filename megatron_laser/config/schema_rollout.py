@@ -121,6 +121,8 @@ class RolloutConfig(Section):
     `output_dir`/weights."""
     sync_bucket_mib: Count = 512
     """Size of a bucket of weights in MiB. Rank 0 holds two of them beside its share of the model."""
+    sync_flatten: bool = True
+    """With `weight_sync: distributed`: one broadcast for each bucket; false: one for each tensor."""
     sync_deadline: Positive = 600.0
     """Seconds that one weight sync may take."""
     sync_address: Text | None = None

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from megatron_laser.data.cursor import PromptCursor
 from megatron_laser.observability.timers import Timers
-from megatron_laser.rewards import Grade, GradingPool
-from megatron_laser.rollout.engine import RolloutEngine
+from megatron_laser.rewards import GradingPool
+from megatron_laser.rollout.engine import ResumableEngine, RolloutEngine, StopEarly
+from megatron_laser.rollout.pending import OpenGroup, restore
+from megatron_laser.rollout.staleness import staleness_metrics
 from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample, SamplingParams
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Progress:
+    """How far the collection of one step has come; survives an interruption by `WeightsNeeded`."""
+
+    step: int
+    before: dict[str, Any]  # the collector's state before the step
+    groups: list[Group] = field(default_factory=list)
+    uniform: list[Group] = field(default_factory=list)
+    open: list[OpenGroup] = field(default_factory=list)
+    tried: int = 0
+    rounds: int = 0
 
 
 class RolloutCollector:
@@ -22,7 +38,8 @@ class RolloutCollector:
 
     metrics: of the last step. prompts_tried; groups_dropped, those of them that are not in the batch because
     their rewards are all equal; groups_missing, how many of `prompts_per_step` groups with unequal rewards
-    were still missing when the tries were used up (0 without dropping).
+    were still missing when the tries were used up (0 without dropping). With a resumable engine also groups_carried
+    (begun, and going on in the next step), the age of the tokens, and what the engine counts.
     """
 
     def __init__(
@@ -40,6 +57,9 @@ class RolloutCollector:
         timers: Timers,
         tries: int | None = None,
         fewest_groups: int = 1,
+        oversample: float = 1.0,
+        max_staleness: int = 0,
+        ahead: int = 0,
     ) -> None:
         """
         Args:
@@ -49,10 +69,13 @@ class RolloutCollector:
             tries: drop groups whose rewards are all equal and try further prompts, at most so many in a step
                 (`prompts_per_step` or more); None keeps every group.
             fewest_groups: a batch has at least so many, uniform ones if need be (`policy.minibatches`).
+            oversample: begin so many times the missing groups at once; above 1 the engine must be resumable.
+            max_staleness: carried responses with older tokens than so many steps are generated anew.
+            ahead: how many steps the engine's weights may be behind those that the step trains.
         """
         self._engine = engine
         self._grading = grading
-        self._prompts = prompts
+        self._prompts = list(prompts)
         self._cursor = cursor
         self._sampling = sampling
         self._prompts_per_step = prompts_per_step
@@ -61,47 +84,184 @@ class RolloutCollector:
         self._seed = seed
         self._timers = timers
         self._drops_uniform = tries is not None
-        self._tries = prompts_per_step if tries is None else tries
+        self._tries = math.ceil(prompts_per_step * oversample) if tries is None else tries
         self._fewest_groups = fewest_groups
+        self._oversample = oversample
+        self._max_staleness = max_staleness
+        self._ahead = ahead
         self._said: set[str] = set()
+        self._carried: list[OpenGroup] = []
+        self._progress: _Progress | None = None
         self.metrics: dict[str, float] = {}
+
+    def state(self) -> dict[str, Any]:
+        """Cursor and carried groups as JSON values; before the step, while a step is not complete."""
+        if self._progress is not None:
+            return self._progress.before
+        carried = [group.state() for group in self._carried]
+        return {"cursor": self._cursor.state_dict(), "pending_groups": carried}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self._cursor.load_state_dict(state["cursor"])
+        size = self._sampling.samples_per_prompt
+        self._carried = [restore(item, self._prompts, size) for item in state["pending_groups"]]
+        for group in self._carried:
+            for sample, generation in group.generations.items():
+                if generation.finish_reason != "abort":
+                    self._submit(group, sample, generation)
 
     def collect(self, step: int) -> RolloutBatch:
         """Generate and grade the groups of step `step` (from 1).
 
         The cursor moves past every prompt that was tried, so a run that is resumed behind this step goes on
-        with the next one, and one that is resumed before it tries the same prompts again.
+        with the next one, and one that is resumed before it tries the same prompts again. After WeightsNeeded or
+        ServersLost a further call for the same step goes on where it was.
 
         Raises:
-            RuntimeError: the engine holds other weights than those of step - 1.
+            RuntimeError: the engine holds other weights than those of step - 1 (or up to `ahead` steps older).
             TimeoutError: generation or grading passed the deadline.
         """
-        if self._engine.version != step - 1:
+        oldest = max(0, step - 1 - self._ahead)
+        if not oldest <= self._engine.version <= step - 1:
             raise RuntimeError(
-                f"step {step}: the engine holds weight version {self._engine.version}, expected {step - 1}; "
-                "the last weight sync did not reach it"
+                f"step {step}: the engine holds weight version {self._engine.version}, expected {step - 1}"
+                f"{f' or {oldest}' if oldest < step - 1 else ''}; the last weight sync did not reach it"
             )
         ends = time.monotonic() + self._deadline
-        wanted = self._prompts_per_step
-        groups: list[Group] = []
-        uniform: list[Group] = []
-        tried = rounds = 0
-        while len(groups) < wanted and tried < self._tries:
-            count = min(wanted - len(groups), self._tries - tried)
-            for group in self._round(step, rounds, count, ends):
-                drop = self._drops_uniform and len({sample.reward for sample in group.samples}) == 1
-                (uniform if drop else groups).append(group)
-            tried += count
-            rounds += 1
-        missing = wanted - len(groups)
+        if self._progress is None or self._progress.step != step:
+            self._progress = _Progress(step, self.state())
+            self._progress.open, self._carried = self._carried, []
+            self._drop_stale(self._progress)
+        progress = self._progress
+        while len(progress.groups) < self._prompts_per_step and (
+            progress.open or progress.tried < self._tries
+        ):
+            self._round(progress, ends)
+        groups = progress.groups
+        missing = max(0, self._prompts_per_step - len(groups))
+        found = len(groups)
         if missing:
-            groups += self._stand_ins(step, len(groups), uniform)
+            groups += self._stand_ins(step, found, progress.uniform)
         self.metrics = {
-            "prompts_tried": tried,
-            "groups_dropped": tried - len(groups),
+            "prompts_tried": progress.tried,
+            "groups_dropped": len(progress.uniform) - (len(groups) - found),
             "groups_missing": missing,
         }
+        if isinstance(self._engine, ResumableEngine):
+            self.metrics["groups_carried"] = len(self._carried)
+            self.metrics |= staleness_metrics(groups, trained_version=step - 1)
+            self.metrics |= self._engine.take_metrics()
+        self._progress = None
         return RolloutBatch(step=step, weight_version=self._engine.version, groups=groups)
+
+    def _drop_stale(self, progress: _Progress) -> None:
+        oldest = progress.step - 1 - self._max_staleness
+        dropped = sum(group.drop_older_than(oldest) for group in progress.open)
+        if dropped:
+            logger.info(
+                "step %d: %d carried responses were older than rollout.max_staleness; generated anew",
+                progress.step,
+                dropped,
+            )
+
+    def _round(self, progress: _Progress, ends: float) -> None:
+        """Work on the open groups, and on as many new ones as are worth beginning, until enough are complete."""
+        missing = self._prompts_per_step - len(progress.groups)
+        begun = len(progress.open)
+        fresh = min(max(0, math.ceil(missing * self._oversample) - begun), self._tries - progress.tried)
+        size = self._sampling.samples_per_prompt
+        if fresh > 0:
+            for position, _ in self._cursor.take(fresh):
+                progress.open.append(OpenGroup(position, self._prompts[position], size))
+            progress.tried += fresh
+        self._generate(progress, missing, ends)
+        progress.rounds += 1
+        with self._timers("grade"):
+            self._sort_out(progress, ends)
+
+    def _generate(self, progress: _Progress, missing: int, ends: float) -> None:
+        opened = progress.open
+        stop = StopEarly() if self._oversample > 1.0 else None
+
+        def check_enough(_: object) -> None:
+            accepted = sum(
+                group.graded() and not (self._drops_uniform and group.is_uniform()) for group in opened
+            )
+            if stop is not None and accepted >= missing:
+                stop.set()
+
+        def on_finished(index: int, sample: int, generation: Generation) -> None:
+            group = opened[index]
+            group.generations[sample] = generation
+            self._submit(group, sample, generation)
+            if stop is not None:
+                group.grades[sample].add_done_callback(check_enough)
+
+        sampling = _with_seed(self._sampling, self._seed, progress.step, progress.rounds)
+        ids = [group.prompt.token_ids for group in opened]
+        left = max(0.1, ends - time.monotonic())
+        resume = {
+            (index, sample): generation
+            for index, group in enumerate(opened)
+            for sample, generation in group.generations.items()
+        }
+        with self._timers("generate"):
+            if isinstance(self._engine, ResumableEngine):
+                check_enough(None)
+                found = self._engine.generate_some(
+                    ids, sampling, deadline=left, on_finished=on_finished, resume=resume, stop=stop
+                )
+                for group, generations in zip(opened, found):
+                    kept = {s: g for s, g in enumerate(generations) if g is not None}
+                    group.generations.update(kept)
+            else:
+                self._engine.generate(ids, sampling, deadline=left, on_finished=on_finished)
+
+    def _submit(self, group: OpenGroup, sample: int, generation: Generation) -> None:
+        text = self._text(generation)
+        group.texts[sample] = text
+        group.grades[sample] = self._grading.submit(text, group.prompt.answer)
+
+    def _sort_out(self, progress: _Progress, ends: float) -> None:
+        """Complete groups go to the batch or to the uniform ones; the rest, and what is too much, is carried."""
+        carried = []
+        for group in progress.open:
+            if len(progress.groups) >= self._prompts_per_step or not group.finished():
+                carried.append(group)
+                continue
+            done = self._finish(group, progress.step, ends)
+            uniform = len({sample.reward for sample in done.samples}) == 1
+            (progress.uniform if self._drops_uniform and uniform else progress.groups).append(done)
+        progress.open = []
+        if len(progress.groups) < self._prompts_per_step:
+            progress.open = carried  # stopped before enough were accepted: go on with them
+        else:
+            self._carried = carried
+
+    def _finish(self, group: OpenGroup, step: int, ends: float) -> Group:
+        samples = []
+        for number in range(group.size):
+            generation = group.generations[number]
+            try:
+                grade = group.grades[number].result(timeout=max(0.1, ends - time.monotonic()))
+            except TimeoutError:
+                raise TimeoutError(
+                    f"step {step}: responses were not graded within rollout.deadline {self._deadline:g} s of the "
+                    "step's start; raise it, or reward.workers, or lower reward.deadline"
+                ) from None
+            samples.append(
+                Sample(
+                    prompt_ids=group.prompt.token_ids,
+                    generation=generation,
+                    text=group.texts[number],
+                    scored=generation.is_scored(self._sampling.stop_token_ids),
+                    reward=grade.reward,
+                    outcome=grade.outcome,
+                    zc_logprob=generation.zc_logprob,
+                )
+            )
+        return Group(group.prompt, samples)
 
     def _stand_ins(self, step: int, found: int, uniform: list[Group]) -> list[Group]:
         """Uniform groups for a step that found too few others; says so once in a run."""
@@ -124,54 +284,6 @@ class RolloutCollector:
         if kind not in self._said:
             self._said.add(kind)
             logger.warning("%s (said once)", message)
-
-    def _round(self, step: int, round_number: int, count: int, ends: float) -> list[Group]:
-        """The graded groups of the cursor's next `count` prompts."""
-        prompts = [self._prompts[position] for position, _ in self._cursor.take(count)]
-        texts: dict[tuple[int, int], str] = {}
-        grades: dict[tuple[int, int], Future[Grade]] = {}
-
-        def on_finished(prompt: int, sample: int, generation: Generation) -> None:
-            text = self._text(generation)
-            texts[prompt, sample] = text
-            grades[prompt, sample] = self._grading.submit(text, prompts[prompt].answer)
-
-        sampling = _with_seed(self._sampling, self._seed, step, round_number)
-        with self._timers("generate"):
-            generations = self._engine.generate(
-                [prompt.token_ids for prompt in prompts],
-                sampling,
-                deadline=max(0.1, ends - time.monotonic()),
-                on_finished=on_finished,
-            )
-        groups = []
-        with self._timers("grade"):
-            for index, (prompt, responses) in enumerate(zip(prompts, generations)):
-                group = Group(prompt, [])
-                for number, generation in enumerate(responses):
-                    grade = self._grade(grades[index, number], step, ends)
-                    group.samples.append(
-                        Sample(
-                            prompt_ids=prompt.token_ids,
-                            generation=generation,
-                            text=texts[index, number],
-                            scored=generation.is_scored(sampling.stop_token_ids),
-                            reward=grade.reward,
-                            outcome=grade.outcome,
-                            zc_logprob=generation.zc_logprob,
-                        )
-                    )
-                groups.append(group)
-        return groups
-
-    def _grade(self, future: Future[Grade], step: int, ends: float) -> Grade:
-        try:
-            return future.result(timeout=max(0.1, ends - time.monotonic()))
-        except TimeoutError:
-            raise TimeoutError(
-                f"step {step}: responses were not graded within rollout.deadline {self._deadline:g} s of the "
-                "step's start; raise it, or reward.workers, or lower reward.deadline"
-            ) from None
 
     def _text(self, generation: Generation) -> str:
         ids = generation.response_ids

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from megatron_laser.types import Generation, SamplingParams
 
 if TYPE_CHECKING:
     import torch
+
+
+class StopEarly:
+    """Tells an engine, from any thread, that what has finished by now is enough."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._set = False
+        self._callbacks: list[Callable[[], object]] = []
+
+    def set(self) -> None:
+        """Enough; further calls do nothing."""
+        with self._lock:
+            if self._set:
+                return
+            self._set = True
+            callbacks = self._callbacks
+        for callback in callbacks:
+            callback()
+
+    def on_set(self, callback: Callable[[], object]) -> None:
+        """Call `callback` when it is set; at once if it is."""
+        with self._lock:
+            if not self._set:
+                self._callbacks.append(callback)
+                return
+        callback()
 
 
 @runtime_checkable
@@ -35,7 +63,7 @@ class RolloutEngine(Protocol):
         """`samples_per_prompt` responses for each prompt, in order.
 
         `on_finished(prompt index, sample index, generation)` is called as each response ends, so that grading
-        can start before the batch is complete.
+        can start before the batch is complete; perhaps from another thread.
         """
         ...
 
@@ -49,4 +77,31 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Release processes and memory; safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class ResumableEngine(RolloutEngine, Protocol):
+    """An engine that can be stopped early and go on with what was unfinished."""
+
+    def generate_some(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        deadline: float,
+        on_finished: Callable[[int, int, Generation], None] | None = None,
+        resume: Mapping[tuple[int, int], Generation] | None = None,
+        stop: StopEarly | None = None,
+    ) -> list[list[Generation | None]]:
+        """As `generate`, until `stop` is set: the rest is unfinished (`abort`) or None where nothing was begun.
+
+        Args:
+            resume: (prompt index, sample index) -> what an earlier call had of it. Finished ones are returned
+                as they are, without a call of `on_finished`; unfinished ones are continued.
+        """
+        ...
+
+    def take_metrics(self) -> dict[str, float]:
+        """What happened since the last call, as flat metrics."""
         ...

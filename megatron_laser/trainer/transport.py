@@ -25,6 +25,12 @@ def broadcast_arrays(arrays: dict[str, np.ndarray] | None, runtime: Runtime) -> 
     return _decode(payload)
 
 
+def broadcast_text(text: str | None, runtime: Runtime) -> str:
+    """Rank 0's words on every rank; `text` is ignored elsewhere."""
+    own = None if text is None else {"text": np.frombuffer(text.encode(), dtype=np.uint8)}
+    return bytes(broadcast_arrays(own, runtime)["text"]).decode()
+
+
 def _broadcast(payload: torch.Tensor | None, source: int, group: dist.ProcessGroup) -> torch.Tensor:
     size = torch.tensor([0 if payload is None else payload.numel()], dtype=torch.int64)
     dist.broadcast(size, src=source, group=group)

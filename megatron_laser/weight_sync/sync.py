@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable
 
 import torch
 
 from megatron_laser.rollout.engine import RolloutEngine
+from megatron_laser.rollout.sglang.errors import ServerError
+from megatron_laser.weight_sync.control import SyncFailed
+
+logger = logging.getLogger(__name__)
 
 
 def sync_weights(
     stream: Iterable[tuple[str, torch.Tensor]], engine: RolloutEngine | None, version: int
-) -> None:
+) -> str | None:
     """Feed `stream` to the engine on rank 0; take part in its collectives on the other ranks.
 
     Args:
@@ -20,15 +25,29 @@ def sync_weights(
         engine: None on ranks without one.
         version: the step whose weights these are.
 
+    Returns:
+        None, or, on rank 0, why the servers do not have the weights although another attempt may succeed: a
+        server died on the way. The stream has then been run to its end, so that no rank waits in it.
+
     Raises:
         RuntimeError: the engine does not report `version` afterwards.
+        SyncFailed: what another attempt would not mend.
     """
+    stream = iter(stream)
     if engine is None:
         deque(stream, maxlen=0)  # gathers are collectives: all ranks must run them
-        return
-    engine.update_weights(stream, version)
+        return None
+    try:
+        engine.update_weights(stream, version)
+    except (SyncFailed, ServerError) as error:
+        if isinstance(error, SyncFailed) and not error.retry:
+            raise
+        logger.warning("weight sync of step %d: %s", version, error)
+        deque(stream, maxlen=0)
+        return str(error)
     if engine.version != version:
         raise RuntimeError(
             f"weight sync: the engine reports version {engine.version} after an update to {version}; "
             "its rollouts would come from other weights than the trainer's"
         )
+    return None

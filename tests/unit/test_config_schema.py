@@ -50,6 +50,7 @@ DEFAULTS = {
         "weight_sync": "distributed",
         "sync_folder": None,
         "sync_bucket_mib": 512,
+        "sync_flatten": True,
         "sync_deadline": 600.0,
         "sync_address": None,
         "verify_sync": False,

@@ -1,0 +1,172 @@
+"""The rollout engine that a configuration names, with its weight transport and, if need be, its servers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_laser.config import ConfigError, RunConfig, longest_sequence, read_architecture
+from megatron_laser.model import platform
+from megatron_laser.model.dtypes import DTYPES
+from megatron_laser.output_folder import RESOLVED_CONFIG
+from megatron_laser.rollout.endpoints import Endpoints, EndpointsError, ServerEndpoint, read_endpoints
+from megatron_laser.rollout.engine import RolloutEngine
+from megatron_laser.rollout.in_process import InProcessEngine
+from megatron_laser.rollout.serving.child import ServeChild
+from megatron_laser.rollout.sglang.engine import SglangEngine, WeightTransport
+from megatron_laser.rollout.sglang.identify import Expected
+from megatron_laser.weight_sync.colocated import ColocatedTransport
+from megatron_laser.weight_sync.disk import DiskTransport
+from megatron_laser.weight_sync.distributed import DistributedTransport
+
+logger = logging.getLogger(__name__)
+
+
+def open_engine(config: RunConfig) -> RolloutEngine:
+    """Start or find what generates. Call on rank 0.
+
+    Raises:
+        ConfigError: endpoints that cannot be read, or a setting that this machine cannot keep.
+        ServersLost, ServerMismatch: servers that do not come up, or cannot be used.
+    """
+    if config.rollout.engine == "in_process":
+        return InProcessEngine(
+            config.model.path,
+            dtype=DTYPES[config.model.dtype],
+            device=platform.device(),
+            max_batch_size=config.rollout.max_batch_size,
+        )
+    rollout = config.rollout
+    child = _start_servers(config)
+    try:
+        endpoints = _endpoints(config, child)
+        return SglangEngine(
+            _source(config, child),
+            api_key=endpoints.api_key or os.environ.get(rollout.sglang.api_key_env),
+            expected=_expected(config),
+            max_concurrency=rollout.max_concurrency,
+            router_url=endpoints.router_url,
+            min_servers=rollout.min_servers,
+            start_deadline=rollout.sglang.start_deadline,
+            servers_deadline=rollout.servers_deadline,
+            sync_deadline=rollout.sync_deadline,
+            hang_deadline=rollout.sglang.hang_deadline,
+            transport=_transport(config),
+            on_close=child.stop if child is not None else None,
+        )
+    except BaseException:
+        if child is not None:
+            child.stop()
+        raise
+
+
+def await_servers(config: RunConfig, engine: RolloutEngine) -> None:
+    """Wait for `rollout.min_servers` servers that can be given weights.
+
+    Raises ServersLost after `rollout.servers_deadline` seconds.
+    """
+    if isinstance(engine, SglangEngine):
+        seconds = config.rollout.servers_deadline
+        engine.run(
+            engine.fleet.wait_until_up(config.rollout.min_servers, seconds), seconds, "waiting for servers"
+        )
+
+
+def needs_first_sync(config: RunConfig) -> bool:
+    """Whether the engine must be given the trainer's weights before the first rollout."""
+    return config.rollout.engine == "sglang"
+
+
+def _expected(config: RunConfig) -> Expected:
+    architecture = read_architecture(config.model.path)
+    folder = json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8"))
+    return Expected(
+        architecture.vocab_size,
+        model_type=folder.get("model_type"),
+        dtype=config.model.dtype,
+        longest=longest_sequence(config),
+    )
+
+
+def _start_servers(config: RunConfig) -> ServeChild | None:
+    sglang = config.rollout.sglang
+    if sglang.urls is not None or sglang.endpoints is not None:
+        return None
+    folder = Path(config.run.output_dir)
+    return ServeChild(
+        folder / RESOLVED_CONFIG, folder / "servers" / "endpoints.json", log=folder / "servers" / "serve.log"
+    )
+
+
+def _endpoints(config: RunConfig, child: ServeChild | None) -> Endpoints:
+    """What is known of the servers, once their file is there."""
+    sglang = config.rollout.sglang
+    if sglang.urls is not None:
+        return Endpoints(tuple(ServerEndpoint(url) for url in sglang.urls), router_url=sglang.router_url)
+    path = sglang.endpoints if child is None else child.endpoints
+    assert path is not None
+    ends = time.monotonic() + sglang.start_deadline
+    said = False
+    while True:
+        if child is not None:
+            child.check()
+        try:
+            found = read_endpoints(path)
+            if found.servers and any(server.state in ("ready", "held") for server in found.servers):
+                return found
+            trouble = f"{path}: no server is ready yet"
+        except EndpointsError as error:
+            trouble = str(error)
+        if time.monotonic() > ends:
+            raise ConfigError(
+                [f"{trouble}; waited rollout.sglang.start_deadline {sglang.start_deadline:g} s"]
+            )
+        if not said:
+            logger.info("waiting for rollout servers: %s", trouble)
+            said = True
+        time.sleep(0.5)
+
+
+def _source(config: RunConfig, child: ServeChild | None) -> Callable[[], Sequence[ServerEndpoint]]:
+    sglang = config.rollout.sglang
+    if sglang.urls is not None:
+        fixed = [ServerEndpoint(url) for url in sglang.urls]
+        return lambda: fixed
+    path = sglang.endpoints if child is None else child.endpoints
+    assert path is not None
+    return lambda: [server for server in read_endpoints(path).servers if server.state != "failed"]
+
+
+def _transport(config: RunConfig) -> WeightTransport:
+    rollout, dtype = config.rollout, DTYPES[config.model.dtype]
+    hashed = rollout.sglang.device == "cpu"
+    if rollout.weight_sync == "disk":
+        return DiskTransport(
+            rollout.sync_folder or Path(config.run.output_dir) / "weights",
+            source=Path(config.model.path),
+            dtype=dtype,
+            seconds=rollout.sync_deadline,
+            hashed=hashed,
+            always_verify=rollout.verify_sync,
+        )
+    if rollout.weight_sync == "colocated":
+        return ColocatedTransport(
+            dtype=dtype,
+            bucket_bytes=rollout.sync_bucket_mib * 2**20,
+            seconds=rollout.sync_deadline,
+            always_verify=rollout.verify_sync,
+        )
+    return DistributedTransport(
+        backend="gloo" if rollout.sglang.device == "cpu" else "nccl",
+        dtype=dtype,
+        bucket_bytes=rollout.sync_bucket_mib * 2**20,
+        seconds=rollout.sync_deadline,
+        address=rollout.sync_address,
+        flattened=rollout.sync_flatten,
+        hashed=hashed,
+        always_verify=rollout.verify_sync,
+    )

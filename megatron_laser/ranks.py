@@ -1,0 +1,70 @@
+"""How rank 0's word reaches the others in the training loop: it leads, it decides, it shares a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from megatron_laser.batching.flat import FlatBatch, flatten
+from megatron_laser.config.schema import RunConfig
+from megatron_laser.leader import Leader
+from megatron_laser.trainer.coordinator import Coordinator
+from megatron_laser.trainer.runtime import Runtime
+from megatron_laser.trainer.transport import broadcast_arrays, broadcast_text
+from megatron_laser.types import RolloutBatch
+
+T = TypeVar("T")
+
+
+class RunEnded(RuntimeError):
+    """The run cannot go on. Everything up to its last complete step is saved; the same command continues."""
+
+
+class CannotGoOn(Exception):
+    """Raised on every rank at once, with rank 0's reason. step: the last one that is complete."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(reason)
+        self.step = step
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One rank's view of the others; `leader` is None on all ranks but 0."""
+
+    config: RunConfig
+    runtime: Runtime
+    coordinator: Coordinator
+    leader: Leader | None
+
+    def lead(self, phase: str, work: Callable[[Leader], T]) -> T | None:
+        """Rank 0 works while the others wait on the store."""
+        return self.coordinator.lead(phase, lambda: work(only_on_main(self.leader)), deadline=self._patience)
+
+    def decide(self, phase: str, work: Callable[[Leader], str]) -> str:
+        """What rank 0's work says, on every rank."""
+        return broadcast_text(self.lead(phase, work), self.runtime)
+
+    def tell(self, word: str | None) -> str:
+        """Rank 0's `word` on every rank; `word` is ignored elsewhere, and None means ""."""
+        return broadcast_text(word or "" if self.runtime.is_main else None, self.runtime)
+
+    def share(self, batch: Callable[[Leader], RolloutBatch]) -> FlatBatch:
+        """Rank 0's batch, flat, on every rank."""
+        arrays = None if self.leader is None else flatten(batch(self.leader)).to_arrays()
+        return FlatBatch.from_arrays(broadcast_arrays(arrays, self.runtime))
+
+    @property
+    def _patience(self) -> float:
+        """Seconds for rank 0's longest work: a rollout, and before it the wait for servers."""
+        rollout = self.config.rollout
+        return rollout.deadline + (rollout.servers_deadline if rollout.engine == "sglang" else 0.0)
+
+
+def only_on_main(value: T | None) -> T:
+    """What rank 0 has and the others do not."""
+    if value is None:
+        raise AssertionError("used on a rank other than 0")
+    return value

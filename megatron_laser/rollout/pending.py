@@ -1,0 +1,119 @@
+"""Groups that are not finished yet: what is known of each response, and how a checkpoint keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_laser.rewards import Grade
+from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample, WeightSpan
+
+
+@dataclass(eq=False)
+class OpenGroup:
+    """One prompt on its way to `size` graded responses.
+
+    generations: sample -> finished or (`abort`) unfinished response. texts, grades: of the finished ones.
+    """
+
+    position: int  # of the prompt among all prompts
+    prompt: Prompt
+    size: int
+    generations: dict[int, Generation] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    grades: dict[int, Future[Grade]] = field(default_factory=dict)
+
+    def finished(self) -> bool:
+        """Whether every response has ended; grades may still be on their way."""
+        return len(self.grades) == self.size
+
+    def graded(self) -> bool:
+        """Whether every response is graded too."""
+        return self.finished() and all(grade.done() for grade in self.grades.values())
+
+    def is_uniform(self) -> bool:
+        """Whether all grades give one reward; of a graded group."""
+        return len({grade.result().reward for grade in self.grades.values()}) == 1
+
+    def drop_older_than(self, version: int) -> int:
+        """Forget what has tokens of older weights; returns how many responses that are."""
+        old = [s for s, generation in self.generations.items() if generation.weight_version < version]
+        for sample in old:
+            del self.generations[sample]
+            self.texts.pop(sample, None)
+            self.grades.pop(sample, None)
+        return len(old)
+
+    def state(self) -> dict[str, Any]:
+        """JSON values from which `restore` makes the group again; grades are not kept but made anew."""
+        return {
+            "position": self.position,
+            "generations": {str(s): generation_state(g) for s, g in self.generations.items()},
+        }
+
+
+def restore(state: Mapping[str, Any], prompts: list[Prompt], size: int) -> OpenGroup:
+    """The group of `OpenGroup.state`, without grades."""
+    position = int(state["position"])
+    generations = {int(s): generation_from(g) for s, g in state["generations"].items()}
+    return OpenGroup(position, prompts[position], size, generations)
+
+
+def generation_state(generation: Generation) -> dict[str, Any]:
+    """A response as JSON values."""
+    return {
+        "response_ids": generation.response_ids,
+        "logprobs": generation.logprobs,
+        "finish_reason": generation.finish_reason,
+        "weight_version": generation.weight_version,
+        "zc_logprob": generation.zc_logprob,
+        "spans": [[span.version, span.tokens] for span in generation.spans],
+    }
+
+
+def generation_from(state: Mapping[str, Any]) -> Generation:
+    """The inverse of `generation_state`."""
+    values = dict(state)
+    spans = tuple(WeightSpan(version, tokens) for version, tokens in values.pop("spans"))
+    return Generation(**values, spans=spans)
+
+
+def batch_state(batch: RolloutBatch, positions: Mapping[int, int]) -> dict[str, Any]:
+    """A finished batch as JSON values; `positions`: prompt row -> position among all prompts."""
+    return {
+        "step": batch.step,
+        "weight_version": batch.weight_version,
+        "groups": [
+            {
+                "position": positions[group.prompt.row],
+                "samples": [
+                    {
+                        "generation": generation_state(sample.generation),
+                        "text": sample.text,
+                        "scored": sample.scored,
+                        "reward": sample.reward,
+                        "outcome": sample.outcome,
+                        "zc_logprob": sample.zc_logprob,
+                    }
+                    for sample in group.samples
+                ],
+            }
+            for group in batch.groups
+        ],
+    }
+
+
+def batch_from(state: Mapping[str, Any], prompts: list[Prompt]) -> RolloutBatch:
+    """The inverse of `batch_state`."""
+    groups = []
+    for item in state["groups"]:
+        prompt = prompts[item["position"]]
+        samples = []
+        for saved in item["samples"]:
+            values = dict(saved)
+            generation = generation_from(values.pop("generation"))
+            samples.append(Sample(prompt_ids=prompt.token_ids, generation=generation, **values))
+        groups.append(Group(prompt, samples))
+    return RolloutBatch(step=state["step"], weight_version=state["weight_version"], groups=groups)

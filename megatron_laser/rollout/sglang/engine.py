@@ -1,0 +1,325 @@
+"""`SglangEngine`: SGLang servers behind the calls of a `RolloutEngine`.
+
+The calls are plain functions for the training loop's thread; an event loop in a thread of its own does the talking.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from megatron_laser.rollout.endpoints import ServerEndpoint
+from megatron_laser.rollout.engine import StopEarly
+from megatron_laser.rollout.sglang.client import ServerClient, Sessions
+from megatron_laser.rollout.sglang.driver import Driver, Weights
+from megatron_laser.rollout.sglang.fleet import Fleet, Member
+from megatron_laser.rollout.sglang.health import Limits
+from megatron_laser.rollout.sglang.identify import Expected, ServerFacts, identify
+from megatron_laser.types import Generation, SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SLACK = 30.0  # seconds that the loop's thread gets to report a deadline itself
+
+
+class WeightTransport(Protocol):
+    """Moves one stream of weights to all servers; see `megatron_laser.weight_sync`."""
+
+    def send(
+        self, engine: SglangEngine, weights: Iterable[tuple[str, torch.Tensor]], version: int, label: str
+    ) -> None:
+        """Give every server that can be updated these weights under the name `label`."""
+        ...
+
+    def close(self) -> None:
+        """Leave process groups, delete files; safe to call twice."""
+        ...
+
+
+class SglangEngine:
+    """A `ResumableEngine` over SGLang servers.
+
+    `version` counts the weights that this engine has sent; before the first sync the servers hold what they
+    were started with, and answers are taken as they come.
+    """
+
+    def __init__(
+        self,
+        source: Callable[[], Sequence[ServerEndpoint]],
+        *,
+        api_key: str | None,
+        expected: Expected,
+        max_concurrency: int = 256,
+        router_url: str | None = None,
+        min_servers: int = 1,
+        start_deadline: float = 600.0,
+        servers_deadline: float = 900.0,
+        sync_deadline: float = 600.0,
+        hang_deadline: float = 120.0,
+        transport: WeightTransport | None = None,
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
+        """Connect, wait for `min_servers`, and ask each who it is.
+
+        Args:
+            source: the servers as they are now; asked again while the engine lives.
+            expected: what their model must be.
+            start_deadline: seconds until `min_servers` must answer.
+            on_close: called at the end of `close`: whoever started the servers ends them.
+
+        Raises:
+            ServersLost: they do not.
+            ServerMismatch: one cannot be used.
+        """
+        self.session = secrets.token_hex(
+            4
+        )  # weights of another run, or of an earlier life of this one, are not ours
+        self.transport = transport
+        self._on_close = on_close
+        self._expected = expected
+        self._version = 0
+        self._synced = False
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name="rollout servers", daemon=True)
+        self._thread.start()
+        limits = Limits(start=start_deadline, update=sync_deadline, silence=hang_deadline)
+
+        async def connect() -> tuple[Sessions, Fleet, Driver]:
+            sessions = Sessions(api_key)
+            fleet = Fleet(
+                source,
+                sessions,
+                limits=limits,
+                min_servers=min_servers,
+                servers_deadline=servers_deadline,
+            )
+            router = None if router_url is None else ServerClient(router_url, sessions)
+            driver = Driver(
+                fleet, vocab_size=expected.vocab_size, max_concurrency=max_concurrency, router=router
+            )
+            fleet.watch()
+            return sessions, fleet, driver
+
+        self._sessions, self.fleet, self._driver = self.run(connect(), 30.0, "connecting")
+        try:
+            self.run(
+                self.fleet.wait_until_up(min_servers, start_deadline), start_deadline, "waiting for servers"
+            )
+            self.identify_all()
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def connect(
+        cls,
+        urls: Sequence[str],
+        *,
+        api_key: str | None,
+        vocab_size: int,
+        deadline: float,
+        max_concurrency: int = 256,
+        router_url: str | None = None,
+    ) -> SglangEngine:
+        """Use servers as they are, for generation and scoring with the weights that they hold.
+
+        Raises as the constructor does; `deadline` in seconds.
+        """
+        endpoints = [ServerEndpoint(url.rstrip("/")) for url in urls]
+        return cls(
+            lambda: endpoints,
+            api_key=api_key,
+            expected=Expected(vocab_size),
+            max_concurrency=max_concurrency,
+            router_url=router_url,
+            min_servers=len(endpoints),
+            start_deadline=deadline,
+        )
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that the next call will use."""
+        return self._version
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop in which all connections live."""
+        return self._loop
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the servers have not been given the trainer's weights yet."""
+        return not self._synced
+
+    def label(self, version: int) -> str:
+        """The servers' name for this engine's weights of `version`."""
+        return f"{self.session}-{version}"
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        deadline: float,
+        on_finished: Callable[[int, int, Generation], None] | None = None,
+    ) -> list[list[Generation]]:
+        """See `RolloutEngine.generate`; `on_finished` is called in the event loop's thread.
+
+        Raises also WeightsNeeded and ServersLost (see `Fleet.pick`) and ServerError.
+        """
+        found = self.generate_some(prompts, sampling, deadline=deadline, on_finished=on_finished)
+        return [[_present(generation) for generation in group] for group in found]
+
+    def generate_some(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        deadline: float,
+        on_finished: Callable[[int, int, Generation], None] | None = None,
+        resume: Mapping[tuple[int, int], Generation] | None = None,
+        stop: StopEarly | None = None,
+    ) -> list[list[Generation | None]]:
+        """See `ResumableEngine.generate_some`."""
+        self._check_ids(prompts)
+        if sampling.score_token_id is not None:
+            self._check_ids([[sampling.score_token_id]])
+        work = self._driver.generate(
+            prompts,
+            sampling,
+            self._weights(),
+            ends=time.monotonic() + deadline,
+            on_finished=on_finished,
+            resume=resume or {},
+            stop=stop,
+        )
+        return self.run(work, deadline, "generation")
+
+    def score(self, sequences: Sequence[Sequence[int]], token_id: int, *, deadline: float) -> list[float]:
+        """See `RolloutEngine.score`. Raises as `generate` does."""
+        self._check_ids(sequences)
+        self._check_ids([[token_id]])
+        work = self._driver.score(sequences, token_id, self._weights(), ends=time.monotonic() + deadline)
+        return self.run(work, deadline, "scoring")
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """See `RolloutEngine.update_weights`; by the engine's transport.
+
+        Raises RuntimeError without one, and what the transport raises.
+        """
+        if self.transport is None:
+            raise RuntimeError("these servers are used as they are: the engine has no weight transport")
+        self.transport.send(self, weights, version, self.label(version))
+        self._version = version
+        self._synced = True
+        self.on_loop(lambda: setattr(self.fleet, "wanted", self.label(version)))
+
+    def identify_all(self) -> dict[str, ServerFacts]:
+        """Ask every server that answers who it is; notes their tensor-parallel sizes."""
+        members = self.fleet.updatable()
+
+        async def ask(member: Member) -> ServerFacts:
+            facts = await identify(member.client, self._expected, deadline=_SLACK)
+            member.tensor = facts.tensor
+            return facts
+
+        async def ask_all() -> list[ServerFacts]:
+            return list(await asyncio.gather(*(ask(member) for member in members)))
+
+        facts = self.run(ask_all(), 3 * _SLACK, "identifying servers")
+        return {member.url: fact for member, fact in zip(members, facts)}
+
+    def take_metrics(self) -> dict[str, float]:
+        """See `ResumableEngine.take_metrics`."""
+        members = self.fleet.members
+        return self.on_loop(self._driver.traffic.take) | {
+            "rollout/servers": float(len(members)),
+            "rollout/servers_healthy": float(len(self.fleet.available())),
+            "rollout/server_deaths": float(sum(member.health.deaths for member in members)),
+        }
+
+    def run(self, work: Coroutine[Any, Any, T], deadline: float, phase: str) -> T:
+        """Run `work` in the event loop's thread; raises TimeoutError a little after `deadline` seconds."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(timeout=deadline + _SLACK)
+        except concurrent.futures.TimeoutError as error:
+            if future.done():
+                raise
+            future.cancel()
+            raise TimeoutError(f"{phase}: not done in {deadline:g} s; {self.fleet.describe()}") from error
+        except BaseException:
+            future.cancel()
+            raise
+
+    def on_loop(self, call: Callable[[], T]) -> T:
+        """Run a short function in the event loop's thread."""
+
+        async def work() -> T:
+            return call()
+
+        return self.run(work(), _SLACK, "asking the event loop")
+
+    def close(self) -> None:
+        """End requests and connections; servers that others started stay as they are."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.transport is not None:
+            self.transport.close()
+
+        async def leave() -> None:
+            await self.fleet.close()
+            await self._sessions.close()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        try:
+            if hasattr(self, "fleet"):
+                asyncio.run_coroutine_threadsafe(leave(), self._loop).result(timeout=10.0)
+        except (TimeoutError, concurrent.futures.TimeoutError):
+            logger.warning("the connections to the rollout servers did not close within 10 s")
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10.0)
+        if self._on_close is not None:
+            self._on_close()
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.close()
+
+    def _weights(self) -> Weights:
+        return Weights(self.label(self._version) if self._synced else None, self._version)
+
+    def _check_ids(self, sequences: Sequence[Sequence[int]]) -> None:
+        # An id outside the vocabulary does not come back as an error: it kills the server.
+        limit = self._expected.vocab_size
+        for index, ids in enumerate(sequences):
+            if not ids:
+                raise ValueError(f"sequence {index} is empty")
+            if min(ids) < 0 or max(ids) >= limit:
+                bad = next(i for i in ids if not 0 <= i < limit)
+                raise ValueError(
+                    f"sequence {index} has token id {bad}; expected 0 to {limit - 1}, the model's vocabulary"
+                )
+
+
+def _present(generation: Generation | None) -> Generation:
+    if generation is None:
+        raise AssertionError("a response is missing although nobody asked to stop early")
+    return generation

@@ -1,0 +1,160 @@
+"""SGLang's JSON, both ways: pure functions between our types and the bodies of `/generate`.
+
+Shapes as measured on SGLang 0.5.23; a body that differs is a fault of the server, never a guess.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_laser.types import FinishReason, SamplingParams
+
+_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+class WireError(ValueError):
+    """A body that is no answer to the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One finished request.
+
+    Attributes:
+        ids: the generated token ids, the stop token included.
+        logprobs: one for each of `ids`, nats, of logits / temperature.
+        finish_reason: `abort` when it was aborted, with what it had by then.
+        version: the server's name of the weights at the end of the request.
+        versions: the names of all weights that generated a part of it.
+        prompt_tokens, cached_tokens: tokens of the input, and how many of them the prefix cache held.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    version: str
+    versions: tuple[str, ...]
+    prompt_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreReply:
+    """log pi(token | input) in nats; the rest as in `Reply`."""
+
+    logprob: float
+    version: str
+    prompt_tokens: int
+    cached_tokens: int
+
+
+def generate_body(
+    input_ids: Sequence[int], sampling: SamplingParams, *, max_new_tokens: int, rid: str
+) -> dict[str, Any]:
+    """The body of a request for one response."""
+    return {
+        "input_ids": list(input_ids),
+        "rid": rid,
+        "return_logprob": True,
+        "sampling_params": {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": max_new_tokens,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "skip_special_tokens": False,
+        },
+    }
+
+
+def score_body(input_ids: Sequence[int], token_id: int, *, rid: str) -> dict[str, Any]:
+    """The body of a request for log pi(token_id | input_ids) at temperature 1: no token is generated.
+
+    After a generation the prefix cache holds all but the last of `input_ids`.
+    """
+    return {
+        "input_ids": list(input_ids),
+        "rid": rid,
+        "return_logprob": True,
+        "token_ids_logprob": [token_id],
+        "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
+    }
+
+
+def parse_generate(body: Any, vocab_size: int) -> Reply:
+    """Raises WireError when `body` is not the answer to one `generate_body`."""
+    meta = _meta(body)
+    reason = meta.get("finish_reason")
+    kind = reason.get("type") if isinstance(reason, dict) else None
+    if kind not in _FINISH:
+        raise WireError(f"finish_reason {reason!r}")
+    ids = body.get("output_ids")
+    if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
+        raise WireError(f"output_ids that are not token ids below {vocab_size}: {str(ids)[:200]}")
+    entries = meta.get("output_token_logprobs")
+    entries = [] if entries is None and not ids else entries
+    if not isinstance(entries, list) or len(entries) != len(ids):
+        raise WireError(
+            f"{len(ids)} output_ids but output_token_logprobs {str(entries)[:200]}: expected one for each"
+        )
+    logprobs = []
+    for token, entry in zip(ids, entries):
+        if entry[1] != token:
+            raise WireError(f"output_token_logprobs are of token {entry[1]} where output_ids has {token}")
+        logprobs.append(_finite(entry[0], "output_token_logprobs"))
+    return Reply(
+        ids,
+        logprobs,
+        _FINISH[kind],
+        _version(meta),
+        tuple(span["version"] for span in meta.get("weight_versions") or [{"version": _version(meta)}]),
+        int(meta.get("prompt_tokens", 0)),
+        int(meta.get("cached_tokens", 0)),
+    )
+
+
+def abort_message(body: Any) -> str | None:
+    """Why the server itself aborted a request (a bad input); None for one that somebody else aborted."""
+    reason = _meta(body).get("finish_reason")
+    if isinstance(reason, dict) and reason.get("type") == "abort" and reason.get("status_code"):
+        return f"{reason['status_code']}: {reason.get('message')}"
+    return None
+
+
+def parse_score(body: Any, token_id: int) -> ScoreReply:
+    """Raises WireError when `body` is not the answer to one `score_body`."""
+    meta = _meta(body)
+    try:
+        logprob, token = meta["output_token_ids_logprobs"][0][0][:2]
+    except (KeyError, IndexError, TypeError):
+        raise WireError(f"no output_token_ids_logprobs in {str(meta)[:300]}") from None
+    if token != token_id:
+        raise WireError(f"the log-prob of token {token} instead of {token_id}")
+    return ScoreReply(
+        _finite(logprob, "output_token_ids_logprobs"),
+        _version(meta),
+        int(meta.get("prompt_tokens", 0)),
+        int(meta.get("cached_tokens", 0)),
+    )
+
+
+def _meta(body: Any) -> dict[str, Any]:
+    meta = body.get("meta_info") if isinstance(body, dict) else None
+    if not isinstance(meta, dict):
+        raise WireError(f"no meta_info in {str(body)[:300]}")
+    return meta
+
+
+def _version(meta: dict[str, Any]) -> str:
+    version = meta.get("weight_version")
+    if not isinstance(version, str):
+        raise WireError(f"weight_version {version!r}: needed to know which weights answered")
+    return version
+
+
+def _finite(value: Any, name: str) -> float:
+    if not isinstance(value, int | float) or math.isnan(value):
+        raise WireError(f"{name} has {value!r}: expected a number")
+    return float(value)

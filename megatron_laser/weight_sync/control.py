@@ -1,0 +1,144 @@
+"""The steps of a weight update on all servers at once: pause, flush, give, check the version, continue.
+
+The order matters. Weights that change under a running request mix two policies in one response, and a disk update
+without a pause has been seen to answer 400 after it had changed the weights. A server that fails a step is left out
+and keeps no name of the run's weights, so nothing is generated on it before it has been synced again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_laser.rollout.sglang.engine import SglangEngine
+from megatron_laser.rollout.sglang.errors import ServerError, ServerFault, StaleServer
+from megatron_laser.rollout.sglang.fleet import Member
+from megatron_laser.rollout.sglang.health import UpdateBegan, UpdateDone, UpdateFailed
+
+_STEP_SECONDS = 60.0
+
+
+class SyncFailed(RuntimeError):
+    """A weight sync that did not reach the servers as it should; `retry`: another attempt may."""
+
+    def __init__(self, message: str, *, retry: bool) -> None:
+        super().__init__(message)
+        self.retry = retry
+
+
+class Update:
+    """One update of several servers. `members` shrinks when one fails; nothing waits past `ends`."""
+
+    def __init__(self, engine: SglangEngine, label: str, *, seconds: float) -> None:
+        """`seconds`: for the update as a whole."""
+        self.engine = engine
+        self.label = label
+        self.ends = time.monotonic() + seconds
+        self.members: list[Member] = engine.fleet.updatable()
+        self.failures: list[str] = []
+        if not self.members:
+            raise SyncFailed(
+                f"weights {label}: no server can be updated: {engine.fleet.describe()}", retry=True
+            )
+
+    def left(self) -> float:
+        """Seconds until the update's deadline; at least a moment."""
+        return max(0.1, self.ends - time.monotonic())
+
+    def post_all(
+        self,
+        path: str,
+        body: dict[str, Any] | Callable[[Member], dict[str, Any]],
+        *,
+        phase: str,
+        seconds: float | None = None,
+    ) -> dict[Member, Any]:
+        """POST to every member at once; those that fail are dropped. Returns the answers of the others."""
+        limit = min(self.left(), seconds if seconds is not None else _STEP_SECONDS)
+
+        async def one(member: Member) -> Any:
+            content = body(member) if callable(body) else body
+            answer = await member.client.post(path, content, deadline=limit, phase=phase)
+            if isinstance(answer, dict) and answer.get("success") is False:
+                raise ServerFault(member.url, phase, f"{path}: {answer.get('message')}")
+            return answer
+
+        return self._keep(self.gather(one, self.members, limit, phase))
+
+    def gather(
+        self,
+        work: Callable[[Member], Any],
+        members: Sequence[Member],
+        limit: float,
+        phase: str,
+    ) -> dict[Member, Any]:
+        """`await work(member)` for all members at once: results, or the ServerError in their place."""
+
+        async def all_of_them() -> list[Any]:
+            return await asyncio.gather(*(work(member) for member in members), return_exceptions=True)
+
+        found = dict(zip(members, self.engine.run(all_of_them(), limit, phase)))
+        for result in found.values():
+            if isinstance(result, BaseException) and not isinstance(result, ServerError):
+                raise result
+        return found
+
+    def _keep(self, results: dict[Member, Any]) -> dict[Member, Any]:
+        kept = {}
+        for member, result in results.items():
+            if isinstance(result, ServerError):
+                self.drop(member, result)
+            else:
+                kept[member] = result
+        return kept
+
+    def drop(self, member: Member, error: Exception) -> None:
+        """Go on without a server."""
+        self.failures.append(str(error))
+        self.members.remove(member)
+        self.engine.on_loop(lambda: self.engine.fleet.tell(member, UpdateFailed(str(error))))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Generation is paused, requests are aborted and caches are flushed; goes on afterwards, verified."""
+        tell = self.engine.fleet.tell
+        self.engine.on_loop(lambda: [tell(member, UpdateBegan()) for member in self.members])
+        try:
+            self.post_all("/pause_generation", {"mode": "abort"}, phase="pausing generation")
+            self.post_all("/flush_cache", {}, phase="flushing the cache")
+            self.need_some()
+            yield
+            self._check_versions()
+            self.post_all("/continue_generation", {"torch_empty_cache": True}, phase="continuing generation")
+            self.need_some()
+        except BaseException as error:
+            for member in list(self.members):
+                self.drop(
+                    member, error if isinstance(error, Exception) else SyncFailed(repr(error), retry=False)
+                )
+            raise
+        label = self.label
+        self.engine.on_loop(lambda: [tell(member, UpdateDone(label)) for member in self.members])
+
+    def _check_versions(self) -> None:
+        async def one(member: Member) -> None:
+            phase = "checking the version"
+            info = await member.client.get("/model_info", deadline=_STEP_SECONDS, phase=phase)
+            version = info.get("weight_version") if isinstance(info, dict) else None
+            if version != self.label:
+                raise StaleServer(
+                    member.url, phase, f"holds weights {version!r} after an update to {self.label!r}"
+                )
+
+        self._keep(self.gather(one, self.members, _STEP_SECONDS, "checking versions"))
+        self.need_some()
+
+    def need_some(self) -> None:
+        """Raises SyncFailed when no server is left."""
+        if not self.members:
+            raise SyncFailed(
+                f"weights {self.label}: no server took them: {'; '.join(self.failures)}", retry=True
+            )

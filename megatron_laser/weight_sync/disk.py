@@ -1,0 +1,108 @@
+"""Weights through a folder that trainer and servers share: for any topology, and for servers that come back.
+
+The folder is complete before a server hears of it, so the pause is only as long as loading takes. The newest one is
+kept: a server that was restarted is given it without the trainer's help.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_laser.model.hf_folder import write_hf_folder
+from megatron_laser.rollout.sglang.engine import SglangEngine
+from megatron_laser.rollout.sglang.errors import ServerError
+from megatron_laser.rollout.sglang.fleet import Member
+from megatron_laser.weight_sync.checksums import StreamDigest
+from megatron_laser.weight_sync.control import Update
+from megatron_laser.weight_sync.verify import verify
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "weights-"
+
+
+class DiskTransport:
+    """A `WeightTransport` that writes `folder`/weights-LABEL."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        source: Path,
+        dtype: torch.dtype,
+        seconds: float,
+        hashed: bool,
+        always_verify: bool,
+    ) -> None:
+        """
+        Args:
+            source: the model's Hugging Face folder, for its configuration and tokenizer.
+            hashed: see `StreamDigest`.
+            always_verify: compare checksums after every sync, not only the first.
+        """
+        self._folder = folder
+        self._source = source
+        self._dtype = dtype
+        self._seconds = seconds
+        self._hashed = hashed
+        self._verify = always_verify
+        self._first = True
+        self._current: tuple[str, Path] | None = None
+
+    def send(
+        self, engine: SglangEngine, weights: Iterable[tuple[str, torch.Tensor]], version: int, label: str
+    ) -> None:
+        """See `WeightTransport.send`. Raises SyncFailed, OSError (a full disk, a folder that is not writable)."""
+        digest = StreamDigest(dtype=self._dtype, hashed=self._hashed)
+        watched = digest.watch(weights) if self._verify or self._first else weights
+        target = self._folder / f"{_PREFIX}{label}"
+        write_hf_folder(watched, target, source=self._source, dtype=self._dtype)
+        update = Update(engine, label, seconds=self._seconds)
+        with update.paused():
+            body = _body(target, label)
+            update.post_all(
+                "/update_weights_from_disk", body, phase="loading weights from disk", seconds=self._seconds
+            )
+            if self._verify or self._first:
+                verify(update, digest)
+        self._first = False
+        self._current = (label, target)
+        engine.fleet.catch_up = self._catch_up
+        self._remove_old(target)
+
+    async def _catch_up(self, member: Member) -> str:
+        """Give a server that came back the newest folder; runs in the engine's event loop. Returns its label."""
+        assert self._current is not None
+        label, target = self._current
+        phase = "catching up from disk"
+        client, seconds = member.client, self._seconds
+        await client.post("/pause_generation", {"mode": "abort"}, deadline=seconds, phase=phase)
+        await client.post("/flush_cache", {}, deadline=seconds, phase=phase)
+        await client.post("/update_weights_from_disk", _body(target, label), deadline=seconds, phase=phase)
+        await client.post("/continue_generation", {}, deadline=seconds, phase=phase)
+        info = await client.get("/model_info", deadline=seconds, phase=phase)
+        if info.get("weight_version") != label:
+            raise ServerError(member.url, phase, f"holds {info.get('weight_version')!r} instead of {label!r}")
+        logger.info("server %s has caught up with weights %s", member.url, label)
+        return label
+
+    def _remove_old(self, current: Path) -> None:
+        for folder in self._folder.glob(f"{_PREFIX}*"):
+            if folder != current:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Delete the weights: the run has its own copy, and nobody else is told of this one."""
+        if self._current is not None:
+            shutil.rmtree(self._current[1], ignore_errors=True)
+            self._current = None
+
+
+def _body(target: Path, label: str) -> dict[str, Any]:
+    return {"model_path": str(target), "weight_version": label, "flush_cache": True}

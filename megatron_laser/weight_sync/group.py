@@ -1,0 +1,134 @@
+"""The process group that trainer and servers share for broadcasts: hosted by the trainer, apart from its own groups.
+
+Under torchrun every `tcp://` rendezvous becomes a client of the agent's store, so the trainer hosts a store of its
+own. The servers join through `/init_weights_update_group`, which makes the same kind of group from the same store.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from megatron_laser.rollout.sglang.fleet import Member
+from megatron_laser.weight_sync.control import SyncFailed, Update
+
+_JOIN_SECONDS = 120.0
+
+
+class UpdateGroup:
+    """Rank 0 of a group with all tensor-parallel ranks of `members`."""
+
+    def __init__(self, update: Update, name: str, *, backend: str, address: str, timeout: float) -> None:
+        """Host a store, ask every server to join, and join; all at once.
+
+        Raises SyncFailed, naming who did not come.
+        """
+        self.name = name
+        self.members = {member: member.start for member in update.members}
+        self._backend = backend
+        seconds = min(_JOIN_SECONDS, update.left())
+        self._timeout = timedelta(seconds=timeout)
+        self._store = dist.TCPStore(
+            "0.0.0.0" if address not in ("127.0.0.1", "localhost") else address,
+            0,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=seconds),
+        )
+        offsets = {}
+        world = 1
+        for member in update.members:
+            offsets[member] = world
+            world += member.tensor
+        self._joined: Any = None
+        trouble: list[BaseException] = []
+        thread = threading.Thread(
+            target=self._join, args=(world, seconds, trouble), name="weight group", daemon=True
+        )
+        thread.start()
+        wanted = len(update.members)
+        answers = update.post_all(
+            "/init_weights_update_group",
+            lambda member: {
+                "master_address": address,
+                "master_port": self._store.port,
+                "rank_offset": offsets[member],
+                "world_size": world,
+                "group_name": name,
+                "backend": backend,
+            },
+            phase="joining the weight group",
+            seconds=seconds,
+        )
+        if len(answers) < wanted:
+            raise SyncFailed(
+                f"not all servers joined the weight group: {'; '.join(update.failures)}", retry=True
+            )
+        thread.join(timeout=seconds)
+        if trouble or self._joined is None:
+            reason = repr(trouble[0]) if trouble else f"not done in {seconds:g} s"
+            raise SyncFailed(f"the trainer did not get into the weight group: {reason}", retry=True)
+
+    def fits(self, members: list[Member]) -> bool:
+        """Whether it consists of exactly these servers, with the processes that joined."""
+        return {member: member.start for member in members} == self.members
+
+    def broadcast(self, tensor: torch.Tensor) -> dist.Work:
+        """Start sending `tensor` to all servers."""
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        options.rootTensor = 0
+        options.timeout = self._timeout
+        return self._joined.broadcast([tensor], options)
+
+    def leave(self) -> None:
+        """Give the trainer's side up without waiting for anybody: leaving a broken group can block for good."""
+        group, self._joined = self._joined, None
+        if group is not None:
+            threading.Thread(
+                target=_abandon, args=(group, self._backend), name="leaving a weight group", daemon=True
+            ).start()
+
+    def _join(self, world: int, seconds: float, trouble: list[BaseException]) -> None:
+        try:
+            self._joined = _make_group(
+                self._store, self.name, world, self._backend, timedelta(seconds=seconds)
+            )
+        except BaseException as error:
+            trouble.append(error)
+
+
+def _abandon(group: Any, backend: str) -> None:
+    c10d._world.pg_group_ranks.pop(group, None)
+    if backend == "nccl":  # its kernels wait on the device for peers that may be gone
+        group.abort()
+
+
+def _make_group(store: dist.Store, name: str, world: int, backend: str, timeout: timedelta) -> Any:
+    # What SGLang's init_custom_process_group does on the other side: the keys in the store must agree.
+    group, _ = c10d._new_process_group_helper(
+        world,
+        0,
+        [],
+        dist.Backend(backend),
+        dist.PrefixStore(name, store),
+        group_name=name,
+        backend_options=None,
+        timeout=timeout,
+    )
+    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
+    return group
+
+
+def reachable_address(url: str) -> str:
+    """The address of this machine from which it reaches `url`: loopback for a server on loopback."""
+    host, _, port = url.split("://", 1)[1].partition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port.split("/")[0] or 80)))  # sends nothing
+        return str(probe.getsockname()[0])
