@@ -125,7 +125,7 @@ for name in torchvision sgl_kernel; do
 done
 
 say "checking ..."
-if ! (cd "$venv" && env -u PYTHONPATH SGLANG_USE_CPU_ENGINE=1 OMP_NUM_THREADS=1 timeout 300 bin/python - \
+if ! (cd "$venv" && env -u PYTHONPATH -u PYTHONDONTWRITEBYTECODE SGLANG_USE_CPU_ENGINE=1 OMP_NUM_THREADS=1 timeout 300 bin/python - \
   >>"$log" 2>&1 <<'PY'
 import importlib.metadata as metadata
 
