@@ -96,9 +96,10 @@ class ManagedServer:
         if self._probe is not None and self._probe.done():
             answer = self._probe.result() if self._probed_start == self.slot.start else None
             self._probe = None
-            self._next_probe = now + (_PROBE_PAUSE if self.slot.state == "starting" else _CALM_PROBE_PAUSE)
+            calm = min(_CALM_PROBE_PAUSE, self.slot.hang_deadline / 6)
+            self._next_probe = now + (_PROBE_PAUSE if self.slot.state == "starting" else calm)
         if self._probe is None and now >= self._next_probe:
-            # a third of the deadline: one lost answer does not kill a server
+            # with the pause before it: two probes must fail in one hang_deadline, a single lost answer kills nothing
             self._probed_start = self.slot.start
             self._probe = asyncio.create_task(prober.ask(self.url, self.slot.hang_deadline / 3))
         return answer
