@@ -6,9 +6,12 @@ import asyncio
 import contextlib
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from megatron_laser.config import RunConfig
 
 
 def serve(
@@ -34,6 +37,15 @@ def serve(
             help="Go on when the process that started this one ends (with nohup or a terminal that you close).",
         ),
     ] = False,
+    wait: Annotated[
+        int | None,
+        typer.Option(
+            metavar="NODES",
+            min=1,
+            help="Start nothing: wait until the servers of so many nodes answer, then end. For scripts that start "
+            "trainer and servers together.",
+        ),
+    ] = None,
 ) -> None:
     """Start this node's SGLang servers and keep them running.
 
@@ -47,26 +59,37 @@ def serve(
 
         megatron-laser serve RUN.yaml rollout.sglang.endpoints=/shared/servers rollout.sglang.host=10.0.0.7
 
+        megatron-laser serve RUN.yaml rollout.sglang.endpoints=/shared/servers --wait 4    (then train)
+
     Servers that die or hang are started again; each has a log beside the endpoints file. Everything ends with this
     command: Ctrl-C, SIGTERM, even kill -9. docs/rollout.md has topologies, sizes, and what to do when it hangs.
     """
     from megatron_laser.config import load_config
-    from megatron_laser.rollout.serving.fleet_plan import claim, describe, endpoints_file, plan_fleet
+    from megatron_laser.rollout.serving.fleet_plan import endpoints_file
     from megatron_laser.rollout.serving.process import ServeError
-    from megatron_laser.rollout.serving.supervisor import Supervisor
+    from megatron_laser.rollout.serving.waiting import wait_for_servers
 
     loaded = load_config(config, overrides or [])
-    file = endpoints_file(loaded, endpoints)
+    try:
+        if wait is not None:
+            wait_for_servers(loaded, wait, _say)
+            return
+        _serve(loaded, endpoints_file(loaded, endpoints), outlive_parent)
+    except ServeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _serve(loaded: RunConfig, file: Path, outlive_parent: bool) -> None:
+    from megatron_laser.rollout.serving.fleet_plan import claim, describe, plan_fleet
+    from megatron_laser.rollout.serving.supervisor import Supervisor
+
     with claim(file) as lock:
         plan = plan_fleet(loaded, file)
         for remark in plan.remarks:
             _say(remark)
         _say(describe(plan))
-        try:
-            asyncio.run(Supervisor(plan, _say).run(lock=lock.fileno(), outlive_parent=outlive_parent))
-        except ServeError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from None
+        asyncio.run(Supervisor(plan, _say).run(lock=lock.fileno(), outlive_parent=outlive_parent))
 
 
 def _say(line: str) -> None:

@@ -59,7 +59,9 @@ def test_every_setting_that_the_page_names_exists():
     from megatron_laser.config import key_paths
 
     sections = key_paths()
-    named = re.findall(r"\b(" + "|".join(sections) + r")\.((?:sglang\.)?[a-z_]+)\b", PAGE.read_text(encoding="utf-8"))
+    named = re.findall(
+        r"\b(" + "|".join(sections) + r")\.((?:sglang\.)?[a-z_]+)\b", PAGE.read_text(encoding="utf-8")
+    )
     unknown = {f"{section}.{key}" for section, key in named if key not in sections[section]}
     assert not unknown, f"docs/troubleshooting.md names settings that do not exist: {sorted(unknown)}"
 

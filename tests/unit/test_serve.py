@@ -276,6 +276,25 @@ def test_serves_of_one_folder_share_a_key(tmp_path):
     assert list(tmp_path.glob("*")) == [tmp_path / ".api_key"]
 
 
+def test_waiting_for_servers_ends_when_all_of_all_nodes_answer_or_at_the_deadline(tmp_path):
+    from megatron_laser.rollout.endpoints import Endpoints, ServerEndpoint, publish
+    from megatron_laser.rollout.serving.waiting import wait_for_servers
+
+    folder = tmp_path / "servers"
+    config = load_config(write_run(tmp_path, servers=2, start_deadline=1, endpoints=str(folder)))
+    with pytest.raises(ServeError, match="does not exist"):
+        wait_for_servers(config, 2, print)
+    publish(folder / "a.json", Endpoints((ServerEndpoint("http://a:1"), ServerEndpoint("http://a:2"))))
+    starting = ServerEndpoint("http://b:2", state="starting")
+    publish(folder / "b.json", Endpoints((ServerEndpoint("http://b:1"), starting)))
+    with pytest.raises(ServeError, match="3 of 4 servers answer"):
+        wait_for_servers(config, 2, print)
+    publish(folder / "b.json", Endpoints((ServerEndpoint("http://b:1"), ServerEndpoint("http://b:2"))))
+    said = []
+    wait_for_servers(config, 2, said.append)
+    assert said[0].startswith("4 of 4 servers answer")
+
+
 def test_serve_says_what_is_wrong_with_the_run(tmp_path):
     from typer.testing import CliRunner
 

@@ -172,6 +172,7 @@ def claim(endpoints: Path) -> IO[str]:
     lock.truncate()
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
+    endpoints.unlink(missing_ok=True)  # of a serve whose node went down
     return lock
 
 
