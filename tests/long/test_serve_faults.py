@@ -121,7 +121,7 @@ def test_nothing_outlives_a_killed_serve_even_while_servers_start(tmp_path):
             mark = mark_of(pid)
             os.kill(serve.pid, signal.SIGKILL)
             wait_for(lambda mark=mark: not guard.marked(mark), "end of the servers", 30)
-            assert not serve.endpoints.exists()
+            wait_for(lambda serve=serve: not serve.endpoints.exists(), "removal of the endpoints", 30)
 
 
 def test_a_router_spreads_requests_and_comes_back_when_it_is_killed(tmp_path):

@@ -121,6 +121,12 @@ def test_the_environment_of_a_server_has_nothing_of_the_trainers():
     assert (child[MARK], child["SPT_NOENV"], child["PYTHONSAFEPATH"]) == ("id/1", "1", "1")
 
 
+def test_the_libraries_of_the_trainers_torch_are_out_of_a_servers_way():
+    paths = "/usr/local/cuda/lib64:/usr/local/lib/python3.12/dist-packages/torch/lib:/opt/ucx/lib"
+    child = child_environment({"LD_LIBRARY_PATH": paths}, python="python", mark="id/1")
+    assert child["LD_LIBRARY_PATH"] == "/usr/local/cuda/lib64:/opt/ucx/lib"
+
+
 def test_the_router_gets_its_key_in_the_environment(config):
     command = router_command(
         config(),

@@ -168,6 +168,10 @@ def child_environment(environment: Mapping[str, str], *, python: str, mark: str)
         for name, value in environment.items()
         if name not in _DROPPED and not name.startswith(_DROPPED_PREFIXES)
     }
+    libraries = child.get("LD_LIBRARY_PATH")
+    if libraries is not None:  # containers put the libraries of their own torch there
+        kept = [path for path in libraries.split(os.pathsep) if "-packages/" not in path]
+        child["LD_LIBRARY_PATH"] = os.pathsep.join(kept)
     tools = os.path.dirname(python)  # ninja and other programs that SGLang compiles kernels with
     if tools:
         child["PATH"] = os.pathsep.join(filter(None, [tools, child.get("PATH", "")]))
