@@ -53,7 +53,7 @@ class Endpoints:
 
     Attributes:
         servers: all of them, whatever their state.
-        router_url: address for generation only; control goes to each server.
+        router_url: address for generation only; control goes to each server. It answers once all servers do.
         api_key: what they ask for as a bearer token; None: nothing.
         model: the model folder as the servers' nodes name it.
         sglang_version: None until a server has answered.

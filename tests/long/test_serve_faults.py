@@ -127,8 +127,8 @@ def test_nothing_outlives_a_killed_serve_even_while_servers_start(tmp_path):
 def test_a_router_spreads_requests_and_comes_back_when_it_is_killed(tmp_path):
     with serving(tmp_path, servers=2, router=True) as serve:
         endpoints = serve.wait_ready(2 * START_DEADLINE)
-        router = wait_for(lambda: read_endpoints(serve.endpoints).router_url, "router")
-        key = endpoints.api_key
+        router, key = endpoints.router_url, endpoints.api_key
+        wait_for(lambda: "the router" in serve.last_words()[-1], "router", 60)
         assert len(call(router, "/generate", PROMPT, api_key=key)["output_ids"]) == 4
         with pytest.raises(urllib.error.HTTPError, match="401"):
             call(router, "/generate", PROMPT)

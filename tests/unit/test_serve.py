@@ -98,7 +98,8 @@ def test_servers_and_router_are_published_and_end_with_serve(tmp_path):
         first, second = endpoints.servers
         assert (first.start, second.start) == (1, 1)
         assert len({first.url, second.url}) == 2
-        router = wait_for(lambda: read_endpoints(serve.endpoints).router_url, "router")
+        router = read_endpoints(serve.endpoints).router_url
+        wait_for(lambda: serve_workers(router, endpoints), "router")
         assert set(serve_workers(router, endpoints)) == {first.url, second.url}
         mark = mark_of(first.pid)
         assert len(guard.marked(mark)) == 7  # two servers with two children each, and the router
@@ -148,7 +149,8 @@ def test_a_server_whose_scheduler_hangs_is_killed_and_started_again(tmp_path):
 def test_a_router_that_is_gone_comes_back_under_its_address(tmp_path):
     with serving(tmp_path, router=True) as serve:
         endpoints = serve.wait_ready()
-        router = wait_for(lambda: read_endpoints(serve.endpoints).router_url, "router")
+        router = read_endpoints(serve.endpoints).router_url
+        wait_for(lambda: "answers for 1 of 1 servers" in " ".join(serve.last_words()), "router")
         (pid,) = guard.marked(f"{mark_of(endpoints.servers[0].pid)}/router")
         os.kill(pid, signal.SIGKILL)
         wait_for(

@@ -96,7 +96,9 @@ def plan_fleet(config: RunConfig, endpoints: Path) -> FleetPlan:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = tuple(assign_gpus(sglang.servers, sglang.tensor, visible, None if visible else count_gpus()))
     finder = PortFinder(sglang.host, sglang.port)
-    named = "port" in sglang.model_fields_set
+    named = (
+        sglang.port != SglangConfig().port
+    )  # a resolved file names every setting, so the default is nobody's wish
     wanted = [
         finder.take(exactly_first=named and index == 0) for index in range(sglang.servers + sglang.router)
     ]

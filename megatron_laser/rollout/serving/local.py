@@ -42,7 +42,6 @@ class ServeProcess:
         self.folder = folder.absolute()
         self.endpoints = self.folder / "endpoints.json"
         self.log = self.folder / "serve.log"
-        # only what was set: a first port that nobody has named may give way to another
         settings: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -104,14 +104,13 @@ class Supervisor:
                 self.say(server.progress(now))
 
     def _publish(self, now: float, *, ending: bool = False) -> None:
-        router = self._router.url if self._router is not None and self._router.answers else None
         endpoints = Endpoints(
             servers=tuple(
                 ServerEndpoint(server.url, max(server.slot.start, 1), server.pid, server.slot.state)
                 for server in self._servers
             ),
-            # a router that is away comes back under the same address; before its first answer there is none
-            router_url=router or (self._published.router_url if self._published else None),
+            # from the start, since readers look once: it answers when all servers do, and comes back under this address
+            router_url=None if self.plan.router_port is None else self.plan.url(self.plan.router_port),
             api_key=self.plan.api_key,
             model=str(self.plan.config.model.path),
             sglang_version=next((s.sglang_version for s in self._servers if s.sglang_version), None),
