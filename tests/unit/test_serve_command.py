@@ -11,6 +11,7 @@ from megatron_laser.rollout.serving.command import (
     assign_gpus,
     child_environment,
     find_python,
+    initial_weight_version,
     router_command,
     server_command,
 )
@@ -105,6 +106,11 @@ def test_options_reach_the_settings_file_and_come_after_those_of_the_cpu(config)
     assert "grammar-backend" not in settings  # null: SGLang's own default
     assert settings["attention-backend"] == "torch_native"
     assert "attention-backend" not in command_of(config()).settings
+    assert command_of(config()).settings["log-level-http"] == "warning"
+    options = {"log-level-http": "info", "weight-version": "7"}
+    assert command_of(config(sglang={"options": options})).settings["log-level-http"] == "info"
+    assert initial_weight_version(config(sglang={"options": options}).rollout.sglang) == "7"
+    assert initial_weight_version(config().rollout.sglang) == "default"
 
 
 def test_a_cpu_server_sees_no_gpu_and_computes_with_one_thread(config):

@@ -16,7 +16,10 @@ from megatron_laser.rollout.serving.guard import MARK
 ROUTER_KEY = "MEGATRON_LASER_ROUTER_KEY"
 LOCAL_PYTHON = Path(".venv-sglang/bin/python")  # what tools/setup_sglang_cpu.sh makes
 
-# What a small model on a CPU needs; rollout.sglang.options comes after it.
+# For every server; rollout.sglang.options comes after it. One line per request would bury what matters.
+BASE_OPTIONS: dict[str, Any] = {"log-level-http": "warning"}
+
+# What a small model on a CPU needs beside that.
 CPU_OPTIONS: dict[str, Any] = {
     "attention-backend": "torch_native",
     "sampling-backend": "pytorch",
@@ -115,7 +118,7 @@ def server_command(
     arguments += ["--tp-size", str(sglang.tensor), "--skip-tokenizer-init"]
     if config.rollout.weight_sync == "colocated":
         arguments.append("--enable-memory-saver")
-    settings = dict(CPU_OPTIONS) if sglang.device == "cpu" else {}
+    settings = BASE_OPTIONS | (CPU_OPTIONS if sglang.device == "cpu" else {})
     for name, value in sglang.options.items():
         settings[name.lstrip("-").replace("_", "-")] = value
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -128,6 +131,14 @@ def server_command(
     elif gpus is not None:
         child["CUDA_VISIBLE_DEVICES"] = gpus
     return ServerCommand(tuple(arguments), child, settings)
+
+
+def initial_weight_version(sglang: SglangConfig) -> str:
+    """What a server calls the weights of the model folder."""
+    for name, value in sglang.options.items():
+        if name.lstrip("-").replace("-", "_") == "weight_version":
+            return str(value)
+    return "default"  # SGLang's
 
 
 def router_command(

@@ -9,7 +9,7 @@ from contextlib import suppress
 import yaml
 
 from megatron_laser.rollout.endpoints import write_private
-from megatron_laser.rollout.serving.command import server_command
+from megatron_laser.rollout.serving.command import initial_weight_version, server_command
 from megatron_laser.rollout.serving.fleet_plan import FleetPlan
 from megatron_laser.rollout.serving.probe import Answer, Prober
 from megatron_laser.rollout.serving.process import ChildProcess, ServeError
@@ -33,7 +33,6 @@ class ManagedServer:
         self.child: ChildProcess | None = None
         self.sglang_version: str | None = None
         self.was_updated = False  # some process here has held other weights than the first ones
-        self._first_version: str | None = None
         self._probe: asyncio.Task[Answer | None] | None = None
         self._next_probe = 0.0
         self._probed_start = 0
@@ -108,9 +107,7 @@ class ManagedServer:
         self, answer: Answer, prober: Prober, now: float, fleet_was_updated: bool
     ) -> list[str]:
         self.sglang_version = answer.sglang_version
-        if self._first_version is None:
-            self._first_version = answer.weight_version
-        current = answer.weight_version != self._first_version
+        current = answer.weight_version != initial_weight_version(self.plan.config.rollout.sglang)
         self.was_updated |= current
         if not self.slot.answered(now):
             if self.slot.state == "held" and current:

@@ -55,10 +55,11 @@ class Supervisor:
             ServeError: a server did not come up at first, or all have died too often.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        hang_up = () if outlive_parent else (signal.SIGHUP,)  # nohup has it ignored, and so it stays
+        for number in (signal.SIGTERM, signal.SIGINT, *hang_up):
             loop.add_signal_handler(number, self.stop, signal.Signals(number).name)
         parent = None if outlive_parent else os.getppid()
-        guard = Guard(self.plan.mark, [self.plan.endpoints, *self.plan.settings_files()], (lock,))
+        guard = Guard(self.plan.mark, [*self.plan.settings_files(), self.plan.endpoints], (lock,))
         prober = Prober(self.plan.api_key)
         try:
             while self._stop_reason is None:
