@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from megatron_laser import cli_serve
 
 app = typer.Typer(
     name="megatron-laser",
@@ -155,6 +158,13 @@ def convert(
         from megatron_laser.conversion import convert as run
 
         typer.echo(f"wrote {run(source, target, model=model, dtype=dtype, verify=verify)}")
+
+
+@app.command("serve")
+@functools.wraps(cli_serve.serve)
+def serve(**arguments: Any) -> None:
+    with _user_errors():
+        cli_serve.serve(**arguments)
 
 
 @app.command()

@@ -27,3 +27,12 @@ def single_process(tmp_path_factory):
     save_tiny_model(folder / "model", "qwen2")
     yield runtime.start(run_config(folder, folder / "model"))
     runtime.stop()
+
+
+@pytest.fixture(scope="session")
+def sglang_server(tmp_path_factory):
+    """The one real SGLang server that all tests share; a `SharedServer`, started when the first test asks for it."""
+    from helpers.sglang_server import shared_server
+
+    with shared_server(tmp_path_factory.mktemp("sglang_server")) as server:
+        yield server

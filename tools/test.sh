@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Everything that a change must pass: formatting, lint, types, tests. Sets up .venv first.
+# Everything that a change must pass: formatting, lint, types, tests. Sets up .venv first, and .venv-sglang (2.4 GB) for
+# the tests that talk to a real SGLang server; where that cannot be installed these are skipped, with the reason.
 #
 #   tools/test.sh                    all but the tests marked `long`
 #   tools/test.sh --all              those too
+#   tools/test.sh --no-sglang        without setting up .venv-sglang (after --all, if both are given)
 #   tools/test.sh -k schedule -x     further arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,6 +18,11 @@ esac
 selection=(-m "not long")
 if [ "${1:-}" = --all ]; then
   selection=()
+  shift
+fi
+with_sglang=yes
+if [ "${1:-}" = --no-sglang ]; then
+  with_sglang=
   shift
 fi
 
@@ -40,6 +47,15 @@ if [ ${#failed[@]} -gt 0 ]; then
   printf '\nfailed before the tests:\n' >&2
   printf '  %s\n' "${failed[@]}" >&2
   exit 1
+fi
+
+printf '\n== SGLang for the tests that need a real server\n'
+if [ -z "$with_sglang" ]; then
+  printf '   not set up: --no-sglang\n'
+elif [ -n "${MEGATRON_LASER_SGLANG_PYTHON:-}" ]; then
+  printf '   MEGATRON_LASER_SGLANG_PYTHON=%s\n' "$MEGATRON_LASER_SGLANG_PYTHON"
+elif ! bash tools/setup_sglang_cpu.sh; then
+  printf '\n   NO SGLANG: it could not be installed, see above. The tests marked `sglang` are skipped.\n' >&2
 fi
 
 printf '\n== pytest %s\n' "${selection[*]} $*"

@@ -27,6 +27,7 @@ from megatron_laser.config.parameters import (
     rank_bytes,
     stage_parameters,
 )
+from megatron_laser.config.rollout_plan import rollout_features
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.config.score_token import ScoreToken, read_stop_token_ids, resolve_score_token
 
@@ -155,6 +156,7 @@ def _features(config: RunConfig) -> tuple[Feature, ...]:
     old_pass = old_policy_pass(config)
     cap = policy.importance_cap
     return (
+        *(Feature(*line) for line in rollout_features(config)),
         _scheduled("self-reward loss", self_reward_first_step(config), config, f"alpha {laser.alpha:g}"),
         _scheduled("self-reward advantages", mixing_first_step(config), config, f"tau {laser.tau:g}"),
         Feature(

@@ -19,6 +19,8 @@ OWN_OPTIONS = {
     "api_key": "rollout.sglang.api_key_env",
     "skip_tokenizer_init": "nothing: token ids go in and out",
     "base_gpu_id": "the server's number",
+    "enable_memory_saver": "rollout.weight_sync",
+    "config": "these options, which go into a file of their own",
 }
 
 

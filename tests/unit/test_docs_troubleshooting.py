@@ -55,15 +55,28 @@ def test_every_message_has_a_cause_and_something_to_do_and_stands_once():
         assert len(cells) == 3 and all(len(cell) > 5 for cell in cells), cells
 
 
-def test_every_setting_that_the_page_names_exists():
+@pytest.mark.parametrize("page", ["troubleshooting.md", "rollout.md"])
+def test_every_setting_that_the_page_names_exists(page):
     from megatron_laser.config import key_paths
 
     sections = key_paths()
-    named = re.findall(
-        r"\b(" + "|".join(sections) + r")\.((?:sglang\.)?[a-z_]+)\b", PAGE.read_text(encoding="utf-8")
-    )
-    unknown = {f"{section}.{key}" for section, key in named if key not in sections[section]}
-    assert not unknown, f"docs/troubleshooting.md names settings that do not exist: {sorted(unknown)}"
+    text = (PAGE.parent / page).read_text(encoding="utf-8")
+    named = re.findall(r"\b(" + "|".join(sections) + r")\.((?:sglang\.)?[a-z_]+)\b", text)
+    no_key = ("md", "yaml", "sglang")  # file names, and the nested section itself
+    unknown = {f"{section}.{key}" for section, key in named if key not in (*no_key, *sections[section])}
+    assert not unknown, f"docs/{page} names settings that do not exist: {sorted(unknown)}"
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/rollout.md", "docs/scaling.md", "docs/troubleshooting.md"]
+)
+def test_every_file_that_the_page_links_to_or_names_exists(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    gone = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+    named = re.findall(r"\b(?:examples|tools)/[\w./-]*\w", text)
+    gone += [name for name in named if not (ROOT / name).exists()]
+    assert not gone, f"{page} names files that do not exist: {gone}"
 
 
 @pytest.mark.parametrize(

@@ -1,75 +1,66 @@
-"""The YAMLs for real models: they load, hold the paper's settings, and their layouts fit the models."""
+"""The recipes for real models: they load, hold the paper's settings, fit the models, and say what they need."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_laser.cli import app
 from megatron_laser.config import RunConfig, load_config, resolve_plan
+from megatron_laser.config.rollout_plan import rollout_features
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ROOT = EXAMPLES.parent
 
-QWEN_7B = {
-    "model_type": "qwen2",
-    "hidden_size": 3584,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "intermediate_size": 18944,
-    "vocab_size": 152064,
-    "max_position_embeddings": 131072,
+# name: (trainer processes, rollout nodes, score token, c_ref, reasoning warm-up)
+RECIPES = {
+    "qwen2.5_7b": (4, 1, "<|vision_start|>", -23.0, 200),
+    "orz_7b": (4, 1, "<|vision_start|>", -23.0, 0),
+    "octothinker_3b": (4, 1, 128002, -25.0, 200),
+    "qwen2.5_32b": (32, 4, "<|vision_start|>", -23.0, 200),
 }
-QWEN_32B = QWEN_7B | {
-    "hidden_size": 5120,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "intermediate_size": 27648,
-}
-LLAMA_3B = {
-    "model_type": "llama",
-    "hidden_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 8192,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-}
-# name: (config.json, processes, score token, c_ref, reasoning warm-up)
-MODELS = {
-    "qwen2.5-7b": (QWEN_7B, 8, "<|vision_start|>", -23.0, 200),
-    "orz-7b": (QWEN_7B, 8, "<|vision_start|>", -23.0, 0),
-    "octothinker-3b": (LLAMA_3B, 8, 128002, -25.0, 200),
-    "qwen2.5-32b": (QWEN_32B, 64, "<|vision_start|>", -23.0, 200),
-}
+RUNS = [(name, kind) for name in RECIPES for kind in ("laser", "grpo")]
 
 
-def load(name: str, folder: Path) -> RunConfig:
-    (folder / "config.json").write_text(json.dumps(MODELS[name][0]))
-    return load_config(EXAMPLES / f"{name}.yaml", [f"model.path={folder}"])
+def load(name: str, kind: str, *overrides: str) -> RunConfig:
+    return load_config(EXAMPLES / name / f"{kind}.yaml", [f"model.path={EXAMPLES / name}", *overrides])
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_layout_fits_the_model_and_leaves_room_on_an_80_gb_gpu(name: str, tmp_path: Path) -> None:
-    plan = resolve_plan(load(name, tmp_path), MODELS[name][1])
-    assert plan.layout.world_size == MODELS[name][1]
+@pytest.mark.parametrize(("name", "kind"), RUNS)
+def test_the_dry_run_passes_from_the_repository_alone(name: str, kind: str, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    command = ["train", f"examples/{name}/{kind}.yaml", "--dry-run", f"model.path=examples/{name}"]
+    for world_size in {
+        RECIPES[name][0],
+        2 * RECIPES[name][0],
+    }:  # as written, and with twice the trainer's GPUs
+        result = CliRunner().invoke(app, [*command, "--world-size", str(world_size)])
+        assert result.exit_code == 0, result.output
+        assert f"{world_size} ranks" in result.output
+        assert "sglang: " in result.output
+
+
+@pytest.mark.parametrize(("name", "kind"), RUNS)
+def test_the_layout_leaves_room_on_an_80_gb_gpu(name: str, kind: str) -> None:
+    plan = resolve_plan(load(name, kind), RECIPES[name][0])
     # Weights, gradients and optimizer; the rest is for activations and the head.
     assert plan.bytes_per_rank.total < 40 * 2**30
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_settings_are_the_papers(name: str, tmp_path: Path) -> None:
-    config = load(name, tmp_path)
-    _, _, token, ref_logprob, warmup = MODELS[name]
+@pytest.mark.parametrize(("name", "kind"), RUNS)
+def test_the_settings_are_the_papers(name: str, kind: str) -> None:
+    config = load(name, kind)
+    _, _, token, ref_logprob, warmup = RECIPES[name]
     laser, policy, rollout = config.laser, config.policy, config.rollout
-    assert (laser.score_token, laser.ref_logprob, laser.beta) == (token, ref_logprob, 0.1)
-    assert (laser.alpha, laser.tau, laser.std_threshold) == (0.1, 0.1, 0.1)
-    assert (laser.reasoning_warmup_steps, laser.self_reward_warmup_steps) == (warmup, 200)
+    assert laser.enabled == (kind == "laser")
+    if kind == "laser":
+        assert (laser.score_token, laser.ref_logprob, laser.beta) == (token, ref_logprob, 0.1)
+        assert (laser.alpha, laser.tau, laser.std_threshold) == (0.1, 0.1, 0.1)
+        assert (laser.reasoning_warmup_steps, laser.self_reward_warmup_steps) == (warmup, 200)
     assert (rollout.prompts_per_step, rollout.samples_per_prompt, policy.minibatches) == (128, 8, 1)
     assert (rollout.max_new_tokens, rollout.temperature, rollout.top_p) == (8192, 1.0, 1.0)
     assert (policy.kl_coefficient, policy.entropy_coefficient) == (0.0, 0.0)
@@ -79,5 +70,93 @@ def test_the_settings_are_the_papers(name: str, tmp_path: Path) -> None:
     assert (optimizer.schedule, config.data.max_prompt_tokens) == ("constant", 2048)
 
 
-def test_every_yaml_for_a_real_model_is_tested_here() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(MODELS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_laser_and_its_baseline_differ_in_laser_alone(name: str) -> None:
+    ours, theirs = (load(name, kind).model_dump(mode="json") for kind in ("laser", "grpo"))
+    for settings in (ours, theirs):
+        del settings["laser"], settings["run"]["output_dir"], settings["run"]["name"]
+        del settings["rollout"]["sglang"]["endpoints"]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_servers_use_all_gpus_of_a_rollout_node_or_what_the_trainer_leaves(name: str) -> None:
+    processes, rollout_nodes, *_ = RECIPES[name]
+    sglang = load(name, "laser").rollout.sglang
+    gpus = sglang.servers * sglang.tensor
+    assert gpus == (8 if rollout_nodes > 1 else 8 - processes)
+    assert sglang.endpoints is not None and sglang.endpoints.suffix == ""  # a folder: one file a node
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_score_of_the_servers_can_replace_the_old_policy_pass(name: str) -> None:
+    config = load(name, "laser", "policy.old_logprobs=on_policy", "laser.score_source=server")
+    plan = resolve_plan(config, RECIPES[name][0])
+    assert [item.on for item in plan.features if item.name == "old-policy pass"] == [False]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_readme_names_commands_and_the_memory_that_the_plan_computes(name: str) -> None:
+    processes = RECIPES[name][0]
+    text = (EXAMPLES / name / "README.md").read_text(encoding="utf-8")
+    size = resolve_plan(load(name, "laser"), processes).bytes_per_rank
+    for part in (size.weights, size.gradients, size.optimizer, size.total):
+        assert f"{part / 2**30:.1f} GiB" in text
+    for needed in (
+        "has not been run",
+        "megatron-laser serve examples/" if RECIPES[name][1] > 1 else "one_node.sh",
+        "torchrun",
+        "sbatch",
+        f"--dry-run --world-size {processes}",
+    ):
+        assert needed in text, f"{name}/README.md does not mention {needed!r}"
+    for path in re.findall(r"examples/[\w./-]+", text):
+        assert (ROOT / path.rstrip(".")).exists(), f"{name}/README.md names {path}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_config_json_is_that_of_the_model(name: str) -> None:
+    config = json.loads((EXAMPLES / name / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"
+    parameters = resolve_plan(load(name, "laser"), RECIPES[name][0]).parameters
+    published = {"qwen2.5_7b": 7.62e9, "orz_7b": 7.62e9, "octothinker_3b": 3.21e9, "qwen2.5_32b": 32.8e9}
+    assert abs(parameters / published[name] - 1) < 0.005
+
+
+def test_every_folder_with_a_model_is_tested_here() -> None:
+    assert {path.parent.name for path in EXAMPLES.glob("*/config.json")} == set(RECIPES)
+    assert not list(EXAMPLES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"engine": "in_process"}, ["in_process: rank 0 generates, up to 256 sequences at once"]),
+        (
+            {"urls": ["http://10.0.0.5:1", "http://10.0.0.6:1"]},
+            ["2 servers at the addresses", "distributed: ", "none: "],
+        ),
+        ({"servers": 2, "tensor": 4}, ["2 servers x 4 GPUs = 8 GPUs on rank 0's node, started by the run"]),
+        (
+            {"device": "cpu", "router": True},
+            ["1 server on the CPU on rank 0's node, started by the run, behind a router"],
+        ),
+    ],
+)
+def test_the_plan_says_who_generates(tmp_path: Path, settings, expected) -> None:
+    from helpers.runs import run_config
+
+    engine = settings.pop("engine", "sglang")
+    config = run_config(tmp_path, tmp_path, rollout={"engine": engine, "sglang": settings})
+    for (_, _, detail), text in zip(rollout_features(config), expected):
+        assert text in detail
+
+
+def test_the_plan_says_how_old_the_weights_may_be(tmp_path: Path) -> None:
+    from helpers.runs import run_config
+
+    config = run_config(
+        tmp_path, tmp_path, rollout={"engine": "sglang", "ahead": 1}, policy={"importance_cap": 2.0}
+    )
+    (line,) = [line for line in rollout_features(config) if line[0] == "off-policy rollout"]
+    assert line == ("off-policy rollout", True, "rollout.ahead: 1; tokens are at most 2 steps old")

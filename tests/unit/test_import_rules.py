@@ -40,6 +40,7 @@ LAYERS = (
         "benchmarks",
         "environment",
         "cli",
+        "cli_serve",
         "__main__",
     ),
 )

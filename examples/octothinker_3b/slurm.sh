@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The recipe on Slurm, on one node: 4 GPUs train, 4 generate.
+#
+#   sbatch examples/octothinker_3b/slurm.sh [laser|grpo] [section.key=value ...]
+#
+# Submit it from the repository's root, on a file system that the node sees. In a container (pyxis) set
+# CONTAINER_IMAGE, and CONTAINER_MOUNTS for models, data and this repository.
+#SBATCH --job-name=octothinker_3b
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --output=slurm-%j.log
+set -euo pipefail
+
+kind=${1:-laser}
+[ $# -eq 0 ] || shift
+root=${SLURM_SUBMIT_DIR:?run this with sbatch}
+run=$root/examples/octothinker_3b/$kind.yaml
+[ -f "$run" ] || {
+  echo "slurm.sh: $run is not there; submit from the repository's root, with laser or grpo" >&2
+  exit 2
+}
+container=()
+if [ -n "${CONTAINER_IMAGE:-}" ]; then
+  container=(--container-image "$CONTAINER_IMAGE" --container-mounts "${CONTAINER_MOUNTS:-$root:$root}" --container-workdir "$root")
+fi
+srun --kill-on-bad-exit=1 ${container[@]+"${container[@]}"} \
+  bash "$root/examples/launch/one_node.sh" "$run" "$@"

@@ -1,0 +1,79 @@
+"""Small questions to a server over HTTP, each with a deadline. Nothing here raises for a server that is not well."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+_QUICK = 10.0  # seconds for an answer that needs no scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A server's answer to a probe through its scheduler.
+
+    Attributes:
+        sglang_version: of the package.
+        weight_version: of the weights that it holds now.
+    """
+
+    sglang_version: str
+    weight_version: str
+
+
+class Prober:
+    """Asks servers; one per event loop."""
+
+    def __init__(self, api_key: str | None) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key is not None else {}
+        # a connection of its own each: one that was open to a killed process would fail the first probe
+        connector = aiohttp.TCPConnector(force_close=True, limit=0)
+        self._session = aiohttp.ClientSession(headers=headers, connector=connector, trust_env=False)
+
+    async def close(self) -> None:
+        """Close the session."""
+        await self._session.close()
+
+    async def ask(self, url: str, deadline: float) -> Answer | None:
+        """Whether the server's scheduler answers within `deadline` seconds, paused or not; None: it does not.
+
+        /health would not do: it generates a token, and answers 503 while generation is paused.
+        """
+        info = await self._json("GET", f"{url}/server_info", deadline)
+        if info is None or "version" not in info:
+            return None
+        model = await self._json("GET", f"{url}/model_info", _QUICK)
+        if model is None:
+            return None
+        return Answer(str(info["version"]), str(model.get("weight_version")))
+
+    async def pause(self, url: str) -> bool:
+        """Let requests wait until somebody continues the server; True if it has agreed."""
+        reply = await self._json("POST", f"{url}/pause_generation", _QUICK, {"mode": "in_place"})
+        return reply is not None
+
+    async def router_workers(self, url: str) -> dict[str, bool] | None:
+        """A router's workers: {address: healthy}; None: it does not answer."""
+        reply = await self._json("GET", f"{url}/workers", _QUICK)
+        if reply is None or not isinstance(reply.get("workers"), list):
+            return None
+        return {str(item.get("url")): bool(item.get("is_healthy")) for item in reply["workers"]}
+
+    async def add_worker(self, url: str, worker: str, api_key: str | None) -> bool:
+        """Tell a router of a worker; it checks and adds it later. True if it has taken the order."""
+        body = {"url": worker} | ({"api_key": api_key} if api_key is not None else {})
+        return await self._json("POST", f"{url}/workers", _QUICK, body) is not None
+
+    async def _json(
+        self, method: str, url: str, deadline: float, body: dict[str, Any] | None = None
+    ) -> dict[str, Any] | None:
+        """The object in a successful reply, else None."""
+        timeout = aiohttp.ClientTimeout(total=deadline)
+        try:
+            async with self._session.request(method, url, json=body, timeout=timeout) as reply:
+                content = await reply.json(content_type=None) if reply.status < 300 else None
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+            return None
+        return content if isinstance(content, dict) else None

@@ -1,0 +1,142 @@
+"""A real SGLang server on the CPU for tests: one is shared, since each takes half a minute to start."""
+
+import contextlib
+import json
+import os
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from helpers.source_tree import ROOT
+from helpers.tiny_run import write_tiny_run
+from megatron_laser.config import RunConfig, load_config
+from megatron_laser.rollout.endpoints import read_endpoints
+from megatron_laser.rollout.serving import ServeError, ServeProcess
+
+START_DEADLINE = 280.0  # seconds; 20 on an idle machine
+_FIRST_PORT = 32100
+
+
+@dataclass(frozen=True)
+class SharedServer:
+    """A running server of the model of `write_tiny_run`: vocabulary of 28, EOS 1, 64 positions, fp32, random.
+
+    A test leaves it as it found it: not paused, no update session open. Weights may have been changed by others.
+    """
+
+    url: str
+    api_key: str | None
+    model: Path  # the folder of the model, its tokenizer, data and run.yaml
+    run_file: Path  # run.yaml, with rollout.engine: sglang
+    endpoints: Path  # what `serve` publishes
+    pid: int
+    serve_pid: int
+
+    @property
+    def pids(self) -> list[int]:
+        """The server, its scheduler, detokenizer, and whatever else it has started."""
+        return [self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))]
+
+    def call(self, path: str, body: dict[str, Any] | None = None, *, timeout: float = 60.0) -> Any:
+        """The JSON reply to a GET, or to a POST of `body`."""
+        return call(self.url, path, body, api_key=self.api_key, timeout=timeout)
+
+
+def call(
+    url: str,
+    path: str,
+    body: dict[str, Any] | None = None,
+    *,
+    api_key: str | None = None,
+    timeout: float = 60.0,
+) -> Any:
+    """The JSON reply to a GET, or to a POST of `body`; raises urllib.error.HTTPError for statuses from 400."""
+    headers = {"Content-Type": "application/json"}
+    if api_key is not None:
+        headers["Authorization"] = f"Bearer {api_key}"
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(url + path, data, headers), timeout=timeout) as reply:
+        text = reply.read()
+    return json.loads(text) if text.strip() else None
+
+
+@cache
+def _found_python() -> tuple[str | None, str]:
+    """The interpreter, or why there is none."""
+    given = os.environ.get("MEGATRON_LASER_SGLANG_PYTHON")
+    python = given or str(ROOT / ".venv-sglang" / "bin" / "python")
+    if not Path(python).exists():
+        wanted = "MEGATRON_LASER_SGLANG_PYTHON" if given else "tools/setup_sglang_cpu.sh has not been run"
+        return None, f"no SGLang environment: {python} does not exist ({wanted})"
+    script = "import importlib.metadata as m; print(m.version('sglang'))"
+    done = subprocess.run([python, "-I", "-c", script], capture_output=True, text=True, timeout=60)
+    if done.returncode != 0:
+        return None, f"no SGLang environment: {python} has no sglang; run tools/setup_sglang_cpu.sh"
+    return python, ""
+
+
+def sglang_python() -> str:
+    """The interpreter of the SGLang environment; skips the calling test with the reason where there is none."""
+    python, reason = _found_python()
+    if python is None:
+        pytest.skip(reason)
+    return python
+
+
+def serve_config(folder: Path, *overrides: str, **rollout: Any) -> RunConfig:
+    """A tiny run whose rollouts come from SGLang servers on this machine's CPU, written to `folder`/run.yaml.
+
+    Args:
+        rollout: further settings of the section; `sglang` is merged into the defaults.
+    """
+    sglang: dict[str, Any] = {
+        "python": sglang_python(),
+        "device": "cpu",
+        "start_deadline": START_DEADLINE,
+        "options": {"log_level": "info", "random_seed": 0},
+    }
+    sglang |= rollout.pop("sglang", {})
+    file = write_tiny_run(folder, rollout={"engine": "sglang", "sglang": sglang, **rollout})
+    return load_config(file, [f"rollout.sglang.port={free_port()}", *overrides])
+
+
+def free_port(first: int = _FIRST_PORT) -> int:
+    """A port on loopback that nobody listens on."""
+    from megatron_laser.rollout.serving.ports import PortFinder
+
+    return PortFinder("127.0.0.1", first).take()
+
+
+@contextlib.contextmanager
+def shared_server(folder: Path) -> Iterator[SharedServer]:
+    """Start one server on the tiny model by the project's own `serve`, and end it."""
+    config = serve_config(folder / "run")
+    started = time.monotonic()
+    serve = ServeProcess(config, folder / "serve")
+    try:
+        try:
+            endpoints = serve.wait_ready()
+        except ServeError as error:
+            pytest.fail(f"the shared SGLang server did not start: {error}", pytrace=False)
+        print(f"\nSGLang server: {time.monotonic() - started:.0f} s")
+        (server,) = read_endpoints(serve.endpoints).servers
+        assert server.pid is not None
+        yield SharedServer(
+            url=server.url,
+            api_key=endpoints.api_key,
+            model=folder / "run",
+            run_file=folder / "run" / "run.yaml",
+            endpoints=serve.endpoints,
+            pid=server.pid,
+            serve_pid=serve.pid,
+        )
+    finally:
+        serve.stop()
