@@ -71,7 +71,14 @@ def triton_kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any],
         for kept in (False, True):
             constants = {"ENTROPY": entropy, "KEPT": kept, "BLOCK": triton_tiles.BLOCK}
             types = {"labels": "*i64", "z": "*bf16" if kept else "*fp32", "out": "*bf16"}
-            yield _words(entropy=entropy, kept=kept), triton_tiles.tile_gradient, types, constants, options, False
+            yield (
+                _words(entropy=entropy, kept=kept),
+                triton_tiles.tile_gradient,
+                types,
+                constants,
+                options,
+                False,
+            )
         tile = triton_fused.PRODUCTION_TILE
         constants = {
             "ENTROPY": entropy,
@@ -105,7 +112,16 @@ def _descriptors(rows: int, columns: int, depth: int) -> dict[str, str]:
 
 
 SIZES = (
-    *("first_column", "columns", "z_stride", "kept_stride", "out_stride", "kept_blocks", "rows", "hidden_size"),
+    *(
+        "first_column",
+        "columns",
+        "z_stride",
+        "kept_stride",
+        "out_stride",
+        "kept_blocks",
+        "rows",
+        "hidden_size",
+    ),
     *("column_tiles", "row_blocks", "splits", "tiles_per_split", "programs"),
 )
 
@@ -160,7 +176,9 @@ def inspect_cuda() -> Iterator[Report]:
         name = f"few_row_logprob_{rows}"
         used = messages.split(f"Function properties for {name}\n")[1]
         body = re.split(r"Function : ", instructions.split(f"Function : {name}\n")[1])[0]
-        stack = sum(int(number) for number in re.findall(r"(\d+) bytes (?:stack|spill)", used.split("Used")[0]))
+        stack = sum(
+            int(number) for number in re.findall(r"(\d+) bytes (?:stack|spill)", used.split("Used")[0])
+        )
         yield Report(
             "few_row_logprob (CUDA)",
             f"{rows} rows",
@@ -190,7 +208,9 @@ def _number(pattern: str, text: str) -> int:
 
 def main() -> None:
     """Print all reports; exit status 1 when one breaks a rule."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     as_json = parser.parse_args().json
     from megatron_laser.ops.cuda_build import BuildError
@@ -203,11 +223,15 @@ def main() -> None:
     if as_json:
         print(json.dumps([asdict(report) | {"broken_rules": report.broken_rules()} for report in reports]))
     else:
-        print(f"{'kernel':24s} {'variant':14s} {'registers':>9s} {'shared B':>9s} {'stack B':>8s} "
-              f"{'wgmma':>6s} {'mma.sync':>9s} {'TMA':>4s}")
+        print(
+            f"{'kernel':24s} {'variant':14s} {'registers':>9s} {'shared B':>9s} {'stack B':>8s} "
+            f"{'wgmma':>6s} {'mma.sync':>9s} {'TMA':>4s}"
+        )
         for one in reports:
-            print(f"{one.kernel:24s} {one.variant:14s} {one.registers:9d} {one.shared_bytes:9d} {one.stack_bytes:8d} "
-                  f"{one.wgmma:6d} {one.mma_sync:9d} {one.tma:4d}")
+            print(
+                f"{one.kernel:24s} {one.variant:14s} {one.registers:9d} {one.shared_bytes:9d} {one.stack_bytes:8d} "
+                f"{one.wgmma:6d} {one.mma_sync:9d} {one.tma:4d}"
+            )
     broken = [f"{one.kernel} {one.variant}: {text}" for one in reports for text in one.broken_rules()]
     if broken:
         sys.exit("\n".join(broken))

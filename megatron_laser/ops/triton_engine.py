@@ -19,7 +19,7 @@ from megatron_laser.ops.tiles import accumulation_dtype, mm, mm_operand
 from megatron_laser.ops.weight_gradient import WeightGradient
 
 # Fewest columns of a tile: below that the products are narrow; then the rows are cut instead.
-_MIN_COLUMNS = 2048
+MIN_COLUMNS = 2048
 _COLUMN_MULTIPLE = 128
 
 
@@ -33,10 +33,12 @@ class TilePlan:
     column_block: int
 
     @classmethod
-    def of(cls, rows: int, columns: int, itemsize: int, tile_bytes: int) -> TilePlan:
-        """Whole columns of rows if 2048 of them fit into `tile_bytes`, else blocks of rows too."""
+    def of(
+        cls, rows: int, columns: int, itemsize: int, tile_bytes: int, min_columns: int = MIN_COLUMNS
+    ) -> TilePlan:
+        """All rows of a slice if `min_columns` of them fit into `tile_bytes`, else blocks of rows too."""
         elements = max(1, tile_bytes // itemsize)
-        narrow = min(columns, _MIN_COLUMNS)
+        narrow = min(columns, min_columns)
         row_block = rows
         if rows * narrow > elements:
             row_block = max(1, min(rows, elements // narrow))
@@ -90,9 +92,9 @@ class Kept:
 class ChunkedEngine:
     """The `Engine` that is described above."""
 
-    def __init__(self, block: int = triton_tiles.BLOCK) -> None:
-        """`block`: columns that one program of a kernel handles at a time."""
-        self._block = block
+    def __init__(self, block: int = triton_tiles.BLOCK, min_columns: int = MIN_COLUMNS) -> None:
+        """`block`: columns that one program of a kernel handles at a time; `min_columns`: see `TilePlan.of`."""
+        self._block, self._min_columns = block, min_columns
 
     def statistics(self, problem: Problem, *, for_backward: bool) -> tuple[Statistics, Kept | None]:
         """See `Engine`; keeps the probabilities of as many slices as `keep_logits_bytes` allows."""
@@ -202,7 +204,9 @@ class ChunkedEngine:
 
     def _plan(self, problem: Problem) -> TilePlan:
         itemsize = accumulation_dtype(problem.weight).itemsize
-        return TilePlan.of(len(problem.rows), problem.shard.columns, itemsize, settings().tile_bytes)
+        return TilePlan.of(
+            len(problem.rows), problem.shard.columns, itemsize, settings().tile_bytes, self._min_columns
+        )
 
 
 def per_row(value: float | torch.Tensor, rows: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Statistics of few rows (at most 512) in one read of the weight: product and online softmax in one Triton kernel.
+"""Statistics of few rows (at most 64) in one read of the weight: product and online softmax in one Triton kernel.
 
 The weight is the left operand and the few rows the right one: the tensor cores' instruction wants 64 rows on the
 left and takes 16 to 256 on the right, so 16 hidden rows are not padded to 64. Each program walks over tiles of the
@@ -19,8 +19,6 @@ from megatron_laser.ops.autograd import Problem, Statistics, no_columns
 from megatron_laser.ops.tiles import accumulation_dtype
 from megatron_laser.ops.triton_device import interpreted, multiprocessors
 
-MAX_ROWS = 512
-
 
 @dataclass(frozen=True)
 class FewRowTile:
@@ -37,13 +35,13 @@ class FewRowTile:
     per_multiprocessor: int
 
 
-# The hidden rows are read again for every tile of the weight, from the L2 cache: `rows / columns` bytes per byte of
-# the weight. With 128 rows a tile of 256 columns keeps that at half of the weight's own traffic.
+# The hidden rows are read again for every tile of the weight, from the L2 cache: `rows / columns` bytes per byte of the
+# weight. With 128 rows that asks for 256 columns, whose running sums no longer fit into the registers: from 65 rows
+# on the fused kernel is used, which has them along the other axis.
 TILES = (
     FewRowTile(rows=16, columns=128, depth=128, warps=4, stages=3, per_multiprocessor=2),
     FewRowTile(rows=32, columns=128, depth=128, warps=4, stages=2, per_multiprocessor=2),
     FewRowTile(rows=64, columns=128, depth=64, warps=4, stages=4, per_multiprocessor=2),
-    FewRowTile(rows=128, columns=256, depth=64, warps=8, stages=4, per_multiprocessor=1),
 )
 
 
@@ -77,10 +75,12 @@ def few_row_statistics(  # type: ignore[no-untyped-def]
     first_row = tl.program_id(0) * ROWS
     program, programs = tl.program_id(1), tl.num_programs(1)
     row = first_row + tl.arange(0, ROWS)
-    label = tl.load(labels + row, mask=row < rows, other=-1) - first_column
+    inside = row < rows
+    plane = programs * rows
+    target = partials + program * rows + row
+    tl.store(target + 2 * plane, tl.zeros([ROWS], tl.float32), mask=inside)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     s = tl.zeros([ROWS], tl.float32)
-    label_logit = tl.zeros([ROWS], tl.float32)
     for tile in range(program, column_tiles, programs):
         z = tl.zeros([COLUMNS, ROWS], tl.float32)
         for k in range(0, hidden_size, DEPTH):
@@ -89,19 +89,20 @@ def few_row_statistics(  # type: ignore[no-untyped-def]
             if WIDEN:  # the interpreter multiplies bfloat16 wrongly
                 w, x = w.to(tl.float32), x.to(tl.float32)
             z = tl.dot(w, x.T, z)
-        column = tile * COLUMNS + tl.arange(0, COLUMNS)
-        z = tl.where((column < columns)[:, None], z, float("-inf"))
-        label_logit += tl.sum(tl.where(column[:, None] == label[None, :], z, 0.0), 0)
+        column = tl.arange(0, COLUMNS)
+        z = tl.where((column < columns - tile * COLUMNS)[:, None], z, float("-inf"))
+        # Loaded and stored here, not carried along: the tile of logits leaves few registers.
+        label = tl.load(labels + row, mask=inside, other=-1) - (first_column + tile * COLUMNS)
+        here = (label >= 0) & (label < tl.minimum(COLUMNS, columns - tile * COLUMNS))
+        local = tl.where(here, label, -1).to(tl.int32)
+        label_logit = tl.sum(tl.where(column[:, None] == local[None, :], z, 0.0), 0)
+        tl.store(target + 2 * plane, label_logit, mask=here & inside)
         new_m = tl.maximum(m, tl.max(z, 0))
         base = tl.where(new_m == float("-inf"), 0.0, new_m)
         s = s * tl.exp(m - base) + tl.sum(tl.exp(z - base[None, :]), 0)
         m = new_m
-    inside = row < rows
-    plane = programs * rows
-    target = partials + program * rows + row
     tl.store(target, m, mask=inside)
     tl.store(target + plane, s, mask=inside)
-    tl.store(target + 2 * plane, label_logit, mask=inside)
 
 
 @triton.jit

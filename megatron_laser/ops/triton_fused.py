@@ -18,6 +18,7 @@ from megatron_laser.ops.autograd import Problem, Statistics, no_columns
 from megatron_laser.ops.tiles import accumulation_dtype
 from megatron_laser.ops.triton_device import interpreted, multiprocessors
 from megatron_laser.ops.triton_engine import ChunkedEngine, per_row
+from megatron_laser.ops.triton_few_rows import merge
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def fused_statistics(  # type: ignore[no-untyped-def]
         inside = row < rows
         scale = tl.load(inv_temperature + row, mask=inside, other=1.0)
         label = tl.load(labels + row, mask=inside, other=-1) - first_column
+        # The last tile reaches beyond this shard, where another shard's labels are.
+        label = tl.where(label < columns, label, -1)
         m = tl.full([ROWS], float("-inf"), tl.float32)
         s = tl.zeros([ROWS], tl.float32)
         t = tl.zeros([ROWS], tl.float32)
@@ -156,10 +159,12 @@ class FusedEngine(ChunkedEngine):
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        parts = Statistics(partials[0], partials[1], partials[2], partials[3] if fields == 4 else None)
+        if not problem.with_entropy:
+            return Statistics(*merge(partials).unbind(), None), None
+        parts = Statistics(partials[0], partials[1], partials[2], partials[3])
         maximum = parts.maximum.amax(0)
         sums = torch.stack(parts.moved_to(maximum)).sum(1)
-        return Statistics(maximum, sums[0], sums[1], sums[2] if fields == 4 else None), None
+        return Statistics(maximum, sums[0], sums[1], sums[2]), None
 
 
 def best_splits(row_blocks: int, column_tiles: int, programs: int, group: int) -> int:
