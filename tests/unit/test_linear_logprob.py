@@ -260,7 +260,7 @@ def test_an_unknown_backend_is_refused_with_the_available_ones():
     named = linear_logprob(hidden, weight, labels, backend="torch").logprobs
     assert torch.equal(named, linear_logprob(hidden, weight, labels).logprobs)
     for call in (linear_logprob, few_row_logprob):
-        with pytest.raises(ValueError, match=r"backend='cutlass'.*auto, torch"):
+        with pytest.raises(ValueError, match=r"backend='cutlass'.*auto, .*torch"):
             call(hidden, weight, labels, backend="cutlass")
 
 
