@@ -4,8 +4,8 @@
     python tools/inspect_kernels.py --json     one JSON list
 
 Triton's kernels are compiled at their production tiles for sm_90, with Triton's own ptxas and disassembler; the CUDA
-C++ kernel for sm_90a with nvcc, or NVRTC where there is none. Exit status 1 if a kernel breaks a rule: no spills, at most 227 KB of
-shared memory, and in kernels with a product wgmma (no mma.sync) fed by the copy engine (TMA).
+C++ kernel for sm_90a with nvcc, or NVRTC where there is none. Exit status 1 if a kernel breaks a rule: no spills, at
+most 227 KB of shared memory, and in kernels with a product wgmma (no mma.sync) fed by the copy engine (TMA).
 """
 
 from __future__ import annotations

@@ -243,10 +243,10 @@ def without_gradient(
     tp_group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
     """Log-probs [rows] at temperature 1 from an engine's statistics alone."""
-    options = Options(engine, vocabulary_shard(weight, vocab_size, tp_group), tp_group, False, False, False)
-    problem = options.problem(hidden, weight, labels, 1.0)
+    shard = vocabulary_shard(weight, vocab_size, tp_group)
+    problem = Problem(GatheredRows(hidden, None), weight, labels, 1.0, shard, False)
     local, _ = engine.statistics(problem, for_backward=False)
-    return finish(reduced(local, tp_group), labels, options.shard)[0]
+    return finish(reduced(local, tp_group), labels, shard)[0]
 
 
 def reduced(local: Statistics, group: dist.ProcessGroup | None) -> Statistics:

@@ -160,7 +160,8 @@ class FusedEngine(ChunkedEngine):
             num_stages=tile.stages,
         )
         if not problem.with_entropy:
-            return Statistics(*merge(partials).unbind(), None), None
+            maximum, total, label_logit = merge(partials).unbind()
+            return Statistics(maximum, total, label_logit, None), None
         parts = Statistics(partials[0], partials[1], partials[2], partials[3])
         maximum = parts.maximum.amax(0)
         sums = torch.stack(parts.moved_to(maximum)).sum(1)

@@ -45,7 +45,9 @@ def test_triton_kernels_meet_hoppers_rules_at_their_production_tiles(reports):
     assert names >= {
         *("tile_statistics", "tile_gradient", "fused_statistics", "few_row_statistics", "merge_partials")
     }
-    assert not [(one["kernel"], one["variant"], one["broken_rules"]) for one in reports if one["broken_rules"]]
+    assert not [
+        (one["kernel"], one["variant"], one["broken_rules"]) for one in reports if one["broken_rules"]
+    ]
     products = [one for one in reports if one["product"]]
     assert len(products) >= 5
     for one in products:
@@ -96,7 +98,9 @@ def test_without_a_compiler_the_message_says_what_to_install(tmp_path, monkeypat
         raise cuda_nvrtc.NvrtcError("libnvrtc was not found")
 
     monkeypatch.setattr(cuda_nvrtc, "find_nvrtc", missing)
-    with pytest.raises(cuda_build.BuildError, match=r"neither nvcc.*nvidia-cuda-nvrtc.*Triton kernel is used"):
+    with pytest.raises(
+        cuda_build.BuildError, match=r"neither nvcc.*nvidia-cuda-nvrtc.*Triton kernel is used"
+    ):
         cuda_build.built_kernel()
     assert not list(tmp_path.iterdir())
 

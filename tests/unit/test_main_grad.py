@@ -31,7 +31,9 @@ def backends():
 def test_main_grad_gets_the_unrounded_gradient_of_every_micro_batch(backend, dtype, main_dtype):
     hidden, weight, labels = inputs(rows=19, columns=40, dtype=dtype)
     _, _, exact = gradients(
-        lambda x, w: linear_logprob(x, w, labels.clamp(max=36), vocab_size=37), hidden.double(), weight.double()
+        lambda x, w: linear_logprob(x, w, labels.clamp(max=36), vocab_size=37),
+        hidden.double(),
+        weight.double(),
     )
     marked = parameter(weight, main_dtype)
     add_weight_gradient_to_main_grad(marked)

@@ -3,6 +3,8 @@
 Tiles are far smaller than in production, so that every loop, mask and merge runs more than once on small shapes.
 """
 
+import itertools
+
 import pytest
 import torch
 from helpers.logprob import gradients, inputs, reference
@@ -246,7 +248,7 @@ def test_a_plan_covers_everything_once_within_its_budget(rows, columns, tile_byt
     assert plan.row_block * plan.column_block * 4 <= tile_bytes
     for length, parts in ((rows, list(plan.row_slices())), (columns, list(plan.column_slices()))):
         assert parts[0].start == 0 and parts[-1].stop == length
-        assert all(one.stop == other.start for one, other in zip(parts, parts[1:]))
+        assert all(one.stop == other.start for one, other in itertools.pairwise(parts))
 
 
 @engines
