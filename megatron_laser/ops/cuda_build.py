@@ -42,17 +42,24 @@ def compile_kernel(target: Path) -> str:
 
     Raises BuildError with the end of those messages when it does not compile.
     """
+    failures = []
     nvcc = find_nvcc()
-    if nvcc is not None:
-        return compile_with_nvcc(nvcc, target)
+    if nvcc is None:
+        failures.append("nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)")
+    else:
+        try:
+            return compile_with_nvcc(nvcc, target)
+        except BuildError as error:
+            failures.append(str(error))
     try:
         return compile_with_nvrtc(target)
     except NvrtcError as error:
-        raise BuildError(
-            f"neither nvcc (CUDA_HOME, PATH, /usr/local/cuda) nor NVRTC can compile {SOURCE.name}: {error}. Install "
-            "the CUDA toolkit 12.3 or newer or the Python package nvidia-cuda-nvrtc, or build elsewhere with "
-            "tools/build_kernels.sh and copy its file into the cache; until then the Triton kernel is used"
-        ) from error
+        failures.append(str(error))
+    raise BuildError(
+        f"{SOURCE.name} cannot be compiled: {'; '.join(failures)}. Install the CUDA toolkit 12.3 or newer or the Python "
+        "package nvidia-cuda-nvrtc, or build elsewhere with tools/build_kernels.sh and copy its file into "
+        f"{cache_folder()}; until then the Triton kernel is used"
+    )
 
 
 def compile_with_nvcc(nvcc: Path, target: Path) -> str:

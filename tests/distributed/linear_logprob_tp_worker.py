@@ -56,7 +56,7 @@ def assert_equal_on_all_ranks(tensor):
 def main():
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
-    variants = [{}, {"tile_bytes": 4 * 30}, {"main_grad": True}]
+    variants = [{}, {"tile_bytes": 4 * 30, "main_grad": True}]
     if "triton" in available_backends(torch.device("cpu")):
         # Blocks of rows; then all rows in one tile, which starts with this rank's own while the others are gathered.
         variants += [{"backend": "triton", "triton_tile": 4 * 9 * 20}]
@@ -65,6 +65,8 @@ def main():
     for rows, vocab_size, sequence_parallel, variant in itertools.product(
         (ROWS, 2, 0), (40, 33, 15), (False, True), variants
     ):
+        if rows == 2 and "triton_tile" in variant:
+            continue  # the interpreter is slow, and 22 rows and none are the cases that differ
         settings = dict(variant)
         if "triton_tile" in settings:
             configure(tile_bytes=settings.pop("triton_tile"))

@@ -105,6 +105,15 @@ def test_without_a_compiler_the_message_says_what_to_install(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_compiler_that_fails_is_followed_by_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: tmp_path / "nvcc")  # cannot be started
+    monkeypatch.setattr(
+        cuda_build, "compile_to_cubin", lambda source, name, options: (b"cubin", "2 registers")
+    )
+    assert cuda_build.compile_kernel(tmp_path / "out") == "2 registers"
+    assert (tmp_path / "out").read_bytes() == b"cubin"
+
+
 @pytest.mark.parametrize(
     ("rows", "tma", "cuda", "expected"),
     [
