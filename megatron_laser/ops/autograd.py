@@ -225,12 +225,13 @@ def apply(
 ) -> LogProbs:
     """`megatron_laser.ops.linear_logprob` for checked arguments, with `engine`."""
     if isinstance(inv_temperature, torch.Tensor):
-        inv_temperature = inv_temperature.to(accumulation_dtype(hidden))
+        inv_temperature = inv_temperature.to(accumulation_dtype(hidden)).contiguous()
     shard = vocabulary_shard(weight, vocab_size, tp_group)
     # Inside the function gradients are always off, so whether there will be a backward is asked here.
     for_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     options = Options(engine, shard, tp_group, sequence_parallel, with_entropy, for_backward)
-    return LogProbs(*LinearLogProb.apply(hidden, weight, labels, inv_temperature, options))
+    # Kernels walk over per-row tensors without strides.
+    return LogProbs(*LinearLogProb.apply(hidden, weight, labels.contiguous(), inv_temperature, options))
 
 
 def without_gradient(
@@ -244,6 +245,7 @@ def without_gradient(
 ) -> torch.Tensor:
     """Log-probs [rows] at temperature 1 from an engine's statistics alone."""
     shard = vocabulary_shard(weight, vocab_size, tp_group)
+    labels = labels.contiguous()
     problem = Problem(GatheredRows(hidden, None), weight, labels, 1.0, shard, False)
     local, _ = engine.statistics(problem, for_backward=False)
     return finish(reduced(local, tp_group), labels, shard)[0]

@@ -87,24 +87,26 @@ class Function:
             argument.address if isinstance(argument, TensorMap) else ctypes.addressof(argument)
             for argument in arguments
         ]
-        _call(
-            "cuLaunchKernel",
-            self._handle,
-            *(ctypes.c_uint(size) for size in (*grid, 1, threads, 1, 1, self._shared_bytes)),
-            ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
-            (ctypes.c_void_p * len(addresses))(*addresses),
-            None,
-        )
+        with torch.cuda.device(device):
+            _call(
+                "cuLaunchKernel",
+                self._handle,
+                *(ctypes.c_uint(size) for size in (*grid, 1, threads, 1, 1, self._shared_bytes)),
+                ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
+                (ctypes.c_void_p * len(addresses))(*addresses),
+                None,
+            )
 
 
 class Module:
     """A cubin in the context of one device."""
 
     def __init__(self, cubin: Path, device: torch.device) -> None:
-        # torch's calls make the device's primary context current in this thread.
-        torch.cuda.current_stream(device).synchronize()
         self._handle = ctypes.c_void_p()
-        _call("cuModuleLoadData", ctypes.byref(self._handle), ctypes.c_char_p(cubin.read_bytes()))
+        with torch.cuda.device(device):
+            # The runtime makes the device's primary context current in this thread with its first real call.
+            torch.cuda.current_stream(device).synchronize()
+            _call("cuModuleLoadData", ctypes.byref(self._handle), ctypes.c_char_p(cubin.read_bytes()))
 
     def function(self, name: str, shared_bytes: int) -> Function:
         """The kernel `name` with `shared_bytes` of dynamic shared memory."""

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from megatron_laser.benchmarks import logprob, logprob_ops
 from megatron_laser.benchmarks.logprob import Shape, WrongResultError
 from megatron_laser.benchmarks.logprob_ops import Implementation, dense
+from megatron_laser.cli import app
 from megatron_laser.model import platform
 
 pytestmark = pytest.mark.skipif(platform.has_cuda(), reason="asserts what the benchmark does on a CPU")
@@ -80,6 +82,16 @@ def test_a_peer_that_is_wrong_or_fails_gets_a_note_instead_of_a_time(monkeypatch
     assert one.forward is None and "off by 0.5 nats" in one.note
     assert other.forward is None and "no kernel image" in other.note
     assert summed.forward == 0.5 and summed.error < 1e-5
+
+
+@pytest.mark.parametrize("name", ["logprob", "score"])
+def test_the_command_prints_the_table_and_writes_both_files(name, monkeypatch, tmp_path):
+    original = getattr(logprob, f"bench_{name}")
+    monkeypatch.setattr(logprob, f"bench_{name}", lambda: original([SHAPE]))
+    done = CliRunner().invoke(app, ["bench", name, "--output", str(tmp_path / "new")])
+    assert done.exit_code == 0, done.output
+    assert "torch, dense" in done.output
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == [f"{name}.json", f"{name}.png"]
 
 
 def test_ceilings_are_measured_on_this_device():

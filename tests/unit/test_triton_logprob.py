@@ -105,6 +105,20 @@ def test_temperature_of_all_rows_and_of_each_row(engine):
 
 
 @engines
+def test_strided_inputs_are_read_as_they_are(engine):
+    hidden, weight, labels = inputs(rows=18, hidden_size=16, columns=60)
+    wide = torch.stack([hidden, hidden + 1], dim=2).flatten(1)[:, ::2]
+    both = torch.stack([labels, labels - 1], dim=1)[:, 0]
+    temperature = torch.tensor([0.8]).expand(18)
+    assert not wide.is_contiguous() and not both.is_contiguous() and temperature.stride() == (0,)
+    assert_matches_float64(engine, wide, weight, both, inv_temperature=temperature, entropies=(True,))
+    rows = torch.stack([hidden[:16], hidden[:16]], dim=1).flatten(0, 1)[::2]
+    few = triton_backend.few_row_logprob(rows, weight, both[:16], engine=FEW_ROWS)
+    expected = reference(hidden[:16], weight, labels[:16])[0]
+    torch.testing.assert_close(few.double(), expected, atol=1e-5, rtol=1e-6)
+
+
+@engines
 def test_padded_columns_have_no_probability_and_no_gradient(engine):
     hidden, weight, labels = inputs(columns=64)
     weight[50:] *= 100  # would win the softmax if it were not masked
@@ -253,7 +267,7 @@ def test_a_plan_covers_everything_once_within_its_budget(rows, columns, tile_byt
 
 @engines
 def test_two_calls_are_bitwise_equal(engine):
-    hidden, weight, labels = inputs(rows=40, columns=150)
+    hidden, weight, labels = inputs(rows=20, columns=90)
     first, second = (
         gradients(
             lambda x, w: triton_backend.linear_logprob(x, w, labels, with_entropy=True, engine=engine),
