@@ -30,7 +30,7 @@ EXTRAS_REQUIRE = {
     "test": [
         *("pytest>=8", "pytest-timeout", "hypothesis", "scikit-learn", "ruff", "mypy", "types-PyYAML"),
         # Neither needs a GPU: the kernels are tested in Triton's interpreter and compiled for Hopper.
-        *("triton>=3.6; platform_system == 'Linux'", "nvidia-cuda-nvrtc; platform_system == 'Linux'"),
+        *("triton>=3.7; platform_system == 'Linux'", "nvidia-cuda-nvrtc; platform_system == 'Linux'"),
     ],
 }
 
