@@ -25,14 +25,14 @@ Op = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class Implementation:
     """One contender: (hidden, weight, labels) -> log-probs [rows], or their sum where `only_sum`.
 
-    ours: a wrong result is an error, not a remark. gradient_in_forward: most of its backward runs in its forward.
+    ours: a wrong result is an error, not a remark. remark: what the table adds, given hidden and weight.
     """
 
     name: str
     run: Op
     ours: bool = False
     only_sum: bool = False
-    gradient_in_forward: bool = False
+    remark: Callable[[torch.Tensor, torch.Tensor], str] = lambda hidden, weight: ""
 
 
 def dense(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,9 @@ def dense(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> t
 
 def training_ops(device: torch.device) -> Iterator[Implementation]:
     """Contenders with a gradient."""
-    yield Implementation("megatron_laser", lambda *inputs: linear_logprob(*inputs).logprobs, ours=True)
+    yield Implementation(
+        "megatron_laser", lambda *inputs: linear_logprob(*inputs).logprobs, ours=True, remark=_forward_choice
+    )
     if device.type == "cuda" and triton_device.unavailable(device) is None:
         from megatron_laser.ops import triton_backend
 
@@ -58,14 +60,14 @@ def training_ops(device: torch.device) -> Iterator[Implementation]:
     if device.type != "cuda":
         return
     if importlib.util.find_spec("liger_kernel") is not None:
-        yield Implementation("Liger-Kernel", _liger, only_sum=True, gradient_in_forward=True)
+        yield Implementation("Liger-Kernel", _liger, only_sum=True, remark=_forward_has_the_backward)
     if importlib.util.find_spec("cut_cross_entropy") is not None:
         yield Implementation("cut-cross-entropy", _cut_cross_entropy)
 
 
 def score_ops(device: torch.device) -> Iterator[Implementation]:
     """Contenders for few rows, without gradient."""
-    yield Implementation("megatron_laser", few_row_logprob, ours=True)
+    yield Implementation("megatron_laser", few_row_logprob, ours=True, remark=_few_row_choice)
     if device.type == "cuda" and triton_device.unavailable(device) is None:
         from megatron_laser.ops import triton_backend
 
@@ -73,6 +75,26 @@ def score_ops(device: torch.device) -> Iterator[Implementation]:
             yield Implementation(f"megatron_laser: {name}", _few_with_engine(engine), ours=True)
     yield Implementation("torch, tiled", torch_reference.few_row_logprob, ours=True)
     yield Implementation("torch, dense", dense)
+
+
+def _forward_choice(hidden: torch.Tensor, weight: torch.Tensor) -> str:
+    if hidden.device.type != "cuda" or triton_device.unavailable(hidden.device) is not None:
+        return ""
+    from megatron_laser.ops import triton_backend
+
+    return f"uses {triton_backend.forward_choice(hidden, weight, 1, weight.shape[0]).name}"
+
+
+def _few_row_choice(hidden: torch.Tensor, weight: torch.Tensor) -> str:
+    if hidden.device.type != "cuda" or triton_device.unavailable(hidden.device) is not None:
+        return ""
+    from megatron_laser.ops import triton_backend
+
+    return f"uses {triton_backend.few_row_choice(hidden, weight, weight.shape[0]).name}"
+
+
+def _forward_has_the_backward(hidden: torch.Tensor, weight: torch.Tensor) -> str:
+    return "most of its backward runs in its forward"
 
 
 def _with_engine(engine: type) -> Op:

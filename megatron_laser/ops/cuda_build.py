@@ -93,12 +93,19 @@ def built_kernel() -> Path:
     """
     name = f"{SOURCE.stem}-{_fingerprint()}.sm_90a.cubin"
     target = cache_folder() / name
-    if not target.is_file():
+    if target.is_file():
+        return target
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             compile_kernel(Path(scratch) / name)
             # Under its final name there is never half a file.
             os.replace(Path(scratch) / name, target)
+    except OSError as error:
+        raise BuildError(
+            f"{target} cannot be written ({error}): set MEGATRON_LASER_CACHE to a folder that can; until then the "
+            "Triton kernel is used"
+        ) from error
     return target
 
 

@@ -75,13 +75,15 @@ def test_a_peer_that_is_wrong_or_fails_gets_a_note_instead_of_a_time(monkeypatch
 
     contenders = [
         *(Implementation("wrong", wrong), Implementation("fails", fails)),
-        Implementation("summed", lambda *inputs: dense(*inputs).sum(), only_sum=True),
+        Implementation(
+            "summed", lambda *inputs: dense(*inputs).sum(), only_sum=True, remark=lambda *inputs: "all"
+        ),
     ]
     monkeypatch.setattr(logprob, "training_ops", lambda device: contenders)
     one, other, summed = logprob.bench_logprob([SHAPE]).measurements
     assert one.forward is None and "off by 0.5 nats" in one.note
     assert other.forward is None and "no kernel image" in other.note
-    assert summed.forward == 0.5 and summed.error < 1e-5
+    assert summed.forward == 0.5 and summed.error < 1e-5 and summed.note == "all"
 
 
 @pytest.mark.parametrize("name", ["logprob", "score"])

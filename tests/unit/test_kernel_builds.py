@@ -108,6 +108,13 @@ def test_without_a_compiler_the_message_says_what_to_install(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cache_that_cannot_be_written_is_a_build_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEGATRON_LASER_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(cuda_build.BuildError, match="set MEGATRON_LASER_CACHE"):
+        cuda_build.built_kernel()
+
+
 def test_a_compiler_that_fails_is_followed_by_the_next_one(tmp_path, monkeypatch):
     monkeypatch.setattr(cuda_build, "find_nvcc", lambda: tmp_path / "nvcc")  # cannot be started
     monkeypatch.setattr(
