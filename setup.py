@@ -26,9 +26,13 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
-    "gpu": ["transformer-engine[pytorch]", "triton>=3.2"],
+    "gpu": ["transformer-engine[pytorch]", "triton>=3.6"],
     "wandb": ["wandb"],
-    "test": ["pytest>=8", "pytest-timeout", "hypothesis", "scikit-learn", "ruff", "mypy", "types-PyYAML"],
+    "test": [
+        *("pytest>=8", "pytest-timeout", "hypothesis", "scikit-learn", "ruff", "mypy", "types-PyYAML"),
+        # Neither needs a GPU: the kernels are tested in Triton's interpreter and compiled for Hopper.
+        *("triton>=3.7; platform_system == 'Linux'", "nvidia-cuda-nvrtc; platform_system == 'Linux'"),
+    ],
 }
 
 setup(
@@ -40,7 +44,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_laser", "megatron_laser.*"]),
-    package_data={"megatron_laser": ["py.typed"]},
+    package_data={"megatron_laser": ["py.typed", "ops/cuda/*.cu"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["megatron-laser = megatron_laser.cli:main"]},

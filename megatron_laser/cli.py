@@ -205,6 +205,33 @@ def bench_step(
         result.write(output)
 
 
+@bench_app.command("logprob")
+def bench_logprob(
+    output: Annotated[Path | None, typer.Option(help="Folder for logprob.json and logprob.png.")] = None,
+) -> None:
+    """The log-prob op forward and backward: time over the device's measured ceiling, peak memory, other libraries."""
+    _bench("logprob", output)
+
+
+@bench_app.command("score")
+def bench_score(
+    output: Annotated[Path | None, typer.Option(help="Folder for score.json and score.png.")] = None,
+) -> None:
+    """The few-row op that computes self-reward scores: time over one read of the output layer's weight."""
+    _bench("score", output)
+
+
+def _bench(name: str, output: Path | None) -> None:
+    _prepare_process("WARNING", is_main=True)
+    from megatron_laser.benchmarks import logprob
+
+    report = logprob.bench_logprob() if name == "logprob" else logprob.bench_score()
+    typer.echo(report.table())
+    if output is not None:
+        for file in report.write(output, name):
+            typer.echo(f"wrote {file}")
+
+
 class _user_errors:
     """Turn errors about the user's input into one readable message and exit status 2."""
 

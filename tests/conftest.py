@@ -4,6 +4,9 @@ import os
 
 # Before torch is imported: the machine's cores belong to the whole test run.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before Triton is imported: without an NVIDIA device its kernels are tested in its interpreter, on CPU tensors.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 

@@ -100,8 +100,7 @@ class StepBenchmark:
         flat = self._rollouts()
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(self._model, dtype=torch.float32).save_pretrained(folder)
+            self.save_model(folder)
             trainers = self._trainers(folder, budget=max(4096, int(flat.lengths.max())))
             steps = {False: 0, True: 0}
 
@@ -139,6 +138,11 @@ class StepBenchmark:
             grpo_peak_bytes=peaks[False],
             laser_peak_bytes=peaks[True],
         )
+
+    def save_model(self, folder: Path) -> None:
+        """Write the random model as a Hugging Face folder."""
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(self._model, dtype=torch.float32).save_pretrained(folder)
 
     def _trainers(self, folder: Path, budget: int) -> dict[bool, Trainer]:
         configs = {}

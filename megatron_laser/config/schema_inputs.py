@@ -33,6 +33,10 @@ class ModelConfig(Section):
     recompute: Literal["none", "full"] = "none"
     """Activation recomputation: `full` keeps only each layer's input and runs the layer again in the
     backward pass (about a third more compute, much less memory)."""
+    keep_logits_gib: NonNegative = 0.0
+    """GPU memory that one micro-batch's log-prob call may use to keep probabilities (bfloat16) for its backward, which
+    then recomputes fewer logits: rows * vocabulary shard * 2 bytes keep all and save one of four products. They
+    are rounded to 0.4 %. 0: everything is recomputed."""
 
 
 class DataConfig(Section):

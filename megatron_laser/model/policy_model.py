@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from megatron_laser.config import padded_vocab_size
 from megatron_laser.model import hf_config
 from megatron_laser.model.specs import block_spec
-from megatron_laser.ops import few_row_logprob, linear_logprob
+from megatron_laser.ops import add_weight_gradient_to_main_grad, few_row_logprob, linear_logprob
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class LogProbHead(ColumnParallelLinear):
         if inputs is None:
             return super().forward(input_, weight=weight, runtime_gather_output=runtime_gather_output)
         weight = self.weight if weight is None else weight
+        # In effect under DistributedDataParallel: dW goes into main_grad unrounded, without a copy of its size.
+        add_weight_gradient_to_main_grad(weight)
         if self.sequence_parallel:
             # The op all-reduces dX over the tensor-parallel group, so every rank holds the whole gradient and
             # the gather's backward only has to keep its own part.

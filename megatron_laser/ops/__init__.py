@@ -4,12 +4,18 @@ from megatron_laser.ops.api import few_row_logprob, linear_logprob
 from megatron_laser.ops.backends import available_backends
 from megatron_laser.ops.labels import IGNORE_LABEL, check_labels
 from megatron_laser.ops.results import LogProbs
+from megatron_laser.ops.settings import Settings, configure, settings
+from megatron_laser.ops.weight_gradient import add_weight_gradient_to_main_grad
 
 __all__ = [
     "IGNORE_LABEL",
     "LogProbs",
+    "Settings",
+    "add_weight_gradient_to_main_grad",
     "available_backends",
     "check_labels",
+    "configure",
     "few_row_logprob",
     "linear_logprob",
+    "settings",
 ]

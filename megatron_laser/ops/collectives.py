@@ -1,4 +1,4 @@
-"""The four tensor-parallel collectives of the log-prob op; each is the identity for a group of one."""
+"""Tensor-parallel reductions of the log-prob op; each is the identity for a group of one."""
 
 from __future__ import annotations
 
@@ -30,21 +30,18 @@ def reduce_sum_(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.
     return tensor
 
 
-def gather_rows(shard: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """[rows, H] on each rank to [size * rows, H] on all, in rank order. Every rank has the same `rows`."""
-    size = group_size(group)
-    if size == 1 or not shard.numel():
-        return shard
-    result = shard.new_empty((size * shard.shape[0], *shard.shape[1:]))
-    dist.all_gather_into_tensor(result, shard.contiguous(), group=group)
-    return result
+def start_reduction(
+    tensor: torch.Tensor, group: dist.ProcessGroup | None, *, scatter: bool
+) -> tuple[torch.Tensor, dist.Work | None]:
+    """Start the sum of [rows, H] over the group: (result, work to wait for, None if there is nothing to do).
 
-
-def scatter_sum_rows(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Sum [size * rows, H] over the group and keep this rank's [rows, H]: the adjoint of `gather_rows`."""
+    scatter: keep only this rank's [rows / size, H]; else the sum is in place. Collectives of NCCL and gloo add in a
+    fixed order, so the result is the same from run to run.
+    """
     size = group_size(group)
     if size == 1 or not tensor.numel():
-        return tensor
+        return tensor, None
+    if not scatter:
+        return tensor, dist.all_reduce(tensor, group=group, async_op=True)
     result = tensor.new_empty((tensor.shape[0] // size, *tensor.shape[1:]))
-    dist.reduce_scatter_tensor(result, tensor.contiguous(), group=group)
-    return result
+    return result, dist.reduce_scatter_tensor(result, tensor, group=group, async_op=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -66,18 +67,38 @@ def mm_operand(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(accumulation_dtype(tensor))
 
 
-def mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Matrix product in the accumulation dtype."""
+def mm(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Matrix product in the accumulation dtype, into `out` if given."""
     dtype = accumulation_dtype(left)
-    return torch.mm(left, right) if left.dtype == dtype else torch.mm(left, right, out_dtype=dtype)
+    if left.dtype == dtype:
+        return torch.mm(left, right, out=out)
+    if out is None:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.ops.aten.mm.dtype_out(left, right, dtype, out=out)
 
 
 def add_mm_(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add left @ right to `out`, which has the accumulation dtype."""
     if left.dtype == out.dtype:
         out.addmm_(left, right)
+    elif _accumulates_in_place(out.device, left.dtype):
+        torch.ops.aten.addmm.dtype_out(out, left, right, out.dtype, out=out)
     else:
         out.add_(mm(left, right))
+
+
+@functools.cache
+def _accumulates_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one product can add half-precision operands to a float32 matrix; some versions of torch refuse.
+
+    It saves a float32 temporary and its traffic. Asked of the device once, with a product whose result is known.
+    """
+    ones, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, ones, ones, total.dtype, out=total)
+    except (RuntimeError, AttributeError):
+        return False
+    return bool((total == 17).all())
 
 
 def row_part(value: float | torch.Tensor, block: slice) -> float | torch.Tensor:

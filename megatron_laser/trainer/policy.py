@@ -33,6 +33,7 @@ from megatron_laser.model.hf_folder import HfFolder
 from megatron_laser.model.mapping import Geometry
 from megatron_laser.model.policy_model import PolicyModel
 from megatron_laser.model.weights import WeightExporter, load_weights
+from megatron_laser.ops import configure
 
 
 @dataclass
@@ -100,6 +101,7 @@ def build_chunks(config: RunConfig, hf: PretrainedConfig, folder: HfFolder) -> C
 
 def build_policy(config: RunConfig) -> Policy:
     """The trained policy: weights from `model.path`, DDP, optimizer and schedule."""
+    configure(keep_logits_bytes=round(config.model.keep_logits_gib * 2**30))
     hf = read_hf_config(config.model.path)
     with HfFolder(config.model.path) as folder:
         chunks = build_chunks(config, hf, folder)

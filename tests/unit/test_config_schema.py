@@ -18,7 +18,7 @@ REQUIRED = {
 }
 
 DEFAULTS = {
-    "model": {"dtype": "bfloat16", "vocab_multiple": 128, "recompute": "none"},
+    "model": {"dtype": "bfloat16", "vocab_multiple": 128, "recompute": "none", "keep_logits_gib": 0.0},
     "data": {
         "validation": None,
         "test": None,

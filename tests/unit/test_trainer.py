@@ -11,6 +11,7 @@ from helpers.rollouts import Response, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
 
 from megatron_laser.model import platform
+from megatron_laser.ops import settings
 
 platform.install()
 
@@ -301,3 +302,20 @@ def test_laser_without_a_score_token_id_is_refused(single_process, model_folder,
     config = run_config(tmp_path, model_folder / "qwen2", laser=LASER)
     with pytest.raises(ValueError, match=r"laser\.score_token"):
         Trainer(config, single_process, score_token_id=None)
+
+
+def test_the_heads_weight_gradient_goes_straight_into_main_grad(single_process, model_folder, tmp_path):
+    for family in ("qwen2", "qwen2-tied"):
+        trainer = build(model_folder, tmp_path / family, single_process, family=family)
+        model = trainer.policy.chunks.models[0]
+        tied = family == "qwen2-tied"
+        weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+        assert not weight.grad_added_to_main_grad
+        train(trainer, tiny_model(family), steps=(1,))
+        assert weight.grad_added_to_main_grad and weight.main_grad.dtype == torch.float32
+
+
+def test_the_memory_for_kept_logits_is_set_for_the_process(single_process, model_folder, tmp_path):
+    for gib, expected in ((0.5, 2**29), (0, 0)):
+        build(model_folder, tmp_path / str(gib), single_process, f"model.keep_logits_gib={gib}")
+        assert settings().keep_logits_bytes == expected

@@ -1,0 +1,78 @@
+"""Where dW goes: a gradient for autograd, or straight into Megatron's `main_grad`. One writer for each slice."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_laser.ops.tiles import accumulation_dtype, add_mm_, mm
+
+_MARK = "linear_logprob_adds_to_main_grad"
+
+
+def add_weight_gradient_to_main_grad(weight: torch.Tensor) -> None:
+    """Let every later `linear_logprob` on this parameter add dW to `weight.main_grad` in its backward.
+
+    That is Megatron's gradient accumulation fusion: dW never exists in the weight's dtype, and with a float32
+    `main_grad` it is not rounded. It takes effect while `weight` has `main_grad`, which Megatron's
+    DistributedDataParallel sets; the backward then sets `weight.grad_added_to_main_grad` and hands autograd a
+    gradient that the wrapper's hook does not read (zeros where `weight.zero_out_wgrad`, because it does read those).
+    """
+    setattr(weight, _MARK, True)
+
+
+def main_grad_of(weight: torch.Tensor) -> torch.Tensor | None:
+    """`weight.main_grad` when dW is to be added there, else None."""
+    if not getattr(weight, _MARK, False):
+        return None
+    # The flag belongs to the hook of Megatron's wrapper: without it nobody would look at main_grad.
+    return getattr(weight, "main_grad", None) if hasattr(weight, "grad_added_to_main_grad") else None
+
+
+class WeightGradient:
+    """dW [V_shard, H] in the making. `add` once per block of rows, then `close`, slice after slice."""
+
+    def __init__(self, weight: torch.Tensor, main_grad: torch.Tensor | None, columns: int) -> None:
+        """`columns`: the real ones; rows of `weight` behind them are padding and get no gradient."""
+        self._main_grad = main_grad
+        self._sum: torch.Tensor | None = None
+        if main_grad is None:
+            self._target = torch.empty_like(weight)
+            self._target[columns:].zero_()
+        else:
+            self._target = main_grad
+
+    def add(self, columns: slice, grad_logits: torch.Tensor, rows: torch.Tensor, *, only: bool) -> None:
+        """Add grad_logits [rows, columns] transposed times rows [rows, H]; `only`: no other block follows."""
+        target = self._target[columns]
+        if self._main_grad is not None and target.dtype == accumulation_dtype(rows):
+            add_mm_(target, grad_logits.t(), rows)
+        elif self._main_grad is None and only and target.dtype == rows.dtype:
+            torch.mm(grad_logits.t(), rows, out=target)
+        elif self._sum is None:
+            self._sum = mm(grad_logits.t(), rows)
+        else:
+            add_mm_(self._sum, grad_logits.t(), rows)
+
+    def close(self, columns: slice) -> None:
+        """Write what was summed up in the accumulation dtype, rounded once."""
+        if self._sum is not None:
+            target = self._target[columns]
+            if self._main_grad is None:
+                target.copy_(self._sum)
+            else:
+                target.add_(self._sum)
+            self._sum = None
+
+    def clear(self) -> None:
+        """There are no rows: the gradient is zero."""
+        if self._main_grad is None:
+            self._target.zero_()
+
+    def for_autograd(self, weight: torch.Tensor) -> torch.Tensor:
+        """What the backward returns for the parameter `weight`."""
+        if self._main_grad is None:
+            return self._target
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        if getattr(weight, "zero_out_wgrad", False):
+            return torch.zeros_like(weight)
+        return torch.empty_like(weight)

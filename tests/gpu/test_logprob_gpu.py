@@ -1,0 +1,162 @@
+"""The log-prob op on a CUDA device: bf16 against float64, bitwise repeatable, within its memory."""
+
+import pytest
+import torch
+from helpers.logprob import gradients, inputs, reference
+
+from megatron_laser.ops import configure, few_row_logprob, linear_logprob
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+if torch.cuda.is_available():
+    from megatron_laser.ops import cuda_few_rows, triton_backend
+    from megatron_laser.ops.triton_device import capability
+    from megatron_laser.ops.triton_engine import ChunkedEngine
+    from megatron_laser.ops.triton_few_rows import FewRowEngine
+    from megatron_laser.ops.triton_fused import FusedEngine
+
+    HOPPER = capability(torch.device("cuda", torch.cuda.current_device())) >= (9, 0)
+    ENGINES = {"chunked": ChunkedEngine, **({"fused": FusedEngine} if HOPPER else {})}
+    FEW_ROWS = {"few_rows": FewRowEngine, "fused": FusedEngine} if HOPPER else {}
+else:
+    ENGINES, FEW_ROWS = {"chunked": None}, {"few_rows": None}
+
+engines = pytest.mark.parametrize("name", ENGINES)
+# Odd sizes in every dimension but the hidden one, which the copy engine wants in multiples of 8.
+SHAPES = [(1, 64, 100), (37, 128, 1003), (300, 896, 5001), (1025, 1536, 20011)]
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    """Small tiles, so that several slices are merged; what was set before comes back."""
+    before = configure(tile_bytes=8 * 2**20, keep_logits_bytes=0)
+    yield
+    configure(tile_bytes=before.tile_bytes, keep_logits_bytes=before.keep_logits_bytes)
+
+
+def problem(rows, hidden_size, columns):
+    """On the device, in bf16, with logits of a few nats."""
+    hidden, weight, labels = inputs(rows, hidden_size, columns, torch.bfloat16, scale=hidden_size**-0.5 * 4)
+    return hidden.cuda(), weight.cuda(), labels.cuda()
+
+
+@engines
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_bf16_against_float64(name, shape, with_entropy):
+    hidden, weight, labels = problem(*shape)
+    vocab_size = shape[2] - 3
+    labels.clamp_(max=vocab_size - 1)
+    per_row = torch.linspace(0.5, 1.5, shape[0], device="cuda")
+    settings = dict(inv_temperature=per_row, vocab_size=vocab_size)
+    expected = gradients(
+        lambda x, w: reference(x, w, labels, **settings)[: 1 + with_entropy], hidden.double(), weight.double()
+    )
+    actual = gradients(
+        lambda x, w: triton_backend.linear_logprob(
+            x, w, labels, with_entropy=with_entropy, engine=ENGINES[name](), **settings
+        ),
+        hidden,
+        weight,
+    )
+    for got, want in zip(actual[0], expected[0]):
+        torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-6)
+    for got, want in zip(actual[1:], expected[1:]):
+        # The logits' gradient is rounded to bf16 once (2^-9 of each value), the sums are float32.
+        assert (got.double() - want).norm() < 2**-7 * want.norm()
+    assert not actual[2][vocab_size:].any()
+
+
+@engines
+def test_twice_the_same_bits(name):
+    hidden, weight, labels = problem(1025, 1536, 20011)
+    runs = [
+        gradients(
+            lambda x, w: triton_backend.linear_logprob(
+                x, w, labels, with_entropy=True, engine=ENGINES[name]()
+            ),
+            hidden,
+            weight,
+        )
+        for _ in range(3)
+    ]
+    first = [*runs[0][0], *runs[0][1:]]
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(first, [*other[0], *other[1:]]))
+
+
+@pytest.mark.parametrize("name", FEW_ROWS)
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 128, 300, 512])
+@pytest.mark.parametrize("columns", [100, 20011])
+def test_few_rows_against_float64(name, rows, columns):
+    hidden, weight, labels = problem(rows, 1536, columns)
+    actual = [
+        triton_backend.few_row_logprob(
+            hidden, weight, labels.clamp(max=columns - 4), vocab_size=columns - 3, engine=FEW_ROWS[name]()
+        )
+        for _ in range(2)
+    ]
+    expected = reference(hidden, weight, labels.clamp(max=columns - 4), vocab_size=columns - 3)[0]
+    torch.testing.assert_close(actual[0].double(), expected, atol=2e-5, rtol=1e-6)
+    assert torch.equal(*actual)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 128])
+@pytest.mark.parametrize("hidden_size", [64, 200, 1536, 5120])
+@pytest.mark.parametrize("columns", [100, 20011])
+def test_the_cuda_kernel_against_float64(rows, hidden_size, columns):
+    hidden, weight, labels = problem(rows, hidden_size, columns)
+    reason = cuda_few_rows.refuses(hidden, weight)
+    if reason is not None:
+        pytest.skip(f"the CUDA C++ kernel cannot run: {reason}")
+    labels.clamp_(max=columns - 4)
+    engine = cuda_few_rows.CudaFewRowEngine()
+    actual = [
+        triton_backend.few_row_logprob(hidden, weight, labels, vocab_size=columns - 3, engine=engine)
+        for _ in range(2)
+    ]
+    expected = reference(hidden, weight, labels, vocab_size=columns - 3)[0]
+    torch.testing.assert_close(actual[0].double(), expected, atol=2e-5, rtol=1e-6)
+    assert torch.equal(*actual)
+
+
+def test_the_public_calls_choose_kernels_by_themselves():
+    hidden, weight, labels = problem(200, 512, 5001)
+    expected = reference(hidden, weight, labels)[0]
+    for actual in (linear_logprob(hidden, weight, labels).logprobs, few_row_logprob(hidden, weight, labels)):
+        torch.testing.assert_close(actual.double(), expected, atol=2e-5, rtol=1e-6)
+
+
+@engines
+def test_peak_memory_is_that_of_the_tiles(name):
+    configure(tile_bytes=32 * 2**20)
+    hidden, weight, labels = problem(4096, 512, 65536)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    for backward in (False, True):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        logprobs = triton_backend.linear_logprob(hidden, weight, labels, engine=ENGINES[name]()).logprobs
+        if backward:
+            logprobs.sum().backward()
+        torch.cuda.synchronize()
+        # Float32 logits alone would be 1 GiB. Tile, its bf16 gradient, dX twice, dW, and the products' workspace.
+        assert torch.cuda.max_memory_allocated() - before < 300 * 2**20
+
+
+def test_kept_probabilities_cost_at_most_their_rounding():
+    hidden, weight, labels = problem(300, 896, 5001)
+
+    def op(x, w):
+        return triton_backend.linear_logprob(x, w, labels, with_entropy=True, engine=ChunkedEngine())
+
+    exact = gradients(op, hidden, weight)
+    configure(keep_logits_bytes=2**30)
+    kept = gradients(op, hidden, weight)
+    assert all(torch.equal(a, b) for a, b in zip(exact[0], kept[0]))
+    for one, other in zip(exact[1:], kept[1:]):
+        assert (one.double() - other.double()).norm() < 2**-6 * one.double().norm()

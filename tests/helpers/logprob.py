@@ -1,0 +1,39 @@
+"""The log-prob op written out in float64, and random problems for it."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_laser.ops import IGNORE_LABEL
+
+
+def reference(hidden, weight, labels, inv_temperature=1.0, vocab_size=None):
+    """(logprobs, entropy) in float64 from the full logits."""
+    logits = hidden.double() @ weight.double().T
+    if isinstance(inv_temperature, torch.Tensor):
+        inv_temperature = inv_temperature.double().unsqueeze(1)
+    log_p = torch.log_softmax((logits * inv_temperature)[:, :vocab_size], dim=1)
+    labelled = labels != IGNORE_LABEL
+    logprobs = log_p.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return logprobs * labelled, -(log_p.exp() * log_p).sum(1) * labelled
+
+
+def inputs(rows=37, hidden_size=16, columns=53, dtype=torch.float32, seed=0, scale=1.0):
+    """(hidden, weight, labels) with every fifth row unlabelled."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, hidden_size, generator=generator, dtype=torch.float64) * scale
+    weight = torch.randn(columns, hidden_size, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, columns, (rows,), generator=generator)
+    labels[::5] = IGNORE_LABEL
+    return hidden.to(dtype), weight.to(dtype), labels
+
+
+def gradients(function, hidden, weight, seed=1):
+    """(outputs, dX, dW) of a random weighting of both outputs, with dX and dW in the inputs' dtype."""
+    hidden = hidden.detach().clone().requires_grad_()
+    weight = weight.detach().clone().requires_grad_()
+    outputs = [output for output in function(hidden, weight) if output is not None]
+    generator = torch.Generator().manual_seed(seed)
+    factors = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in outputs]
+    sum((out * factor.to(out)).sum() for out, factor in zip(outputs, factors)).backward()
+    return [out.detach() for out in outputs], hidden.grad, weight.grad

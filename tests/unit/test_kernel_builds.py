@@ -1,0 +1,151 @@
+"""Every kernel compiled for an H100/H200 without one: instructions, spills, shared memory; and how the build fails."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_laser.ops import cuda_build, cuda_few_rows, cuda_nvrtc, dispatch
+from megatron_laser.ops.dispatch import Shape
+
+ROOT = Path(__file__).parents[2]
+
+
+def compiler_missing():
+    """Why the CUDA C++ kernel cannot be compiled here, or None."""
+    if cuda_build.find_nvcc() is not None:
+        return None
+    try:
+        cuda_nvrtc.find_nvrtc()
+    except cuda_nvrtc.NvrtcError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="module")
+def reports():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("the package triton is not installed")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "inspect_kernels.py"), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.stdout.startswith("["), done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_triton_kernels_meet_hoppers_rules_at_their_production_tiles(reports):
+    names = {one["kernel"] for one in reports}
+    assert names >= {
+        *("tile_statistics", "tile_gradient", "fused_statistics", "few_row_statistics", "merge_partials")
+    }
+    assert not [
+        (one["kernel"], one["variant"], one["broken_rules"]) for one in reports if one["broken_rules"]
+    ]
+    products = [one for one in reports if one["product"]]
+    assert len(products) >= 5
+    for one in products:
+        assert one["wgmma"] > 0 and one["tma"] > 0 and one["mma_sync"] == 0, one
+    for one in reports:
+        assert 0 < one["registers"] <= 255 and one["stack_bytes"] == 0, one
+        assert one["shared_bytes"] <= 227 * 1024, one
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler_missing() is not None, reason=f"no CUDA compiler: {compiler_missing()}")
+def test_the_cuda_kernel_compiles_for_sm_90a_without_spills(reports):
+    found = [one for one in reports if one["kernel"].endswith("(CUDA)")]
+    assert [one["variant"] for one in found] == [f"{rows} rows" for rows in cuda_few_rows.ROWS]
+    assert all(one["stack_bytes"] == 0 and one["wgmma"] == 8 and one["tma"] > 0 for one in found)
+
+
+def test_the_kernels_constants_are_those_of_the_source():
+    source = cuda_build.SOURCE.read_text(encoding="utf-8")
+    for name, value in (
+        ("TILE_COLUMNS", cuda_few_rows.TILE_COLUMNS),
+        ("DEPTH", cuda_few_rows.DEPTH),
+        ("THREADS", cuda_few_rows.THREADS),
+    ):
+        assert f"constexpr int {name} = {value};" in source
+    assert [f"FEW_ROWS({rows})" in source for rows in cuda_few_rows.ROWS] == [True] * 4
+
+
+@pytest.mark.skipif(compiler_missing() is not None, reason=f"no CUDA compiler: {compiler_missing()}")
+def test_a_build_is_pipelined_and_cached_under_a_name_of_its_source(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEGATRON_LASER_CACHE", str(tmp_path / "cache"))
+    messages = cuda_build.compile_kernel(tmp_path / "kernel.cubin")
+    # ptxas says so when it has to wait after each wgmma, which costs most of the speed.
+    assert "registers" in messages and "serialized" not in messages
+    built = cuda_build.built_kernel()
+    assert built.parent == tmp_path / "cache" and built.read_bytes()[:4] == b"\x7fELF"
+    monkeypatch.setattr(cuda_build, "compile_kernel", lambda target: pytest.fail("compiled again"))
+    assert cuda_build.built_kernel() == built
+    changed = tmp_path / "few_row_logprob.cu"
+    changed.write_text(cuda_build.SOURCE.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    monkeypatch.setattr(cuda_build, "SOURCE", changed)
+    monkeypatch.setattr(cuda_build, "compile_kernel", lambda target: target.write_bytes(b"new"))
+    assert cuda_build.built_kernel() != built
+
+
+def test_without_a_compiler_the_message_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEGATRON_LASER_CACHE", str(tmp_path))
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: None)
+
+    def missing():
+        raise cuda_nvrtc.NvrtcError("libnvrtc was not found")
+
+    monkeypatch.setattr(cuda_nvrtc, "find_nvrtc", missing)
+    with pytest.raises(
+        cuda_build.BuildError, match=r"nvcc was not found.*libnvrtc was.*nvidia-cuda-nvrtc.*Triton kernel"
+    ):
+        cuda_build.built_kernel()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_a_build_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEGATRON_LASER_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(cuda_build.BuildError, match="set MEGATRON_LASER_CACHE"):
+        cuda_build.built_kernel()
+
+
+def test_a_compiler_that_fails_is_followed_by_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: tmp_path / "nvcc")  # cannot be started
+    monkeypatch.setattr(
+        cuda_build, "compile_to_cubin", lambda source, name, options: (b"cubin", "2 registers")
+    )
+    assert cuda_build.compile_kernel(tmp_path / "out") == "2 registers"
+    assert (tmp_path / "out").read_bytes() == b"cubin"
+
+
+@pytest.mark.parametrize(
+    ("rows", "tma", "cuda", "expected"),
+    [
+        (16, None, None, "cuda"),
+        (128, None, None, "cuda"),
+        (16, None, "no compiler", "few_rows"),
+        (100, None, "no compiler", "fused"),
+        (129, None, None, "fused"),
+        (512, None, None, "fused"),
+        (5000, None, None, "chunked"),
+        (16, "odd rows", None, "chunked"),
+    ],
+)
+def test_the_few_row_dispatcher_says_what_it_chose_and_why(rows, tma, cuda, expected):
+    choice = dispatch.choose_few_rows(Shape(rows, 5120, 152064), tma_refuses=tma, cuda_refuses=cuda)
+    assert choice.name == expected
+    assert (tma or cuda or str(rows)) in choice.reason or expected == "chunked"
+
+
+def test_the_forward_dispatcher_falls_back_where_the_copy_engine_cannot_read():
+    many, few = Shape(16384, 5120, 152064), Shape(300, 5120, 152064)
+    assert dispatch.choose_forward(many, tma_refuses=None).name == "chunked"
+    assert dispatch.choose_forward(few, tma_refuses=None).name == "fused"
+    refused = dispatch.choose_forward(few, tma_refuses="float32 would be rounded")
+    assert refused.name == "chunked" and "float32" in refused.reason

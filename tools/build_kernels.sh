@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Compiles the CUDA C++ kernel for Hopper ahead of time and prints where the cubin is. Without this it happens on the
+# first use. Needs nvcc, no GPU; MEGATRON_LASER_CACHE names another folder than ~/.cache/megatron_laser.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=.venv/bin/python
+[ -x "$python" ] || python=python3
+exec "$python" -m megatron_laser.ops.cuda_build
