@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from megatron_laser import cli_testtime
+
 app = typer.Typer(
     name="megatron-laser",
     help="LaSeR training on Megatron-Core: RL in which the model also learns to judge its own answers.",
@@ -19,6 +21,7 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure: each command prints a table.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+cli_testtime.register(app)
 
 Overrides = Annotated[
     list[str] | None,
@@ -54,7 +57,7 @@ def train(
     """
     from megatron_laser.config import check_layout, load_config, read_architecture, resolve_plan
 
-    with _user_errors():
+    with user_errors():
         loaded = load_config(config, overrides or [])
         if dry_run:
             from rich.console import Console
@@ -65,7 +68,7 @@ def train(
             raise typer.BadParameter("--world-size goes with --dry-run; torchrun sets the real one")
         check_layout(loaded, read_architecture(loaded.model.path), int(os.environ.get("WORLD_SIZE", "1")))
         is_main = os.environ.get("RANK", "0") == "0"
-        _prepare_process(loaded.logging.level, is_main)
+        prepare_process(loaded.logging.level, is_main)
         if overwrite and is_main:
             from megatron_laser.output_folder import move_aside
 
@@ -91,7 +94,7 @@ def report(
     """Write report.md with plots for one or more runs, beside each other."""
     from megatron_laser.observability.report import write_report
 
-    with _user_errors():
+    with user_errors():
         typer.echo(f"wrote {write_report(runs, output)}")
 
 
@@ -107,10 +110,10 @@ def replay(
     ] = None,
 ) -> None:
     """Run one batch that a training run skipped, alone on one process; exit status 1 if it is bad again."""
-    _prepare_process("WARNING", is_main=True)
+    prepare_process("WARNING", is_main=True)
     from megatron_laser.replay import replay as run
 
-    with _user_errors():
+    with user_errors():
         result = run(dump, weights)
     typer.echo("\n".join(result.lines))
     raise typer.Exit(1 if result.bad else 0)
@@ -148,10 +151,10 @@ def convert(
     Both ways on CPU, in one process and tensor by tensor. A run starts from a converted checkpoint (step 0, fresh
     optimizer) as it would resume.
     """
-    with _user_errors():
+    with user_errors():
         if dtype not in (None, "float32", "bfloat16"):
             raise typer.BadParameter(f"--dtype {dtype}: expected float32 or bfloat16")
-        _prepare_process("WARNING", is_main=True)
+        prepare_process("WARNING", is_main=True)
         from megatron_laser.conversion import convert as run
 
         typer.echo(f"wrote {run(source, target, model=model, dtype=dtype, verify=verify)}")
@@ -178,7 +181,7 @@ def bench_step(
     output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:
     """What LaSeR adds to a GRPO train step (old-policy pass included in both): time ratio and peak memory."""
-    _prepare_process("WARNING", is_main=True)
+    prepare_process("WARNING", is_main=True)
     from megatron_laser.benchmarks.step import StepBenchmark
 
     benchmark = StepBenchmark(
@@ -195,7 +198,7 @@ def bench_step(
         result.write(output)
 
 
-class _user_errors:
+class user_errors:
     """Turn errors about the user's input into one readable message and exit status 2."""
 
     def __enter__(self) -> None:
@@ -221,6 +224,10 @@ class _user_errors:
             from megatron_laser.rewards import GradingPoolError, RewardSpecError
 
             expected += (RewardSpecError, GradingPoolError)
+        if "megatron_laser.testtime" in sys.modules:
+            from megatron_laser.testtime import TestTimeError
+
+            expected += (TestTimeError, TimeoutError)
         if isinstance(error, expected):
             if os.environ.get("RANK", "0") != "0":
                 time.sleep(3.0)  # the same error on every rank: rank 0 says it, and ends first
@@ -229,7 +236,7 @@ class _user_errors:
             raise typer.Exit(2) from None
 
 
-def _prepare_process(level: str, is_main: bool) -> None:
+def prepare_process(level: str, is_main: bool) -> None:
     """Logging of this process; quiets import-time remarks of libraries about what is optional here."""
     import logging
     import warnings

@@ -97,10 +97,10 @@ class ArrivalFile:
             self._arrivals[arrival.row, arrival.sample] = arrival
             return True
 
-    def get(self, row: int, sample: int) -> Arrival | None:
-        """The arrival, if it is there."""
+    def lengths(self) -> list[int]:
+        """Tokens of each arrival in memory."""
         with self._lock:
-            return self._arrivals.get((row, sample))
+            return [len(arrival.response_ids) for arrival in self._arrivals.values()]
 
     def missing(self, row: int, samples: int) -> list[int]:
         """The samples of a row, of 0 .. samples - 1, that are not there yet."""

@@ -84,7 +84,8 @@ def accuracy_by_length(records: Sequence[EvaluationRecord], bins: int = LENGTH_B
         above = edges[index - 1] if index else -1
         chosen = [record for record in records if above < record.response_ids_length <= edge]
         scored = [record for record in chosen if record.score is not None]
-        scores, labels = [r.score for r in scored], [float(r.right) for r in scored]
+        scores = [r.score for r in scored if r.score is not None]
+        labels = [float(r.right) for r in scored]
         groups.append(
             {
                 "shortest": min(record.response_ids_length for record in chosen),
@@ -99,7 +100,9 @@ def accuracy_by_length(records: Sequence[EvaluationRecord], bins: int = LENGTH_B
     return groups
 
 
-def reliability_bins(records: Sequence[EvaluationRecord], bins: int = RELIABILITY_BINS) -> list[dict[str, Any]]:
+def reliability_bins(
+    records: Sequence[EvaluationRecord], bins: int = RELIABILITY_BINS
+) -> list[dict[str, Any]]:
     """Scored responses by clamp(score, 0, 1) in equal bins (the last one closed): mean score, share right."""
     scored = [record for record in records if record.score is not None]
     scores = np.array([record.score for record in scored], dtype=np.float64).clip(0, 1)
@@ -152,5 +155,3 @@ def _quantiles(values: FloatArray) -> dict[str, float]:
         return {"low": math.nan, "high": math.nan}
     low, high = np.quantile(values, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return {"low": float(low), "high": float(high)}
-
-

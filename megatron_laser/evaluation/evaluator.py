@@ -54,7 +54,7 @@ def evaluate(
     generation_batch: int,
     responses_path: Path | None = None,
     repeatable: bool = True,
-    on_response: Callable[[int], None] | None = None,
+    on_response: Callable[[int, bool], None] | None = None,
 ) -> EvaluationSummary:
     """Answer every prompt `sampling.samples_per_prompt` times and judge the answers and their scores.
 
@@ -73,7 +73,8 @@ def evaluate(
         repeatable: the engine gives equal responses to equal calls. What is missing of a batch is then sampled
             by the batch's own call once more, so that an interrupted evaluation has the numbers of an
             undisturbed one; otherwise only missing responses are asked for.
-        on_response: called with the tokens of every response that is there (from an earlier attempt first).
+        on_response: called with each response's number of tokens, and whether it is new; first with those that were
+            there already.
 
     Raises:
         ValueError: no prompts, `generation_batch` below 1, or a broken line in a file to go on from.
@@ -90,7 +91,7 @@ def evaluate(
     summary_path.unlink(missing_ok=True)
     known = complete_records(records_path, samples) if responses_path is not None else {}
     records: list[EvaluationRecord] = []
-    count = on_response or (lambda tokens: None)
+    count = on_response or (lambda tokens, new: None)
     with (
         open_records(records_path, known) as file,
         ArrivalFile(responses_path, skip_rows=known.keys()) as arrivals,
@@ -98,11 +99,14 @@ def evaluate(
         ends = time.monotonic() + deadline
         sampler = Sampler(engine, sampling, score_token_id, arrivals, repeatable, count, ends)
         job = _Job(engine, sampling, decode, grading, score_token_id, ref_logprob, beta, ends)
+        for prompt in prompts:
+            for record in known.get(prompt.row, []):
+                count(record.response_ids_length, False)
+        for length in arrivals.lengths():
+            count(length, False)
         for start in range(0, len(prompts), per_call):
             batch = prompts[start : start + per_call]
             finished = [record for prompt in batch for record in known.get(prompt.row, [])]
-            for record in finished:
-                count(record.response_ids_length)
             open_prompts = [prompt for prompt in batch if prompt.row not in known]
             try:
                 groups = sampler.run(batch, open_prompts, start)

@@ -40,7 +40,7 @@ class Sampler:
     score_token_id: int | None
     arrivals: ArrivalFile
     repeatable: bool
-    on_response: Callable[[int], None]
+    on_response: Callable[[int, bool], None]
     ends: float
 
     def run(self, batch: Sequence[Prompt], open_prompts: Sequence[Prompt], start: int) -> list[list[Arrival]]:
@@ -52,10 +52,6 @@ class Sampler:
         """
         samples = self.sampling.samples_per_prompt
         missing = {prompt.row: self.arrivals.missing(prompt.row, samples) for prompt in open_prompts}
-        for prompt in open_prompts:
-            for sample in set(range(samples)).difference(missing[prompt.row]):
-                arrival = self.arrivals.get(prompt.row, sample)
-                self.on_response(len(arrival.response_ids) if arrival is not None else 0)
         count = sum(map(len, missing.values()))
         if count:
             sampling = replace(self.sampling, score_token_id=self.score_token_id)
@@ -98,7 +94,7 @@ class Sampler:
                 return
             try:
                 if self.arrivals.add(Arrival.of(row, sample, generation)):
-                    self.on_response(len(generation.response_ids))
+                    self.on_response(len(generation.response_ids), True)
             except OSError as error:  # a full disk; the engine's thread must not be the one to find out
                 failures.append(error)
 

@@ -37,9 +37,11 @@ LAYERS = (
         "loop",
         "replay",
         "conversion",
+        "testtime",
         "benchmarks",
         "environment",
         "cli",
+        "cli_testtime",
         "__main__",
     ),
 )
