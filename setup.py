@@ -16,7 +16,7 @@ INSTALL_REQUIRES = [
     "typer>=0.15",
     "rich",
     "numpy",
-    "httpx",
+    "aiohttp",
     "tenacity",
     "pebble>=5",
     "pyarrow",
@@ -27,7 +27,7 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]", "triton>=3.2"],
     "wandb": ["wandb"],
-    "test": ["pytest>=8", "pytest-timeout", "hypothesis", "scikit-learn", "ruff", "mypy", "types-PyYAML"],
+    "test": ["pytest>=8", "pytest-timeout", "hypothesis", "scikit-learn", "openai", "ruff", "mypy", "types-PyYAML"],
 }
 
 setup(

@@ -40,7 +40,8 @@ def plot_accuracy_against_k(name: str, detail: dict[str, Any], path: Path) -> Pa
     figure, grid = new_figure(1, 1, width=9.6, height=5.6)
     axes = grid[0, 0]
     ks = np.arange(1, max_k + 1)
-    shown = [way for way in _WAYS if way[0] in curves]
+    # the legend in the order of the lines' right ends
+    shown = sorted((way for way in _WAYS if way[0] in curves), key=lambda way: -curves[way[0]]["mean"][-1])
     for way, label, colour, line, marker, band in shown:
         curve = curves[way]
         axes.plot(

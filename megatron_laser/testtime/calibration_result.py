@@ -157,6 +157,12 @@ class Calibration:
         ]
         lines.append("beta     " + " ".join(f"{beta:>9g}" for beta in BETAS))
         lines.append("Z - 1    " + " ".join(f"{_excess(chosen.mean, beta):>9s}" for beta in BETAS))
+        worst = chosen.quantiles["0.99"]
+        lines.append(
+            "at q0.99 "
+            + " ".join(f"{_excess(worst, beta):>9s}" for beta in BETAS)
+            + "   (1 % of responses have more)"
+        )
         lines.append(
             "noise    "
             + " ".join(f"{beta * chosen.std:9.3f}" for beta in BETAS)
