@@ -27,7 +27,16 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]", "triton>=3.2"],
     "wandb": ["wandb"],
-    "test": ["pytest>=8", "pytest-timeout", "hypothesis", "scikit-learn", "openai", "ruff", "mypy", "types-PyYAML"],
+    "test": [
+        "pytest>=8",
+        "pytest-timeout",
+        "hypothesis",
+        "scikit-learn",
+        "openai",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+    ],
 }
 
 setup(

@@ -63,7 +63,7 @@ def spare_tokens(
         bare = text.strip("<>[]|")
         if token_id in stop_token_ids or not 0 <= token_id < vocab_size or text in settings_tokens:
             continue
-        if text in template or _STRUCTURE.search(bare):
+        if text in template or _STRUCTURE.search(text) or _STRUCTURE.search(bare):
             continue
         kind = "reserved" if _RESERVED.search(bare) else "media" if _OTHER_MEDIA.search(bare) else "special"
         found.append(SpareToken(token_id, text, kind))

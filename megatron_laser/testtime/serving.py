@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _LARGEST_BODY = 4 * 2**20  # bytes
 _WAITING = 64  # requests that wait for an engine; further ones are told to come back
+_GRACE = 5.0  # seconds beyond a request's deadline for its engine to say so itself
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -200,7 +201,8 @@ class _Proxy:
         task = asyncio.create_task(work())
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-        return await asyncio.shield(task)
+        # the engine keeps its deadline itself; the grace is for one that does not
+        return await asyncio.wait_for(asyncio.shield(task), max(0.1, ends - time.monotonic()) + _GRACE)
 
     def _check_key(self, request: web.Request) -> None:
         if not self._settings.api_key:
