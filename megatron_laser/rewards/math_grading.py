@@ -69,7 +69,7 @@ def grade_extracted(extracted: str, gold: str) -> Grade:
         MemoryError: see `grade_math`.
     """
     target = _parse(extracted)
-    if _verify(_parse_gold(gold), target):
+    if _verify(_parse(gold), target):
         return CORRECT
     return WRONG if any(not isinstance(value, str) for value in target) else UNPARSABLE
 
@@ -91,6 +91,7 @@ def warm_up() -> None:
     grade_extracted(r"\frac{1}{2}", "0.5")
 
 
+@lru_cache(maxsize=2048)  # references repeat over a group, and answers over the pairs of a vote
 def _parse(answer: str) -> list[Any]:
     """math-verify's readings of one answer: SymPy objects and, last, the string; [] when it has none."""
     if len(answer) > MAX_ANSWER_CHARS:
@@ -102,11 +103,6 @@ def _parse(answer: str) -> list[Any]:
         extraction_config=[library.LatexExtractionConfig(boxed_match_priority=0)],
         parsing_timeout=None,
     )
-
-
-@lru_cache(maxsize=1024)
-def _parse_gold(answer: str) -> list[Any]:
-    return _parse(answer)
 
 
 def _verify(gold: list[Any], target: list[Any]) -> bool:

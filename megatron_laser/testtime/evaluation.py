@@ -75,7 +75,6 @@ def evaluate_benchmarks(
         for benchmark in benchmarks:
             _claim(output / benchmark.name, _settings(model, benchmark, choice), regrade=regrade)
         open_ones = [b for b in benchmarks if not _finished(output / b.name, b, len(prompts[b.name]))]
-        details: dict[str, dict[str, Any]] = {}
         if open_ones:
             with _engine(choice, model, engine, deadline) as running:
                 for benchmark in open_ones:
@@ -89,14 +88,19 @@ def evaluate_benchmarks(
                         deadline=deadline,
                         pool=(workers, grading_deadline),
                     )
+        details: dict[str, dict[str, Any]] = {}
+        scores: dict[str, list[tuple[float, bool]]] = {}
         for benchmark in benchmarks:
-            folder = output / benchmark.name
-            state = "evaluated" if benchmark in open_ones else "all responses were there"
-            say(f"{benchmark.name}: {state}, {folder / _RECORDS}")
+            file = output / benchmark.name / _RECORDS
+            say(
+                f"{benchmark.name}: {'evaluated' if benchmark in open_ones else 'all responses were there'}, {file}"
+            )
+            records = read_records(file)
             details[benchmark.name] = {
                 "settings": _public(benchmark),
-                **evaluation_detail(read_records(folder / _RECORDS), seed=benchmark.seed),
+                **evaluation_detail(records, seed=benchmark.seed),
             }
+            scores[benchmark.name] = [(r.score, r.right) for r in records if r.score is not None]
         results = {
             "model": str(model.path),
             "engine": choice.name,
@@ -107,10 +111,6 @@ def evaluate_benchmarks(
             "average": _average(details),
         }
         write_atomically(output / "results.json", json.dumps(_json(results), indent=1) + "\n")
-        records = {name: read_records(output / name / _RECORDS) for name in details}
-        scores = {
-            name: [(r.score, r.right) for r in rows if r.score is not None] for name, rows in records.items()
-        }
         report = write_benchmark_report(_json(results), scores, output)
         say(f"wrote {report}")
         return results
