@@ -29,7 +29,16 @@ EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]", "triton>=3.6"],
     "wandb": ["wandb"],
     "test": [
-        *("pytest>=8", "pytest-timeout", "hypothesis", "scikit-learn", "ruff", "mypy", "types-PyYAML"),
+        *(
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis",
+            "scikit-learn",
+            "openai",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+        ),
         # Neither needs a GPU: the kernels are tested in Triton's interpreter and compiled for Hopper.
         *("triton>=3.7; platform_system == 'Linux'", "nvidia-cuda-nvrtc; platform_system == 'Linux'"),
     ],

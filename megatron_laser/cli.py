@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_laser import cli_serve
+from megatron_laser import cli_serve, cli_testtime
 
 app = typer.Typer(
     name="megatron-laser",
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure: each command prints a table.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+cli_testtime.register(app)
 
 Overrides = Annotated[
     list[str] | None,
@@ -49,15 +50,13 @@ def train(
         bool, typer.Option(help="Move an existing run.output_dir aside (to NAME.old-1) and start anew.")
     ] = False,
 ) -> None:
-    """Train.
-
-    One process:   megatron-laser train examples/tiny_sum/laser.yaml
+    """Train. One process: megatron-laser train examples/tiny_sum/laser.yaml
 
     Several:       torchrun --nproc-per-node 8 -m megatron_laser train RUN.yaml parallel.tensor=4
     """
     from megatron_laser.config import check_layout, load_config, read_architecture, resolve_plan
 
-    with _user_errors():
+    with user_errors():
         loaded = load_config(config, overrides or [])
         if dry_run:
             from rich.console import Console
@@ -68,7 +67,7 @@ def train(
             raise typer.BadParameter("--world-size goes with --dry-run; torchrun sets the real one")
         check_layout(loaded, read_architecture(loaded.model.path), int(os.environ.get("WORLD_SIZE", "1")))
         is_main = os.environ.get("RANK", "0") == "0"
-        _prepare_process(loaded.logging.level, is_main)
+        prepare_process(loaded.logging.level, is_main)
         if overwrite and is_main:
             from megatron_laser.output_folder import move_aside
 
@@ -94,7 +93,7 @@ def report(
     """Write report.md with plots for one or more runs, beside each other."""
     from megatron_laser.observability.report import write_report
 
-    with _user_errors():
+    with user_errors():
         typer.echo(f"wrote {write_report(runs, output)}")
 
 
@@ -110,10 +109,10 @@ def replay(
     ] = None,
 ) -> None:
     """Run one batch that a training run skipped, alone on one process; exit status 1 if it is bad again."""
-    _prepare_process("WARNING", is_main=True)
+    prepare_process("WARNING", is_main=True)
     from megatron_laser.replay import replay as run
 
-    with _user_errors():
+    with user_errors():
         result = run(dump, weights)
     typer.echo("\n".join(result.lines))
     raise typer.Exit(1 if result.bad else 0)
@@ -151,10 +150,10 @@ def convert(
     Both ways on CPU, in one process and tensor by tensor. A run starts from a converted checkpoint (step 0, fresh
     optimizer) as it would resume.
     """
-    with _user_errors():
+    with user_errors():
         if dtype not in (None, "float32", "bfloat16"):
             raise typer.BadParameter(f"--dtype {dtype}: expected float32 or bfloat16")
-        _prepare_process("WARNING", is_main=True)
+        prepare_process("WARNING", is_main=True)
         from megatron_laser.conversion import convert as run
 
         typer.echo(f"wrote {run(source, target, model=model, dtype=dtype, verify=verify)}")
@@ -163,7 +162,7 @@ def convert(
 @app.command("serve")
 @functools.wraps(cli_serve.serve)
 def serve(**arguments: Any) -> None:
-    with _user_errors():
+    with user_errors():
         cli_serve.serve(**arguments)
 
 
@@ -188,7 +187,7 @@ def bench_step(
     output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:
     """What LaSeR adds to a GRPO train step (old-policy pass included in both): time ratio and peak memory."""
-    _prepare_process("WARNING", is_main=True)
+    prepare_process("WARNING", is_main=True)
     from megatron_laser.benchmarks.step import StepBenchmark
 
     benchmark = StepBenchmark(
@@ -222,7 +221,7 @@ def bench_score(
 
 
 def _bench(name: str, output: Path | None) -> None:
-    _prepare_process("WARNING", is_main=True)
+    prepare_process("WARNING", is_main=True)
     from megatron_laser.benchmarks import logprob
 
     report = logprob.bench_logprob() if name == "logprob" else logprob.bench_score()
@@ -232,7 +231,7 @@ def _bench(name: str, output: Path | None) -> None:
             typer.echo(f"wrote {file}")
 
 
-class _user_errors:
+class user_errors:
     """Turn errors about the user's input into one readable message and exit status 2."""
 
     def __enter__(self) -> None:
@@ -263,6 +262,10 @@ class _user_errors:
             from megatron_laser.rewards import GradingPoolError, RewardSpecError
 
             expected += (RewardSpecError, GradingPoolError)
+        if "megatron_laser.testtime" in sys.modules:
+            from megatron_laser.testtime import TestTimeError
+
+            expected += (TestTimeError, TimeoutError)
         if isinstance(error, expected):
             if os.environ.get("RANK", "0") != "0":
                 time.sleep(3.0)  # the same error on every rank: rank 0 says it, and ends first
@@ -271,7 +274,7 @@ class _user_errors:
             raise typer.Exit(2) from None
 
 
-def _prepare_process(level: str, is_main: bool) -> None:
+def prepare_process(level: str, is_main: bool) -> None:
     """Logging of this process; quiets import-time remarks of libraries about what is optional here."""
     import logging
     import warnings

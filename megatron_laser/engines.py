@@ -12,13 +12,13 @@ from pathlib import Path
 from megatron_laser.config import ConfigError, RunConfig, longest_sequence, read_architecture
 from megatron_laser.model import platform
 from megatron_laser.model.dtypes import DTYPES
-from megatron_laser.output_folder import RESOLVED_CONFIG
 from megatron_laser.rollout.endpoints import Endpoints, EndpointsError, ServerEndpoint, read_endpoints
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.rollout.in_process import InProcessEngine
-from megatron_laser.rollout.serving.child import ServeChild
-from megatron_laser.rollout.sglang.engine import SglangEngine, WeightTransport
+from megatron_laser.rollout.serving import ServeProcess
+from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.identify import Expected
+from megatron_laser.rollout.sglang.transport import WeightTransport
 from megatron_laser.weight_sync.colocated import ColocatedTransport
 from megatron_laser.weight_sync.disk import DiskTransport
 from megatron_laser.weight_sync.distributed import DistributedTransport
@@ -92,17 +92,14 @@ def _expected(config: RunConfig) -> Expected:
     )
 
 
-def _start_servers(config: RunConfig) -> ServeChild | None:
+def _start_servers(config: RunConfig) -> ServeProcess | None:
     sglang = config.rollout.sglang
     if sglang.urls is not None or sglang.endpoints is not None:
         return None
-    folder = Path(config.run.output_dir)
-    return ServeChild(
-        folder / RESOLVED_CONFIG, folder / "servers" / "endpoints.json", log=folder / "servers" / "serve.log"
-    )
+    return ServeProcess(config, Path(config.run.output_dir) / "servers")
 
 
-def _endpoints(config: RunConfig, child: ServeChild | None) -> Endpoints:
+def _endpoints(config: RunConfig, child: ServeProcess | None) -> Endpoints:
     """What is known of the servers, once their file is there."""
     sglang = config.rollout.sglang
     if sglang.urls is not None:
@@ -112,8 +109,8 @@ def _endpoints(config: RunConfig, child: ServeChild | None) -> Endpoints:
     ends = time.monotonic() + sglang.start_deadline
     said = False
     while True:
-        if child is not None:
-            child.check()
+        if child is not None and not child.alive():
+            child.wait_ready(0.0)  # says why it has ended
         try:
             found = read_endpoints(path)
             if found.servers and any(server.state in ("ready", "held") for server in found.servers):
@@ -131,7 +128,7 @@ def _endpoints(config: RunConfig, child: ServeChild | None) -> Endpoints:
         time.sleep(0.5)
 
 
-def _source(config: RunConfig, child: ServeChild | None) -> Callable[[], Sequence[ServerEndpoint]]:
+def _source(config: RunConfig, child: ServeProcess | None) -> Callable[[], Sequence[ServerEndpoint]]:
     sglang = config.rollout.sglang
     if sglang.urls is not None:
         fixed = [ServerEndpoint(url) for url in sglang.urls]

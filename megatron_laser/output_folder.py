@@ -18,7 +18,6 @@ from megatron_laser.trainer.checkpoint import folder as checkpoints
 logger = logging.getLogger(__name__)
 
 STOPPED = "STOPPED"
-RESOLVED_CONFIG = "config.yaml"
 FINISHED = "FINISHED"
 _IDENTITY = "run.json"
 _LOCK = "run.lock"
@@ -82,7 +81,7 @@ def claim_output_folder(config: RunConfig) -> ClaimedFolder:
         if finished is not None:
             _check_continues(config, folder, finished)
             (folder / FINISHED).unlink()
-        (folder / RESOLVED_CONFIG).write_text(resolved_yaml(config), encoding="utf-8")
+        (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
         if not (folder / _IDENTITY).exists():
             record = {
                 "name": config.run.name,

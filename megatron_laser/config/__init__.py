@@ -5,6 +5,7 @@ from megatron_laser.config.architecture import (
     Architecture,
     read_architecture,
 )
+from megatron_laser.config.benchmarks import Benchmark, load_benchmarks
 from megatron_laser.config.checks import check_layout, check_structure
 from megatron_laser.config.derived import (
     evaluation_max_new_tokens,
@@ -26,6 +27,7 @@ from megatron_laser.config.score_token import ScoreToken, read_stop_token_ids, r
 __all__ = [
     "SUPPORTED_MODEL_TYPES",
     "Architecture",
+    "Benchmark",
     "ConfigError",
     "Layout",
     "Plan",
@@ -36,6 +38,7 @@ __all__ = [
     "count_parameters",
     "evaluation_max_new_tokens",
     "key_paths",
+    "load_benchmarks",
     "load_config",
     "longest_sequence",
     "mixing_first_step",

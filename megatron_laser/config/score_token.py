@@ -30,7 +30,7 @@ class ScoreToken:
 
 
 @dataclass
-class _Vocabulary:
+class Vocabulary:
     """Tokens named by the folder's files: text -> id, and which of them are special."""
 
     ids: dict[str, int] = field(default_factory=dict)
@@ -45,7 +45,7 @@ def resolve_score_token(folder: str | Path, token: str | int) -> ScoreToken:
         ConfigError: the files name the tokens and this string is none of them (near special tokens are
             listed), or one of the files is no valid JSON.
     """
-    vocabulary = _read_vocabulary(Path(folder))
+    vocabulary = read_vocabulary(Path(folder))
     if not vocabulary.files:
         note = "the model folder has no tokenizer files"
         if isinstance(token, int):
@@ -76,7 +76,7 @@ def read_stop_token_ids(folder: str | Path) -> tuple[int, ...]:
     return ()
 
 
-def _missing(token: str, vocabulary: _Vocabulary) -> str:
+def _missing(token: str, vocabulary: Vocabulary) -> str:
     near = difflib.get_close_matches(token, vocabulary.special, n=3, cutoff=0.4)
     if near:
         hint = f"near special tokens: {_listed(near)}"
@@ -93,9 +93,9 @@ def _listed(tokens: Iterable[str]) -> str:
     return ", ".join(repr(token) for token in tokens)
 
 
-def _read_vocabulary(folder: Path) -> _Vocabulary:
+def read_vocabulary(folder: Path) -> Vocabulary:
     """Merges the files, those that say which tokens are special first."""
-    vocabulary = _Vocabulary()
+    vocabulary = Vocabulary()
     tokenizer = _read_json(folder / "tokenizer.json")
     if isinstance(tokenizer, dict):
         vocabulary.files.append("tokenizer.json")
@@ -122,7 +122,7 @@ def _read_vocabulary(folder: Path) -> _Vocabulary:
     return vocabulary
 
 
-def _add(vocabulary: _Vocabulary, text: Any, token_id: Any, special: bool) -> None:
+def _add(vocabulary: Vocabulary, text: Any, token_id: Any, special: bool) -> None:
     if isinstance(text, str) and isinstance(token_id, int):
         vocabulary.ids.setdefault(text, token_id)
         if special:

@@ -3,7 +3,7 @@
 from .cursor import PromptCursor
 from .errors import DataError
 from .prompts import DroppedPrompts, build_prompts
-from .readers import Row, fingerprint, read_rows
+from .readers import Row, fingerprint, read_ids, read_rows
 from .score_token import refuse_score_token
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Row",
     "build_prompts",
     "fingerprint",
+    "read_ids",
     "read_rows",
     "refuse_score_token",
 ]

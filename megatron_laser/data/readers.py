@@ -60,6 +60,21 @@ def read_rows(paths: Paths, *, prompt_key: str, answer_key: str) -> list[Row]:
     return rows
 
 
+def read_ids(path: str | PathLike[str], key: str) -> list[str | None]:
+    """The problems' names in the order of `read_rows`, None for a row without one (or a file without any)."""
+    path = Path(path)
+    if path.suffix.lower() in _PARQUET_SUFFIXES:
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if key not in file.schema_arrow.names:
+                return [None] * file.metadata.num_rows
+            values = [value for batch in file.iter_batches(columns=[key]) for value in batch[0].to_pylist()]
+    else:
+        values = [record.get(key) for _, record in _records(path, (key, key))]
+    return [None if value is None else str(value) for value in values]
+
+
 def fingerprint(paths: Paths, keys: Sequence[str]) -> str:
     """SHA-256 over the files' bytes, their order, and the keys read from them; as "sha256:HEX".
 

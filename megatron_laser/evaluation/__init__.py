@@ -1,7 +1,9 @@
 """Evaluation on any engine: records, votes, and how well the self-reward tells right from wrong."""
 
-from megatron_laser.evaluation.evaluator import EvaluationEngine, EvaluationSummary, evaluate
+from megatron_laser.evaluation.detail import evaluation_detail
+from megatron_laser.evaluation.evaluator import EvaluationSummary, evaluate
 from megatron_laser.evaluation.records import EvaluationRecord, read_records, write_records
+from megatron_laser.evaluation.sampler import EvaluationEngine
 from megatron_laser.evaluation.summary import summarize
 
 __all__ = [
@@ -9,6 +11,7 @@ __all__ = [
     "EvaluationRecord",
     "EvaluationSummary",
     "evaluate",
+    "evaluation_detail",
     "read_records",
     "summarize",
     "write_records",

@@ -8,30 +8,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from megatron_laser.algorithms.self_reward import self_reward_scores
-from megatron_laser.evaluation.records import EvaluationRecord, write_records
+from megatron_laser.evaluation.arrivals import Arrival, ArrivalFile
+from megatron_laser.evaluation.records import (
+    EvaluationRecord,
+    complete_records,
+    open_records,
+    write_records,
+)
+from megatron_laser.evaluation.sampler import EvaluationEngine, Sampler
 from megatron_laser.evaluation.summary import summarize
 from megatron_laser.observability.plain import plain, write_atomically
 from megatron_laser.rewards import Grade, GradingPool, equivalence_classes, extract_answer
-from megatron_laser.types import Generation, Prompt, SamplingParams
-
-
-class EvaluationEngine(Protocol):
-    """The part of `rollout.RolloutEngine` that an evaluation needs."""
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, deadline: float
-    ) -> list[list[Generation]]:
-        """`samples_per_prompt` responses for each prompt, in order."""
-        ...
-
-    def score(self, sequences: Sequence[Sequence[int]], token_id: int, *, deadline: float) -> list[float]:
-        """log pi(token_id | sequence) at temperature 1."""
-        ...
+from megatron_laser.types import Prompt, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +52,9 @@ def evaluate(
     records_path: Path,
     deadline: float,
     generation_batch: int,
+    responses_path: Path | None = None,
+    repeatable: bool = True,
+    on_response: Callable[[int, bool], None] | None = None,
 ) -> EvaluationSummary:
     """Answer every prompt `sampling.samples_per_prompt` times and judge the answers and their scores.
 
@@ -73,9 +68,16 @@ def evaluate(
         beta: beta_v.
         deadline: seconds for all of it.
         generation_batch: responses asked for in one call of the engine; at least one prompt's.
+        responses_path: write every response here as it arrives, and go on from what this file and
+            `records_path` hold already. None: start anew.
+        repeatable: the engine gives equal responses to equal calls. What is missing of a batch is then sampled
+            by the batch's own call once more, so that an interrupted evaluation has the numbers of an
+            undisturbed one; otherwise only missing responses are asked for.
+        on_response: called with each response's number of tokens, and whether it is new; first with those that were
+            there already.
 
     Raises:
-        ValueError: no prompts, or `generation_batch` below 1.
+        ValueError: no prompts, `generation_batch` below 1, or a broken line in a file to go on from.
         TimeoutError: the deadline passed; says how far the evaluation came.
         RuntimeError: the engine returned another number of responses or a log-prob that is not finite.
     """
@@ -83,27 +85,41 @@ def evaluate(
         raise ValueError("evaluation got no prompts; check the data file and evaluation.max_prompts")
     if generation_batch < 1:
         raise ValueError(f"generation_batch is {generation_batch}; expected 1 or more responses")
-    job = _Job(
-        engine, sampling, decode, grading, score_token_id, ref_logprob, beta, time.monotonic() + deadline
-    )
-    records: list[EvaluationRecord] = []
-    per_call = max(1, generation_batch // sampling.samples_per_prompt)
-    records_path.parent.mkdir(parents=True, exist_ok=True)
+    samples = sampling.samples_per_prompt
+    per_call = max(1, generation_batch // samples)
     summary_path = records_path.with_suffix(".json")
     summary_path.unlink(missing_ok=True)
-    with records_path.open("w", encoding="utf-8") as file:
+    known = complete_records(records_path, samples) if responses_path is not None else {}
+    records: list[EvaluationRecord] = []
+    count = on_response or (lambda tokens, new: None)
+    with (
+        open_records(records_path, known) as file,
+        ArrivalFile(responses_path, skip_rows=known.keys()) as arrivals,
+    ):
+        ends = time.monotonic() + deadline
+        sampler = Sampler(engine, sampling, score_token_id, arrivals, repeatable, count, ends)
+        job = _Job(engine, sampling, decode, grading, score_token_id, ref_logprob, beta, ends)
+        for prompt in prompts:
+            for record in known.get(prompt.row, []):
+                count(record.response_ids_length, False)
+        for length in arrivals.lengths():
+            count(length, False)
         for start in range(0, len(prompts), per_call):
+            batch = prompts[start : start + per_call]
+            finished = [record for prompt in batch for record in known.get(prompt.row, [])]
+            open_prompts = [prompt for prompt in batch if prompt.row not in known]
             try:
-                batch = job.run(prompts[start : start + per_call], start)
+                groups = sampler.run(batch, open_prompts, start)
+                new = job.judge(open_prompts, groups)
             except TimeoutError as error:
                 raise TimeoutError(
                     f"evaluation into {records_path}: {start} of {len(prompts)} prompts were done when its "
                     f"{deadline:g} s ended; raise the deadline, or lower evaluation.max_prompts or "
                     f"the samples per prompt ({error})"
                 ) from error
-            write_records(file, batch)
+            write_records(file, new)
             # Texts are on disk; 32 long responses to each of many problems need not stay in memory.
-            records += [replace(record, response="") for record in batch]
+            records += [replace(record, response="") for record in [*finished, *new]]
     metrics = summarize(records, seed=sampling.seed or 0)
     write_atomically(
         summary_path, json.dumps({name: plain(value) for name, value in metrics.items()}, indent=1) + "\n"
@@ -113,7 +129,7 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What stays the same from batch to batch."""
+    """Grading and scoring: what stays the same from batch to batch."""
 
     engine: EvaluationEngine
     sampling: SamplingParams
@@ -124,9 +140,9 @@ class _Job:
     beta: float
     ends: float
 
-    def run(self, prompts: Sequence[Prompt], start: int) -> list[EvaluationRecord]:
-        groups = self._generate(prompts, start)
-        texts = [[self._text(generation) for generation in group] for group in groups]
+    def judge(self, prompts: Sequence[Prompt], groups: list[list[Arrival]]) -> list[EvaluationRecord]:
+        """The records of all responses, prompt after prompt."""
+        texts = [[self._text(arrival) for arrival in group] for group in groups]
         zc_logprobs = self._score(prompts, groups)
         pairs = [(text, prompt.answer) for prompt, group in zip(prompts, texts) for text in group]
         grades = iter(self.grading.grade_many(pairs, deadline=self._left("grade")))
@@ -134,48 +150,32 @@ class _Job:
         for prompt, group, group_texts, group_zc in zip(prompts, groups, texts, zc_logprobs):
             extracted = [extract_answer(text) for text in group_texts]
             classes = equivalence_classes(extracted, self._left("compare answers"), pool=self.grading)
-            for sample, generation in enumerate(group):
+            for place, arrival in enumerate(group):
                 records.append(
                     self._record(
                         prompt,
-                        sample,
-                        generation,
-                        text=group_texts[sample],
+                        arrival,
+                        text=group_texts[place],
                         grade=next(grades),
-                        extracted=extracted[sample],
-                        answer_class=classes[sample],
-                        zc_logprob=group_zc[sample],
+                        extracted=extracted[place],
+                        answer_class=classes[place],
+                        zc_logprob=group_zc[place],
                     )
                 )
         return records
 
-    def _generate(self, prompts: Sequence[Prompt], start: int) -> list[list[Generation]]:
-        sampling = replace(self.sampling, score_token_id=self.score_token_id)
-        if sampling.seed is not None:  # a stream of its own for each batch
-            sampling = replace(sampling, seed=(sampling.seed % 2**31) * 2**31 + start)
-        groups = self.engine.generate(
-            [prompt.token_ids for prompt in prompts], sampling, deadline=self._left("generate")
-        )
-        counts = [len(group) for group in groups]
-        if counts != [sampling.samples_per_prompt] * len(prompts):
-            raise RuntimeError(
-                f"the engine returned {counts} responses for {len(prompts)} prompts; "
-                f"expected {sampling.samples_per_prompt} for each"
-            )
-        return groups
-
-    def _score(self, prompts: Sequence[Prompt], groups: list[list[Generation]]) -> list[list[float | None]]:
+    def _score(self, prompts: Sequence[Prompt], groups: list[list[Arrival]]) -> list[list[float | None]]:
         """zc_logprob of scored responses; the engine is asked for what it did not return with them."""
         values: list[list[float | None]] = [[None] * len(group) for group in groups]
         if self.score_token_id is None:
             return values
         open_places: list[tuple[int, int]] = []
         for i, group in enumerate(groups):
-            for j, generation in enumerate(group):
-                if not generation.is_scored(self.sampling.stop_token_ids):
+            for j, arrival in enumerate(group):
+                if not arrival.is_scored(self.sampling.stop_token_ids):
                     continue
-                values[i][j] = generation.zc_logprob
-                if generation.zc_logprob is None:
+                values[i][j] = arrival.zc_logprob
+                if arrival.zc_logprob is None:
                     open_places.append((i, j))
         if open_places:
             sequences = [prompts[i].token_ids + groups[i][j].response_ids for i, j in open_places]
@@ -191,15 +191,14 @@ class _Job:
                     )
         return values
 
-    def _text(self, generation: Generation) -> str:
-        ids = generation.response_ids
-        return self.decode(ids[:-1] if generation.finish_reason == "stop" else ids)
+    def _text(self, arrival: Arrival) -> str:
+        ids = arrival.response_ids
+        return self.decode(ids[:-1] if arrival.finish_reason == "stop" else ids)
 
     def _record(
         self,
         prompt: Prompt,
-        sample: int,
-        generation: Generation,
+        arrival: Arrival,
         *,
         text: str,
         grade: Grade,
@@ -207,22 +206,21 @@ class _Job:
         answer_class: int | None,
         zc_logprob: float | None,
     ) -> EvaluationRecord:
-        logprobs = generation.logprobs
         return EvaluationRecord(
             row=prompt.row,
-            sample=sample,
+            sample=arrival.sample,
             problem=prompt.problem,
             answer=prompt.answer,
             response=text,
-            response_ids_length=len(generation.response_ids),
-            finish_reason=generation.finish_reason,
-            scored=generation.is_scored(self.sampling.stop_token_ids),
+            response_ids_length=len(arrival.response_ids),
+            finish_reason=arrival.finish_reason,
+            scored=arrival.is_scored(self.sampling.stop_token_ids),
             reward=grade.reward,
             outcome=grade.outcome,
             extracted=extracted,
             zc_logprob=zc_logprob,
             score=self._self_reward(zc_logprob),
-            mean_logprob=math.fsum(logprobs) / len(logprobs) if logprobs else None,
+            mean_logprob=arrival.mean_logprob,
             answer_class=answer_class,
         )
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from megatron_laser.observability.plain import plain
+from megatron_laser.observability.plain import plain, write_atomically
 
 
 @dataclass(slots=True)
@@ -56,6 +56,39 @@ def write_records(file: TextIO, records: Iterable[EvaluationRecord]) -> None:
         fields = {name: plain(value) for name, value in asdict(record).items()}
         file.write(json.dumps(fields, ensure_ascii=False) + "\n")
     file.flush()
+
+
+def open_records(path: Path, known: dict[int, list[EvaluationRecord]]) -> TextIO:
+    """The file, opened for appending, with nothing in it but the records in `known`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not known:
+        return path.open("w", encoding="utf-8")
+    with path.open(encoding="utf-8") as old:
+        kept = [line for line in old if json.loads(line)["row"] in known]
+    write_atomically(path, "".join(kept))
+    return path.open("a", encoding="utf-8")
+
+
+def complete_records(path: Path, samples: int) -> dict[int, list[EvaluationRecord]]:
+    """Row -> records, of the problems that have all their samples in the file; {} without a file.
+
+    Raises:
+        ValueError: as in `read_records`, but for a last line that a kill cut off.
+    """
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_atomically(path, whole)
+    problems: dict[int, list[EvaluationRecord]] = {}
+    for record in read_records(path):
+        problems.setdefault(record.row, []).append(record)
+    return {
+        row: records
+        for row, records in problems.items()
+        if [record.sample for record in records] == list(range(samples))
+    }
 
 
 def read_records(path: Path) -> list[EvaluationRecord]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_laser.algorithms.metrics import auroc, bootstrap_interval, spearman, verification_metrics
-from megatron_laser.algorithms.voting import VotingCurves, voting_curves
+from megatron_laser.algorithms.voting import FloatArray, VotingCurves, voting_curves
 from megatron_laser.evaluation.records import EvaluationRecord
 
 _CURVES = {
@@ -20,6 +20,8 @@ _CURVES = {
     "best_of": "best",
 }
 _NEED_SCORES = ("weighted_majority", "best_of")
+# What needs no trained score: the same votes with the mean token log-prob in the score's place.
+_LOGPROB_CURVES = {"logprob_majority": "weighted_majority", "best_by_logprob": "best"}
 
 
 def summarize(
@@ -29,8 +31,8 @@ def summarize(
 
     With K the smallest number of responses to a problem:
     - `accuracy` (average over responses) with its 95 % interval `accuracy_low`, `accuracy_high`;
-    - `<way>_at_<k>` for k = 1..K and `<way>` for k = K, the ways being average, pass, majority,
-      weighted_majority and best_of; `weighted_minus_majority` with `_low` and `_high`;
+    - `<way>_at_<k>` for k = 1..K and `<way>` for k = K, the ways being those of `vote_curves`;
+      `weighted_minus_majority` with `_low` and `_high`;
     - `self_reward_<metric>`: `verification_metrics` over the responses that have a score (their number is
       `num_scored`), `boxed_self_reward_<metric>` over those that also have a boxed answer
       (`num_scored_boxed`). A response without a score has no part in them, and weight 0 in votes;
@@ -52,7 +54,7 @@ def summarize(
     """
     if not records:
         raise ValueError("there are no evaluation records to summarize; expected at least one")
-    problems = _by_problem(records)
+    problems = by_problem(records)
     scored = [record for record in records if record.score is not None]
     boxed = [record for record in scored if record.extracted is not None]
     summary: dict[str, float] = {
@@ -70,24 +72,54 @@ def summarize(
     return summary
 
 
-def _by_problem(records: Sequence[EvaluationRecord]) -> list[list[EvaluationRecord]]:
+def by_problem(records: Sequence[EvaluationRecord]) -> list[list[EvaluationRecord]]:
+    """The records of each problem, both in the order of their numbers."""
     problems: dict[int, list[EvaluationRecord]] = {}
     for record in sorted(records, key=lambda record: (record.row, record.sample)):
         problems.setdefault(record.row, []).append(record)
     return list(problems.values())
 
 
+def vote_curves(
+    problems: list[list[EvaluationRecord]], *, has_scores: bool, seed: int, subsets: int
+) -> dict[str, FloatArray]:
+    """Way of choosing -> accuracy with k = 1..K responses, each [problems, K]. See `algorithms.voting`.
+
+    average, pass (pass@k) and majority always; weighted_majority (weights clamp(r_s, 0, 1)) and best_of (by raw
+    score) where there are scores; logprob_majority (weights e^(mean token log-prob), as in DeepConf, arXiv
+    2508.15260, with the log-prob of the sampled tokens in place of the top-k confidence) and best_by_logprob,
+    what a user would try without a trained score. All votes are over the same random subsets.
+    """
+
+    def curves_of(weights: list[list[float | None]]) -> VotingCurves:
+        return voting_curves(
+            [[record.answer_class for record in problem] for problem in problems],
+            [[float(record.right) for record in problem] for problem in problems],
+            weights,
+            subsets=subsets,
+            seed=seed,
+        )
+
+    by_score = curves_of([[record.score for record in problem] for problem in problems])
+    by_logprob = curves_of(
+        [
+            [None if record.mean_logprob is None else math.exp(record.mean_logprob) for record in problem]
+            for problem in problems
+        ]
+    )
+    curves = {
+        name: getattr(by_score, field)
+        for name, field in _CURVES.items()
+        if has_scores or name not in _NEED_SCORES
+    }
+    return curves | {name: getattr(by_logprob, field) for name, field in _LOGPROB_CURVES.items()}
+
+
 def _voting(
     problems: list[list[EvaluationRecord]], *, has_scores: bool, seed: int, subsets: int, resamples: int
 ) -> dict[str, float]:
-    curves = voting_curves(
-        [[record.answer_class for record in problem] for problem in problems],
-        [[float(record.right) for record in problem] for problem in problems],
-        [[record.score for record in problem] for problem in problems],
-        subsets=subsets,
-        seed=seed,
-    )
-    max_k = curves.majority.shape[1]
+    curves = vote_curves(problems, has_scores=has_scores, seed=seed, subsets=subsets)
+    max_k = curves["majority"].shape[1]
     per_problem = [float(np.mean([record.right for record in problem])) for problem in problems]
     low, high = bootstrap_interval(per_problem, seed=seed, num_resamples=resamples)
     summary = {
@@ -96,10 +128,8 @@ def _voting(
         "accuracy_low": low,
         "accuracy_high": high,
     }
-    for name, field in _CURVES.items():
-        if name in _NEED_SCORES and not has_scores:
-            continue
-        values = getattr(curves, field).mean(axis=0)
+    for name, curve in curves.items():
+        values = curve.mean(axis=0)
         summary[name] = float(values[-1])
         summary |= {f"{name}_at_{k}": float(value) for k, value in enumerate(values, start=1)}
     if has_scores:
@@ -107,8 +137,8 @@ def _voting(
     return summary
 
 
-def _weighted_minus_majority(curves: VotingCurves, seed: int, resamples: int) -> dict[str, float]:
-    differences = (curves.weighted_majority - curves.majority)[:, -1]
+def _weighted_minus_majority(curves: dict[str, FloatArray], seed: int, resamples: int) -> dict[str, float]:
+    differences = (curves["weighted_majority"] - curves["majority"])[:, -1]
     low, high = bootstrap_interval(differences.tolist(), seed=seed, num_resamples=resamples)
     return {
         "weighted_minus_majority": float(differences.mean()),

@@ -33,9 +33,9 @@ def plot_calibration(runs: list[Run], path: Path) -> Path | None:
     texts: list[str] = []
     for index, (run, evaluation) in enumerate(scored):
         scores, right = evaluation.scores()
-        _reliability(reliability, scores.clip(0, 1), right, run.label, styles[run.label], index)
+        reliability_curve(reliability, scores.clip(0, 1), right, run.label, styles[run.label], index)
         axes = grid[0, 1 + index]
-        _histogram(axes, scores, right)
+        score_histogram(axes, scores, right)
         axes.set_title(f"{_place(run, evaluation)}: {right.sum()} right, {(~right).sum()} wrong")
         axes.sharex(grid[0, 1])
         texts.append(f"{run.label} ECE {evaluation.number('self_reward_ece'):.2f}")
@@ -89,7 +89,7 @@ def plot_votes(runs: list[Run], path: Path) -> Path | None:
     )
 
 
-def _reliability(
+def reliability_curve(
     axes: Axes,
     scores: FloatArray,
     right: NDArray[np.bool_],
@@ -97,6 +97,7 @@ def _reliability(
     style: dict[str, Any],
     index: int,
 ) -> None:
+    """Share right against mean score in ten bins, with 95 % intervals; larger dots hold more responses."""
     bins = np.minimum((scores * _BINS).astype(int), _BINS - 1)
     filled = np.unique(bins)
     counts = np.array([np.sum(bins == b) for b in filled])
@@ -127,7 +128,7 @@ def _wilson(shares: FloatArray, counts: NDArray[np.int64]) -> tuple[FloatArray, 
     return centre - half, centre + half
 
 
-def _histogram(axes: Axes, scores: FloatArray, right: NDArray[np.bool_]) -> None:
+def score_histogram(axes: Axes, scores: FloatArray, right: NDArray[np.bool_]) -> None:
     """Each class to its own 100 %, so that a rare class is seen; outliers in the outermost bars."""
     low, high = np.quantile(scores, [0.005, 0.995])
     edges = np.linspace(min(-0.1, float(low)), max(1.1, float(high)), 41)

@@ -69,7 +69,7 @@ def grade_extracted(extracted: str, gold: str) -> Grade:
         MemoryError: see `grade_math`.
     """
     target = _parse(extracted)
-    if _verify(_parse_gold(gold), target):
+    if _verify(_parse(gold), target):
         return CORRECT
     return WRONG if any(not isinstance(value, str) for value in target) else UNPARSABLE
 
@@ -91,6 +91,7 @@ def warm_up() -> None:
     grade_extracted(r"\frac{1}{2}", "0.5")
 
 
+@lru_cache(maxsize=2048)  # references repeat over a group, and answers over the pairs of a vote
 def _parse(answer: str) -> list[Any]:
     """math-verify's readings of one answer: SymPy objects and, last, the string; [] when it has none."""
     if len(answer) > MAX_ANSWER_CHARS:
@@ -104,15 +105,12 @@ def _parse(answer: str) -> list[Any]:
     )
 
 
-@lru_cache(maxsize=1024)
-def _parse_gold(answer: str) -> list[Any]:
-    return _parse(answer)
-
-
 def _verify(gold: list[Any], target: list[Any]) -> bool:
     library = _math_verify()
     for left in gold:
         for right in target:
+            if _is_equation_for_zero(left, right) or _is_equation_for_zero(right, left):
+                continue
             try:
                 if library.verify(left, right, timeout_seconds=None, raise_on_error=True):
                     return True
@@ -121,6 +119,26 @@ def _verify(gold: list[Any], target: list[Any]) -> bool:
             except Exception:  # SymPy raises anything on odd input; math-verify counts that as unequal too
                 continue
     return False
+
+
+def _is_equation_for_zero(value: Any, equation: Any) -> bool:
+    """Whether `equation` is one like 5x - 7y + 4 = 0 and `value` is none.
+
+    math-verify reads an equation as its right side where the other answer is none, which is right for x = 5 and
+    m + n = 25. But an equation in standard form (a constant on the left, 0 on the right) is not the answer 0.
+    """
+    from sympy import Add, Eq
+    from sympy.core.relational import Relational
+
+    if not isinstance(equation, Eq) or isinstance(value, (str, Relational)):
+        return False
+    terms = Add.make_args(equation.lhs)
+    return (
+        equation.rhs == 0
+        and len(terms) > 1
+        and any(term.is_number for term in terms)
+        and not equation.lhs.is_number
+    )
 
 
 @lru_cache(maxsize=1)

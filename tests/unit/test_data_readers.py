@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_laser.data import DataError, Row, fingerprint, read_rows
+from megatron_laser.data import DataError, Row, fingerprint, read_ids, read_rows
 
 
 def write_jsonl(path: Path, *records: Any) -> Path:
@@ -40,6 +40,15 @@ def test_rows_are_numbered_over_all_files_in_order(tmp_path: Path) -> None:
         Row(2, "1+1?", "2", f"{first}:1"),
     ]
     assert read_rows(str(first), prompt_key="problem", answer_key="answer")[0].problem == "1+1?"
+
+
+def test_ids_are_read_in_the_order_of_the_rows_where_there_are_any(tmp_path: Path) -> None:
+    mixed = write_jsonl(tmp_path / "a.jsonl", {"problem": "1?", "id": 7}, {"problem": "2?"}, {"id": "x"})
+    assert read_ids(mixed, "id") == ["7", None, "x"]
+    assert read_ids(mixed, "name") == [None, None, None]
+    columns = write_parquet(tmp_path / "b.parquet", {"id": [5, None], "problem": ["1?", "2?"]})
+    assert read_ids(columns, "id") == ["5", None]
+    assert read_ids(columns, "name") == [None, None]
 
 
 def test_only_newlines_end_a_line(tmp_path: Path) -> None:

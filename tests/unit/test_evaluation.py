@@ -48,9 +48,14 @@ class FakeEngine:
         self.scored: list[list[int]] = []
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, deadline: float
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        deadline: float,
+        on_finished: Any = None,
     ) -> list[list[Generation]]:
-        assert deadline > 0
+        assert deadline > 0 and on_finished is not None
         rows = [prompt[0] - 100 for prompt in prompts]
         self.generate_calls.append((rows, sampling))
         results = [[generation for generation, _ in self.script[row]] for row in rows]
@@ -219,10 +224,10 @@ def test_finished_batches_are_kept_when_a_later_one_fails(grading: GradingPool, 
     run(FakeEngine(SCRIPT), grading, tmp_path)  # an older, complete evaluation of the same name
 
     class Breaks(FakeEngine):
-        def generate(self, prompts: Any, sampling: Any, *, deadline: float) -> list[list[Generation]]:
+        def generate(self, prompts: Any, sampling: Any, **options: Any) -> list[list[Generation]]:
             if self.generate_calls:
                 raise TimeoutError("the server did not answer")
-            return super().generate(prompts, sampling, deadline=deadline)
+            return super().generate(prompts, sampling, **options)
 
     with pytest.raises(TimeoutError, match=r"1 of 3 prompts were done.*the server did not answer"):
         run(Breaks(SCRIPT), grading, tmp_path, generation_batch=3)

@@ -36,6 +36,11 @@ def reference_equal(gold: str, target: str) -> bool:
         (r"\boxed{1,000}", "1000", "correct"),
         (r"\boxed{x=5}", "5", "correct"),
         (r"\boxed{\text{blue}}", r"\text{blue}", "correct"),
+        (r"\boxed{m+n=25}", "25", "correct"),
+        (r"\boxed{a+b=0}", "0", "correct"),
+        (r"\boxed{5x-7y+11z+4=0}", "0", "wrong"),  # an equation in standard form is not the answer 0
+        (r"\boxed{0}", "5x - 7y + 11z + 4 = 0", "wrong"),
+        (r"\boxed{11z - 7y + 5x + 4 = 0}", "5x - 7y + 11z + 4 = 0", "correct"),
         (r"\boxed{6}", "5", "wrong"),
         (r"\boxed{\frac{2}{3}}", "0.5", "wrong"),
         (r"first \boxed{5}, no: \boxed{6}", "5", "wrong"),

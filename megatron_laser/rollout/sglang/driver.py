@@ -11,10 +11,8 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeVar
-
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
 from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.rollout.sglang.client import ServerClient, is_busy
@@ -27,6 +25,8 @@ from megatron_laser.rollout.sglang.errors import (
 )
 from megatron_laser.rollout.sglang.fleet import Fleet, Member
 from megatron_laser.rollout.sglang.health import Answered
+from megatron_laser.rollout.sglang.tasks import all_or_first_error, cancelling, retried
+from megatron_laser.rollout.sglang.traffic import Traffic, Weights
 from megatron_laser.rollout.sglang.wire import (
     WireError,
     abort_message,
@@ -46,55 +46,6 @@ _REQUEST_SECONDS = 120.0
 _TOKEN_SECONDS = 0.25
 _ABORT_SECONDS = 30.0
 _ROUTER_REST = 30.0  # seconds without a router after it failed
-
-
-@dataclass
-class Traffic:
-    """Counts since they were last taken; seconds are summed over requests."""
-
-    requests: int = 0
-    retries: int = 0
-    stale_replies: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generate_seconds: float = 0.0
-    scores: int = 0
-    score_tokens: int = 0
-    score_cached_tokens: int = 0
-    score_seconds: float = 0.0
-
-    def metrics(self) -> dict[str, float]:
-        """As metrics.jsonl names them."""
-        found = {
-            "rollout/requests": float(self.requests),
-            "rollout/retries": float(self.retries),
-            "rollout/stale_replies": float(self.stale_replies),
-            "rollout/prefix_cached_fraction": self.cached_tokens / max(1, self.prompt_tokens),
-        }
-        if self.scores:
-            found["rollout/score_cached_fraction"] = self.score_cached_tokens / max(1, self.score_tokens)
-            found["rollout/score_uncached_tokens"] = (
-                self.score_tokens - self.score_cached_tokens
-            ) / self.scores
-            found["rollout/score_time_fraction"] = self.score_seconds / max(
-                1e-9, self.score_seconds + self.generate_seconds
-            )
-        return found
-
-    def take(self) -> dict[str, float]:
-        """The metrics; counting starts anew."""
-        found = self.metrics()
-        for each in fields(self):
-            setattr(self, each.name, type(getattr(self, each.name))())
-        return found
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The weights that answers must come from: the servers' name for them, and the step."""
-
-    label: str | None
-    version: int
 
 
 @dataclass(eq=False)
@@ -165,7 +116,7 @@ class Driver:
             stop.on_set(lambda: loop.call_soon_threadsafe(stopped.set))
         watcher = asyncio.create_task(self._abort_when(stopped, jobs))
         try:
-            await _all_or_first_error(tasks, ends)
+            await all_or_first_error(tasks, ends)
         finally:
             watcher.cancel()
             await asyncio.gather(watcher, return_exceptions=True)
@@ -181,7 +132,7 @@ class Driver:
             async with self._slots:
                 values[index] = await self._score_one(sequences[index], token_id, weights, None, ends)
 
-        await _all_or_first_error({asyncio.create_task(run(i)): i for i in range(len(sequences))}, ends)
+        await all_or_first_error({asyncio.create_task(run(i)): i for i in range(len(sequences))}, ends)
         return values
 
     async def _generate_one(
@@ -280,7 +231,7 @@ class Driver:
         try:
             answer = await task
         except asyncio.CancelledError:
-            if task.cancelled() and not _cancelling():
+            if task.cancelled() and not cancelling():
                 raise ServerGone(
                     member.url, phase, member.health.reason or "it is no longer in use"
                 ) from None
@@ -318,25 +269,10 @@ class Driver:
         )
 
     async def _retried(self, attempt: Callable[[], Any], ends: float) -> Any:
-        """`attempt` until it succeeds, with jitter between; errors that would repeat themselves end it."""
-
-        def note(state: RetryCallState) -> None:
+        def note() -> None:
             self.traffic.retries += 1
-            logger.debug("again: %s", state.outcome.exception() if state.outcome else "")
 
-        def out_of_time(state: RetryCallState) -> bool:
-            return time.monotonic() >= ends
-
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(
-                lambda error: isinstance(error, ServerError) and not isinstance(error, ServerRefused)
-            ),
-            wait=wait_random_exponential(multiplier=0.1, max=5.0),
-            stop=out_of_time,
-            before_sleep=note,
-            reraise=True,
-        )
-        return await retrying(attempt)
+        return await retried(attempt, ends, note)
 
     async def _abort_when(self, stopped: asyncio.Event, jobs: Sequence[_Job]) -> None:
         """Once `stopped` is set, ask the servers again and again to end what is open."""
@@ -361,28 +297,3 @@ class Driver:
             await client.post("/abort_request", body, deadline=_ABORT_SECONDS, phase="abort")
         except ServerError as error:
             logger.debug("%s", error)
-
-
-def _cancelling() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-async def _all_or_first_error(tasks: Mapping[asyncio.Task[None], Any], ends: float) -> None:
-    """Wait for all tasks; the first error, or the end of time, cancels the others."""
-    if not tasks:
-        return
-    try:
-        done, waiting = await asyncio.wait(
-            tasks, timeout=max(0.0, ends - time.monotonic()), return_when=asyncio.FIRST_EXCEPTION
-        )
-        for task in done:
-            task.result()
-        if waiting:
-            raise TimeoutError(f"{len(waiting)} of {len(tasks)} requests were not done in time")
-    finally:
-        waiting = {task for task in tasks if not task.done()}
-        for task in waiting:
-            task.cancel()
-        if waiting:
-            await asyncio.wait(waiting, timeout=_ABORT_SECONDS)

@@ -6,21 +6,22 @@ The calls are plain functions for the training loop's thread; an event loop in a
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.rollout.sglang.client import ServerClient, Sessions
-from megatron_laser.rollout.sglang.driver import Driver, Weights
+from megatron_laser.rollout.sglang.driver import Driver
 from megatron_laser.rollout.sglang.fleet import Fleet, Member
 from megatron_laser.rollout.sglang.health import Limits
 from megatron_laser.rollout.sglang.identify import Expected, ServerFacts, identify
+from megatron_laser.rollout.sglang.loop_thread import LoopThread
+from megatron_laser.rollout.sglang.traffic import Weights
+from megatron_laser.rollout.sglang.transport import WeightTransport
 from megatron_laser.types import Generation, SamplingParams
 
 if TYPE_CHECKING:
@@ -31,20 +32,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SLACK = 30.0  # seconds that the loop's thread gets to report a deadline itself
-
-
-class WeightTransport(Protocol):
-    """Moves one stream of weights to all servers; see `megatron_laser.weight_sync`."""
-
-    def send(
-        self, engine: SglangEngine, weights: Iterable[tuple[str, torch.Tensor]], version: int, label: str
-    ) -> None:
-        """Give every server that can be updated these weights under the name `label`."""
-        ...
-
-    def close(self) -> None:
-        """Leave process groups, delete files; safe to call twice."""
-        ...
 
 
 class SglangEngine:
@@ -91,9 +78,7 @@ class SglangEngine:
         self._version = 0
         self._synced = False
         self._closed = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run_loop, name="rollout servers", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread("rollout servers")
         limits = Limits(start=start_deadline, update=sync_deadline, silence=hang_deadline)
 
         async def connect() -> tuple[Sessions, Fleet, Driver]:
@@ -156,7 +141,7 @@ class SglangEngine:
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop in which all connections live."""
-        return self._loop
+        return self._thread.loop
 
     @property
     def needs_weights(self) -> bool:
@@ -252,17 +237,12 @@ class SglangEngine:
 
     def run(self, work: Coroutine[Any, Any, T], deadline: float, phase: str) -> T:
         """Run `work` in the event loop's thread; raises TimeoutError a little after `deadline` seconds."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result(timeout=deadline + _SLACK)
-        except concurrent.futures.TimeoutError as error:
-            if future.done():
-                raise
-            future.cancel()
-            raise TimeoutError(f"{phase}: not done in {deadline:g} s; {self.fleet.describe()}") from error
-        except BaseException:
-            future.cancel()
-            raise
+        return self._thread.run(
+            work, deadline, lambda: f"{phase}: not done in {deadline:g} s; {self._servers()}"
+        )
+
+    def _servers(self) -> str:
+        return self.fleet.describe() if hasattr(self, "fleet") else "not connected yet"
 
     def on_loop(self, call: Callable[[], T]) -> T:
         """Run a short function in the event loop's thread."""
@@ -290,18 +270,12 @@ class SglangEngine:
 
         try:
             if hasattr(self, "fleet"):
-                asyncio.run_coroutine_threadsafe(leave(), self._loop).result(timeout=10.0)
-        except (TimeoutError, concurrent.futures.TimeoutError):
-            logger.warning("the connections to the rollout servers did not close within 10 s")
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=10.0)
+                self._thread.run(leave(), 10.0, lambda: "the connections to the servers did not close")
+        except TimeoutError as error:
+            logger.warning("%s", error)
+        self._thread.stop()
         if self._on_close is not None:
             self._on_close()
-
-    def _run_loop(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-        self._loop.close()
 
     def _weights(self) -> Weights:
         return Weights(self.label(self._version) if self._synced else None, self._version)

@@ -1,0 +1,94 @@
+"""Options that the test-time commands share, and what is made of them."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from megatron_laser.testtime import EngineChoice, ModelFolder
+
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="A training run's output folder (its hf/ and config.yaml), or a Hugging Face folder.",
+        metavar="MODEL",
+    ),
+]
+Urls = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--url",
+        help="An SGLang server that holds MODEL, http://HOST:PORT; may be given several times. Without: the "
+        "weights are loaded in this process.",
+    ),
+]
+Router = Annotated[str | None, typer.Option("--router", help="A router in front of the servers.")]
+KeyVariable = Annotated[
+    str, typer.Option("--api-key-env", help="Environment variable with the servers' API key.")
+]
+Dtype = Annotated[str, typer.Option(help="In this process: float32 or bfloat16.")]
+Batch = Annotated[int, typer.Option(help="In this process: sequences at once.")]
+Concurrency = Annotated[int, typer.Option(help="With servers: requests at once.")]
+ScoreToken = Annotated[
+    str | None, typer.Option(help="The score token or its id; by default the training run's.")
+]
+RefLogprob = Annotated[float | None, typer.Option(help="c_ref; by default the training run's.")]
+Beta = Annotated[float | None, typer.Option(help="beta_v; by default the training run's, else 0.1.")]
+StopIds = Annotated[
+    list[int] | None,
+    typer.Option("--stop-token-id", help="What ends a response; by default the EOS ids of MODEL."),
+]
+
+
+def model_folder(
+    path: Path,
+    score_token: str | None,
+    ref_logprob: float | None,
+    beta: float | None,
+    stop_token_ids: list[int] | None,
+    *,
+    with_score: bool = True,
+) -> ModelFolder:
+    from megatron_laser.cli import prepare_process
+    from megatron_laser.testtime import load_model_folder
+
+    prepare_process("WARNING", is_main=True)
+    return load_model_folder(
+        path,
+        score_token=score_token,
+        ref_logprob=ref_logprob,
+        beta=beta,
+        stop_token_ids=stop_token_ids or (),
+        with_score=with_score,
+    )
+
+
+def engine_choice(
+    urls: list[str] | None, router: str | None, variable: str, dtype: str, batch: int, concurrency: int
+) -> EngineChoice:
+    from megatron_laser.testtime import EngineChoice
+
+    return EngineChoice(
+        urls=tuple(urls or ()),
+        router_url=router,
+        api_key=os.environ.get(variable) or None,
+        dtype=dtype,  # type: ignore[arg-type]
+        max_batch_size=batch,
+        max_concurrency=concurrency,
+    )
+
+
+def require_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise typer.BadParameter(f"{name} {value}: expected a number above 0")
+
+
+def user_errors() -> AbstractContextManager[Any]:
+    from megatron_laser import cli
+
+    return cli.user_errors()

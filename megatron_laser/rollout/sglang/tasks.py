@@ -1,0 +1,64 @@
+"""Waiting for many asyncio tasks at once, and trying one thing again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
+
+from megatron_laser.rollout.sglang.errors import ServerError, ServerRefused
+
+_CANCEL_SECONDS = 30.0
+
+
+def cancelling() -> bool:
+    """Whether the current task itself is being cancelled, and not just something that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def all_or_first_error(tasks: Mapping[asyncio.Task[None], Any], ends: float) -> None:
+    """Wait for all tasks; the first error, or the end of time, cancels the others."""
+    if not tasks:
+        return
+    try:
+        done, waiting = await asyncio.wait(
+            tasks, timeout=max(0.0, ends - time.monotonic()), return_when=asyncio.FIRST_EXCEPTION
+        )
+        for task in done:
+            task.result()
+        if waiting:
+            raise TimeoutError(f"{len(waiting)} of {len(tasks)} requests were not done in time")
+    finally:
+        waiting = {task for task in tasks if not task.done()}
+        for task in waiting:
+            task.cancel()
+        if waiting:
+            await asyncio.wait(waiting, timeout=_CANCEL_SECONDS)
+
+
+async def retried(attempt: Callable[[], Any], ends: float, note: Callable[[], None]) -> Any:
+    """`attempt` until it succeeds or time is up, with jitter between; what would only repeat itself ends it.
+
+    `note` is called before each further attempt.
+    """
+
+    def before(_: RetryCallState) -> None:
+        note()
+
+    def out_of_time(_: RetryCallState) -> bool:
+        return time.monotonic() >= ends
+
+    retrying = AsyncRetrying(
+        retry=retry_if_exception(
+            lambda error: isinstance(error, ServerError) and not isinstance(error, ServerRefused)
+        ),
+        wait=wait_random_exponential(multiplier=0.1, max=5.0),
+        stop=out_of_time,
+        before_sleep=before,
+        reraise=True,
+    )
+    return await retrying(attempt)

@@ -1,0 +1,122 @@
+"""The one place that opens an engine at test time: the model in this process, or servers by their URLs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+from megatron_laser.rollout.engine import RolloutEngine
+from megatron_laser.testtime.errors import TestTimeError
+from megatron_laser.testtime.model_folder import ModelFolder
+
+API_KEY_VARIABLE = "MEGATRON_LASER_API_KEY"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """Who generates and scores.
+
+    Attributes:
+        urls: of SGLang servers that hold the model; none: this process, which loads the weights.
+        router_url: of a router in front of the servers, which then takes the requests.
+        api_key: that the servers ask for. Never on a command line, where other users could read it.
+        dtype: float32 or bfloat16, in this process.
+        max_batch_size: sequences at once in this process. max_concurrency: requests at once to servers.
+    """
+
+    urls: tuple[str, ...] = ()
+    router_url: str | None = None
+    api_key: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_batch_size: int = 256
+    max_concurrency: int = 256
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be an engine, before anything is loaded."""
+        for url in (*self.urls, *([self.router_url] if self.router_url else [])):
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise TestTimeError(f"{url!r} is not a server's URL; expected http://HOST:PORT")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise TestTimeError(f"dtype {self.dtype!r}: expected float32 or bfloat16")
+        for name in ("max_batch_size", "max_concurrency"):
+            if getattr(self, name) < 1:
+                raise TestTimeError(f"{name} is {getattr(self, name)}; expected 1 or more")
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the weights are loaded here."""
+        return not self.urls and self.router_url is None
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether equal calls give equal responses; servers batch as requests happen to arrive."""
+        return self.in_process
+
+    @property
+    def generation_batch(self) -> int:
+        """Responses worth asking for in one call: servers want them all, to be busy to the end."""
+        return self.max_batch_size if self.in_process else max(2048, 8 * self.max_concurrency)
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        return f"in process, {self.dtype}" if self.in_process else "SGLang"
+
+
+def api_key_from_environment(variable: str = API_KEY_VARIABLE) -> str | None:
+    """The key, None where the variable is not set or empty."""
+    return os.environ.get(variable) or None
+
+
+@contextmanager
+def open_engine(choice: EngineChoice, model: ModelFolder, *, deadline: float) -> Iterator[RolloutEngine]:
+    """An engine over `model`, closed at the end.
+
+    Args:
+        deadline: seconds within which servers must answer; loading in this process takes what it takes.
+
+    Raises:
+        TimeoutError: a server did not answer.
+        TestTimeError: servers are named, but this installation has no client for them.
+    """
+    engine = _in_process(choice, model) if choice.in_process else _servers(choice, model, deadline)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _in_process(choice: EngineChoice, model: ModelFolder) -> RolloutEngine:
+    from megatron_laser.model import platform
+    from megatron_laser.model.dtypes import DTYPES
+    from megatron_laser.rollout.in_process import InProcessEngine
+
+    return InProcessEngine(
+        model.path,
+        dtype=DTYPES[choice.dtype],
+        device=platform.device(),
+        max_batch_size=choice.max_batch_size,
+    )
+
+
+def _servers(choice: EngineChoice, model: ModelFolder, deadline: float) -> RolloutEngine:
+    try:
+        from megatron_laser.rollout.sglang import SglangEngine
+    except ImportError as error:
+        raise TestTimeError(
+            f"servers by URL need the SGLang client, which cannot be imported ({error}); leave --url out to load "
+            "the model in this process"
+        ) from error
+    return SglangEngine.connect(
+        list(choice.urls),
+        api_key=choice.api_key,
+        vocab_size=model.vocab_size,
+        deadline=deadline,
+        max_concurrency=choice.max_concurrency,
+        router_url=choice.router_url,
+    )

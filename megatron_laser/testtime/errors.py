@@ -1,0 +1,7 @@
+"""The error of test-time commands about what the user gave."""
+
+
+class TestTimeError(ValueError):
+    """An input or setting does not fit; names it, what was expected and what to do."""
+
+    __test__ = False  # the name is not that of a test class

@@ -1,0 +1,229 @@
+"""Scores for given answers: a Python class, and JSON Lines in and out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_laser.observability.plain import plain
+from megatron_laser.rollout.engine import RolloutEngine
+from megatron_laser.testtime.errors import TestTimeError
+from megatron_laser.testtime.model_folder import ModelFolder
+from megatron_laser.testtime.prompts import prompt_token_ids
+
+THRESHOLD = 0.5  # a response is called right above it
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The score of one response, all None where it has none: it did not end by itself.
+
+    Attributes:
+        score: r_s = beta * (zc_logprob - ref_logprob): about 1 for right, 0 for wrong, not clamped.
+        zc_logprob: log pi(score token | prompt, response, EOS).
+        right: score > 0.5.
+    """
+
+    score: float | None
+    zc_logprob: float | None
+    right: bool | None
+
+
+class Scorer:
+    """Scores of (prompt, response) pairs under one engine; one token of work each where prefixes are cached."""
+
+    def __init__(self, engine: RolloutEngine, model: ModelFolder, *, end_token_id: int | None = None) -> None:
+        """
+        Args:
+            end_token_id: what stands behind a response that is given as text; by default the first of
+                `model.stop_token_ids`, with which the model was calibrated.
+
+        Raises:
+            TestTimeError: the score token or its reference is not known, or the end token ends no response.
+        """
+        self._engine = engine
+        self._model = model
+        self._score_token_id, self._ref_logprob = model.require_score()
+        self._end = model.stop_token_ids[0] if end_token_id is None else end_token_id
+        if self._end not in model.stop_token_ids:
+            raise TestTimeError(
+                f"end token {self._end} ends no response; expected one of {list(model.stop_token_ids)}"
+            )
+
+    def response_ids(self, response: str) -> list[int]:
+        """A finished response as token ids, with the end token behind it (once)."""
+        ids = [int(i) for i in self._model.tokenizer(response, add_special_tokens=False)["input_ids"]]
+        return ids if ids and ids[-1] in self._model.stop_token_ids else [*ids, self._end]
+
+    def score_ids(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, deadline: float
+    ) -> list[Scored]:
+        """Score (prompt ids, response ids); a response that does not end in a stop token has no score.
+
+        Args:
+            deadline: seconds for all of them.
+
+        Raises:
+            TestTimeError: an id outside the vocabulary, or longer than the model can read; names the pair.
+            RuntimeError: the engine gave a log-prob that is not finite.
+            TimeoutError: the deadline passed.
+        """
+        places, sequences = [], []
+        for place, (prompt, response) in enumerate(pairs):
+            sequence = [*prompt, *response]
+            self.check(place, prompt, sequence)
+            if response and response[-1] in self._model.stop_token_ids:
+                places.append(place)
+                sequences.append(sequence)
+        results = [Scored(None, None, None)] * len(pairs)
+        values = self._engine.score(sequences, self._score_token_id, deadline=deadline) if sequences else []
+        for place, value in zip(places, values, strict=True):
+            results[place] = self.scored(value)
+        return results
+
+    def score(self, pairs: Sequence[tuple[str, str]], *, deadline: float = 600.0) -> list[Scored]:
+        """Score (prompt, response) texts. The prompt is taken as it stands, with the special tokens that the
+        tokenizer adds; for chats build ids with `testtime.prompts.prompt_token_ids`."""
+        encode = self._model.tokenizer
+        return self.score_ids(
+            [(encode(prompt)["input_ids"], self.response_ids(response)) for prompt, response in pairs],
+            deadline=deadline,
+        )
+
+    def scored(self, zc_logprob: float | None) -> Scored:
+        """The score that follows from log pi(score token)."""
+        if zc_logprob is None:
+            return Scored(None, None, None)
+        if not math.isfinite(zc_logprob):
+            raise RuntimeError(
+                f"the engine returned log-prob {zc_logprob} for the score token: check the weights"
+            )
+        score = self._model.beta * (zc_logprob - self._ref_logprob)
+        return Scored(score, zc_logprob, score > THRESHOLD)
+
+    def check(self, place: int, prompt: Sequence[int], sequence: Sequence[int]) -> None:
+        """Refuse ids that the model cannot read; `place` is the pair's number, for the message.
+
+        Raises:
+            TestTimeError: see `score_ids`.
+        """
+        if not prompt:
+            raise TestTimeError(f"pair {place}: the prompt has no tokens")
+        # an id outside the vocabulary would end an SGLang server
+        if min(sequence) < 0 or max(sequence) >= self._model.vocab_size:
+            raise TestTimeError(
+                f"pair {place}: a token id is outside the vocabulary; expected 0 to {self._model.vocab_size - 1}"
+            )
+        if len(sequence) >= self._model.max_positions:
+            raise TestTimeError(
+                f"pair {place}: {len(sequence)} tokens, but the model reads {self._model.max_positions}"
+            )
+
+
+def score_file(
+    scorer: Scorer,
+    model: ModelFolder,
+    source: Path,
+    target: Path,
+    *,
+    apply_chat_template: bool,
+    prompt_suffix: str,
+    deadline: float,
+    batch: int = 256,
+) -> dict[str, float]:
+    """Copy a JSON Lines file with `score`, `zc_logprob` and `right` added to each row.
+
+    A row has `prompt` (text), `messages` (a chat) or `prompt_ids`; and `response` (text) or `response_ids`. A
+    `finish_reason` other than "stop" means: no score.
+
+    Args:
+        deadline: seconds for one batch.
+
+    Returns:
+        rows, scored, right (called so) and score_mean.
+
+    Raises:
+        TestTimeError: a row does not fit; names the line. All rows are checked before the first is scored.
+    """
+    rows = list(_rows(source))
+    if not rows:
+        raise TestTimeError(f"{source}: no rows; expected one JSON object on each line")
+    pairs = [_pair(place, row, scorer, model, apply_chat_template, prompt_suffix) for place, row in rows]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    scores: list[float] = []
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for start in range(0, len(rows), batch):
+                results = scorer.score_ids(pairs[start : start + batch], deadline=deadline)
+                for (_, row), result in zip(rows[start : start + batch], results):
+                    added = {
+                        "score": plain(result.score),
+                        "zc_logprob": plain(result.zc_logprob),
+                        "right": result.right,
+                    }
+                    file.write(json.dumps(row | added, ensure_ascii=False) + "\n")
+                    scores += [] if result.score is None else [result.score]
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return {
+        "rows": len(rows),
+        "scored": len(scores),
+        "right": sum(score > THRESHOLD for score in scores),
+        "score_mean": math.fsum(scores) / len(scores) if scores else math.nan,
+    }
+
+
+def _rows(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not source.is_file():
+        raise TestTimeError(f"{source}: no such file")
+    with source.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{source}:{number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise TestTimeError(f"{place}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise TestTimeError(f"{place}: expected a JSON object, found a {type(row).__name__}")
+            yield place, row
+
+
+def _pair(
+    place: str,
+    row: dict[str, Any],
+    scorer: Scorer,
+    model: ModelFolder,
+    apply_chat_template: bool,
+    prompt_suffix: str,
+) -> tuple[list[int], list[int]]:
+    try:
+        prompt = prompt_token_ids(
+            row, model.tokenizer, apply_chat_template=apply_chat_template, prompt_suffix=prompt_suffix
+        )
+        if "response_ids" in row:
+            response = _ids(row["response_ids"], "response_ids")
+        elif isinstance(row.get("response"), str):
+            response = scorer.response_ids(row["response"])
+        else:
+            raise TestTimeError("expected `response` (text) or `response_ids`")
+        scorer.check(0, prompt, [*prompt, *response])
+    except TestTimeError as error:
+        raise TestTimeError(f"{place}: {error}") from None
+    if row.get("finish_reason", "stop") != "stop":
+        response = []  # cut off: the model never ended it
+    return prompt, response
+
+
+def _ids(value: Any, name: str) -> list[int]:
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise TestTimeError(f"`{name}`: expected a list of token ids")
+    return value

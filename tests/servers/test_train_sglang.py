@@ -1,0 +1,45 @@
+"""A whole run whose responses come from a real SGLang server, with weights broadcast to it after each step."""
+
+import json
+
+import pytest
+from helpers.tiny_run import end_session, start_run
+
+pytestmark = pytest.mark.sglang
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["laser.score_source=server", "policy.old_logprobs=on_policy"],
+        ["rollout.ahead=1", "policy.importance_cap=2.0", "rollout.oversample=1.5"],
+    ],
+    ids=["on-policy, the server scores", "ahead and oversampled"],
+)
+def test_a_run_is_fed_by_a_server(sglang_server, tmp_path, overrides):
+    folder = tmp_path / "out"
+    process = start_run(
+        sglang_server.run_file,
+        "rollout.engine=sglang",
+        f"rollout.sglang.endpoints={sglang_server.endpoints}",
+        "rollout.sglang.device=cpu",
+        f"run.output_dir={folder}",
+        *overrides,
+    )
+    try:
+        output, _ = process.communicate(timeout=200)
+    finally:
+        end_session(process)
+    assert process.returncode == 0, output[-4000:]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "policy_loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    on_policy = "rollout.ahead=1" not in overrides
+    for line in steps:
+        if on_policy:
+            assert line["logprob_diff_max"] < 1e-4
+            assert line["staleness_max"] == 0
+        else:
+            assert line["staleness_max"] <= 2
+    if not on_policy:
+        assert max(line["staleness_max"] for line in steps) >= 1

@@ -1,0 +1,241 @@
+"""Scores for given answers: ids, texts, files; the choice among answers; the engine's one door."""
+
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+from helpers.tiny_run import write_tiny_run
+
+from megatron_laser.rewards import GradingPool
+from megatron_laser.testtime import (
+    EngineChoice,
+    Scorer,
+    TestTimeError,
+    choose,
+    load_model_folder,
+    open_engine,
+)
+from megatron_laser.testtime.prompts import check_messages, prompt_token_ids
+from megatron_laser.testtime.scoring import score_file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scoring")
+    write_tiny_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_model_folder(folder, score_token="<|score|>", ref_logprob=-5.0, beta=0.5)
+
+
+@pytest.fixture(scope="module")
+def scorer(model):
+    with open_engine(EngineChoice(), model, deadline=60) as engine:
+        yield Scorer(engine, model)
+
+
+def reference(folder, ids):
+    """0.5 * (log pi(<|score|>) + 5) by plain transformers."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return 0.5 * (float(network(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[2]) + 5.0)
+
+
+def test_scores_are_those_of_a_plain_forward_at_the_end_token(folder, scorer):
+    prompt, response = [5, 24, 6, 27], [25, 11, 26, 1]
+    (scored,) = scorer.score_ids([(prompt, response)], deadline=60)
+    assert scored.score == pytest.approx(reference(folder, [*prompt, *response]), abs=1e-5)
+    assert scored.right == (scored.score > 0.5)
+    (text,) = scorer.score([("1 + 2 ?", "\\boxed{ 7 }")])
+    assert text.score == pytest.approx(scored.score, abs=1e-6)
+
+
+def test_a_response_that_did_not_end_has_no_score(scorer):
+    assert [s.score for s in scorer.score_ids([([5], [6, 7]), ([5], []), ([5], [1])], deadline=60)][:2] == [
+        None,
+        None,
+    ]
+
+
+def test_the_end_token_is_put_behind_a_text_once(scorer):
+    assert scorer.response_ids("7 +") == scorer.response_ids("7 + <eos>") == [11, 24, 1]
+
+
+def test_ids_that_would_end_a_server_are_refused_before_they_are_sent(scorer):
+    for pair, message in (
+        (([5, 28], [1]), "outside the vocabulary; expected 0 to 27"),
+        (([-1], [1]), "outside the vocabulary"),
+        (([], [1]), "the prompt has no tokens"),
+        (([5] * 64, [1]), "65 tokens, but the model reads 64"),
+    ):
+        with pytest.raises(TestTimeError, match=message):
+            scorer.score_ids([([5], [1]), pair], deadline=60)
+
+
+def test_a_file_gets_scores_beside_its_rows(folder, model, scorer, tmp_path):
+    rows = [
+        {"id": 7, "prompt": "1 + 2 ?", "response": "\\boxed{ 7 }"},
+        {"messages": [{"role": "user", "content": "1 + 2 ?"}], "response_ids": [25, 11, 26, 1]},
+        {"prompt_ids": [5, 24, 6, 27], "response": "\\boxed{ 7 }", "finish_reason": "length"},
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out" / "scored.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    counts = score_file(
+        scorer, model, source, target, apply_chat_template=False, prompt_suffix="", deadline=60, batch=2
+    )
+    written = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [{k: row[k] for k in given} for row, given in zip(written, rows)] == rows
+    assert written[0]["score"] == pytest.approx(written[1]["score"], abs=1e-6)
+    assert written[0]["score"] == pytest.approx(0.5 * (written[0]["zc_logprob"] + 5.0))
+    assert (written[2]["score"], written[2]["right"]) == (None, None)
+    assert (counts["rows"], counts["scored"]) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("[1]", "expected a JSON object, found a list"),
+        ("{", "not JSON"),
+        ('{"response": "7"}', "expected one of `prompt`, `messages` and `prompt_ids`, found none"),
+        ('{"prompt": "1", "prompt_ids": [5], "response": "7"}', "expected one of"),
+        ('{"prompt": "", "response": "7"}', "`prompt`: expected a text that is not empty"),
+        ('{"prompt": "1"}', "expected `response` .text. or `response_ids`"),
+        ('{"prompt": "1", "response_ids": ["7"]}', "expected a list of token ids"),
+        ('{"prompt_ids": [99], "response": "7"}', "outside the vocabulary"),
+        ('{"messages": [], "response": "7"}', "expected a list of one message or more"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_before_anything_is_scored(model, scorer, tmp_path, row, message):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "1 + 2 ?", "response": "3"}\n' + row + "\n")
+    with pytest.raises(TestTimeError, match=f"in.jsonl:2: .*{message}"):
+        score_file(scorer, model, source, target, apply_chat_template=False, prompt_suffix="", deadline=60)
+    assert not target.exists()
+
+
+def test_chats_need_the_template_and_texts_do_not(model):
+    tokenizer = model.tokenizer
+    row = {"messages": [{"role": "user", "content": "1 + 2 ?"}]}
+    assert prompt_token_ids(row, tokenizer, apply_chat_template=False) == [5, 24, 6, 27]
+    assert prompt_token_ids(
+        {"prompt": "1 + 2"}, tokenizer, apply_chat_template=False, prompt_suffix=" ?"
+    ) == [5, 24, 6, 27]
+    with pytest.raises(TestTimeError, match="no chat template; use --no-chat-template"):
+        prompt_token_ids(row, tokenizer, apply_chat_template=True)
+    with pytest.raises(TestTimeError, match="exactly one user message"):
+        prompt_token_ids(
+            {"messages": [*row["messages"], *row["messages"]]}, tokenizer, apply_chat_template=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hi", "expected a list"),
+        ([], "one message or more"),
+        ([{"role": "robot", "content": "hi"}], r"messages\[0\]`: expected an object whose role"),
+        ([{"role": "user"}], r"messages\[0\].content`: expected a text"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "expected text only"),
+        ([{"role": "user", "content": "  "}], "every message is empty"),
+    ],
+)
+def test_chats_that_say_nothing_are_refused(messages, message):
+    with pytest.raises(TestTimeError, match=message):
+        check_messages(messages)
+
+
+def test_text_parts_of_a_message_are_joined():
+    parts = [{"type": "text", "text": "1 + "}, {"type": "text", "text": "2"}]
+    assert check_messages([{"role": "user", "content": parts}]) == [{"role": "user", "content": "1 + 2"}]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with GradingPool(workers=1) as pool:
+        yield pool
+
+
+def test_a_sure_minority_wins_the_weighted_vote_and_its_best_response_is_given(pool):
+    texts = ["\\boxed{2}", "\\boxed{2}", "\\boxed{0.5}", "so \\boxed{\\frac{1}{2}}", "cut"]
+    choice = choose(texts, [0.1, 0.2, 0.6, 0.9, None], pool=pool)
+    assert (choice.index, choice.method, choice.answer) == (3, "weighted_majority", "\\frac{1}{2}")
+    assert choice.share == pytest.approx(1.5 / 1.8)
+    assert choice.classes == [0, 0, 1, 1, None]
+    plain = choose([*texts, "\\boxed{2}"], [0.1, 0.2, 0.6, 0.9, None, 0.0], vote="majority", pool=pool)
+    assert (plain.index, plain.share) == (1, pytest.approx(3 / 5))
+    assert choose(texts, [0.1, 1.2, 0.6, 0.9, None], vote="best_of", pool=pool).index == 1
+
+
+def test_without_any_boxed_answer_the_best_score_decides():
+    choice = choose(["a", "b", "c"], [0.1, 0.7, None])
+    assert (choice.index, choice.method, choice.answer, choice.share) == (1, "best_of_all", None, None)
+    assert choose(["a"], [None]).index == 0
+
+
+def test_nothing_to_choose_from_and_unknown_votes_are_refused():
+    with pytest.raises(TestTimeError, match="no response to choose from"):
+        choose([], [])
+    with pytest.raises(TestTimeError, match="expected weighted_majority, majority, best_of"):
+        choose(["a"], [0.1], vote="plurality")
+
+
+def test_a_model_without_score_constants_says_where_they_come_from(folder):
+    with pytest.raises(TestTimeError, match="megatron-laser calibrate"):
+        load_model_folder(folder).require_score()
+    with pytest.raises(TestTimeError, match="also ends responses"):
+        load_model_folder(folder, score_token="<eos>", ref_logprob=-5.0)
+    with pytest.raises(TestTimeError, match="expected a log-prob, below 0"):
+        load_model_folder(folder, score_token="<|score|>", ref_logprob=5.0)
+    with pytest.raises(TestTimeError, match="--beta 0"):
+        load_model_folder(folder, score_token="<|score|>", ref_logprob=-5.0, beta=0.0)
+    with pytest.raises(TestTimeError, match="stop token id 99"):
+        load_model_folder(folder, stop_token_ids=[99])
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:30000", "ftp://host", "http://"])
+def test_what_is_no_url_is_refused(url):
+    with pytest.raises(TestTimeError, match="is not a server's URL"):
+        EngineChoice(urls=(url,))
+
+
+def test_urls_open_the_servers_client_with_key_and_vocabulary(model, monkeypatch):
+    seen = {}
+
+    class Client:
+        @classmethod
+        def connect(cls, urls, **options):
+            seen.update(options, urls=urls)
+            return cls()
+
+        def close(self):
+            seen["closed"] = True
+
+    module = types.ModuleType("megatron_laser.rollout.sglang")
+    module.SglangEngine = Client
+    monkeypatch.setitem(sys.modules, "megatron_laser.rollout.sglang", module)
+    choice = EngineChoice(urls=("http://127.0.0.1:1",), api_key="secret", router_url="http://127.0.0.1:2")
+    with open_engine(choice, model, deadline=5.0) as engine:
+        assert isinstance(engine, Client)
+    assert seen == {
+        "urls": ["http://127.0.0.1:1"],
+        "api_key": "secret",
+        "vocab_size": 28,
+        "deadline": 5.0,
+        "max_concurrency": 256,
+        "router_url": "http://127.0.0.1:2",
+        "closed": True,
+    }
+    assert not choice.repeatable and EngineChoice().repeatable
+
+
+def test_a_log_prob_that_is_not_finite_is_an_error(scorer):
+    with pytest.raises(RuntimeError, match="check the weights"):
+        scorer.scored(math.nan)
