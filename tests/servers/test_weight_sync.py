@@ -109,6 +109,7 @@ def test_a_server_with_other_weights_under_the_right_name_is_found_by_checksum(
             disk._body = before
         assert trouble is not None and "its weights are not the trainer's" in trouble
         assert engine.version == 0
+        engine.run(engine.fleet.wait_until_up(1, 30.0), 30.0, "waiting")
         assert sync_weights(stream(changed_model(sglang_server, 21)), engine, 1) is None
     finally:
         engine.close()

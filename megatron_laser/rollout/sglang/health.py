@@ -204,7 +204,7 @@ class Health:
         if silent > allowed:
             return after._die(f"silent for {silent:.0f} s ({reason})", now)
         if self.state is State.HEALTHY:
-            return after._enter(State.SUSPECT, now, reason=reason)
+            return after._enter(State.SUSPECT, now, reason=reason, refusals=refusals)
         return after
 
     def _request_failed(self, reason: str, gone: bool, now: float) -> Health:
@@ -216,7 +216,7 @@ class Health:
         return self._enter(State.DEAD, now, version=None, reason=reason, deaths=self.deaths + 1)
 
     def _enter(self, state: State, now: float, **changes: object) -> Health:
-        return self._replace(state=state, since=now, refusals=0, **({"reason": ""} | changes))
+        return self._replace(state=state, since=now, **({"reason": "", "refusals": 0} | changes))
 
     def _replace(self, **changes: object) -> Health:
         values = {name: getattr(self, name) for name in self.__slots__} | changes
