@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +26,9 @@ Urls = Annotated[
         "weights are loaded in this process.",
     ),
 ]
-Router = Annotated[str | None, typer.Option("--router", help="A router in front of the servers.")]
+Router = Annotated[
+    str | None, typer.Option("--router", help="A router in front of the servers, beside their --url.")
+]
 KeyVariable = Annotated[
     str, typer.Option("--api-key-env", help="Environment variable with the servers' API key.")
 ]
@@ -54,6 +55,7 @@ def model_folder(
     *,
     with_score: bool = True,
 ) -> ModelFolder:
+    """Prepare the process and read the model's folder; see `testtime.load_model_folder`."""
     from megatron_laser.cli import prepare_process
     from megatron_laser.testtime import load_model_folder
 
@@ -71,12 +73,14 @@ def model_folder(
 def engine_choice(
     urls: list[str] | None, router: str | None, variable: str, dtype: str, batch: int, concurrency: int
 ) -> EngineChoice:
+    """The engine that the options name."""
     from megatron_laser.testtime import EngineChoice
+    from megatron_laser.testtime.engine import api_key_from_environment
 
     return EngineChoice(
         urls=tuple(urls or ()),
         router_url=router,
-        api_key=os.environ.get(variable) or None,
+        api_key=api_key_from_environment(variable),
         dtype=dtype,  # type: ignore[arg-type]
         max_batch_size=batch,
         max_concurrency=concurrency,
@@ -84,11 +88,13 @@ def engine_choice(
 
 
 def require_positive(name: str, value: float) -> None:
+    """Refuse 0 and less as a usage error."""
     if not value > 0:
         raise typer.BadParameter(f"{name} {value}: expected a number above 0")
 
 
 def user_errors() -> AbstractContextManager[Any]:
+    """Errors about the user's input end in one message and status 2, as in `cli`."""
     from megatron_laser import cli
 
     return cli.user_errors()

@@ -22,7 +22,7 @@ class EngineChoice:
 
     Attributes:
         urls: of SGLang servers that hold the model; none: this process, which loads the weights.
-        router_url: of a router in front of the servers, which then takes the requests.
+        router_url: of a router in front of the servers in `urls`, which then takes the requests.
         api_key: that the servers ask for. Never on a command line, where other users could read it.
         dtype: float32 or bfloat16, in this process.
         max_batch_size: sequences at once in this process. max_concurrency: requests at once to servers.
@@ -41,6 +41,11 @@ class EngineChoice:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise TestTimeError(f"{url!r} is not a server's URL; expected http://HOST:PORT")
+        if self.router_url and not self.urls:
+            raise TestTimeError(
+                f"--router {self.router_url} without --url: control calls and health checks go to the servers "
+                "themselves; name each of them with --url"
+            )
         if self.dtype not in ("float32", "bfloat16"):
             raise TestTimeError(f"dtype {self.dtype!r}: expected float32 or bfloat16")
         for name in ("max_batch_size", "max_concurrency"):
@@ -50,7 +55,7 @@ class EngineChoice:
     @property
     def in_process(self) -> bool:
         """Whether the weights are loaded here."""
-        return not self.urls and self.router_url is None
+        return not self.urls
 
     @property
     def repeatable(self) -> bool:

@@ -206,6 +206,11 @@ def test_what_is_no_url_is_refused(url):
         EngineChoice(urls=(url,))
 
 
+def test_a_router_without_its_servers_is_refused():
+    with pytest.raises(TestTimeError, match="name each of them with --url"):
+        EngineChoice(router_url="http://127.0.0.1:2")
+
+
 def test_urls_open_the_servers_client_with_key_and_vocabulary(model, monkeypatch):
     seen = {}
 
