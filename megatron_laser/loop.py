@@ -53,7 +53,8 @@ def train(config: RunConfig) -> Path:
 def _train(config: RunConfig, runtime: Runtime, coordinator: Coordinator, timers: Timers) -> None:
     # Everything that can be wrong with the user's files is found before a model is built.
     inputs = coordinator.lead("reading inputs", lambda: read_inputs(config), deadline=config.run.deadline)
-    shared = broadcast_arrays(None if inputs is None else inputs.shared_arrays(), runtime)
+    with coordinator.phase("sharing the inputs"):
+        shared = broadcast_arrays(None if inputs is None else inputs.shared_arrays(), runtime)
     leader: Leader | None = None
     try:
         if shared["finished"]:

@@ -45,16 +45,19 @@ class Ranks:
 
     def decide(self, phase: str, work: Callable[[Leader], str]) -> str:
         """What rank 0's work says, on every rank."""
-        return broadcast_text(self.lead(phase, work), self.runtime)
+        own = self.lead(phase, work)
+        with self.coordinator.phase(f"{phase}: telling the others"):
+            return broadcast_text(own, self.runtime)
 
     def tell(self, word: str | None) -> str:
-        """Rank 0's `word` on every rank; `word` is ignored elsewhere, and None means ""."""
+        """Rank 0's `word` on every rank; `word` is ignored elsewhere, and None means "". Call inside a phase."""
         return broadcast_text(word or "" if self.runtime.is_main else None, self.runtime)
 
     def share(self, batch: Callable[[Leader], RolloutBatch]) -> FlatBatch:
         """Rank 0's batch, flat, on every rank."""
         arrays = None if self.leader is None else flatten(batch(self.leader)).to_arrays()
-        return FlatBatch.from_arrays(broadcast_arrays(arrays, self.runtime))
+        with self.coordinator.phase("sharing the batch"):
+            return FlatBatch.from_arrays(broadcast_arrays(arrays, self.runtime))
 
     @property
     def _patience(self) -> float:

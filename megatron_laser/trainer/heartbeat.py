@@ -7,6 +7,7 @@ Rank 0 watches all ranks and everybody watches rank 0, so the store sees a few r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -70,8 +71,8 @@ class Heartbeats:
         self._state = _ALIVE
         self._abort: Callable[[str], None] | None = None
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> its last count and when it was new here
+        self._sending = threading.Lock()  # beats must reach the store in the order in which they were made
         self._stop = threading.Event()
-        self._news = threading.Event()
         self._checked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -80,7 +81,10 @@ class Heartbeats:
         """The main thread begins `phase`; returns the one before."""
         before = self._phase
         self._phase, self._since = phase, time.monotonic()
-        self._news.set()  # said at once: a rank that dies in the next moment is to be found in the right phase
+        # Said at once and from here: a rank that dies in the next moment is to be found in the right phase, and the
+        # thread might not get to run before that.
+        with contextlib.suppress(RuntimeError):  # of a store that is gone the next wait says more
+            self._send(self._main_store)
         return before
 
     def watch(self, abort: Callable[[str], None] | None = None) -> None:
@@ -104,7 +108,6 @@ class Heartbeats:
         if self._stop.is_set():
             return
         self._stop.set()
-        self._news.set()
         self._thread.join(timeout=2 * BEAT_SECONDS)
         self._state = _LEFT
         self._send(self._main_store)
@@ -131,7 +134,6 @@ class Heartbeats:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self._news.clear()
             try:
                 self._send(self._store)
                 trouble = self._trouble() if self._abort is not None else None
@@ -143,18 +145,16 @@ class Heartbeats:
             if trouble is not None and self._abort is not None and not self._stop.is_set():
                 self._abort(trouble)
                 return
-            self._news.wait(BEAT_SECONDS)
+            self._stop.wait(BEAT_SECONDS)
 
     def _send(self, store: dist.Store) -> None:
-        self._count += 1
-        phase = self._phase
         detail = self._detail() if self._detail is not None else ""
-        if detail:
-            phase = f"{phase}: {detail}"
-        beat = Beat(
-            self._count, phase, time.monotonic() - self._since, _main_thread_line(), time.time(), self._state
-        )
-        store.set(_key(self._rank), json.dumps(asdict(beat)))
+        with self._sending:
+            self._count += 1
+            phase = f"{self._phase}: {detail}" if detail else self._phase
+            seconds = time.monotonic() - self._since
+            beat = Beat(self._count, phase, seconds, _main_thread_line(), time.time(), self._state)
+            store.set(_key(self._rank), json.dumps(asdict(beat)))
 
     def _trouble(self) -> str | None:
         """Why this process must end, or None; looks once in a beat."""

@@ -27,7 +27,6 @@ def hearts():
 def silence(heart):
     """As if its process had been killed: no more beats, and no farewell."""
     heart._stop.set()
-    heart._news.set()
     heart._thread.join()
 
 
