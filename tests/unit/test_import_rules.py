@@ -44,6 +44,7 @@ LAYERS = (
         "benchmarks",
         "environment",
         "cli",
+        "cli_bench",
         "cli_serve",
         "cli_testtime",
         "__main__",
