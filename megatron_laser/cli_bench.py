@@ -19,7 +19,7 @@ def _prepare_process(level: str = "WARNING") -> None:
 
 @app.command("step")
 def bench_step(
-    pairs: Annotated[int, typer.Option(help="Interleaved GRPO/LaSeR pairs that are counted.")] = 30,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds that are counted.", min=1)] = 30,
     prompts: Annotated[int, typer.Option(help="Prompts per step.")] = 4,
     samples: Annotated[int, typer.Option(help="Responses per prompt.")] = 8,
     response_length: Annotated[int, typer.Option(help="Tokens of each response.")] = 256,
@@ -28,7 +28,7 @@ def bench_step(
     vocabulary: Annotated[int, typer.Option(help="Its vocabulary.")] = 8192,
     output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:
-    """What LaSeR adds to a GRPO train step (old-policy pass included in both): time ratio and peak memory."""
+    """What LaSeR adds to a GRPO train step, and what scores from the servers save of it: time and peak memory."""
     _prepare_process()
     from megatron_laser.benchmarks.step import StepBenchmark
 
@@ -40,7 +40,7 @@ def bench_step(
         layers=layers,
         vocabulary=vocabulary,
     )
-    result = benchmark.run(pairs)
+    result = benchmark.run(rounds)
     typer.echo(result.table())
     if output is not None:
         result.write(output)
