@@ -41,33 +41,21 @@ def buckets(
 ) -> Iterator[Bucket]:
     """Cut the stream, in its order, into buckets of at most `limit` bytes (one tensor may be larger).
 
-    A bucket holds one dtype only, so that every tensor in it is aligned. One bucket is held back, since the last
-    one carries the version: at most two of them are in memory, one of them on its way.
+    A bucket holds one dtype only, so that every tensor in it is aligned. It is complete when a tensor comes that does
+    not fit, which also tells that it is not the last: nothing but that tensor is held beside it.
 
     Args:
         dtype: what tensors are converted to; None: as they are.
     """
-    held: tuple[tuple[str, torch.Tensor], ...] | None = None
-    for part in _parts(weights, limit, dtype):
-        if held is not None:
-            yield Bucket(held, last=False)
-        held = part
-    if held is not None:
-        yield Bucket(held, last=True)
-
-
-def _parts(
-    weights: Iterable[tuple[str, torch.Tensor]], limit: int, dtype: torch.dtype | None
-) -> Iterator[tuple[tuple[str, torch.Tensor], ...]]:
     part: list[tuple[str, torch.Tensor]] = []
     size = 0
     for name, tensor in weights:
         copy = tensor.detach().to(dtype=dtype, copy=True).contiguous()
         other = bool(part) and part[0][1].dtype != copy.dtype
         if part and (other or size + copy.nbytes > limit):
-            yield tuple(part)
+            yield Bucket(tuple(part), last=False)
             part, size = [], 0
         part.append((name, copy))
         size += copy.nbytes
     if part:
-        yield tuple(part)
+        yield Bucket(tuple(part), last=True)

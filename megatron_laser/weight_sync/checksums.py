@@ -64,12 +64,25 @@ def server_name(name: str) -> str:
     return name
 
 
+def no_checksums(reported: Any) -> str | None:
+    """Why a server's `/weights_checker` answer cannot be compared, and so must not pass for one that agrees.
+
+    None when it can.
+    """
+    ranks = reported.get("ranks") if isinstance(reported, dict) else None
+    whole = isinstance(ranks, list) and all(
+        isinstance(rank, dict) and isinstance(rank.get("checksums"), dict) and rank.get("per_gpu_checksum")
+        for rank in ranks
+    )
+    return None if ranks and whole else f"its answer has no checksums: {str(reported)[:200]}"
+
+
 def differences(sums: dict[str, str], reported: dict[str, Any]) -> list[str]:
     """What of a server's `/weights_checker` answer differs from `sums`; empty when all agrees.
 
     With a tensor-parallel size above 1 a rank holds parts, which these sums say nothing about: no statement.
     """
-    ranks = reported.get("ranks") or []
+    ranks = reported["ranks"]
     if len(ranks) != 1:
         return []
     theirs = ranks[0]["checksums"]
@@ -84,8 +97,7 @@ def differences(sums: dict[str, str], reported: dict[str, Any]) -> list[str]:
 
 def fingerprint(reported: dict[str, Any]) -> tuple[str, ...]:
     """What must be equal on all servers of one tensor-parallel size."""
-    ranks = reported.get("ranks") or []
-    ordered = sorted(ranks, key=lambda rank: str(rank.get("parallelism_info")))
+    ordered = sorted(reported["ranks"], key=lambda rank: str(rank.get("parallelism_info")))
     return tuple(str(rank["per_gpu_checksum"]) for rank in ordered)
 
 

@@ -124,16 +124,18 @@ class Update:
         self.engine.on_loop(lambda: [tell(member, UpdateDone(label)) for member in self.members])
 
     def _check_versions(self) -> None:
+        limit = min(self.left(), _STEP_SECONDS)
+
         async def one(member: Member) -> None:
             phase = "checking the version"
-            info = await member.client.get("/model_info", deadline=_STEP_SECONDS, phase=phase)
+            info = await member.client.get("/model_info", deadline=limit, phase=phase)
             version = info.get("weight_version") if isinstance(info, dict) else None
             if version != self.label:
                 raise StaleServer(
                     member.url, phase, f"holds weights {version!r} after an update to {self.label!r}"
                 )
 
-        self._keep(self.gather(one, self.members, _STEP_SECONDS, "checking versions"))
+        self._keep(self.gather(one, self.members, limit, "checking versions"))
         self.need_some()
 
     def need_some(self) -> None:

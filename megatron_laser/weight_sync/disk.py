@@ -16,7 +16,7 @@ import torch
 
 from megatron_laser.model.hf_folder import write_hf_folder
 from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.errors import ServerError
+from megatron_laser.rollout.sglang.errors import StaleServer
 from megatron_laser.rollout.sglang.fleet import Member
 from megatron_laser.weight_sync.checksums import StreamDigest
 from megatron_laser.weight_sync.control import Update
@@ -54,6 +54,7 @@ class DiskTransport:
         self._verify = always_verify
         self._first = True
         self._current: tuple[str, Path] | None = None
+        self._written: set[Path] = set()
 
     def send(
         self, engine: SglangEngine, weights: Iterable[tuple[str, torch.Tensor]], version: int, label: str
@@ -62,6 +63,7 @@ class DiskTransport:
         digest = StreamDigest(dtype=self._dtype, hashed=self._hashed)
         watched = digest.watch(weights) if self._verify or self._first else weights
         target = self._folder / f"{_PREFIX}{label}"
+        self._written.add(target)
         write_hf_folder(watched, target, source=self._source, dtype=self._dtype)
         update = Update(engine, label, seconds=self._seconds)
         with update.paused():
@@ -85,10 +87,11 @@ class DiskTransport:
         await client.post("/pause_generation", {"mode": "abort"}, deadline=seconds, phase=phase)
         await client.post("/flush_cache", {}, deadline=seconds, phase=phase)
         await client.post("/update_weights_from_disk", _body(target, label), deadline=seconds, phase=phase)
-        await client.post("/continue_generation", {}, deadline=seconds, phase=phase)
         info = await client.get("/model_info", deadline=seconds, phase=phase)
-        if info.get("weight_version") != label:
-            raise ServerError(member.url, phase, f"holds {info.get('weight_version')!r} instead of {label!r}")
+        version = info.get("weight_version") if isinstance(info, dict) else None
+        if version != label:
+            raise StaleServer(member.url, phase, f"holds weights {version!r} after an update to {label!r}")
+        await client.post("/continue_generation", {}, deadline=seconds, phase=phase)
         logger.info("server %s has caught up with weights %s", member.url, label)
         return label
 
@@ -96,12 +99,15 @@ class DiskTransport:
         for folder in self._folder.glob(f"{_PREFIX}*"):
             if folder != current:
                 shutil.rmtree(folder, ignore_errors=True)
+        self._written = {current}
 
     def close(self) -> None:
         """Delete the weights: the run has its own copy, and nobody else is told of this one."""
-        if self._current is not None:
-            shutil.rmtree(self._current[1], ignore_errors=True)
-            self._current = None
+        for folder in self._written:  # also what a failed sync has left
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)
+        self._written.clear()
+        self._current = None
 
 
 def _body(target: Path, label: str) -> dict[str, Any]:

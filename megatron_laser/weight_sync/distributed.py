@@ -37,7 +37,6 @@ _POLL = 0.002
 class _Flight:
     """A bucket on its way: the broadcasts, and each server's reply."""
 
-    bucket: Bucket
     works: list[dist.Work]
     sent: list[torch.Tensor]  # alive until the broadcast is over
     replies: dict[Member, Future[Any]]
@@ -147,7 +146,11 @@ class DistributedTransport:
         for bucket in buckets(weights, self._bucket_bytes, dtype=self._dtype):
             if flight is not None:
                 self._land(update, flight)
+            flight = (
+                None  # before the next one is made: two buckets at a time, one on its way and one that grows
+            )
             flight = self._start(update, group, bucket)
+            del bucket
         if flight is not None:
             self._land(update, flight)
 
@@ -173,7 +176,7 @@ class DistributedTransport:
             works = [group.broadcast(tensor) for tensor in sent]
         except RuntimeError as error:
             raise SyncFailed(f"weights {update.label}: the broadcast failed: {error}", retry=True) from error
-        return _Flight(bucket, works, sent, replies)
+        return _Flight(works, sent, replies)
 
     def _land(self, update: Update, flight: _Flight) -> None:
         """Until every server has the bucket.

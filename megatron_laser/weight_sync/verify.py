@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from megatron_laser.rollout.sglang.errors import StaleServer
+from megatron_laser.rollout.sglang.errors import ServerError, ServerFault, StaleServer
 from megatron_laser.rollout.sglang.fleet import Member
-from megatron_laser.weight_sync.checksums import StreamDigest, differences, fingerprint
+from megatron_laser.weight_sync.checksums import StreamDigest, differences, fingerprint, no_checksums
 from megatron_laser.weight_sync.control import Update
 
 _SECONDS = 300.0
@@ -23,9 +23,15 @@ def verify(update: Update, digest: StreamDigest) -> None:
     reports = update.post_all("/weights_checker", {"action": "checksum"}, phase=_PHASE, seconds=_SECONDS)
     sums = digest.sums()
     for member, report in reports.items():
-        wrong = differences(sums, report)
-        if not sums:
-            wrong = _different_values(update, member, digest)
+        unclear = no_checksums(report)
+        if unclear is not None:
+            update.drop(member, ServerFault(member.url, _PHASE, unclear))
+            continue
+        try:
+            wrong = differences(sums, report) if sums else _different_values(update, member, digest)
+        except ServerError as error:
+            update.drop(member, error)
+            continue
         if wrong:
             shown = "; ".join(wrong[:_SHOWN]) + (
                 f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
