@@ -31,7 +31,11 @@ _MAY_CHANGE = {
     "evaluation": None,
     "run": {"name", "steps", "output_dir", "resume", "deadline", "start_grace", "max_bad_steps"},
     "policy": {"mismatch_abort"},
-    "rollout": {"deadline"},
+    "rollout": {
+        *("deadline", "max_concurrency", "min_servers", "servers_deadline", "sglang"),
+        *("weight_sync", "sync_folder", "sync_bucket_mib", "sync_flatten", "sync_deadline", "sync_address"),
+        "verify_sync",
+    },
     "reward": {"workers", "deadline"},
     "optimizer": {"distributed", "overlap_grad_reduce", "overlap_param_gather"},
     "data": {"validation", "test"},

@@ -17,8 +17,8 @@ OWN_OPTIONS = {
     "dtype": "model.dtype",
     "device": "rollout.sglang.device",
     "api_key": "rollout.sglang.api_key_env",
-    "skip_tokenizer_init": "nothing: token ids go in and out",
-    "base_gpu_id": "the server's number",
+    "skip_tokenizer_init": "the client, which sends and takes token ids",
+    "base_gpu_id": "the server's place on its node",
     "enable_memory_saver": "rollout.weight_sync",
     "config": "these options, which go into a file of their own",
 }
@@ -89,6 +89,11 @@ def _server_problems(rollout: RolloutConfig) -> list[str]:
         problems.append(
             "rollout.sglang.router_url needs rollout.sglang.urls: a router forwards generation, but pausing and "
             "weight updates go to each server"
+        )
+    if sglang.urls is not None and sglang.router:
+        problems.append(
+            "rollout.sglang.router: true starts a router for servers of `megatron-laser serve`, and those of "
+            "rollout.sglang.urls run already; give their router's address in rollout.sglang.router_url, or remove it"
         )
     if sglang.urls is not None and len(set(sglang.urls)) < len(sglang.urls):
         problems.append(f"rollout.sglang.urls: {list(sglang.urls)} names a server twice")

@@ -117,8 +117,8 @@ class RolloutConfig(Section):
     """How servers get new weights: `distributed` broadcasts buckets (NCCL between GPUs, gloo on CPUs); `disk`
     writes a folder that all servers can read; `colocated` hands them over on the same GPUs by CUDA IPC."""
     sync_folder: FilePath | None = None
-    """With `weight_sync: disk`: folder for the weights, which trainer and servers both see; null:
-    `output_dir`/weights."""
+    """With `weight_sync: disk`: folder for the weights, which trainer and servers both see, and of this run alone:
+    older weights in it are deleted; null: `output_dir`/weights."""
     sync_bucket_mib: Count = 512
     """Size of a bucket of weights in MiB. Rank 0 holds two of them beside its share of the model."""
     sync_flatten: bool = True
