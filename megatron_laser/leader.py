@@ -140,7 +140,7 @@ class Leader:
         """Write one step's metrics, update the view, and dump the rollouts when they are due."""
         batch = self.batch
         metrics: dict[str, Any] = rollout_metrics(batch, result.zc_logprobs, result.scores)
-        metrics |= self._collector.metrics | result.metrics | times | platform.memory_gib()
+        metrics |= batch.metrics | result.metrics | times | platform.memory_gib()
         tokens = sum(sample.length for sample in batch.samples())
         metrics["tokens"] = tokens
         metrics["time/tokens_per_second"] = tokens / max(times.get("time/total", 0.0), 1e-9)

@@ -100,11 +100,15 @@ class Group:
 
 @dataclass(slots=True)
 class RolloutBatch:
-    """What one step trains on: finished groups, graded, in prompt order."""
+    """What one step trains on: finished groups, graded, in prompt order.
+
+    metrics: what was counted while it was collected, see `RolloutCollector`.
+    """
 
     step: int
     weight_version: int
     groups: list[Group] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def samples(self) -> Iterator[Sample]:
         """All samples, group after group; the position is the sample's index everywhere downstream."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.pending import batch_from, batch_state
+from megatron_laser.rollout.sglang.errors import WeightsNeeded
 from megatron_laser.types import Prompt, RolloutBatch
 
 
@@ -51,9 +52,12 @@ class RolloutAhead:
         self._thread = None
 
     def collect(self, step: int) -> RolloutBatch:
-        """The batch of `step`; raises what collecting it raised, and then a further call goes on."""
+        """The batch of `step`; raises what collecting it raised, and then a further call goes on.
+
+        Weights that were needed have been sent since, with those of the step before: that is no error any more.
+        """
         error, self._error = self._error, None
-        if error is not None:
+        if error is not None and not isinstance(error, WeightsNeeded):
             raise error
         ready, self._ready = self._ready, None
         if ready is not None and ready.step == step:

@@ -153,7 +153,7 @@ class RolloutCollector:
             self.metrics |= staleness_metrics(groups, trained_version=step - 1)
             self.metrics |= self._engine.take_metrics()
         self._progress = None
-        return RolloutBatch(step=step, weight_version=self._engine.version, groups=groups)
+        return RolloutBatch(step, self._engine.version, groups, dict(self.metrics))
 
     def _drop_stale(self, progress: _Progress) -> None:
         oldest = progress.step - 1 - self._max_staleness
@@ -208,7 +208,9 @@ class RolloutCollector:
         }
         with self._timers("generate"):
             if isinstance(self._engine, ResumableEngine):
-                check_enough(None)
+                if stop is not None:
+                    for grade in (grade for group in opened for grade in group.grades.values()):
+                        grade.add_done_callback(check_enough)  # at once where it is there already
                 found = self._engine.generate_some(
                     ids, sampling, deadline=left, on_finished=on_finished, resume=resume, stop=stop
                 )

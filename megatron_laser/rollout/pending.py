@@ -85,6 +85,7 @@ def batch_state(batch: RolloutBatch, positions: Mapping[int, int]) -> dict[str, 
     return {
         "step": batch.step,
         "weight_version": batch.weight_version,
+        "metrics": batch.metrics,
         "groups": [
             {
                 "position": positions[group.prompt.row],
@@ -116,4 +117,4 @@ def batch_from(state: Mapping[str, Any], prompts: list[Prompt]) -> RolloutBatch:
             generation = generation_from(values.pop("generation"))
             samples.append(Sample(prompt_ids=prompt.token_ids, generation=generation, **values))
         groups.append(Group(prompt, samples))
-    return RolloutBatch(step=state["step"], weight_version=state["weight_version"], groups=groups)
+    return RolloutBatch(state["step"], state["weight_version"], groups, state["metrics"])
