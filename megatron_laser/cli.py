@@ -194,9 +194,12 @@ class user_errors:
         expected: tuple[type[BaseException], ...] = (ConfigError, CheckpointError, FileNotFoundError)
         if "megatron_laser.ranks" in sys.modules:
             from megatron_laser.ranks import RunEnded
-            from megatron_laser.rollout.sglang.errors import ServerMismatch, ServersLost
 
-            expected += (RunEnded, ServersLost, ServerMismatch)
+            expected += (RunEnded,)
+        if "megatron_laser.rollout.sglang.errors" in sys.modules:
+            from megatron_laser.rollout.sglang.errors import ServerMismatch, ServerRefused, ServersLost
+
+            expected += (ServersLost, ServerMismatch, ServerRefused)
         if "megatron_laser.data" in sys.modules:
             from megatron_laser.data import DataError
 

@@ -25,6 +25,9 @@ from megatron_laser.weight_sync.distributed import DistributedTransport
 
 logger = logging.getLogger(__name__)
 
+# Of config.json: they tell a model from a bigger or smaller one of its family.
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
 
 def open_engine(config: RunConfig) -> RolloutEngine:
     """Start or find what generates. Call on rank 0.
@@ -89,6 +92,7 @@ def _expected(config: RunConfig) -> Expected:
         model_type=folder.get("model_type"),
         dtype=config.model.dtype,
         longest=longest_sequence(config),
+        sizes={name: folder[name] for name in _SIZES if name in folder},
     )
 
 

@@ -8,7 +8,13 @@ from typing import Any
 import aiohttp
 import orjson
 
-from megatron_laser.rollout.sglang.errors import ServerFault, ServerGone, ServerRefused, ServerTimeout
+from megatron_laser.rollout.sglang.errors import (
+    ServerFault,
+    ServerGone,
+    ServerRefused,
+    ServerTimeout,
+    StrangeAnswer,
+)
 
 _CONNECT_SECONDS = 10.0
 _BUSY = 503  # a router without workers, a server that starts: worth another try
@@ -58,7 +64,8 @@ class ServerClient:
         if status >= 500:
             raise ServerFault(self.url, phase, f"{path} answered {status}: {_words(raw)}")
         if status >= 400:
-            raise ServerRefused(self.url, phase, f"{path} answered {status}: {_words(raw)}{_hint(status)}")
+            words = f"{path} answered {status}: {_words(raw)}{_hint(status)}"
+            raise ServerRefused(self.url, phase, words, status)
         if not raw:
             return None
         try:
@@ -66,7 +73,7 @@ class ServerClient:
         except orjson.JSONDecodeError as error:
             if path in ("/flush_cache",):  # answers in prose
                 return raw.decode(errors="replace")
-            raise ServerFault(
+            raise StrangeAnswer(
                 self.url,
                 phase,
                 f"{path} answered {len(raw)} bytes that are not JSON ({error}): {_words(raw)}",

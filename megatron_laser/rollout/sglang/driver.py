@@ -31,11 +31,12 @@ from megatron_laser.rollout.sglang.wire import (
     WireError,
     abort_message,
     generate_body,
+    joined,
     parse_generate,
     parse_score,
     score_body,
 )
-from megatron_laser.types import Generation, SamplingParams, WeightSpan
+from megatron_laser.types import Generation, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -173,14 +174,7 @@ class Driver:
                 raise ServerFault(member.url, "generation", "aborted, but not by this run")
             self.traffic.prompt_tokens += reply.prompt_tokens
             self.traffic.cached_tokens += reply.cached_tokens
-            spans = () if partial is None else partial.spans
-            return Generation(
-                response_ids=[*had, *reply.ids],
-                logprobs=[*([] if partial is None else partial.logprobs), *reply.logprobs],
-                finish_reason=reply.finish_reason,
-                weight_version=weights.version if partial is None else partial.weight_version,
-                spans=(*spans, WeightSpan(weights.version, len(reply.ids))),
-            )
+            return joined(partial, reply, weights.version, sampling)
 
         generation = await self._retried(attempt, ends)
         token = sampling.score_token_id

@@ -16,9 +16,10 @@ from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.rollout.sglang.client import ServerClient, Sessions
 from megatron_laser.rollout.sglang.driver import Driver
+from megatron_laser.rollout.sglang.errors import ServerRefused, StrangeAnswer
 from megatron_laser.rollout.sglang.fleet import Fleet, Member
 from megatron_laser.rollout.sglang.health import Limits
-from megatron_laser.rollout.sglang.identify import Expected, ServerFacts, identify
+from megatron_laser.rollout.sglang.identify import Expected, ServerFacts, identify, no_server
 from megatron_laser.rollout.sglang.loop_thread import LoopThread
 from megatron_laser.rollout.sglang.traffic import Weights
 from megatron_laser.rollout.sglang.transport import WeightTransport
@@ -67,7 +68,7 @@ class SglangEngine:
 
         Raises:
             ServersLost: they do not.
-            ServerMismatch: one cannot be used.
+            ServerMismatch, ServerRefused: one cannot be used, is no SGLang server, or wants another key.
         """
         # Weights of another run, or of an earlier life of this one, are not ours.
         self.session = secrets.token_hex(4)
@@ -99,13 +100,12 @@ class SglangEngine:
 
         self._sessions, self.fleet, self._driver = self.run(connect(), 30.0, "connecting")
         try:
-            self.run(
-                self.fleet.wait_until_up(min_servers, start_deadline), start_deadline, "waiting for servers"
-            )
+            up = self.fleet.wait_until_up(min_servers, start_deadline, strict=True)
+            self.run(up, start_deadline, "waiting for servers")
             self.identify_all()
-        except BaseException:
+        except BaseException as error:
             self.close()
-            raise
+            raise (no_server(error) if isinstance(error, ServerRefused | StrangeAnswer) else error) from None
 
     @classmethod
     def connect(

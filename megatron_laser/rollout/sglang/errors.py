@@ -18,6 +18,7 @@ class ServerError(RuntimeError):
         super().__init__(f"server {url}, {phase}: {message}")
         self.url = url
         self.phase = phase
+        self.message = message
 
 
 class ServerGone(ServerError):
@@ -34,8 +35,16 @@ class ServerFault(ServerError):
     """The server answered with an error of its own (5xx) or with something that is no answer."""
 
 
+class StrangeAnswer(ServerFault):
+    """The server answered in full, but not as an SGLang server does."""
+
+
 class ServerRefused(ServerError):
-    """The server refused the request (4xx): the same request would be refused again."""
+    """The server refused the request (4xx, `status`): the same request would be refused again."""
+
+    def __init__(self, url: str, phase: str, message: str, status: int = 400) -> None:
+        super().__init__(url, phase, message)
+        self.status = status
 
 
 class ServerMismatch(ServerError):

@@ -15,7 +15,13 @@ from typing import Any
 
 from megatron_laser.rollout.endpoints import EndpointsError, ServerEndpoint
 from megatron_laser.rollout.sglang.client import ServerClient, Sessions
-from megatron_laser.rollout.sglang.errors import ServerError, ServersLost, WeightsNeeded
+from megatron_laser.rollout.sglang.errors import (
+    ServerError,
+    ServerRefused,
+    ServersLost,
+    StrangeAnswer,
+    WeightsNeeded,
+)
 from megatron_laser.rollout.sglang.health import (
     Answered,
     Event,
@@ -46,6 +52,7 @@ class Member:
     start: int = 0
     tensor: int = 1
     running: set[asyncio.Task[Any]] = field(default_factory=set)
+    stranger: ServerError | None = None  # the last probe's, when it was answered as no SGLang server does
 
     @property
     def url(self) -> str:
@@ -177,14 +184,21 @@ class Fleet:
                 f"rollout.servers_deadline {self._servers_deadline:g} s: {self.describe()}"
             )
 
-    async def wait_until_up(self, count: int, deadline: float) -> list[Member]:
+    async def wait_until_up(self, count: int, deadline: float, *, strict: bool = False) -> list[Member]:
         """The servers that answer, once they are `count` or more.
+
+        Args:
+            strict: do not wait for what answers, but not as an SGLang server does: waiting would not change it.
 
         Raises:
             ServersLost: they are not within `deadline` seconds.
+            ServerRefused, StrangeAnswer: with `strict`, such an answer.
         """
         ends = self._clock() + deadline
         while len(self.updatable()) < count:
+            strangers = [member.stranger for member in self.members if member.stranger is not None]
+            if strict and strangers:
+                raise strangers[0]
             if self._clock() > ends:
                 raise ServersLost(
                     f"{len(self.updatable())} of {count} servers answered within {deadline:g} s: {self.describe()}"
@@ -211,13 +225,15 @@ class Fleet:
         try:
             await client.get("/v1/loads", deadline=_PROBE_DEADLINE, phase="probe")
             info = await client.get("/model_info", deadline=_PROBE_DEADLINE, phase="probe")
+            if not isinstance(info, dict) or "weight_version" not in info:
+                raise StrangeAnswer(member.url, "probe", "/model_info names no weight_version")
             version = str(info["weight_version"])
         except ServerError as error:
+            member.stranger = error if isinstance(error, ServerRefused | StrangeAnswer) else None
             refused = error.gone and "Connect call failed" in str(error)
             self.tell(member, Missed(str(error), refused=refused))
-        except (KeyError, TypeError):
-            self.tell(member, Missed("/model_info names no weight_version: not an SGLang server?"))
         else:
+            member.stranger = None
             if version != member.health.version or member.health.state is not State.HEALTHY:
                 self.tell(member, Answered(version))
             else:

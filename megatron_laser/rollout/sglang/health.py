@@ -120,7 +120,7 @@ class Health:
         since: when the state was entered; last_alive: when it last answered anything (seconds of any clock).
         version: its name of its weights; None: unknown.
         refusals: probes in a row that found nobody listening.
-        reason: why it is suspect or dead.
+        reason: why it is suspect or dead, or what its start is waiting for.
         deaths: how often it died.
         distrusted: an update failed on it half-way, or left other weights than the trainer's: whatever name it gives
             its weights, it takes no work before the next update or a new process.
@@ -197,7 +197,7 @@ class Health:
         if self.state in (State.STARTING, State.RESTARTING):
             if now - self.since > limits.start:
                 return after._die(f"did not answer within {limits.start:g} s of its start ({reason})", now)
-            return after
+            return after._replace(reason=reason)
         if refusals >= _REFUSALS:
             return after._die(f"nobody listens any more ({reason})", now)
         allowed = limits.update if self.state is State.UPDATING else limits.silence

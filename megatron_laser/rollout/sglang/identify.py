@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
-from dataclasses import dataclass
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_laser.rollout.sglang.client import ServerClient
-from megatron_laser.rollout.sglang.errors import ServerMismatch, ServerRefused
+from megatron_laser.rollout.sglang.errors import (
+    ServerError,
+    ServerMismatch,
+    ServerRefused,
+    ServerTimeout,
+    StrangeAnswer,
+)
+from megatron_laser.rollout.sglang.wire import score_body
+
+logger = logging.getLogger(__name__)
 
 MIN_SGLANG = (0, 5, 23)
 """Weight-update sessions (`/begin_weight_update`) and spans of weight versions are as of this release."""
 
+NO_SERVER = f"this is no SGLang server, or one older than {'.'.join(map(str, MIN_SGLANG))}, which is needed"
+
 _PHASE = "identifying the server"
+_VOCABULARY_SECONDS = 10.0  # a paused server keeps requests until it goes on
 _TESTED_DTYPES = {"float32": {"float32", "torch.float32"}, "bfloat16": {"bfloat16", "torch.bfloat16", "auto"}}
 
 
@@ -25,12 +42,14 @@ class Expected:
         model_type: of config.json; None: any.
         dtype: `model.dtype`; None: any.
         longest: tokens of the longest prompt with its response; None: not checked.
+        sizes: of config.json, by name; compared where the server's model folder can be read from here.
     """
 
     vocab_size: int
     model_type: str | None = None
     dtype: str | None = None
     longest: int | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +73,11 @@ async def identify(client: ServerClient, expected: Expected, *, deadline: float)
     try:
         info = await client.get("/model_info", deadline=deadline, phase=_PHASE)
         server = await client.get("/server_info", deadline=deadline, phase=_PHASE)
-    except ServerRefused as error:
-        if "answered 40" in str(error) and ("answered 401" in str(error) or "answered 403" in str(error)):
-            raise
-        raise ServerMismatch(url, _PHASE, f"this is no SGLang server: {error}") from error
+    except (ServerRefused, StrangeAnswer) as error:
+        raise no_server(error) from error
     if not (isinstance(info, dict) and isinstance(server, dict) and "weight_version" in info):
-        raise ServerMismatch(url, _PHASE, "this is no SGLang server: /model_info names no weight_version")
-    problems = mismatches(info, server, expected)
+        raise ServerMismatch(url, _PHASE, f"/model_info names no weight_version: {NO_SERVER}")
+    problems = mismatches(info, server, expected) or await _vocabulary_problems(client, expected, deadline)
     if problems:
         raise ServerMismatch(url, _PHASE, "; ".join(problems))
     return ServerFacts(
@@ -69,6 +86,31 @@ async def identify(client: ServerClient, expected: Expected, *, deadline: float)
         str(info.get("model_path")),
         str(info["weight_version"]),
     )
+
+
+def no_server(error: ServerError) -> ServerError:
+    """What an answer to a probe, `error`, says about whoever gave it."""
+    if isinstance(error, ServerRefused) and error.status in (401, 403):
+        return error
+    return ServerMismatch(error.url, _PHASE, f"{error.message}: {NO_SERVER}")
+
+
+async def _vocabulary_problems(client: ServerClient, expected: Expected, deadline: float) -> list[str]:
+    """Ask for the log-prob of the trainer's last token: servers name their vocabulary nowhere, but check that id."""
+    body = score_body([0], expected.vocab_size - 1, rid=uuid.uuid4().hex)
+    try:
+        await client.request(body, deadline=min(deadline, _VOCABULARY_SECONDS), phase=_PHASE)
+    except ServerRefused as error:
+        if "vocabulary" not in error.message:
+            raise
+        return [
+            f"its vocabulary is smaller than the trainer's {expected.vocab_size} tokens ({error.message}); start it "
+            "with the trainer's model.path"
+        ]
+    except ServerTimeout:
+        # Paused by a run that was killed, or busy: the first weights that it gets will tell.
+        logger.info("server %s: its vocabulary was not compared: it is paused or busy", client.url)
+    return []
 
 
 def mismatches(info: dict[str, Any], server: dict[str, Any], expected: Expected) -> list[str]:
@@ -100,10 +142,25 @@ def mismatches(info: dict[str, Any], server: dict[str, Any], expected: Expected)
             "(a response is sent back whole to be scored or resumed); raise its --context-length or "
             "--max-total-tokens, or lower those settings"
         )
-    vocabulary = server.get("vocab_size")
-    if isinstance(vocabulary, int) and vocabulary < expected.vocab_size:
-        problems.append(f"its vocabulary has {vocabulary} tokens, the trainer's {expected.vocab_size}")
-    return problems
+    return problems + _size_problems(str(info.get("model_path")), expected.sizes)
+
+
+def _size_problems(model_path: str, sizes: Mapping[str, int]) -> list[str]:
+    """A bigger or smaller model of the same type, where its folder is on a disk that both see."""
+    try:
+        theirs = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    differing = [
+        f"{name} {theirs.get(name)} instead of {size}"
+        for name, size in sizes.items()
+        if theirs.get(name) != size
+    ]
+    if not differing:
+        return []
+    return [
+        f"its model {model_path} has {', '.join(differing)} of model.path; start it with the trainer's model.path"
+    ]
 
 
 def parse_version(text: str) -> tuple[int, ...]:

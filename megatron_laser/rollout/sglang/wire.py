@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_laser.types import FinishReason, SamplingParams
+from megatron_laser.types import FinishReason, Generation, SamplingParams, WeightSpan
 
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
@@ -115,6 +115,32 @@ def parse_generate(body: Any, vocab_size: int) -> Reply:
     )
 
 
+def joined(partial: Generation | None, reply: Reply, version: int, sampling: SamplingParams) -> Generation:
+    """What a response has after `reply`, which weights of `version` gave; `partial`: what it had before."""
+    before = Generation([], [], "abort", version) if partial is None else partial
+    ids = [*before.response_ids, *reply.ids]
+    spans = (*before.spans, WeightSpan(version, len(reply.ids)))
+    # Weights under which a request was only queued have sampled nothing of it.
+    spans = tuple(span for span in spans if span.tokens) or spans[-1:]
+    return Generation(
+        ids,
+        [*before.logprobs, *reply.logprobs],
+        _how_it_ended(reply.finish_reason, ids, sampling),
+        min(span.version for span in spans),
+        spans=spans,
+    )
+
+
+def _how_it_ended(reason: FinishReason, ids: list[int], sampling: SamplingParams) -> FinishReason:
+    # An abort takes effect behind the token that is being made, and hides that this was the last one. Such a
+    # response must not be continued behind its end.
+    if reason != "abort" or not ids:
+        return reason
+    if ids[-1] in sampling.stop_token_ids:
+        return "stop"
+    return "length" if len(ids) >= sampling.max_new_tokens else "abort"
+
+
 def abort_message(body: Any) -> str | None:
     """Why the server itself aborted a request (a bad input); None for one that somebody else aborted."""
     reason = _meta(body).get("finish_reason")
@@ -155,6 +181,6 @@ def _version(meta: dict[str, Any]) -> str:
 
 
 def _finite(value: Any, name: str) -> float:
-    if not isinstance(value, int | float) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise WireError(f"{name} has {value!r}: expected a number")
     return float(value)
