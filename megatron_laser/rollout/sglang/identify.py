@@ -77,7 +77,10 @@ async def identify(client: ServerClient, expected: Expected, *, deadline: float)
         raise no_server(error) from error
     if not (isinstance(info, dict) and isinstance(server, dict) and "weight_version" in info):
         raise ServerMismatch(url, _PHASE, f"/model_info names no weight_version: {NO_SERVER}")
-    problems = mismatches(info, server, expected) or await _vocabulary_problems(client, expected, deadline)
+    folder = _config_of(str(info.get("model_path")))
+    problems = mismatches(info, server, expected, folder)
+    if not problems and "vocab_size" not in folder:
+        problems = await _vocabulary_problems(client, expected, deadline)
     if problems:
         raise ServerMismatch(url, _PHASE, "; ".join(problems))
     return ServerFacts(
@@ -96,25 +99,39 @@ def no_server(error: ServerError) -> ServerError:
 
 
 async def _vocabulary_problems(client: ServerClient, expected: Expected, deadline: float) -> list[str]:
-    """Ask for the log-prob of the trainer's last token: servers name their vocabulary nowhere, but check that id."""
+    """Ask for the log-prob of the trainer's last token: a server checks that id before it does anything."""
     body = score_body([0], expected.vocab_size - 1, rid=uuid.uuid4().hex)
     try:
         await client.request(body, deadline=min(deadline, _VOCABULARY_SECONDS), phase=_PHASE)
     except ServerRefused as error:
         if "vocabulary" not in error.message:
             raise
-        return [
-            f"its vocabulary is smaller than the trainer's {expected.vocab_size} tokens ({error.message}); start it "
-            "with the trainer's model.path"
-        ]
+        return [_smaller_vocabulary(expected, error.message)]
     except ServerTimeout:
         # Paused by a run that was killed, or busy: the first weights that it gets will tell.
         logger.info("server %s: its vocabulary was not compared: it is paused or busy", client.url)
     return []
 
 
-def mismatches(info: dict[str, Any], server: dict[str, Any], expected: Expected) -> list[str]:
-    """What of a server's `/model_info` and `/server_info` does not fit the run; pure."""
+def _config_of(model_path: str) -> dict[str, Any]:
+    """The config.json of a server's model; {} where its folder cannot be read from here."""
+    try:
+        found = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def mismatches(
+    info: dict[str, Any],
+    server: dict[str, Any],
+    expected: Expected,
+    folder: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """What of a server's `/model_info`, `/server_info` and model folder does not fit the run; pure.
+
+    Args: folder: the config.json of its model; None: not known.
+    """
     problems = []
     version = str(server.get("version", ""))
     if parse_version(version) < MIN_SGLANG:
@@ -142,25 +159,31 @@ def mismatches(info: dict[str, Any], server: dict[str, Any], expected: Expected)
             "(a response is sent back whole to be scored or resumed); raise its --context-length or "
             "--max-total-tokens, or lower those settings"
         )
-    return problems + _size_problems(str(info.get("model_path")), expected.sizes)
+    return problems + _size_problems(info, folder or {}, expected)
 
 
-def _size_problems(model_path: str, sizes: Mapping[str, int]) -> list[str]:
-    """A bigger or smaller model of the same type, where its folder is on a disk that both see."""
-    try:
-        theirs = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
+def _size_problems(info: dict[str, Any], folder: Mapping[str, Any], expected: Expected) -> list[str]:
+    """A bigger or smaller model of the same type."""
     differing = [
-        f"{name} {theirs.get(name)} instead of {size}"
-        for name, size in sizes.items()
-        if theirs.get(name) != size
+        f"{name} {folder.get(name)} instead of {size}"
+        for name, size in expected.sizes.items()
+        if folder and folder.get(name) != size
     ]
-    if not differing:
-        return []
-    return [
-        f"its model {model_path} has {', '.join(differing)} of model.path; start it with the trainer's model.path"
-    ]
+    if differing:
+        return [
+            f"its model {info.get('model_path')} has {', '.join(differing)}; start it with the trainer's model.path"
+        ]
+    vocabulary = folder.get("vocab_size", expected.vocab_size)
+    if vocabulary < expected.vocab_size:
+        return [_smaller_vocabulary(expected, f"{vocabulary} in {info.get('model_path')}")]
+    return []
+
+
+def _smaller_vocabulary(expected: Expected, found: str) -> str:
+    return (
+        f"its vocabulary is smaller than the {expected.vocab_size} tokens of model.path ({found}); start it with "
+        "the trainer's model.path"
+    )
 
 
 def parse_version(text: str) -> tuple[int, ...]:

@@ -1,0 +1,377 @@
+"""An update of several servers at once: its order, what happens when some or all fail a step, how lies are found."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.fake_fleet import FakeEngine
+from safetensors.torch import load_file
+
+from megatron_laser.rollout.sglang.errors import ServerFault, ServerGone, ServerRefused, ServerTimeout
+from megatron_laser.rollout.sglang.health import Answered, Restarted, State
+from megatron_laser.weight_sync import sync_weights
+from megatron_laser.weight_sync.checksums import StreamDigest
+from megatron_laser.weight_sync.control import SyncFailed, Update
+from megatron_laser.weight_sync.disk import DiskTransport
+from megatron_laser.weight_sync.verify import verify
+
+GIVE = "/update_weights_from_disk"
+ORDER = ["/pause_generation", "/flush_cache", GIVE, "/model_info", "/continue_generation"]
+WEIGHTS = [("a.weight", torch.arange(6.0).reshape(2, 3)), ("b.bias", torch.ones(2))]
+
+
+def update(engine, version=1, *, check=None):
+    """As a transport does it."""
+    made = Update(engine, engine.label(version), seconds=30.0)
+    with made.paused():
+        body = {"model_path": "folder", "weight_version": made.label}
+        made.post_all(GIVE, body, phase="giving")
+        if check is not None:
+            verify(made, check)
+    return made
+
+
+def test_the_order_is_pause_flush_give_check_continue_on_every_server():
+    engine = FakeEngine(3)
+    update(engine)
+    assert [engine.calls(number) for number in range(3)] == [ORDER] * 3
+    # and no server is given weights before all of them have paused
+    paths = [path for _, path in engine.log]
+    assert paths == [path for path in ORDER for _ in range(3)]
+    assert all(member.health.takes_work("run-1") for member in engine.fleet.members)
+    assert not any(server.paused for server in engine.servers)
+
+
+def test_requests_that_run_are_aborted_by_the_pause_so_that_the_flush_is_not_refused():
+    engine = FakeEngine(1)
+    engine.servers[0].running = True
+    update(engine)
+    assert engine.servers[0].version == "run-1"
+
+
+@pytest.mark.parametrize("step", ORDER)
+@pytest.mark.parametrize(
+    "error",
+    [
+        ServerFault("http://s1", "step", "it answered 500"),
+        ServerGone("http://s1", "step", "reset"),
+        ServerTimeout("http://s1", "step", "no answer"),
+        ServerRefused("http://s1", "step", "no"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_server_that_fails_a_step_is_left_out_and_the_others_go_on(step, error):
+    engine = FakeEngine(3)
+    engine.servers[1].fails[step] = error
+    made = update(engine)
+    assert [member.url for member in made.members] == ["http://s0", "http://s2"]
+    assert made.failures == [str(error)]
+    failed = engine.member(1)
+    assert failed.health.state is State.SUSPECT and failed.health.reason == str(error)
+    assert engine.calls(1) == ORDER[: ORDER.index(step) + 1]  # nothing more is asked of it
+    for number in (0, 2):
+        assert engine.calls(number) == ORDER and engine.member(number).health.takes_work("run-1")
+    # Whatever it says of itself, it gets no work before another update has reached it.
+    for version in ("run-1", "default"):
+        engine.fleet.tell(failed, Answered(version))
+        assert not failed.health.takes_work("run-1")
+    engine.servers[1].fails.clear()
+    update(engine, 2)
+    assert [member.health.takes_work("run-2") for member in engine.fleet.members] == [True] * 3
+    assert not engine.servers[1].paused
+
+
+@pytest.mark.parametrize("step", ORDER)
+def test_when_all_fail_a_step_the_sync_failed_and_may_be_tried_again(step):
+    engine = FakeEngine(2)
+    for server in engine.servers:
+        server.fails[step] = ServerFault(server.url, "the step", "it answered 500")
+    with pytest.raises(
+        SyncFailed, match=r"weights run-1: no server took them: .*http://s0.*http://s1"
+    ) as caught:
+        update(engine)
+    assert caught.value.retry
+    assert not any(member.health.takes_work("run-1") for member in engine.fleet.members)
+    for member, server in zip(engine.fleet.members, engine.servers):
+        server.fails.clear()
+        engine.fleet.tell(member, Answered(server.version))
+    update(engine)
+    assert all(member.health.takes_work("run-1") for member in engine.fleet.members)
+
+
+def test_an_answer_without_success_is_a_failure():
+    engine = FakeEngine(2)
+    engine.servers[0].fails[GIVE] = {"success": False, "message": "shapes differ"}
+    made = update(engine)
+    assert made.failures == [f"server http://s0, giving: {GIVE}: shapes differ"]
+    assert not engine.member(0).health.takes_work("run-1")
+
+
+def test_a_server_that_keeps_its_old_weights_is_found_by_its_version():
+    engine = FakeEngine(2)
+    engine.servers[1].fails[GIVE] = {"success": True}  # and nothing changes
+    made = update(engine)
+    assert (
+        "http://s1, checking the version: holds weights 'default' after an update to 'run-1'"
+        in made.failures[0]
+    )
+    assert "/continue_generation" not in engine.calls(1)
+    assert engine.servers[0].version == "run-1" and len(made.members) == 1
+
+
+def test_without_any_server_that_can_be_updated_the_state_of_each_is_told():
+    engine = FakeEngine(1)
+    update_error = ServerFault("http://s0", "pausing generation", "broken")
+    engine.servers[0].fails["/pause_generation"] = update_error
+    with pytest.raises(SyncFailed):
+        update(engine)
+    with pytest.raises(SyncFailed, match=r"no server can be updated: http://s0 suspect .*broken") as caught:
+        update(engine)
+    assert caught.value.retry
+
+
+def test_an_error_of_the_trainer_leaves_no_server_with_a_name_of_its_weights():
+    engine = FakeEngine(2)
+    with pytest.raises(OSError, match="disk is full"), Update(engine, "run-1", seconds=30.0).paused():
+        raise OSError("disk is full")
+    assert all(member.health.version is None for member in engine.fleet.members)
+    assert {member.health.state for member in engine.fleet.members} == {State.SUSPECT}
+    assert "/continue_generation" not in [path for _, path in engine.log]
+
+
+def test_no_step_is_given_more_time_than_the_update_has_left():
+    engine = FakeEngine(1)
+    made = Update(engine, "run-1", seconds=7.0)
+    with made.paused():
+        made.post_all(GIVE, {"model_path": "f", "weight_version": "run-1"}, phase="giving", seconds=500.0)
+    assert set(engine.servers[0].deadlines) == set(ORDER)
+    assert all(deadline <= 7.0 for deadline in engine.servers[0].deadlines.values())
+
+
+# checksums ---------------------------------------------------------------------------------------------------------
+
+
+def digest_of(weights, *, hashed=True):
+    digest = StreamDigest(dtype=torch.float32, hashed=hashed)
+    assert list(digest.watch(weights)) == list(weights)
+    return digest
+
+
+def test_a_server_with_other_weights_under_the_right_name_is_found_by_checksum():
+    engine, digest = FakeEngine(3), digest_of(WEIGHTS)
+    for server in engine.servers:
+        server.sums = digest.sums()
+    stale = digest_of([("a.weight", WEIGHTS[0][1] + 1e-6), WEIGHTS[1]]).sums()
+    engine.servers[1].sums = stale
+    made = update(engine, check=digest)
+    assert [member.url for member in made.members] == ["http://s0", "http://s2"]
+    expected = f"a.weight: {stale['a.weight']} instead of {digest.sums()['a.weight']}"
+    assert "its weights are not the trainer's" in made.failures[0] and expected in made.failures[0]
+    assert "b.bias" not in made.failures[0]
+
+
+def test_a_parameter_that_a_server_does_not_have_is_named():
+    engine, digest = FakeEngine(2), digest_of(WEIGHTS)
+    engine.servers[0].sums = {"a.weight": digest.sums()["a.weight"]}
+    engine.servers[1].sums = digest.sums()
+    made = update(engine, check=digest)
+    assert "b.bias: the server has no such parameter" in made.failures[0]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, {}, [], {"ranks": []}, {"ranks": [{}]}, {"success": True}, {"ranks": [{"checksums": None}]}],
+)
+def test_an_answer_without_checksums_is_not_taken_for_agreement(answer):
+    engine, digest = FakeEngine(2), digest_of(WEIGHTS)
+    engine.servers[0].fails["/weights_checker"] = answer
+    engine.servers[1].sums = digest.sums()
+    made = update(engine, check=digest)
+    assert [member.url for member in made.members] == ["http://s1"]
+    assert "http://s0, comparing checksums: its answer has no checksums" in made.failures[0]
+
+
+def test_when_no_server_agrees_the_sync_failed():
+    engine, digest = FakeEngine(2), digest_of(WEIGHTS)
+    for server in engine.servers:
+        server.sums = digest_of([("a.weight", torch.zeros(2, 3)), WEIGHTS[1]]).sums()
+    with pytest.raises(SyncFailed, match="no server took them"):
+        update(engine, check=digest)
+
+
+def test_without_sums_of_our_own_values_are_compared_and_servers_with_each_other():
+    engine, digest = FakeEngine(4), digest_of(WEIGHTS, hashed=False)
+    for server in engine.servers:
+        server.sums = {"a.weight": "same", "b.bias": "same"}
+        server.values = {name: tensor.tolist() for name, tensor in WEIGHTS}
+    engine.servers[1].values["a.weight"] = [[0.0, 1.0, 2.5], [3.0, 4.0, 5.0]]
+    engine.servers[2].sums = {"a.weight": "another", "b.bias": "same"}  # beyond the values that were compared
+    engine.servers[3].fails["/get_weights_by_name"] = ServerGone("http://s3", "reading", "reset")
+    made = update(engine, check=digest)
+    assert [member.url for member in made.members] == ["http://s0"]
+    assert any(
+        "a.weight begins with [0.0, 1.0, 2.5] instead of [0.0, 1.0, 2.0]" in text for text in made.failures
+    )
+    assert any("http://s2" in text and "differ from those of http://s0" in text for text in made.failures)
+    assert any("http://s3, reading: reset" in text for text in made.failures)
+
+
+# disk --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "torch_dtype": "bfloat16"}))
+    return folder
+
+
+def transport(tmp_path, source, *, always_verify=False):
+    return DiskTransport(
+        tmp_path / "weights",
+        source=source,
+        dtype=torch.float32,
+        seconds=30.0,
+        hashed=True,
+        always_verify=always_verify,
+    )
+
+
+class SyncingEngine(FakeEngine):
+    """With the part of `SglangEngine.update_weights`."""
+
+    def __init__(self, count, transport):
+        super().__init__(count)
+        self.transport, self.version, self.loaded = transport, 0, []
+        sums = digest_of(WEIGHTS).sums()
+        for server in self.servers:
+            server.loads = self.load
+            server.sums = sums
+
+    def load(self, folder):
+        tensors = load_file(f"{folder}/model.safetensors")
+        assert json.loads(Path(folder, "config.json").read_text())["dtype"] == "float32"
+        assert {name: value.tolist() for name, value in tensors.items()} == {
+            n: t.tolist() for n, t in WEIGHTS
+        }
+        self.loaded.append(folder)
+
+    def update_weights(self, weights, version):
+        self.transport.send(self, weights, version, self.label(version))
+        self.version = version
+        self.fleet.wanted = self.label(version)
+
+
+def folders(tmp_path):
+    return sorted(path.name for path in (tmp_path / "weights").iterdir())
+
+
+def test_every_server_loads_a_complete_folder_and_older_ones_are_deleted(tmp_path, source):
+    engine = SyncingEngine(2, transport(tmp_path, source))
+    (tmp_path / "weights" / "weights-killed-7.partial").mkdir(parents=True)
+    (tmp_path / "weights" / "keep me").mkdir()
+    for version in (0, 1, 2):
+        assert sync_weights(iter(WEIGHTS), engine, version) is None
+        assert folders(tmp_path) == ["keep me", f"weights-run-{version}"]
+    assert engine.loaded == [str(tmp_path / "weights" / f"weights-run-{v}") for v in (0, 0, 1, 1, 2, 2)]
+    engine.transport.close()
+    engine.transport.close()
+    assert folders(tmp_path) == ["keep me"]
+
+
+def test_checksums_are_compared_after_the_first_sync_and_on_demand_after_each(tmp_path, source):
+    for always, expected in ((False, 1), (True, 3)):
+        engine = SyncingEngine(1, transport(tmp_path, source, always_verify=always))
+        for version in (0, 1, 2):
+            assert sync_weights(iter(WEIGHTS), engine, version) is None
+        assert engine.calls(0).count("/weights_checker") == expected
+
+
+def test_a_failed_sync_says_why_runs_the_stream_to_its_end_and_keeps_the_folder_that_others_hold(
+    tmp_path, source
+):
+    engine = SyncingEngine(1, transport(tmp_path, source))
+    assert sync_weights(iter(WEIGHTS), engine, 0) is None
+    engine.servers[0].fails["/pause_generation"] = ServerGone("http://s0", "pausing generation", "reset")
+    seen = []
+
+    def stream():
+        for item in WEIGHTS:
+            yield item
+            seen.append(item[0])
+
+    trouble = sync_weights(stream(), engine, 1)
+    assert "http://s0, pausing generation: reset" in trouble
+    assert seen == ["a.weight", "b.bias"] and engine.version == 0
+    assert folders(tmp_path) == ["weights-run-0", "weights-run-1"]
+    engine.servers[0].fails.clear()
+    engine.fleet.tell(engine.member(0), Answered("run-0"))
+    assert sync_weights(iter(WEIGHTS), engine, 1) is None
+    assert folders(tmp_path) == ["weights-run-1"]
+
+
+def test_what_a_failed_sync_has_left_is_deleted_at_the_end(tmp_path, source):
+    engine = SyncingEngine(1, transport(tmp_path, source))
+    engine.servers[0].fails["/pause_generation"] = ServerGone("http://s0", "pausing generation", "reset")
+    assert sync_weights(iter(WEIGHTS), engine, 0)
+    engine.transport.close()
+    assert folders(tmp_path) == []
+
+
+def test_other_ranks_run_the_stream_and_an_engine_with_another_version_is_an_error():
+    seen = []
+    assert sync_weights((seen.append(item) or item for item in WEIGHTS), None, 3) is None
+    assert len(seen) == 2
+    engine = FakeEngine(1)
+    engine.version, engine.update_weights = 0, lambda weights, version: list(weights)
+    with pytest.raises(RuntimeError, match="reports version 0 after an update to 3"):
+        sync_weights(iter(WEIGHTS), engine, 3)
+
+
+def test_a_failure_that_another_attempt_would_not_mend_ends_the_run():
+    engine = FakeEngine(1)
+
+    def fail(weights, version):
+        raise SyncFailed("for good", retry=False)
+
+    engine.update_weights = fail
+    with pytest.raises(SyncFailed, match="for good"):
+        sync_weights(iter(WEIGHTS), engine, 1)
+
+
+def restart(engine, number):
+    """Its server has a new process, which holds the weights of the model folder."""
+    engine.servers[number].version = "default"
+    engine.fleet.tell(engine.member(number), Restarted())
+
+
+def probe(engine, number):
+    engine.run(engine.fleet.probe(engine.member(number)), 10.0, "probe")
+
+
+def test_a_restarted_server_catches_up_from_the_folder_before_it_gets_work(tmp_path, source):
+    engine = SyncingEngine(2, transport(tmp_path, source))
+    assert sync_weights(iter(WEIGHTS), engine, 4) is None
+    restart(engine, 1)
+    engine.log.clear()
+    probe(engine, 1)
+    assert engine.calls(1)[2:] == ORDER and engine.calls(0) == []  # after the two calls of a probe
+    assert engine.member(1).health.takes_work("run-4") and engine.servers[1].version == "run-4"
+    engine.log.clear()
+    probe(engine, 1)
+    assert len(engine.calls(1)) == 2  # once is enough
+
+
+def test_a_server_that_does_not_catch_up_gets_no_work_and_stays_paused(tmp_path, source):
+    engine = SyncingEngine(2, transport(tmp_path, source))
+    assert sync_weights(iter(WEIGHTS), engine, 4) is None
+    restart(engine, 1)
+    engine.servers[1].fails[GIVE] = {"success": True}  # and nothing changes
+    engine.log.clear()
+    probe(engine, 1)
+    health = engine.member(1).health
+    assert not health.takes_work("run-4") and health.state is State.SUSPECT
+    assert "holds weights 'default' after an update to 'run-4'" in health.reason
+    assert "/continue_generation" not in engine.calls(1)
