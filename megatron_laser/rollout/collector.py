@@ -188,7 +188,8 @@ class RolloutCollector:
             accepted = sum(
                 group.graded() and not (self._drops_uniform and group.is_uniform()) for group in opened
             )
-            if stop is not None and accepted >= missing:
+            overdue = any(group.overdue and not group.graded() for group in opened)
+            if stop is not None and accepted >= missing and not overdue:
                 stop.set()
 
         def on_finished(index: int, sample: int, generation: Generation) -> None:

@@ -16,6 +16,8 @@ class OpenGroup:
     """One prompt on its way to `size` graded responses.
 
     generations: sample -> finished or (`abort`) unfinished response. texts, grades: of the finished ones.
+    overdue: a response has been given up for its age: this time the step waits for it, or the longest ones would be
+    begun again and again and never be trained on.
     """
 
     position: int  # of the prompt among all prompts
@@ -24,6 +26,7 @@ class OpenGroup:
     generations: dict[int, Generation] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
     grades: dict[int, Future[Grade]] = field(default_factory=dict)
+    overdue: bool = False
 
     def finished(self) -> bool:
         """Whether every response has ended; grades may still be on their way."""
@@ -44,12 +47,14 @@ class OpenGroup:
             del self.generations[sample]
             self.texts.pop(sample, None)
             self.grades.pop(sample, None)
+        self.overdue = self.overdue or bool(old)
         return len(old)
 
     def state(self) -> dict[str, Any]:
         """JSON values from which `restore` makes the group again; grades are not kept but made anew."""
         return {
             "position": self.position,
+            "overdue": self.overdue,
             "generations": {str(s): generation_state(g) for s, g in self.generations.items()},
         }
 
@@ -58,7 +63,7 @@ def restore(state: Mapping[str, Any], prompts: list[Prompt], size: int) -> OpenG
     """The group of `OpenGroup.state`, without grades."""
     position = int(state["position"])
     generations = {int(s): generation_from(g) for s, g in state["generations"].items()}
-    return OpenGroup(position, prompts[position], size, generations)
+    return OpenGroup(position, prompts[position], size, generations, overdue=state["overdue"])
 
 
 def generation_state(generation: Generation) -> dict[str, Any]:

@@ -1,0 +1,475 @@
+"""Rollouts that stop early or run ahead: what is carried over, how old it may get, that nothing is lost or doubled."""
+
+import json
+import math
+import threading
+from collections import Counter
+
+import pytest
+from helpers.stepping_engine import STOP, Grading, SteppingEngine
+
+from megatron_laser.data import PromptCursor
+from megatron_laser.observability.timers import Timers
+from megatron_laser.rollout.ahead import RolloutAhead
+from megatron_laser.rollout.collector import RolloutCollector
+from megatron_laser.rollout.engine import ResumableEngine, StopEarly
+from megatron_laser.rollout.sglang.errors import ServersLost, WeightsNeeded
+from megatron_laser.rollout.staleness import staleness_metrics, token_ages
+from megatron_laser.types import Generation, Group, Prompt, Sample, SamplingParams, WeightSpan
+
+PROMPTS = [Prompt(row, "", "", [100 + row]) for row in range(40)]
+
+
+def varied(prompt, sample):
+    """Lengths from 3 to 13 without a pattern; some responses are much longer than others."""
+    return 3 + (7 * prompt + 5 * sample) % 11
+
+
+def collector(engine=None, grading=None, **settings):
+    defaults = dict(oversample=1.5, max_staleness=3, ahead=0, tries=None, prompts_per_step=4)
+    return RolloutCollector(
+        engine or SteppingEngine(varied),
+        grading or Grading(),
+        PROMPTS,
+        PromptCursor(len(PROMPTS), 5, True),
+        sampling=SamplingParams(2, 64, (STOP,)),
+        decode=lambda ids: " ".join(map(str, ids)),
+        deadline=60.0,
+        seed=3,
+        timers=Timers(),
+        **defaults | settings,
+    )
+
+
+def rows(batch):
+    return [group.prompt.row for group in batch.groups]
+
+
+def train(made, engine, steps, first=1):
+    """Collect `steps`, with new weights after each."""
+    batches = []
+    for step in range(first, first + steps):
+        engine.version = step - 1
+        batches.append(made.collect(step))
+    return batches
+
+
+def spans_of(batches):
+    return [[sample.generation.spans for sample in batch.samples()] for batch in batches]
+
+
+def test_the_fake_is_a_resumable_engine():
+    assert isinstance(SteppingEngine(varied), ResumableEngine)
+
+
+# early stop --------------------------------------------------------------------------------------------------------
+
+
+def test_generation_stops_when_enough_groups_are_complete_and_the_rest_is_carried():
+    long = {104, 105}
+    engine = SteppingEngine(lambda prompt, sample: 50 if prompt in long else 4)
+    made = collector(engine, prompts_per_step=4)
+    made._cursor = PromptCursor(len(PROMPTS), 5, False)
+    batch = made.collect(1)
+    assert rows(batch) == [0, 1, 2, 3]
+    assert engine.tokens < 12 * 5  # 6 prompts x 2 responses; the long ones alone would take 200
+    assert batch.metrics["groups_carried"] == 2 and batch.metrics["prompts_tried"] == 6
+    engine.version = 1
+    after = made.collect(2)
+    assert rows(after)[:2] != [4, 5]  # they are still too long: shorter ones of newer prompts come first
+    assert engine.calls[12:16] == [(104, 0, 3), (104, 1, 3), (105, 0, 3), (105, 1, 3)]
+
+
+def test_only_groups_that_will_be_kept_count_as_enough():
+    grading = Grading(uniform={100, 101, 102})
+    engine = SteppingEngine(lambda prompt, sample: 4)
+    made = collector(engine, grading, tries=20, prompts_per_step=3, oversample=2.0)
+    made._cursor = PromptCursor(len(PROMPTS), 5, False)
+    batch = made.collect(1)
+    assert rows(batch) == [3, 4, 5]
+    assert batch.metrics["groups_dropped"] == 3 and batch.metrics["groups_missing"] == 0
+
+
+def test_a_grade_that_comes_late_stops_generation_too():
+    """Responses that were carried are graded already, or soon: their grades count as those of new ones."""
+    made = collector()
+    made.collect(1)
+    state = json.loads(json.dumps(made.state()))
+    finished = [g for g in state["pending_groups"] if len(g["generations"]) == 2]
+    assert state["pending_groups"]
+
+    grading = Grading(held={100 + row for row in range(40)})
+    engine = SteppingEngine(lambda prompt, sample: 30)
+    resumed = collector(engine, grading, oversample=1.5, prompts_per_step=1)
+    state["pending_groups"] = [
+        {
+            "position": 7,
+            "overdue": False,
+            "generations": {
+                str(s): {
+                    "response_ids": [107, 10 + s, STOP],
+                    "logprobs": [-1.0] * 3,
+                    "finish_reason": "stop",
+                    "weight_version": 0,
+                    "zc_logprob": None,
+                    "spans": [[0, 3]],
+                }
+                for s in (0, 1)
+            },
+        }
+    ]
+    resumed.load_state(state)
+    engine.version = 1
+    made_one = engine._longer
+
+    def longer(*arguments):
+        if engine.tokens == 10:
+            grading.let_go()
+        return made_one(*arguments)
+
+    engine._longer = longer
+    batch = resumed.collect(2)
+    assert rows(batch) == [7] and engine.tokens == 10, finished
+    assert batch.metrics["groups_carried"] == 1
+
+
+# spans and age -----------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_response_says_which_weights_sampled_which_token():
+    engine = SteppingEngine(varied)
+    batches = train(collector(engine, max_staleness=9), engine, 6)
+    mixed = 0
+    for batch in batches:
+        for sample in batch.samples():
+            generation = sample.generation
+            assert sum(span.tokens for span in generation.spans) == len(generation.response_ids)
+            versions = [span.version for span in generation.spans]
+            assert versions == sorted(set(versions)) and versions[-1] <= batch.step - 1
+            assert generation.weight_version == versions[0]
+            assert generation.response_ids[-1] == STOP
+            assert len(generation.response_ids) == varied(
+                sample.prompt_ids[0], generation.response_ids[1] - 10
+            )
+            mixed += len(versions) > 1
+    assert mixed > 0
+
+
+def test_the_metrics_are_the_ages_of_all_tokens():
+    engine = SteppingEngine(varied)
+    for batch in train(collector(engine, max_staleness=9), engine, 6):
+        ages = [
+            batch.step - 1 - span.version
+            for sample in batch.samples()
+            for span in sample.generation.spans
+            for _ in range(span.tokens)
+        ]
+        assert batch.metrics["staleness_mean"] == pytest.approx(sum(ages) / len(ages))
+        assert batch.metrics["staleness_max"] == max(ages)
+
+
+def test_spans_without_tokens_do_not_age_a_batch():
+    generation = Generation([5, STOP], [-1.0, -1.0], "stop", 0, spans=(WeightSpan(0, 0), WeightSpan(4, 2)))
+    assert token_ages(generation, 5) == [(5, 0), (1, 2)]
+    group = Group(PROMPTS[0], [Sample([100], generation, "", True)])
+    assert staleness_metrics([group], trained_version=5) == {"staleness_mean": 1.0, "staleness_max": 1.0}
+    assert staleness_metrics([], trained_version=5) == {"staleness_mean": 0.0, "staleness_max": 0.0}
+    plain = Generation([5, STOP], [-1.0, -1.0], "stop", 3)
+    assert token_ages(plain, 5) == [(2, 2)]
+
+
+@pytest.mark.parametrize("bound", [1, 2, 3])
+def test_no_token_is_older_than_the_bound_and_what_would_be_is_generated_anew(bound):
+    # every third prompt has a response that takes many steps
+    engine = SteppingEngine(lambda prompt, sample: 60 if prompt % 3 == 0 and sample == 1 else 4)
+    made = collector(engine, max_staleness=bound)
+    batches = train(made, engine, 8)  # less than an epoch
+    assert max(batch.metrics["staleness_max"] for batch in batches) <= bound
+    begun = Counter((prompt, sample) for prompt, sample, had in engine.calls if had == 0)
+    assert max(begun.values()) == 2  # some were begun anew, and then waited for
+    longest = [max(len(s.generation.response_ids) for s in batch.samples()) for batch in batches]
+    assert 60 in longest
+
+
+def test_without_oversampling_every_token_comes_from_the_weights_that_are_trained():
+    engine = SteppingEngine(varied)
+    for batch in train(collector(engine, oversample=1.0), engine, 4):
+        assert batch.metrics["staleness_max"] == 0.0 and batch.metrics["groups_carried"] == 0
+        assert {span.version for sample in batch.samples() for span in sample.generation.spans} == {
+            batch.step - 1
+        }
+
+
+def test_weights_of_other_steps_are_refused_before_anything_is_generated():
+    for ahead, version, allowed in ((0, 1, False), (0, 2, True), (0, 3, False), (1, 1, True), (1, 0, False)):
+        engine = SteppingEngine(varied)
+        made = collector(engine, ahead=ahead)
+        engine.version = version
+        if allowed:
+            made.collect(3)
+            continue
+        expected = "expected 2 or 1" if ahead else "expected 2;"
+        with pytest.raises(
+            RuntimeError, match=f"step 3: the engine holds weight version {version}, {expected}"
+        ):
+            made.collect(3)
+        assert engine.tokens == 0
+
+
+# nothing is lost, nothing doubled ----------------------------------------------------------------------------------
+
+
+def pending_rows(state):
+    return [PROMPTS[group["position"]].row for group in state["pending_groups"]]
+
+
+def test_every_prompt_is_trained_once_an_epoch_or_is_on_its_way():
+    engine, grading = SteppingEngine(varied), Grading()
+    made = collector(engine, grading, max_staleness=9)
+    batches = train(made, engine, 6)
+    used = [row for batch in batches for row in rows(batch)]
+    open_ = pending_rows(made.state())
+    order = [PROMPTS[p].row for p, _ in PromptCursor(len(PROMPTS), 5, True).take(len(used) + len(open_))]
+    assert len(used) == 24 and sorted(used + open_) == sorted(order)
+    assert max(Counter(grading.graded).values()) == 1
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(at, dropping):
+    settings = dict(max_staleness=2)
+    uniform = {100 + row for row in range(40) if row % 3 == 0} if dropping else set()
+    if dropping:
+        settings["tries"] = 12
+    engine = SteppingEngine(varied)
+    made = collector(engine, Grading(uniform), **settings)
+    expected = train(made, engine, at)
+    state = json.loads(json.dumps(made.state()))  # a checkpoint is JSON
+    expected += train(made, engine, 3, first=at + 1)
+
+    other = SteppingEngine(varied)
+    resumed = collector(other, Grading(uniform), **settings)
+    resumed.load_state(state)
+    assert json.loads(json.dumps(resumed.state())) == state
+    found = train(resumed, other, 3, first=at + 1)
+    assert [rows(batch) for batch in found] == [rows(batch) for batch in expected[at:]]
+    assert spans_of(found) == spans_of(expected[at:])
+    assert [batch.metrics for batch in found] == [batch.metrics for batch in expected[at:]]
+    assert other.seeds == engine.seeds[-len(other.seeds) :]
+
+
+@pytest.mark.parametrize("token", range(1, 60, 6))
+def test_progress_survives_servers_that_need_weights(token):
+    """Interrupted anywhere, the step goes on with the same prompts, and asks for no finished response again."""
+    engine, grading = SteppingEngine(varied), Grading()
+    made = collector(engine, grading, max_staleness=9)
+    train(made, engine, 1)
+    engine.version = 1
+    before = json.loads(json.dumps(made.state()))
+    taken = engine.calls[:]
+    engine.interrupt[engine.tokens + token] = WeightsNeeded("a server came back")
+    interrupted = False
+    try:
+        batch = made.collect(2)
+    except WeightsNeeded:
+        interrupted = True
+        assert json.loads(json.dumps(made.state())) == before  # a checkpoint now begins the step anew
+        batch = made.collect(2)
+    assert interrupted or engine.interrupt
+    assert rows(batch) and len(rows(batch)) == 4
+    used = rows(batch) + pending_rows(made.state())
+    begun = {prompt - 100 for prompt, _, _ in engine.calls[len(taken) :]}
+    assert len(set(used)) == len(used) and begun <= set(used)
+    assert batch.metrics["prompts_tried"] == len(set(used)) - len(before["pending_groups"])
+    assert max(Counter(grading.graded).values()) == 1
+    resumed_at = made.state()
+    assert resumed_at != before
+
+
+def test_servers_that_are_lost_leave_the_state_of_before_the_step():
+    engine = SteppingEngine(varied)
+    made = collector(engine)
+    before = json.loads(json.dumps(made.state()))
+    engine.interrupt[7] = ServersLost("none left")
+    with pytest.raises(ServersLost):
+        made.collect(1)
+    assert json.loads(json.dumps(made.state())) == before
+    fresh = collector(SteppingEngine(varied))
+    fresh.load_state(before)
+    assert rows(fresh.collect(1)) == rows(collector().collect(1))
+
+
+def test_each_round_has_what_is_left_of_the_deadline(monkeypatch):
+    from megatron_laser.rollout import collector as module
+
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    engine = SteppingEngine(lambda prompt, sample: 4)
+    generate = engine.generate_some
+
+    def slow(*arguments, **keywords):
+        found = generate(*arguments, **keywords)
+        now[0] += 25.0
+        return found
+
+    engine.generate_some = slow
+    made = collector(engine, Grading(uniform={100 + row for row in range(40)}), tries=12, oversample=1.0)
+    made.collect(1)
+    assert engine.deadlines == [60.0, 35.0, 10.0]
+
+
+# ahead -------------------------------------------------------------------------------------------------------------
+
+
+def ahead(engine=None, grading=None, **settings):
+    engine = engine or SteppingEngine(varied)
+    made = collector(engine, grading, **dict(ahead=1, oversample=1.0) | settings)
+    return RolloutAhead(made, PROMPTS)
+
+
+def run_ahead(made, engine, steps, first=1, states=None):
+    """The loop's order: collect, begin the next one, train, wait, sync."""
+    batches = []
+    for step in range(first, first + steps):
+        batches.append(made.collect(step))
+        made.begin(step + 1)
+        made.wait(30.0)
+        engine.version = step
+        if states is not None:
+            states.append(json.loads(json.dumps(made.state())))
+    return batches
+
+
+def test_a_batch_that_is_ahead_is_one_step_old_and_the_first_one_is_not():
+    engine = SteppingEngine(varied)
+    batches = run_ahead(ahead(engine), engine, 5)
+    assert [batch.step for batch in batches] == [1, 2, 3, 4, 5]
+    assert [batch.metrics["staleness_max"] for batch in batches] == [0.0, 1.0, 1.0, 1.0, 1.0]
+    assert [batch.metrics["staleness_mean"] for batch in batches] == [0.0, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_with_oversampling_too_the_bound_holds():
+    engine = SteppingEngine(lambda prompt, sample: 60 if prompt % 3 == 0 and sample == 1 else 4)
+    batches = run_ahead(ahead(engine, oversample=1.5, max_staleness=2), engine, 10)
+    assert max(batch.metrics["staleness_max"] for batch in batches) == 2.0
+
+
+def test_a_batch_keeps_its_own_metrics_although_the_next_one_is_collected_before_it_is_recorded():
+    grading = Grading(uniform={100 + row for row in range(40) if row % 2})
+    engine = SteppingEngine(varied)
+    made = ahead(engine, grading, tries=12)
+    tried = []
+    for batch in run_ahead(made, engine, 4):
+        used = len(batch.groups) + batch.metrics["groups_dropped"]
+        assert batch.metrics["prompts_tried"] == used
+        tried.append(used)
+    assert len(set(tried)) > 1
+
+
+@pytest.mark.parametrize("oversample", [1.0, 1.5])
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_run_resumed_with_a_batch_ahead_sees_the_same_prompts_once(at, oversample):
+    settings = dict(oversample=oversample, max_staleness=3)
+    engine, states = SteppingEngine(varied), []
+    expected = run_ahead(ahead(engine, **settings), engine, at + 3, states=states)
+    state = states[at - 1]
+    assert state["ahead"]["step"] == at + 1
+
+    other = SteppingEngine(varied)
+    other.version = at
+    resumed = ahead(other, **settings)
+    resumed.load_state(state)
+    assert json.loads(json.dumps(resumed.state())) == state
+    found = run_ahead(resumed, other, 3, first=at + 1)
+    assert [rows(batch) for batch in found] == [rows(batch) for batch in expected[at:]]
+    assert spans_of(found) == spans_of(expected[at:])
+    assert found == expected[at:]  # texts, rewards, metrics
+    taken = [row for batch in expected[:at] + found for row in rows(batch)]
+    assert max(Counter(taken).values()) == 1
+
+
+def test_a_checkpoint_without_a_batch_ahead_begins_the_next_step_itself():
+    engine = SteppingEngine(varied)
+    made = ahead(engine)
+    made.collect(1)
+    engine.version = 1
+    state = json.loads(json.dumps(made.state()))
+    assert state["ahead"] is None
+    other = SteppingEngine(varied)
+    other.version = 1
+    resumed = ahead(other)
+    resumed.load_state(state)
+    assert rows(resumed.collect(2)) == rows(made.collect(2))
+
+
+def test_servers_that_need_weights_while_a_batch_is_ahead_have_got_them_by_the_next_step():
+    engine = SteppingEngine(varied)
+    made = ahead(engine)
+    first = made.collect(1)
+    state = json.loads(json.dumps(made.state()))
+    engine.interrupt[engine.tokens + 9] = WeightsNeeded("a server came back")
+    made.begin(2)
+    made.wait(30.0)
+    assert json.loads(json.dumps(made.state())) == state
+    engine.version = 1  # the sync that follows every step
+    calls = len(engine.calls)
+    batch = made.collect(2)
+    assert len(rows(batch)) == 4 and not set(rows(batch)) & set(rows(first))
+    assert calls < len(engine.calls) <= calls + 8
+    assert batch.metrics["staleness_max"] <= 1.0
+
+
+def test_lost_servers_come_out_of_the_next_collect_and_not_of_the_thread():
+    engine = SteppingEngine(varied)
+    made = ahead(engine)
+    made.collect(1)
+    state = json.loads(json.dumps(made.state()))
+    engine.interrupt[engine.tokens + 9] = ServersLost("none left")
+    made.begin(2)
+    made.wait(30.0)
+    engine.version = 1
+    assert json.loads(json.dumps(made.state())) == state
+    with pytest.raises(ServersLost, match="none left"):
+        made.collect(2)
+    assert len(rows(made.collect(2))) == 4  # servers came back: it goes on
+
+
+def test_a_batch_is_begun_once_and_waiting_for_it_has_a_deadline():
+    engine, gate = SteppingEngine(varied), threading.Event()
+    made = ahead(engine)
+    generate = engine.generate_some
+    running = []
+
+    def gated(*arguments, **keywords):
+        running.append(threading.current_thread().name)
+        assert gate.wait(30)
+        return generate(*arguments, **keywords)
+
+    engine.generate_some = gated
+    made.wait(0.0)  # nothing is collected
+    made.begin(1)
+    made.begin(1)
+    with pytest.raises(
+        TimeoutError, match=r"the rollout of step 1, ahead of training, took more than 0\.05 s"
+    ):
+        made.wait(0.05)
+    gate.set()
+    made.wait(30.0)
+    made.begin(1)  # it is there
+    made.wait(30.0)
+    assert running == ["rollout of step 1"] and made.collect(1).step == 1
+    made.close()
+
+
+def test_enough_is_said_once_and_to_whoever_asks_later():
+    stop, heard = StopEarly(), []
+    stop.on_set(lambda: heard.append("early"))
+    assert heard == []
+    stop.set()
+    stop.set()
+    stop.on_set(lambda: heard.append("late"))
+    assert heard == ["early", "late"]
+
+
+def test_the_tries_of_a_step_follow_from_oversampling():
+    assert collector(oversample=1.3, prompts_per_step=4)._tries == math.ceil(5.2)
