@@ -179,16 +179,22 @@ def test_spans_without_tokens_do_not_age_a_batch():
 
 
 @pytest.mark.parametrize("bound", [1, 2, 3])
-def test_no_token_is_older_than_the_bound_and_what_would_be_is_generated_anew(bound):
-    # every third prompt has a response that takes many steps
-    engine = SteppingEngine(lambda prompt, sample: 60 if prompt % 3 == 0 and sample == 1 else 4)
+def test_what_would_be_older_than_the_bound_is_generated_anew_and_then_waited_for(bound):
+    engine = SteppingEngine(lambda prompt, sample: 200 if (prompt, sample) == (101, 1) else 4)
     made = collector(engine, max_staleness=bound)
-    batches = train(made, engine, 8)  # less than an epoch
+    made._cursor = PromptCursor(len(PROMPTS), 5, False)
+    batches = train(made, engine, bound + 3)
     assert max(batch.metrics["staleness_max"] for batch in batches) <= bound
     begun = Counter((prompt, sample) for prompt, sample, had in engine.calls if had == 0)
-    assert max(begun.values()) == 2  # some were begun anew, and then waited for
-    longest = [max(len(s.generation.response_ids) for s in batch.samples()) for batch in batches]
-    assert 60 in longest
+    assert {key for key, times in begun.items() if times > 1} == {(101, 0), (101, 1)}
+    assert max(begun.values()) == 2
+    # Carried over `bound` times, it would be too old in the next step, which begins it anew and waits for it.
+    (found,) = [batch for batch in batches if 1 in rows(batch)]
+    assert found.step == bound + 2
+    spans = [
+        sample.generation.spans for group in found.groups if group.prompt.row == 1 for sample in group.samples
+    ]
+    assert spans == [(WeightSpan(bound + 1, 4),), (WeightSpan(bound + 1, 200),)]
 
 
 def test_without_oversampling_every_token_comes_from_the_weights_that_are_trained():
