@@ -10,6 +10,7 @@ from megatron_laser.config.schema_rollout import RolloutConfig, SglangConfig
 # Options of sglang.launch_server that follow from other settings: given twice, one of the two would be ignored.
 OWN_OPTIONS = {
     "model_path": "model.path",
+    "model": "model.path",
     "host": "rollout.sglang.host",
     "port": "rollout.sglang.port",
     "tp_size": "rollout.sglang.tensor",
