@@ -91,8 +91,8 @@ class RolloutConfig(Section):
     """1: generate for the next step while this one trains, so that responses come from weights one step old
     (needs `engine: sglang` and a correction, see `policy.importance_cap`). 0: strictly on-policy."""
     max_staleness: Count = 2
-    """Largest number of steps by which a token's weights may be older than those that are trained; an unfinished
-    response that would pass it is generated anew."""
+    """Largest number of steps by which a token's weights may be older than those that are trained; a carried
+    response that would pass it is generated anew, and then the step waits for it."""
     max_new_tokens: Count = 8192
     """Longest response, in tokens. A response cut here has no score."""
     temperature: Positive = 1.0
