@@ -211,10 +211,21 @@ class TestAModelFolderThatBothSee:
             open_engine(url)
         assert "/generate" not in [path for path, _ in seen]
 
+    def test_a_server_that_names_its_vocabulary_is_not_asked_either(self):
+        seen = []
+        with answering(sglang(server={"vocab_size": 152}, seen=seen)) as url:
+            open_engine(url)
+        assert "/generate" not in [path for path, _ in seen]
+        with (
+            answering(sglang(server={"vocab_size": 151})) as url,
+            pytest.raises(ServerMismatch, match=r"smaller than the 152 tokens of model\.path \(it has 151\)"),
+        ):
+            open_engine(url)
+
     def test_a_vocabulary_that_is_too_small_is_refused_where_nothing_else_is_known(self, tmp_path):
         with (
             answering(sglang(info=self.info(tmp_path))) as url,
-            pytest.raises(ServerMismatch, match=r"smaller than the 153 tokens of model\.path \(152 in "),
+            pytest.raises(ServerMismatch, match=r"smaller than the 153 tokens of model\.path \(it has 152\)"),
         ):
             open_engine(url, expected=Expected(153))
 

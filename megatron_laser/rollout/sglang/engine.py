@@ -16,10 +16,9 @@ from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.rollout.sglang.client import ServerClient, Sessions
 from megatron_laser.rollout.sglang.driver import Driver
-from megatron_laser.rollout.sglang.errors import ServerRefused, StrangeAnswer
 from megatron_laser.rollout.sglang.fleet import Fleet, Member
 from megatron_laser.rollout.sglang.health import Limits
-from megatron_laser.rollout.sglang.identify import Expected, ServerFacts, identify, no_server
+from megatron_laser.rollout.sglang.identify import Expected, ServerFacts, identify, refuse_strangers
 from megatron_laser.rollout.sglang.loop_thread import LoopThread
 from megatron_laser.rollout.sglang.traffic import Weights
 from megatron_laser.rollout.sglang.transport import WeightTransport
@@ -100,12 +99,12 @@ class SglangEngine:
 
         self._sessions, self.fleet, self._driver = self.run(connect(), 30.0, "connecting")
         try:
-            up = self.fleet.wait_until_up(min_servers, start_deadline, strict=True)
+            up = self.fleet.wait_until_up(min_servers, start_deadline, refuse_strangers)
             self.run(up, start_deadline, "waiting for servers")
             self.identify_all()
-        except BaseException as error:
+        except BaseException:
             self.close()
-            raise (no_server(error) if isinstance(error, ServerRefused | StrangeAnswer) else error) from None
+            raise
 
     @classmethod
     def connect(

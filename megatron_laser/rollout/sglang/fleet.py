@@ -15,13 +15,7 @@ from typing import Any
 
 from megatron_laser.rollout.endpoints import EndpointsError, ServerEndpoint
 from megatron_laser.rollout.sglang.client import ServerClient, Sessions
-from megatron_laser.rollout.sglang.errors import (
-    ServerError,
-    ServerRefused,
-    ServersLost,
-    StrangeAnswer,
-    WeightsNeeded,
-)
+from megatron_laser.rollout.sglang.errors import ServerError, ServersLost, StrangeAnswer, WeightsNeeded
 from megatron_laser.rollout.sglang.health import (
     Answered,
     Event,
@@ -52,7 +46,7 @@ class Member:
     start: int = 0
     tensor: int = 1
     running: set[asyncio.Task[Any]] = field(default_factory=set)
-    stranger: ServerError | None = None  # the last probe's, when it was answered as no SGLang server does
+    trouble: ServerError | None = None  # the last probe's
 
     @property
     def url(self) -> str:
@@ -184,21 +178,17 @@ class Fleet:
                 f"rollout.servers_deadline {self._servers_deadline:g} s: {self.describe()}"
             )
 
-    async def wait_until_up(self, count: int, deadline: float, *, strict: bool = False) -> list[Member]:
-        """The servers that answer, once they are `count` or more.
-
-        Args:
-            strict: do not wait for what answers, but not as an SGLang server does: waiting would not change it.
+    async def wait_until_up(
+        self, count: int, deadline: float, check: Callable[[Sequence[Member]], None] = lambda members: None
+    ) -> list[Member]:
+        """The servers that answer, once they are `count` or more; `check` may raise what waiting would not change.
 
         Raises:
             ServersLost: they are not within `deadline` seconds.
-            ServerRefused, StrangeAnswer: with `strict`, such an answer.
         """
         ends = self._clock() + deadline
         while len(self.updatable()) < count:
-            strangers = [member.stranger for member in self.members if member.stranger is not None]
-            if strict and strangers:
-                raise strangers[0]
+            check(self.members)
             if self._clock() > ends:
                 raise ServersLost(
                     f"{len(self.updatable())} of {count} servers answered within {deadline:g} s: {self.describe()}"
@@ -229,11 +219,11 @@ class Fleet:
                 raise StrangeAnswer(member.url, "probe", "/model_info names no weight_version")
             version = str(info["weight_version"])
         except ServerError as error:
-            member.stranger = error if isinstance(error, ServerRefused | StrangeAnswer) else None
+            member.trouble = error
             refused = error.gone and "Connect call failed" in str(error)
             self.tell(member, Missed(str(error), refused=refused))
         else:
-            member.stranger = None
+            member.trouble = None
             if version != member.health.version or member.health.state is not State.HEALTHY:
                 self.tell(member, Answered(version))
             else:

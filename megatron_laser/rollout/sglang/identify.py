@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from megatron_laser.rollout.sglang.errors import (
     ServerTimeout,
     StrangeAnswer,
 )
+from megatron_laser.rollout.sglang.fleet import Member
 from megatron_laser.rollout.sglang.wire import score_body
 
 logger = logging.getLogger(__name__)
@@ -74,12 +75,12 @@ async def identify(client: ServerClient, expected: Expected, *, deadline: float)
         info = await client.get("/model_info", deadline=deadline, phase=_PHASE)
         server = await client.get("/server_info", deadline=deadline, phase=_PHASE)
     except (ServerRefused, StrangeAnswer) as error:
-        raise no_server(error) from error
+        raise _no_server(error) from error
     if not (isinstance(info, dict) and isinstance(server, dict) and "weight_version" in info):
         raise ServerMismatch(url, _PHASE, f"/model_info names no weight_version: {NO_SERVER}")
     folder = _config_of(str(info.get("model_path")))
     problems = mismatches(info, server, expected, folder)
-    if not problems and "vocab_size" not in folder:
+    if not problems and "vocab_size" not in server | folder:
         problems = await _vocabulary_problems(client, expected, deadline)
     if problems:
         raise ServerMismatch(url, _PHASE, "; ".join(problems))
@@ -91,8 +92,14 @@ async def identify(client: ServerClient, expected: Expected, *, deadline: float)
     )
 
 
-def no_server(error: ServerError) -> ServerError:
-    """What an answer to a probe, `error`, says about whoever gave it."""
+def refuse_strangers(members: Sequence[Member]) -> None:
+    """Raises ServerMismatch or ServerRefused when one has answered its last probe, but not as an SGLang server does."""
+    for member in members:
+        if isinstance(member.trouble, ServerRefused | StrangeAnswer):
+            raise _no_server(member.trouble)
+
+
+def _no_server(error: ServerRefused | StrangeAnswer) -> ServerError:
     if isinstance(error, ServerRefused) and error.status in (401, 403):
         return error
     return ServerMismatch(error.url, _PHASE, f"{error.message}: {NO_SERVER}")
@@ -159,6 +166,9 @@ def mismatches(
             "(a response is sent back whole to be scored or resumed); raise its --context-length or "
             "--max-total-tokens, or lower those settings"
         )
+    vocabulary = (server | dict(folder or {})).get("vocab_size")
+    if isinstance(vocabulary, int) and vocabulary < expected.vocab_size:
+        problems.append(_smaller_vocabulary(expected, f"it has {vocabulary}"))
     return problems + _size_problems(info, folder or {}, expected)
 
 
@@ -169,14 +179,11 @@ def _size_problems(info: dict[str, Any], folder: Mapping[str, Any], expected: Ex
         for name, size in expected.sizes.items()
         if folder and folder.get(name) != size
     ]
-    if differing:
-        return [
-            f"its model {info.get('model_path')} has {', '.join(differing)}; start it with the trainer's model.path"
-        ]
-    vocabulary = folder.get("vocab_size", expected.vocab_size)
-    if vocabulary < expected.vocab_size:
-        return [_smaller_vocabulary(expected, f"{vocabulary} in {info.get('model_path')}")]
-    return []
+    if not differing:
+        return []
+    return [
+        f"its model {info.get('model_path')} has {', '.join(differing)}; start it with the trainer's model.path"
+    ]
 
 
 def _smaller_vocabulary(expected: Expected, found: str) -> str:
