@@ -92,6 +92,11 @@ CASES = {
         family="qwen2-tied",
         plain=dict(old_logprobs="on_policy", **PLAIN_LASER),
     ),
+    # What rollout.ahead and rollout.oversample ask for where nothing is recomputed.
+    "laser, older weights, truncated importance sampling": dict(
+        policy={"old_logprobs": "on_policy", "importance_cap": 1.2},
+        plain=dict(old_logprobs="on_policy", importance_cap=1.2, **PLAIN_LASER),
+    ),
     "laser, two updates per batch": dict(
         policy={"old_logprobs": "recompute", "minibatches": 2},
         plain=dict(old_logprobs="recompute", minibatches=2, **PLAIN_LASER),
