@@ -26,6 +26,7 @@ class _Progress:
 
     step: int
     before: dict[str, Any]  # the collector's state before the step
+    ends: float  # by time.monotonic()
     groups: list[Group] = field(default_factory=list)
     uniform: list[Group] = field(default_factory=list)
     open: list[OpenGroup] = field(default_factory=list)
@@ -116,7 +117,7 @@ class RolloutCollector:
 
         The cursor moves past every prompt that was tried, so a run that is resumed behind this step goes on
         with the next one, and one that is resumed before it tries the same prompts again. After WeightsNeeded or
-        ServersLost a further call for the same step goes on where it was.
+        ServersLost a further call for the same step goes on where it was, within the same deadline.
 
         Raises:
             RuntimeError: the engine holds other weights than those of step - 1 (or up to `ahead` steps older).
@@ -128,16 +129,15 @@ class RolloutCollector:
                 f"step {step}: the engine holds weight version {self._engine.version}, expected {step - 1}"
                 f"{f' or {oldest}' if oldest < step - 1 else ''}; the last weight sync did not reach it"
             )
-        ends = time.monotonic() + self._deadline
         if self._progress is None or self._progress.step != step:
-            self._progress = _Progress(step, self.state())
+            self._progress = _Progress(step, self.state(), time.monotonic() + self._deadline)
             self._progress.open, self._carried = self._carried, []
             self._drop_stale(self._progress)
         progress = self._progress
         while len(progress.groups) < self._prompts_per_step and (
             progress.open or progress.tried < self._tries
         ):
-            self._round(progress, ends)
+            self._round(progress)
         groups = progress.groups
         missing = max(0, self._prompts_per_step - len(groups))
         found = len(groups)
@@ -165,7 +165,7 @@ class RolloutCollector:
                 dropped,
             )
 
-    def _round(self, progress: _Progress, ends: float) -> None:
+    def _round(self, progress: _Progress) -> None:
         """Work on the open groups, and on as many new ones as are worth beginning, until enough are complete."""
         missing = self._prompts_per_step - len(progress.groups)
         begun = len(progress.open)
@@ -175,12 +175,12 @@ class RolloutCollector:
             for position, _ in self._cursor.take(fresh):
                 progress.open.append(OpenGroup(position, self._prompts[position], size))
             progress.tried += fresh
-        self._generate(progress, missing, ends)
+        self._generate(progress, missing)
         progress.rounds += 1
         with self._timers("grade"):
-            self._sort_out(progress, ends)
+            self._sort_out(progress)
 
-    def _generate(self, progress: _Progress, missing: int, ends: float) -> None:
+    def _generate(self, progress: _Progress, missing: int) -> None:
         opened = progress.open
         stop = StopEarly() if self._oversample > 1.0 else None
 
@@ -201,7 +201,7 @@ class RolloutCollector:
 
         sampling = _with_seed(self._sampling, self._seed, progress.step, progress.rounds)
         ids = [group.prompt.token_ids for group in opened]
-        left = max(0.1, ends - time.monotonic())
+        left = max(0.1, progress.ends - time.monotonic())
         resume = {
             (index, sample): generation
             for index, group in enumerate(opened)
@@ -226,14 +226,14 @@ class RolloutCollector:
         group.texts[sample] = text
         group.grades[sample] = self._grading.submit(text, group.prompt.answer)
 
-    def _sort_out(self, progress: _Progress, ends: float) -> None:
+    def _sort_out(self, progress: _Progress) -> None:
         """Complete groups go to the batch or to the uniform ones; the rest, and what is too much, is carried."""
         carried = []
         for group in progress.open:
             if len(progress.groups) >= self._prompts_per_step or not group.finished():
                 carried.append(group)
                 continue
-            done = self._finish(group, progress.step, ends)
+            done = self._finish(group, progress.step, progress.ends)
             uniform = len({sample.reward for sample in done.samples}) == 1
             (progress.uniform if self._drops_uniform and uniform else progress.groups).append(done)
         progress.open = []

@@ -323,6 +323,15 @@ def test_each_round_has_what_is_left_of_the_deadline(monkeypatch):
     made.collect(1)
     assert engine.deadlines == [60.0, 35.0, 10.0]
 
+    # and a step that was interrupted has what it had left
+    engine.version, engine.deadlines = 1, []
+    engine.interrupt[engine.tokens + 3] = WeightsNeeded("a server came back")
+    with pytest.raises(WeightsNeeded):
+        made.collect(2)
+    now[0] += 15.0
+    made.collect(2)
+    assert engine.deadlines[:2] == [60.0, 45.0]
+
 
 # ahead -------------------------------------------------------------------------------------------------------------
 
