@@ -146,9 +146,8 @@ class DistributedTransport:
         for bucket in buckets(weights, self._bucket_bytes, dtype=self._dtype):
             if flight is not None:
                 self._land(update, flight)
-            flight = (
-                None  # before the next one is made: two buckets at a time, one on its way and one that grows
-            )
+            # What has landed goes before the next one is made: two buckets at a time, this one and one that grows.
+            flight = None
             flight = self._start(update, group, bucket)
             del bucket
         if flight is not None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_laser.weight_sync.buckets import buckets
 from megatron_laser.weight_sync.checksums import StreamDigest, differences, server_name
+from megatron_laser.weight_sync.distributed import DistributedTransport
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 
@@ -91,6 +92,38 @@ def test_one_tensor_is_gathered_beyond_a_bucket_and_no_bucket_is_held_back():
         alive += [weakref.ref(tensor) for _, tensor in bucket.tensors]
         del bucket
     assert seen == 9 and len(alive) == 9
+
+
+def test_the_next_bucket_is_gathered_while_one_is_on_its_way_and_two_are_in_memory():
+    log, alive = [], []
+
+    class Recording(DistributedTransport):
+        def __init__(self):
+            self._bucket_bytes, self._dtype = 2 * 40, torch.float32
+
+        def _start(self, update, group, bucket):
+            gc.collect()
+            # the one that landed last is gone: of the others, only the lookahead of one tensor is held
+            assert all(reference() is None for reference in alive)
+            alive.extend(weakref.ref(tensor) for _, tensor in bucket.tensors)
+            names = [name for name, _ in bucket.tensors]
+            log.append(f"start {'+'.join(names)}")
+            return names, [tensor for _, tensor in bucket.tensors]
+
+        def _land(self, update, flight):
+            log.append(f"land {'+'.join(flight[0])}")
+
+    def gathering():
+        for index in range(5):
+            log.append(f"gather {index}")
+            yield f"t{index}", torch.ones(10)
+
+    Recording()._stream(None, None, gathering())
+    assert log == [
+        *("gather 0", "gather 1", "gather 2", "start t0+t1"),
+        *("gather 3", "gather 4", "land t0+t1", "start t2+t3"),
+        *("land t2+t3", "start t4", "land t4"),
+    ]
 
 
 # checksums
