@@ -95,35 +95,43 @@ def test_one_tensor_is_gathered_beyond_a_bucket_and_no_bucket_is_held_back():
 
 
 def test_the_next_bucket_is_gathered_while_one_is_on_its_way_and_two_are_in_memory():
-    log, alive = [], []
+    log, buckets_made, flats_made = [], [], []
+
+    def gone(references):
+        gc.collect()
+        return all(reference() is None for reference in references)
 
     class Recording(DistributedTransport):
         def __init__(self):
             self._bucket_bytes, self._dtype = 2 * 40, torch.float32
 
         def _start(self, update, group, bucket):
-            gc.collect()
-            # the one that landed last is gone: of the others, only the lookahead of one tensor is held
-            assert all(reference() is None for reference in alive)
-            alive.extend(weakref.ref(tensor) for _, tensor in bucket.tensors)
-            names = [name for name, _ in bucket.tensors]
-            log.append(f"start {'+'.join(names)}")
-            return names, [tensor for _, tensor in bucket.tensors]
+            assert gone(flats_made)  # what has landed, before the next one is made flat
+            buckets_made.extend(weakref.ref(tensor) for _, tensor in bucket.tensors)
+            flat = bucket.flat()
+            flats_made.append(weakref.ref(flat))
+            names = "+".join(name for name, _ in bucket.tensors)
+            log.append(f"start {names}")
+            return names, flat
 
         def _land(self, update, flight):
-            log.append(f"land {'+'.join(flight[0])}")
+            log.append(f"land {flight[0]}")
 
     def gathering():
-        for index in range(5):
+        for index in range(7):
             log.append(f"gather {index}")
             yield f"t{index}", torch.ones(10)
+            if log[-1].startswith("gather"):  # nothing has been started since, so a bucket grows
+                assert gone(buckets_made)  # beside the flat one that is on its way
 
     Recording()._stream(None, None, gathering())
     assert log == [
         *("gather 0", "gather 1", "gather 2", "start t0+t1"),
         *("gather 3", "gather 4", "land t0+t1", "start t2+t3"),
-        *("land t2+t3", "start t4", "land t4"),
+        *("gather 5", "gather 6", "land t2+t3", "start t4+t5"),
+        *("land t4+t5", "start t6", "land t6"),
     ]
+    assert len(buckets_made) == 7
 
 
 # checksums
