@@ -103,11 +103,15 @@ def identity(config: RunConfig) -> dict[str, Any]:
     """The settings that make a run this run, as {"section.key": value}."""
     settings = {}
     for section, keys in config.model_dump(mode="json").items():
-        free = _MAY_CHANGE.get(section, set())
         for key, value in keys.items():
-            if free is not None and key not in free:
+            if not _may_change(section, key):
                 settings[f"{section}.{key}"] = value
     return settings
+
+
+def _may_change(section: str, key: str) -> bool:
+    free = _MAY_CHANGE.get(section, set())
+    return free is None or key in free
 
 
 def move_aside(folder: Path) -> Path | None:
@@ -185,8 +189,10 @@ def _check_same_run(config: RunConfig, folder: Path) -> None:
     if config.run.resume == "never":
         raise ConfigError([f"run.output_dir {folder} already holds a run and run.resume is never; {_WAYS}"])
     try:
-        theirs = json.loads(file.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError) as error:
+        recorded = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        # What an earlier version wrote down may be free to change by now.
+        theirs = {key: value for key, value in recorded.items() if not _may_change(*key.split(".", 1))}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError([f"{file} cannot be read ({error!r}); {_WAYS}"]) from error
     ours = identity(config)
     changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]

@@ -1,5 +1,6 @@
 """The folder of a run: one live run at a time, one run for good, and nothing to do once it is finished."""
 
+import json
 import subprocess
 import sys
 
@@ -86,6 +87,22 @@ def test_another_learning_rate_is_another_run(config):
 def test_another_layout_is_the_same_run(config):
     claim_output_folder(config()).release()
     claim_output_folder(config("parallel.tensor=2", "batching.tokens_per_micro_batch=512")).release()
+
+
+def test_other_servers_are_the_same_run_and_so_they_are_to_a_run_that_was_recorded_before(config, tmp_path):
+    claim_output_folder(config()).release()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["settings"]["rollout.sglang"] = {"urls": ["http://10.0.0.5:30000"]}  # as earlier versions did
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    claim_output_folder(config("rollout.sglang.servers=2", "rollout.min_servers=2")).release()
+    assert "rollout.top_p 1.0 there and 0.5 here" in refused(config("rollout.top_p=0.5"))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"settings": 3}', '{"settings": {"odd": 1}}'])
+def test_a_record_that_is_none_is_named(config, tmp_path, text):
+    claim_output_folder(config()).release()
+    (tmp_path / "run" / "run.json").write_text(text)
+    assert f"{tmp_path / 'run' / 'run.json'} cannot be read" in refused(config())
 
 
 def test_metrics_without_a_run_are_not_overwritten(config, tmp_path):
