@@ -124,6 +124,7 @@ def test_a_killed_server_comes_back_and_is_held_until_it_has_the_current_weights
         assert after.servers[0].pid != before.servers[0].pid
         assert after.servers[1] == before.servers[1]
         assert ask(after, 0, "/model_info")["paused"] is False
+        assert [ask(after, number, "/model_info")["frozen"] for number in (0, 1)] == [1, 1]
         for number in (0, 1):
             ask(after, number, "/update_weights_from_disk", {"weight_version": "7"})
         time.sleep(3.0)  # serve sees the new version with its next probe
