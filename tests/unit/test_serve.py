@@ -253,7 +253,11 @@ def test_a_port_that_the_user_named_and_somebody_has_is_an_error_and_a_default_g
     default = load_config(write_run(tmp_path, servers=2, router=True))
     plan = plan_fleet(default, tmp_path / "endpoints.json")
     assert (plan.router_port, plan.ports) == (30002, (30003, 30004))
-    assert plan.remarks == ("port 30000 is in use", "port 30001 is in use")
+    # and by whom, where that can be seen
+    assert [remark.partition(" by ")[0] for remark in plan.remarks] == [
+        "port 30000 is in use",
+        "port 30001 is in use",
+    ]
 
 
 def test_a_port_with_a_listener_is_taken():
