@@ -120,8 +120,14 @@ class Update:
                     member, error if isinstance(error, Exception) else SyncFailed(repr(error), retry=False)
                 )
             raise
-        label = self.label
-        self.engine.on_loop(lambda: [tell(member, UpdateDone(label)) for member in self.members])
+        self.engine.on_loop(self._done)
+
+    def _done(self) -> None:
+        # All in one turn of the loop: a probe in between would find weights that are not the wanted ones.
+        fleet = self.engine.fleet
+        fleet.wanted = self.label
+        for member in self.members:
+            fleet.tell(member, UpdateDone(self.label))
 
     def _check_versions(self) -> None:
         async def one(member: Member) -> None:

@@ -71,8 +71,11 @@ class DiskTransport:
             )
             if self._verify or self._first:
                 verify(update, digest)
+            self._current = (
+                label,
+                target,
+            )  # before the label is the wanted one: catching up must not get older ones
         self._first = False
-        self._current = (label, target)
         engine.fleet.catch_up = self._catch_up
         self._remove_old(target)
 

@@ -34,6 +34,10 @@ class ServerFault(ServerError):
     """The server answered with an error of its own (5xx) or with something that is no answer."""
 
 
+class ServerBusy(ServerFault):
+    """Not now (408, 429, 503): it starts, its queue is full, or a router has no server. Says nothing of its health."""
+
+
 class ServerRefused(ServerError):
     """The server refused the request (4xx): the same request would be refused again."""
 
