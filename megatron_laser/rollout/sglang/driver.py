@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_laser.rollout.engine import StopEarly
-from megatron_laser.rollout.sglang.errors import ServerFault
+from megatron_laser.rollout.sglang.errors import ServerError, ServerFault
 from megatron_laser.rollout.sglang.exchange import Exchange
 from megatron_laser.rollout.sglang.fleet import Fleet, Member
 from megatron_laser.rollout.sglang.router import Router
@@ -130,10 +130,11 @@ class Driver:
         left = sampling.max_new_tokens - len(had)
         input_ids = [*job.prompt_ids, *had]
 
-        async def attempt(first: bool) -> Generation | None:
+        async def attempt(failed: Member | None) -> Generation | None:
             if stopped.is_set():
                 return partial
-            member = await self._fleet.pick("generation", homes.get(job.prompt))
+            job.member = None
+            member = await self._fleet.pick("generation", homes.get(job.prompt), failed)
             # The samples of a prompt go to one server: its prefix cache has the prompt after the first.
             homes[job.prompt] = job.member = member
             job.rid = uuid.uuid4().hex
@@ -150,7 +151,7 @@ class Driver:
                     weights=weights,
                     seconds=seconds,
                     phase="generation",
-                    direct=not first,
+                    direct=failed is not None,
                 )
             finally:
                 job.rid = ""
@@ -168,7 +169,7 @@ class Driver:
                 spans=(*spans, WeightSpan(weights.version, len(reply.ids))),
             )
 
-        generation = await self._retried(attempt, ends)
+        generation = await self._retried(attempt, lambda: job.member, ends)
         token = sampling.score_token_id
         if generation is not None and token is not None and generation.is_scored(sampling.stop_token_ids):
             sequence = [*job.prompt_ids, *generation.response_ids]
@@ -183,8 +184,11 @@ class Driver:
         preferred: Member | None,
         ends: float,
     ) -> float:
-        async def attempt(first: bool) -> float:
-            member = await self._fleet.pick("score", preferred)
+        member: Member | None = None
+
+        async def attempt(failed: Member | None) -> float:
+            nonlocal member
+            member = await self._fleet.pick("score", preferred, failed)
             body = score_body(sequence, token_id, rid=uuid.uuid4().hex)
             started = time.monotonic()
             try:
@@ -195,7 +199,7 @@ class Driver:
                     weights=weights,
                     seconds=min(ends - started, _REQUEST_SECONDS),
                     phase="score",
-                    direct=not first,
+                    direct=failed is not None,
                 )
             finally:
                 self.traffic.score_seconds += time.monotonic() - started
@@ -204,16 +208,24 @@ class Driver:
             self.traffic.score_cached_tokens += reply.cached_tokens
             return reply.logprob
 
-        return await self._retried(attempt, ends)
+        return await self._retried(attempt, lambda: member, ends)
 
-    async def _retried(self, attempt: Callable[[bool], Awaitable[Any]], ends: float) -> Any:
-        """`attempt(True)`, and `attempt(False)` until one succeeds."""
-        first = True
+    async def _retried(
+        self,
+        attempt: Callable[[Member | None], Awaitable[Any]],
+        last: Callable[[], Member | None],
+        ends: float,
+    ) -> Any:
+        """`attempt` until it succeeds; it is told the server that it failed on, which `last` names."""
+        failed: Member | None = None
 
         async def next_attempt() -> Any:
-            nonlocal first
-            now, first = first, False
-            return await attempt(now)
+            nonlocal failed
+            try:
+                return await attempt(failed)
+            except ServerError:
+                failed = last()
+                raise
 
         def note(error: BaseException) -> None:
             self.traffic.retries += 1

@@ -152,10 +152,12 @@ class Fleet:
                     self.on_hang()
         self._changed.set()
 
-    async def pick(self, phase: str, preferred: Member | None = None) -> Member:
+    async def pick(self, phase: str, preferred: Member | None = None, failed: Member | None = None) -> Member:
         """The server for the next request: `preferred` if it takes work, else the least loaded; waits for one.
 
-        Args: phase: what the request is for, for messages.
+        Args:
+            phase: what the request is for, for messages.
+            failed: a server that the request has failed on: any other one comes first.
 
         Raises:
             ServersLost: fewer than `min_servers` take work since `servers_deadline` seconds.
@@ -165,9 +167,9 @@ class Fleet:
             available = self.available()
             if len(available) >= self._min_servers:
                 self._short_since = None
-                if preferred is not None and preferred in available:
+                if preferred is not None and preferred in available and preferred is not failed:
                     return preferred
-                return min(available, key=lambda member: member.load)
+                return min(available, key=lambda member: (member is failed, member.load))
             self._check_shortage(phase, len(available))
             await self._change(1.0)
 
