@@ -118,7 +118,6 @@ class FaultyServer:
         if path == "/generate":
             return self._generate(handler, body)
         known = {
-            "/v1/loads": {},
             "/model_info": {"weight_version": self.version, "is_generation": True},
             "/server_info": {"version": "0.5.23", "vocab_size": VOCABULARY, "dtype": "float32"},
         }

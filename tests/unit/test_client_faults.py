@@ -1,5 +1,6 @@
 """What servers do to requests: only what is safe is repeated, nothing counts twice, and messages name the place."""
 
+import gc
 import time
 from collections import Counter
 
@@ -153,7 +154,7 @@ def test_a_server_that_falls_silent_loses_its_requests_at_the_hang_deadline(serv
     hung.let_go.set()
 
 
-def test_without_servers_the_run_hears_of_it_at_the_servers_deadline(servers):
+def test_without_servers_the_run_hears_of_it_once_at_the_servers_deadline(servers, caplog):
     server = servers.server()
     engine = servers.engine(server, servers_deadline=1.5)
     server.holds = lambda body: bool(server.stop())  # the first request ends it

@@ -1,7 +1,7 @@
 """All servers of a run: who is up, who holds the wanted weights, and who gets the next request.
 
 Lives in one event loop. A monitor probes every server; requests report what they see. Probes go through the
-scheduler (`/v1/loads`), so a hung scheduler behind a live HTTP port is noticed.
+scheduler (`/server_info`; `/v1/loads` reads shared memory), so one that hangs behind a live HTTP port is noticed.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class Fleet:
         """Ask scheduler and HTTP process once; feeds what they say to the server's state."""
         client = member.client
         try:
-            await client.get("/v1/loads", deadline=self.probe_deadline, phase="probe")
+            await client.get("/server_info", deadline=self.probe_deadline, phase="probe")
             info = await client.get("/model_info", deadline=self.probe_deadline, phase="probe")
             version = str(info["weight_version"])
         except ServerError as error:

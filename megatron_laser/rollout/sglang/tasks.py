@@ -43,6 +43,9 @@ async def all_or_first_error(
             task.cancel()
         if waiting:
             await asyncio.wait(waiting, timeout=_CANCEL_SECONDS)
+        for task in tasks:
+            if task.done() and not task.cancelled():
+                task.exception()  # heard: a thousand requests that fail alike are one error, not a thousand lines
 
 
 async def retried(attempt: Callable[[], Any], ends: float, note: Callable[[BaseException], None]) -> Any:
