@@ -159,11 +159,11 @@ def test_without_servers_the_run_hears_of_it_once_at_the_servers_deadline(server
     engine = servers.engine(server, servers_deadline=1.5)
     server.holds = lambda body: bool(server.stop())  # the first request ends it
     started = time.monotonic()
-    with pytest.raises(
-        ServersLost, match=rf"generation: fewer than rollout.min_servers 1 .*{server.url} dead"
-    ):
+    with pytest.raises(ServersLost, match=rf"generation: fewer than .* {server.url} (dead|suspect)"):
         generate(engine, deadline=60)
-    assert 1.5 < time.monotonic() - started < 1.5 + 10
+    assert 1.5 < time.monotonic() - started < 1.5 + 15
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_an_answer_of_other_weights_is_dropped(servers):
