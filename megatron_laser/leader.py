@@ -30,6 +30,7 @@ from megatron_laser.types import RolloutBatch, SamplingParams
 
 logger = logging.getLogger(__name__)
 
+_AHEAD_SLACK = 30.0  # seconds
 _HISTOGRAM_STEPS = 10  # a histogram costs more than a scalar
 
 
@@ -112,11 +113,15 @@ class Leader:
         if self._ahead is not None and step <= self._config.run.steps:
             self._ahead.begin(step)
 
-    def finish_ahead(self) -> None:
-        """Wait until nothing is being generated, so that weights may change."""
-        if self._ahead is not None:
-            with self._timers("generate_ahead"):
-                self._ahead.wait(self._config.rollout.deadline)
+    def finish_ahead(self) -> str:
+        """Wait until nothing is being generated, so that weights may change. Returns as `collect` does."""
+        ahead = self._ahead
+        if ahead is None:
+            return ""
+        # The collection ends at its own deadline, and says more about it.
+        patience = self._config.rollout.deadline + _AHEAD_SLACK
+        with self._timers("generate_ahead"):
+            return with_servers("waiting for the rollout ahead", lambda: ahead.wait(patience))
 
     def await_servers(self) -> str:
         """Wait for servers that can be given weights: "" or why the run has to stop."""

@@ -128,9 +128,9 @@ class _Run:
                 self.ranks.leader.collect_ahead(step + 1)
             with self.ranks.coordinator.phase(f"train step {step}"):
                 result = self.trainer.train_step(flat, step)
-            if self.config.rollout.ahead:
-                self.ranks.lead(f"rollout ahead of step {step + 1}", lambda leader: leader.finish_ahead())
             try:
+                if self.config.rollout.ahead:
+                    self._led(f"rollout ahead of step {step + 1}", step, lambda leader: leader.finish_ahead())
                 self._sync(step)
             except CannotGoOn as error:
                 lost = error  # the step itself is complete: it is recorded before the run stops

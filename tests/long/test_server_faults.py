@@ -6,11 +6,13 @@ Two servers and a router are shared. What a test kills, `serve` starts again (ha
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from collections import Counter
 from pathlib import Path
 
@@ -84,10 +86,8 @@ class Servers:
             api_key=endpoints.api_key,
             expected=Expected(VOCABULARY, "qwen2", "float32"),
             router_url=endpoints.router_url if router else None,
-            hang_deadline=HANG,
-            sync_deadline=SYNC,
             transport=transport,
-            **settings,
+            **{"hang_deadline": HANG, "sync_deadline": SYNC} | settings,
         )
         wanted = 2 if only is None else 1
         engine.run(engine.fleet.wait_until_up(wanted, 30.0), 30.0, "waiting for the test's servers")
@@ -133,12 +133,12 @@ def weights(servers):
     return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
 
 
-def distributed():
+def distributed(seconds=SYNC):
     return DistributedTransport(
         backend="gloo",
         dtype=torch.float32,
         bucket_bytes=20_000,
-        seconds=SYNC,
+        seconds=seconds,
         address=None,
         flattened=True,
         hashed=True,
@@ -213,6 +213,37 @@ def test_a_hung_servers_work_goes_to_the_other_within_the_hang_deadline(servers,
         generate(engine)  # what it still had of the old requests counts nowhere
 
 
+def test_a_server_that_hangs_in_a_sync_is_left_out_at_the_syncs_deadline(servers, weights):
+    limit = 15.0
+    with servers.engine(distributed(limit), sync_deadline=limit) as engine:
+        synced(engine, weights, 1)
+        scheduler, url = servers.scheduler(0), servers.read().servers[0].url
+        started = time.monotonic()
+        try:
+            trouble = sync_weights(midway(weights, scheduler.suspend), engine, 2)
+            print(f"\ngiven up after {time.monotonic() - started:.1f} s of {limit:g}: {trouble}")
+            assert url in trouble and "receiving weights" in trouble
+            assert time.monotonic() - started < limit + 10
+            engine.run(engine.fleet.wait_until_up(1, 60.0), 60.0, "waiting for servers")
+            synced(engine, weights, 2)
+            assert time.monotonic() - started < 2 * limit + 20
+            generate(engine)
+        finally:
+            scheduler.resume()
+        engine.run(engine.fleet.wait_until_up(2, 60.0), 60.0, "the server's return")
+        synced(engine, weights, 3)
+        assert len(engine.on_loop(engine.fleet.available)) == 2
+        generate(engine)
+
+
+def midway(weights, fault):
+    """The stream, with `fault` in the middle of it."""
+    for number, item in enumerate(weights):
+        if number == len(weights) // 2:
+            fault()
+        yield item
+
+
 def test_without_its_only_server_a_run_hears_why_and_goes_on_when_it_is_back(servers, weights):
     with servers.engine(distributed(), only=1, servers_deadline=8.0) as engine:
         synced(engine, weights, 1)
@@ -243,14 +274,11 @@ def test_a_server_killed_between_two_buckets_ends_the_sync_at_once_and_the_next_
         before = servers.read().servers[0]
         killed = []
 
-        def dying():
-            for number, item in enumerate(weights):
-                if number == len(weights) // 2:
-                    servers.kill(0)
-                    killed.append(time.monotonic())
-                yield item
+        def kill():
+            servers.kill(0)
+            killed.append(time.monotonic())
 
-        trouble = sync_weights(dying(), engine, 2)
+        trouble = sync_weights(midway(weights, kill), engine, 2)
         print(f"\ngiven up {time.monotonic() - killed[0]:.1f} s after a server was killed: {trouble}")
         assert trouble is not None and before.url in trouble and "receiving weights" in trouble
         assert engine.version == 1
@@ -326,44 +354,67 @@ def router_answers(servers):
     return len(workers) == 2 and all(worker["is_healthy"] for worker in workers)
 
 
-def test_a_run_killed_while_servers_are_paused_goes_on_where_it_was(servers, tmp_path):
-    servers.wait_until_all_answer()
+def test_a_run_killed_while_servers_are_paused_and_one_without_servers_go_on_where_they_were(
+    servers, tmp_path
+):
+    endpoints = servers.wait_until_all_answer()
     folder = tmp_path / "out"
     arguments = [
         str(servers.model / "run.yaml"),
         "rollout.engine=sglang",
         f"rollout.sglang.endpoints={servers.serve.endpoints}",
         "rollout.sglang.device=cpu",
+        "rollout.servers_deadline=5",
         f"run.output_dir={folder}",
-        "run.steps=5",
+        "run.steps=12",
     ]
     script = Path(__file__).with_name("dying_in_sync.py")
-    dying = subprocess.Popen(
-        [sys.executable, script, "3", *arguments],
+    status, output = finish(spawn(script, "3", *arguments))
+    assert status == -signal.SIGKILL, output[-4000:]
+    assert steps_of(folder) == [1, 2]  # step 3 was trained, but died before it was recorded or saved
+    for server in endpoints.servers:
+        body = {"input_ids": [4, 5], "sampling_params": {"max_new_tokens": 2}}
+        with pytest.raises((TimeoutError, urllib.error.URLError)):
+            call(server.url, "/generate", body, api_key=endpoints.api_key, timeout=3)  # paused
+
+    resumed = start_run(Path(arguments[0]), *arguments[1:])
+    try:
+        wait_for(lambda: 4 in steps_of(folder) or resumed.poll() is not None, "step 4", 240)
+        servers.kill(0)
+        servers.kill(1)
+    except BaseException:
+        end_session(resumed)
+        raise
+    status, output = finish(resumed)
+    assert status == 2 and re.search(r"error: saved after step \d+ and stopped: .*http://", output), output[
+        -4000:
+    ]
+    done = steps_of(folder)
+    assert 4 <= len(done) < 12 and done == list(range(1, len(done) + 1))
+
+    status, output = finish(start_run(Path(arguments[0]), *arguments[1:]))
+    assert status == 0, output[-4000:]
+    assert steps_of(folder) == list(range(1, 13))
+
+
+def spawn(*arguments):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
         env=worker_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+
+
+def finish(process):
+    """Exit status and output."""
     try:
-        output, _ = dying.communicate(timeout=240)
+        output, _ = process.communicate(timeout=300)
     finally:
-        end_session(dying)
-    assert dying.returncode == -signal.SIGKILL, output[-4000:]
-    assert steps_of(folder) == [1, 2]  # step 3 was trained, but died before it was recorded or saved
-    found = servers.read()
-    assert [server.state for server in found.servers] == ["ready", "ready"]
-    resumed = start_run(Path(arguments[0]), *arguments[1:])
-    try:
-        # and one of the servers dies while this one runs
-        wait_for(lambda: 3 in steps_of(folder) or resumed.poll() is not None, "step 3", 240)
-        servers.kill(0)
-        output, _ = resumed.communicate(timeout=240)
-    finally:
-        end_session(resumed)
-    assert resumed.returncode == 0, output[-4000:]
-    assert steps_of(folder) == [1, 2, 3, 4, 5]
+        end_session(process)
+    return process.returncode, output
 
 
 def steps_of(folder):
