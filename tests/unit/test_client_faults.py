@@ -133,7 +133,8 @@ def test_an_answer_that_comes_too_late_is_dropped_and_its_request_aborted(server
     engine = servers.engine(slow, good)
     groups, finished = generate(engine)
     assert finished == ALL and all(is_whole(generation) for group in groups for generation in group)
-    assert slow.requests and {body["rid"] for body in slow.requests} == set(slow.aborted)
+    assert 0 < len(slow.requests) <= 6  # none came back to it
+    assert {body["rid"] for body in slow.requests} == set(slow.aborted)
 
 
 def test_a_server_that_falls_silent_loses_its_requests_at_the_hang_deadline(servers):

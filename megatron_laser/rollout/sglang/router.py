@@ -68,11 +68,6 @@ class Router:
         for task in list(self._running):
             task.cancel()
 
-    async def close(self) -> None:
-        """Stop the monitor."""
-        self._monitor.cancel()
-        await asyncio.gather(self._monitor, return_exceptions=True)
-
     def _rest(self, reason: str) -> None:
         if self.takes_work():
             logger.warning("%s; requests go to the servers for %g s", reason, _REST)
