@@ -39,6 +39,7 @@ class FaultyServer:
             "cut off", "reset", "closed"; None: none.
         holds: requests (their bodies) that wait until they are aborted or let go, with `HELD` tokens.
         requests, aborted: bodies of /generate, and rids, as they came.
+        paused: generation is, as far as control calls say.
         silent: answer nothing at all, as a stopped process.
     """
 
@@ -49,6 +50,7 @@ class FaultyServer:
         self.requests: list[dict[str, Any]] = []
         self.aborted: list[str] = []
         self.answered = 0
+        self.paused = False
         self.silent = False
         self.let_go = threading.Event()
         self._changed = threading.Condition()
@@ -112,6 +114,8 @@ class FaultyServer:
                 self.requests.append(body)
             elif path == "/abort_request":
                 self.aborted.append(body["rid"])
+            elif path in ("/pause_generation", "/continue_generation"):
+                self.paused = path == "/pause_generation"
             elif path == "/update_weights_from_disk":
                 self.version = body["weight_version"]
             self._changed.notify_all()

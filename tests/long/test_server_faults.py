@@ -38,7 +38,7 @@ from megatron_laser.weight_sync.distributed import DistributedTransport
 pytestmark = [pytest.mark.long, pytest.mark.sglang, pytest.mark.timeout(900)]
 
 VOCABULARY, EOS = 28, 1
-HANG = 12.0  # seconds, of the run; `serve` is more patient, so that what the run does is seen alone
+HANG = 20.0  # seconds, of the run; `serve` is more patient, so that what the run does is seen alone
 SYNC = 60.0
 PROMPTS = [[4 + i, 5, 6] for i in range(8)]
 SAMPLING = SamplingParams(24, 50, (EOS,))
