@@ -19,7 +19,7 @@ from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.errors import ServerError
 from megatron_laser.rollout.sglang.fleet import Member
 from megatron_laser.weight_sync.checksums import StreamDigest
-from megatron_laser.weight_sync.control import Update
+from megatron_laser.weight_sync.control import Update, quiet
 from megatron_laser.weight_sync.verify import verify
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,7 @@ class DiskTransport:
         label, target = self._current
         phase = "catching up from disk"
         client, seconds = member.client, self._seconds
-        await client.post("/pause_generation", {"mode": "abort"}, deadline=seconds, phase=phase)
-        await client.post("/flush_cache", {}, deadline=seconds, phase=phase)
+        await quiet(member, seconds)
         await client.post("/update_weights_from_disk", _body(target, label), deadline=seconds, phase=phase)
         await client.post("/continue_generation", {}, deadline=seconds, phase=phase)
         info = await client.get("/model_info", deadline=seconds, phase=phase)

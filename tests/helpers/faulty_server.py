@@ -40,6 +40,9 @@ class FaultyServer:
         holds: requests (their bodies) that wait until they are aborted or let go, with `HELD` tokens.
         requests, aborted: bodies of /generate, and rids, as they came.
         paused: generation is, as far as control calls say.
+        stuck: half done requests of a pause in place: the cache cannot be flushed before it was continued.
+        flush_refusals: so many times the cache cannot be flushed.
+        calls: paths, in their order, but for probes.
         silent: answer nothing at all, as a stopped process.
     """
 
@@ -50,7 +53,9 @@ class FaultyServer:
         self.requests: list[dict[str, Any]] = []
         self.aborted: list[str] = []
         self.answered = 0
-        self.paused = False
+        self.paused = self.stuck = False
+        self.flush_refusals = 0
+        self.calls: list[str] = []
         self.silent = False
         self.let_go = threading.Event()
         self._changed = threading.Condition()
@@ -109,18 +114,27 @@ class FaultyServer:
             return reset(handler)
         if self._http is None:
             return reset(handler)
+        refused = False
         with self._changed:
+            if path not in ("/server_info", "/model_info"):
+                self.calls.append(path)
             if path == "/generate":
                 self.requests.append(body)
             elif path == "/abort_request":
                 self.aborted.append(body["rid"])
             elif path in ("/pause_generation", "/continue_generation"):
                 self.paused = path == "/pause_generation"
+                self.stuck = self.stuck and self.paused
+            elif path == "/flush_cache" and (self.stuck or self.flush_refusals):
+                self.flush_refusals = max(0, self.flush_refusals - 1)
+                refused = True
             elif path == "/update_weights_from_disk":
                 self.version = body["weight_version"]
             self._changed.notify_all()
         if path == "/generate":
             return self._generate(handler, body)
+        if refused:
+            return respond(handler, 400, b"there are pending requests")
         known = {
             "/model_info": {"weight_version": self.version, "is_generation": True},
             "/server_info": {"version": "0.5.23", "vocab_size": VOCABULARY, "dtype": "float32"},
@@ -189,7 +203,7 @@ class DiskLikeTransport:
 
 
 def open_engine(*servers: FaultyServer, **settings: Any) -> SglangEngine:
-    """An engine over `servers`, with short deadlines."""
+    """An engine over `servers`, with short deadlines; all of them are up."""
     endpoints = [ServerEndpoint(server.url) for server in servers]
     defaults: dict[str, Any] = {
         "start_deadline": 10.0,
@@ -197,7 +211,11 @@ def open_engine(*servers: FaultyServer, **settings: Any) -> SglangEngine:
         "hang_deadline": 10.0,
         "transport": DiskLikeTransport(),
     }
-    return SglangEngine(lambda: endpoints, api_key=None, expected=Expected(VOCABULARY), **defaults | settings)
+    engine = SglangEngine(
+        lambda: endpoints, api_key=None, expected=Expected(VOCABULARY), **defaults | settings
+    )
+    engine.run(engine.fleet.wait_until_up(len(servers), 10.0), 10.0, "waiting for the test's servers")
+    return engine
 
 
 def respond(handler: BaseHTTPRequestHandler, status: int, data: bytes, stated: int | None = None) -> None:
