@@ -169,7 +169,7 @@ class Driver:
                 spans=(*spans, WeightSpan(weights.version, len(reply.ids))),
             )
 
-        generation = await self._retried(attempt, lambda: job.member, ends)
+        generation = await self._retried(attempt, lambda: job.member)
         token = sampling.score_token_id
         if generation is not None and token is not None and generation.is_scored(sampling.stop_token_ids):
             sequence = [*job.prompt_ids, *generation.response_ids]
@@ -208,13 +208,12 @@ class Driver:
             self.traffic.score_cached_tokens += reply.cached_tokens
             return reply.logprob
 
-        return await self._retried(attempt, lambda: member, ends)
+        return await self._retried(attempt, lambda: member)
 
     async def _retried(
         self,
         attempt: Callable[[Member | None], Awaitable[Any]],
         last: Callable[[], Member | None],
-        ends: float,
     ) -> Any:
         """`attempt` until it succeeds; it is told the server that it failed on, which `last` names."""
         failed: Member | None = None
@@ -231,7 +230,7 @@ class Driver:
             self.traffic.retries += 1
             self._trouble = str(error)
 
-        return await retried(next_attempt, ends, note)
+        return await retried(next_attempt, note)
 
     def _late(self, phase: str) -> Callable[[int, int], str]:
         """What to say when time is up."""

@@ -48,10 +48,10 @@ async def all_or_first_error(
                 task.exception()  # heard: a thousand requests that fail alike are one error, not a thousand lines
 
 
-async def retried(attempt: Callable[[], Any], ends: float, note: Callable[[BaseException], None]) -> Any:
-    """`attempt` until it succeeds or time is up, with jitter between; what would only repeat itself ends it.
+async def retried(attempt: Callable[[], Any], note: Callable[[BaseException], None]) -> Any:
+    """`attempt` until it succeeds, with jitter between; what would only repeat itself ends it.
 
-    `note` is called with the error before each further attempt.
+    Whoever waits for it cancels it at the end of time. `note` is called with the error before each further attempt.
     """
 
     def before(state: RetryCallState) -> None:
@@ -59,15 +59,11 @@ async def retried(attempt: Callable[[], Any], ends: float, note: Callable[[BaseE
         if error is not None:
             note(error)
 
-    def out_of_time(_: RetryCallState) -> bool:
-        return time.monotonic() >= ends
-
     retrying = AsyncRetrying(
         retry=retry_if_exception(
             lambda error: isinstance(error, ServerError) and not isinstance(error, ServerRefused)
         ),
         wait=wait_random_exponential(multiplier=0.1, max=5.0),
-        stop=out_of_time,
         before_sleep=before,
         reraise=True,
     )
