@@ -17,6 +17,7 @@ from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.rollout.in_process import InProcessEngine
 from megatron_laser.rollout.serving import ServeProcess
 from megatron_laser.rollout.sglang.engine import SglangEngine
+from megatron_laser.rollout.sglang.errors import ServerError, ServersLost, WeightsNeeded
 from megatron_laser.rollout.sglang.identify import Expected
 from megatron_laser.rollout.sglang.transport import WeightTransport
 from megatron_laser.weight_sync.colocated import ColocatedTransport
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Of config.json: they tell a model from a bigger or smaller one of its family.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+NEEDS_WEIGHTS = "needs weights"
+"""Servers came back without the current weights: sync them, and do the same again."""
 
 
 def open_engine(config: RunConfig) -> RolloutEngine:
@@ -77,6 +80,18 @@ def await_servers(config: RunConfig, engine: RolloutEngine) -> None:
         engine.run(
             engine.fleet.wait_until_up(config.rollout.min_servers, seconds), seconds, "waiting for servers"
         )
+
+
+def with_servers(phase: str, work: Callable[[], None]) -> str:
+    """Do `work`, which uses the engine: "" when it is done, `NEEDS_WEIGHTS`, or why the run has to stop."""
+    try:
+        work()
+    except WeightsNeeded as error:
+        logger.warning("%s: %s", phase, error)
+        return NEEDS_WEIGHTS
+    except (ServersLost, ServerError, TimeoutError) as error:
+        return f"{phase}: {error}"
+    return ""
 
 
 def needs_first_sync(config: RunConfig) -> bool:

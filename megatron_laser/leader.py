@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_laser.config import RunConfig, evaluation_max_new_tokens, rollout_tries
 from megatron_laser.data import PromptCursor
-from megatron_laser.engines import await_servers, open_engine
+from megatron_laser.engines import await_servers, open_engine, with_servers
 from megatron_laser.evaluation import evaluate
 from megatron_laser.inputs import RunInputs
 from megatron_laser.model import platform
@@ -25,13 +25,12 @@ from megatron_laser.output_folder import STOPPED
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.ahead import RolloutAhead
 from megatron_laser.rollout.collector import RolloutCollector
-from megatron_laser.rollout.sglang.errors import ServersLost, WeightsNeeded
 from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-NEEDS_WEIGHTS = "needs weights"
+_AHEAD_SLACK = 30.0  # seconds
 _HISTOGRAM_STEPS = 10  # a histogram costs more than a scalar
 
 
@@ -84,6 +83,7 @@ class Leader:
         if resumed is not None and resumed["run"] is not None:  # None: converted from a Hugging Face folder
             self._load_state(resumed["run"])
         self._batch: RolloutBatch | None = None
+        self._evaluated: dict[str, float] = {}
         # A fresh start in a folder without a checkpoint drops what an earlier attempt wrote.
         self._metrics = MetricsLogger(
             self._folder,
@@ -101,40 +101,45 @@ class Leader:
             "" when they are there; `NEEDS_WEIGHTS` when the servers must be synced first, after which another call
             goes on where this one was; else why the run has to stop.
         """
-        try:
+
+        def work() -> None:
             source = self._collector if self._ahead is None else self._ahead
             self._batch = source.collect(step)
-        except WeightsNeeded as error:
-            logger.warning("step %d: %s", step, error)
-            return NEEDS_WEIGHTS
-        except ServersLost as error:
-            return str(error)
-        return ""
+
+        return with_servers(f"rollout of step {step}", work)
 
     def collect_ahead(self, step: int) -> None:
         """With `rollout.ahead`: start on the rollout of `step` while another one is trained."""
         if self._ahead is not None and step <= self._config.run.steps:
             self._ahead.begin(step)
 
-    def finish_ahead(self) -> None:
-        """Wait until nothing is being generated, so that weights may change."""
-        if self._ahead is not None:
-            with self._timers("generate_ahead"):
-                self._ahead.wait(self._config.rollout.deadline)
+    def finish_ahead(self) -> str:
+        """Wait until nothing is being generated, so that weights may change. Returns as `collect` does."""
+        ahead = self._ahead
+        if ahead is None:
+            return ""
+        # The collection ends at its own deadline, and says more about it.
+        patience = self._config.rollout.deadline + _AHEAD_SLACK
+        with self._timers("generate_ahead"):
+            return with_servers("waiting for the rollout ahead", lambda: ahead.wait(patience))
 
     def await_servers(self) -> str:
         """Wait for servers that can be given weights: "" or why the run has to stop."""
-        try:
-            await_servers(self._config, self.engine)
-        except ServersLost as error:
-            return str(error)
-        return ""
+        return with_servers("waiting for servers", lambda: await_servers(self._config, self.engine))
 
     @property
     def batch(self) -> RolloutBatch:
         """What `collect` got last."""
         assert self._batch is not None
         return self._batch
+
+    def evaluate(self, step: int) -> str:
+        """Evaluate on the validation split; `record` writes what comes out. Returns as `collect` does."""
+
+        def work() -> None:
+            self._evaluated = self._evaluate("validation", step) | self._timers.collect()
+
+        return with_servers(f"evaluation after step {step}", work)
 
     def record(self, step: int, result: StepResult, times: dict[str, float]) -> None:
         """Write one step's metrics, update the view, and dump the rollouts when they are due."""
@@ -145,9 +150,8 @@ class Leader:
         metrics["tokens"] = tokens
         metrics["time/tokens_per_second"] = tokens / max(times.get("time/total", 0.0), 1e-9)
         metrics["epoch"] = self._cursor.progress
-        if evaluation_due(self._config, step):
-            metrics |= self._evaluate("validation", step)
-            metrics |= self._timers.collect()
+        metrics |= self._evaluated
+        self._evaluated = {}
         self._write(step, metrics)
         if step % _HISTOGRAM_STEPS == 0:
             self._metrics.histograms(step, scores_by_label(batch, result.scores))
@@ -174,22 +178,29 @@ class Leader:
             f"stopped after step {step} ({reason}); saved: the same command continues from here"
         )
 
-    def evaluate_baseline(self) -> None:
-        """Evaluate the initial model, so that the report can say what training changed."""
-        if not self._config.evaluation.baseline:
-            return
-        metrics = self._evaluate("validation", 0) if self._config.evaluation.every else {}
-        metrics |= self._evaluate("test", 0)
-        if metrics:
-            self._write(0, metrics | self._timers.collect())
+    def evaluate_baseline(self) -> str:
+        """Evaluate the initial model, so that the report can say what training changed. Returns as `collect` does."""
 
-    def finish(self, *, complete: bool) -> Path:
-        """Evaluate the final weights on the test split and write the report; returns its path.
+        def work() -> None:
+            metrics = self._evaluate("validation", 0) if self._config.evaluation.every else {}
+            metrics |= self._evaluate("test", 0)
+            if metrics:
+                self._write(0, metrics | self._timers.collect())
+
+        return (
+            with_servers("evaluation of the initial model", work) if self._config.evaluation.baseline else ""
+        )
+
+    def finish(self, *, complete: bool) -> str:
+        """Evaluate the final weights on the test split and write the report. Returns as `collect` does.
 
         Args: complete: nothing is left to do afterwards; the same command will say so and not start again.
         """
         steps = self._config.run.steps
-        metrics = self._evaluate("test", steps)
+        metrics: dict[str, float] = {}
+        trouble = with_servers("final evaluation", lambda: metrics.update(self._evaluate("test", steps)))
+        if trouble:
+            return trouble
         if metrics:
             summary = ", ".join(
                 f"{name} {metrics[key]:.3f}" for name, key in _HEADLINES.items() if key in metrics
@@ -200,7 +211,7 @@ class Leader:
         if complete:
             self._inputs.folder.mark_finished(steps)
         logger.info("finished in %.0f s; report: %s", time.monotonic() - self._started, path)
-        return path
+        return ""
 
     def close(self) -> None:
         """Stop workers and close files; safe after a failure and safe to call twice."""

@@ -15,15 +15,15 @@ step n - 1, and then overlaps with the training of step n.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.engines import needs_first_sync
 from megatron_laser.export import export_hf
 from megatron_laser.inputs import read_inputs
-from megatron_laser.leader import NEEDS_WEIGHTS, Leader
+from megatron_laser.leader import Leader, evaluation_due
 from megatron_laser.model import platform
 from megatron_laser.observability.host_memory import trim_host_memory
 from megatron_laser.observability.timers import Timers
@@ -102,7 +102,7 @@ class _Run:
             if resumed or needs_first_sync(self.config):
                 self._sync(first_step - 1)
             if first_step == 1:
-                self.ranks.lead("evaluation before the first step", lambda leader: leader.evaluate_baseline())
+                self._led("evaluation before the first step", 0, lambda leader: leader.evaluate_baseline())
             for step in range(first_step, self.config.run.steps + 1):
                 self.step(step)
                 reason = self.ranks.coordinator.agree_to_stop(step)
@@ -122,19 +122,25 @@ class _Run:
         trim_host_memory(step)
         lost: CannotGoOn | None = None
         with self.timers("total"):
-            flat = self._rollout(step)
+            self._led(f"rollout of step {step}", step - 1, lambda leader: leader.collect(step))
+            flat = self.ranks.share(lambda leader: leader.batch)
             if self.ranks.leader is not None:
                 self.ranks.leader.collect_ahead(step + 1)
             with self.ranks.coordinator.phase(f"train step {step}"):
                 result = self.trainer.train_step(flat, step)
-            if self.config.rollout.ahead:
-                self.ranks.lead(f"rollout ahead of step {step + 1}", lambda leader: leader.finish_ahead())
             try:
+                if self.config.rollout.ahead:
+                    self._led(f"rollout ahead of step {step + 1}", step, lambda leader: leader.finish_ahead())
                 self._sync(step)
             except CannotGoOn as error:
                 lost = error  # the step itself is complete: it is recorded before the run stops
         times = self.timers.collect()
         self.stragglers.add(step, times)
+        if lost is None and evaluation_due(self.config, step):
+            try:
+                self._led(f"evaluation after step {step}", step, lambda leader: leader.evaluate(step))
+            except CannotGoOn as error:
+                lost = error
         self.ranks.lead(f"recording step {step}", lambda leader: leader.record(step, result, times))
         if lost is not None:
             raise lost
@@ -152,20 +158,17 @@ class _Run:
         if self.config.checkpoint.export_hf:
             with self.ranks.coordinator.phase("export"):
                 export_hf(self.config, self.trainer.weight_stream(), is_main=self.ranks.runtime.is_main)
-        self.ranks.lead("final evaluation and report", lambda leader: leader.finish(complete=saved))
+        steps = self.config.run.steps
+        try:
+            self._led("final evaluation", steps, lambda leader: leader.finish(complete=saved))
+        except CannotGoOn as error:
+            raise RunEnded(f"all {steps} steps are done: {error}; the same command goes on here") from None
         if not saved:
             raise CheckpointError(f"all steps are done, but the last save failed: {self.checkpoints.trouble}")
 
-    def _rollout(self, step: int) -> FlatBatch:
-        """The batch of `step` on every rank; syncs in between when servers came back without weights."""
-        while True:
-            word = self.ranks.decide(f"rollout of step {step}", lambda leader: leader.collect(step))
-            if word == NEEDS_WEIGHTS:
-                self._sync(step - 1)
-            elif word:
-                raise CannotGoOn(step - 1, word)
-            else:
-                return self.ranks.share(lambda leader: leader.batch)
+    def _led(self, phase: str, step: int, work: Callable[[Leader], str]) -> None:
+        """Rank 0 works with the engine, which holds the weights of `step` or is given them in between."""
+        self.ranks.lead_on(phase, step, work, lambda: self._sync(step))
 
     def _sync(self, version: int) -> None:
         """Give the engine the trained weights; again, to the servers that are left, when one dies on the way."""

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from megatron_laser.batching.flat import FlatBatch, flatten
 from megatron_laser.config.schema import RunConfig
+from megatron_laser.engines import NEEDS_WEIGHTS
 from megatron_laser.leader import Leader
 from megatron_laser.trainer.coordinator import Coordinator
 from megatron_laser.trainer.runtime import Runtime
@@ -48,6 +49,20 @@ class Ranks:
         own = self.lead(phase, work)
         with self.coordinator.phase(f"{phase}: telling the others"):
             return broadcast_text(own, self.runtime)
+
+    def lead_on(self, phase: str, step: int, work: Callable[[Leader], str], sync: Callable[[], None]) -> None:
+        """Rank 0's work with the engine; `sync` runs on every rank in between when servers came back without weights.
+
+        Raises CannotGoOn(step) with what rank 0 says, if that is anything else.
+        """
+        while True:
+            word = self.decide(phase, work)
+            if word == NEEDS_WEIGHTS:
+                sync()
+            elif word:
+                raise CannotGoOn(step, word)
+            else:
+                return
 
     def tell(self, word: str | None) -> str:
         """Rank 0's `word` on every rank; `word` is ignored elsewhere, and None means "". Call inside a phase."""

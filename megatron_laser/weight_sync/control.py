@@ -14,11 +14,34 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.errors import ServerError, ServerFault, StaleServer
+from megatron_laser.rollout.sglang.errors import ServerError, ServerFault, ServerRefused, StaleServer
 from megatron_laser.rollout.sglang.fleet import Member
 from megatron_laser.rollout.sglang.health import UpdateBegan, UpdateDone, UpdateFailed
 
 _STEP_SECONDS = 60.0
+_FLUSH_SECONDS = 20.0  # until a cache that cannot be flushed is given up
+
+
+async def quiet(member: Member, seconds: float) -> None:
+    """Pause one server: what runs there is aborted, its cache is empty.
+
+    Raises ServerError, at the latest after `seconds`.
+    """
+    client, phase = member.client, "pausing generation"
+    ends = time.monotonic() + seconds
+    # One that stands still, as `serve` holds a restarted one, would not end what it has half done, and keep its cache.
+    await client.post("/continue_generation", {}, deadline=seconds, phase=phase)
+    await client.post("/pause_generation", {"mode": "abort"}, deadline=ends - time.monotonic(), phase=phase)
+    while True:
+        try:
+            left = ends - time.monotonic()
+            await client.post("/flush_cache", {}, deadline=left, phase="flushing the cache")
+            return
+        except (ServerFault, ServerRefused):
+            # A health check of somebody else may still be on its way through.
+            if time.monotonic() > ends - seconds + min(seconds / 2, _FLUSH_SECONDS):
+                raise
+        await asyncio.sleep(0.1)
 
 
 class SyncFailed(RuntimeError):
@@ -107,8 +130,9 @@ class Update:
         tell = self.engine.fleet.tell
         self.engine.on_loop(lambda: [tell(member, UpdateBegan()) for member in self.members])
         try:
-            self.post_all("/pause_generation", {"mode": "abort"}, phase="pausing generation")
-            self.post_all("/flush_cache", {}, phase="flushing the cache")
+            limit = min(self.left(), _STEP_SECONDS)
+            calm = self.gather(lambda member: quiet(member, limit), self.members, limit, "pausing generation")
+            self._keep(calm)
             self.need_some()
             yield
             self._check_versions()
@@ -120,8 +144,14 @@ class Update:
                     member, error if isinstance(error, Exception) else SyncFailed(repr(error), retry=False)
                 )
             raise
-        label = self.label
-        self.engine.on_loop(lambda: [tell(member, UpdateDone(label)) for member in self.members])
+        self.engine.on_loop(self._done)
+
+    def _done(self) -> None:
+        # All in one turn of the loop: a probe in between would find weights that are not the wanted ones.
+        fleet = self.engine.fleet
+        fleet.wanted = self.label
+        for member in self.members:
+            fleet.tell(member, UpdateDone(self.label))
 
     def _check_versions(self) -> None:
         limit = min(self.left(), _STEP_SECONDS)

@@ -19,7 +19,7 @@ from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.errors import StaleServer
 from megatron_laser.rollout.sglang.fleet import Member
 from megatron_laser.weight_sync.checksums import StreamDigest
-from megatron_laser.weight_sync.control import Update
+from megatron_laser.weight_sync.control import Update, quiet
 from megatron_laser.weight_sync.verify import verify
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,11 @@ class DiskTransport:
             )
             if self._verify or self._first:
                 verify(update, digest)
+            self._current = (
+                label,
+                target,
+            )  # before the label is the wanted one: catching up must not get older ones
         self._first = False
-        self._current = (label, target)
         engine.fleet.catch_up = self._catch_up
         self._remove_old(target)
 
@@ -84,8 +87,7 @@ class DiskTransport:
         label, target = self._current
         phase = "catching up from disk"
         client, seconds = member.client, self._seconds
-        await client.post("/pause_generation", {"mode": "abort"}, deadline=seconds, phase=phase)
-        await client.post("/flush_cache", {}, deadline=seconds, phase=phase)
+        await quiet(member, seconds)
         await client.post("/update_weights_from_disk", _body(target, label), deadline=seconds, phase=phase)
         info = await client.get("/model_info", deadline=seconds, phase=phase)
         version = info.get("weight_version") if isinstance(info, dict) else None

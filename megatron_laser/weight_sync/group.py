@@ -30,7 +30,7 @@ class UpdateGroup:
         Raises SyncFailed, naming who did not come.
         """
         self.name = name
-        self.members = {member: member.start for member in update.members}
+        self.members = {member: _process(member) for member in update.members}
         self._backend = backend
         seconds = min(_JOIN_SECONDS, update.left())
         self._timeout = timedelta(seconds=timeout)
@@ -77,7 +77,7 @@ class UpdateGroup:
 
     def fits(self, members: list[Member]) -> bool:
         """Whether it consists of exactly these servers, with the processes that joined."""
-        return {member: member.start for member in members} == self.members
+        return {member: _process(member) for member in members} == self.members
 
     def broadcast(self, tensor: torch.Tensor) -> dist.Work:
         """Start sending `tensor` to all servers."""
@@ -102,6 +102,11 @@ class UpdateGroup:
             )
         except BaseException as error:
             trouble.append(error)
+
+
+def _process(member: Member) -> tuple[int, int]:
+    """Changes when the server gets a new process, also one that nobody announced."""
+    return member.start, member.health.deaths
 
 
 def _abandon(group: Any, backend: str) -> None:

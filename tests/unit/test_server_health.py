@@ -88,7 +88,7 @@ def reply(**changes):
 
 
 def test_a_whole_answer_is_taken_as_it_is():
-    parsed = parse_generate(reply(), 28)
+    parsed = parse_generate(reply(), 28, max_new_tokens=8, prompt_tokens=3)
     assert (parsed.ids, parsed.logprobs, parsed.finish_reason) == ([7, 1], [-0.5, -0.1], "stop")
     assert (parsed.version, parsed.cached_tokens) == ("run-1", 2)
 
@@ -105,19 +105,23 @@ def test_a_whole_answer_is_taken_as_it_is():
         reply(output_token_logprobs=[[float("nan"), 7, None], [-0.1, 1, None]]),
         reply(weight_version=None),
         reply() | {"output_ids": [99, 1]},
+        reply(completion_tokens=3),
+        reply(prompt_tokens=4),
+        reply(output_token_logprobs=[[-0.5, 7, None]] * 9) | {"output_ids": [7] * 9},
+        reply(output_token_logprobs=[]) | {"output_ids": []},
     ],
 )
 def test_half_an_answer_is_none(body):
     with pytest.raises(WireError):
-        parse_generate(body, 28)
+        parse_generate(body, 28, max_new_tokens=8, prompt_tokens=3)
 
 
 def test_the_score_is_that_of_the_asked_token():
     body = reply(output_token_ids_logprobs=[[[-7.5, 2, None]]])
-    assert parse_score(body, 2).logprob == -7.5
+    assert parse_score(body, 2, prompt_tokens=3).logprob == -7.5
     for wrong in (reply(), reply(output_token_ids_logprobs=[[[-7.5, 3, None]]])):
         with pytest.raises(WireError):
-            parse_score(wrong, 2)
+            parse_score(wrong, 2, prompt_tokens=3)
 
 
 def test_a_server_that_does_not_fit_is_named_with_what_differs():

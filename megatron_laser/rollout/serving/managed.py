@@ -107,7 +107,8 @@ class ManagedServer:
         self, answer: Answer, prober: Prober, now: float, fleet_was_updated: bool
     ) -> list[str]:
         self.sglang_version = answer.sglang_version
-        current = answer.weight_version != initial_weight_version(self.plan.config.rollout.sglang)
+        initial = initial_weight_version(self.plan.config.rollout.sglang)
+        current = answer.weight_version != initial
         self.was_updated |= current
         if not self.slot.answered(now):
             if self.slot.state == "held" and current:
@@ -116,7 +117,7 @@ class ManagedServer:
             return []
         line = f"{self.slot.name} answers {self.slot.age(now):.0f} s after its start (SGLang {answer.sglang_version})"
         await prober.freeze_gc(self.url)  # it makes a server faster; one that cannot serves all the same
-        if fleet_was_updated and not current and await prober.pause(self.url):
+        if fleet_was_updated and not current and await prober.hold(self.url, initial):
             # requests wait there until whoever trains has sent the weights and continued it
             self.slot.state = "held"
             line += "; it is paused until the run sends it the current weights"

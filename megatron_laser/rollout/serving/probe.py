@@ -49,10 +49,19 @@ class Prober:
             return None
         return Answer(str(info["version"]), str(model.get("weight_version")))
 
-    async def pause(self, url: str) -> bool:
-        """Let requests wait until somebody continues the server; True if it has agreed."""
-        reply = await self._json("POST", f"{url}/pause_generation", _QUICK, {"mode": "in_place"})
-        return reply is not None
+    async def hold(self, url: str, initial_version: str) -> bool:
+        """Let requests wait until somebody has sent the server weights and continued it; True if it does that now.
+
+        A run may have done so since the server was last asked. The pause came after its continuing then, and nobody
+        else would end it.
+        """
+        if await self._json("POST", f"{url}/pause_generation", _QUICK, {"mode": "in_place"}) is None:
+            return False
+        model = await self._json("GET", f"{url}/model_info", _QUICK)
+        if model is None or str(model.get("weight_version")) == initial_version:
+            return True
+        await self._json("POST", f"{url}/continue_generation", _QUICK, {})
+        return False
 
     async def freeze_gc(self, url: str) -> bool:
         """Let a server's garbage collector forget what it holds after its start; True if it has.

@@ -9,6 +9,7 @@ import aiohttp
 import orjson
 
 from megatron_laser.rollout.sglang.errors import (
+    ServerBusy,
     ServerFault,
     ServerGone,
     ServerRefused,
@@ -17,7 +18,7 @@ from megatron_laser.rollout.sglang.errors import (
 )
 
 _CONNECT_SECONDS = 10.0
-_BUSY = 503  # a router without workers, a server that starts: worth another try
+_BUSY = (408, 429, 503)  # a full queue, a router without workers, a server that starts: worth another try
 _SHOWN = 500  # characters of a server's own words
 
 
@@ -61,6 +62,8 @@ class ServerClient:
             raise ServerGone(
                 self.url, phase, f"{path}: {error or type(error).__name__}; is the server up?"
             ) from error
+        if status in _BUSY:
+            raise ServerBusy(self.url, phase, f"{path} answered {status}: {_words(raw)}")
         if status >= 500:
             raise ServerFault(self.url, phase, f"{path} answered {status}: {_words(raw)}")
         if status >= 400:
@@ -103,11 +106,6 @@ class Sessions:
     async def close(self) -> None:
         """Close all connections."""
         await asyncio.gather(self.data.close(), self.control.close())
-
-
-def is_busy(error: Exception) -> bool:
-    """Whether a 5xx says "not now" rather than "broken"."""
-    return isinstance(error, ServerFault) and f"answered {_BUSY}" in str(error)
 
 
 def _words(raw: bytes) -> str:

@@ -7,29 +7,20 @@ after its request was given up is dropped with its connection. So no response is
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_laser.rollout.engine import StopEarly
-from megatron_laser.rollout.sglang.client import ServerClient, is_busy
-from megatron_laser.rollout.sglang.errors import (
-    ServerError,
-    ServerFault,
-    ServerGone,
-    ServerRefused,
-    StaleServer,
-)
+from megatron_laser.rollout.sglang.errors import ServerError, ServerFault
+from megatron_laser.rollout.sglang.exchange import Exchange
 from megatron_laser.rollout.sglang.fleet import Fleet, Member
-from megatron_laser.rollout.sglang.health import Answered
-from megatron_laser.rollout.sglang.tasks import all_or_first_error, cancelling, retried
+from megatron_laser.rollout.sglang.router import Router
+from megatron_laser.rollout.sglang.tasks import all_or_first_error, retried
 from megatron_laser.rollout.sglang.traffic import Traffic, Weights
 from megatron_laser.rollout.sglang.wire import (
-    WireError,
-    abort_message,
     generate_body,
     joined,
     parse_generate,
@@ -38,15 +29,9 @@ from megatron_laser.rollout.sglang.wire import (
 )
 from megatron_laser.types import Generation, SamplingParams
 
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
 # Seconds of one request: a queue in front of it, and every token of it, on a loaded server.
 _REQUEST_SECONDS = 120.0
 _TOKEN_SECONDS = 0.25
-_ABORT_SECONDS = 30.0
-_ROUTER_REST = 30.0  # seconds without a router after it failed
 
 
 @dataclass(eq=False)
@@ -65,14 +50,14 @@ class Driver:
     """Sends requests to the servers of `fleet`, through `router` where there is one."""
 
     def __init__(
-        self, fleet: Fleet, *, vocab_size: int, max_concurrency: int, router: ServerClient | None = None
+        self, fleet: Fleet, *, vocab_size: int, max_concurrency: int, router: Router | None = None
     ) -> None:
         self._fleet = fleet
         self._vocab_size = vocab_size
         self._slots = asyncio.Semaphore(max_concurrency)
-        self._router = router
-        self._router_rests_until = 0.0
+        self._trouble = ""  # what a request was last repeated for
         self.traffic = Traffic()
+        self._exchange = Exchange(fleet, self.traffic, router)
 
     async def generate(
         self,
@@ -117,7 +102,7 @@ class Driver:
             stop.on_set(lambda: loop.call_soon_threadsafe(stopped.set))
         watcher = asyncio.create_task(self._abort_when(stopped, jobs))
         try:
-            await all_or_first_error(tasks, ends)
+            await all_or_first_error(tasks, ends, self._late("generation"))
         finally:
             watcher.cancel()
             await asyncio.gather(watcher, return_exceptions=True)
@@ -133,7 +118,8 @@ class Driver:
             async with self._slots:
                 values[index] = await self._score_one(sequences[index], token_id, weights, None, ends)
 
-        await all_or_first_error({asyncio.create_task(run(i)): i for i in range(len(sequences))}, ends)
+        tasks = {asyncio.create_task(run(i)): i for i in range(len(sequences))}
+        await all_or_first_error(tasks, ends, self._late("score"))
         return values
 
     async def _generate_one(
@@ -150,10 +136,11 @@ class Driver:
         left = sampling.max_new_tokens - len(had)
         input_ids = [*job.prompt_ids, *had]
 
-        async def attempt() -> Generation | None:
+        async def attempt(failed: Member | None) -> Generation | None:
             if stopped.is_set():
                 return partial
-            member = await self._fleet.pick(homes.get(job.prompt))
+            job.member = None
+            member = await self._fleet.pick("generation", homes.get(job.prompt), failed)
             # The samples of a prompt go to one server: its prefix cache has the prompt after the first.
             homes[job.prompt] = job.member = member
             job.rid = uuid.uuid4().hex
@@ -161,22 +148,27 @@ class Driver:
             seconds = min(ends - time.monotonic(), _REQUEST_SECONDS + _TOKEN_SECONDS * left)
             started = time.monotonic()
             try:
-                answer = await self._send(member, body, seconds, "generation")
+                reply = await self._exchange.ask(
+                    member,
+                    body,
+                    lambda answer: parse_generate(
+                        answer, self._vocab_size, max_new_tokens=left, prompt_tokens=len(input_ids)
+                    ),
+                    weights=weights,
+                    seconds=seconds,
+                    phase="generation",
+                    direct=failed is not None,
+                )
             finally:
                 job.rid = ""
-            self.traffic.generate_seconds += time.monotonic() - started
-            refused = abort_message(answer)
-            if refused is not None:
-                raise ServerRefused(member.url, "generation", refused)
-            reply = self._parse(member, "generation", lambda: parse_generate(answer, self._vocab_size))
-            self._check_weights(member, "generation", weights, (*reply.versions, reply.version))
+                self.traffic.generate_seconds += time.monotonic() - started
             if reply.finish_reason == "abort" and not stopped.is_set():
                 raise ServerFault(member.url, "generation", "aborted, but not by this run")
             self.traffic.prompt_tokens += reply.prompt_tokens
             self.traffic.cached_tokens += reply.cached_tokens
             return joined(partial, reply, weights.version, sampling)
 
-        generation = await self._retried(attempt, ends)
+        generation = await self._retried(attempt, lambda: job.member)
         token = sampling.score_token_id
         if generation is not None and token is not None and generation.is_scored(sampling.stop_token_ids):
             sequence = [*job.prompt_ids, *generation.response_ids]
@@ -191,103 +183,71 @@ class Driver:
         preferred: Member | None,
         ends: float,
     ) -> float:
-        async def attempt() -> float:
-            member = await self._fleet.pick(preferred)
+        member: Member | None = None
+
+        async def attempt(failed: Member | None) -> float:
+            nonlocal member
+            member = await self._fleet.pick("score", preferred, failed)
             body = score_body(sequence, token_id, rid=uuid.uuid4().hex)
             started = time.monotonic()
-            answer = await self._send(member, body, min(ends - started, _REQUEST_SECONDS), "score")
-            self.traffic.score_seconds += time.monotonic() - started
-            refused = abort_message(answer)
-            if refused is not None:
-                raise ServerRefused(member.url, "score", refused)
-            reply = self._parse(member, "score", lambda: parse_score(answer, token_id))
-            self._check_weights(member, "score", weights, (reply.version,))
+            try:
+                reply = await self._exchange.ask(
+                    member,
+                    body,
+                    lambda answer: parse_score(answer, token_id, prompt_tokens=len(sequence)),
+                    weights=weights,
+                    seconds=min(ends - started, _REQUEST_SECONDS),
+                    phase="score",
+                    direct=failed is not None,
+                )
+            finally:
+                self.traffic.score_seconds += time.monotonic() - started
             self.traffic.scores += 1
             self.traffic.score_tokens += reply.prompt_tokens
             self.traffic.score_cached_tokens += reply.cached_tokens
             return reply.logprob
 
-        return await self._retried(attempt, ends)
+        return await self._retried(attempt, lambda: member)
 
-    async def _send(self, member: Member, body: dict[str, Any], seconds: float, phase: str) -> Any:
-        """POST /generate to the router if there is one, else to `member`; ends when the member dies."""
-        self.traffic.requests += 1
-        router = self._router
-        if router is not None and time.monotonic() >= self._router_rests_until:
+    async def _retried(
+        self,
+        attempt: Callable[[Member | None], Awaitable[Any]],
+        last: Callable[[], Member | None],
+    ) -> Any:
+        """`attempt` until it succeeds; it is told the server that it failed on, which `last` names."""
+        failed: Member | None = None
+
+        async def next_attempt() -> Any:
+            nonlocal failed
             try:
-                return await router.request(body, deadline=seconds, phase=f"{phase} through the router")
-            except ServerGone as error:
-                logger.warning("%s; requests go to the servers for %g s", error, _ROUTER_REST)
-                self._router_rests_until = time.monotonic() + _ROUTER_REST
+                return await attempt(failed)
+            except ServerError:
+                failed = last()
                 raise
-        task = asyncio.ensure_future(member.client.request(body, deadline=seconds, phase=phase))
-        member.running.add(task)
-        try:
-            answer = await task
-        except asyncio.CancelledError:
-            if task.cancelled() and not cancelling():
-                raise ServerGone(
-                    member.url, phase, member.health.reason or "it is no longer in use"
-                ) from None
-            task.cancel()
-            await self._abort(member.client, body["rid"])
-            raise
-        except ServerError as error:
-            if not isinstance(error, ServerRefused) and not is_busy(error):
-                self._fleet.failed(member, error)
-            if not error.gone:
-                await self._abort(member.client, body["rid"])
-            raise
-        finally:
-            member.running.discard(task)
-        self._fleet.succeeded(member)
-        return answer
 
-    def _parse(self, member: Member, phase: str, parse: Callable[[], T]) -> T:
-        try:
-            return parse()
-        except (WireError, LookupError, TypeError) as error:
-            fault = ServerFault(member.url, phase, f"its answer has {error}")
-            self._fleet.failed(member, fault)
-            raise fault from error
-
-    def _check_weights(self, member: Member, phase: str, weights: Weights, versions: tuple[str, ...]) -> None:
-        wrong = [version for version in versions if weights.label is not None and version != weights.label]
-        if not wrong:
-            return
-        self.traffic.stale_replies += 1
-        if self._router is None:
-            self._fleet.tell(member, Answered(wrong[0]))
-        raise StaleServer(
-            member.url, phase, f"answered with weights {wrong[0]!r} instead of {weights.label!r}; dropped"
-        )
-
-    async def _retried(self, attempt: Callable[[], Any], ends: float) -> Any:
-        def note() -> None:
+        def note(error: BaseException) -> None:
             self.traffic.retries += 1
+            self._trouble = str(error)
 
-        return await retried(attempt, ends, note)
+        return await retried(next_attempt, note)
+
+    def _late(self, phase: str) -> Callable[[int, int], str]:
+        """What to say when time is up."""
+        self._trouble = ""
+
+        def message(waiting: int, all_of_them: int) -> str:
+            trouble = f"the last failed try: {self._trouble}; " if self._trouble else ""
+            return (
+                f"{phase}: {waiting} of {all_of_them} requests were not done in time; "
+                f"{trouble}{self._fleet.describe()}"
+            )
+
+        return message
 
     async def _abort_when(self, stopped: asyncio.Event, jobs: Sequence[_Job]) -> None:
         """Once `stopped` is set, ask the servers again and again to end what is open."""
         await stopped.wait()
         while True:
-            open_jobs = [job for job in jobs if job.rid and job.member is not None]
-            await asyncio.gather(
-                *(self._abort(member.client, job.rid) for job in open_jobs for member in self._holders(job))
-            )
+            held = [(job.member, job.rid) for job in jobs if job.rid and job.member is not None]
+            await asyncio.gather(*(self._exchange.abort(member, rid) for member, rid in held))
             await asyncio.sleep(0.5)
-
-    def _holders(self, job: _Job) -> list[Member]:
-        """The servers that may hold a job's request: one, or any behind a router."""
-        if self._router is not None:
-            return self._fleet.members
-        return [] if job.member is None else [job.member]
-
-    async def _abort(self, client: ServerClient, rid: str) -> None:
-        """Best effort: a request that is not aborted ends by itself, and its answer is dropped."""
-        try:
-            body = {"rid": rid, "abort_all": False}
-            await client.post("/abort_request", body, deadline=_ABORT_SECONDS, phase="abort")
-        except ServerError as error:
-            logger.debug("%s", error)

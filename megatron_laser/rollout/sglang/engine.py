@@ -19,7 +19,8 @@ from megatron_laser.rollout.sglang.driver import Driver
 from megatron_laser.rollout.sglang.fleet import Fleet, Member
 from megatron_laser.rollout.sglang.health import Limits
 from megatron_laser.rollout.sglang.identify import Expected, ServerFacts, identify, refuse_strangers
-from megatron_laser.rollout.sglang.loop_thread import LoopThread
+from megatron_laser.rollout.sglang.loop_thread import SLACK, LoopThread
+from megatron_laser.rollout.sglang.router import Router
 from megatron_laser.rollout.sglang.traffic import Weights
 from megatron_laser.rollout.sglang.transport import WeightTransport
 from megatron_laser.types import Generation, SamplingParams
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_SLACK = 30.0  # seconds that the loop's thread gets to report a deadline itself
 
 
 class SglangEngine:
@@ -90,7 +89,9 @@ class SglangEngine:
                 min_servers=min_servers,
                 servers_deadline=servers_deadline,
             )
-            router = None if router_url is None else ServerClient(router_url, sessions)
+            router = None
+            if router_url is not None:
+                router = Router(ServerClient(router_url, sessions), patience=fleet.probe_deadline)
             driver = Driver(
                 fleet, vocab_size=expected.vocab_size, max_concurrency=max_concurrency, router=router
             )
@@ -208,21 +209,20 @@ class SglangEngine:
         self.transport.send(self, weights, version, self.label(version))
         self._version = version
         self._synced = True
-        self.on_loop(lambda: setattr(self.fleet, "wanted", self.label(version)))
 
     def identify_all(self) -> dict[str, ServerFacts]:
         """Ask every server that answers who it is; notes their tensor-parallel sizes."""
         members = self.fleet.updatable()
 
         async def ask(member: Member) -> ServerFacts:
-            facts = await identify(member.client, self._expected, deadline=_SLACK)
+            facts = await identify(member.client, self._expected, deadline=SLACK)
             member.tensor = facts.tensor
             return facts
 
         async def ask_all() -> list[ServerFacts]:
             return list(await asyncio.gather(*(ask(member) for member in members)))
 
-        facts = self.run(ask_all(), 3 * _SLACK, "identifying servers")
+        facts = self.run(ask_all(), 3 * SLACK, "identifying servers")
         return {member.url: fact for member, fact in zip(members, facts)}
 
     def take_metrics(self) -> dict[str, float]:
@@ -249,7 +249,7 @@ class SglangEngine:
         async def work() -> T:
             return call()
 
-        return self.run(work(), _SLACK, "asking the event loop")
+        return self.run(work(), SLACK, "asking the event loop")
 
     def close(self) -> None:
         """End requests and connections; servers that others started stay as they are."""

@@ -39,6 +39,10 @@ class StrangeAnswer(ServerFault):
     """The server answered in full, but not as an SGLang server does."""
 
 
+class ServerBusy(ServerFault):
+    """Not now (408, 429, 503): it starts, its queue is full, or a router has no server. Says nothing of its health."""
+
+
 class ServerRefused(ServerError):
     """The server refused the request (4xx, `status`): the same request would be refused again."""
 

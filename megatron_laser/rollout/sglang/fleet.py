@@ -1,7 +1,7 @@
 """All servers of a run: who is up, who holds the wanted weights, and who gets the next request.
 
 Lives in one event loop. A monitor probes every server; requests report what they see. Probes go through the
-scheduler (`/v1/loads`), so a hung scheduler behind a live HTTP port is noticed.
+scheduler (`/server_info`; `/v1/loads` reads shared memory), so one that hangs behind a live HTTP port is noticed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_laser.rollout.sglang.health import (
 logger = logging.getLogger(__name__)
 
 PROBE_EVERY = 2.0  # seconds
-_PROBE_DEADLINE = 10.0
+_PROBE_DEADLINE = 10.0  # at most; three must fit into the hang deadline
 
 
 @dataclass(eq=False)
@@ -47,6 +47,7 @@ class Member:
     tensor: int = 1
     running: set[asyncio.Task[Any]] = field(default_factory=set)
     trouble: ServerError | None = None  # the last probe's
+    probing: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
@@ -86,6 +87,8 @@ class Fleet:
         self.wanted: str | None = None
         # Gives a server that came back the current weights, without the trainer; returns their name.
         self.catch_up: Callable[[Member], Awaitable[str]] | None = None
+        # Called when a server has fallen silent behind an open port, which breaks no connection.
+        self.on_hang: Callable[[], None] | None = None
         self._look()
 
     @property
@@ -112,6 +115,11 @@ class Fleet:
                 text += f", holds weights {health.version!r} instead of {self.wanted!r}"
             parts.append(text + (f" ({health.reason})" if health.reason else ""))
         return "; ".join(parts) or "no server is known"
+
+    @property
+    def probe_deadline(self) -> float:
+        """Seconds for the answer to a probe."""
+        return min(_PROBE_DEADLINE, self._limits.silence / 3)
 
     def watch(self) -> None:
         """Start the monitor."""
@@ -140,10 +148,16 @@ class Fleet:
             if after.state in (State.DEAD, State.RESTARTING):
                 for task in list(member.running):
                     task.cancel()
+                if self.on_hang is not None and isinstance(event, Missed) and not event.refused:
+                    self.on_hang()
         self._changed.set()
 
-    async def pick(self, preferred: Member | None = None) -> Member:
+    async def pick(self, phase: str, preferred: Member | None = None, failed: Member | None = None) -> Member:
         """The server for the next request: `preferred` if it takes work, else the least loaded; waits for one.
+
+        Args:
+            phase: what the request is for, for messages.
+            failed: a server that the request has failed on: any other one comes first.
 
         Raises:
             ServersLost: fewer than `min_servers` take work since `servers_deadline` seconds.
@@ -153,28 +167,29 @@ class Fleet:
             available = self.available()
             if len(available) >= self._min_servers:
                 self._short_since = None
-                if preferred is not None and preferred in available:
+                if preferred is not None and preferred in available and preferred is not failed:
                     return preferred
-                return min(available, key=lambda member: member.load)
-            self._check_shortage(len(available))
+                return min(available, key=lambda member: (member is failed, member.load))
+            self._check_shortage(phase, len(available))
             await self._change(1.0)
 
-    def _check_shortage(self, available: int) -> None:
+    def _check_shortage(self, phase: str, available: int) -> None:
         now = self._clock()
         if self._short_since is None:
             self._short_since = now
             logger.warning(
-                "%d of %d servers take work, rollout.min_servers is %d; waiting: %s",
+                "%s: %d of %d servers take work, rollout.min_servers is %d; waiting: %s",
+                phase,
                 available,
                 len(self._members),
                 self._min_servers,
                 self.describe(),
             )
         if len(self.updatable()) >= self._min_servers:
-            raise WeightsNeeded(f"servers came back without the current weights: {self.describe()}")
+            raise WeightsNeeded(f"{phase}: servers came back without the current weights: {self.describe()}")
         if now - self._short_since > self._servers_deadline:
             raise ServersLost(
-                f"fewer than rollout.min_servers {self._min_servers} healthy servers for more than "
+                f"{phase}: fewer than rollout.min_servers {self._min_servers} healthy servers for more than "
                 f"rollout.servers_deadline {self._servers_deadline:g} s: {self.describe()}"
             )
 
@@ -206,15 +221,18 @@ class Fleet:
     async def _watch(self) -> None:
         while True:
             self._look()
-            await asyncio.gather(*(self.probe(member) for member in self.members), return_exceptions=True)
+            for member in self.members:
+                # Each on its own: one that hangs, or catches up for minutes, must not hide what befalls another.
+                if member.probing is None or member.probing.done():
+                    member.probing = asyncio.create_task(self.probe(member))
             await asyncio.sleep(PROBE_EVERY)
 
     async def probe(self, member: Member) -> None:
         """Ask scheduler and HTTP process once; feeds what they say to the server's state."""
         client = member.client
         try:
-            await client.get("/v1/loads", deadline=_PROBE_DEADLINE, phase="probe")
-            info = await client.get("/model_info", deadline=_PROBE_DEADLINE, phase="probe")
+            await client.get("/server_info", deadline=self.probe_deadline, phase="probe")
+            info = await client.get("/model_info", deadline=self.probe_deadline, phase="probe")
             if not isinstance(info, dict) or "weight_version" not in info:
                 raise StrangeAnswer(member.url, "probe", "/model_info names no weight_version")
             version = str(info["weight_version"])
@@ -228,7 +246,7 @@ class Fleet:
                 self.tell(member, Answered(version))
             else:
                 member.health = member.health.after(Answered(version), self._clock(), self._limits)
-        stale = member.health.state is State.HEALTHY and member.health.version != self.wanted
+        stale = member.health.state is State.HEALTHY and not member.health.takes_work(self.wanted)
         if stale and self.wanted is not None and self.catch_up is not None:
             await self._catch_up(member, self.catch_up)
 
@@ -236,8 +254,8 @@ class Fleet:
         self.tell(member, UpdateBegan())
         try:
             self.tell(member, UpdateDone(await catch_up(member)))
-        except ServerError as error:
-            self.tell(member, UpdateFailed(str(error)))
+        except Exception as error:  # whatever it is, the server must not stay in `updating`
+            self.tell(member, UpdateFailed(str(error) or repr(error)))
 
     def _look(self) -> None:
         """Take over what `source` says: new servers, new processes, servers that are no more."""

@@ -11,7 +11,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_ran
 
 from megatron_laser.rollout.sglang.errors import ServerError, ServerRefused
 
-_CANCEL_SECONDS = 30.0
+_CANCEL_SECONDS = 15.0  # below the slack of whoever waits in another thread: it shall hear the reason
 
 
 def cancelling() -> bool:
@@ -20,8 +20,13 @@ def cancelling() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-async def all_or_first_error(tasks: Mapping[asyncio.Task[None], Any], ends: float) -> None:
-    """Wait for all tasks; the first error, or the end of time, cancels the others."""
+async def all_or_first_error(
+    tasks: Mapping[asyncio.Task[None], Any], ends: float, late: Callable[[int, int], str]
+) -> None:
+    """Wait for all tasks; the first error, or the end of time, cancels the others.
+
+    Raises TimeoutError(late(unfinished, all)) at `ends` by time.monotonic().
+    """
     if not tasks:
         return
     try:
@@ -31,33 +36,34 @@ async def all_or_first_error(tasks: Mapping[asyncio.Task[None], Any], ends: floa
         for task in done:
             task.result()
         if waiting:
-            raise TimeoutError(f"{len(waiting)} of {len(tasks)} requests were not done in time")
+            raise TimeoutError(late(len(waiting), len(tasks)))
     finally:
         waiting = {task for task in tasks if not task.done()}
         for task in waiting:
             task.cancel()
         if waiting:
             await asyncio.wait(waiting, timeout=_CANCEL_SECONDS)
+        for task in tasks:
+            if task.done() and not task.cancelled():
+                task.exception()  # heard: a thousand requests that fail alike are one error, not a thousand lines
 
 
-async def retried(attempt: Callable[[], Any], ends: float, note: Callable[[], None]) -> Any:
-    """`attempt` until it succeeds or time is up, with jitter between; what would only repeat itself ends it.
+async def retried(attempt: Callable[[], Any], note: Callable[[BaseException], None]) -> Any:
+    """`attempt` until it succeeds, with jitter between; what would only repeat itself ends it.
 
-    `note` is called before each further attempt.
+    Whoever waits for it cancels it at the end of time. `note` is called with the error before each further attempt.
     """
 
-    def before(_: RetryCallState) -> None:
-        note()
-
-    def out_of_time(_: RetryCallState) -> bool:
-        return time.monotonic() >= ends
+    def before(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        if error is not None:
+            note(error)
 
     retrying = AsyncRetrying(
         retry=retry_if_exception(
             lambda error: isinstance(error, ServerError) and not isinstance(error, ServerRefused)
         ),
         wait=wait_random_exponential(multiplier=0.1, max=5.0),
-        stop=out_of_time,
         before_sleep=before,
         reraise=True,
     )

@@ -50,6 +50,11 @@ class ScoreReply:
     prompt_tokens: int
     cached_tokens: int
 
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """As in `Reply`."""
+        return (self.version,)
+
 
 def generate_body(
     input_ids: Sequence[int], sampling: SamplingParams, *, max_new_tokens: int, rid: str
@@ -83,8 +88,11 @@ def score_body(input_ids: Sequence[int], token_id: int, *, rid: str) -> dict[str
     }
 
 
-def parse_generate(body: Any, vocab_size: int) -> Reply:
-    """Raises WireError when `body` is not the answer to one `generate_body`."""
+def parse_generate(body: Any, vocab_size: int, *, max_new_tokens: int, prompt_tokens: int) -> Reply:
+    """The answer to one `generate_body` with an input of `prompt_tokens` ids.
+
+    Raises WireError when `body` is not that.
+    """
     meta = _meta(body)
     reason = meta.get("finish_reason")
     kind = reason.get("type") if isinstance(reason, dict) else None
@@ -93,6 +101,13 @@ def parse_generate(body: Any, vocab_size: int) -> Reply:
     ids = body.get("output_ids")
     if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
         raise WireError(f"output_ids that are not token ids below {vocab_size}: {str(ids)[:200]}")
+    stated = meta.get("completion_tokens", len(ids))
+    if stated != len(ids) and kind != "abort":  # an aborted request's counts may lag behind its tokens
+        raise WireError(f"{len(ids)} output_ids but completion_tokens {stated!r}")
+    if len(ids) > max_new_tokens:
+        raise WireError(f"{len(ids)} output_ids where at most {max_new_tokens} were asked for")
+    if not ids and kind != "abort" and max_new_tokens > 0:
+        raise WireError(f"no output_ids, and finish_reason {kind!r}")
     entries = meta.get("output_token_logprobs")
     entries = [] if entries is None and not ids else entries
     if not isinstance(entries, list) or len(entries) != len(ids):
@@ -109,9 +124,8 @@ def parse_generate(body: Any, vocab_size: int) -> Reply:
         logprobs,
         _FINISH[kind],
         _version(meta),
-        tuple(span["version"] for span in meta.get("weight_versions") or [{"version": _version(meta)}]),
-        int(meta.get("prompt_tokens", 0)),
-        int(meta.get("cached_tokens", 0)),
+        (*(span["version"] for span in meta.get("weight_versions") or ()), _version(meta)),
+        *_input_tokens(meta, prompt_tokens),
     )
 
 
@@ -149,8 +163,8 @@ def abort_message(body: Any) -> str | None:
     return None
 
 
-def parse_score(body: Any, token_id: int) -> ScoreReply:
-    """Raises WireError when `body` is not the answer to one `score_body`."""
+def parse_score(body: Any, token_id: int, *, prompt_tokens: int) -> ScoreReply:
+    """The answer to one `score_body` with `prompt_tokens` ids. Raises WireError when `body` is not that."""
     meta = _meta(body)
     try:
         logprob, token = meta["output_token_ids_logprobs"][0][0][:2]
@@ -161,8 +175,7 @@ def parse_score(body: Any, token_id: int) -> ScoreReply:
     return ScoreReply(
         _finite(logprob, "output_token_ids_logprobs"),
         _version(meta),
-        int(meta.get("prompt_tokens", 0)),
-        int(meta.get("cached_tokens", 0)),
+        *_input_tokens(meta, prompt_tokens),
     )
 
 
@@ -171,6 +184,15 @@ def _meta(body: Any) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise WireError(f"no meta_info in {str(body)[:300]}")
     return meta
+
+
+def _input_tokens(meta: dict[str, Any], sent: int) -> tuple[int, int]:
+    """Tokens of the input, and how many of them came from the prefix cache."""
+    read = meta.get("prompt_tokens", sent)
+    if read != sent:
+        raise WireError(f"prompt_tokens {read!r} for an input of {sent} ids: an answer to another request")
+    cached = meta.get("cached_tokens", 0)
+    return sent, cached if isinstance(cached, int) else 0
 
 
 def _version(meta: dict[str, Any]) -> str:

@@ -1,0 +1,236 @@
+"""An SGLang server in a thread of the test that answers what it is told to: for faults that no real one has on demand.
+
+Every response is the tokens 7, 8, ..., and the stop token; a score is -7.5. `faults` are used up by the next requests.
+"""
+
+import json
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from megatron_laser.rollout.endpoints import ServerEndpoint
+from megatron_laser.rollout.sglang.engine import SglangEngine
+from megatron_laser.rollout.sglang.identify import Expected
+from megatron_laser.weight_sync.control import Update
+
+VOCABULARY, STOP, SCORE = 28, 1, 2
+LENGTH = 4  # tokens of a whole response, the stop token included
+HELD = 2  # tokens that a held request has when it is aborted
+_FAULTY = {
+    "fewer tokens than stated": lambda reply: reply["meta_info"].update(completion_tokens=LENGTH + 1),
+    "more tokens than stated": lambda reply: reply["meta_info"].update(completion_tokens=LENGTH - 1),
+    "a log-prob is missing": lambda reply: reply["meta_info"]["output_token_logprobs"].pop(),
+    "an id beyond the vocabulary": lambda reply: reply["output_ids"].__setitem__(0, VOCABULARY),
+    "the answer to another prompt": lambda reply: reply["meta_info"].update(prompt_tokens=60),
+    "other weights": lambda reply: reply["meta_info"].update(weight_version="other"),
+    "no meta_info": lambda reply: reply.clear(),
+}
+
+
+class FaultyServer:
+    """Listens at once. Attributes may be changed at any time.
+
+    Attributes:
+        faults: for the next requests to /generate: a key of `_FAULTY`, a status such as "500", or "truncated JSON",
+            "cut off", "reset", "closed"; None: none.
+        holds: requests (their bodies) that wait until they are aborted or let go, with `HELD` tokens.
+        requests, aborted: bodies of /generate, and rids, as they came.
+        paused: generation is, as far as control calls say.
+        stuck: half done requests of a pause in place: the cache cannot be flushed before it was continued.
+        flush_refusals: so many times the cache cannot be flushed.
+        calls: paths, in their order, but for probes.
+        silent: answer nothing at all, as a stopped process.
+    """
+
+    def __init__(self) -> None:
+        self.version = "default"
+        self.faults: deque[str | None] = deque()
+        self.holds: Callable[[dict[str, Any]], bool] = lambda body: False
+        self.requests: list[dict[str, Any]] = []
+        self.aborted: list[str] = []
+        self.answered = 0
+        self.paused = self.stuck = False
+        self.flush_refusals = 0
+        self.calls: list[str] = []
+        self.silent = False
+        self.let_go = threading.Event()
+        self._changed = threading.Condition()
+        self._http: ThreadingHTTPServer | None = None
+        self.start()
+
+    @property
+    def generations(self) -> list[dict[str, Any]]:
+        """Requests that are not for a score."""
+        return [body for body in self.requests if "token_ids_logprob" not in body]
+
+    def start(self, port: int = 0) -> None:
+        served = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+                served._answer(self, self.path, body)
+
+            do_POST = do_GET
+
+            def log_message(self, *_: object) -> None:
+                return None
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_: object) -> None:
+                return None  # a client that went away
+
+        self._http = Server(("127.0.0.1", port), Handler)
+        self.port = self._http.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def stop(self) -> None:
+        """Listen no more, and break what is open."""
+        http, self._http = self._http, None
+        if http is not None:
+            http.shutdown()
+            http.server_close()
+        self.let_go.set()
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait_for(self, condition: Callable[[], bool], deadline: float = 20.0) -> None:
+        """Until `condition`, which depends on what has been received."""
+        with self._changed:
+            assert self._changed.wait_for(condition, deadline)
+
+    def _answer(self, handler: BaseHTTPRequestHandler, path: str, body: dict[str, Any]) -> None:
+        if self.silent:
+            self.let_go.wait(60)
+            return reset(handler)
+        if self._http is None:
+            return reset(handler)
+        refused = False
+        with self._changed:
+            if path not in ("/server_info", "/model_info"):
+                self.calls.append(path)
+            if path == "/generate":
+                self.requests.append(body)
+            elif path == "/abort_request":
+                self.aborted.append(body["rid"])
+            elif path in ("/pause_generation", "/continue_generation"):
+                self.paused = path == "/pause_generation"
+                self.stuck = self.stuck and self.paused
+            elif path == "/flush_cache" and (self.stuck or self.flush_refusals):
+                self.flush_refusals = max(0, self.flush_refusals - 1)
+                refused = True
+            elif path == "/update_weights_from_disk":
+                self.version = body["weight_version"]
+            self._changed.notify_all()
+        if path == "/generate":
+            return self._generate(handler, body)
+        if refused:
+            return respond(handler, 400, b"there are pending requests")
+        known = {
+            "/model_info": {"weight_version": self.version, "is_generation": True},
+            "/server_info": {"version": "0.5.23", "vocab_size": VOCABULARY, "dtype": "float32"},
+        }
+        respond(handler, 200, json.dumps(known.get(path, {"success": True})).encode())
+
+    def _generate(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        fault = self.faults.popleft() if self.faults else None
+        held = self.holds(body)
+        if held:
+            with self._changed:
+                self._changed.wait_for(lambda: body["rid"] in self.aborted or self.let_go.is_set(), 60)
+        if self._http is None:
+            return reset(handler)
+        reply = self._reply(body, aborted=held and body["rid"] in self.aborted)
+        if fault in _FAULTY:
+            _FAULTY[fault](reply)
+        data = json.dumps(reply).encode()
+        self.answered += 1
+        if fault is None or fault in _FAULTY:
+            respond(handler, 200, data)
+        elif fault.isdigit():
+            respond(handler, int(fault), b"a fault was ordered")
+        elif fault == "truncated JSON":
+            respond(handler, 200, data[: len(data) // 2])
+        elif fault == "cut off":
+            respond(handler, 200, data[: len(data) // 2], stated=len(data))
+            handler.close_connection = True
+        elif fault in ("reset", "closed"):
+            reset(handler, hard=fault == "reset")
+        else:
+            raise ValueError(fault)
+
+    def _reply(self, body: dict[str, Any], *, aborted: bool) -> dict[str, Any]:
+        if "token_ids_logprob" in body:
+            ids, reason = [], {"type": "length", "length": 0}
+        else:
+            had = sum(token >= 7 for token in body["input_ids"])  # prompts have none of these
+            ids = [7 + had + i for i in range(LENGTH - 1 - had)] + [STOP]
+            reason = {"type": "stop", "matched": STOP}
+            if aborted:
+                ids, reason = ids[:HELD], {"type": "abort", "message": "Abort"}
+        meta = {
+            "finish_reason": reason,
+            "output_token_logprobs": [[-0.5, token, None] for token in ids],
+            "weight_version": self.version,
+            "prompt_tokens": len(body["input_ids"]),
+            "completion_tokens": len(ids),
+            "cached_tokens": len(body["input_ids"]) - 1,
+        }
+        if "token_ids_logprob" in body:
+            meta["output_token_ids_logprobs"] = [[[-7.5, SCORE, None]]]
+        return {"output_ids": ids, "meta_info": meta}
+
+
+class DiskLikeTransport:
+    """A `WeightTransport` that only names the weights."""
+
+    def send(self, engine: SglangEngine, weights: Any, version: int, label: str) -> None:
+        update = Update(engine, label, seconds=20.0)
+        with update.paused():
+            update.post_all("/update_weights_from_disk", {"weight_version": label}, phase="naming weights")
+
+    def close(self) -> None:
+        return None
+
+
+def open_engine(*servers: FaultyServer, **settings: Any) -> SglangEngine:
+    """An engine over `servers`, with short deadlines; all of them are up."""
+    endpoints = [ServerEndpoint(server.url) for server in servers]
+    defaults: dict[str, Any] = {
+        "start_deadline": 10.0,
+        "servers_deadline": 10.0,
+        "hang_deadline": 10.0,
+        "transport": DiskLikeTransport(),
+    }
+    engine = SglangEngine(
+        lambda: endpoints, api_key=None, expected=Expected(VOCABULARY), **defaults | settings
+    )
+    engine.run(engine.fleet.wait_until_up(len(servers), 10.0), 10.0, "waiting for the test's servers")
+    return engine
+
+
+def respond(handler: BaseHTTPRequestHandler, status: int, data: bytes, stated: int | None = None) -> None:
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(data) if stated is None else stated))
+    handler.end_headers()
+    handler.wfile.write(data)
+    handler.wfile.flush()
+
+
+def reset(handler: BaseHTTPRequestHandler, *, hard: bool = True) -> None:
+    """End the connection: with an RST in the middle of an answer, or by an orderly close before one."""
+    handler.close_connection = True
+    if hard:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{")
+        handler.wfile.flush()
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()

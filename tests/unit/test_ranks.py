@@ -1,0 +1,32 @@
+"""Work that needs servers is done again after a sync, and ends the run with the reason when they are lost."""
+
+import pytest
+
+from megatron_laser.engines import NEEDS_WEIGHTS
+from megatron_laser.ranks import CannotGoOn, Ranks
+
+
+class Scripted(Ranks):
+    """Ranks on which rank 0 says one word after the other."""
+
+    def decide(self, phase, work):
+        self.config.append(phase)
+        return work(self.leader)
+
+
+def lead_on(words):
+    left, did = list(words), []
+    ranks = Scripted(config=did, runtime=None, coordinator=None, leader=left)
+    ranks.lead_on("evaluation", 3, lambda leader: leader.pop(0), lambda: did.append("sync"))
+    return did
+
+
+def test_the_same_work_is_done_again_after_the_servers_were_given_weights():
+    assert lead_on([""]) == ["evaluation"]
+    assert lead_on([NEEDS_WEIGHTS, NEEDS_WEIGHTS, ""]) == ["evaluation", "sync"] * 2 + ["evaluation"]
+
+
+def test_any_other_word_ends_the_run_behind_its_last_complete_step():
+    with pytest.raises(CannotGoOn, match="server X is dead") as caught:
+        lead_on([NEEDS_WEIGHTS, "server X is dead"])
+    assert caught.value.step == 3
