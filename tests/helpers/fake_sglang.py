@@ -21,12 +21,19 @@ from pathlib import Path
 VERSION = "0.5.23"
 
 
-def fake_python(folder: Path, version: str = VERSION, router_version: str = "0.3.2") -> str:
+def fake_python(
+    folder: Path,
+    version: str = VERSION,
+    router_version: str = "0.3.2",
+    torch_version: str = "2.13.0+cpu",
+    nccl_version: str = "-",
+) -> str:
     """An executable in `folder` that behaves as a python with SGLang where `serve` is concerned."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "python"
     file.write_text(
-        f'#!/bin/sh\nFAKE_VERSIONS="{version} {router_version}" exec {sys.executable} -S {__file__} "$@"\n'
+        f'#!/bin/sh\nFAKE_VERSIONS="{version} {router_version} {torch_version} {nccl_version}" '
+        f'exec {sys.executable} -S {__file__} "$@"\n'
     )
     file.chmod(file.stat().st_mode | stat.S_IXUSR)
     return str(file)

@@ -13,6 +13,7 @@ from megatron_laser.types import SamplingParams
 from megatron_laser.weight_sync import disk, sync_weights
 from megatron_laser.weight_sync.disk import DiskTransport
 from megatron_laser.weight_sync.distributed import DistributedTransport
+from megatron_laser.weight_sync.peers import Peers
 
 pytestmark = pytest.mark.sglang
 
@@ -31,11 +32,15 @@ def process_group():
 
 
 def transport(kind, server, folder):
-    common = dict(dtype=torch.float32, seconds=60.0, hashed=True, always_verify=True)
+    common = dict(dtype=torch.float32, seconds=60.0, always_verify=True)
     if kind == "disk":
         return DiskTransport(folder, source=server.model, **common)
     return DistributedTransport(
-        backend="gloo", bucket_bytes=20_000, address=None, flattened=kind == "flattened", **common
+        peers=Peers(torch_version=torch.__version__, nccl_version=None),
+        bucket_bytes=20_000,
+        address=None,
+        flattened=kind == "flattened",
+        **common,
     )
 
 

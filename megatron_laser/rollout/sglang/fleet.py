@@ -39,12 +39,18 @@ _PROBE_DEADLINE = 10.0
 
 @dataclass(eq=False)
 class Member:
-    """One server as the fleet sees it. `running`: its open requests; they end when it dies."""
+    """One server as the fleet sees it.
+
+    endpoint: what is published of it. tensor, device: its tensor-parallel size and "cpu" or "cuda", once it has been
+    identified (device None: not yet). running: its open requests; they end when it dies.
+    """
 
     client: ServerClient
     health: Health
+    endpoint: ServerEndpoint
     start: int = 0
     tensor: int = 1
+    device: str | None = None
     running: set[asyncio.Task[Any]] = field(default_factory=set)
 
     @property
@@ -248,8 +254,11 @@ class Fleet:
             member = self._members.get(endpoint.url)
             if member is None:
                 client = ServerClient(endpoint.url, self._sessions)
-                self._members[endpoint.url] = Member(client, Health.fresh(self._clock()), endpoint.start)
-            elif endpoint.start > member.start:
+                health = Health.fresh(self._clock())
+                self._members[endpoint.url] = Member(client, health, endpoint, endpoint.start)
+                continue
+            member.endpoint = endpoint
+            if endpoint.start > member.start:
                 member.start = endpoint.start
                 self.tell(member, Restarted())
         for url in set(self._members) - named:

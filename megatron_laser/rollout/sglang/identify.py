@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_laser.rollout.sglang.client import ServerClient
-from megatron_laser.rollout.sglang.errors import ServerMismatch, ServerRefused
+from megatron_laser.rollout.sglang.errors import ServerError, ServerMismatch, ServerRefused
+from megatron_laser.rollout.sglang.fleet import Member
 
 MIN_SGLANG = (0, 5, 23)
 """Weight-update sessions (`/begin_weight_update`) and spans of weight versions are as of this release."""
@@ -41,6 +44,23 @@ class ServerFacts:
     tensor: int
     model_path: str
     weight_version: str
+    device: str  # "cpu", "cuda"
+
+
+async def identify_members(
+    members: Sequence[Member], expected: Expected, *, deadline: float
+) -> dict[Member, ServerFacts | ServerError]:
+    """Ask servers at once who they are; notes on each its tensor-parallel size and device."""
+
+    async def ask(member: Member) -> ServerFacts | ServerError:
+        try:
+            facts = await identify(member.client, expected, deadline=deadline)
+        except ServerError as error:
+            return error
+        member.tensor, member.device = facts.tensor, facts.device
+        return facts
+
+    return dict(zip(members, await asyncio.gather(*(ask(member) for member in members))))
 
 
 async def identify(client: ServerClient, expected: Expected, *, deadline: float) -> ServerFacts:
@@ -68,6 +88,7 @@ async def identify(client: ServerClient, expected: Expected, *, deadline: float)
         int(server.get("tp_size") or 1),
         str(info.get("model_path")),
         str(info["weight_version"]),
+        str(server.get("device") or "cuda"),
     )
 
 
