@@ -126,7 +126,10 @@ def main(arguments: list[str]) -> None:
     elif arguments[:1] == ["sleep"]:
         time.sleep(600)
     elif arguments[:1] == ["-c"] and "importlib.metadata" in arguments[1]:
-        print("\n".join(os.environ["FAKE_VERSIONS"].split()))
+        versions = os.environ["FAKE_VERSIONS"].split()
+        if arguments[2:] != ["nccl"]:  # as the real script: NCCL's is looked up only when asked for
+            versions[-1] = "-"
+        print("\n".join(versions))
     else:
         kind = Router if arguments[:1] == ["-c"] else Server
         serve(kind(arguments), option(arguments, "--host"), int(option(arguments, "--port")))

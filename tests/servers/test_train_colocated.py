@@ -12,7 +12,7 @@ import yaml
 from helpers.sglang_server import free_port, sglang_python
 from helpers.tiny_run import end_session, start_run, write_tiny_run
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(700)]
 
 STEP = [
     ("train", "servers gave back kv_cache, weights"),
@@ -45,7 +45,7 @@ def test_two_ranks_and_a_server_take_turns(tmp_path):
             "sglang": {
                 "python": sglang_python(),
                 "device": "cpu",
-                "port": free_port(),
+                "port": free_port(33800),
                 "start_deadline": 280,
             },
         },
@@ -58,7 +58,7 @@ def test_two_ranks_and_a_server_take_turns(tmp_path):
     )
     process = start_run(file, processes=2)
     try:
-        output, _ = process.communicate(timeout=450)
+        output, _ = process.communicate(timeout=600)
     finally:
         end_session(process)
     assert process.returncode == 0, output[-6000:]
