@@ -147,14 +147,19 @@ def _colocated_problems(rollout: RolloutConfig) -> list[str]:
     return problems
 
 
+def colocated_gpus(rollout: RolloutConfig) -> int | None:
+    """GPUs that colocated servers share with the trainer, and so its number of ranks; None for other settings."""
+    if rollout.engine != "sglang" or rollout.weight_sync != "colocated" or rollout.sglang.device == "cpu":
+        return None
+    return rollout.sglang.servers * rollout.sglang.tensor
+
+
 def colocated_layout_problems(rollout: RolloutConfig, world_size: int) -> list[str]:
     """Colocated servers on other GPUs than the trainer's `world_size` would idle, or leave some of them idle."""
+    gpus = colocated_gpus(rollout)
+    if gpus in (None, world_size):
+        return []
     sglang = rollout.sglang
-    if rollout.engine != "sglang" or rollout.weight_sync != "colocated" or sglang.device == "cpu":
-        return []
-    gpus = sglang.servers * sglang.tensor
-    if gpus == world_size:
-        return []
     return [
         f"rollout.weight_sync: colocated with rollout.sglang.servers {sglang.servers} x rollout.sglang.tensor "
         f"{sglang.tensor} = {gpus} GPUs and {world_size} trainer ranks: they share GPUs, so expected as many of both"

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from helpers.fake_sglang import fake_python
+from helpers.models import save_tiny_model
 from helpers.runs import run_config
 
-from megatron_laser.config import ConfigError, check_structure
+from megatron_laser.config import ConfigError, check_structure, resolve_plan
 from megatron_laser.config.rollout_checks import colocated_layout_problems
 from megatron_laser.inputs import read_inputs
 from megatron_laser.rollout.serving.colocated import (
@@ -97,6 +98,15 @@ def test_servers_have_as_many_gpus_as_the_trainer(config, servers, tensor, ranks
     for problem in problems:
         assert f"= {servers * tensor} GPUs and {ranks} trainer ranks" in problem
     assert colocated_layout_problems(config(sglang={"servers": 3, "device": "cpu"}).rollout, ranks) == []
+
+
+def test_a_plan_without_a_world_size_takes_the_servers_gpus(config, tmp_path):
+    save_tiny_model(tmp_path / "model", "qwen2")
+    fits = config(sglang={"servers": 2, "tensor": 2})
+    plan = resolve_plan(fits)
+    assert plan.layout.data == 4
+    with pytest.raises(ConfigError, match="= 4 GPUs and 2 trainer ranks"):
+        resolve_plan(fits, 2)
 
 
 @pytest.mark.parametrize(

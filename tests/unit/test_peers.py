@@ -6,8 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.fake_memory import FakeMemory, running
+from helpers.models import save_tiny_model
+from helpers.runs import run_config
 
 from megatron_laser.config import ConfigError
+from megatron_laser.engines import open_engine
 from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.identify import Expected
@@ -76,7 +79,7 @@ def test_a_trainer_without_gpu_cannot_broadcast_to_one():
         Peers(torch_version="2.13.0", nccl_version=None).backend([member()])
 
 
-def test_nobody_is_asked_to_join_when_the_group_cannot_be(monkeypatch):
+def test_nobody_is_asked_to_join_when_the_group_cannot_be():
     """The server's own word about its device counts, whatever the settings say."""
     server = FakeMemory(device="cuda")
     with running(server):
@@ -103,3 +106,33 @@ def test_nobody_is_asked_to_join_when_the_group_cannot_be(monkeypatch):
         finally:
             engine.close()
     assert server.log == ["pause_generation", "flush_cache"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with servers by URL whose settings say nothing of their device (the default is a GPU)."""
+    save_tiny_model(tmp_path / "model", "qwen2")
+
+    def make(url):
+        rollout = {"engine": "sglang", "sglang": {"urls": [url], "start_deadline": 20}}
+        return run_config(tmp_path, tmp_path / "model", rollout=rollout)
+
+    return make
+
+
+def test_servers_by_url_are_asked_for_their_device(run):
+    server = FakeMemory(device="cpu")
+    with running(server):
+        engine = open_engine(run(server.url))
+        try:
+            (found,) = engine.fleet.members
+            assert engine.transport.peers.backend([found]) == "gloo"
+        finally:
+            engine.close()
+
+
+def test_a_server_that_can_never_be_reached_is_refused_when_the_engine_is_opened(run):
+    server = FakeMemory(device="cuda")
+    with running(server), pytest.raises(ConfigError, match="computes on a GPU and the trainer on a CPU"):
+        open_engine(run(server.url))
+    assert server.log == []
