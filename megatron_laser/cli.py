@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_laser import cli_serve, cli_testtime
+from megatron_laser import cli_bench, cli_serve, cli_testtime
 
 app = typer.Typer(
     name="megatron-laser",
@@ -20,8 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-bench_app = typer.Typer(help="Measure: each command prints a table.", no_args_is_help=True)
-app.add_typer(bench_app, name="bench")
+app.add_typer(cli_bench.app, name="bench")
 cli_testtime.register(app)
 
 Overrides = Annotated[
@@ -173,62 +172,6 @@ def env() -> None:
 
     for name, value in describe().items():
         typer.echo(f"{name:22s} {value}")
-
-
-@bench_app.command("step")
-def bench_step(
-    pairs: Annotated[int, typer.Option(help="Interleaved GRPO/LaSeR pairs that are counted.")] = 30,
-    prompts: Annotated[int, typer.Option(help="Prompts per step.")] = 4,
-    samples: Annotated[int, typer.Option(help="Responses per prompt.")] = 8,
-    response_length: Annotated[int, typer.Option(help="Tokens of each response.")] = 256,
-    hidden: Annotated[int, typer.Option(help="Hidden size of the random Qwen2 model.")] = 128,
-    layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
-    vocabulary: Annotated[int, typer.Option(help="Its vocabulary.")] = 8192,
-    output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
-) -> None:
-    """What LaSeR adds to a GRPO train step (old-policy pass included in both): time ratio and peak memory."""
-    prepare_process("WARNING", is_main=True)
-    from megatron_laser.benchmarks.step import StepBenchmark
-
-    benchmark = StepBenchmark(
-        prompts=prompts,
-        samples=samples,
-        response_length=response_length,
-        hidden=hidden,
-        layers=layers,
-        vocabulary=vocabulary,
-    )
-    result = benchmark.run(pairs)
-    typer.echo(result.table())
-    if output is not None:
-        result.write(output)
-
-
-@bench_app.command("logprob")
-def bench_logprob(
-    output: Annotated[Path | None, typer.Option(help="Folder for logprob.json and logprob.png.")] = None,
-) -> None:
-    """The log-prob op forward and backward: time over the device's measured ceiling, peak memory, other libraries."""
-    _bench("logprob", output)
-
-
-@bench_app.command("score")
-def bench_score(
-    output: Annotated[Path | None, typer.Option(help="Folder for score.json and score.png.")] = None,
-) -> None:
-    """The few-row op that computes self-reward scores: time over one read of the output layer's weight."""
-    _bench("score", output)
-
-
-def _bench(name: str, output: Path | None) -> None:
-    prepare_process("WARNING", is_main=True)
-    from megatron_laser.benchmarks import logprob
-
-    report = logprob.bench_logprob() if name == "logprob" else logprob.bench_score()
-    typer.echo(report.table())
-    if output is not None:
-        for file in report.write(output, name):
-            typer.echo(f"wrote {file}")
 
 
 class user_errors:

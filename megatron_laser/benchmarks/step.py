@@ -1,7 +1,10 @@
 """The cost of LaSeR: its train step over GRPO's on the same model and the same rollouts.
 
-Both trainers live in one process and take turns, GRPO first in even pairs and LaSeR first in odd ones, so
-that a drifting machine speed cancels out. A step is the old-policy pass, the advantages, forward, backward and the
+GRPO and LaSeR both have an old-policy pass, which gives the scores too. The third trainer is LaSeR with scores from the
+rollout servers (`laser.score_source: server`) and `policy.old_logprobs: on_policy`: it has no such pass.
+
+The trainers live in one process and take turns, in an order that is turned around from round to round, so that a
+drifting machine speed cancels out. A step is the old-policy pass, the advantages, forward, backward and the
 optimizer; generation and grading are outside.
 """
 
@@ -28,49 +31,62 @@ from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample
 
 _PROMPT_TOKENS = 32
 _EOS = 1
-_WARM_UP_PAIRS = 3
+_WARM_UP_ROUNDS = 3
 _CONFIG = """
 model: {{path: {model}, dtype: float32, vocab_multiple: 1}}
 data: {{train: {model}/unused.jsonl, max_prompt_tokens: 64}}
 rollout: {{prompts_per_step: {prompts}, samples_per_prompt: {samples}, max_new_tokens: {response_length}}}
-laser: {{enabled: {laser}, score_token: 2, ref_logprob: -20.0, reasoning_warmup_steps: 0,
+laser: {{enabled: true, score_token: 2, ref_logprob: -20.0, reasoning_warmup_steps: 0,
         self_reward_warmup_steps: 0, std_threshold: 0.0}}
 batching: {{tokens_per_micro_batch: {budget}}}
 run: {{steps: 1000, output_dir: {model}/run}}
 """
 
 
+GRPO, LASER, SERVER = "GRPO", "LaSeR", "LaSeR, server scores"
+ARMS = {
+    GRPO: ["laser.enabled=false"],
+    LASER: [],
+    SERVER: ["laser.score_source=server", "policy.old_logprobs=on_policy"],
+}
+
+
 @dataclass(frozen=True)
 class StepBenchmarkResult:
-    """Seconds are medians; the ratio is LaSeR / GRPO, pair by pair, with a 95 % interval of its median."""
+    """seconds: one figure a round for each trainer, of the same round; peak_bytes: of one step."""
 
     device: str
     torch: str
     threads: int
     tokens_per_step: int
-    pairs: int
-    grpo_seconds: float
-    laser_seconds: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    grpo_peak_bytes: int
-    laser_peak_bytes: int
+    seconds: dict[str, list[float]]
+    peak_bytes: dict[str, int]
+
+    def ratio(self, arm: str, over: str) -> tuple[float, float, float]:
+        """Median of arm / over, round by round, and a 95 % interval of that median."""
+        ratios = [a / b for a, b in zip(self.seconds[arm], self.seconds[over])]
+        return statistics.median(ratios), *_median_interval(ratios)
 
     def table(self) -> str:
         """A table for people."""
-        memory = self.laser_peak_bytes / self.grpo_peak_bytes
-        return "\n".join(
-            [
-                f"train step on {self.device}, {self.tokens_per_step} tokens, {self.pairs} interleaved "
-                f"pairs, torch {self.torch}, {self.threads} thread(s)",
-                f"{'':10s} {'median s':>10s} {'peak MiB':>10s}",
-                f"{'GRPO':10s} {self.grpo_seconds:10.4f} {self.grpo_peak_bytes / 2**20:10.2f}",
-                f"{'LaSeR':10s} {self.laser_seconds:10.4f} {self.laser_peak_bytes / 2**20:10.2f}",
-                f"{'ratio':10s} {self.ratio:10.4f} {memory:10.4f}   (time: 95 % interval "
-                f"{self.ratio_low:.4f} to {self.ratio_high:.4f})",
-            ]
+        lines = [
+            f"train step on {self.device}, {self.tokens_per_step} tokens, {len(self.seconds[GRPO])} interleaved "
+            f"rounds, torch {self.torch}, {self.threads} thread(s)",
+            f"{'':22s} {'median s':>10s} {'over GRPO':>10s} {'95 % interval':>18s} {'peak MiB':>10s}",
+        ]
+        for arm in ARMS:
+            middle, low, high = self.ratio(arm, GRPO)
+            interval = "" if arm == GRPO else f"{low:.4f} to {high:.4f}"
+            lines.append(
+                f"{arm:22s} {statistics.median(self.seconds[arm]):10.4f} {middle:10.4f} {interval:>18s} "
+                f"{self.peak_bytes[arm] / 2**20:10.2f}"
+            )
+        middle, low, high = self.ratio(SERVER, LASER)
+        lines.append(
+            f"scores from the server, on-policy, save {1 - middle:.1%} of LaSeR's train step "
+            f"[{1 - high:.1%}, {1 - low:.1%}]: the old-policy pass"
         )
+        return "\n".join(lines)
 
     def write(self, path: Path) -> None:
         """Write the figures as JSON."""
@@ -95,48 +111,38 @@ class StepBenchmark:
             eos_token_id=_EOS,
         )
 
-    def run(self, pairs: int) -> StepBenchmarkResult:
-        """Time `pairs` interleaved pairs after a warm-up."""
+    def run(self, rounds: int) -> StepBenchmarkResult:
+        """Time `rounds` interleaved rounds after a warm-up."""
         flat = self._rollouts()
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             self.save_model(folder)
             trainers = self._trainers(folder, budget=max(4096, int(flat.lengths.max())))
-            steps = {False: 0, True: 0}
+            steps = dict.fromkeys(ARMS, 0)
 
-            def step(laser: bool) -> None:
-                steps[laser] += 1
-                trainers[laser].train_step(flat, steps[laser])
+            def step(arm: str) -> None:
+                steps[arm] += 1
+                trainers[arm].train_step(flat, steps[arm])
                 platform.synchronize()
 
-            peaks = {}
-            for _ in range(_WARM_UP_PAIRS):
-                step(False)
-                step(True)
-            for laser in (False, True):
-                peaks[laser] = peak_allocated_bytes(lambda laser=laser: step(laser))  # type: ignore[misc]
-            seconds: dict[bool, list[float]] = {False: [], True: []}
-            for pair in range(pairs):
-                for laser in (bool(pair % 2), not pair % 2):
+            for _ in range(_WARM_UP_ROUNDS):
+                for arm in ARMS:
+                    step(arm)
+            peaks = {arm: peak_allocated_bytes(lambda arm=arm: step(arm)) for arm in ARMS}  # type: ignore[misc]
+            seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+            for number in range(rounds):
+                for arm in ARMS if number % 2 else reversed(ARMS):
                     started = time.perf_counter()
-                    step(laser)
-                    seconds[laser].append(time.perf_counter() - started)
+                    step(arm)
+                    seconds[arm].append(time.perf_counter() - started)
             runtimes.stop()
-        ratios = [b / a for a, b in zip(seconds[False], seconds[True])]
-        low, high = _median_interval(ratios)
         return StepBenchmarkResult(
             device=platform.device_name(),
             torch=torch.__version__,
             threads=torch.get_num_threads(),
             tokens_per_step=int(flat.lengths.sum()),
-            pairs=pairs,
-            grpo_seconds=statistics.median(seconds[False]),
-            laser_seconds=statistics.median(seconds[True]),
-            ratio=statistics.median(ratios),
-            ratio_low=low,
-            ratio_high=high,
-            grpo_peak_bytes=peaks[False],
-            laser_peak_bytes=peaks[True],
+            seconds=seconds,
+            peak_bytes=peaks,
         )
 
     def save_model(self, folder: Path) -> None:
@@ -144,15 +150,12 @@ class StepBenchmark:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(self._model, dtype=torch.float32).save_pretrained(folder)
 
-    def _trainers(self, folder: Path, budget: int) -> dict[bool, Trainer]:
-        configs = {}
-        for laser in (False, True):
-            file = folder / f"laser-{laser}.yaml"
-            text = _CONFIG.format(model=folder, laser=str(laser).lower(), budget=budget, **self._shape)
-            file.write_text(text, encoding="utf-8")
-            configs[laser] = load_config(file)
-        runtime = runtimes.start(configs[True])
-        return {laser: Trainer(config, runtime, score_token_id=2) for laser, config in configs.items()}
+    def _trainers(self, folder: Path, budget: int) -> dict[str, Trainer]:
+        file = folder / "run.yaml"
+        file.write_text(_CONFIG.format(model=folder, budget=budget, **self._shape), encoding="utf-8")
+        configs = {arm: load_config(file, overrides) for arm, overrides in ARMS.items()}
+        runtime = runtimes.start(configs[LASER])
+        return {arm: Trainer(config, runtime, score_token_id=2) for arm, config in configs.items()}
 
     def _rollouts(self) -> FlatBatch:
         rng = np.random.default_rng(0)
@@ -164,7 +167,9 @@ class StepBenchmark:
             for sample in range(self._shape["samples"]):
                 ids = [*rng.integers(3, self._model.vocab_size, length - 1).tolist(), _EOS]
                 generation = Generation(ids, [-9.0] * length, "stop", 0)
-                group.samples.append(Sample(prompt, generation, "", True, float(sample % 2), "correct"))
+                group.samples.append(
+                    Sample(prompt, generation, "", True, float(sample % 2), "correct", -20.0)
+                )
             batch.groups.append(group)
         return flatten(batch)
 

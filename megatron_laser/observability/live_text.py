@@ -61,6 +61,9 @@ def plain_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:
     total = number(metrics, "time/total")
     if total is not None:
         split = [f"{name} {share:.0%}" for name, share in time_shares(metrics) if share >= 0.05]
+        scores = number(metrics, "rollout/score_time_fraction")
+        if scores:
+            split.append(f"scores {scores:.1%} of the requests' time")
         parts.append(f"{total:.2f} s" + (f" ({', '.join(split)})" if split else ""))
     evaluation = format_fields(metrics, EVALUATION_FIELDS)
     if evaluation:

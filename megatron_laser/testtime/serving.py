@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import json
 import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -26,6 +24,7 @@ from megatron_laser.testtime.answering import Answer, answer
 from megatron_laser.testtime.engine import EngineChoice, open_engine
 from megatron_laser.testtime.errors import TestTimeError
 from megatron_laser.testtime.model_folder import ModelFolder
+from megatron_laser.testtime.proxy_settings import ProxySettings, listen
 from megatron_laser.testtime.requests import ChatRequest, RequestError, parse_chat_request
 from megatron_laser.testtime.scoring import Scorer
 
@@ -37,60 +36,24 @@ _GRACE = 5.0  # seconds beyond a request's deadline for its engine to say so its
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-@dataclass(frozen=True, slots=True)
-class ProxySettings:
-    """
-    Attributes:
-        model_name: what clients must name. host, port: where to listen.
-        api_key: that clients must send; None only on loopback.
-        k: answers sampled where a request names no number. max_k: the most it may ask for.
-        max_new_tokens: longest answer; a request may ask for less.
-        deadline: seconds for one request, waiting included.
-        engines: requests at a time with servers; in this process it is one.
-    """
-
-    model_name: str
-    host: str = "127.0.0.1"
-    port: int = 8100
-    api_key: str | None = None
-    k: int = 8
-    max_k: int = 64
-    max_new_tokens: int = 8192
-    apply_chat_template: bool = True
-    prompt_suffix: str = ""
-    deadline: float = 600.0
-    engines: int = 8
-
-    def __post_init__(self) -> None:
-        """Refuse what would be unsafe or cannot work."""
-        if not self.api_key and not _is_loopback(self.host):
-            raise TestTimeError(
-                f"--host {self.host} can be reached from other machines: set the environment variable "
-                "MEGATRON_LASER_PROXY_KEY to a key that clients must send, or listen on 127.0.0.1"
-            )
-        if not 1 <= self.k <= self.max_k:
-            raise TestTimeError(f"--k {self.k}: expected 1 to --max-k {self.max_k}")
-        if not 0 <= self.port < 65536:
-            raise TestTimeError(f"--port {self.port}: expected 0 to 65535")
-        if self.max_new_tokens < 1:
-            raise TestTimeError(f"--max-new-tokens {self.max_new_tokens}: expected 1 or more")
-
-
 def run_proxy(
     model: ModelFolder, choice: EngineChoice, settings: ProxySettings, *, say: Callable[[str], None]
 ) -> None:
-    """Open engines and graders and serve until SIGINT or SIGTERM."""
+    """Open engines and graders and serve until SIGINT or SIGTERM.
+
+    Raises TestTimeError, before anything is loaded, when the port is taken.
+    """
     with ExitStack() as stack:
+        listener = stack.enter_context(listen(settings.host, settings.port))
         count = 1 if choice.in_process else settings.engines
         engines = [
             stack.enter_context(open_engine(choice, model, deadline=settings.deadline)) for _ in range(count)
         ]
         pool = stack.enter_context(GradingPool(workers=2))
         application = make_application(model, engines, pool, settings)
-        say(
-            f"{settings.model_name}: http://{settings.host}:{settings.port}/v1 (k = {settings.k}); Ctrl-C ends it"
-        )
-        web.run_app(application, host=settings.host, port=settings.port, print=None, access_log=None)
+        port = listener.getsockname()[1]
+        say(f"{settings.model_name}: http://{settings.host}:{port}/v1 (k = {settings.k}); Ctrl-C ends it")
+        web.run_app(application, sock=listener, print=None, access_log=None)
 
 
 def make_application(
@@ -278,12 +241,3 @@ def _error(status: int, message: str, parameter: str | None, code: str) -> web.R
     headers = {"Retry-After": "1"} if status == 429 else None
     body = {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
     return web.json_response(body, status=status, headers=headers)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -56,6 +56,7 @@ class Server:
         self.settings = dict(line.split(": ", 1) for line in lines if ": " in line)
         self.key = self.settings.get("api-key")
         self.version, self.paused, self.lock = "default", False, threading.Lock()
+        self.frozen = 0
         if "fake-exit" in self.settings:
             print("the fake server was told to end", flush=True)
             sys.exit(int(self.settings["fake-exit"]))
@@ -75,8 +76,10 @@ class Server:
                 self.scheduler.stdout.readline()
             return {"version": VERSION, "scheduler_pid": self.scheduler.pid}
         if path == "/model_info":
-            return {"weight_version": self.version, "paused": self.paused}
-        if path == "/pause_generation":
+            return {"weight_version": self.version, "paused": self.paused, "frozen": self.frozen}
+        if path == "/freeze_gc":
+            self.frozen += 1
+        elif path == "/pause_generation":
             self.paused = True
         elif path == "/continue_generation":
             self.paused = False

@@ -22,7 +22,8 @@ from megatron_laser.rollout.endpoints import read_endpoints
 from megatron_laser.rollout.serving import ServeError, ServeProcess
 
 START_DEADLINE = 280.0  # seconds; 20 on an idle machine
-_FIRST_PORT = 32100
+# Test sessions side by side would else choose the same port: it is taken only once the server has imported everything.
+_FIRST_PORT = 20000 + os.getpid() % 120 * 100
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ LAYERS = (
         "benchmarks",
         "environment",
         "cli",
+        "cli_bench",
         "cli_serve",
         "cli_testtime",
         "__main__",

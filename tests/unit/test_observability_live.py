@@ -79,6 +79,11 @@ def test_a_line_names_what_is_there_and_leaves_out_what_is_not() -> None:
     )
 
 
+def test_a_line_says_what_the_servers_scores_cost() -> None:
+    line = plain_line(7, 100, METRICS | {"rollout/score_time_fraction": 0.0064})
+    assert line.endswith("0.50 s (generate 75%, train 25%, scores 0.6% of the requests' time)")
+
+
 def test_remaining_time_follows_the_pace_and_not_the_first_evaluation() -> None:
     output, text = console()
     clock = Clock()

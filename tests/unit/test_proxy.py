@@ -1,6 +1,7 @@
 """The proxy through the openai client: answers with scores, and proper errors for what it cannot do."""
 
 import asyncio
+import socket
 import threading
 import time
 import urllib.error
@@ -13,7 +14,7 @@ from helpers.tiny_run import write_tiny_run
 
 from megatron_laser.rewards import GradingPool
 from megatron_laser.testtime import TestTimeError, load_model_folder
-from megatron_laser.testtime.serving import ProxySettings, make_application
+from megatron_laser.testtime.serving import ProxySettings, make_application, run_proxy
 from megatron_laser.types import Generation
 
 KEY = "a-key"
@@ -240,3 +241,10 @@ def test_settings_that_cannot_work_are_refused():
     for options, message in (({"k": 0}, "--k 0"), ({"k": 65}, "--max-k 64"), ({"port": 70000}, "--port")):
         with pytest.raises(TestTimeError, match=message):
             ProxySettings("tiny", **options)
+
+
+def test_a_taken_port_is_said_before_a_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(TestTimeError, match=rf"--port {port}: Address already in use"):
+            run_proxy(None, None, ProxySettings("tiny", port=port), say=print)

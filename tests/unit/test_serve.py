@@ -127,6 +127,7 @@ def test_a_killed_server_comes_back_and_is_held_until_it_has_the_current_weights
         assert after.servers[0].pid != before.servers[0].pid
         assert after.servers[1] == before.servers[1]
         assert ask(after, 0, "/model_info")["paused"] is False
+        assert [ask(after, number, "/model_info")["frozen"] for number in (0, 1)] == [1, 1]
         for number in (0, 1):
             ask(after, number, "/update_weights_from_disk", {"weight_version": "7"})
         time.sleep(3.0)  # serve sees the new version with its next probe
@@ -255,7 +256,11 @@ def test_a_port_that_the_user_named_and_somebody_has_is_an_error_and_a_default_g
     default = load_config(write_run(tmp_path, servers=2, router=True))
     plan = plan_fleet(default, tmp_path / "endpoints.json")
     assert (plan.router_port, plan.ports) == (30002, (30003, 30004))
-    assert plan.remarks == ("port 30000 is in use", "port 30001 is in use")
+    # and by whom, where that can be seen
+    assert [remark.partition(" by ")[0] for remark in plan.remarks] == [
+        "port 30000 is in use",
+        "port 30001 is in use",
+    ]
 
 
 def test_a_port_with_a_listener_is_taken():

@@ -127,6 +127,9 @@ def test_the_environment_of_a_server_has_nothing_of_the_trainers():
     assert kept == {"PATH", "HOME", "NCCL_SOCKET_IFNAME"}
     assert child["PATH"] == "/opt/sglang/bin:/usr/bin"
     assert (child[MARK], child["SPT_NOENV"], child["PYTHONSAFEPATH"]) == ("id/1", "1", "1")
+    assert child["SGLANG_TIMEOUT_KEEP_ALIVE"] == "120"  # unless the user says otherwise
+    named = child_environment({"SGLANG_TIMEOUT_KEEP_ALIVE": "60"}, python="python", mark="id/1")
+    assert named["SGLANG_TIMEOUT_KEEP_ALIVE"] == "60"
 
 
 def test_the_libraries_of_the_trainers_torch_are_out_of_a_servers_way():

@@ -9,7 +9,7 @@ from megatron_laser.model import platform
 platform.install()
 
 from megatron_laser.benchmarks.memory import peak_allocated_bytes  # noqa: E402
-from megatron_laser.benchmarks.step import StepBenchmark  # noqa: E402
+from megatron_laser.benchmarks.step import LASER, StepBenchmark  # noqa: E402
 from megatron_laser.ops import configure  # noqa: E402
 from megatron_laser.trainer import runtime  # noqa: E402
 
@@ -39,7 +39,7 @@ def step(tmp_path):
     benchmark = StepBenchmark(**SHAPE)
     flat = benchmark._rollouts()
     benchmark.save_model(tmp_path)
-    trainer = benchmark._trainers(tmp_path, budget=4096)[True]
+    trainer = benchmark._trainers(tmp_path, budget=4096)[LASER]
     trainer.train_step(flat, 1)
     before = configure(tile_bytes=32 * 2**20)  # of the Triton backend; the reference has its own 64 MiB
     yield lambda: trainer.train_step(flat, 2)

@@ -115,6 +115,7 @@ class ManagedServer:
                 return [f"{self.slot.name} has got the current weights"]
             return []
         line = f"{self.slot.name} answers {self.slot.age(now):.0f} s after its start (SGLang {answer.sglang_version})"
+        await prober.freeze_gc(self.url)  # it makes a server faster; one that cannot serves all the same
         if fleet_was_updated and not current and await prober.pause(self.url):
             # requests wait there until whoever trains has sent the weights and continued it
             self.slot.state = "held"

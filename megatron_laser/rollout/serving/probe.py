@@ -54,6 +54,19 @@ class Prober:
         reply = await self._json("POST", f"{url}/pause_generation", _QUICK, {"mode": "in_place"})
         return reply is not None
 
+    async def freeze_gc(self, url: str) -> bool:
+        """Let a server's garbage collector forget what it holds after its start; True if it has.
+
+        SGLang asks itself for that once its warm-up is over. Without a warm-up it asks before its port is open, and
+        then each collection goes through all that was imported: 0.4 s in every flush of the cache, on a CPU.
+        """
+        timeout = aiohttp.ClientTimeout(total=_QUICK)
+        try:
+            async with self._session.post(f"{url}/freeze_gc", timeout=timeout) as reply:
+                return reply.status < 300
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
     async def router_workers(self, url: str) -> dict[str, bool] | None:
         """A router's workers: {address: healthy}; None: it does not answer."""
         reply = await self._json("GET", f"{url}/workers", _QUICK)

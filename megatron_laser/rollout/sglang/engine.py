@@ -70,9 +70,9 @@ class SglangEngine:
             ServersLost: they do not.
             ServerMismatch: one cannot be used.
         """
-        self.session = secrets.token_hex(
-            4
-        )  # weights of another run, or of an earlier life of this one, are not ours
+        # Weights of another run, or of an earlier life of this one, are not ours.
+        self.session = secrets.token_hex(4)
+        self.api_key = api_key
         self.transport = transport
         self._on_close = on_close
         self._expected = expected

@@ -133,8 +133,7 @@ class Fleet:
         before = member.health
         member.health = after = before.after(event, self._clock(), self._limits)
         if before.state is not after.state:
-            quiet = {State.HEALTHY, State.UPDATING, State.STARTING, State.DRAINING}
-            level = logging.INFO if {before.state, after.state} <= quiet else logging.WARNING
+            level = _level_of({before.state, after.state})
             logger.log(
                 level,
                 "server %s: %s -> %s%s",
@@ -274,3 +273,11 @@ class Fleet:
     def failed(self, member: Member, error: ServerError) -> None:
         """A request to it failed."""
         self.tell(member, RequestFailed(str(error), gone=error.gone))
+
+
+def _level_of(states: set[State]) -> int:
+    """How loudly a change between two states is told: every step has an update, and no update is news."""
+    if states <= {State.HEALTHY, State.UPDATING}:
+        return logging.DEBUG
+    quiet = {State.HEALTHY, State.UPDATING, State.STARTING, State.DRAINING}
+    return logging.INFO if states <= quiet else logging.WARNING

@@ -1,0 +1,205 @@
+"""What our client costs: tokens per second through the engine, over a bare asyncio loop that posts the same requests.
+
+The bare loop is what one would write for a measurement: aiohttp, a semaphore, the same JSON bodies, and a count of the
+tokens that come back. It checks nothing, retries nothing and watches nobody. Our side is `SglangEngine.generate`:
+server choice, deadlines, retries, checks of ids, log-probs and weight versions, fleet health. A third arm also scores
+each response. All take turns on the same prompts, in an order that is reversed from round to round; a fresh set of
+prompts each round, so that prefix caches help no arm more than another: one warm-up pass fills them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import orjson
+
+from megatron_laser.config import RunConfig, read_architecture, read_stop_token_ids, resolve_score_token
+from megatron_laser.data import build_prompts, read_rows
+from megatron_laser.engines import open_engine
+from megatron_laser.rollout.sglang.engine import SglangEngine
+from megatron_laser.rollout.sglang.wire import generate_body
+from megatron_laser.tokenizer import load_tokenizer
+from megatron_laser.types import SamplingParams
+
+BARE, OURS, SCORED = "bare asyncio loop", "our client", "our client, with scores"
+ARMS = (BARE, OURS, SCORED)
+
+
+@dataclass(frozen=True)
+class ClientBenchmarkResult:
+    """tokens_per_second by arm, one figure a round; a ratio is of two arms in one round, its interval of the median."""
+
+    sglang: str
+    servers: int
+    requests: int
+    concurrency: int
+    tokens: float
+    tokens_per_second: dict[str, list[float]]
+    score_time_fraction: float
+
+    def ratio(self, arm: str, over: str) -> tuple[float, float, float]:
+        """(median, low, high) of arm / over."""
+        values = np.array(self.tokens_per_second[arm]) / np.array(self.tokens_per_second[over])
+        rng = np.random.default_rng(0)
+        medians = np.median(rng.choice(values, (2000, len(values))), axis=1)
+        low, high = np.quantile(medians, [0.025, 0.975])
+        return float(np.median(values)), float(low), float(high)
+
+    def table(self) -> str:
+        """A table for people."""
+        rounds = len(self.tokens_per_second[BARE])
+        lines = [
+            f"{self.requests} requests a round, {self.tokens:.0f} tokens, {self.concurrency} open at once, "
+            f"{rounds} interleaved rounds; {self.servers} server(s), SGLang {self.sglang}",
+            f"{'':26s} {'median tok/s':>12s} {'over the bare loop':>20s}",
+        ]
+        for arm in ARMS:
+            median, low, high = self.ratio(arm, BARE)
+            ratio = "" if arm == BARE else f"{median:.3f} [{low:.3f}, {high:.3f}]"
+            lines.append(f"{arm:26s} {statistics.median(self.tokens_per_second[arm]):12.1f} {ratio:>20s}")
+        median, low, high = self.ratio(SCORED, OURS)
+        lines.append(
+            f"scores cost {1 - median:.1%} of the tokens per second [{1 - high:.1%}, {1 - low:.1%}], and "
+            f"{self.score_time_fraction:.1%} of the time that requests were open"
+        )
+        return "\n".join(lines)
+
+    def write(self, path: Path) -> None:
+        """Write the figures as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def bench_client(config: RunConfig, *, rounds: int) -> ClientBenchmarkResult:
+    """Time the arms on the servers, prompts and sampling of `config`, which must have rollout.engine: sglang.
+
+    Servers that the configuration does not name are started, and stopped at the end. Raises as `open_engine` does.
+    """
+    rollout = config.rollout
+    prompts = _prompts(config)
+    groups = rollout.prompts_per_step
+    plain = SamplingParams(
+        samples_per_prompt=rollout.samples_per_prompt,
+        max_new_tokens=rollout.max_new_tokens,
+        stop_token_ids=tuple(rollout.stop_token_ids or read_stop_token_ids(config.model.path)),
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+    )
+    engine = open_engine(config)
+    assert isinstance(engine, SglangEngine)
+    try:
+        facts = engine.identify_all()
+        arms = _arms(engine, list(facts), config, plain)
+        rates: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        counts = []
+        fraction = []
+        stream = cycle(prompts)
+        for number in range(rounds + 1):  # the first is a warm-up
+            batch = list(islice(stream, groups))
+            engine.generate(
+                batch, plain, deadline=rollout.deadline
+            )  # every arm finds the prompts in the cache
+            for arm in ARMS if number % 2 else reversed(ARMS):
+                engine.take_metrics()
+                started = time.perf_counter()
+                tokens = arms[arm](batch)
+                seconds = time.perf_counter() - started
+                if number:
+                    rates[arm].append(tokens / seconds)
+                    counts.append(tokens)
+                if arm == SCORED:
+                    fraction.append(engine.take_metrics()["rollout/score_time_fraction"])
+        return ClientBenchmarkResult(
+            sglang=next(iter(facts.values())).sglang_version,
+            servers=len(facts),
+            requests=groups * rollout.samples_per_prompt,
+            concurrency=rollout.max_concurrency,
+            tokens=statistics.mean(counts),
+            tokens_per_second=rates,
+            score_time_fraction=statistics.median(fraction),
+        )
+    finally:
+        engine.close()
+
+
+def _prompts(config: RunConfig) -> list[list[int]]:
+    """The run's training prompts, as token ids."""
+    data = config.data
+    rows = read_rows(data.train, prompt_key=data.prompt_key, answer_key=data.answer_key)
+    built, _ = build_prompts(
+        rows,
+        load_tokenizer(config.model.path),
+        prompt_suffix=data.prompt_suffix,
+        apply_chat_template=data.apply_chat_template,
+        max_prompt_tokens=data.max_prompt_tokens,
+        vocab_size=read_architecture(config.model.path).vocab_size,
+    )
+    return [prompt.token_ids for prompt in built]
+
+
+def _arms(
+    engine: SglangEngine, urls: Sequence[str], config: RunConfig, plain: SamplingParams
+) -> dict[str, Callable[[Sequence[Sequence[int]]], int]]:
+    """Each generates a batch of prompts and returns the number of tokens."""
+    token = None
+    if config.laser.score_token is not None:
+        token = resolve_score_token(config.model.path, config.laser.score_token).id
+    scoring = SamplingParams(**{**asdict(plain), "score_token_id": token})
+    key, limit, deadline = engine.api_key, config.rollout.max_concurrency, config.rollout.deadline
+
+    def ours(batch: Sequence[Sequence[int]], sampling: SamplingParams) -> int:
+        groups = engine.generate(batch, sampling, deadline=deadline)
+        return sum(len(one.response_ids) for group in groups for one in group)
+
+    return {
+        BARE: lambda batch: engine.run(
+            bare_loop(urls, batch, plain, api_key=key, concurrency=limit, deadline=deadline),
+            deadline,
+            "the bare loop",
+        ),
+        OURS: lambda batch: ours(batch, plain),
+        SCORED: lambda batch: ours(batch, scoring),
+    }
+
+
+async def bare_loop(
+    urls: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    *,
+    api_key: str | None,
+    concurrency: int,
+    deadline: float,
+) -> int:
+    """Post one request for each sample, prompts round-robin over `urls`; returns the number of tokens."""
+    timeout = aiohttp.ClientTimeout(total=deadline)
+    slots = asyncio.Semaphore(concurrency)
+    headers = {"Content-Type": "application/json"}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers) as session:
+
+        async def one(url: str, ids: Sequence[int]) -> int:
+            body = generate_body(ids, sampling, max_new_tokens=sampling.max_new_tokens, rid=uuid.uuid4().hex)
+            async with (
+                slots,
+                session.post(f"{url}/generate", data=orjson.dumps(body), timeout=timeout) as answer,
+            ):
+                answer.raise_for_status()
+                return len(orjson.loads(await answer.read())["output_ids"])
+
+        posts = [
+            one(urls[row % len(urls)], ids)
+            for row, ids in enumerate(prompts)
+            for _ in range(sampling.samples_per_prompt)
+        ]
+        return sum(await asyncio.gather(*posts))

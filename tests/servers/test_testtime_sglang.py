@@ -1,0 +1,157 @@
+"""`eval`, `score` and the proxy against a real server: what they say is what the model says in this process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import openai
+import pytest
+from helpers.torchrun import worker_environment
+from typer.testing import CliRunner
+
+from megatron_laser.cli import app
+from megatron_laser.testtime import EngineChoice, Scorer, load_model_folder, open_engine
+
+pytestmark = pytest.mark.sglang
+
+SCORE = ["--score-token", "<|score|>", "--ref-logprob", "-3.5", "--beta", "0.5"]
+SETTINGS = ["problems.samples=8", "problems.max_new_tokens=40", "problems.prompt_suffix=''"]
+SETTINGS += ["problems.apply_chat_template=false", "problems.max_prompt_tokens=8"]
+RESPONSES = 20 * 8
+
+
+@pytest.fixture(scope="module")
+def server(sglang_server):
+    """The shared server with the weights of its model folder, whatever others gave it."""
+    body = {"model_path": str(sglang_server.model), "flush_cache": True}
+    assert sglang_server.call("/update_weights_from_disk", body)["success"]
+    rows = [{"problem": f"{i} + {j} ?", "answer": str(i + j)} for i in range(5) for j in range(4)]
+    (sglang_server.model / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return sglang_server
+
+
+def command(server, name, *arguments):
+    reward = f"problems.reward={server.model / 'lucky.py'}:lucky"
+    settings = [*SETTINGS, reward] if name == "eval" else []
+    return [name, str(server.model), *map(str, arguments), *settings, *SCORE, "--url", server.url]
+
+
+def environment(server):
+    return {"MEGATRON_LASER_API_KEY": server.api_key or ""}
+
+
+def invoke(server, name, *arguments):
+    result = CliRunner().invoke(app, command(server, name, *arguments), env=environment(server))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_an_evaluation_that_was_killed_goes_on_and_its_scores_are_the_models(server, tmp_path):
+    output, problems = tmp_path / "eval", server.model / "problems.jsonl"
+    arguments = command(server, "eval", problems, "--output", output, "--concurrency", "4", "--workers", "1")
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_laser", *arguments],
+            env=worker_environment() | environment(server),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    responses = output / "problems" / "responses.jsonl"
+    try:
+        until = time.monotonic() + 120
+        while not responses.exists() or responses.read_bytes().count(b"\n") < 30:
+            assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    kept = responses.read_bytes()
+    assert 30 <= kept.count(b"\n") < RESPONSES and not (output / "results.json").exists()
+
+    invoke(server, "eval", problems, "--output", output, "--workers", "1")
+    found = responses.read_bytes()
+    assert found.startswith(kept[: kept.rfind(b"\n") + 1])
+    results = (output / "results.json").read_bytes()
+    summary = json.loads(results)["benchmarks"]["problems"]["summary"]
+    assert summary["num_responses"] == RESPONSES and 0 < summary["num_scored"] <= RESPONSES
+
+    said = invoke(server, "eval", problems, "--output", output, "--workers", "1")
+    assert "all responses were there" in said
+    assert (output / "results.json").read_bytes() == results and responses.read_bytes() == found
+
+
+def test_scores_of_a_file_are_those_of_the_model_in_this_process(server, tmp_path):
+    source = tmp_path / "answers.jsonl"
+    answers = [
+        {"prompt_ids": [4 + i, 5, 24], "response_ids": [6, 7 + i, *range(8, 8 + i), 1]} for i in range(12)
+    ]
+    source.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    invoke(server, "score", source, "--output", tmp_path / "theirs.jsonl")
+    theirs = [row["score"] for row in lines(tmp_path / "theirs.jsonl")]
+
+    folder = load_model_folder(server.model, score_token="<|score|>", ref_logprob=-3.5, beta=0.5)
+    with open_engine(EngineChoice(max_batch_size=16), folder, deadline=60) as engine:
+        found = Scorer(engine, folder).score_ids(
+            [(answer["prompt_ids"], answer["response_ids"]) for answer in answers], deadline=60
+        )
+    ours = [score.score for score in found]
+    assert None not in theirs and theirs == pytest.approx(ours, abs=1e-4)
+
+
+def test_the_proxy_answers_an_openai_client_with_what_the_server_generates(server, tmp_path):
+    arguments = command(server, "score", "--serve", "--port", "0", "--k", "4", "--max-new-tokens", "20")
+    arguments += ["--no-chat-template", "--model-name", "tiny"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_laser", *arguments],
+        env=worker_environment() | environment(server),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        url = address_of(process)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        answer = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "1 + 2 ?"}],
+            extra_body={"return_samples": True},
+        )
+        samples = answer.laser["samples"]
+        assert answer.laser["k"] == 4 and len(samples) == 4
+        assert answer.choices[0].message.content == samples[answer.laser["chosen"]]["content"]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def address_of(process, seconds=120.0):
+    """What the proxy says it listens on."""
+    found, said = [], []
+
+    def read():
+        for line in process.stdout:
+            said.append(line)
+            words = [word for word in line.split() if word.startswith("http://127.0.0.1")]
+            if words and "/v1" in line:
+                found.append(words[0].rstrip(".,;").removesuffix("/v1"))
+
+    threading.Thread(target=read, daemon=True).start()
+    until = time.monotonic() + seconds
+    while not found:
+        assert process.poll() is None and time.monotonic() < until, "".join(said)
+        time.sleep(0.05)
+    return found[0]
