@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from megatron_laser.config import ConfigError, RunConfig, longest_sequence, read_architecture
 from megatron_laser.model import platform
 from megatron_laser.model.dtypes import DTYPES
@@ -23,6 +25,7 @@ from megatron_laser.rollout.sglang.transport import WeightTransport
 from megatron_laser.weight_sync.colocated import ColocatedTransport
 from megatron_laser.weight_sync.disk import DiskTransport
 from megatron_laser.weight_sync.distributed import DistributedTransport
+from megatron_laser.weight_sync.peers import Peers
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +50,12 @@ def open_engine(config: RunConfig) -> RolloutEngine:
             max_batch_size=config.rollout.max_batch_size,
         )
     rollout = config.rollout
+    transport = _transport(config)
     child = _start_servers(config)
+    engine: SglangEngine | None = None
     try:
         endpoints = _endpoints(config, child)
-        return SglangEngine(
+        engine = SglangEngine(
             _source(config, child),
             api_key=endpoints.api_key or os.environ.get(rollout.sglang.api_key_env),
             expected=_expected(config),
@@ -61,11 +66,16 @@ def open_engine(config: RunConfig) -> RolloutEngine:
             servers_deadline=rollout.servers_deadline,
             sync_deadline=rollout.sync_deadline,
             hang_deadline=rollout.sglang.hang_deadline,
-            transport=_transport(config),
+            transport=transport,
             on_close=child.stop if child is not None else None,
         )
+        if isinstance(transport, DistributedTransport):  # it would be found at the first sync, too, but later
+            transport.peers.backend(engine.fleet.updatable())
+        return engine
     except BaseException:
-        if child is not None:
+        if engine is not None:
+            engine.close()
+        elif child is not None:
             child.stop()
         raise
 
@@ -159,14 +169,12 @@ def _source(config: RunConfig, child: ServeProcess | None) -> Callable[[], Seque
 
 def _transport(config: RunConfig) -> WeightTransport:
     rollout, dtype = config.rollout, DTYPES[config.model.dtype]
-    hashed = rollout.sglang.device == "cpu"
     if rollout.weight_sync == "disk":
         return DiskTransport(
             rollout.sync_folder or Path(config.run.output_dir) / "weights",
             source=Path(config.model.path),
             dtype=dtype,
             seconds=rollout.sync_deadline,
-            hashed=hashed,
             always_verify=rollout.verify_sync,
         )
     if rollout.weight_sync == "colocated":
@@ -177,12 +185,11 @@ def _transport(config: RunConfig) -> WeightTransport:
             always_verify=rollout.verify_sync,
         )
     return DistributedTransport(
-        backend="gloo" if rollout.sglang.device == "cpu" else "nccl",
+        peers=Peers(torch_version=torch.__version__, nccl_version=platform.nccl_version()),
         dtype=dtype,
         bucket_bytes=rollout.sync_bucket_mib * 2**20,
         seconds=rollout.sync_deadline,
         address=rollout.sync_address,
         flattened=rollout.sync_flatten,
-        hashed=hashed,
         always_verify=rollout.verify_sync,
     )

@@ -10,7 +10,7 @@ Every rank runs `train`. Rank 0 also has a `Leader`: prompts, engine, graders, m
     save      when due: weights, optimizer, cursor; published by one rename
 
 so generation for step n + 1 uses the weights of step n (strictly on-policy), or, with `rollout.ahead: 1`, those of
-step n - 1, and then overlaps with the training of step n.
+step n - 1, and then overlaps with the training of step n. `turns`: who has the memory of GPUs that both sides share.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from megatron_laser.trainer.signals import stop_signals
 from megatron_laser.trainer.stragglers import Stragglers, time_reductions
 from megatron_laser.trainer.trainer import Trainer
 from megatron_laser.trainer.transport import broadcast_arrays
+from megatron_laser.turns import Turn, Turns, open_turns
 from megatron_laser.weight_sync import sync_weights
 
 _SYNC_ATTEMPTS = 3
@@ -59,14 +60,13 @@ def _train(config: RunConfig, runtime: Runtime, coordinator: Coordinator, timers
     try:
         if shared["finished"]:
             return
-        score_token_id = int(shared["score_token_id"])
+        token = int(shared["score_token_id"])
         with coordinator.phase("building the model and loading the checkpoint"):
-            trainer = Trainer(
-                config, runtime, score_token_id=score_token_id if score_token_id >= 0 else None, timers=timers
-            )
+            trainer = Trainer(config, runtime, score_token_id=token if token >= 0 else None, timers=timers)
             time_reductions(trainer.policy, timers)
             checkpoints = CheckpointManager(config, runtime, trainer.policy)
             resumed = checkpoints.resume() if config.run.resume == "auto" else None
+            turns = open_turns(config, runtime, trainer, timers)
         leader = coordinator.lead(
             "starting the rollout engine",
             lambda: Leader(config, only_on_main(inputs), timers, resumed=resumed),
@@ -74,7 +74,7 @@ def _train(config: RunConfig, runtime: Runtime, coordinator: Coordinator, timers
         )
         stragglers = Stragglers(runtime, config.logging.straggler_every)
         ranks = Ranks(config, runtime, coordinator, leader)
-        run = _Run(config, ranks, trainer, checkpoints, timers, stragglers)
+        run = _Run(config, ranks, trainer, checkpoints, timers, stragglers, turns)
         with stop_signals(coordinator.request_stop):
             run.run(first_step=1 if resumed is None else resumed["step"] + 1, resumed=resumed is not None)
     finally:
@@ -94,6 +94,7 @@ class _Run:
     checkpoints: CheckpointManager
     timers: Timers
     stragglers: Stragglers
+    turns: Turns
 
     def run(self, first_step: int, *, resumed: bool) -> None:
         """All steps from `first_step`, or as many as until somebody asks to stop or the servers are lost."""
@@ -126,6 +127,7 @@ class _Run:
             flat = self.ranks.share(lambda leader: leader.batch)
             if self.ranks.leader is not None:
                 self.ranks.leader.collect_ahead(step + 1)
+            self.turns.take(Turn.TRAIN, self.ranks)
             with self.ranks.coordinator.phase(f"train step {step}"):
                 result = self.trainer.train_step(flat, step)
             try:
@@ -156,7 +158,7 @@ class _Run:
         """Export the trained model, evaluate it on the test split, write the report."""
         saved = self._saved()
         if self.config.checkpoint.export_hf:
-            with self.ranks.coordinator.phase("export"):
+            with self.turns.during(Turn.SYNC, self.ranks), self.ranks.coordinator.phase("export"):
                 export_hf(self.config, self.trainer.weight_stream(), is_main=self.ranks.runtime.is_main)
         steps = self.config.run.steps
         try:
@@ -178,16 +180,17 @@ class _Run:
                 lost = self.ranks.decide("waiting for servers", lambda leader: leader.await_servers())
                 if lost:
                     raise CannotGoOn(version, lost)
+            self.turns.take(Turn.SYNC, self.ranks)
             with self.timers("sync"), self.ranks.coordinator.phase(f"weight sync of step {version}"):
                 engine = None if self.ranks.leader is None else self.ranks.leader.engine
                 trouble = self.ranks.tell(sync_weights(self.trainer.weight_stream(), engine, version=version))
-            if not trouble:
+            if not (trouble := trouble or self.turns.take(Turn.GENERATE, self.ranks)):
                 return
         raise CannotGoOn(version, f"{_SYNC_ATTEMPTS} weight syncs in a row failed: {trouble}")
 
     def _save(self, step: int) -> None:
-        with self.timers("checkpoint"), self.ranks.coordinator.phase(f"saving step {step}"):
-            leader = self.ranks.leader
+        leader, saving = self.ranks.leader, self.ranks.coordinator.phase(f"saving step {step}")
+        with self.timers("checkpoint"), saving, self.turns.during(Turn.SAVE, self.ranks):
             self.checkpoints.save(step, None if leader is None else leader.state())
 
     def _saved(self) -> bool:

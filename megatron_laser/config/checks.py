@@ -8,7 +8,7 @@ from megatron_laser.config.architecture import Architecture
 from megatron_laser.config.derived import evaluation_max_new_tokens, longest_sequence, optimizer_steps
 from megatron_laser.config.errors import ConfigError
 from megatron_laser.config.partition import EXCESS_LIMIT, log_partition_excess, round_up, smallest_beta
-from megatron_laser.config.rollout_checks import rollout_problems
+from megatron_laser.config.rollout_checks import colocated_layout_problems, rollout_problems
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.config.schema_training import PolicyConfig
 
@@ -62,6 +62,7 @@ def layout_problems(config: RunConfig, architecture: Architecture, world_size: i
         problems += _divisible("world size", world_size, label, model_ranks)
     else:
         problems += _share_problems(config, world_size // model_ranks)
+        problems += colocated_layout_problems(config.rollout, world_size)
     problems += _position_problems(config, architecture)
     return problems
 

@@ -27,6 +27,7 @@ from megatron_laser.config.parameters import (
     rank_bytes,
     stage_parameters,
 )
+from megatron_laser.config.rollout_checks import colocated_gpus
 from megatron_laser.config.rollout_plan import rollout_features
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.config.score_token import ScoreToken, read_stop_token_ids, resolve_score_token
@@ -85,7 +86,7 @@ def resolve_plan(config: RunConfig, world_size: int | None = None) -> Plan:
 
     Args:
         config: the run.
-        world_size: ranks; None: the fewest that hold one copy of the model.
+        world_size: ranks; None: the fewest that hold one copy of the model, or as many as colocated servers have GPUs.
 
     Raises:
         ConfigError: no such model, an impossible layout, or a score token that cannot be one.
@@ -94,7 +95,8 @@ def resolve_plan(config: RunConfig, world_size: int | None = None) -> Plan:
     architecture = read_architecture(config.model.path)
     parallel = config.parallel
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    world_size = model_ranks if world_size is None else world_size
+    if world_size is None:
+        world_size = colocated_gpus(config.rollout) or model_ranks
     check_layout(config, architecture, world_size)
     layout = Layout(
         tensor=parallel.tensor,

@@ -139,15 +139,11 @@ def _option_problems(sglang: SglangConfig) -> list[str]:
 
 def _colocated_problems(rollout: RolloutConfig) -> list[str]:
     problems = []
-    if rollout.sglang.device == "cpu":
+    sglang = rollout.sglang
+    if sglang.urls is not None or sglang.endpoints is not None or sglang.router:
         problems.append(
-            "rollout.weight_sync: colocated needs GPUs (CUDA IPC); with rollout.sglang.device: cpu use distributed "
-            "or disk"
-        )
-    if rollout.sglang.urls is not None or rollout.sglang.router:
-        problems.append(
-            "rollout.weight_sync: colocated with rollout.sglang.urls or router: the servers share the trainer's "
-            "GPUs and are started with the run, on its nodes; remove them or use weight_sync: distributed"
+            "rollout.weight_sync: colocated with rollout.sglang.urls, endpoints or router: the servers share the "
+            "trainer's GPUs and are started with the run, on its node; remove them or use weight_sync: distributed"
         )
     if rollout.ahead:
         problems.append(
@@ -155,3 +151,22 @@ def _colocated_problems(rollout: RolloutConfig) -> list[str]:
             "use ahead: 0, or servers on GPUs of their own"
         )
     return problems
+
+
+def colocated_gpus(rollout: RolloutConfig) -> int | None:
+    """GPUs that colocated servers share with the trainer, and so its number of ranks; None for other settings."""
+    if rollout.engine != "sglang" or rollout.weight_sync != "colocated" or rollout.sglang.device == "cpu":
+        return None
+    return rollout.sglang.servers * rollout.sglang.tensor
+
+
+def colocated_layout_problems(rollout: RolloutConfig, world_size: int) -> list[str]:
+    """Colocated servers on other GPUs than the trainer's `world_size` would idle, or leave some of them idle."""
+    gpus = colocated_gpus(rollout)
+    if gpus in (None, world_size):
+        return []
+    sglang = rollout.sglang
+    return [
+        f"rollout.weight_sync: colocated with rollout.sglang.servers {sglang.servers} x rollout.sglang.tensor "
+        f"{sglang.tensor} = {gpus} GPUs and {world_size} trainer ranks: they share GPUs, so expected as many of both"
+    ]

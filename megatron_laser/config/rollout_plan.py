@@ -53,7 +53,9 @@ def _sync(rollout: RolloutConfig) -> str:
         return f"disk: a folder in {rollout.sync_folder or 'run.output_dir/weights'}, which servers must see"
     buckets = f"buckets of {rollout.sync_bucket_mib:,} MiB, two of them on rank 0"
     if rollout.weight_sync == "colocated":
-        return f"colocated: CUDA IPC on the trainer's GPUs, not proven on GPUs yet; {buckets}"
+        return (
+            f"colocated: trainer and servers take turns on the same GPUs, not proven on GPUs yet; {buckets}"
+        )
     return f"distributed: broadcast from rank 0, {buckets}"
 
 

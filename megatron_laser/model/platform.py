@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import resource
 import sys
 import types
@@ -26,6 +27,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from megatron_laser.model.upstream import patch_upstream
 
 # Everything that is used later must be imported before the proxies are set: a module that is imported
 # afterwards would see the real torch. Checkpoint strategies are imported lazily by Megatron.
@@ -103,6 +106,31 @@ def peak_memory_bytes() -> int:
     return torch.cuda.max_memory_allocated() if has_cuda() else 0
 
 
+def free_memory_bytes() -> int:
+    """Bytes of device memory that nobody has taken, this process's own cache excluded; of the host's on a CPU."""
+    if has_cuda():
+        return int(torch.cuda.mem_get_info()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def empty_cache() -> None:
+    """Give memory that the allocator keeps for later back to the device, for other processes to take."""
+    if has_cuda():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def collect_shared_memory() -> None:
+    """Let go of memory that was shared with other processes and that they have closed."""
+    if has_cuda():
+        torch.cuda.ipc_collect()
+
+
+def nccl_version() -> str | None:
+    """The NCCL that this process's torch uses, "2.27.5"; None on a CPU."""
+    return ".".join(map(str, torch.cuda.nccl.version())) if has_cuda() else None
+
+
 def memory_gib() -> dict[str, float]:
     """Peak resident memory of the process and peak allocated device memory, in GiB."""
     figures = {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
@@ -126,7 +154,7 @@ def install() -> None:
             module.torch = proxy
     _patch_tensor_methods()
     _patch_rng()
-    _patch_upstream()
+    patch_upstream()
 
 
 class _Null:
@@ -253,47 +281,3 @@ def _patch_rng() -> None:
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-
-
-def _patch_upstream() -> None:
-    # moe_utils names te_general_gemm without binding it when Transformer Engine is missing.
-    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
-    if not getattr(moe_utils, "HAVE_TE", False):
-        moe_utils.te_general_gemm = None
-    # The unfused THD rotary embedding slices once per sequence in Python, for q and k of every layer; with hundreds
-    # of short sequences a micro-batch that costs more than the matrix products. One table per micro-batch gives
-    # the same values.
-    rope: Any = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
-    original = rope._apply_rotary_pos_emb_thd
-    table = _RotaryTable()
-
-    def apply_thd(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, **kwargs: Any) -> Any:
-        group = kwargs.pop("cp_group", None)
-        plain = not kwargs.get("multi_latent_attention") and kwargs.get("mscale", 1.0) == 1.0
-        if group is None or group.size() > 1 or not plain or freqs.shape[-1] != t.shape[-1]:
-            return original(t, cu_seqlens, freqs, cp_group=group, **kwargs)
-        cos, sin = table.of(t, cu_seqlens, freqs)
-        return t * cos + rope._rotate_half(t, kwargs.get("rotary_interleaved", False)) * sin
-
-    rope._apply_rotary_pos_emb_thd = apply_thd
-
-
-class _RotaryTable:
-    """cos and sin [tokens, 1, head_dim] of the last micro-batch seen."""
-
-    def __init__(self) -> None:
-        self._key: tuple[torch.Tensor, torch.Tensor, torch.dtype] | None = None
-        self._values: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def of(
-        self, t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The table for the packed tokens `t`; built anew when the packing, the frequencies or the dtype change."""
-        key = self._key
-        if key is None or key[0] is not cu_seqlens or key[1] is not freqs or key[2] != t.dtype:
-            starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens[1:] - cu_seqlens[:-1])
-            angles = freqs[torch.arange(t.shape[0]) - starts].squeeze(1)
-            self._key = (cu_seqlens, freqs, t.dtype)
-            self._values = (angles.cos().to(t.dtype), angles.sin().to(t.dtype))
-        assert self._values is not None
-        return self._values

@@ -39,12 +39,15 @@ class ServerEndpoint:
             weights of the model folder.
         pid: its process on its node; None between two starts.
         state: what `serve` knows of it.
+        torch_version, nccl_version: of the environment that it runs in; None: unknown, or no NCCL there.
     """
 
     url: str
     start: int = 1
     pid: int | None = None
     state: ServerState = "ready"
+    torch_version: str | None = None
+    nccl_version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,14 @@ def publish(path: Path, endpoints: Endpoints) -> None:
     """
     record = {
         "servers": [
-            {"url": server.url, "pid": server.pid, "start": server.start, "state": server.state}
+            {
+                "url": server.url,
+                "pid": server.pid,
+                "start": server.start,
+                "state": server.state,
+                "torch_version": server.torch_version,
+                "nccl_version": server.nccl_version,
+            }
             for server in endpoints.servers
         ],
         "router_url": endpoints.router_url,
@@ -194,7 +204,14 @@ def _server(item: dict[str, Any]) -> ServerEndpoint:
         raise ValueError(f"start {start!r}")
     if state not in get_args(ServerState):
         raise ValueError(f"state {state!r}")
-    return ServerEndpoint(url.rstrip("/"), start, _optional(item, "pid", int), state)
+    return ServerEndpoint(
+        url.rstrip("/"),
+        start,
+        _optional(item, "pid", int),
+        state,
+        _optional(item, "torch_version", str),
+        _optional(item, "nccl_version", str),
+    )
 
 
 def _optional(record: dict[str, Any], name: str, kind: type) -> Any:

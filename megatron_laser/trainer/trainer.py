@@ -70,7 +70,7 @@ class Trainer:
         self._timers = timers or Timers()
         self._score_token_id = score_token_id if config.laser.enabled else None
         self.policy = build_policy(config)
-        self._reference = build_reference(config) if needs_reference_model(config) else None
+        self.reference = build_reference(config) if needs_reference_model(config) else None
         self._bad_steps = BadSteps(config, runtime, score_token_id=self._score_token_id)
 
     def train_step(self, flat: FlatBatch, step: int) -> StepResult:
@@ -165,11 +165,11 @@ class Trainer:
         constant = torch.full(
             (len(data.rewards),), laser.ref_logprob if laser.ref_logprob is not None else 0.0
         )
-        if self._reference is None:
+        if self.reference is None:
             return constant
         own = torch.zeros(len(data.rewards))
         batches = data.micro_batches
-        outputs = run_forward(self._reference, batches, lambda batch: batch.without_entropy())
+        outputs = run_forward(self.reference, batches, lambda batch: batch.without_entropy())
         for batch, output in zip(batches, outputs):
             batch.reference_logprobs = output[0].index_select(0, batch.policy_rows)
             own[batch.score_sample.cpu()] = output[0].index_select(0, batch.score_rows).cpu()

@@ -31,6 +31,12 @@ def broadcast_text(text: str | None, runtime: Runtime) -> str:
     return bytes(broadcast_arrays(own, runtime)["text"]).decode()
 
 
+def meet(runtime: Runtime) -> None:
+    """Return on every rank once every rank has called it."""
+    if runtime.world_size > 1:
+        dist.barrier(group=runtime.cpu_group)
+
+
 def _broadcast(payload: torch.Tensor | None, source: int, group: dist.ProcessGroup) -> torch.Tensor:
     size = torch.tensor([0 if payload is None else payload.numel()], dtype=torch.int64)
     dist.broadcast(size, src=source, group=group)

@@ -44,7 +44,8 @@ class StreamDigest:
             yield name, tensor
 
     def _hash(self, name: str, tensor: torch.Tensor) -> None:
-        data = tensor.detach().to(device="cpu", dtype=self._dtype).contiguous()
+        # A copy, since torch never again resizes a storage that numpy has seen: the trainer's must be able to leave.
+        data = tensor.detach().to(device="cpu", dtype=self._dtype, copy=True).contiguous()
         digest = self._sums.setdefault(server_name(name), hashlib.sha256())
         digest.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
         missing = -len(data) % _VOCABULARY_MULTIPLE

@@ -1,14 +1,14 @@
 """Weights handed over on one node: the servers open the trainer's memory instead of receiving a copy of it.
 
-On GPUs a bucket stays where it is and only its CUDA IPC handles travel over HTTP; on a CPU (tests) the same path uses
-shared memory. Every tensor-parallel rank of a server gets the same handles and takes its share.
+On GPUs a bucket stays where it is and only its CUDA IPC handles travel over HTTP; on a CPU the same path uses shared
+memory. Every tensor-parallel rank of a server gets handles of its own, since each is counted, and takes its share.
+Buckets lie on rank 0's GPU: servers on other GPUs read them through peer access.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
@@ -16,7 +16,7 @@ from multiprocessing.reduction import ForkingPickler
 import torch
 import torch.multiprocessing
 
-from megatron_laser.config import ConfigError
+from megatron_laser.model import platform
 from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.weight_sync.buckets import Bucket, buckets
 from megatron_laser.weight_sync.checksums import StreamDigest
@@ -36,34 +36,33 @@ class ColocatedTransport:
         bucket_bytes: int,
         seconds: float,
         always_verify: bool,
-        hashed: bool = False,
     ) -> None:
-        """Args: hashed: see `StreamDigest`.
-
-        Raises ConfigError when this process's allocator cannot share its memory.
-        """
-        refuse_expandable_segments(os.environ)
+        """What this needs of the machine is asked by `rollout.serving.colocated`, before anything starts."""
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
         self._seconds = seconds
         self._verify = always_verify
-        self._hashed = hashed
         self._first = True
 
     def send(
         self, engine: SglangEngine, weights: Iterable[tuple[str, torch.Tensor]], version: int, label: str
     ) -> None:
-        """See `WeightTransport.send`. Raises SyncFailed."""
+        """See `WeightTransport.send`. Raises SyncFailed.
+
+        The servers have their weights in memory, but not their cache: they stay paused, and `Occupation.resume` lets
+        them go on when the trainer has made room.
+        """
         update = Update(engine, label, seconds=self._seconds)
-        digest = StreamDigest(dtype=self._dtype, hashed=self._hashed)
+        digest = StreamDigest(dtype=self._dtype, hashed=update.on_cpu)
         watched = digest.watch(weights) if self._verify or self._first else weights
-        with update.paused():
-            update.post_all("/begin_weight_update", {}, phase="begin of the weight update")
+        with update.paused(go_on=False):
+            update.begin_session()
             for bucket in buckets(watched, self._bucket_bytes, dtype=self._dtype):
                 self._give(update, bucket)
-            update.post_all("/end_weight_update", {}, phase="end of the weight update")
+            update.end_session()
             if self._verify or self._first:
                 verify(update, digest)
+        platform.collect_shared_memory()
         self._first = False
 
     def close(self) -> None:
@@ -72,16 +71,17 @@ class ColocatedTransport:
 
     def _give(self, update: Update, bucket: Bucket) -> None:
         with shareable():
-            payload = base64.b64encode(serialize(bucket)).decode()
-            body = {"flush_cache": bucket.last}
+            body: dict[str, object] = {"flush_cache": bucket.last}
             if bucket.last:
-                body["weight_version"] = update.label  # type: ignore[assignment]
+                body["weight_version"] = update.label
+            handles = {member: [_handles(bucket) for _ in range(member.tensor)] for member in update.members}
             update.post_all(
                 "/update_weights_from_tensor",
-                lambda member: body | {"serialized_named_tensors": [payload] * member.tensor},
+                lambda member: body | {"serialized_named_tensors": handles[member]},
                 phase=_PHASE,
                 seconds=self._seconds,
             )
+            update.need_some()
 
 
 def serialize(bucket: Bucket) -> bytes:
@@ -89,6 +89,10 @@ def serialize(bucket: Bucket) -> bytes:
     buffer = io.BytesIO()
     ForkingPickler(buffer).dump(list(bucket.tensors))
     return buffer.getvalue()
+
+
+def _handles(bucket: Bucket) -> str:
+    return base64.b64encode(serialize(bucket)).decode()
 
 
 @contextmanager
@@ -100,15 +104,3 @@ def shareable() -> Iterator[None]:
         yield
     finally:
         torch.multiprocessing.set_sharing_strategy(before)
-
-
-def refuse_expandable_segments(environment: dict[str, str] | os._Environ[str]) -> None:
-    """Raises ConfigError: memory of expandable segments cannot be opened by another process's allocator."""
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        if "expandable_segments:true" in environment.get(name, "").replace(" ", "").lower():
-            raise ConfigError(
-                [
-                    f"rollout.weight_sync: colocated with {name}={environment[name]}: memory of expandable segments "
-                    "cannot be shared between processes; unset it, or use weight_sync: distributed"
-                ]
-            )

@@ -8,6 +8,7 @@ and keeps no name of the run's weights, so nothing is generated on it before it 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ from typing import Any
 
 from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.errors import ServerError, ServerFault, ServerRefused, StaleServer
-from megatron_laser.rollout.sglang.fleet import Member
 from megatron_laser.rollout.sglang.health import UpdateBegan, UpdateDone, UpdateFailed
+from megatron_laser.rollout.sglang.member import Member
+
+logger = logging.getLogger(__name__)
 
 _STEP_SECONDS = 60.0
 _FLUSH_SECONDS = 20.0  # until a cache that cannot be flushed is given up
@@ -62,10 +65,41 @@ class Update:
         self.ends = time.monotonic() + seconds
         self.members: list[Member] = engine.fleet.updatable()
         self.failures: list[str] = []
+        self._identify_new()
         if not self.members:
             raise SyncFailed(
                 f"weights {label}: no server can be updated: {engine.fleet.describe()}", retry=True
             )
+
+    def _identify_new(self) -> None:
+        """Servers that came after the start of the run are asked who they are; what does not fit is left out."""
+        new = [member for member in self.members if member.device is None]
+        for member, found in (self.engine.identify(new) if new else {}).items():
+            if isinstance(found, ServerError):
+                logger.warning("%s", found)
+                self.drop(member, found)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether all servers compute on CPUs."""
+        return on_cpu(self.members)
+
+    def begin_session(self) -> None:
+        """Open a weight-update session on every server.
+
+        One that a killed trainer or a broken update left open would be refused: it is ended first, and whether there
+        was one does not matter.
+        """
+
+        async def end(member: Member) -> None:
+            await member.client.post("/end_weight_update", {}, deadline=30.0, phase="ending a session")
+
+        self.gather(end, self.members, 30.0, "ending a session")
+        self.post_all("/begin_weight_update", {}, phase="begin of the weight update")
+
+    def end_session(self) -> None:
+        """Close it: the servers bring what they were given into its final form."""
+        self.post_all("/end_weight_update", {}, phase="end of the weight update")
 
     def left(self) -> float:
         """Seconds until the update's deadline; at least a moment."""
@@ -125,8 +159,11 @@ class Update:
         self.engine.on_loop(lambda: self.engine.fleet.tell(member, UpdateFailed(str(error))))
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Generation is paused, requests are aborted and caches are flushed; goes on afterwards, verified."""
+    def paused(self, *, go_on: bool = True) -> Iterator[None]:
+        """Generation is paused, requests are aborted and caches are flushed; goes on afterwards, verified.
+
+        Args: go_on: False leaves the servers paused and `updating`, for whoever has more to do before they go on.
+        """
         tell = self.engine.fleet.tell
         self.engine.on_loop(lambda: [tell(member, UpdateBegan()) for member in self.members])
         try:
@@ -136,17 +173,21 @@ class Update:
             self.need_some()
             yield
             self._check_versions()
-            self.post_all("/continue_generation", {"torch_empty_cache": True}, phase="continuing generation")
-            self.need_some()
+            if go_on:
+                body = {"torch_empty_cache": True}
+                self.post_all("/continue_generation", body, phase="continuing generation")
+                self.need_some()
         except BaseException as error:
             for member in list(self.members):
                 self.drop(
                     member, error if isinstance(error, Exception) else SyncFailed(repr(error), retry=False)
                 )
             raise
-        self.engine.on_loop(self._done)
+        if go_on:
+            self.engine.on_loop(self.done)
 
-    def _done(self) -> None:
+    def done(self) -> None:
+        """The servers that are left take work again; call in the event loop."""
         # All in one turn of the loop: a probe in between would find weights that are not the wanted ones.
         fleet = self.engine.fleet
         fleet.wanted = self.label
@@ -174,3 +215,8 @@ class Update:
             raise SyncFailed(
                 f"weights {self.label}: no server took them: {'; '.join(self.failures)}", retry=True
             )
+
+
+def on_cpu(members: Sequence[Member]) -> bool:
+    """Whether all these servers compute on CPUs."""
+    return all(member.device == "cpu" for member in members)

@@ -17,9 +17,9 @@ import torch
 from megatron_laser.model.hf_folder import write_hf_folder
 from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.errors import StaleServer
-from megatron_laser.rollout.sglang.fleet import Member
+from megatron_laser.rollout.sglang.member import Member
 from megatron_laser.weight_sync.checksums import StreamDigest
-from megatron_laser.weight_sync.control import Update, quiet
+from megatron_laser.weight_sync.control import Update, on_cpu, quiet
 from megatron_laser.weight_sync.verify import verify
 
 logger = logging.getLogger(__name__)
@@ -37,20 +37,17 @@ class DiskTransport:
         source: Path,
         dtype: torch.dtype,
         seconds: float,
-        hashed: bool,
         always_verify: bool,
     ) -> None:
         """
         Args:
             source: the model's Hugging Face folder, for its configuration and tokenizer.
-            hashed: see `StreamDigest`.
             always_verify: compare checksums after every sync, not only the first.
         """
         self._folder = folder
         self._source = source
         self._dtype = dtype
         self._seconds = seconds
-        self._hashed = hashed
         self._verify = always_verify
         self._first = True
         self._current: tuple[str, Path] | None = None
@@ -60,7 +57,7 @@ class DiskTransport:
         self, engine: SglangEngine, weights: Iterable[tuple[str, torch.Tensor]], version: int, label: str
     ) -> None:
         """See `WeightTransport.send`. Raises SyncFailed, OSError (a full disk, a folder that is not writable)."""
-        digest = StreamDigest(dtype=self._dtype, hashed=self._hashed)
+        digest = StreamDigest(dtype=self._dtype, hashed=on_cpu(engine.fleet.members))
         watched = digest.watch(weights) if self._verify or self._first else weights
         target = self._folder / f"{_PREFIX}{label}"
         self._written.add(target)

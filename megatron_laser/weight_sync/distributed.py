@@ -20,11 +20,12 @@ import torch.distributed as dist
 
 from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.errors import ServerError, ServerFault
-from megatron_laser.rollout.sglang.fleet import Member
+from megatron_laser.rollout.sglang.member import Member
 from megatron_laser.weight_sync.buckets import Bucket, buckets
 from megatron_laser.weight_sync.checksums import StreamDigest
 from megatron_laser.weight_sync.control import SyncFailed, Update
 from megatron_laser.weight_sync.group import UpdateGroup, reachable_address
+from megatron_laser.weight_sync.peers import Peers
 from megatron_laser.weight_sync.verify import verify
 
 logger = logging.getLogger(__name__)
@@ -48,29 +49,26 @@ class DistributedTransport:
     def __init__(
         self,
         *,
-        backend: str,
+        peers: Peers,
         dtype: torch.dtype,
         bucket_bytes: int,
         seconds: float,
         address: str | None,
         flattened: bool,
-        hashed: bool,
         always_verify: bool,
     ) -> None:
         """
         Args:
-            backend: "nccl" or "gloo".
+            peers: decides between NCCL and gloo, and refuses what would hang.
             address: where servers reach this process; None: found out.
             flattened: one broadcast a bucket instead of one a tensor.
-            hashed: see `StreamDigest`.
         """
-        self._backend = backend
+        self.peers = peers
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
         self._seconds = seconds
         self._address = address
         self._flattened = flattened
-        self._hashed = hashed
         self._verify = always_verify
         self._first = True
         self._group: UpdateGroup | None = None
@@ -81,14 +79,16 @@ class DistributedTransport:
     ) -> None:
         """See `WeightTransport.send`. Raises SyncFailed; the group is then rebuilt at the next call."""
         update = Update(engine, label, seconds=self._seconds)
-        digest = StreamDigest(dtype=self._dtype, hashed=self._hashed)
+        digest = StreamDigest(dtype=self._dtype, hashed=update.on_cpu)
         watched = digest.watch(weights) if self._verify or self._first else weights
         try:
             with update.paused():
                 group = self._join(update)
-                self._session(update, "begin")
+                update.begin_session()
+                self._all_there(update, group)
                 self._stream(update, group, watched)
-                self._session(update, "end")
+                update.end_session()
+                self._all_there(update, group)
                 if self._verify or self._first:
                     verify(update, digest)
         except BaseException:
@@ -108,10 +108,11 @@ class DistributedTransport:
         if self._group is not None:
             self._forget(update, self._group)
             self._leave()
+        backend = self.peers.backend(update.members)
         self._groups += 1
         name = f"laser-{update.engine.session}-{self._groups}"
         address = self._address or reachable_address(update.members[0].url)
-        self._group = UpdateGroup(update, name, backend=self._backend, address=address, timeout=self._seconds)
+        self._group = UpdateGroup(update, name, backend=backend, address=address, timeout=self._seconds)
         return self._group
 
     def _forget(self, update: Update, group: UpdateGroup) -> None:
@@ -127,16 +128,8 @@ class DistributedTransport:
             if isinstance(result, ServerError):
                 logger.debug("server %s: %s", member.url, result)
 
-    def _session(self, update: Update, which: str) -> None:
-        if which == "begin":
-            # A session that a killed trainer left open would be refused: end it, and never mind the answer.
-            async def end(member: Member) -> None:
-                await member.client.post("/end_weight_update", {}, deadline=30.0, phase="ending a session")
-
-            update.gather(end, update.members, 30.0, "ending a session")
-        update.post_all(f"/{which}_weight_update", {}, phase=f"{which} of the weight update")
-        assert self._group is not None
-        if len(update.members) < len(self._group.members):
+    def _all_there(self, update: Update, group: UpdateGroup) -> None:
+        if len(update.members) < len(group.members):
             raise SyncFailed(f"a server left during the sync: {'; '.join(update.failures)}", retry=True)
 
     def _stream(
@@ -162,6 +155,8 @@ class DistributedTransport:
             sent = [bucket.flat()]
         else:
             sent = [tensor for _, tensor in bucket.tensors]
+        if group.backend == "gloo":
+            sent = [tensor.cpu() for tensor in sent]
         replies = {
             member: asyncio.run_coroutine_threadsafe(
                 member.client.post(

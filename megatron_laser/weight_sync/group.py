@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from megatron_laser.rollout.sglang.fleet import Member
+from megatron_laser.rollout.sglang.member import Member
 from megatron_laser.weight_sync.control import SyncFailed, Update
 
 _JOIN_SECONDS = 120.0
@@ -31,7 +31,7 @@ class UpdateGroup:
         """
         self.name = name
         self.members = {member: _process(member) for member in update.members}
-        self._backend = backend
+        self.backend = backend
         seconds = min(_JOIN_SECONDS, update.left())
         self._timeout = timedelta(seconds=timeout)
         self._store = dist.TCPStore(
@@ -92,13 +92,13 @@ class UpdateGroup:
         group, self._joined = self._joined, None
         if group is not None:
             threading.Thread(
-                target=_abandon, args=(group, self._backend), name="leaving a weight group", daemon=True
+                target=_abandon, args=(group, self.backend), name="leaving a weight group", daemon=True
             ).start()
 
     def _join(self, world: int, seconds: float, trouble: list[BaseException]) -> None:
         try:
             self._joined = _make_group(
-                self._store, self.name, world, self._backend, timedelta(seconds=seconds)
+                self._store, self.name, world, self.backend, timedelta(seconds=seconds)
             )
         except BaseException as error:
             trouble.append(error)

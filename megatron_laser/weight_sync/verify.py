@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from megatron_laser.rollout.sglang.errors import ServerError, ServerFault, StaleServer
-from megatron_laser.rollout.sglang.fleet import Member
+from megatron_laser.rollout.sglang.member import Member
 from megatron_laser.weight_sync.checksums import StreamDigest, differences, fingerprint, no_checksums
 from megatron_laser.weight_sync.control import Update
 

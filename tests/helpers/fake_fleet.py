@@ -9,8 +9,9 @@ from typing import Any
 
 from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.sglang.errors import ServerError, ServerFault
-from megatron_laser.rollout.sglang.fleet import Fleet, Member
+from megatron_laser.rollout.sglang.fleet import Fleet
 from megatron_laser.rollout.sglang.health import Answered, Limits
+from megatron_laser.rollout.sglang.member import Member
 
 
 class FakeServer:

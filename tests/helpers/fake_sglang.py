@@ -21,12 +21,19 @@ from pathlib import Path
 VERSION = "0.5.23"
 
 
-def fake_python(folder: Path, version: str = VERSION, router_version: str = "0.3.2") -> str:
+def fake_python(
+    folder: Path,
+    version: str = VERSION,
+    router_version: str = "0.3.2",
+    torch_version: str = "2.13.0+cpu",
+    nccl_version: str = "-",
+) -> str:
     """An executable in `folder` that behaves as a python with SGLang where `serve` is concerned."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "python"
     file.write_text(
-        f'#!/bin/sh\nFAKE_VERSIONS="{version} {router_version}" exec {sys.executable} -S {__file__} "$@"\n'
+        f'#!/bin/sh\nFAKE_VERSIONS="{version} {router_version} {torch_version} {nccl_version}" '
+        f'exec {sys.executable} -S {__file__} "$@"\n'
     )
     file.chmod(file.stat().st_mode | stat.S_IXUSR)
     return str(file)
@@ -122,7 +129,10 @@ def main(arguments: list[str]) -> None:
     elif arguments[:1] == ["sleep"]:
         time.sleep(600)
     elif arguments[:1] == ["-c"] and "importlib.metadata" in arguments[1]:
-        print("\n".join(os.environ["FAKE_VERSIONS"].split()))
+        versions = os.environ["FAKE_VERSIONS"].split()
+        if arguments[2:] != ["nccl"]:  # as the real script: NCCL's is looked up only when asked for
+            versions[-1] = "-"
+        print("\n".join(versions))
     else:
         kind = Router if arguments[:1] == ["-c"] else Server
         serve(kind(arguments), option(arguments, "--host"), int(option(arguments, "--port")))

@@ -11,8 +11,11 @@ from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.identify import Expected
 from megatron_laser.types import SamplingParams
 from megatron_laser.weight_sync import disk, sync_weights
+from megatron_laser.weight_sync.colocated import ColocatedTransport
 from megatron_laser.weight_sync.disk import DiskTransport
 from megatron_laser.weight_sync.distributed import DistributedTransport
+from megatron_laser.weight_sync.occupation import ALL_TAGS, WEIGHTS, Occupation
+from megatron_laser.weight_sync.peers import Peers
 
 pytestmark = pytest.mark.sglang
 
@@ -31,11 +34,17 @@ def process_group():
 
 
 def transport(kind, server, folder):
-    common = dict(dtype=torch.float32, seconds=60.0, hashed=True, always_verify=True)
+    common = dict(dtype=torch.float32, seconds=60.0, always_verify=True)
+    if kind == "colocated":
+        return ColocatedTransport(bucket_bytes=20_000, **common)
     if kind == "disk":
         return DiskTransport(folder, source=server.model, **common)
     return DistributedTransport(
-        backend="gloo", bucket_bytes=20_000, address=None, flattened=kind == "flattened", **common
+        peers=Peers(torch_version=torch.__version__, nccl_version=None),
+        bucket_bytes=20_000,
+        address=None,
+        flattened=kind == "flattened",
+        **common,
     )
 
 
@@ -67,13 +76,18 @@ def logprobs(model, ids):
         return torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), dim=-1)
 
 
-@pytest.mark.parametrize("kind", ["disk", "tensor", "flattened"])
+@pytest.mark.parametrize("kind", ["disk", "tensor", "flattened", "colocated"])
 def test_log_probs_and_scores_are_the_trainers_after_a_sync(kind, sglang_server, process_group, tmp_path):
     engine = open_engine(sglang_server, transport(kind, sglang_server, tmp_path))
+    occupation = Occupation(engine, seconds=60.0)
+    away = ALL_TAGS if kind == "colocated" else frozenset()
     try:
         for version in (0, 1):
             model = changed_model(sglang_server, 10 + version)
+            occupation.release(away)
+            occupation.resume({WEIGHTS})
             assert sync_weights(stream(model), engine, version) is None
+            assert occupation.resume(ALL_TAGS) == ""
             prompts = [[4, 5, 6], [7, 8, 9]]
             sampling = SamplingParams(4, 12, (EOS,), score_token_id=SCORE)
             for prompt, group in zip(prompts, engine.generate(prompts, sampling, deadline=60)):

@@ -14,7 +14,14 @@ from megatron_laser.rollout.endpoints import (
     read_endpoints,
 )
 
-SERVER = ServerEndpoint("http://10.0.0.5:30000", start=2, pid=4711, state="held")
+SERVER = ServerEndpoint(
+    "http://10.0.0.5:30000",
+    start=2,
+    pid=4711,
+    state="held",
+    torch_version="2.13.0+cu129",
+    nccl_version="2.27.5",
+)
 
 
 def test_what_is_published_is_read(tmp_path):

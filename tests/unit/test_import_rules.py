@@ -38,6 +38,7 @@ LAYERS = (
         "ranks",
         "export",
         "loop",
+        "turns",
         "replay",
         "conversion",
         "testtime",

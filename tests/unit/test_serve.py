@@ -1,6 +1,7 @@
 """`serve` from outside, with a fake in SGLang's place: what it publishes, starts again, and leaves behind."""
 
 import contextlib
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from megatron_laser.rollout.serving.fleet_plan import (
     plan_fleet,
     shared_key,
 )
+from megatron_laser.rollout.serving.installed import ask_installed
 
 PATIENCE = 60.0  # seconds; everything here takes a fraction of it on an idle machine
 
@@ -97,6 +99,7 @@ def test_servers_and_router_are_published_and_end_with_serve(tmp_path):
         endpoints = serve.wait_ready()
         first, second = endpoints.servers
         assert (first.start, second.start) == (1, 1)
+        assert {server.torch_version for server in endpoints.servers} == {"2.13.0+cpu"}
         assert len({first.url, second.url}) == 2
         router = read_endpoints(serve.endpoints).router_url
         wait_for(lambda: serve_workers(router, endpoints), "router")
@@ -287,6 +290,19 @@ def test_a_port_with_a_listener_is_taken():
 def test_an_unfit_environment_is_refused_before_anything_starts(tmp_path, version, router_version, message):
     with pytest.raises(ConfigError, match=message):
         check_sglang(fake_python(tmp_path, version, router_version), router=True)
+
+
+def test_nccl_is_asked_for_only_where_it_matters(tmp_path):
+    python = fake_python(tmp_path, nccl_version="2.27.5")
+    found = check_sglang(python, router=False, nccl=True)
+    assert (found.sglang, found.torch, found.nccl) == ("0.5.23", "2.13.0+cpu", "2.27.5")
+    assert check_sglang(python, router=False).nccl is None
+
+
+def test_a_real_interpreter_says_what_it_has():
+    found = ask_installed(sys.executable, nccl=False)
+    assert found.torch == importlib.metadata.version("torch")
+    assert found.nccl is None
 
 
 def test_the_file_is_named_after_the_node_in_a_folder_and_is_required(tmp_path):

@@ -84,6 +84,8 @@ def test_the_command_line_follows_from_the_run(config, tmp_path):
 
 def test_colocated_servers_can_release_their_memory(config):
     assert "--enable-memory-saver" in command_of(config(weight_sync="colocated")).arguments
+    on_cpu = config(weight_sync="colocated", sglang={"device": "cpu"})  # the saver is CUDA's
+    assert "--enable-memory-saver" not in command_of(on_cpu, gpus=None).arguments
 
 
 def test_the_key_is_in_the_settings_file_and_nowhere_else(config):

@@ -116,7 +116,7 @@ def server_command(
     arguments += ["--model-path", str(config.model.path), "--dtype", config.model.dtype]
     arguments += ["--host", sglang.host, "--port", str(port), "--device", sglang.device]
     arguments += ["--tp-size", str(sglang.tensor), "--skip-tokenizer-init"]
-    if config.rollout.weight_sync == "colocated":
+    if config.rollout.weight_sync == "colocated" and sglang.device == "cuda":
         arguments.append("--enable-memory-saver")
     settings = BASE_OPTIONS | (CPU_OPTIONS if sglang.device == "cpu" else {})
     for name, value in sglang.options.items():

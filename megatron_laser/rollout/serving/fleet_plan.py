@@ -19,11 +19,10 @@ from typing import IO
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.config.schema_rollout import SglangConfig
 from megatron_laser.rollout.serving.command import assign_gpus, find_python
+from megatron_laser.rollout.serving.installed import Installed, check_sglang
 from megatron_laser.rollout.serving.ports import PortFinder
 
-MIN_SGLANG = (0, 5, 23)  # the first with which the weight updates of a session were measured
 _LOCK_DEADLINE = 45.0  # seconds; the watcher of a killed serve may still be cleaning up
-_ASK_DEADLINE = 120.0  # seconds for an interpreter to say what it has installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,7 @@ class FleetPlan:
         endpoints: the file to publish.
         folder: for logs; the processes' working directory.
         mark: what all processes of this serve carry.
+        installed: versions in SGLang's environment.
         remarks: what the user should know before the start.
     """
 
@@ -52,6 +52,7 @@ class FleetPlan:
     endpoints: Path
     folder: Path
     mark: str
+    installed: Installed
     remarks: tuple[str, ...] = ()
 
     def url(self, port: int) -> str:
@@ -90,7 +91,7 @@ def plan_fleet(config: RunConfig, endpoints: Path) -> FleetPlan:
             [f"model.path: {config.model.path} has no config.json; expected a Hugging Face model folder"]
         )
     python = find_python(sglang, Path.cwd())
-    check_sglang(python, router=sglang.router)
+    installed = check_sglang(python, router=sglang.router, nccl=sglang.device == "cuda")
     gpus: tuple[str | None, ...] = (None,) * sglang.servers
     if sglang.device == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -118,6 +119,7 @@ def plan_fleet(config: RunConfig, endpoints: Path) -> FleetPlan:
         endpoints=endpoints,
         folder=folder,
         mark=secrets.token_hex(8),
+        installed=installed,
         remarks=tuple(finder.skipped),
     )
 
@@ -223,53 +225,6 @@ def count_gpus() -> int | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return len(done.stdout.splitlines()) if done.returncode == 0 else None
-
-
-def check_sglang(python: str, *, router: bool) -> str:
-    """The version of SGLang in the environment of `python`.
-
-    Raises:
-        ConfigError: it is missing or too old, or the router is.
-    """
-    script = (
-        "import importlib.metadata as m\n"
-        "for name in ('sglang', 'sglang-router'):\n"
-        "    try: print(m.version(name))\n"
-        "    except m.PackageNotFoundError: print('-')\n"
-    )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    try:
-        done = subprocess.run(
-            [python, "-c", script], capture_output=True, text=True, timeout=_ASK_DEADLINE, env=environment
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError([f"rollout.sglang.python: {python} does not run: {error}"]) from error
-    found = done.stdout.split()
-    if done.returncode != 0 or len(found) != 2:
-        raise ConfigError([f"rollout.sglang.python: {python} does not run: {done.stderr.strip()[-300:]}"])
-    needed = ".".join(map(str, MIN_SGLANG))
-    if found[0] == "-":
-        raise ConfigError(
-            [
-                f"rollout.sglang.python: the environment of {python} has no SGLang; install sglang {needed} or newer "
-                "into it, or name another interpreter (on CPUs: tools/setup_sglang_cpu.sh)"
-            ]
-        )
-    numbers = tuple(int(part) for part in re.findall(r"\d+", found[0])[:3])
-    if numbers < MIN_SGLANG:
-        raise ConfigError(
-            [
-                f"rollout.sglang.python: {python} has SGLang {found[0]}, and {needed} or newer is needed; upgrade it"
-            ]
-        )
-    if router and found[1] == "-":
-        raise ConfigError(
-            [
-                f"rollout.sglang.router: true, but the environment of {python} has no sglang-router; install it "
-                "(pip install sglang-router), or set rollout.sglang.router to false"
-            ]
-        )
-    return found[0]
 
 
 def describe(plan: FleetPlan) -> str:

@@ -107,7 +107,14 @@ class Supervisor:
     def _publish(self, now: float, *, ending: bool = False) -> None:
         endpoints = Endpoints(
             servers=tuple(
-                ServerEndpoint(server.url, max(server.slot.start, 1), server.pid, server.slot.state)
+                ServerEndpoint(
+                    server.url,
+                    max(server.slot.start, 1),
+                    server.pid,
+                    server.slot.state,
+                    self.plan.installed.torch,
+                    self.plan.installed.nccl,
+                )
                 for server in self._servers
             ),
             # from the start, since readers look once: it answers when all servers do, and comes back under this address

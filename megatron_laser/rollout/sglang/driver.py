@@ -16,7 +16,8 @@ from typing import Any
 from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.rollout.sglang.errors import ServerError, ServerFault
 from megatron_laser.rollout.sglang.exchange import Exchange
-from megatron_laser.rollout.sglang.fleet import Fleet, Member
+from megatron_laser.rollout.sglang.fleet import Fleet
+from megatron_laser.rollout.sglang.member import Member
 from megatron_laser.rollout.sglang.router import Router
 from megatron_laser.rollout.sglang.tasks import all_or_first_error, retried
 from megatron_laser.rollout.sglang.traffic import Traffic, Weights

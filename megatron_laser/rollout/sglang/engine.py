@@ -16,10 +16,12 @@ from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.rollout.sglang.client import ServerClient, Sessions
 from megatron_laser.rollout.sglang.driver import Driver
-from megatron_laser.rollout.sglang.fleet import Fleet, Member
+from megatron_laser.rollout.sglang.errors import ServerError
+from megatron_laser.rollout.sglang.fleet import Fleet
 from megatron_laser.rollout.sglang.health import Limits
-from megatron_laser.rollout.sglang.identify import Expected, ServerFacts, identify, refuse_strangers
+from megatron_laser.rollout.sglang.identify import Expected, ServerFacts, identify_members, refuse_strangers
 from megatron_laser.rollout.sglang.loop_thread import SLACK, LoopThread
+from megatron_laser.rollout.sglang.member import Member
 from megatron_laser.rollout.sglang.router import Router
 from megatron_laser.rollout.sglang.traffic import Weights
 from megatron_laser.rollout.sglang.transport import WeightTransport
@@ -211,19 +213,18 @@ class SglangEngine:
         self._synced = True
 
     def identify_all(self) -> dict[str, ServerFacts]:
-        """Ask every server that answers who it is; notes their tensor-parallel sizes."""
-        members = self.fleet.updatable()
+        """Ask every server that answers who it is. Raises ServerError: one cannot be used."""
+        facts = {}
+        for member, found in self.identify(self.fleet.updatable()).items():
+            if isinstance(found, ServerError):
+                raise found
+            facts[member.url] = found
+        return facts
 
-        async def ask(member: Member) -> ServerFacts:
-            facts = await identify(member.client, self._expected, deadline=SLACK)
-            member.tensor = facts.tensor
-            return facts
-
-        async def ask_all() -> list[ServerFacts]:
-            return list(await asyncio.gather(*(ask(member) for member in members)))
-
-        facts = self.run(ask_all(), 3 * SLACK, "identifying servers")
-        return {member.url: fact for member, fact in zip(members, facts)}
+    def identify(self, members: Sequence[Member]) -> dict[Member, ServerFacts | ServerError]:
+        """See `identify_members`."""
+        work = identify_members(members, self._expected, deadline=SLACK)
+        return self.run(work, 3 * SLACK, "identifying servers")
 
     def take_metrics(self) -> dict[str, float]:
         """See `ResumableEngine.take_metrics`."""

@@ -16,8 +16,9 @@ from megatron_laser.rollout.sglang.errors import (
     ServerRefused,
     StaleServer,
 )
-from megatron_laser.rollout.sglang.fleet import Fleet, Member
+from megatron_laser.rollout.sglang.fleet import Fleet
 from megatron_laser.rollout.sglang.health import Answered
+from megatron_laser.rollout.sglang.member import Member
 from megatron_laser.rollout.sglang.router import Router
 from megatron_laser.rollout.sglang.tasks import cancelling
 from megatron_laser.rollout.sglang.traffic import Traffic, Weights

@@ -10,8 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from megatron_laser.rollout.endpoints import EndpointsError, ServerEndpoint
 from megatron_laser.rollout.sglang.client import ServerClient, Sessions
@@ -30,34 +28,12 @@ from megatron_laser.rollout.sglang.health import (
     UpdateDone,
     UpdateFailed,
 )
+from megatron_laser.rollout.sglang.member import Member, level_of
 
 logger = logging.getLogger(__name__)
 
 PROBE_EVERY = 2.0  # seconds
 _PROBE_DEADLINE = 10.0  # at most; three must fit into the hang deadline
-
-
-@dataclass(eq=False)
-class Member:
-    """One server as the fleet sees it. `running`: its open requests; they end when it dies."""
-
-    client: ServerClient
-    health: Health
-    start: int = 0
-    tensor: int = 1
-    running: set[asyncio.Task[Any]] = field(default_factory=set)
-    trouble: ServerError | None = None  # the last probe's
-    probing: asyncio.Task[None] | None = None
-
-    @property
-    def url(self) -> str:
-        """Its address."""
-        return self.client.url
-
-    @property
-    def load(self) -> float:
-        """Open requests for each of its GPUs."""
-        return len(self.running) / self.tensor
 
 
 class Fleet:
@@ -136,7 +112,7 @@ class Fleet:
         before = member.health
         member.health = after = before.after(event, self._clock(), self._limits)
         if before.state is not after.state:
-            level = _level_of({before.state, after.state})
+            level = level_of({before.state, after.state})
             logger.log(
                 level,
                 "server %s: %s -> %s%s",
@@ -271,8 +247,11 @@ class Fleet:
             member = self._members.get(endpoint.url)
             if member is None:
                 client = ServerClient(endpoint.url, self._sessions)
-                self._members[endpoint.url] = Member(client, Health.fresh(self._clock()), endpoint.start)
-            elif endpoint.start > member.start:
+                health = Health.fresh(self._clock())
+                self._members[endpoint.url] = Member(client, health, endpoint, endpoint.start)
+                continue
+            member.endpoint = endpoint
+            if endpoint.start > member.start:
                 member.start = endpoint.start
                 self.tell(member, Restarted())
         for url in set(self._members) - named:
@@ -288,11 +267,3 @@ class Fleet:
     def failed(self, member: Member, error: ServerError) -> None:
         """A request to it failed."""
         self.tell(member, RequestFailed(str(error), gone=error.gone))
-
-
-def _level_of(states: set[State]) -> int:
-    """How loudly a change between two states is told: every step has an update, and no update is news."""
-    if states <= {State.HEALTHY, State.UPDATING}:
-        return logging.DEBUG
-    quiet = {State.HEALTHY, State.UPDATING, State.STARTING, State.DRAINING}
-    return logging.INFO if states <= quiet else logging.WARNING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -19,7 +20,7 @@ from megatron_laser.rollout.sglang.errors import (
     ServerTimeout,
     StrangeAnswer,
 )
-from megatron_laser.rollout.sglang.fleet import Member
+from megatron_laser.rollout.sglang.member import Member
 from megatron_laser.rollout.sglang.wire import score_body
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,23 @@ class ServerFacts:
     tensor: int
     model_path: str
     weight_version: str
+    device: str  # "cpu", "cuda"
+
+
+async def identify_members(
+    members: Sequence[Member], expected: Expected, *, deadline: float
+) -> dict[Member, ServerFacts | ServerError]:
+    """Ask servers at once who they are; notes on each its tensor-parallel size and device."""
+
+    async def ask(member: Member) -> ServerFacts | ServerError:
+        try:
+            facts = await identify(member.client, expected, deadline=deadline)
+        except ServerError as error:
+            return error
+        member.tensor, member.device = facts.tensor, facts.device
+        return facts
+
+    return dict(zip(members, await asyncio.gather(*(ask(member) for member in members))))
 
 
 async def identify(client: ServerClient, expected: Expected, *, deadline: float) -> ServerFacts:
@@ -89,6 +107,7 @@ async def identify(client: ServerClient, expected: Expected, *, deadline: float)
         int(server.get("tp_size") or 1),
         str(info.get("model_path")),
         str(info["weight_version"]),
+        str(server.get("device") or "cuda"),
     )
 
 

@@ -1,0 +1,64 @@
+"""What `rollout.weight_sync: colocated` cannot do, found before a model is built or a server is started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from megatron_laser.config import ConfigError, RunConfig
+from megatron_laser.rollout.serving.command import find_python
+from megatron_laser.rollout.serving.installed import ask_installed
+
+
+def refuse_colocated(config: RunConfig) -> None:
+    """Does nothing for other settings. Call on rank 0.
+
+    Raises:
+        ConfigError: this process's allocator cannot share memory, torch differs between trainer and servers, or the
+            trainer spans several nodes.
+    """
+    rollout = config.rollout
+    if rollout.engine != "sglang" or rollout.weight_sync != "colocated":
+        return
+    problems = expandable_segments(os.environ) + several_nodes(os.environ)
+    python = find_python(rollout.sglang, Path.cwd())
+    problems += different_torch(torch.__version__, ask_installed(python, nccl=False).torch, python)
+    if problems:
+        raise ConfigError(problems)
+
+
+def expandable_segments(environment: Mapping[str, str]) -> list[str]:
+    """Memory of expandable segments cannot be opened by another process's allocator."""
+    return [
+        f"rollout.weight_sync: colocated with {name}={environment[name]}: memory of expandable segments cannot be "
+        "shared between processes; unset it, or use weight_sync: distributed"
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+        if "expandable_segments:true" in environment.get(name, "").replace(" ", "").lower()
+    ]
+
+
+def several_nodes(environment: Mapping[str, str]) -> list[str]:
+    """Memory is handed over within a node: torchrun's WORLD_SIZE ranks must all be local ones."""
+    ranks = int(environment.get("WORLD_SIZE", "1"))
+    local = int(environment.get("LOCAL_WORLD_SIZE", str(ranks)))
+    if ranks == local:
+        return []
+    return [
+        f"rollout.weight_sync: colocated with {ranks} ranks, of which {local} are on this node: servers take weights "
+        "from the memory of their own node only; train on one node, or use weight_sync: distributed with servers on "
+        "GPUs of their own"
+    ]
+
+
+def different_torch(ours: str, theirs: str | None, python: str) -> list[str]:
+    """Handles to memory are a private format of torch. What follows a + (the CUDA of a build) may differ."""
+    if theirs is not None and theirs.split("+")[0] == ours.split("+")[0]:
+        return []
+    return [
+        f"rollout.weight_sync: colocated with torch {theirs or '(none)'} in the servers' environment ({python}) and "
+        f"torch {ours} in the trainer's: handles to memory do not pass between releases; install the same torch in "
+        "both, or use weight_sync: distributed"
+    ]

@@ -1,0 +1,90 @@
+"""What SGLang's environment has installed, asked of its interpreter before anything is started."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+
+from megatron_laser.config import ConfigError
+
+MIN_SGLANG = (0, 5, 23)  # the first with which the weight updates of a session were measured
+_ASK_DEADLINE = 120.0  # seconds for an interpreter to say what it has installed
+
+# NCCL is part of torch, and only torch knows which one it loads; importing it takes seconds, so only where it matters.
+_SCRIPT = """\
+import importlib.metadata as m, sys
+for name in ('sglang', 'sglang-router', 'torch'):
+    try: print(m.version(name))
+    except m.PackageNotFoundError: print('-')
+try:
+    if sys.argv[1:] != ['nccl']: raise ImportError
+    import torch
+    print('.'.join(map(str, torch.cuda.nccl.version())))
+except Exception: print('-')
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """Versions in an environment; None: not there, or (NCCL) not asked for."""
+
+    sglang: str | None
+    router: str | None
+    torch: str | None
+    nccl: str | None
+
+
+def ask_installed(python: str, *, nccl: bool) -> Installed:
+    """Ask the interpreter `python`.
+
+    Args:
+        nccl: also for NCCL, which imports torch.
+
+    Raises:
+        ConfigError: it does not run.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    command = [python, "-c", _SCRIPT, *(["nccl"] if nccl else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_DEADLINE, env=environment)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError([f"rollout.sglang.python: {python} does not run: {error}"]) from error
+    found = [None if word == "-" else word for word in done.stdout.split()]
+    if done.returncode != 0 or len(found) != 4:
+        raise ConfigError([f"rollout.sglang.python: {python} does not run: {done.stderr.strip()[-300:]}"])
+    return Installed(*found)
+
+
+def check_sglang(python: str, *, router: bool, nccl: bool = False) -> Installed:
+    """What the environment of `python` has, once it is known to be enough.
+
+    Raises:
+        ConfigError: SGLang is missing or too old, or the router is missing.
+    """
+    found = ask_installed(python, nccl=nccl)
+    needed = ".".join(map(str, MIN_SGLANG))
+    if found.sglang is None:
+        raise ConfigError(
+            [
+                f"rollout.sglang.python: the environment of {python} has no SGLang; install sglang {needed} or newer "
+                "into it, or name another interpreter (on CPUs: tools/setup_sglang_cpu.sh)"
+            ]
+        )
+    numbers = tuple(int(part) for part in re.findall(r"\d+", found.sglang)[:3])
+    if numbers < MIN_SGLANG:
+        raise ConfigError(
+            [
+                f"rollout.sglang.python: {python} has SGLang {found.sglang}, and {needed} or newer is needed; "
+                "upgrade it"
+            ]
+        )
+    if router and found.router is None:
+        raise ConfigError(
+            [
+                f"rollout.sglang.router: true, but the environment of {python} has no sglang-router; install it "
+                "(pip install sglang-router), or set rollout.sglang.router to false"
+            ]
+        )
+    return found

@@ -1,0 +1,162 @@
+"""The trainer's state leaves the device and returns: bit for bit, in place, and without changing what is learned."""
+
+import pytest
+import torch
+from helpers.models import save_tiny_model
+from helpers.rollouts import Response, rollout_batch
+from helpers.runs import run_config
+
+from megatron_laser.model import platform
+
+platform.install()
+
+from megatron_laser.trainer.checkpoint import sharded  # noqa: E402
+from megatron_laser.trainer.residency import ALL_PARTS, Part, Residency  # noqa: E402
+from megatron_laser.trainer.trainer import Trainer  # noqa: E402
+
+R, W = Response(5, True), Response(7, False)
+GROUPS = [[R, W, W], [W, R, R], [R, W, R], [W, W, R]]
+KINDS = [("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("residency") / "model"
+    save_tiny_model(folder, "qwen2")
+    return folder
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}{', distributed' if kind[1] else ''}")
+def trainer_of(request, single_process, model_folder, tmp_path):
+    dtype, distributed = request.param
+
+    def make(**policy):
+        config = run_config(
+            tmp_path,
+            model_folder,
+            f"model.dtype={dtype}",
+            laser={"enabled": False},
+            optimizer={"lr": 1e-3, "distributed": distributed},
+            policy={"minibatches": 2, "old_logprobs": "recompute", **policy},
+            rollout={"samples_per_prompt": 3},
+        )
+        return Trainer(config, single_process, score_token_id=None)
+
+    return make
+
+
+def train(trainer, step):
+    return trainer.train_step(rollout_batch(GROUPS, seed=step), step)
+
+
+def torch_optimizers(trainer):
+    optimizer = trainer.policy.optimizer
+    return [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
+
+
+def state_of(trainer):
+    """Every number that training goes on from: weights, main weights, Adam's moments and step counts."""
+    tensors = [parameter for model in trainer.policy.chunks.models for parameter in model.parameters()]
+    for optimizer in torch_optimizers(trainer):
+        tensors += [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for values in optimizer.state.values():
+            tensors += [values[name] for name in sorted(values) if isinstance(values[name], torch.Tensor)]
+    return tensors
+
+
+def test_a_round_trip_leaves_every_bit_and_every_view_as_it_was(trainer_of):
+    trainer = trainer_of()
+    train(trainer, 1)
+    tensors = state_of(trainer)
+    assert len(tensors) > 3 * sum(1 for _ in trainer.policy.chunks.models[0].parameters())
+    before = [tensor.detach().clone() for tensor in tensors]
+    residency = Residency(trainer.policy)
+    freed = residency.offload(ALL_PARTS)
+    assert residency.on_device == frozenset()
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors)
+    weights = sum(p.numel() for p in trainer.policy.chunks.models[0].parameters())
+    # fp32 gradients and both moments, and the weights themselves
+    assert freed >= weights * (4 + 8 + 4 if before[0].dtype is torch.float32 else 4 + 8 + 4 + 2)
+    assert residency.load(ALL_PARTS) == freed
+    assert residency.on_device == ALL_PARTS
+    after = state_of(trainer)
+    assert all(one is other for one, other in zip(tensors, after, strict=True))
+    for tensor, values in zip(after, before, strict=True):
+        assert torch.equal(tensor.detach(), values)
+    (wrapped,) = trainer.policy.chunks.wrapped
+    for buffer in wrapped.buffers:
+        assert not buffer.grad_data.any()
+        for parameter in buffer.params:
+            assert parameter.main_grad.untyped_storage()._cdata == buffer.grad_data.untyped_storage()._cdata
+            if buffer.param_data is not None:
+                assert parameter.untyped_storage()._cdata == buffer.param_data.untyped_storage()._cdata
+
+
+def test_training_with_turns_equals_training_without(trainer_of):
+    plain, moving = trainer_of(), trainer_of()
+    residency = Residency(moving.policy)
+    residency.offload(ALL_PARTS)
+    for step in (1, 2, 3):
+        residency.load(ALL_PARTS)
+        expected, result = train(plain, step), train(moving, step)
+        assert result.metrics == expected.metrics
+        residency.offload(ALL_PARTS - {Part.PARAMETERS})
+        for (name, tensor), (other, same) in zip(plain.weight_stream(), moving.weight_stream(), strict=True):
+            assert name == other and torch.equal(tensor, same), (step, name)
+        residency.offload({Part.PARAMETERS})
+    residency.load(ALL_PARTS)
+    for tensor, same in zip(state_of(plain), state_of(moving), strict=True):
+        assert torch.equal(tensor.detach(), same.detach())
+
+
+def test_a_checkpoint_needs_weights_and_optimizer_only(trainer_of):
+    trainer = trainer_of()
+    train(trainer, 1)
+    expected = {name: entry.data.clone() for name, entry in sharded.build_state(trainer.policy).items()}
+    residency = Residency(trainer.policy)
+    residency.offload(ALL_PARTS)
+    residency.load({Part.PARAMETERS, Part.OPTIMIZER})
+    assert residency.on_device == {Part.PARAMETERS, Part.OPTIMIZER}
+    found = sharded.build_state(trainer.policy)
+    assert found.keys() == expected.keys()
+    for name, entry in found.items():
+        assert torch.equal(entry.data, expected[name]), name
+
+
+def test_the_optimizers_leaving_does_not_touch_the_weights(trainer_of):
+    trainer = trainer_of()
+    train(trainer, 1)
+    before = {name: tensor.clone() for name, tensor in trainer.weight_stream()}
+    residency = Residency(trainer.policy)
+    residency.offload({Part.OPTIMIZER, Part.GRADIENTS})
+    for name, tensor in trainer.weight_stream():
+        assert torch.equal(tensor, before[name])
+    assert residency.offload({Part.OPTIMIZER}) == 0  # away already
+    assert residency.load({Part.PARAMETERS}) == 0  # there already
+
+
+def test_host_memory_is_taken_once(trainer_of):
+    trainer = trainer_of()
+    train(trainer, 1)
+    residency = Residency(trainer.policy)
+    copies = []
+    for _ in range(3):
+        residency.offload(ALL_PARTS)
+        parked = [item for items in residency._parked.values() for item in items]
+        copies.append([item.host.data_ptr() for item in parked if item.host is not None])
+        assert all(item.host is None for item in residency._parked[Part.GRADIENTS])
+        residency.load(ALL_PARTS)
+    assert copies[0] and copies[0] == copies[1] == copies[2]
+
+
+def test_a_reference_model_leaves_too(trainer_of):
+    trainer = trainer_of(kl_coefficient=0.1)
+    assert trainer.reference is not None
+    residency = Residency(trainer.policy, trainer.reference)
+    parameters = list(trainer.reference.models[0].parameters())
+    before = [parameter.clone() for parameter in parameters]
+    residency.offload({Part.REFERENCE})
+    assert all(parameter.untyped_storage().nbytes() == 0 for parameter in parameters)
+    residency.load({Part.REFERENCE})
+    assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before))
+    train(trainer, 1)
