@@ -8,6 +8,7 @@ and keeps no name of the run's weights, so nothing is generated on it before it 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,15 +26,18 @@ _STEP_SECONDS = 60.0
 _FLUSH_SECONDS = 20.0  # until a cache that cannot be flushed is given up
 
 
-async def quiet(member: Member, seconds: float) -> None:
+async def quiet(member: Member, seconds: float, *, wake: bool = True) -> None:
     """Pause one server: what runs there is aborted, its cache is empty.
+
+    Args: wake: let it go on first; not one that has given its cache away, which could not.
 
     Raises ServerError, at the latest after `seconds`.
     """
     client, phase = member.client, "pausing generation"
     ends = time.monotonic() + seconds
     # One that stands still, as `serve` holds a restarted one, would not end what it has half done, and keep its cache.
-    await client.post("/continue_generation", {}, deadline=seconds, phase=phase)
+    if wake:
+        await client.post("/continue_generation", {}, deadline=seconds, phase=phase)
     await client.post("/pause_generation", {"mode": "abort"}, deadline=ends - time.monotonic(), phase=phase)
     while True:
         try:
@@ -168,8 +172,8 @@ class Update:
         self.engine.on_loop(lambda: [tell(member, UpdateBegan()) for member in self.members])
         try:
             limit = min(self.left(), _STEP_SECONDS)
-            calm = self.gather(lambda member: quiet(member, limit), self.members, limit, "pausing generation")
-            self._keep(calm)
+            work = functools.partial(quiet, seconds=limit, wake=go_on)
+            self._keep(self.gather(work, self.members, limit, "pausing generation"))
             self.need_some()
             yield
             self._check_versions()

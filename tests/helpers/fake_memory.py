@@ -21,7 +21,7 @@ class FakeMemory:
     """One server.
 
     log: what was asked of it, in order, probes left out. busy: flushes that are refused before one is taken. broken:
-    paths that answer 500.
+    paths that answer 500. sums: checksums of the weights that it says to hold.
     """
 
     url: str = ""
@@ -36,6 +36,7 @@ class FakeMemory:
     died_of: str = ""
     log: list[str] = field(default_factory=list)
     received: list[dict[str, Any]] = field(default_factory=list)
+    sums: dict[str, str] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -50,6 +51,7 @@ class FakeMemory:
                 "tp_size": self.tensor,
                 "dtype": "float32",
                 "device": self.device,
+                "vocab_size": 28,
             }
         with self.lock:
             if self.died_of:
@@ -89,9 +91,8 @@ class FakeMemory:
             self.received.append(body)
             self.version = body.get("weight_version", self.version)
         elif path == "/weights_checker":
-            return 200, {"success": True, "ranks": []}
-        elif path == "/get_weights_by_name":
-            return 200, []
+            ranks = [{"checksums": self.sums, "per_gpu_checksum": str(sorted(self.sums.items()))}]
+            return 200, {"success": True, "ranks": ranks}
         elif path == "/continue_generation":
             if self.held != TAGS:
                 return self._die(f"goes on with {sorted(self.held)} only")

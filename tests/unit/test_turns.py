@@ -19,6 +19,7 @@ from megatron_laser.rollout.sglang.identify import Expected
 from megatron_laser.trainer.residency import ALL_PARTS, Part
 from megatron_laser.turns import SERVERS_HOLD, TRAINER_HOLDS, Turn, Turns
 from megatron_laser.weight_sync import sync_weights
+from megatron_laser.weight_sync.checksums import StreamDigest
 from megatron_laser.weight_sync.colocated import ColocatedTransport
 from megatron_laser.weight_sync.occupation import ALL_TAGS, CACHE, WEIGHTS, Occupation
 
@@ -60,6 +61,10 @@ class Ranks:
 @contextlib.contextmanager
 def together(*servers, starts=None):
     """(turns, ranks, engine, residency) over fakes; the first server's log also gets the trainer's moves."""
+    digest = StreamDigest(dtype=torch.float32, hashed=True)
+    assert len(list(digest.watch(WEIGHT_STREAM))) == len(WEIGHT_STREAM)
+    for server in servers:
+        server.sums = digest.sums()
     with running(*servers):
         starts = starts if starts is not None else [1] * len(servers)
         transport = ColocatedTransport(
@@ -99,7 +104,7 @@ SENDING = [
     *("pause_generation", "flush_cache", "end_weight_update", "begin_weight_update"),
     *("update_weights_from_tensor", "update_weights_from_tensor", "end_weight_update"),
 ]
-CHECKING = ["weights_checker", "get_weights_by_name"]
+CHECKING = ["weights_checker"]
 GOING_ON = ["resume_memory_occupation kv_cache", "continue_generation"]
 
 

@@ -1,5 +1,6 @@
 """An update of several servers at once: its order, what happens when some or all fail a step, how lies are found."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,15 +11,21 @@ from safetensors.torch import load_file
 
 from megatron_laser.rollout.sglang.errors import ServerFault, ServerGone, ServerRefused, ServerTimeout
 from megatron_laser.rollout.sglang.health import Answered, Restarted, State
-from megatron_laser.weight_sync import sync_weights
+from megatron_laser.weight_sync import control, sync_weights
 from megatron_laser.weight_sync.checksums import StreamDigest
 from megatron_laser.weight_sync.control import SyncFailed, Update
 from megatron_laser.weight_sync.disk import DiskTransport
 from megatron_laser.weight_sync.verify import verify
 
 GIVE = "/update_weights_from_disk"
-ORDER = ["/pause_generation", "/flush_cache", GIVE, "/model_info", "/continue_generation"]
+STEPS = ["/pause_generation", "/flush_cache", GIVE, "/model_info", "/continue_generation"]
+ORDER = ["/continue_generation", *STEPS]  # the first for a server that somebody else has paused
 WEIGHTS = [("a.weight", torch.arange(6.0).reshape(2, 3)), ("b.bias", torch.ones(2))]
+
+
+@pytest.fixture(autouse=True)
+def no_long_flush(monkeypatch):
+    monkeypatch.setattr(control, "_FLUSH_SECONDS", 0.05)
 
 
 def update(engine, version=1, *, check=None):
@@ -38,7 +45,8 @@ def test_the_order_is_pause_flush_give_check_continue_on_every_server():
     assert [engine.calls(number) for number in range(3)] == [ORDER] * 3
     # and no server is given weights before all of them have paused
     paths = [path for _, path in engine.log]
-    assert paths == [path for path in ORDER for _ in range(3)]
+    assert paths.index(GIVE) == 9 and "/flush_cache" not in paths[9:]
+    assert paths[9:] == [path for path in ORDER[3:] for _ in range(3)]
     assert all(member.health.takes_work("run-1") for member in engine.fleet.members)
     assert not any(server.paused for server in engine.servers)
 
@@ -50,7 +58,7 @@ def test_requests_that_run_are_aborted_by_the_pause_so_that_the_flush_is_not_ref
     assert engine.servers[0].version == "run-1"
 
 
-@pytest.mark.parametrize("step", ORDER)
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(
     "error",
     [
@@ -69,7 +77,8 @@ def test_a_server_that_fails_a_step_is_left_out_and_the_others_go_on(step, error
     assert made.failures == [str(error)]
     failed = engine.member(1)
     assert failed.health.state is State.SUSPECT and failed.health.reason == str(error)
-    assert engine.calls(1) == ORDER[: ORDER.index(step) + 1]  # nothing more is asked of it
+    calls = [path for path, _ in itertools.groupby(engine.calls(1))]  # a flush is tried several times
+    assert calls == ORDER[: STEPS.index(step) + 2]  # nothing more is asked of it
     for number in (0, 2):
         assert engine.calls(number) == ORDER and engine.member(number).health.takes_work("run-1")
     # Whatever it says of itself, it gets no work before another update has reached it.
@@ -82,7 +91,7 @@ def test_a_server_that_fails_a_step_is_left_out_and_the_others_go_on(step, error
     assert not engine.servers[1].paused
 
 
-@pytest.mark.parametrize("step", ORDER)
+@pytest.mark.parametrize("step", STEPS)
 def test_when_all_fail_a_step_the_sync_failed_and_may_be_tried_again(step):
     engine = FakeEngine(2)
     for server in engine.servers:
@@ -116,7 +125,7 @@ def test_a_server_that_keeps_its_old_weights_is_found_by_its_version():
         "http://s1, checking the version: holds weights 'default' after an update to 'run-1'"
         in made.failures[0]
     )
-    assert "/continue_generation" not in engine.calls(1)
+    assert engine.calls(1)[-1] == "/model_info" and engine.servers[1].paused
     assert engine.servers[0].version == "run-1" and len(made.members) == 1
 
 
@@ -137,7 +146,7 @@ def test_an_error_of_the_trainer_leaves_no_server_with_a_name_of_its_weights():
         raise OSError("disk is full")
     assert all(member.health.version is None for member in engine.fleet.members)
     assert {member.health.state for member in engine.fleet.members} == {State.SUSPECT}
-    assert "/continue_generation" not in [path for _, path in engine.log]
+    assert all(server.paused for server in engine.servers)
 
 
 def test_no_step_is_given_more_time_than_the_update_has_left():
@@ -234,7 +243,6 @@ def transport(tmp_path, source, *, always_verify=False):
         source=source,
         dtype=torch.float32,
         seconds=30.0,
-        hashed=True,
         always_verify=always_verify,
     )
 
@@ -374,4 +382,4 @@ def test_a_server_that_does_not_catch_up_gets_no_work_and_stays_paused(tmp_path,
     health = engine.member(1).health
     assert not health.takes_work("run-4") and health.state is State.SUSPECT
     assert "holds weights 'default' after an update to 'run-4'" in health.reason
-    assert "/continue_generation" not in engine.calls(1)
+    assert engine.servers[1].paused
