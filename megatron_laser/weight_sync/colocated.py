@@ -97,7 +97,11 @@ def _handles(bucket: Bucket) -> str:
 
 @contextmanager
 def shareable() -> Iterator[None]:
-    """CPU tensors are shared by file name: by descriptor, the receiver would have to ask this process for them."""
+    """CPU tensors are shared by file name: by descriptor, the receiver would have to ask this process for them.
+
+    torch starts `torch_shm_manager` for it, which lives as long as a server is connected to it and keeps this process's
+    stderr open: whoever reads that through a pipe sees its end only when the servers have ended, too.
+    """
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:

@@ -30,10 +30,8 @@ from megatron_laser.trainer.policy import build_chunks
 from megatron_laser.trainer.transport import broadcast_arrays
 from megatron_laser.types import Group, Prompt, RolloutBatch, Sample, SamplingParams
 from megatron_laser.weight_sync import sync_weights
-from megatron_laser.weight_sync.colocated import ColocatedTransport
 from megatron_laser.weight_sync.disk import DiskTransport
 from megatron_laser.weight_sync.distributed import DistributedTransport
-from megatron_laser.weight_sync.occupation import ALL_TAGS, Occupation
 from megatron_laser.weight_sync.peers import Peers
 
 VOCABULARY, EOS, SCORE = 28, 1, 2
@@ -41,15 +39,13 @@ TEMPERATURE = 0.8  # responses are of logits / temperature, the score is not
 PROMPTS = [[4, 5, 6], [7, 8, 9, 10, 11], [12], [6, 5]]
 SAMPLING = SamplingParams(8, 48, (EOS,), temperature=TEMPERATURE, score_token_id=SCORE)
 LAYOUTS = {"tensor 2": ["parallel.tensor=2"], "pipeline 2": ["parallel.pipeline=2"]}
-SYNCS = ("disk", "tensor by tensor", "flattened", "colocated")
+SYNCS = ("disk", "tensor by tensor", "flattened")
 
 
 def open_engine(url, key, sync, source, folder):
     common = dict(dtype=torch.float32, seconds=60.0, always_verify=True)
     if sync == "disk":
         transport = DiskTransport(folder, source=source, **common)
-    elif sync == "colocated":
-        transport = ColocatedTransport(bucket_bytes=20_000, **common)
     else:
         transport = DistributedTransport(
             peers=Peers(torch_version=torch.__version__, nccl_version=None),
@@ -109,8 +105,6 @@ def check(config, runtime, engine, version, source):
     assert trouble is None, trouble
     arrays = scores = None
     if engine is not None:
-        if isinstance(engine.transport, ColocatedTransport):  # it leaves the servers paused
-            assert Occupation(engine, seconds=60.0).resume(ALL_TAGS) == ""
         batch, scores = rollout(engine)
         arrays = flatten(batch).to_arrays() | {"server_scores": scores.numpy()}
     arrays = broadcast_arrays(arrays, runtime)

@@ -15,7 +15,7 @@ TOLERANCE = 1e-4
 CASES = [
     f"{layout}, {sync}, {model}"
     for layout in ("tensor 2", "pipeline 2")
-    for sync in ("disk", "tensor by tensor", "flattened", "colocated")
+    for sync in ("disk", "tensor by tensor", "flattened")
     for model in ("first", "second")
 ]
 
