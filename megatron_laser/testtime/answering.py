@@ -16,7 +16,7 @@ from megatron_laser.types import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class SampledAnswer:
-    """One of the k, its end token included in `response_ids`. `finished`: it ended by itself; only then it has a score."""
+    """One of the k. `response_ids` has the end token. `finished`: it ended by itself; only then it has a score."""
 
     text: str
     response_ids: list[int]
