@@ -19,6 +19,7 @@ from megatron_laser.ops import (
     linear_logprob,
     triton_backend,
     triton_device,
+    triton_tiles,
 )
 from megatron_laser.ops.autograd import Problem, Statistics, finish
 from megatron_laser.ops.rows import GatheredRows
@@ -263,6 +264,47 @@ def test_a_plan_covers_everything_once_within_its_budget(rows, columns, tile_byt
     for length, parts in ((rows, list(plan.row_slices())), (columns, list(plan.column_slices()))):
         assert parts[0].start == 0 and parts[-1].stop == length
         assert all(one.stop == other.start for one, other in itertools.pairwise(parts))
+
+
+def spread_out(values, stride):
+    """`values` [rows, columns] with so large a row stride; memory that nobody touches is not there."""
+    rows, columns = values.shape
+    try:
+        buffer = torch.empty((rows - 1) * stride + columns, dtype=values.dtype)
+    except RuntimeError as error:
+        pytest.skip(f"this machine gives no address space: {error}")
+    return buffer.as_strided((rows, columns), (stride, 1)).copy_(values)
+
+
+def test_a_tile_may_reach_beyond_two_billion_values(monkeypatch):
+    # The interpreter copies every argument onto itself afterwards, which would touch all of it.
+    copy = torch.UntypedStorage.copy_
+    monkeypatch.setattr(
+        torch.UntypedStorage,
+        "copy_",
+        lambda self, other, *rest: self if self.data_ptr() == other.data_ptr() else copy(self, other, *rest),
+    )
+    rows, columns, stride = 3, 20, 2**30  # the third row begins at 2^31
+    z = torch.randn(rows, columns)
+    labels, ones = torch.tensor([3, 19, 7]), torch.ones(rows)
+    lse, grads = z.logsumexp(1), torch.tensor([1.0, -2.0, 3.0])
+    state = (torch.full((rows,), -torch.inf), torch.zeros(rows), torch.zeros(rows), None)
+    kept = spread_out(torch.zeros(rows, columns, dtype=torch.bfloat16), stride)
+    maxima = torch.zeros(rows, 2)
+    tile = spread_out(z, stride)
+    triton_tiles.launch_statistics(tile, labels, ones, state, 0, (kept, maxima), 16)
+    torch.testing.assert_close(state[0] + state[1].log(), lse)
+    torch.testing.assert_close(state[2], z.gather(1, labels[:, None]).squeeze(1))
+    p = z.softmax(1)
+    expected = grads[:, None] * (torch.eye(columns)[labels] - p)
+    scale = (maxima - lse[:, None]).exp().repeat_interleave(16, 1)[:, :columns]
+    # the interpreter cuts bfloat16 off where the device rounds
+    torch.testing.assert_close(kept.float() * scale, p, rtol=2**-7, atol=1e-6)
+    triton_tiles.launch_gradient(kept, labels, ones, (lse, None, grads, None), tile, 0, maxima, 16)
+    torch.testing.assert_close(tile.clone(), expected, rtol=2**-7, atol=1e-6)
+    tile.copy_(z)
+    triton_tiles.launch_gradient(tile, labels, ones, (lse, None, grads, None), tile, 0, None, 16)
+    torch.testing.assert_close(tile.clone(), expected)
 
 
 @engines
