@@ -26,17 +26,19 @@ class DroppedPrompts:
         total: number of rows there were.
         max_prompt_tokens: the limit.
         rows: (where the row is, its prompt's length in tokens), in the order of the rows.
+        section: of the settings that the limit is one of.
     """
 
     total: int
     max_prompt_tokens: int
     rows: tuple[tuple[str, int], ...] = ()
+    section: str = "data"
 
     def __str__(self) -> str:
         named = ", ".join(f"{source} ({length} tokens)" for source, length in self.rows[:_NAMED])
         more = f" and {len(self.rows) - _NAMED} more" if len(self.rows) > _NAMED else ""
         return (
-            f"{len(self.rows)} of {self.total} prompts are longer than data.max_prompt_tokens = "
+            f"{len(self.rows)} of {self.total} prompts are longer than {self.section}.max_prompt_tokens = "
             f"{self.max_prompt_tokens} and dropped" + (f": {named}{more}" if named else "")
         )
 
@@ -49,6 +51,7 @@ def build_prompts(
     apply_chat_template: bool,
     max_prompt_tokens: int,
     vocab_size: int,
+    section: str = "data",
 ) -> tuple[list[Prompt], DroppedPrompts]:
     """Tokenize every row's problem followed by `prompt_suffix`.
 
@@ -60,6 +63,7 @@ def build_prompts(
             the text itself, with the special tokens that the tokenizer adds by default (Llama's BOS).
         max_prompt_tokens: longer prompts are dropped, and named in the log.
         vocab_size: number of ids that the model has (before padding).
+        section: of the settings that are named in messages.
 
     Raises:
         DataError: the tokenizer has no chat template, an id is not in the vocabulary, a prompt has no tokens,
@@ -67,8 +71,8 @@ def build_prompts(
     """
     if apply_chat_template and not getattr(tokenizer, "chat_template", None):
         raise DataError(
-            "data.apply_chat_template is true, but the tokenizer has no chat template: "
-            "set data.apply_chat_template: false (a base model), or add chat_template.jinja to model.path"
+            f"{section}.apply_chat_template is true, but the tokenizer has no chat template: set "
+            f"{section}.apply_chat_template: false (a base model), or add chat_template.jinja to the model's folder"
         )
     prompts: list[Prompt] = []
     dropped: list[tuple[str, int]] = []
@@ -81,7 +85,7 @@ def build_prompts(
                 dropped.append((row.source, len(token_ids)))
             else:
                 prompts.append(Prompt(row.row, row.problem, row.answer, token_ids))
-    report = DroppedPrompts(len(rows), max_prompt_tokens, tuple(dropped))
+    report = DroppedPrompts(len(rows), max_prompt_tokens, tuple(dropped), section)
     if not prompts:
         raise DataError(f"no prompts are left: {report}" if rows else "no prompts: there are no rows")
     if dropped:

@@ -163,6 +163,8 @@ def _named(model: ModelFolder, names: Sequence[str]) -> list[SpareToken]:
 
 
 def _all_prompts(model: ModelFolder, rows: list[Row], settings: CalibrationSettings) -> list[Prompt]:
+    if settings.apply_chat_template and not getattr(model.tokenizer, "chat_template", None):
+        raise TestTimeError("the tokenizer has no chat template; use --no-chat-template (a base model)")
     return build_prompts(
         rows,
         model.tokenizer,

@@ -164,6 +164,7 @@ def _prompts(model: ModelFolder, benchmark: Benchmark) -> list[Prompt]:
         apply_chat_template=benchmark.apply_chat_template,
         max_prompt_tokens=benchmark.max_prompt_tokens,
         vocab_size=model.vocab_size,
+        section=benchmark.name,
     )
     if dropped.rows:
         logger.warning("%s: left out of every number: %s", benchmark.name, dropped)
@@ -172,11 +173,17 @@ def _prompts(model: ModelFolder, benchmark: Benchmark) -> list[Prompt]:
     prompts = prompts[: benchmark.max_problems]
     longest = max(len(prompt.token_ids) for prompt in prompts)
     # one position more: the score token's
+    room = model.max_positions - longest - 1
+    if room < 1:
+        raise TestTimeError(
+            f"{benchmark.name}: the longest prompt has {longest} tokens, but the model reads {model.max_positions}; "
+            f"set {benchmark.name}.max_prompt_tokens to leave such problems out, or evaluate a model that can read them"
+        )
     if longest + benchmark.max_new_tokens + 1 > model.max_positions:
         raise TestTimeError(
             f"{benchmark.name}: the longest prompt {longest} + max_new_tokens {benchmark.max_new_tokens} + 1 is more "
             f"than the model's max_position_embeddings {model.max_positions}; set {benchmark.name}.max_new_tokens="
-            f"{max(1, model.max_positions - longest - 1)} or less"
+            f"{room} or less"
         )
     return prompts
 

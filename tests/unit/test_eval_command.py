@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from megatron_laser.cli import app
 from megatron_laser.config import load_benchmarks
+from megatron_laser.data import DataError
 from megatron_laser.testtime import EngineChoice, TestTimeError, load_model_folder
 from megatron_laser.testtime.evaluation import evaluate_benchmarks
 from megatron_laser.testtime.progress import Progress, duration
@@ -220,3 +221,25 @@ def test_progress_says_speed_and_what_is_left(capsys):
     progress.finish()
     assert "70/100" in capsys.readouterr().err
     assert [duration(s) for s in (42, 200, 7500)] == ["42 s", "3 min 20 s", "2 h 05 min"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["problems.apply_chat_template=true"], r"problems\.apply_chat_template is true, but"),
+        (["problems.max_prompt_tokens=2"], r"longer than problems\.max_prompt_tokens = 2"),
+        (
+            ["problems.max_new_tokens=80"],
+            r"max_position_embeddings 64; set problems\.max_new_tokens=59 or less",
+        ),
+        (
+            [f"problems.prompt_suffix=' {'1 ' * 70}'", "problems.max_prompt_tokens=90"],
+            r"the longest prompt has 74 tokens, but the model reads 64; set problems\.max_prompt_tokens",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_said_in_the_evaluations_own_settings(
+    folder, tmp_path, overrides, message
+):
+    with pytest.raises((TestTimeError, DataError), match=message):
+        run(folder, tmp_path / "eval", *overrides)
