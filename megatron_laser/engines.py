@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Of config.json: they tell a model from a bigger or smaller one of its family.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SAY_EVERY = 30.0  # seconds between two words about servers that are not ready
+
 NEEDS_WEIGHTS = "needs weights"
 """Servers came back without the current weights: sync them, and do the same again."""
 
@@ -135,25 +137,29 @@ def _endpoints(config: RunConfig, child: ServeProcess | None) -> Endpoints:
         return Endpoints(tuple(ServerEndpoint(url) for url in sglang.urls), router_url=sglang.router_url)
     path = sglang.endpoints if child is None else child.endpoints
     assert path is not None
-    ends = time.monotonic() + sglang.start_deadline
-    said = False
+    started = time.monotonic()
+    said = -_SAY_EVERY
     while True:
         if child is not None and not child.alive():
             child.wait_ready(0.0)  # says why it has ended
         try:
             found = read_endpoints(path)
-            if found.servers and any(server.state in ("ready", "held") for server in found.servers):
+            ready = sum(server.state in ("ready", "held") for server in found.servers)
+            # Its own servers a run can wait for; of others it cannot know how many nodes will publish some.
+            if ready and (child is None or ready == len(found.servers)):
                 return found
-            trouble = f"{path}: no server is ready yet"
+            trouble = f"{path}: {ready} of {len(found.servers)} servers are ready"
         except EndpointsError as error:
-            trouble = str(error)
-        if time.monotonic() > ends:
+            trouble = str(error) if child is None else f"{path} is not there yet"
+        waited = time.monotonic() - started
+        if waited > sglang.start_deadline:
             raise ConfigError(
                 [f"{trouble}; waited rollout.sglang.start_deadline {sglang.start_deadline:g} s"]
             )
-        if not said:
-            logger.info("waiting for rollout servers: %s", trouble)
-            said = True
+        if waited - said >= _SAY_EVERY:
+            log = "" if child is None else f"; see {child.log}"
+            logger.info("waiting for rollout servers since %.0f s: %s%s", waited, trouble, log)
+            said = waited
         time.sleep(0.5)
 
 
