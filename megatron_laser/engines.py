@@ -72,7 +72,8 @@ def open_engine(config: RunConfig) -> RolloutEngine:
             on_close=child.stop if child is not None else None,
         )
         if isinstance(transport, DistributedTransport):  # it would be found at the first sync, too, but later
-            transport.peers.backend(engine.fleet.updatable())
+            # Those that came up since then say who they are before they are first given weights.
+            transport.peers.backend([member for member in engine.fleet.members if member.device is not None])
         return engine
     except BaseException:
         if engine is not None:
