@@ -20,7 +20,7 @@ from megatron_laser.rollout.in_process import InProcessEngine
 from megatron_laser.rollout.serving import ServeProcess
 from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.errors import ServerError, ServersLost, WeightsNeeded
-from megatron_laser.rollout.sglang.identify import Expected
+from megatron_laser.rollout.sglang.identify import SIZES, Expected
 from megatron_laser.rollout.sglang.transport import WeightTransport
 from megatron_laser.weight_sync.colocated import ColocatedTransport
 from megatron_laser.weight_sync.disk import DiskTransport
@@ -29,8 +29,6 @@ from megatron_laser.weight_sync.peers import Peers
 
 logger = logging.getLogger(__name__)
 
-# Of config.json: they tell a model from a bigger or smaller one of its family.
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SAY_EVERY = 30.0  # seconds between two words about servers that are not ready
 
 NEEDS_WEIGHTS = "needs weights"
@@ -120,7 +118,7 @@ def _expected(config: RunConfig) -> Expected:
         model_type=folder.get("model_type"),
         dtype=config.model.dtype,
         longest=longest_sequence(config),
-        sizes={name: folder[name] for name in _SIZES if name in folder},
+        sizes={name: folder[name] for name in SIZES if name in folder},
     )
 
 

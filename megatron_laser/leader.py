@@ -11,7 +11,7 @@ from typing import Any
 from megatron_laser.config import RunConfig, evaluation_max_new_tokens, rollout_tries
 from megatron_laser.data import PromptCursor
 from megatron_laser.engines import await_servers, open_engine, with_servers
-from megatron_laser.evaluation import evaluate
+from megatron_laser.evaluation import evaluate, generation_batch
 from megatron_laser.inputs import RunInputs
 from megatron_laser.model import platform
 from megatron_laser.observability.live import LiveView
@@ -265,7 +265,11 @@ class Leader:
                 beta=config.laser.beta,
                 records_path=self._folder / "evaluation" / f"{split}_step_{step}.jsonl",
                 deadline=config.rollout.deadline,
-                generation_batch=config.rollout.max_batch_size,
+                generation_batch=generation_batch(
+                    in_process=config.rollout.engine == "in_process",
+                    max_batch_size=config.rollout.max_batch_size,
+                    max_concurrency=config.rollout.max_concurrency,
+                ),
             )
         return summary.prefixed("eval/" if split == "validation" else "test/")
 

@@ -119,18 +119,18 @@ def score(
             run_proxy(folder, choice, settings, say=typer.echo)
             return
         from megatron_laser.testtime import Scorer, open_engine
-        from megatron_laser.testtime.scoring import score_file
+        from megatron_laser.testtime.scoring import read_answers, score_file
 
         assert source is not None
+        answers = read_answers(
+            folder, source, apply_chat_template=template, prompt_suffix=suffix, end_token_id=end_token_id
+        )
         target = output or source.with_name(f"{source.stem}.scored{source.suffix}")
         with open_engine(choice, folder, deadline=deadline) as engine:
             counts = score_file(
                 Scorer(engine, folder, end_token_id=end_token_id),
-                folder,
-                source,
+                answers,
                 target,
-                apply_chat_template=template,
-                prompt_suffix=suffix,
                 deadline=deadline,
                 batch=batch,
             )

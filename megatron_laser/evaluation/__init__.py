@@ -3,7 +3,7 @@
 from megatron_laser.evaluation.detail import evaluation_detail
 from megatron_laser.evaluation.evaluator import EvaluationSummary, evaluate
 from megatron_laser.evaluation.records import EvaluationRecord, read_records, write_records
-from megatron_laser.evaluation.sampler import EvaluationEngine
+from megatron_laser.evaluation.sampler import EvaluationEngine, generation_batch
 from megatron_laser.evaluation.summary import summarize
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "EvaluationSummary",
     "evaluate",
     "evaluation_detail",
+    "generation_batch",
     "read_records",
     "summarize",
     "write_records",

@@ -118,6 +118,15 @@ class Sampler:
             raise failures[0]
 
 
+def generation_batch(*, in_process: bool, max_batch_size: int, max_concurrency: int) -> int:
+    """Responses to ask an engine for in one call.
+
+    In this process what runs at once; servers want so many that they are busy to the end, not one batch after the
+    other, each with the wait for its longest response.
+    """
+    return max_batch_size if in_process else max(2048, 8 * max_concurrency)
+
+
 def stream_seed(seed: int, start: int, attempt: int) -> int:
     """The seed of one call: a stream of its own for each batch, and for each attempt to complete it."""
     if attempt == 0:

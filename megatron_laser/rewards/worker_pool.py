@@ -146,5 +146,6 @@ class WorkerPool:
         try:
             return self._start(index)
         except GradingPoolError as error:
-            logger.error("replacing a grading worker failed: %s", error)
+            if not self._closed:  # closed while it started
+                logger.error("replacing a grading worker failed: %s", error)
             return None

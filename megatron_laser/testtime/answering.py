@@ -16,9 +16,10 @@ from megatron_laser.types import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class SampledAnswer:
-    """One of the k. `finished`: it ended by itself; only then it has a score."""
+    """One of the k. `response_ids` has the end token. `finished`: it ended by itself; only then it has a score."""
 
     text: str
+    response_ids: list[int]
     finished: bool
     score: float | None
     answer: str | None
@@ -78,8 +79,8 @@ def answer(
         texts.append(model.decode(generation.response_ids[:-1] if stopped else generation.response_ids))
     choice = choose(texts, scores, vote=chat.vote, pool=pool, deadline=_left(ends))
     samples = [
-        SampledAnswer(text, finished, score, extract_answer(text))
-        for text, finished, score in zip(texts, scored, scores, strict=True)
+        SampledAnswer(text, generation.response_ids, finished, score, extract_answer(text))
+        for text, generation, finished, score in zip(texts, generations, scored, scores, strict=True)
     ]
     return Answer(samples, choice, sum(len(generation.response_ids) for generation in generations))
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from megatron_laser.evaluation import generation_batch
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.testtime.errors import TestTimeError
 from megatron_laser.testtime.model_folder import ModelFolder
+
+logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "MEGATRON_LASER_API_KEY"
 
@@ -64,8 +70,12 @@ class EngineChoice:
 
     @property
     def generation_batch(self) -> int:
-        """Responses worth asking for in one call: servers want them all, to be busy to the end."""
-        return self.max_batch_size if self.in_process else max(2048, 8 * self.max_concurrency)
+        """See `evaluation.generation_batch`."""
+        return generation_batch(
+            in_process=self.in_process,
+            max_batch_size=self.max_batch_size,
+            max_concurrency=self.max_concurrency,
+        )
 
     @property
     def name(self) -> str:
@@ -112,16 +122,48 @@ def _in_process(choice: EngineChoice, model: ModelFolder) -> RolloutEngine:
 def _servers(choice: EngineChoice, model: ModelFolder, deadline: float) -> RolloutEngine:
     try:
         from megatron_laser.rollout.sglang import SglangEngine
+        from megatron_laser.rollout.sglang.identify import SIZES, Expected
     except ImportError as error:
         raise TestTimeError(
             f"servers by URL need the SGLang client, which cannot be imported ({error}); leave --url out to load "
             "the model in this process"
         ) from error
-    return SglangEngine.connect(
+    config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+    engine = SglangEngine.connect(
         list(choice.urls),
         api_key=choice.api_key,
-        vocab_size=model.vocab_size,
+        expected=Expected(
+            model.vocab_size,
+            model_type=config.get("model_type"),
+            sizes={name: config[name] for name in SIZES if name in config},
+        ),
         deadline=deadline,
         max_concurrency=choice.max_concurrency,
         router_url=choice.router_url,
     )
+    try:
+        for url, facts in engine.identify_all().items():
+            doubt = other_weights(model.path, Path(facts.model_path), facts.weight_version)
+            if doubt:
+                logger.warning("server %s %s: every number will be about the server's weights", url, doubt)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def other_weights(folder: Path, served: Path, version: str) -> str:
+    """Why a server that was started on the folder `served` may hold other weights than `folder` has; "" if it does not.
+
+    The same folder has different paths on different machines, so this is no reason to refuse a server.
+
+    Args:
+        version: of the server's weights; "default" until somebody sends some.
+    """
+    if version not in ("default", ""):
+        return f"holds weights {version!r}, which a training run has sent it"
+    try:
+        same = served.samefile(folder)
+    except OSError:  # its folder cannot be seen from here
+        same = False
+    return "" if same else f"was started on {served}, not on {folder}"

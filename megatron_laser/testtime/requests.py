@@ -3,6 +3,7 @@ that would change the answer."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,18 +15,29 @@ from megatron_laser.testtime.voting import VOTES
 
 # What would change the answer and is not done here; refused unless it asks for what happens anyway.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "stream": (False, None),
     "n": (1, None),
     "stop": ([], "", None),
     "tools": ([], None),
     "functions": ([], None),
     "tool_choice": ("none", "auto", None),
+    "function_call": ("none", "auto", None),
+    "modalities": (["text"], None),
     "response_format": ({"type": "text"}, None),
     "logit_bias": ({}, None),
     "presence_penalty": (0, None),
     "frequency_penalty": (0, None),
     "logprobs": (False, None),
+    "top_logprobs": (0, None),
 }
+# What no answer depends on here.
+_HARMLESS = (
+    *("user", "metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"),
+)
+_READ = (
+    *("model", "messages", "k", "vote", "return_samples", "temperature", "top_p", "seed"),
+    *("max_tokens", "max_completion_tokens", "stream", "stream_options"),
+)
 _HINTS = {"n": "; one answer is returned: `k` is the number that is sampled"}
 
 
@@ -41,7 +53,10 @@ class RequestError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A checked request. `k`: answers to sample. `vote`: see `testtime.voting`."""
+    """A checked request. `k`: answers to sample. `vote`: see `testtime.voting`.
+
+    stream: the answer as server-sent events. stream_usage: with a last one that counts tokens.
+    """
 
     model: str
     prompt_ids: list[int]
@@ -52,6 +67,8 @@ class ChatRequest:
     top_p: float
     seed: int | None
     return_samples: bool
+    stream: bool
+    stream_usage: bool
 
 
 def parse_chat_request(
@@ -81,6 +98,9 @@ def parse_chat_request(
                 f"{body[parameter]!r:.80} is not supported{_HINTS.get(parameter, '')}",
                 "unsupported_parameter",
             )
+    for parameter in body:
+        if parameter not in (*_READ, *_UNSUPPORTED, *_HARMLESS) and body[parameter] is not None:
+            raise _refused(f"{parameter:.80}", f"unknown{_nearest(parameter)}", "unknown_parameter")
     if "messages" not in body:
         raise _refused("messages", "required and not given")
     try:
@@ -106,6 +126,10 @@ def parse_chat_request(
     vote = body.get("vote", "weighted_majority")
     if vote not in VOTES:
         raise _refused("vote", f"expected {', '.join(VOTES)}, got {vote!r:.80}")
+    stream = _flag(body, "stream")
+    stream_options = body.get("stream_options")
+    if stream_options is not None and not (stream and isinstance(stream_options, Mapping)):
+        raise _refused("stream_options", "expected an object, and only with `stream`: true")
     most = _integer(body, "max_completion_tokens", None, 1, None) or _integer(
         body, "max_tokens", None, 1, None
     )
@@ -118,7 +142,9 @@ def parse_chat_request(
         temperature=_number(body, "temperature", 1.0, 0.0, 2.0),
         top_p=_number(body, "top_p", 1.0, 1e-6, 1.0),
         seed=_integer(body, "seed", None, 0, 2**63 - 1),
-        return_samples=bool(body.get("return_samples", False)),
+        return_samples=_flag(body, "return_samples"),
+        stream=stream,
+        stream_usage=_flag(stream_options or {}, "include_usage"),
     )
 
 
@@ -144,6 +170,18 @@ def _number(body: Mapping[str, Any], name: str, default: float, low: float, high
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise _refused(name, f"expected a number from {low:g} to {high:g}, got {value!r:.80}")
     return float(value)
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if not isinstance(value, bool | None):
+        raise _refused(name, f"expected true or false, got {value!r:.80}")
+    return bool(value)
+
+
+def _nearest(parameter: str) -> str:
+    close = difflib.get_close_matches(parameter, _READ, 1)
+    return f"; did you mean `{close[0]}`?" if close else ""
 
 
 def _refused(parameter: str, reason: str, code: str = "invalid_value") -> RequestError:

@@ -49,16 +49,11 @@ class Scorer:
         self._engine = engine
         self._model = model
         self._score_token_id, self._ref_logprob = model.require_score()
-        self._end = model.stop_token_ids[0] if end_token_id is None else end_token_id
-        if self._end not in model.stop_token_ids:
-            raise TestTimeError(
-                f"end token {self._end} ends no response; expected one of {list(model.stop_token_ids)}"
-            )
+        self._end = end_token(model, end_token_id)
 
     def response_ids(self, response: str) -> list[int]:
-        """A finished response as token ids, with the end token behind it (once)."""
-        ids = [int(i) for i in self._model.tokenizer(response, add_special_tokens=False)["input_ids"]]
-        return ids if ids and ids[-1] in self._model.stop_token_ids else [*ids, self._end]
+        """See the function `response_ids`."""
+        return response_ids(self._model, response, self._end)
 
     def score_ids(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, deadline: float
@@ -76,7 +71,7 @@ class Scorer:
         places, sequences = [], []
         for place, (prompt, response) in enumerate(pairs):
             sequence = [*prompt, *response]
-            self.check(place, prompt, sequence)
+            _check(self._model, place, prompt, sequence)
             if response and response[-1] in self._model.stop_token_ids:
                 places.append(place)
                 sequences.append(sequence)
@@ -106,40 +101,81 @@ class Scorer:
         score = self._model.beta * (zc_logprob - self._ref_logprob)
         return Scored(score, zc_logprob, score > THRESHOLD)
 
-    def check(self, place: int, prompt: Sequence[int], sequence: Sequence[int]) -> None:
-        """Refuse ids that the model cannot read; `place` is the pair's number, for the message.
 
-        Raises:
-            TestTimeError: see `score_ids`.
-        """
-        if not prompt:
-            raise TestTimeError(f"pair {place}: the prompt has no tokens")
-        # an id outside the vocabulary would end an SGLang server
-        if min(sequence) < 0 or max(sequence) >= self._model.vocab_size:
-            raise TestTimeError(
-                f"pair {place}: a token id is outside the vocabulary; expected 0 to {self._model.vocab_size - 1}"
-            )
-        if len(sequence) >= self._model.max_positions:
-            raise TestTimeError(
-                f"pair {place}: {len(sequence)} tokens, but the model reads {self._model.max_positions}"
-            )
+def end_token(model: ModelFolder, end_token_id: int | None) -> int:
+    """What stands behind a response given as text: the first of `model.stop_token_ids`, or the one that is named.
+
+    Raises TestTimeError when that one ends no response.
+    """
+    end = model.stop_token_ids[0] if end_token_id is None else end_token_id
+    if end not in model.stop_token_ids:
+        raise TestTimeError(f"end token {end} ends no response; expected one of {list(model.stop_token_ids)}")
+    return end
 
 
-def score_file(
-    scorer: Scorer,
+def response_ids(model: ModelFolder, response: str, end: int) -> list[int]:
+    """A finished response as token ids, with the end token behind it (once).
+
+    Sampled tokens need not be those that the tokenizer makes of their text: where the ids are known they are better.
+    """
+    ids = [int(i) for i in model.tokenizer(response, add_special_tokens=False)["input_ids"]]
+    return ids if ids and ids[-1] in model.stop_token_ids else [*ids, end]
+
+
+def _check(model: ModelFolder, place: int, prompt: Sequence[int], sequence: Sequence[int]) -> None:
+    """Refuse ids that the model cannot read; `place` is the pair's number, for the message."""
+    if not prompt:
+        raise TestTimeError(f"pair {place}: the prompt has no tokens")
+    # an id outside the vocabulary would end an SGLang server
+    if min(sequence) < 0 or max(sequence) >= model.vocab_size:
+        raise TestTimeError(
+            f"pair {place}: a token id is outside the vocabulary; expected 0 to {model.vocab_size - 1}"
+        )
+    if len(sequence) >= model.max_positions:
+        raise TestTimeError(
+            f"pair {place}: {len(sequence)} tokens, but the model reads {model.max_positions}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Rows of a file as they are, and for each (prompt ids, response ids); no response ids: it was cut off."""
+
+    rows: list[dict[str, Any]]
+    pairs: list[tuple[list[int], list[int]]]
+
+
+def read_answers(
     model: ModelFolder,
     source: Path,
-    target: Path,
     *,
     apply_chat_template: bool,
     prompt_suffix: str,
-    deadline: float,
-    batch: int = 256,
-) -> dict[str, float]:
-    """Copy a JSON Lines file with `score`, `zc_logprob` and `right` added to each row.
+    end_token_id: int | None = None,
+) -> Answers:
+    """Read a JSON Lines file and check all of it; needs no engine, so it comes before one is opened.
 
     A row has `prompt` (text), `messages` (a chat) or `prompt_ids`; and `response` (text) or `response_ids`. A
     `finish_reason` other than "stop" means: no score.
+
+    Args:
+        end_token_id: see `end_token`.
+
+    Raises:
+        TestTimeError: a row does not fit; names the line.
+    """
+    end = end_token(model, end_token_id)
+    rows = list(_rows(source))
+    if not rows:
+        raise TestTimeError(f"{source}: no rows; expected one JSON object on each line")
+    pairs = [_pair(place, row, model, end, apply_chat_template, prompt_suffix) for place, row in rows]
+    return Answers([row for _, row in rows], pairs)
+
+
+def score_file(
+    scorer: Scorer, answers: Answers, target: Path, *, deadline: float, batch: int = 256
+) -> dict[str, float]:
+    """Write the rows with `score`, `zc_logprob` and `right` added to each, as JSON Lines.
 
     Args:
         deadline: seconds for one batch.
@@ -148,12 +184,9 @@ def score_file(
         rows, scored, right (called so) and score_mean.
 
     Raises:
-        TestTimeError: a row does not fit; names the line. All rows are checked before the first is scored.
+        RuntimeError, TimeoutError: as in `Scorer.score_ids`; `target` is then as it was.
     """
-    rows = list(_rows(source))
-    if not rows:
-        raise TestTimeError(f"{source}: no rows; expected one JSON object on each line")
-    pairs = [_pair(place, row, scorer, model, apply_chat_template, prompt_suffix) for place, row in rows]
+    rows, pairs = answers.rows, answers.pairs
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     scores: list[float] = []
@@ -161,7 +194,7 @@ def score_file(
         with partial.open("w", encoding="utf-8") as file:
             for start in range(0, len(rows), batch):
                 results = scorer.score_ids(pairs[start : start + batch], deadline=deadline)
-                for (_, row), result in zip(rows[start : start + batch], results):
+                for row, result in zip(rows[start : start + batch], results):
                     added = {
                         "score": plain(result.score),
                         "zc_logprob": plain(result.zc_logprob),
@@ -200,8 +233,8 @@ def _rows(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _pair(
     place: str,
     row: dict[str, Any],
-    scorer: Scorer,
     model: ModelFolder,
+    end: int,
     apply_chat_template: bool,
     prompt_suffix: str,
 ) -> tuple[list[int], list[int]]:
@@ -212,10 +245,10 @@ def _pair(
         if "response_ids" in row:
             response = _ids(row["response_ids"], "response_ids")
         elif isinstance(row.get("response"), str):
-            response = scorer.response_ids(row["response"])
+            response = response_ids(model, row["response"], end)
         else:
             raise TestTimeError("expected `response` (text) or `response_ids`")
-        scorer.check(0, prompt, [*prompt, *response])
+        _check(model, 0, prompt, [*prompt, *response])
     except TestTimeError as error:
         raise TestTimeError(f"{place}: {error}") from None
     if row.get("finish_reason", "stop") != "stop":

@@ -11,7 +11,6 @@ import hmac
 import json
 import logging
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from typing import Any
@@ -21,6 +20,7 @@ from aiohttp import web
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.testtime.answering import Answer, answer
+from megatron_laser.testtime.completion import completion, stream_events
 from megatron_laser.testtime.engine import EngineChoice, open_engine
 from megatron_laser.testtime.errors import TestTimeError
 from megatron_laser.testtime.model_folder import ModelFolder
@@ -121,7 +121,7 @@ class _Proxy:
         self._check_model(request.match_info["name"])
         return web.json_response(self._card())
 
-    async def chat(self, request: web.Request) -> web.Response:
+    async def chat(self, request: web.Request) -> web.StreamResponse:
         """Sample, score, vote, answer."""
         try:
             body = json.loads(await request.text())
@@ -137,8 +137,16 @@ class _Proxy:
             prompt_suffix=self._settings.prompt_suffix,
         )
         self._check_model(chat.model)
-        result = await self._answer(chat)
-        return web.json_response(_completion(self._settings.model_name, chat, result))
+        result = completion(self._settings.model_name, chat, await self._answer(chat))
+        if not chat.stream:
+            return web.json_response(result)
+        # The vote needs all samples, so there is nothing to send before it; until then an error still has its status.
+        reply = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        await reply.prepare(request)
+        for event in stream_events(result, with_usage=chat.stream_usage):
+            await reply.write(event)
+        await reply.write_eof()
+        return reply
 
     async def _answer(self, chat: ChatRequest) -> Answer:
         """One engine's answer; waits for a free one, but not in a queue without end."""
@@ -190,50 +198,6 @@ class _Proxy:
             "created": self._started,
             "owned_by": "megatron_laser",
         }
-
-
-def _completion(model_name: str, chat: ChatRequest, result: Answer) -> dict[str, Any]:
-    """OpenAI's chat.completion, with the score in the choice and the vote beside it."""
-    chosen = result.samples[result.choice.index]
-    samples = [
-        {
-            "content": sample.text,
-            "finish_reason": "stop" if sample.finished else "length",
-            "score": sample.score,
-            "answer": sample.answer,
-            "answer_class": number,
-        }
-        for sample, number in zip(result.samples, result.choice.classes, strict=True)
-    ]
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model_name,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": chosen.text, "refusal": None},
-                "finish_reason": "stop" if chosen.finished else "length",
-                "logprobs": None,
-                "score": chosen.score,
-            }
-        ],
-        "usage": {
-            "prompt_tokens": len(chat.prompt_ids),
-            "completion_tokens": result.tokens,
-            "total_tokens": len(chat.prompt_ids) + result.tokens,
-        },
-        "laser": {
-            "k": chat.k,
-            "score": chosen.score,
-            "method": result.choice.method,
-            "answer": result.choice.answer,
-            "vote_share": result.choice.share,
-            "chosen": result.choice.index,
-            "samples": samples if chat.return_samples else None,
-        },
-    }
 
 
 def _error(status: int, message: str, parameter: str | None, code: str) -> web.Response:

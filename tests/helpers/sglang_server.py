@@ -116,6 +116,63 @@ def free_port(first: int = _FIRST_PORT) -> int:
     return PortFinder("127.0.0.1", first).take()
 
 
+@dataclass(frozen=True)
+class RunningRouter:
+    """A router in front of a server."""
+
+    url: str
+    metrics_url: str
+
+    def generated(self) -> int:
+        """Requests for generation that it has passed on."""
+        with urllib.request.urlopen(self.metrics_url, timeout=30) as reply:
+            lines = reply.read().decode().splitlines()
+        counts = [line.rsplit(" ", 1)[1] for line in lines if line.startswith("smg_router_requests_total{")]
+        return sum(int(count) for count in counts)
+
+
+@contextlib.contextmanager
+def router_before(server: SharedServer, log: Path) -> Iterator[RunningRouter]:
+    """Start sglang-router before the server, as `serve` would, and end it; it writes to `log`."""
+    from megatron_laser.rollout.serving.command import router_command
+    from megatron_laser.rollout.serving.ports import PortFinder
+
+    ports = PortFinder("127.0.0.1", _FIRST_PORT + 50)
+    router = RunningRouter(f"http://127.0.0.1:{ports.take()}", f"http://127.0.0.1:{ports.take()}/metrics")
+    command = router_command(
+        load_config(server.run_file),
+        python=sglang_python(),
+        port=int(router.url.rsplit(":", 1)[1]),
+        metrics_port=int(router.metrics_url.rsplit(":", 1)[1].split("/")[0]),
+        workers=[server.url],
+        api_key=server.api_key,
+        mark="test",
+        environment=os.environ,
+    )
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command.arguments, env=command.environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+        )
+    try:
+        until = time.monotonic() + START_DEADLINE
+        while not _has_worker(router, server):
+            if process.poll() is not None or time.monotonic() > until:
+                pytest.fail(f"the router has no worker: {log.read_text()[-2000:]}", pytrace=False)
+            time.sleep(0.2)
+        yield router
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _has_worker(router: RunningRouter, server: SharedServer) -> bool:
+    try:
+        found = call(router.url, "/workers", api_key=server.api_key, timeout=10)["workers"]
+    except OSError:
+        return False
+    return any(worker["is_healthy"] for worker in found)
+
+
 @contextlib.contextmanager
 def shared_server(folder: Path) -> Iterator[SharedServer]:
     """Start one server on the tiny model by the project's own `serve`, and end it."""

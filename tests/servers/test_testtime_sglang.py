@@ -10,6 +10,7 @@ import time
 
 import openai
 import pytest
+from helpers.sglang_server import router_before
 from helpers.torchrun import worker_environment
 from typer.testing import CliRunner
 
@@ -34,6 +35,18 @@ def server(sglang_server):
     return sglang_server
 
 
+@pytest.fixture(scope="module")
+def own_scores(server):
+    """Scores [answers] that the same weights give in this process to (prompt ids, response ids)."""
+    folder = load_model_folder(server.model, score_token="<|score|>", ref_logprob=-3.5, beta=0.5)
+
+    def scores(pairs):
+        with open_engine(EngineChoice(max_batch_size=64), folder, deadline=60) as engine:
+            return [found.score for found in Scorer(engine, folder).score_ids(pairs, deadline=60)]
+
+    return scores
+
+
 def command(server, name, *arguments):
     reward = f"problems.reward={server.model / 'lucky.py'}:lucky"
     settings = [*SETTINGS, reward] if name == "eval" else []
@@ -54,7 +67,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_an_evaluation_that_was_killed_goes_on_and_its_scores_are_the_models(server, tmp_path):
+def test_an_evaluation_that_was_killed_goes_on_and_its_scores_are_the_models(server, own_scores, tmp_path):
     output, problems = tmp_path / "eval", server.model / "problems.jsonl"
     arguments = command(server, "eval", problems, "--output", output, "--concurrency", "4", "--workers", "1")
     with (tmp_path / "log").open("w") as log:
@@ -84,30 +97,63 @@ def test_an_evaluation_that_was_killed_goes_on_and_its_scores_are_the_models(ser
     summary = json.loads(results)["benchmarks"]["problems"]["summary"]
     assert summary["num_responses"] == RESPONSES and 0 < summary["num_scored"] <= RESPONSES
 
+    prompts = {row: [4 + row // 4, 24, 4 + row % 4, 27] for row in range(20)}
+    answers = {(answer["row"], answer["sample"]): answer["response_ids"] for answer in lines(responses)}
+    scored = {
+        (record["row"], record["sample"]): record["score"]
+        for record in lines(output / "problems" / "records.jsonl")
+        if record["score"] is not None
+    }
+    ours = own_scores([(prompts[place[0]], answers[place]) for place in scored])
+    assert list(scored.values()) == pytest.approx(ours, abs=1e-4)
+
     said = invoke(server, "eval", problems, "--output", output, "--workers", "1")
     assert "all responses were there" in said
     assert (output / "results.json").read_bytes() == results and responses.read_bytes() == found
 
 
-def test_scores_of_a_file_are_those_of_the_model_in_this_process(server, tmp_path):
+def test_scores_of_a_file_are_those_of_the_model_in_this_process(server, own_scores, tmp_path):
     source = tmp_path / "answers.jsonl"
     answers = [
         {"prompt_ids": [4 + i, 5, 24], "response_ids": [6, 7 + i, *range(8, 8 + i), 1]} for i in range(12)
     ]
     source.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-    invoke(server, "score", source, "--output", tmp_path / "theirs.jsonl")
+    said = invoke(server, "score", source, "--output", tmp_path / "theirs.jsonl")
+    assert "12 with a score" in said
     theirs = [row["score"] for row in lines(tmp_path / "theirs.jsonl")]
-
-    folder = load_model_folder(server.model, score_token="<|score|>", ref_logprob=-3.5, beta=0.5)
-    with open_engine(EngineChoice(max_batch_size=16), folder, deadline=60) as engine:
-        found = Scorer(engine, folder).score_ids(
-            [(answer["prompt_ids"], answer["response_ids"]) for answer in answers], deadline=60
-        )
-    ours = [score.score for score in found]
+    ours = own_scores([(answer["prompt_ids"], answer["response_ids"]) for answer in answers])
     assert None not in theirs and theirs == pytest.approx(ours, abs=1e-4)
 
 
-def test_the_proxy_answers_an_openai_client_with_what_the_server_generates(server, tmp_path):
+def test_through_a_router_an_evaluation_has_all_responses_and_scores(server, own_scores, tmp_path):
+    with router_before(server, tmp_path / "router.log") as router:
+        through = ["--workers", "1", "--router", router.url]
+        invoke(server, "eval", server.model / "problems.jsonl", "--output", tmp_path / "eval", *through)
+        passed_on = router.generated()
+        source = tmp_path / "eval" / "problems" / "records.jsonl"
+        records = [record for record in lines(source) if record["score"] is not None]
+        found = lines(source.with_name("responses.jsonl"))
+        answers = {(answer["row"], answer["sample"]): answer["response_ids"] for answer in found}
+        rows = [
+            {
+                "prompt_ids": [4 + record["row"] // 4, 24, 4 + record["row"] % 4, 27],
+                "response_ids": answers[record["row"], record["sample"]],
+            }
+            for record in records
+        ]
+        asked = tmp_path / "asked.jsonl"
+        asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        invoke(server, "score", asked, "--output", tmp_path / "scored.jsonl", "--router", router.url)
+        assert router.generated() == passed_on + len(rows)
+    assert len(answers) == len(found) == RESPONSES and passed_on >= RESPONSES
+    evaluated = [record["score"] for record in records]
+    assert [row["score"] for row in lines(tmp_path / "scored.jsonl")] == pytest.approx(evaluated, abs=1e-4)
+    assert evaluated == pytest.approx(
+        own_scores([(row["prompt_ids"], row["response_ids"]) for row in rows]), abs=1e-4
+    )
+
+
+def test_the_proxy_answers_an_openai_client_with_what_the_server_generates(server, own_scores, tmp_path):
     arguments = command(server, "score", "--serve", "--port", "0", "--k", "4", "--max-new-tokens", "20")
     arguments += ["--no-chat-template", "--model-name", "tiny"]
     process = subprocess.Popen(
@@ -124,11 +170,27 @@ def test_the_proxy_answers_an_openai_client_with_what_the_server_generates(serve
         answer = client.chat.completions.create(
             model="tiny",
             messages=[{"role": "user", "content": "1 + 2 ?"}],
-            extra_body={"return_samples": True},
+            extra_body={"return_samples": True, "k": 16},
         )
         samples = answer.laser["samples"]
-        assert answer.laser["k"] == 4 and len(samples) == 4
-        assert answer.choices[0].message.content == samples[answer.laser["chosen"]]["content"]
+        assert answer.laser["k"] == len(samples) == 16
+        chosen = samples[answer.laser["chosen"]]
+        assert (answer.choices[0].message.content, answer.choices[0].score) == (
+            chosen["content"],
+            chosen["score"],
+        )
+        finished = [sample for sample in samples if sample["score"] is not None]
+        assert finished
+        ours = own_scores([([5, 24, 6, 27], sample["response_ids"]) for sample in finished])
+        assert [sample["score"] for sample in finished] == pytest.approx(ours, abs=1e-4)
+
+        said, ended = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "1 + 2 ?"}], stream=True
+        )
+        assert said.choices[0].delta.content is not None and ended.choices[0].finish_reason in (
+            "stop",
+            "length",
+        )
     finally:
         process.send_signal(signal.SIGTERM)
         try:

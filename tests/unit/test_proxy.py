@@ -115,6 +115,7 @@ def test_the_answer_that_the_scores_elect_comes_with_its_score(client, engine):
     assert (laser["method"], laser["answer"], laser["k"], laser["chosen"]) == ("weighted_majority", "8", 4, 2)
     assert laser["vote_share"] == pytest.approx(0.9 / 1.2)
     assert [sample["answer_class"] for sample in laser["samples"]] == [0, 0, 1, None]
+    assert [sample["response_ids"][1] for sample in laser["samples"]] == [11, 11, 12, 13]
     assert laser["samples"][3]["score"] is None and laser["samples"][3]["finish_reason"] == "length"
     assert answer.usage.completion_tokens == 14 and answer.usage.prompt_tokens == 4
 
@@ -157,7 +158,12 @@ def test_one_sample_is_simply_answered(client):
         ({"max_tokens": 0}, "max_tokens"),
         ({"n": 2}, "n"),
         ({"stop": ["7"]}, "stop"),
-        ({"stream": True}, "stream"),
+        ({"extra_body": {"stream": "yes"}}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "extra_body": {"k": 0}}, "k"),
+        ({"extra_body": {"return_samples": "no"}}, "return_samples"),
+        ({"extra_body": {"top_k": 5}}, "top_k"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ],
 )
@@ -168,6 +174,41 @@ def test_what_cannot_be_done_is_a_400_that_names_the_parameter(client, engine, o
     assert caught.value.status_code == 400 and caught.value.param == parameter
     assert caught.value.type == "invalid_request_error"
     assert len(engine.calls) == calls  # nothing was sampled
+
+
+def test_an_unknown_parameter_is_refused_with_the_nearest_and_harmless_ones_are_taken(client):
+    with pytest.raises(openai.BadRequestError, match=r"unknown; did you mean `return_samples`\?"):
+        ask(client, extra_body={"return_sample": True})
+    answer = ask(client, user="somebody", metadata={"a": "b"}, store=False, parallel_tool_calls=True)
+    assert answer.choices[0].message.content == "\\boxed{ 8 }"
+
+
+def test_a_stream_has_the_answer_of_the_vote_in_one_piece(client, engine):
+    calls = len(engine.calls)
+    chunks = list(
+        ask(client, stream=True, stream_options={"include_usage": True}, extra_body={"return_samples": True})
+    )
+    assert len(engine.calls) == calls + 1
+    said, ended, counted = chunks
+    assert said.object == "chat.completion.chunk" and said.model == "tiny"
+    assert {chunk.id for chunk in chunks} == {said.id}
+    assert said.choices[0].delta.role == "assistant" and said.choices[0].delta.content == "\\boxed{ 8 }"
+    assert said.choices[0].finish_reason is None and said.choices[0].score == pytest.approx(0.9)
+    assert said.laser["answer"] == "8" and len(said.laser["samples"]) == 4
+    assert ended.choices[0].finish_reason == "stop" and ended.choices[0].delta.content is None
+    assert counted.choices == [] and counted.usage.completion_tokens == 14
+    plain = list(ask(client, stream=True))
+    assert len(plain) == 2 and plain[1].usage is None
+
+
+def test_a_stream_that_fails_before_its_first_word_has_a_status(client, engine):
+    engine.fails = TimeoutError("generation: 2 of 4 responses still running")
+    try:
+        with pytest.raises(openai.InternalServerError, match="no answer within 3 s") as caught:
+            ask(client, stream=True)
+    finally:
+        engine.fails = None
+    assert caught.value.status_code == 504
 
 
 def test_an_unknown_model_is_a_404(client):

@@ -77,6 +77,32 @@ def test_a_run_stopped_by_a_signal_saves_and_continues_bitwise(
     assert checkpoint_digests(tmp_path / "out", 4) == checkpoint_digests(expected, 4)
 
 
+def test_evaluation_moves_nothing_of_training_and_a_resumed_run_evaluates_to_the_same_numbers(
+    undisturbed, tmp_path, monkeypatch
+):
+    file, expected = undisturbed
+    problems = tmp_path / "validation.jsonl"
+    problems.write_text("".join(f'{{"problem": "{i} + 7 ?", "answer": "{i + 7}"}}\n' for i in range(6)))
+    settings = [f"data.validation={problems}", "evaluation.every=1"]
+    settings += ["evaluation.max_prompts=4", "evaluation.samples_per_prompt=2"]
+    run(file, tmp_path / "whole", *settings)
+    with monkeypatch.context() as patch:
+        after_recording(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(file, tmp_path / "stopped", *settings)
+    run(file, tmp_path / "stopped", *settings)
+    whole = metrics_without_times(tmp_path / "whole")
+    assert metrics_without_times(tmp_path / "stopped") == whole
+    trained = [
+        {name: value for name, value in line.items() if not name.startswith("eval/")} for line in whole
+    ]
+    assert trained == metrics_without_times(expected)
+    for step in range(1, 5):
+        name = f"evaluation/validation_step_{step}.jsonl"
+        records = [json.loads(line) for line in (tmp_path / "whole" / name).read_text().splitlines()]
+        assert [record["row"] for record in records] == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_a_run_that_dies_between_two_checkpoints_repeats_the_lost_steps_bitwise(
     undisturbed, tmp_path, monkeypatch
 ):

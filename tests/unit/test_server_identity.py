@@ -242,7 +242,7 @@ def test_all_that_differs_is_told_at_once():
 def test_a_score_token_outside_the_vocabulary_reaches_no_server():
     seen = []
     with answering(sglang(seen=seen)) as url:
-        engine = SglangEngine.connect([url], api_key=None, vocab_size=152, deadline=30)
+        engine = SglangEngine.connect([url], api_key=None, expected=Expected(152), deadline=30)
         try:
             before = [path for path, _ in seen].count("/generate")
             with pytest.raises(ValueError, match="token id 152; expected 0 to 151, the model's vocabulary"):

@@ -2,14 +2,15 @@
 
 import json
 import math
-import sys
-import types
 
 import pytest
 import torch
 from helpers.tiny_run import write_tiny_run
+from typer.testing import CliRunner
 
+from megatron_laser.cli import app
 from megatron_laser.rewards import GradingPool
+from megatron_laser.rollout.sglang.identify import Expected, ServerFacts
 from megatron_laser.testtime import (
     EngineChoice,
     Scorer,
@@ -18,8 +19,9 @@ from megatron_laser.testtime import (
     load_model_folder,
     open_engine,
 )
+from megatron_laser.testtime.engine import other_weights
 from megatron_laser.testtime.prompts import check_messages, prompt_token_ids
-from megatron_laser.testtime.scoring import score_file
+from megatron_laser.testtime.scoring import read_answers, score_file
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +90,8 @@ def test_a_file_gets_scores_beside_its_rows(folder, model, scorer, tmp_path):
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out" / "scored.jsonl"
     source.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    counts = score_file(
-        scorer, model, source, target, apply_chat_template=False, prompt_suffix="", deadline=60, batch=2
-    )
+    answers = read_answers(model, source, apply_chat_template=False, prompt_suffix="")
+    counts = score_file(scorer, answers, target, deadline=60, batch=2)
     written = [json.loads(line) for line in target.read_text().splitlines()]
     assert [{k: row[k] for k in given} for row, given in zip(written, rows)] == rows
     assert written[0]["score"] == pytest.approx(written[1]["score"], abs=1e-6)
@@ -113,12 +114,21 @@ def test_a_file_gets_scores_beside_its_rows(folder, model, scorer, tmp_path):
         ('{"messages": [], "response": "7"}', "expected a list of one message or more"),
     ],
 )
-def test_a_row_that_does_not_fit_is_named_before_anything_is_scored(model, scorer, tmp_path, row, message):
-    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+def test_a_row_that_does_not_fit_is_named(model, tmp_path, row, message):
+    source = tmp_path / "in.jsonl"
     source.write_text('{"prompt": "1 + 2 ?", "response": "3"}\n' + row + "\n")
     with pytest.raises(TestTimeError, match=f"in.jsonl:2: .*{message}"):
-        score_file(scorer, model, source, target, apply_chat_template=False, prompt_suffix="", deadline=60)
-    assert not target.exists()
+        read_answers(model, source, apply_chat_template=False, prompt_suffix="")
+
+
+def test_a_file_is_read_before_the_model_is_loaded(folder, tmp_path, monkeypatch):
+    def load(*arguments, **options):
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("megatron_laser.rollout.in_process.InProcessEngine", load)
+    arguments = ["score", str(folder), str(tmp_path / "none.jsonl"), "--score-token", "<|score|>"]
+    result = CliRunner().invoke(app, [*arguments, "--ref-logprob", "-5"])
+    assert result.exit_code == 2 and "no such file" in result.output
 
 
 def test_chats_need_the_template_and_texts_do_not(model):
@@ -211,7 +221,9 @@ def test_a_router_without_its_servers_is_refused():
         EngineChoice(router_url="http://127.0.0.1:2")
 
 
-def test_urls_open_the_servers_client_with_key_and_vocabulary(model, monkeypatch):
+def test_urls_open_the_servers_client_with_key_and_model_and_other_weights_are_said(
+    model, monkeypatch, caplog
+):
     seen = {}
 
     class Client:
@@ -220,25 +232,45 @@ def test_urls_open_the_servers_client_with_key_and_vocabulary(model, monkeypatch
             seen.update(options, urls=urls)
             return cls()
 
+        def identify_all(self):
+            return {"http://127.0.0.1:1": ServerFacts("0.5.23", 1, "/models/another", "default", "cpu")}
+
         def close(self):
             seen["closed"] = True
 
-    module = types.ModuleType("megatron_laser.rollout.sglang")
-    module.SglangEngine = Client
-    monkeypatch.setitem(sys.modules, "megatron_laser.rollout.sglang", module)
+    monkeypatch.setattr("megatron_laser.rollout.sglang.SglangEngine", Client)
     choice = EngineChoice(urls=("http://127.0.0.1:1",), api_key="secret", router_url="http://127.0.0.1:2")
     with open_engine(choice, model, deadline=5.0) as engine:
         assert isinstance(engine, Client)
     assert seen == {
         "urls": ["http://127.0.0.1:1"],
         "api_key": "secret",
-        "vocab_size": 28,
+        "expected": Expected(
+            28,
+            model_type="qwen2",
+            sizes={
+                "vocab_size": 28,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+            },
+        ),
         "deadline": 5.0,
         "max_concurrency": 256,
         "router_url": "http://127.0.0.1:2",
         "closed": True,
     }
+    assert f"was started on /models/another, not on {model.path}" in caplog.text
     assert not choice.repeatable and EngineChoice().repeatable
+
+
+def test_a_servers_weights_are_those_of_the_folder_it_was_started_on_until_a_run_sends_others(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    assert other_weights(tmp_path / "model", tmp_path / "link", "default") == ""
+    assert "not on" in other_weights(tmp_path / "model", tmp_path, "default")
+    assert "'ab12-7', which a training run has sent" in other_weights(tmp_path, tmp_path, "ab12-7")
 
 
 def test_a_log_prob_that_is_not_finite_is_an_error(scorer):

@@ -115,7 +115,7 @@ class SglangEngine:
         urls: Sequence[str],
         *,
         api_key: str | None,
-        vocab_size: int,
+        expected: Expected,
         deadline: float,
         max_concurrency: int = 256,
         router_url: str | None = None,
@@ -128,7 +128,7 @@ class SglangEngine:
         return cls(
             lambda: endpoints,
             api_key=api_key,
-            expected=Expected(vocab_size),
+            expected=expected,
             max_concurrency=max_concurrency,
             router_url=router_url,
             min_servers=len(endpoints),

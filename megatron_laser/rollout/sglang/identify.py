@@ -30,6 +30,9 @@ MIN_SGLANG = (0, 5, 23)
 
 NO_SERVER = f"this is no SGLang server, or one older than {'.'.join(map(str, MIN_SGLANG))}, which is needed"
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+"""Of config.json: they tell a model from a bigger or smaller one of its family."""
+
 _PHASE = "identifying the server"
 _VOCABULARY_SECONDS = 10.0  # a paused server keeps requests until it goes on
 _TESTED_DTYPES = {"float32": {"float32", "torch.float32"}, "bfloat16": {"bfloat16", "torch.bfloat16", "auto"}}
