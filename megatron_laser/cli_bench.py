@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,9 @@ app = typer.Typer(help="Measure: each command prints a table.", no_args_is_help=
 
 
 def _prepare_process(level: str = "WARNING") -> None:
+    # Read when torch is imported: its profiler, which counts memory on a CPU, else writes a line for every measurement.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from megatron_laser.cli import prepare_process
 
     prepare_process(level, is_main=True)

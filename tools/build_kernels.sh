@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compiles the CUDA C++ kernel for Hopper ahead of time and prints where the cubin is. Without this it happens on the
-# first use. Needs nvcc, no GPU; MEGATRON_LASER_CACHE names another folder than ~/.cache/megatron_laser.
+# first use. Needs nvcc or the Python package nvidia-cuda-nvrtc, no GPU; MEGATRON_LASER_CACHE names another folder than
+# ~/.cache/megatron_laser.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=.venv/bin/python
