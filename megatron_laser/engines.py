@@ -29,6 +29,8 @@ from megatron_laser.weight_sync.peers import Peers
 
 logger = logging.getLogger(__name__)
 
+_SAY_EVERY = 30.0  # seconds between two words about servers that are not ready
+
 NEEDS_WEIGHTS = "needs weights"
 """Servers came back without the current weights: sync them, and do the same again."""
 
@@ -68,7 +70,8 @@ def open_engine(config: RunConfig) -> RolloutEngine:
             on_close=child.stop if child is not None else None,
         )
         if isinstance(transport, DistributedTransport):  # it would be found at the first sync, too, but later
-            transport.peers.backend(engine.fleet.updatable())
+            # Those that came up since then say who they are before they are first given weights.
+            transport.peers.backend([member for member in engine.fleet.members if member.device is not None])
         return engine
     except BaseException:
         if engine is not None:
@@ -133,25 +136,29 @@ def _endpoints(config: RunConfig, child: ServeProcess | None) -> Endpoints:
         return Endpoints(tuple(ServerEndpoint(url) for url in sglang.urls), router_url=sglang.router_url)
     path = sglang.endpoints if child is None else child.endpoints
     assert path is not None
-    ends = time.monotonic() + sglang.start_deadline
-    said = False
+    started = time.monotonic()
+    said = -_SAY_EVERY
     while True:
         if child is not None and not child.alive():
             child.wait_ready(0.0)  # says why it has ended
         try:
             found = read_endpoints(path)
-            if found.servers and any(server.state in ("ready", "held") for server in found.servers):
+            ready = sum(server.state in ("ready", "held") for server in found.servers)
+            # Its own servers a run can wait for; of others it cannot know how many nodes will publish some.
+            if ready and (child is None or ready == len(found.servers)):
                 return found
-            trouble = f"{path}: no server is ready yet"
+            trouble = f"{path}: {ready} of {len(found.servers)} servers are ready"
         except EndpointsError as error:
-            trouble = str(error)
-        if time.monotonic() > ends:
+            trouble = str(error) if child is None else f"{path} is not there yet"
+        waited = time.monotonic() - started
+        if waited > sglang.start_deadline:
             raise ConfigError(
                 [f"{trouble}; waited rollout.sglang.start_deadline {sglang.start_deadline:g} s"]
             )
-        if not said:
-            logger.info("waiting for rollout servers: %s", trouble)
-            said = True
+        if waited - said >= _SAY_EVERY:
+            log = "" if child is None else f"; see {child.log}"
+            logger.info("waiting for rollout servers since %.0f s: %s%s", waited, trouble, log)
+            said = waited
         time.sleep(0.5)
 
 

@@ -72,7 +72,10 @@ def prepared(tmp_path, tied):
     return tmp_path
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "tied",
+    [pytest.param(True, id="tied"), pytest.param(False, id="untied", marks=pytest.mark.long)],
+)
 def test_the_step_after_resuming_is_the_same_under_every_layout(tmp_path, tied):
     folder = prepared(tmp_path, tied)
     (reference,) = run(folder, 1, [entry("one", save="one")])
@@ -105,7 +108,10 @@ def stored(folder):
     }
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "tied",
+    [pytest.param(False, id="untied"), pytest.param(True, id="tied", marks=pytest.mark.long)],
+)
 def test_bf16_weights_and_fp32_optimizer_state_pass_through_all_layouts_unchanged(tmp_path, tied):
     folder = prepared(tmp_path, tied)
     bf16 = ("model.dtype=bfloat16",)

@@ -22,8 +22,15 @@ def compare(*arguments):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [("1", "2"), ("4",)], ids=["1 and 2 processes", "4 processes"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("tied", "processes"),
+    [
+        pytest.param(False, ("1", "2"), id="untied, 1 and 2 processes"),
+        pytest.param(True, ("4",), id="tied, 4 processes"),
+        pytest.param(True, ("1", "2"), id="tied, 1 and 2 processes", marks=pytest.mark.long),
+        pytest.param(False, ("4",), id="untied, 4 processes", marks=pytest.mark.long),
+    ],
+)
 def test_every_layout_learns_the_same(tied, processes):
     result = compare("--processes", *processes, *(["--tied"] if tied else []))
     assert result.returncode == 0, result.stdout[-6000:]

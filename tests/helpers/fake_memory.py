@@ -27,6 +27,7 @@ class FakeMemory:
     url: str = ""
     device: str = "cpu"
     tensor: int = 1
+    vocab_size: int = 28
     held: set[str] = field(default_factory=lambda: set(TAGS))
     paused: bool = False
     session: bool = False
@@ -51,7 +52,7 @@ class FakeMemory:
                 "tp_size": self.tensor,
                 "dtype": "float32",
                 "device": self.device,
-                "vocab_size": 28,
+                "vocab_size": self.vocab_size,
             }
         with self.lock:
             if self.died_of:

@@ -34,6 +34,7 @@ from megatron_laser.types import SamplingParams
 from megatron_laser.weight_sync import disk, sync_weights
 from megatron_laser.weight_sync.disk import DiskTransport
 from megatron_laser.weight_sync.distributed import DistributedTransport
+from megatron_laser.weight_sync.peers import Peers
 
 pytestmark = [pytest.mark.long, pytest.mark.sglang, pytest.mark.timeout(900)]
 
@@ -135,13 +136,12 @@ def weights(servers):
 
 def distributed(seconds=SYNC):
     return DistributedTransport(
-        backend="gloo",
+        peers=Peers(torch_version=torch.__version__, nccl_version=None),
         dtype=torch.float32,
         bucket_bytes=20_000,
         seconds=seconds,
         address=None,
         flattened=True,
-        hashed=True,
         always_verify=False,
     )
 
@@ -298,7 +298,6 @@ def test_a_server_killed_while_it_loads_weights_from_disk_is_left_out_and_catche
         source=servers.model,
         dtype=torch.float32,
         seconds=SYNC,
-        hashed=True,
         always_verify=False,
     )
     with servers.engine(transport) as engine:

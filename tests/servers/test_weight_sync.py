@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.rollout.sglang.engine import SglangEngine
+from megatron_laser.rollout.sglang.errors import WeightsNeeded
 from megatron_laser.rollout.sglang.identify import Expected
 from megatron_laser.types import SamplingParams
 from megatron_laser.weight_sync import disk, sync_weights
@@ -129,15 +130,25 @@ def test_a_server_with_other_weights_under_the_right_name_is_found_by_checksum(
         engine.close()
 
 
+@pytest.mark.parametrize("kind", ["disk", "flattened"])
 def test_a_server_whose_weights_somebody_else_changed_is_found_by_version(
-    sglang_server, process_group, tmp_path
+    kind, sglang_server, process_group, tmp_path
 ):
-    engine = open_engine(sglang_server, transport("disk", sglang_server, tmp_path))
+    engine = open_engine(sglang_server, transport(kind, sglang_server, tmp_path))
     try:
-        assert sync_weights(stream(changed_model(sglang_server, 30)), engine, 0) is None
+        model = changed_model(sglang_server, 30)
+        assert sync_weights(stream(model), engine, 0) is None
         sglang_server.call("/update_weight_version", {"new_version": "another", "abort_all_requests": False})
-        with pytest.raises(Exception, match="another"):
-            engine.score([[4, 5, EOS]], SCORE, deadline=10)
+        sequence = [4, 5, EOS]
+        expected = float(logprobs(model, sequence)[-1, SCORE])
+        if kind == "disk":  # the folder is still there: the server is given it again, and then answers
+            assert engine.score([sequence], SCORE, deadline=30) == pytest.approx([expected], abs=1e-4)
+            assert sglang_server.call("/model_info")["weight_version"] == engine.label(0)
+        else:  # only a sync of all ranks can mend it
+            with pytest.raises(WeightsNeeded, match="holds weights 'another' instead of"):
+                engine.score([sequence], SCORE, deadline=30)
+            assert sync_weights(stream(model), engine, 0) is None
+            assert engine.score([sequence], SCORE, deadline=30) == pytest.approx([expected], abs=1e-4)
     finally:
         engine.close()
 

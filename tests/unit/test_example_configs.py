@@ -160,3 +160,23 @@ def test_the_plan_says_how_old_the_weights_may_be(tmp_path: Path) -> None:
     )
     (line,) = [line for line in rollout_features(config) if line[0] == "off-policy rollout"]
     assert line == ("off-policy rollout", True, "rollout.ahead: 1; tokens are at most 2 steps old")
+
+
+def test_the_small_example_through_a_server_differs_in_who_generates_and_scores(tmp_path: Path) -> None:
+    model = f"model.path={EXAMPLES / 'qwen2.5_7b'}"  # its own is made by prepare.py
+    in_process, served = (
+        load_config(EXAMPLES / "tiny_sum" / f"{name}.yaml", [model]).model_dump(mode="json")
+        for name in ("laser", "laser_sglang")
+    )
+    assert served["rollout"]["engine"] == "sglang" and served["rollout"]["sglang"]["device"] == "cpu"
+    assert served["laser"]["score_source"] == "server" and served["policy"]["old_logprobs"] == "on_policy"
+    for settings in (in_process, served):
+        for section, key in (
+            *(("rollout", key) for key in ("engine", "sglang", "max_concurrency")),
+            ("laser", "score_source"),
+            ("policy", "old_logprobs"),
+            ("run", "output_dir"),
+            ("run", "name"),
+        ):
+            del settings[section][key]
+    assert in_process == served

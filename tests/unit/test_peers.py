@@ -105,7 +105,7 @@ def test_nobody_is_asked_to_join_when_the_group_cannot_be():
                 sync_weights(iter([("a", torch.ones(2))]), engine, 0)
         finally:
             engine.close()
-    assert server.log == ["pause_generation", "flush_cache"]
+    assert server.log == ["continue_generation", "pause_generation", "flush_cache"]
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def run(tmp_path):
 
 
 def test_servers_by_url_are_asked_for_their_device(run):
-    server = FakeMemory(device="cpu")
+    server = FakeMemory(device="cpu", vocab_size=250)
     with running(server):
         engine = open_engine(run(server.url))
         try:
@@ -132,7 +132,7 @@ def test_servers_by_url_are_asked_for_their_device(run):
 
 
 def test_a_server_that_can_never_be_reached_is_refused_when_the_engine_is_opened(run):
-    server = FakeMemory(device="cuda")
+    server = FakeMemory(device="cuda", vocab_size=250)
     with running(server), pytest.raises(ConfigError, match="computes on a GPU and the trainer on a CPU"):
         open_engine(run(server.url))
     assert server.log == []

@@ -96,8 +96,9 @@ class Sessions:
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
         # No proxies from the environment: servers are on loopback or a private network.
+        # Two seconds: servers that others started end idle connections after five, later than they should when busy.
         self.data = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0), headers=headers, trust_env=False
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0), headers=headers, trust_env=False
         )
         self.control = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True), headers=headers, trust_env=False

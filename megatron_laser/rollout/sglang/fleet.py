@@ -203,6 +203,12 @@ class Fleet:
                     member.probing = asyncio.create_task(self.probe(member))
             await asyncio.sleep(PROBE_EVERY)
 
+    async def ask_again(self, member: Member) -> None:
+        """Wait for what a server says of itself; many may ask at once, and it is asked once."""
+        if member.probing is None or member.probing.done():
+            member.probing = asyncio.create_task(self.probe(member))
+        await asyncio.wait([member.probing])
+
     async def probe(self, member: Member) -> None:
         """Ask scheduler and HTTP process once; feeds what they say to the server's state."""
         client = member.client
