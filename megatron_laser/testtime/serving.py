@@ -7,6 +7,7 @@ do with the error bodies that OpenAI clients understand.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -142,10 +143,11 @@ class _Proxy:
             return web.json_response(result)
         # The vote needs all samples, so there is nothing to send before it; until then an error still has its status.
         reply = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        await reply.prepare(request)
-        for event in stream_events(result, with_usage=chat.stream_usage):
-            await reply.write(event)
-        await reply.write_eof()
+        with contextlib.suppress(ConnectionResetError):  # the client has hung up meanwhile
+            await reply.prepare(request)
+            for event in stream_events(result, with_usage=chat.stream_usage):
+                await reply.write(event)
+            await reply.write_eof()
         return reply
 
     async def _answer(self, chat: ChatRequest) -> Answer:

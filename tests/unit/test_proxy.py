@@ -211,6 +211,24 @@ def test_a_stream_that_fails_before_its_first_word_has_a_status(client, engine):
     assert caught.value.status_code == 504
 
 
+def test_a_client_that_hangs_up_is_no_failure_of_the_server(url, client, engine, caplog):
+    calls = len(engine.calls)
+    engine.delay = 0.5
+    try:
+        body = b'{"model": "tiny", "stream": true, "messages": [{"role": "user", "content": "1 + 6 ?"}]}'
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=10) as connection:
+            connection.sendall(head.encode() + body)
+            until = time.monotonic() + 20
+            while len(engine.calls) == calls and time.monotonic() < until:
+                time.sleep(0.01)
+    finally:
+        engine.delay = 0.0
+    assert ask(client).choices[0].message.content == "\\boxed{ 8 }"
+    assert len(engine.calls) == calls + 2 and not caplog.records
+
+
 def test_an_unknown_model_is_a_404(client):
     with pytest.raises(openai.NotFoundError, match="expected 'tiny'") as caught:
         ask(client, model="gpt-4")
