@@ -57,7 +57,10 @@ class DiskTransport:
         self, engine: SglangEngine, weights: Iterable[tuple[str, torch.Tensor]], version: int, label: str
     ) -> None:
         """See `WeightTransport.send`. Raises SyncFailed, OSError (a full disk, a folder that is not writable)."""
-        digest = StreamDigest(dtype=self._dtype, hashed=on_cpu(engine.fleet.members))
+        new = [member for member in engine.fleet.updatable() if member.device is None]
+        if new:  # those that do not fit are left out by the update
+            engine.identify(new)
+        digest = StreamDigest(dtype=self._dtype, hashed=on_cpu(engine.fleet.updatable()))
         watched = digest.watch(weights) if self._verify or self._first else weights
         target = self._folder / f"{_PREFIX}{label}"
         self._written.add(target)

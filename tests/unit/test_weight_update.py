@@ -226,6 +226,17 @@ def test_without_sums_of_our_own_values_are_compared_and_servers_with_each_other
     assert any("http://s3, reading: reset" in text for text in made.failures)
 
 
+def test_a_model_that_cannot_be_read_back_by_name_is_compared_between_servers_only(caplog):
+    engine, digest = FakeEngine(3), digest_of(WEIGHTS, hashed=False)
+    for server in engine.servers:
+        server.sums = {"a.weight": "same", "b.bias": "same"}
+        server.fails["/get_weights_by_name"] = ServerRefused(server.url, "reading", "answered 400")
+    engine.servers[2].sums = {"a.weight": "another", "b.bias": "same"}
+    made = update(engine, check=digest)
+    assert [member.url for member in made.members] == ["http://s0", "http://s1"]
+    assert caplog.text.count("compared with other servers' only") == 3
+
+
 # disk --------------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +256,14 @@ def transport(tmp_path, source, *, always_verify=False):
         seconds=30.0,
         always_verify=always_verify,
     )
+
+
+def test_servers_that_come_late_say_on_what_they_compute_before_a_digest_is_made(tmp_path, source):
+    engine = SyncingEngine(2, transport(tmp_path, source))
+    for member in engine.fleet.members:
+        member.device = None
+    assert sync_weights(iter(WEIGHTS), engine, 0) is None
+    assert "/weights_checker" in engine.calls(1) and "/get_weights_by_name" not in engine.calls(1)
 
 
 class SyncingEngine(FakeEngine):
