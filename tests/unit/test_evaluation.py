@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 
-from megatron_laser.evaluation import EvaluationSummary, evaluate, read_records, summarize
+from megatron_laser.evaluation import (
+    EvaluationSummary,
+    evaluate,
+    generation_batch,
+    read_records,
+    summarize,
+)
 from megatron_laser.rewards import GradingPool
 from megatron_laser.types import Generation, Prompt, SamplingParams
 
@@ -202,6 +208,12 @@ def test_the_summary_file_holds_the_metrics(grading: GradingPool, tmp_path: Path
     assert written["accuracy"] == summary.metrics["accuracy"]
     assert written.keys() == summary.metrics.keys()
     assert summary.prefixed()["eval/accuracy"] == summary.metrics["accuracy"]
+
+
+def test_servers_are_asked_for_more_than_they_answer_at_once() -> None:
+    assert generation_batch(in_process=True, max_batch_size=256, max_concurrency=1024) == 256
+    assert generation_batch(in_process=False, max_batch_size=256, max_concurrency=1024) == 8192
+    assert generation_batch(in_process=False, max_batch_size=256, max_concurrency=4) == 2048
 
 
 def test_numbers_do_not_depend_on_the_generation_batch(grading: GradingPool, tmp_path: Path) -> None:
