@@ -32,6 +32,19 @@ def single_process(tmp_path_factory):
     runtime.stop()
 
 
+@pytest.fixture(scope="module")
+def process_group():
+    """A default group of one, as a run without torchrun has."""
+    import torch.distributed as dist
+
+    created = not dist.is_initialized()
+    if created:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if created:
+        dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def sglang_server(tmp_path_factory):
     """The one real SGLang server that all tests share; a `SharedServer`, started when the first test asks for it."""

@@ -20,9 +20,9 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import aiohttp
-import numpy as np
 import orjson
 
+from megatron_laser.benchmarks.ratios import median_ratio
 from megatron_laser.config import RunConfig, read_architecture, read_stop_token_ids, resolve_score_token
 from megatron_laser.data import build_prompts, read_rows
 from megatron_laser.engines import open_engine
@@ -49,11 +49,7 @@ class ClientBenchmarkResult:
 
     def ratio(self, arm: str, over: str) -> tuple[float, float, float]:
         """(median, low, high) of arm / over."""
-        values = np.array(self.tokens_per_second[arm]) / np.array(self.tokens_per_second[over])
-        rng = np.random.default_rng(0)
-        medians = np.median(rng.choice(values, (2000, len(values))), axis=1)
-        low, high = np.quantile(medians, [0.025, 0.975])
-        return float(np.median(values)), float(low), float(high)
+        return median_ratio(self.tokens_per_second[arm], self.tokens_per_second[over])
 
     def table(self) -> str:
         """A table for people."""

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_laser.batching.flat import FlatBatch, flatten
 from megatron_laser.benchmarks.memory import peak_allocated_bytes
+from megatron_laser.benchmarks.ratios import median_ratio
 from megatron_laser.config import load_config
 from megatron_laser.model import platform
 from megatron_laser.trainer import runtime as runtimes
@@ -64,8 +65,7 @@ class StepBenchmarkResult:
 
     def ratio(self, arm: str, over: str) -> tuple[float, float, float]:
         """Median of arm / over, round by round, and a 95 % interval of that median."""
-        ratios = [a / b for a, b in zip(self.seconds[arm], self.seconds[over])]
-        return statistics.median(ratios), *_median_interval(ratios)
+        return median_ratio(self.seconds[arm], self.seconds[over])
 
     def table(self) -> str:
         """A table for people."""
@@ -172,10 +172,3 @@ class StepBenchmark:
                 )
             batch.groups.append(group)
         return flatten(batch)
-
-
-def _median_interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(np.array(values), (resamples, len(values))), axis=1)
-    low, high = np.quantile(medians, [0.025, 0.975])
-    return float(low), float(high)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,8 +18,8 @@ import pytest
 from helpers.source_tree import ROOT
 from helpers.tiny_run import write_tiny_run
 from megatron_laser.config import RunConfig, load_config
-from megatron_laser.rollout.endpoints import read_endpoints
-from megatron_laser.rollout.serving import ServeError, ServeProcess
+from megatron_laser.rollout.endpoints import EndpointsError, read_endpoints
+from megatron_laser.rollout.serving import ServeError, ServeProcess, guard
 
 START_DEADLINE = 280.0  # seconds; 20 on an idle machine
 # Test sessions side by side would else choose the same port: it is taken only once the server has imported everything.
@@ -198,3 +198,20 @@ def shared_server(folder: Path) -> Iterator[SharedServer]:
         )
     finally:
         serve.stop()
+
+
+def wait_for(condition: Callable[[], Any], what: str, deadline: float = START_DEADLINE) -> Any:
+    """The first true value of `condition`, which may fail while servers come and go; fails after `deadline` seconds."""
+    until = time.monotonic() + deadline
+    while True:
+        with contextlib.suppress(EndpointsError, OSError, psutil.Error):
+            found = condition()
+            if found:
+                return found
+        assert time.monotonic() < until, f"no {what} within {deadline:g} s"
+        time.sleep(0.1)
+
+
+def mark_of(pid: int) -> str:
+    """What all processes of the `serve` that started `pid` carry."""
+    return psutil.Process(pid).environ()[guard.MARK].split("/")[0]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.sglang_server import START_DEADLINE, call, serve_config
+from helpers.sglang_server import START_DEADLINE, call, mark_of, serve_config, wait_for
 
-from megatron_laser.rollout.endpoints import EndpointsError, read_endpoints
+from megatron_laser.rollout.endpoints import read_endpoints
 from megatron_laser.rollout.serving import ServeProcess, guard
 
 pytestmark = [pytest.mark.long, pytest.mark.sglang, pytest.mark.timeout(1200)]
@@ -27,21 +27,6 @@ def serving(folder: Path, **sglang):
         yield serve
     finally:
         serve.stop()
-
-
-def wait_for(condition, what: str, deadline: float = START_DEADLINE):
-    until = time.monotonic() + deadline
-    while True:
-        with contextlib.suppress(EndpointsError, OSError, psutil.Error):
-            found = condition()
-            if found:
-                return found
-        assert time.monotonic() < until, f"no {what} within {deadline:g} s"
-        time.sleep(0.2)
-
-
-def mark_of(pid: int) -> str:
-    return psutil.Process(pid).environ()[guard.MARK].split("/")[0]
 
 
 def restarted(serve: ServeProcess, state: str, number: int = 0):

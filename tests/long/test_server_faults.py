@@ -19,13 +19,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
-from helpers.sglang_server import START_DEADLINE, call, serve_config
+from helpers.sglang_server import START_DEADLINE, call, mark_of, serve_config, wait_for
 from helpers.tiny_run import end_session, start_run
 from helpers.torchrun import worker_environment
 from transformers import AutoModelForCausalLM
 
-from megatron_laser.rollout.endpoints import EndpointsError, read_endpoints
+from megatron_laser.rollout.endpoints import read_endpoints
 from megatron_laser.rollout.serving import ServeProcess, guard
 from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.errors import ServersLost, WeightsNeeded
@@ -37,6 +36,7 @@ from megatron_laser.weight_sync.distributed import DistributedTransport
 from megatron_laser.weight_sync.peers import Peers
 
 pytestmark = [pytest.mark.long, pytest.mark.sglang, pytest.mark.timeout(900)]
+pytestmark += [pytest.mark.usefixtures("process_group")]
 
 VOCABULARY, EOS = 28, 1
 HANG = 20.0  # seconds, of the run; `serve` is more patient, so that what the run does is seen alone
@@ -95,17 +95,6 @@ class Servers:
         return contextlib.closing(engine)
 
 
-def wait_for(condition, what, deadline):
-    until = time.monotonic() + deadline
-    while True:
-        with contextlib.suppress(EndpointsError, OSError, psutil.Error):
-            found = condition()
-            if found:
-                return found
-        assert time.monotonic() < until, f"no {what} within {deadline:g} s"
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
@@ -116,16 +105,6 @@ def servers(tmp_path_factory):
         yield Servers(serve, folder)
     finally:
         serve.stop()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    created = not dist.is_initialized()
-    if created:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    if created:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -332,10 +311,6 @@ def test_without_its_router_a_run_asks_the_servers(servers, weights):
         _, seconds = generate(engine, lambda: os.kill(pid, signal.SIGKILL))
         print(f"\nall responses {seconds:.1f} s after the router was killed")
         generate(engine)
-
-
-def mark_of(pid):
-    return psutil.Process(pid).environ()[guard.MARK].split("/")[0]
 
 
 def test_a_server_killed_behind_the_router_loses_no_response(servers, weights):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from megatron_laser.rollout.endpoints import ServerEndpoint
@@ -21,17 +20,6 @@ from megatron_laser.weight_sync.peers import Peers
 pytestmark = pytest.mark.sglang
 
 VOCABULARY, EOS, SCORE = 28, 1, 2
-
-
-@pytest.fixture(scope="module")
-def process_group():
-    """A default group of one, as a run without torchrun has."""
-    created = not dist.is_initialized()
-    if created:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    if created:
-        dist.destroy_process_group()
 
 
 def transport(kind, server, folder):
