@@ -37,7 +37,7 @@ def test_a_run_of_megatron_core_0_16_continues_to_the_numbers_it_would_have_had(
     assert [line["step"] for line in got] == [1, 2, 3, 4]
     for line, want in zip(got, expected, strict=True):
         for name, value in line.items():
-            if isinstance(value, list) or isinstance(value, float):
+            if isinstance(value, (list, float)):
                 assert value == pytest.approx(want[name], rel=1e-4, abs=1e-6), (line["step"], name)
             else:
                 assert value == want[name], (line["step"], name)
