@@ -24,6 +24,7 @@ from megatron_laser.rollout.sglang.transport import WeightTransport
 from megatron_laser.weight_sync.colocated import ColocatedTransport
 from megatron_laser.weight_sync.disk import DiskTransport
 from megatron_laser.weight_sync.distributed import DistributedTransport
+from megatron_laser.weight_sync.feasibility import trainer_nccl
 from megatron_laser.weight_sync.peers import Peers
 
 logger = logging.getLogger(__name__)
@@ -192,7 +193,7 @@ def _transport(config: RunConfig) -> WeightTransport:
             always_verify=rollout.verify_sync,
         )
     return DistributedTransport(
-        peers=Peers(torch_version=torch.__version__, nccl_version=platform.nccl_version()),
+        peers=Peers(torch_version=torch.__version__, nccl_version=trainer_nccl()),
         dtype=dtype,
         bucket_bytes=rollout.sync_bucket_mib * 2**20,
         seconds=rollout.sync_deadline,
