@@ -171,7 +171,7 @@ def env() -> None:
     from megatron_laser.environment import describe
 
     for name, value in describe().items():
-        typer.echo(f"{name:22s} {value}")
+        typer.echo(f"{name:28s} {value}")
 
 
 class user_errors:

@@ -1,8 +1,8 @@
 """What the GPU environment would consist of, asked of the package index: nothing is installed, only metadata is read.
 
 Resolves tools/gpu/requirements.txt together with this package and its extra `gpu` for Python 3.12 on Linux x86-64, and
-fails unless one torch and one NCCL come out. Transformer Engine's torch extension and apex are not part of it: the first
-is built from source, the second left out.
+fails unless one torch and one NCCL come out. Transformer Engine's torch extension and apex are not part of it: the
+first is built from source, the second left out.
 
     python tools/gpu/resolve.py            # with constraints.txt, as the Dockerfile and tools/setup_gpu.sh install it
     python tools/gpu/resolve.py --write    # anew, and writes constraints.txt
@@ -32,8 +32,8 @@ _MIN_PIP = (25, 0)  # older ones download every wheel, some gigabytes, even in a
 _SHOWN = ("torch", "nvidia-nccl-", "transformer-engine", "triton", "megatron-core", "transformers", "sglang")
 _NEWEST_GLIBC = 39  # Ubuntu 24.04's
 _HEADER = """\
-# All packages of the GPU environment (Python 3.12, Linux x86-64), as resolved from requirements.txt, this package and its
-# extra `gpu` by `python tools/gpu/resolve.py --write`. Resolved, not installed: nothing here has run on a GPU yet.
+# All packages of the GPU environment (Python 3.12, Linux x86-64), as resolved from requirements.txt, this package and
+# its extra `gpu` by `python tools/gpu/resolve.py --write`. Resolved, not installed: nothing here has run on a GPU yet.
 """
 
 # pip takes the markers' Python from the interpreter that it runs in, whatever --python-version says.
