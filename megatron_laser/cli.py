@@ -166,11 +166,16 @@ def serve(**arguments: Any) -> None:
 
 
 @app.command()
-def env() -> None:
-    """Print versions, devices, and which optional parts were found."""
+def env(
+    sglang_python: str = typer.Option(
+        "", help="The servers' interpreter; default: the one that rollout.sglang.python defaults to."
+    ),
+) -> None:
+    """Print versions on both sides, devices, which parts fail to import, and which weight syncs can work here."""
+    from megatron_laser.config.schema_rollout import SglangConfig
     from megatron_laser.environment import describe
 
-    for name, value in describe().items():
+    for name, value in describe(SglangConfig(python=sglang_python or None)).items():
         typer.echo(f"{name:28s} {value}")
 
 

@@ -87,9 +87,11 @@ def test_gpus_are_those_of_nvidia_smi(tmp_path, monkeypatch):
 
 
 def test_the_command_prints_both_sides_and_every_kind_of_sync(tmp_path):
-    """With a server interpreter that has nothing: SGLang is not imported, nor this package."""
+    """With a servers' interpreter that answers, but has no SGLang."""
+    answer = '{"python": "3.12.3", "torch": "2.14.1+cu130", "nccl": "2.30.7", "sglang": "not installed"}'
+    servers = script(tmp_path, f"echo '{answer}'")
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_laser", "env"],
+        [sys.executable, "-m", "megatron_laser", "env", "--sglang-python", servers],
         capture_output=True,
         text=True,
         timeout=120,
@@ -100,5 +102,7 @@ def test_the_command_prints_both_sides_and_every_kind_of_sync(tmp_path):
     lines = done.stdout.splitlines()
     for start in ("python", "torch ", "megatron-core", "pyarrow", "driver", "servers' interpreter"):
         assert any(line.startswith(start) for line in lines), start
-    assert sum(line.startswith("weight_sync ") for line in lines) == 3
+    assert any(line.startswith("differs: torch") and "2.14.1+cu130 in the servers" in line for line in lines)
+    syncs = [line for line in lines if line.startswith("weight_sync ")]
+    assert len(syncs) == 3 and all("cannot work: no environment with SGLang" in line for line in syncs)
     assert "NVTE_FLASH_ATTN" in done.stdout and "model.attention" in done.stdout
