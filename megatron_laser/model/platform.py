@@ -127,7 +127,7 @@ def collect_shared_memory() -> None:
 
 
 def nccl_version() -> str | None:
-    """The NCCL that this process's torch uses, "2.27.5"; None on a CPU."""
+    """The NCCL that this process's torch was built with, "2.27.5"; None on a CPU. Another one may be loaded."""
     return ".".join(map(str, torch.cuda.nccl.version())) if has_cuda() else None
 
 
