@@ -7,6 +7,7 @@ import importlib.metadata
 import torch.distributed as dist
 
 from megatron_laser.config import ConfigError, resolve_plan
+from megatron_laser.config.plan import Plan
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
@@ -54,11 +55,16 @@ def machine_problems(config: RunConfig, world_size: int) -> list[str]:
     return problems + _memory_problems(config, world_size)
 
 
+def needed_bytes(plan: Plan) -> int:
+    """Device memory in bytes that the dry run shows as the sum of a rank."""
+    return plan.bytes_per_rank.total
+
+
 def _memory_problems(config: RunConfig, world_size: int) -> list[str]:
     available = platform.total_memory_bytes()
     if available is None:
         return []
-    needed = resolve_plan(config, world_size).bytes_per_rank.total
+    needed = needed_bytes(resolve_plan(config, world_size))
     if needed <= available:
         return []
     return [

@@ -200,7 +200,9 @@ def test_fusion_that_nothing_here_can_do_is_refused(monkeypatch):
         fuses_gradient_accumulation("on", transformer_engine=False)
 
 
-def test_layers_of_transformer_engine_are_told_to_fuse_and_the_output_layer_is_not(single_process, monkeypatch):
+def test_layers_of_transformer_engine_are_told_to_fuse_and_the_output_layer_is_not(
+    single_process, monkeypatch
+):
     class FusingLinear(policy_model.RowParallelLinear):
         fuse_wgrad_accumulation = False
 
