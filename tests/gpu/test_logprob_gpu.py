@@ -78,7 +78,7 @@ def test_bf16_against_float64(name, shape, with_entropy):
 
 @pytest.mark.parametrize("name", {**ENGINES, **FEW_ROWS})
 def test_the_mean_error_is_that_of_torchs_own_product(name):
-    """The tolerance above would hide a small bias of our own; the vendor's product shows which one is the hardware's."""
+    """The tolerance above would hide a small bias of our own; the vendor's product shows what is the hardware's."""
     hidden, weight, labels = problem(512, 5120, 20011)
     labelled = labels >= 0
     if name in ENGINES:

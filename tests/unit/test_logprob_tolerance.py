@@ -10,7 +10,9 @@ from megatron_laser.ops import IGNORE_LABEL
 def cut_off(value):
     """float64 to float32, towards 0."""
     nearest = value.float()
-    return torch.where(nearest.abs() > value.abs(), torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
+    return torch.where(
+        nearest.abs() > value.abs(), torch.nextafter(nearest, torch.zeros_like(nearest)), nearest
+    )
 
 
 def tensor_core_product(hidden, weight):
@@ -26,7 +28,9 @@ def test_the_tolerance_covers_an_accumulator_that_cuts_off(hidden_size):
     hidden, weight, labels = inputs(64, hidden_size, 100, torch.bfloat16, scale=hidden_size**-0.5 * 4)
     log_p = torch.log_softmax(tensor_core_product(hidden, weight).double(), 1)
     labelled = labels != IGNORE_LABEL
-    error = log_p.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1) - reference(hidden, weight, labels)[0]
+    error = (
+        log_p.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1) - reference(hidden, weight, labels)[0]
+    )
     worst = error[labelled].abs().max().item()
     tolerance = tensor_core_tolerance(largest_logit(hidden, weight), hidden_size)
     assert worst <= tolerance / 2  # room for another order of additions
