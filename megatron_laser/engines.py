@@ -200,4 +200,14 @@ def _transport(config: RunConfig) -> WeightTransport:
         address=rollout.sync_address,
         flattened=rollout.sync_flatten,
         always_verify=rollout.verify_sync,
+        past_groups=_past_groups(config),
     )
+
+
+def _past_groups(config: RunConfig) -> Path | None:
+    """Beside the endpoints file, since any run with these servers may find groups of another one."""
+    sglang = config.rollout.sglang
+    if sglang.endpoints is not None:
+        path = Path(sglang.endpoints)
+        return (path if path.is_dir() else path.parent) / ".weight_groups"
+    return Path(config.run.output_dir) / ".weight_groups" if sglang.urls is not None else None
