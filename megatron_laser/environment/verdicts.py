@@ -55,7 +55,7 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
             found[name] = environment[name]
             if name in ATTENTION:
                 found[name] += (
-                    "  (unset it: the trainer refuses to start; model.attention chooses the kernel)"
+                    "  (unset it: model.attention sets it, and another value stops the trainer)"
                 )
     return found
 
