@@ -8,8 +8,10 @@ from megatron_laser.rollout.nccl import server_settings, trainer_settings
 from megatron_laser.weight_sync.feasibility import SyncSide, sync_feasibility
 
 ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
-SHOWN = ("NVTE_", "NCCL_", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TORCH_DISTRIBUTED_DEBUG")
-SHOWN += ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS")
+SHOWN = (
+    *("NVTE_", "NCCL_", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TORCH_DISTRIBUTED_DEBUG"),
+    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS"),
+)
 _COMPARED = ("python", "torch", "cuda", "nccl", "triton", "transformers", "numpy")
 
 
@@ -54,9 +56,7 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
         if name.startswith(SHOWN):
             found[name] = environment[name]
             if name in ATTENTION:
-                found[name] += (
-                    "  (unset it: model.attention sets it, and another value stops the trainer)"
-                )
+                found[name] += "  (unset it: model.attention sets it, and another value stops the trainer)"
     return found
 
 

@@ -51,18 +51,42 @@ def test_the_pins_satisfy_setup_py_and_the_requirements():
         assert item.specifier.contains(version), f"{item} and {version} of constraints.txt"
 
 
-@pytest.mark.slow
-def test_an_index_resolves_both_requirement_sets_to_the_pins():
-    """Takes a minute or two: pip reads the metadata of some 240 packages, and downloads none of them."""
+def ask_index(*arguments):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools/gpu/resolve.py")], capture_output=True, text=True, timeout=280
+        [sys.executable, str(ROOT / "tools/gpu/resolve.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     if done.returncode == resolve.NO_INDEX:
         pytest.skip(f"no package index: {done.stderr.strip()[-200:]}")
     assert done.returncode == 0, done.stderr
     found = dict(line.split() for line in done.stdout.splitlines() if not line.endswith(" packages"))
     assert found == {name: PINNED[name] for name in found}
-    assert {"torch", "nvidia-nccl-cu13", "transformer-engine-cu13", "sglang", "megatron-core"} <= set(found)
+    return set(found)
+
+
+@pytest.mark.slow
+def test_what_sglang_torch_and_the_others_require_of_each_other_is_what_is_pinned():
+    """pip reads the metadata of some 40 packages, and downloads none of them."""
+    assert {"torch", "transformer-engine", "sglang", "megatron-core", "triton"} <= ask_index("--direct")
+
+
+@pytest.mark.long
+def test_an_index_resolves_both_requirement_sets_to_the_pins():
+    """One to two minutes: all 240 packages."""
+    assert {"torch", "nvidia-nccl-cu13", "transformer-engine-cu13", "sglang", "megatron-core"} <= ask_index()
+
+
+def test_a_requirement_that_the_pins_do_not_keep_is_named():
+    def item(name, *requires):
+        return {"metadata": {"name": name, "version": "1", "requires_dist": list(requires)}}
+
+    pinned = {"torch": "2.14.1", "nvidia-nccl-cu13": "2.30.7"}
+    keeps = item("a", "torch==2.14.1", "other; extra == 'x'", "older; python_version < '3.12'")
+    assert resolve.disagreements([keeps], pinned) == []
+    (said,) = resolve.disagreements([item("torch", "nvidia-nccl-cu13==2.27.7")], pinned)
+    assert "torch 1 requires nvidia-nccl-cu13==2.27.7, pinned is 2.30.7" in said
 
 
 def facts():

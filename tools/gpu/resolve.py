@@ -5,6 +5,7 @@ fails unless one torch and one NCCL come out. Transformer Engine's torch extensi
 first is built from source, the second left out.
 
     python tools/gpu/resolve.py            # with constraints.txt, as the Dockerfile and tools/setup_gpu.sh install it
+    python tools/gpu/resolve.py --direct   # only what is named in the two sets: is it there, do its own pins agree
     python tools/gpu/resolve.py --write    # anew, and writes constraints.txt
 
 Exit status: 0; 1: not one torch and one NCCL, or the requirements contradict each other; 3: no package index.
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = ROOT / "tools/gpu/requirements.txt"
@@ -121,8 +123,34 @@ def with_pip(folder: str) -> dict[str, str]:
     return environment | {"PYTHONPATH": path}
 
 
-def resolve(*, constrained: bool) -> dict[str, str]:
-    """Package -> version, by pip's own resolver.
+def disagreements(items: list[dict[str, Any]], pinned: dict[str, str]) -> list[str]:
+    """What packages require of others that the pins do not keep.
+
+    Args: items: of pip's report, with their metadata.
+    """
+    from pip._vendor.packaging.requirements import Requirement
+
+    found = []
+    for item in items:
+        metadata = item["metadata"]
+        for line in metadata.get("requires_dist", []):
+            wanted = Requirement(line)
+            extras = ("", *map(canonical, item.get("requested_extras", [])))
+            target = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.3"}
+            if wanted.marker and not any(
+                wanted.marker.evaluate(target | {"extra": extra}) for extra in extras
+            ):
+                continue
+            version = pinned.get(canonical(wanted.name))
+            if version is None or not wanted.specifier.contains(version, prereleases=True):
+                found.append(
+                    f"{metadata['name']} {metadata['version']} requires {wanted}, pinned is {version}"
+                )
+    return found
+
+
+def resolve(*, constrained: bool, direct: bool = False) -> list[dict[str, Any]]:
+    """What pip's own resolver would install, with each one's metadata; `direct`: without what these need.
 
     Raises:
         ConnectionError: no package index answers.
@@ -150,6 +178,7 @@ def resolve(*, constrained: bool) -> dict[str, str]:
             *(word for name in platforms for word in ("--platform", name)),
             *("--requirement", str(REQUIREMENTS), "--requirement", f"{folder}/own.txt"),
             *(("--constraint", str(CONSTRAINTS)) if constrained else ()),
+            *(("--no-deps",) if direct else ()),
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE, env=environment)
         if done.returncode != 0:
@@ -158,8 +187,7 @@ def resolve(*, constrained: bool) -> dict[str, str]:
                 r"from versions: none\)|NewConnectionError|Max retries|Temporary failure", said
             )
             raise ConnectionError(said) if unreachable else RuntimeError(said)
-        items = json.loads(report.read_text(encoding="utf-8"))["install"]
-    return {canonical(item["metadata"]["name"]): item["metadata"]["version"] for item in items}
+        return json.loads(report.read_text(encoding="utf-8"))["install"]
 
 
 def main() -> int:
@@ -167,19 +195,23 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="resolve anew and write constraints.txt")
-    write = parser.parse_args().write
+    parser.add_argument("--direct", action="store_true", help="only the packages that are named")
+    arguments = parser.parse_args()
+    write, direct = arguments.write, arguments.direct and not arguments.write
     try:
-        packages = resolve(constrained=not write)
+        items = resolve(constrained=not write, direct=direct)
     except ConnectionError as error:
         print(f"no package index: {error}", file=sys.stderr)
         return NO_INDEX
     except RuntimeError as error:
         print(f"the requirements do not resolve: {error}", file=sys.stderr)
         return 1
+    packages = {canonical(item["metadata"]["name"]): item["metadata"]["version"] for item in items}
     for name in sorted(packages):
         if name.startswith(_SHOWN) or name in ("numpy", "pyarrow"):
             print(f"{name:28s} {packages[name]}")
-    wrong = problems(packages)
+    pinned = packages if write else read_constraints()
+    wrong = problems(pinned if direct else packages) + disagreements(items, pinned)
     for problem in wrong:
         print(problem, file=sys.stderr)
     if write and not wrong:
