@@ -42,7 +42,7 @@ RUN tools/setup_gpu.sh --venv /opt/megatron-laser --only check
 RUN /opt/megatron-laser/bin/python -c "import megatron_laser.loop; print('megatron_laser imports')"
 
 COPY . .
-# `serve` looks here first (rollout.sglang.python).
+# Where `serve` looks with rollout.sglang.device: cpu; otherwise it takes the interpreter that it runs in.
 RUN ln -s /opt/megatron-laser .venv-sglang
 
 # Servers take commands over the network: nothing in here needs root. Ubuntu 24.04 has user 1000 already.
@@ -52,5 +52,7 @@ RUN (getent passwd ${USER_ID} | cut -d: -f1 | xargs -r userdel) \
     && mkdir -p models data runs /home/laser/.cache \
     && chown laser:laser . runs /home/laser/.cache
 USER laser
+# NCCL_*: SGLang's servers use 0 where nothing is set, and the trainer must have the same.
+ENV NCCL_CUMEM_ENABLE=0 NCCL_NVLS_ENABLE=0
 ENV PATH=/opt/megatron-laser/bin:${PATH} CUDA_DEVICE_MAX_CONNECTIONS=1 TOKENIZERS_PARALLELISM=false
 VOLUME /home/laser/.cache
