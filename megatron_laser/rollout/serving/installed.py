@@ -91,7 +91,8 @@ def check_sglang(python: str, *, router: bool, cuda: bool = False) -> Installed:
         raise ConfigError(
             [
                 f"rollout.sglang.device: cuda, but the environment of {python} is for CPUs ({what}); name the "
-                "interpreter of one with CUDA in rollout.sglang.python, or set rollout.sglang.device: cpu for a small model"
+                "interpreter of one with CUDA in rollout.sglang.python, or set rollout.sglang.device: cpu for a small "
+                "model"
             ]
         )
     numbers = tuple(int(part) for part in re.findall(r"\d+", found.sglang)[:3])
