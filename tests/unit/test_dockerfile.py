@@ -104,7 +104,8 @@ def test_the_images_packages_are_pinned_and_a_replaced_one_fails_the_build(tmp_p
     assert "numpy 0.0.1 became" in done.stderr
 
 
-def test_the_servers_environment_is_made_and_found(tmp_path):
+def test_the_servers_environment_is_made_and_found(tmp_path, monkeypatch):
+    monkeypatch.delenv("MEGATRON_LASER_SGLANG_PYTHON", raising=False)
     done = shell(the("python -m venv /opt/sglang"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert shell(the("ln -s /opt/sglang"), tmp_path).returncode == 0

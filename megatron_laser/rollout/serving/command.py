@@ -29,8 +29,8 @@ BASE_OPTIONS: dict[str, Any] = {
     "cuda-graph-backend-prefill": "disabled",
 }
 
-# The product that makes the logits of bfloat16 weights can give them in fp32: rounded, they differ from the trainer's by
-# up to 0.1 nat.
+# The product that makes the logits of bfloat16 weights can give them in fp32: rounded, they differ from the trainer's
+# by up to 0.1 nat.
 BFLOAT16_CUDA_OPTIONS: dict[str, Any] = {"enable-fp32-lm-head": True}
 
 # Both sides of a communicator must have one value; SGLang sets 0 where a variable is unset, NCCL's own default is

@@ -63,8 +63,8 @@ def ask_installed(python: str, *, nccl: bool) -> Installed:
     found = [None if word == "-" else word for word in done.stdout.split()]
     if done.returncode != 0 or len(found) != 5:
         raise ConfigError([f"rollout.sglang.python: {python} does not run: {done.stderr.strip()[-300:]}"])
-    *versions, stand_ins = found
-    return Installed(*versions, stand_ins=stand_ins is not None)
+    sglang, router, torch, nccl_version, stand_ins = found
+    return Installed(sglang, router, torch, nccl_version, stand_ins is not None)
 
 
 def check_sglang(python: str, *, router: bool, cuda: bool = False) -> Installed:
