@@ -57,7 +57,7 @@ def write_run(folder: Path, **sglang) -> Path:
 
 @contextlib.contextmanager
 def serving(folder: Path, **sglang):
-    serve = ServeProcess(load_config(write_run(folder, port=free_port(32200), **sglang)), folder / "serve")
+    serve = ServeProcess(load_config(write_run(folder, port=free_port(), **sglang)), folder / "serve")
     try:
         yield serve
     finally:
@@ -101,6 +101,7 @@ def test_servers_and_router_are_published_and_end_with_serve(tmp_path):
         first, second = endpoints.servers
         assert (first.start, second.start) == (1, 1)
         assert {server.torch_version for server in endpoints.servers} == {"2.13.0+cpu"}
+        assert {server.nccl_settings["NCCL_CUMEM_ENABLE"] for server in endpoints.servers} == {"0"}
         assert len({first.url, second.url}) == 2
         router = read_endpoints(serve.endpoints).router_url
         wait_for(lambda: serve_workers(router, endpoints), "router")
@@ -176,7 +177,7 @@ def test_killing_serve_leaves_no_orphan_and_no_file(tmp_path):
 
 def start_by_another(tmp_path, *options: str):
     """serve as the grandchild of this process; (its parent, its servers' mark, the endpoints file, its pid)."""
-    file, endpoints = write_run(tmp_path, port=free_port(32200)), tmp_path / "endpoints.json"
+    file, endpoints = write_run(tmp_path, port=free_port()), tmp_path / "endpoints.json"
     script = (
         "import subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-m', 'megatron_laser', 'serve', *sys.argv[1:]])\n"

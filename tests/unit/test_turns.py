@@ -1,7 +1,7 @@
 """Trainer and servers on the same GPUs: the order in which memory changes hands, step by step and when servers fail.
 
 The servers are fakes that end, as real ones do, when anything comes out of order; a real server runs in
-tests/servers/test_train_colocated.py.
+tests/distributed/test_train_colocated.py.
 """
 
 import contextlib

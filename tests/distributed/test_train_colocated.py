@@ -45,7 +45,7 @@ def test_two_ranks_and_a_server_take_turns(tmp_path):
             "sglang": {
                 "python": sglang_python(),
                 "device": "cpu",
-                "port": free_port(33800),
+                "port": free_port(),
                 "start_deadline": 280,
             },
         },
