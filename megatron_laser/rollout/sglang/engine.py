@@ -121,7 +121,7 @@ class SglangEngine:
         max_concurrency: int = 256,
         router_url: str | None = None,
     ) -> SglangEngine:
-        """Use servers as they are, with the weights that they hold. Raises as the constructor; `deadline` in seconds."""
+        """Use servers with the weights that they hold. Raises as the constructor does; `deadline` in seconds."""
         endpoints = [ServerEndpoint(url.rstrip("/")) for url in urls]
         return cls(
             lambda: endpoints,
