@@ -8,6 +8,7 @@ from megatron_laser.config.schema import RunConfig
 from megatron_laser.config.schema_rollout import RolloutConfig
 from megatron_laser.config.server_options import option_problems
 
+
 def rollout_problems(config: RunConfig) -> list[str]:
     """Problems of the rollout section with itself and with others; one line each."""
     rollout = config.rollout
@@ -86,6 +87,12 @@ def _server_problems(rollout: RolloutConfig) -> list[str]:
         name = "rollout.sglang.urls" if sglang.urls is not None else "rollout.sglang.servers"
         problems.append(
             f"rollout.min_servers: {rollout.min_servers} is more than the {known} of {name}; the run would never start"
+        )
+    if rollout.deadline <= sglang.hang_deadline:
+        problems.append(
+            f"rollout.deadline: {rollout.deadline:g} is not longer than rollout.sglang.hang_deadline "
+            f"{sglang.hang_deadline:g}; a server that hangs would end the step before it counts as dead and its "
+            "requests are repeated on others: raise the first or lower the second"
         )
     problems += host_problems(sglang.host)
     return problems

@@ -1,6 +1,7 @@
 """What servers do to requests: only what is safe is repeated, nothing counts twice, and messages name the place."""
 
 import gc
+import threading
 import time
 from collections import Counter
 
@@ -9,6 +10,7 @@ from helpers.faulty_server import LENGTH, SCORE, STOP, VOCABULARY, FaultyServer,
 
 from megatron_laser.rollout.sglang import driver, fleet, router
 from megatron_laser.rollout.sglang.errors import ServerRefused, ServersLost
+from megatron_laser.rollout.sglang.health import State
 from megatron_laser.types import SamplingParams
 
 PROMPTS = [[4, 5], [4, 6], [5, 6]]
@@ -110,6 +112,33 @@ def test_a_score_is_repeated_without_its_generation(servers):
     assert len(server.generations) == 6 and len(server.requests) == 12 + 3
     metrics = engine.take_metrics()
     assert metrics["rollout/score_uncached_tokens"] == 1.0  # of six scores, not of nine
+
+
+def test_a_score_waits_behind_a_full_queue_and_says_nothing_of_the_server(servers, monkeypatch):
+    monkeypatch.setattr(driver, "_REQUEST_SECONDS", 0.1)
+    slow, other = servers.server(), servers.server()
+    for server in (slow, other):
+        server.holds = lambda body: "token_ids_logprob" in body
+    engine = servers.engine(slow, other)
+    threading.Timer(0.6, lambda: [server.let_go_of_all() for server in (slow, other)]).start()
+    assert engine.score([[4, 5, 6], [4, 6, 5]], SCORE, deadline=20.0) == [-7.5, -7.5]
+    assert len(slow.requests) + len(other.requests) == 2 and not slow.aborted and not other.aborted
+    assert engine.take_metrics()["rollout/retries"] == 0
+
+
+def test_a_score_that_is_late_makes_no_server_suspect(servers):
+    server = servers.server()
+    server.holds = lambda body: "token_ids_logprob" in body
+    engine = servers.engine(server)
+    states = set()
+    (member,) = engine.fleet.members
+    tell = engine.fleet.tell
+    engine.fleet.tell = lambda member, event: (tell(member, event), states.add(member.health.state))
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="score: 1 of 1 requests were not done in time"):
+        engine.score([[4, 5, 6]], SCORE, deadline=0.5)
+    assert time.monotonic() - started < 0.5 + 5
+    assert member.health.takes_work(None) and State.SUSPECT not in states
 
 
 @pytest.mark.parametrize("fault", ["500", "truncated JSON", "503"])

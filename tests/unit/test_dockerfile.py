@@ -87,7 +87,8 @@ def test_every_run_line_is_valid_shell_and_its_script_valid_python(line):
         compile(script[1], "Dockerfile", "exec")
 
 
-def test_the_steps_install_what_is_pinned_and_the_link_names_one_interpreter_for_both(tmp_path):
+def test_the_steps_install_what_is_pinned_and_the_link_names_one_interpreter_for_both(tmp_path, monkeypatch):
+    monkeypatch.delenv("MEGATRON_LASER_SGLANG_PYTHON", raising=False)
     stand_in_python(tmp_path)
     for line in run_lines():
         if "setup_gpu.sh" in line:
