@@ -16,7 +16,6 @@ from megatron_laser.model import platform
 from megatron_laser.model.dtypes import DTYPES
 from megatron_laser.rollout.endpoints import Endpoints, EndpointsError, ServerEndpoint, read_endpoints
 from megatron_laser.rollout.engine import RolloutEngine
-from megatron_laser.rollout.in_process import InProcessEngine
 from megatron_laser.rollout.serving import ServeProcess
 from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.errors import ServerError, ServersLost, WeightsNeeded
@@ -45,6 +44,9 @@ def open_engine(config: RunConfig) -> RolloutEngine:
         ServersLost, ServerMismatch: servers that do not come up, or cannot be used.
     """
     if config.rollout.engine == "in_process":
+        # Only here: it imports transformers' model classes, which runs with servers do without.
+        from megatron_laser.rollout.in_process import InProcessEngine
+
         return InProcessEngine(
             config.model.path,
             dtype=DTYPES[config.model.dtype],
