@@ -63,7 +63,6 @@ class ColocatedTransport:
             update.end_session()
             if check:
                 self._checks.verify(update, digest, version)
-        platform.collect_shared_memory()
 
     def close(self) -> None:
         """Nothing outlives a call of `send`."""
@@ -81,6 +80,8 @@ class ColocatedTransport:
                 seconds=self._seconds,
             )
             update.need_some()
+        # Now: what servers have opened is freed only then, and at the end of the sync that would be the whole model.
+        platform.collect_shared_memory()
 
 
 def serialize(bucket: Bucket) -> bytes:

@@ -1,4 +1,4 @@
-"""The trainer's form of the checksum that SGLang computes on GPUs, against SGLang's own kernel, interpreted on the CPU."""
+"""The trainer's form of SGLang's checksum on GPUs, against its own kernel, interpreted on the CPU."""
 
 import json
 import os

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.fake_memory import FakeMemory, running
 
+from megatron_laser.model import platform
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.sglang.engine import SglangEngine
@@ -146,6 +147,15 @@ def test_a_step_goes_round_in_this_order():
         assert [member.health.state for member in engine.fleet.members] == [State.HEALTHY]
         assert engine.fleet.available() and engine.fleet.members[0].health.version == engine.label(1)
     assert not server.died_of
+
+
+def test_memory_that_servers_have_closed_is_freed_after_every_bucket(monkeypatch):
+    server, collected = FakeMemory(), []
+    monkeypatch.setattr(platform, "collect_shared_memory", lambda: collected.append(len(server.received)))
+    with together(server) as (turns, ranks, engine, _):
+        turns.make_room()
+        assert sync(turns, ranks, engine, 0) == ""
+    assert collected == [1, 2]
 
 
 def test_a_save_leaves_the_servers_their_weights():
