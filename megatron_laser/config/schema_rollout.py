@@ -133,7 +133,7 @@ class RolloutConfig(Section):
     """With `weight_sync: distributed`: address of rank 0's node that servers can reach; null: loopback when all
     servers are on loopback, else the address from which rank 0 reaches the first server."""
     verify_sync: bool = False
-    """Compare checksums of the servers' weights with the trainer's after every sync; the first sync of a run is
-    always compared."""
+    """Compare checksums of the servers' weights with the trainer's after every sync; the first weights of a run and
+    the first update of them are always compared."""
     sglang: SglangConfig = Field(default_factory=SglangConfig)
     """The servers."""

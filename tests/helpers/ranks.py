@@ -94,7 +94,9 @@ def run_ranks(script: Path, processes: int, *arguments: str | Path, timeout: flo
                 time.sleep(2.0)  # the others may be about to say why
             if failed or time.monotonic() > until:
                 output = readable("".join(rank.output for rank in ranks))
-                what = f"failed on {processes} ranks ({statuses})" if failed else f"not done after {timeout:g} s"
+                what = (
+                    f"failed on {processes} ranks ({statuses})" if failed else f"not done after {timeout:g} s"
+                )
                 raise AssertionError(f"{script.name}: {what}\n{output}")
             time.sleep(0.02)
         return "".join(rank.output for rank in ranks)

@@ -1,9 +1,12 @@
 """Settings of rollouts that cannot work together: refused before anything starts, with the keys and what to do."""
 
+from types import SimpleNamespace
+
 import pytest
 from pydantic import ValidationError
 
 from megatron_laser.config import ConfigError, RunConfig, check_structure
+from megatron_laser.config.rollout_checks import deadline_problems
 from megatron_laser.config.server_options import OWN_OPTIONS
 from megatron_laser.output_folder import identity
 from megatron_laser.rollout.serving.command import server_command
@@ -315,3 +318,17 @@ def test_a_run_goes_on_with_other_servers_and_not_with_another_kind_of_data():
         {"top_p": 0.9},
     ):
         assert identity(config(sglang={"urls": URLS}, rollout=changed)) != identity(first)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sync", "whole", "refused"),
+    [(2, 600.0, 900.0, False), (2, 810.0, 900.0, False), (2, 850.0, 900.0, True), (1, 850.0, 900.0, False)],
+)
+def test_ranks_wait_longer_for_each_other_than_a_sync_may_take(world_size, sync, whole, refused):
+    rollout = SimpleNamespace(engine="sglang", sync_deadline=sync)
+    problems = deadline_problems(
+        SimpleNamespace(rollout=rollout, run=SimpleNamespace(deadline=whole)), world_size
+    )
+    assert bool(problems) is refused
+    if refused:
+        assert "run.deadline: 900 with rollout.sync_deadline 850" in problems[0] and "935" in problems[0]
