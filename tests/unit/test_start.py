@@ -54,6 +54,7 @@ def test_megatrons_groups_get_the_deadline_to_the_second(model, tmp_path, monkey
     monkeypatch.setattr(parallel_state, "initialize_model_parallel", note)
     with pytest.raises(Enough):
         runtime.build_groups(run_config(tmp_path, model, "run.deadline=90"), dist.HashStore())
+    assert given["create_gloo_process_groups"] is False
     assert timedelta(minutes=given["distributed_timeout_minutes"]) == timedelta(seconds=90)
 
 
