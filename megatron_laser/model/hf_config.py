@@ -75,7 +75,7 @@ def transformer_config(
     virtual_pipeline: int = 1,
     context: int = 1,
     sequence: bool = False,
-    recompute: bool = False,
+    recompute: str = "none",
 ) -> TransformerConfig:
     """Megatron's configuration for a dense Qwen2, Qwen3 or Llama model under a parallel layout.
 
@@ -123,6 +123,8 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         apply_rope_fusion=fused,
     )
-    if recompute:
+    if recompute == "mlp":
+        arguments.update(recompute_granularity="selective", recompute_modules=["mlp"])
+    elif recompute == "full":
         arguments.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     return TransformerConfig(**arguments)

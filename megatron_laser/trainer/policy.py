@@ -75,7 +75,7 @@ def build_chunks(config: RunConfig, hf: PretrainedConfig, folder: HfFolder) -> C
         virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
         sequence=parallel.sequence,
-        recompute=config.model.recompute == "full",
+        recompute=config.model.recompute,
     )
     stages: list[int | None] = (
         list(range(parallel.virtual_pipeline)) if parallel.virtual_pipeline > 1 else [None]

@@ -67,7 +67,11 @@ def trainer(single_process, tmp_path):
     """A bf16 policy under the distributed optimizer whose largest parameter is 1/12 of it, after one step."""
     save_tiny_model(tmp_path / "model", "qwen2", hidden_size=128, intermediate_size=512, num_hidden_layers=6)
     config = run_config(
-        tmp_path, tmp_path / "model", "model.dtype=bfloat16", "optimizer.distributed=true", "checkpoint.every=1"
+        tmp_path,
+        tmp_path / "model",
+        "model.dtype=bfloat16",
+        "optimizer.distributed=true",
+        "checkpoint.every=1",
     )
     trainer = Trainer(config, single_process, score_token_id=SCORE_TOKEN)
     trainer.train_step(rollout_batch(GROUPS, seed=1), 1)

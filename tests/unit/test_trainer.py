@@ -226,12 +226,12 @@ def test_the_update_does_not_depend_on_the_token_budget(single_process, model_fo
     assert all((few[1][name] - many[1][name]).abs().max() < 1e-6 for name in few[1])
 
 
-def test_full_recomputation_gives_the_same_update(single_process, model_folder, tmp_path):
+@pytest.mark.parametrize("recompute", ["mlp", "full"])
+def test_recomputation_gives_the_same_update(single_process, model_folder, tmp_path, recompute):
     initial = tiny_model("qwen2")
     plain = train(build(model_folder, tmp_path / "a", single_process), initial)[1]
-    recomputed = train(build(model_folder, tmp_path / "b", single_process, "model.recompute=full"), initial)[
-        1
-    ]
+    other = build(model_folder, tmp_path / "b", single_process, f"model.recompute={recompute}")
+    recomputed = train(other, initial)[1]
     assert all((plain[name] - recomputed[name]).abs().max() < 1e-7 for name in plain)
 
 
