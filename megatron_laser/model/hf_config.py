@@ -85,6 +85,7 @@ def transformer_config(
     layers: Layers = "auto",
     attention: Attention = "auto",
     fuse_gradient_accumulation: bool = False,
+    recompute: str = "none",
 ) -> TransformerConfig:
     """Megatron's configuration for a dense Qwen2, Qwen3 or Llama model under a parallel layout.
 
@@ -141,6 +142,8 @@ def transformer_config(
         transformer_impl="transformer_engine" if fused else "local",
         attention_backend=AttnBackend[attention],
     )
-    if recompute:
+    if recompute == "mlp":
+        arguments.update(recompute_granularity="selective", recompute_modules=["mlp"])
+    elif recompute == "full":
         arguments.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     return TransformerConfig(**arguments)

@@ -89,6 +89,7 @@ def build_chunks(config: RunConfig, hf: PretrainedConfig, folder: HfFolder, *, t
         layers=config.model.layers,
         attention=config.model.attention,
         fuse_gradient_accumulation=fuse,
+        recompute=config.model.recompute,
     )
     stages: list[int | None] = (
         list(range(parallel.virtual_pipeline)) if parallel.virtual_pipeline > 1 else [None]
