@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch.distributed as dist
 from helpers.torchrun import worker_environment
 
-from megatron_laser.trainer.coordinator import Coordinator
+from megatron_laser.trainer.coordinator import Coordinator, RankZeroFailed
 
 pytestmark = pytest.mark.distributed
 
@@ -120,6 +121,25 @@ def test_a_rank_zero_that_never_starts_is_noticed():
     store = dist.HashStore()
     with pytest.raises(RuntimeError, match=r"rank 1, phase 'reading inputs': .*no sign of life"):
         Coordinator(store, 1, 2, deadline=0.5).lead("reading inputs", lambda: None, deadline=30)
+
+
+def test_a_failed_rank_zero_stays_until_the_others_have_heard_of_it():
+    store = dist.HashStore()
+    first, second = (Coordinator(store, rank, 2, deadline=30.0) for rank in range(2))
+
+    def come_late():
+        time.sleep(0.3)
+        with contextlib.suppress(RankZeroFailed):
+            second.lead("work", lambda: None, deadline=30.0)
+
+    thread = threading.Thread(target=come_late)
+    thread.start()
+    with pytest.raises(ZeroDivisionError):
+        first.lead("work", lambda: 1 / 0, deadline=30.0)
+    assert store.check(["phase/0/heard/1"])
+    thread.join()
+    for one in (first, second):
+        one.close()
 
 
 def test_alone_there_is_nobody_to_wait_for():
