@@ -159,7 +159,7 @@ class Coordinator:
             self._hearts.close()
 
     def _until_heard(self, key: str) -> None:
-        """Until all others know of the failure, if they come to it soon: else all they learn is that the store is gone."""
+        """Until all others know of the failure, if they come soon: else all they learn is that the store is gone."""
         keys = [f"{key}/heard/{rank}" for rank in range(1, self._world_size)]
         until = time.monotonic() + min(_HEARD_WITHIN, self._deadline)
         with suppress(RuntimeError):  # of a store that is gone: there is nobody left to be told
