@@ -110,7 +110,7 @@ else
   printf '   waited for %d s\n' $((SECONDS - started))
 fi
 
-cores=$(nproc 2>/dev/null || echo 1)
+cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1) # nproc would say 1
 workers=$((cores < 4 ? cores : 4))
 printf '\n== pytest %s\n' "${selection[*]} $*"
 python -m pytest -n "$workers" ${selection[@]+"${selection[@]}"} --durations=10 "$@"
