@@ -149,7 +149,7 @@ def test_a_fault_that_lasts_ends_at_the_deadline_and_is_named(fault, servers):
     started = time.monotonic()
     with pytest.raises(TimeoutError, match=rf"not done in time; .*server {server.url}, generation: "):
         generate(engine, deadline=1.5)
-    assert time.monotonic() - started < 1.5 + 5
+    assert time.monotonic() - started < 1.5 + 12
 
 
 def test_an_answer_that_comes_too_late_is_dropped_and_its_request_aborted(servers, monkeypatch):
@@ -176,7 +176,7 @@ def test_a_server_that_falls_silent_loses_its_requests_at_the_hang_deadline(serv
             hung_at.append(time.monotonic())
 
     groups = engine.generate(PROMPTS, SAMPLING, deadline=30, on_finished=on_finished)
-    assert time.monotonic() - hung_at[0] < 1.5 + 3
+    assert time.monotonic() - hung_at[0] < 1.5 + 12
     assert all(is_whole(generation) for group in groups for generation in group)
     assert f"{hung.url} dead" in engine.fleet.describe() and "silent for" in engine.fleet.describe()
     hung.let_go.set()
@@ -238,7 +238,7 @@ def test_a_router_that_hangs_is_found_by_asking_it(servers):
     started = time.monotonic()
     _, finished = generate(engine)
     assert finished == ALL and len(server.requests) == 6
-    assert time.monotonic() - started < 1.5 + 5
+    assert time.monotonic() - started < 1.5 + 12
     between.let_go.set()
 
 
@@ -250,7 +250,7 @@ def test_a_server_that_hangs_behind_a_router_does_not_hold_its_requests(servers)
     started = time.monotonic()
     _, finished = generate(engine)
     assert finished == ALL and len(good.requests) == 6
-    assert time.monotonic() - started < 1.5 + 8
+    assert time.monotonic() - started < 1.5 + 12
     hung.let_go.set()
 
 
