@@ -1,12 +1,39 @@
 """Package definition. Exact versions of the CPU set-up are in constraints-cpu.txt."""
 
+import importlib.metadata
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+MEGATRON_CORE = "0.19."
+
+
+def require_megatron_core() -> None:
+    """On Python 3.11 pip refuses megatron-core, so it has to be there already: say how before anything is built."""
+    if sys.version_info >= (3, 12):
+        return
+    try:
+        found = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        found = "none"
+    if not found.startswith(MEGATRON_CORE):
+        sys.exit(
+            f"megatron_laser needs megatron-core {MEGATRON_CORE}*, whose metadata asks for Python 3.12 or newer. This "
+            f"is Python {sys.version_info[0]}.{sys.version_info[1]}, and pip's build environment has {found}. Either "
+            "use Python 3.12, or run tools/setup_env.sh, or run:\n"
+            "  pip install torch setuptools\n"
+            "  pip install --no-deps --ignore-requires-python megatron-core==0.19.2\n"
+            "  pip install --no-build-isolation ."
+        )
+
+
+require_megatron_core()
+
 INSTALL_REQUIRES = [
     "torch>=2.6",
-    "megatron-core==0.16.*",
+    # Its metadata asks for Python 3.12; the wheel for 3.11 works, and tools/setup_env.sh installs it.
+    "megatron-core==0.19.*; python_version >= '3.12'",
     "psutil",  # megatron-core's checkpoint writer needs it and does not declare it
     "transformers>=4.57",
     "safetensors",
@@ -32,6 +59,7 @@ EXTRAS_REQUIRE = {
         *(
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist>=3.6",
             "hypothesis",
             "scikit-learn",
             "openai",

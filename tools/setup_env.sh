@@ -85,6 +85,11 @@ torch=$(grep '^torch==' "$root/constraints-cpu.txt")
 # First and alone: with torch present nothing later asks the index for another build of it.
 install "$torch" --no-deps ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch"
 install setuptools setuptools
+if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then
+  # megatron-core's metadata asks for Python 3.12; its wheel for 3.11 is complete and works.
+  megatron=$(grep '^megatron-core==' "$root/constraints-cpu.txt")
+  install "$megatron" --no-deps --ignore-requires-python "$megatron"
+fi
 install "megatron_laser and its requirements" --no-build-isolation --editable "${root}[test]"
 "$venv/bin/python" -m pip check >>"$log" 2>&1 || say "pip check complains, see $log"
 fingerprint "$venv/bin/python" >"$stamp"

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_laser.model import platform
-from megatron_laser.model.specs import use_transformer_engine
+from megatron_laser.model.transformer_engine import use_transformer_engine
 
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama")
 

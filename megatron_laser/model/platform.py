@@ -1,4 +1,4 @@
-"""Where the model runs: CUDA, or a CPU made good enough for Megatron-Core 0.16.
+"""Where the model runs: CUDA, or a CPU made good enough for Megatron-Core 0.19.
 
 With CUDA every function here is a thin call to `torch.cuda`, and nothing in Megatron is changed. Without it,
 `install()` lets the same Megatron code run over gloo. Megatron names CUDA in four ways that matter

@@ -1,4 +1,7 @@
-"""The policy: Megatron's GPTModel whose output layer returns log-probs of labelled rows, never logits."""
+"""The policy: Megatron's GPTModel that answers with log-probs of labelled rows, never logits.
+
+Everything that knows GPTModel and its layer specs is in this file: upstream has named HybridModel its successor.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,22 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from megatron_laser.config import padded_vocab_size
 from megatron_laser.model import hf_config
-from megatron_laser.model.specs import block_spec
+from megatron_laser.model.attention import PackedSdpaAttention
+from megatron_laser.model.norm import RMSNorm
+from megatron_laser.model.transformer_engine import use_transformer_engine
 from megatron_laser.ops import add_weight_gradient_to_main_grad, few_row_logprob, linear_logprob
 
 
@@ -34,59 +44,54 @@ class HeadInputs:
     few_rows: bool = False
 
 
-class LogProbHead(ColumnParallelLinear):
+def log_prob_head(
+    hidden_states: torch.Tensor,
+    output_layer: ColumnParallelLinear,
+    weight: torch.Tensor | None,
+    inputs: HeadInputs,
+    vocab_size: int,
+) -> torch.Tensor:
     """The vocabulary projection as a log-prob op over labelled rows.
 
-    Called through its forward like any ColumnParallelLinear, so DDP's overlapped parameter gather waits in
-    its pre-hook; the parameter keeps its name and attributes, and `weight` is handed in when it is tied.
+    hidden_states [tokens, 1, hidden], or this rank's [tokens / tp, 1, hidden] under sequence parallelism;
+    weight [padded vocabulary / tp, hidden] when it is tied, None for the output layer's own.
+    Returns [1 or 2, labelled] float32: log-probs and, if asked, entropies.
     """
-
-    def forward(  # type: ignore[override]
-        self,
-        input_: torch.Tensor,
-        weight: torch.Tensor | None = None,
-        runtime_gather_output: bool | None = None,
-        *,
-        inputs: HeadInputs | None = None,
-        vocab_size: int | None = None,
-    ) -> tuple[torch.Tensor, None]:
-        """Return ([1 or 2, labelled] float32: log-probs and, if asked, entropies; None).
-
-        input_ [tokens, 1, hidden], or this rank's [tokens / tp, 1, hidden] under sequence parallelism.
-        Without `inputs` it is the ordinary projection to (vocabulary-parallel) logits.
-        """
-        if inputs is None:
-            return super().forward(input_, weight=weight, runtime_gather_output=runtime_gather_output)
-        weight = self.weight if weight is None else weight
-        # In effect under DistributedDataParallel: dW goes into main_grad unrounded, without a copy of its size.
-        add_weight_gradient_to_main_grad(weight)
-        if self.sequence_parallel:
-            # The op all-reduces dX over the tensor-parallel group, so every rank holds the whole gradient and
-            # the gather's backward only has to keep its own part.
-            input_ = gather_from_sequence_parallel_region(
-                input_, tensor_parallel_output_grad=False, group=self.tp_group
-            )
-        hidden = input_.reshape(-1, input_.shape[-1]).index_select(0, inputs.rows)
-        if inputs.few_rows:
-            return few_row_logprob(
-                hidden, weight, inputs.labels, vocab_size=vocab_size, tp_group=self.tp_group
-            ).unsqueeze(0), None
-        result = linear_logprob(
-            hidden,
-            weight,
-            inputs.labels,
-            inv_temperature=inputs.inv_temperature,
-            vocab_size=vocab_size,
-            tp_group=self.tp_group,
-            with_entropy=inputs.with_entropy,
+    # The output layer's forward, which would project to logits, is not called; its pre-hooks are: DDP waits there
+    # for an overlapped gather of this very weight.
+    for hook in output_layer._forward_pre_hooks.values():
+        hook(output_layer, (hidden_states,))
+    weight = output_layer.weight if weight is None else weight
+    # In effect under DistributedDataParallel: dW goes into main_grad unrounded, without a copy of its size.
+    add_weight_gradient_to_main_grad(weight)
+    group = output_layer.tp_group
+    if output_layer.sequence_parallel:
+        # The op all-reduces dX over the tensor-parallel group, so every rank holds the whole gradient and
+        # the gather's backward only has to keep its own part.
+        hidden_states = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=group
         )
-        if inputs.with_entropy:
-            return torch.stack([result.logprobs, result.entropy]), None
-        return result.logprobs.unsqueeze(0), None
+    hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, inputs.rows)
+    if inputs.few_rows:
+        return few_row_logprob(
+            hidden, weight, inputs.labels, vocab_size=vocab_size, tp_group=group
+        ).unsqueeze(0)
+    result = linear_logprob(
+        hidden,
+        weight,
+        inputs.labels,
+        inv_temperature=inputs.inv_temperature,
+        vocab_size=vocab_size,
+        tp_group=group,
+        with_entropy=inputs.with_entropy,
+    )
+    if inputs.with_entropy:
+        return torch.stack([result.logprobs, result.entropy])
+    return result.logprobs.unsqueeze(0)
 
 
 class PolicyModel(GPTModel):
-    """GPTModel with a `LogProbHead` in place of the output layer."""
+    """GPTModel that answers with log-probs of labelled rows when `head_inputs` are given."""
 
     def __init__(
         self,
@@ -116,41 +121,65 @@ class PolicyModel(GPTModel):
         self.rotary_pos_emb.inv_freq = hf_config.rope_inverse_frequencies(hf).to(
             self.rotary_pos_emb.inv_freq.device
         )
-        if post_process:
-            # Re-class instead of rebuild: allocation, initialisation, tying marks and the pipeline's embedding
-            # group all stay exactly what GPTModel set up.
-            self.output_layer.__class__ = LogProbHead
-        self._head_inputs: HeadInputs | None = None
         _mark_shards(self)
 
     def forward(self, *args: Any, head_inputs: HeadInputs | None = None, **kwargs: Any) -> torch.Tensor:
         """GPTModel.forward; on the last stage [1 or 2, labelled] float32 when `head_inputs` is given."""
-        self._head_inputs = head_inputs
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self._head_inputs = None
+        if head_inputs is not None:
+            kwargs |= dict(output_processor=self._log_probs, output_processor_context=head_inputs)
+        return super().forward(*args, **kwargs)
 
-    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not self.post_process or self._head_inputs is None:
-            return super()._postprocess(hidden_states, *args, **kwargs)
-        weight = (
-            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        )
-        output, _ = self.output_layer(
-            hidden_states, weight=weight, inputs=self._head_inputs, vocab_size=self.true_vocab_size
-        )
-        return output
+    def _log_probs(
+        self,
+        *,
+        hidden_states: torch.Tensor,
+        output_layer: ColumnParallelLinear,
+        output_weight: torch.Tensor | None,
+        context: HeadInputs,
+        **_: Any,
+    ) -> torch.Tensor:
+        """What GPTModel calls in place of the output layer (its `output_processor`)."""
+        return log_prob_head(hidden_states, output_layer, output_weight, context, self.true_vocab_size)
 
 
 def _mark_shards(model: torch.nn.Module) -> None:
     """Mark sharded weights as such; Megatron does it while initialising them, which is left out here.
 
-    Without the marks the gradient norm counts a sharded weight on the first tensor-parallel rank only.
-    Transformer Engine modules mark their own.
+    Without the marks the gradient norm counts a sharded weight on the first tensor-parallel rank only. Some of
+    Megatron's modules mark their weights all the same, and marking twice is an error; Transformer Engine modules
+    mark their own.
     """
     for module in model.modules():
-        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=0, stride=1)
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            dim = 0
         elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=1, stride=1)
+            dim = 1
+        else:
+            continue
+        if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+
+
+def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The decoder block's modules for this rank's pipeline stage (and virtual stage)."""
+    if use_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+        )
+        norm: Any = TENorm
+    else:
+        layer = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        )
+        norm = RMSNorm
+        modules = layer.submodules
+        modules.input_layernorm = modules.pre_mlp_layernorm = norm
+        attention = modules.self_attention.submodules
+        attention.core_attention = PackedSdpaAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = norm
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
+    )

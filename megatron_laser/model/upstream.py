@@ -1,4 +1,4 @@
-"""Two things in Megatron-Core 0.16 that a CPU needs changed and that have nothing to do with CUDA's names."""
+"""Two things in Megatron-Core 0.19 that a CPU needs changed and that have nothing to do with CUDA's names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def patch_upstream() -> None:
-    """Change what is wrong or slow in Megatron-Core 0.16 on a CPU; call once."""
+    """Change what is wrong or slow in Megatron-Core 0.19 on a CPU; call once."""
     # moe_utils names te_general_gemm without binding it when Transformer Engine is missing.
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not getattr(moe_utils, "HAVE_TE", False):
@@ -23,7 +23,8 @@ def patch_upstream() -> None:
 
     def apply_thd(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, **kwargs: Any) -> Any:
         group = kwargs.pop("cp_group", None)
-        plain = not kwargs.get("multi_latent_attention") and kwargs.get("mscale", 1.0) == 1.0
+        special = kwargs.get("multi_latent_attention") or kwargs.get("mla_rotary_interleaved")
+        plain = not special and kwargs.get("mscale", 1.0) == 1.0
         if group is None or group.size() > 1 or not plain or freqs.shape[-1] != t.shape[-1]:
             return original(t, cu_seqlens, freqs, cp_group=group, **kwargs)
         cos, sin = table.of(t, cu_seqlens, freqs)
