@@ -8,6 +8,7 @@ from megatron_laser.config.schema import RunConfig
 from megatron_laser.config.schema_rollout import RolloutConfig
 from megatron_laser.config.server_options import option_problems
 
+
 def rollout_problems(config: RunConfig) -> list[str]:
     """Problems of the rollout section with itself and with others; one line each."""
     rollout = config.rollout

@@ -12,7 +12,9 @@ from megatron_laser.rollout.serving.process import ServeError
 
 _POLL = 0.5  # seconds
 _PROGRESS = 30.0  # seconds between two lines
-_OLD = 120.0  # seconds after which a file is of a serve that ended with its node: others write it again every 30
+_OLD = (
+    120.0  # seconds after which a file is of a serve that ended with its node: others write it again every 30
+)
 
 
 def wait_for_servers(config: RunConfig, nodes: int, say: Callable[[str], None]) -> None:
@@ -36,7 +38,9 @@ def wait_for_servers(config: RunConfig, nodes: int, say: Callable[[str], None]) 
         try:
             parts = read_parts(sglang.endpoints)
             merged(sglang.endpoints, parts)  # the run will read it so
-            old = [file for file, part in parts.items() if _is_old(part, first.setdefault(file, part.updated))]
+            old = [
+                file for file, part in parts.items() if _is_old(part, first.setdefault(file, part.updated))
+            ]
             fresh = [part for file, part in parts.items() if file not in old]
             states = [server.state for part in fresh for server in part.servers]
             seen = f"{states.count('ready')} of {needed} servers answer" + "".join(
