@@ -1,4 +1,4 @@
-"""Runs the parts of `plan`: each in its own process under `timeout -k`, its lines in OUT/day_one.jsonl, a table at the end."""
+"""Runs the parts of `plan`, each in a process of its own under `timeout -k`; their lines are in OUT/day_one.jsonl."""
 
 from __future__ import annotations
 
@@ -21,14 +21,11 @@ _FEWEST = 10.0  # seconds that are worth starting a part for
 class Runner:
     """One call of the script."""
 
-    def __init__(
-        self, out: Path, work: Path, *, rehearse: bool, budget: float, names: set[str], again: bool
-    ) -> None:
+    def __init__(self, out: Path, work: Path, *, rehearse: bool, budget: float, names: set[str]) -> None:
         self._records = Records(out)
         self._out, self._work, self._rehearse, self._names = out, work, rehearse, names
         self._until = time.monotonic() + budget
-        done = set() if again else self._records.finished(rehearse=rehearse)
-        self._done = done & names
+        self._done = self._records.finished(rehearse=rehearse) & names
         self._base_ready = threading.Event()
 
     def run(self) -> bool:
@@ -137,7 +134,6 @@ def main() -> int:
         rehearse=arguments.rehearse,
         budget=arguments.budget,
         names=names,
-        again=False,
     )
     complete = runner.run()
     table = render(Records(arguments.out).rows())

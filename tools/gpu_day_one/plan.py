@@ -14,7 +14,7 @@ class Part:
     module: str
     function: str
     limit: int
-    rehearsal: int = 60
+    rehearsal: int = 150
 
     @property
     def full_name(self) -> str:

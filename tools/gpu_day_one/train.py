@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import io
 import shutil
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -58,7 +60,7 @@ def run(stage: Stage) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fitting_layers(folder, shape: dict[str, int], sizes: dict[str, int]) -> int:
+def _fitting_layers(folder: Path, shape: dict[str, int], sizes: dict[str, int]) -> int:
     room = platform.free_memory_bytes() - _ROOM
     for layers in range(_MOST_LAYERS, 1, -1):
         qwen.write_config(folder, shape, layers)
@@ -127,10 +129,10 @@ def _interleave(
 
 
 def _note_prediction(stage: Stage, plan: Plan) -> None:
-    console = Console(width=110, record=True, quiet=True)
+    console = Console(width=110, record=True, file=io.StringIO())
     console.print(plan.render())
     text = console.export_text()
-    memory = text[text.find("Parameters and memory") :].split("What runs")[0]
+    memory = text[max(0, text.find("Parameters and memory")) :].split("What runs")[0]
     stage.note("dry_run", state_gib=plan.bytes_per_rank.total / 2**30, memory=" ".join(memory.split())[:1500])
 
 
