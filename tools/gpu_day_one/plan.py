@@ -1,4 +1,4 @@
-"""Which parts there are, in which order and side by side with what, and how long each may take. Imports nothing heavy."""
+"""Which parts there are, in which order, side by side with what, and how long each may take; no heavy imports."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Part:
 
 BASE = Part("small", "base", "small", "base", 240)
 TRAIN = Part("small", "", "small", "train", 290)
-# Rounds follow each other; the lanes of one round run side by side, the parts of a lane one after the other. What is timed
-# has the GPU to itself. The small example takes minutes whatever the GPU (a step is hundreds of tiny kernels), so what is
-# not timed runs beside it.
+# Rounds follow each other; the lanes of one round run side by side, the parts of a lane one after the other. What is
+# timed has the GPU to itself. The small example takes minutes whatever the GPU (a step is hundreds of tiny kernels), so
+# what is not timed runs beside it.
 ROUNDS: tuple[tuple[tuple[Part, ...], ...], ...] = (
     ((Part("env", "", "env", "run", 60),),),
     ((Part("kernels", "exact", "exact", "engines", 80),),),

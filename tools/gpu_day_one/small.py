@@ -11,8 +11,8 @@ from gpu_day_one.stage import Stage
 
 _ROOT = Path(__file__).resolve().parents[2]
 _EXAMPLE = _ROOT / "examples" / "tiny_sum"
-# LaSeR with seed 2 in docs/measurements/tiny_sum.md, and how far the three seeds there are apart, doubled: another device
-# samples other responses.
+# LaSeR with seed 2 in docs/measurements/tiny_sum.md, and about twice what its seeds are apart: another device samples
+# other responses.
 _ON_CPU = {"accuracy": 0.644, "self_reward_f1": 0.805, "self_reward_auroc": 0.887}
 _ALLOWED = {"accuracy": 0.05, "self_reward_f1": 0.10, "self_reward_auroc": 0.06}
 

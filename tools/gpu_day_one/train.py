@@ -1,4 +1,4 @@
-"""Stage `train`: GRPO and LaSeR steps of the project's own Trainer on layers of Qwen2.5-7B's shape, 8k sequences, bf16."""
+"""Stage `train`: GRPO and LaSeR steps of the project's Trainer on bf16 layers of Qwen2.5-7B's shape, 8k sequences."""
 
 from __future__ import annotations
 
