@@ -41,6 +41,7 @@ class ServerEndpoint:
         pid: its process on its node; None between two starts.
         state: what `serve` knows of it.
         torch_version, nccl_version: of the environment that it runs in; None: unknown, or no NCCL there.
+        nccl_settings: what `rollout.nccl.server_settings` says of it; None: unknown.
     """
 
     url: str
@@ -49,6 +50,7 @@ class ServerEndpoint:
     state: ServerState = "ready"
     torch_version: str | None = None
     nccl_version: str | None = None
+    nccl_settings: Mapping[str, str] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ def publish(path: Path, endpoints: Endpoints) -> None:
                 "state": server.state,
                 "torch_version": server.torch_version,
                 "nccl_version": server.nccl_version,
+                "nccl_settings": None if server.nccl_settings is None else dict(server.nccl_settings),
             }
             for server in endpoints.servers
         ],
@@ -225,7 +228,15 @@ def _server(item: dict[str, Any]) -> ServerEndpoint:
         state,
         _optional(item, "torch_version", str),
         _optional(item, "nccl_version", str),
+        _settings(item),
     )
+
+
+def _settings(item: dict[str, Any]) -> dict[str, str] | None:
+    found = _optional(item, "nccl_settings", dict)
+    if found is not None and not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(f"nccl_settings {found!r}")
+    return found  # type: ignore[no-any-return]
 
 
 def _optional(record: dict[str, Any], name: str, kind: type) -> Any:

@@ -116,7 +116,7 @@ def write_dump(folder: Path, flat: FlatBatch, config: RunConfig, meta: dict[str,
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    np.savez(partial / _BATCH, allow_pickle=False, **flat.to_arrays())  # type: ignore[arg-type]
+    np.savez(partial / _BATCH, **flat.to_arrays())  # type: ignore[arg-type]
     (partial / _CONFIG).write_text(resolved_yaml(config), encoding="utf-8")
     (partial / _META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     if folder.exists():  # the run was resumed from before this step and met it again

@@ -48,7 +48,7 @@ def _broadcast(payload: torch.Tensor | None, source: int, group: dist.ProcessGro
 
 def _encode(arrays: dict[str, np.ndarray]) -> torch.Tensor:
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]  # before NumPy 2.2 any option here is one more array
     return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
 
 

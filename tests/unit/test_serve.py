@@ -100,6 +100,7 @@ def test_servers_and_router_are_published_and_end_with_serve(tmp_path):
         first, second = endpoints.servers
         assert (first.start, second.start) == (1, 1)
         assert {server.torch_version for server in endpoints.servers} == {"2.13.0+cpu"}
+        assert {server.nccl_settings["NCCL_CUMEM_ENABLE"] for server in endpoints.servers} == {"0"}
         assert len({first.url, second.url}) == 2
         router = read_endpoints(serve.endpoints).router_url
         wait_for(lambda: serve_workers(router, endpoints), "router")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
 from dataclasses import dataclass
 
 from megatron_laser.config import ConfigError
+from megatron_laser.rollout.nccl import loaded_version
+from megatron_laser.rollout.serving.command import child_environment
 
 MIN_SGLANG = (0, 5, 23)  # the first with which the weight updates of a session were measured
 _ASK_DEADLINE = 120.0  # seconds for an interpreter to say what it has installed
 
-# NCCL is part of torch, and only torch knows which one it loads; importing it takes seconds, so only where it matters.
+# NCCL comes with torch, and which one is loaded only shows then; importing it takes seconds, so only where it matters.
 # A stand-in's text says that it is one; its module is not imported for that.
-_SCRIPT = """\
+_SCRIPT = f"""\
+{inspect.getsource(loaded_version)}
 import importlib.metadata as m, importlib.util, sys
 for name in ('sglang', 'sglang-router', 'torch'):
     try: print(m.version(name))
@@ -22,7 +26,7 @@ for name in ('sglang', 'sglang-router', 'torch'):
 try:
     if sys.argv[1:] != ['nccl']: raise ImportError
     import torch
-    print('.'.join(map(str, torch.cuda.nccl.version())))
+    print(loaded_version() or '.'.join(map(str, torch.cuda.nccl.version())))
 except Exception: print('-')
 spec = importlib.util.find_spec('sgl_kernel')
 try: text = open(spec.origin).read(500)
@@ -33,7 +37,7 @@ print('stand-ins' if 'Stand-in for' in text else '-')
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """Versions in an environment; None: not there, or (NCCL) not asked for.
+    """Versions in an environment; None: not there, or (NCCL, the loaded library's) not asked for.
 
     stand_ins: some libraries are the stand-ins of tools/setup_sglang_cpu.sh, which serve on CPUs alone.
     """
@@ -54,7 +58,8 @@ def ask_installed(python: str, *, nccl: bool) -> Installed:
     Raises:
         ConfigError: it does not run.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    # The servers' own environment: LD_LIBRARY_PATH and LD_PRELOAD decide which NCCL it is.
+    environment = child_environment(os.environ, python=python, mark="")
     command = [python, "-c", _SCRIPT, *(["nccl"] if nccl else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_DEADLINE, env=environment)

@@ -9,6 +9,7 @@ from contextlib import suppress
 import yaml
 
 from megatron_laser.rollout.endpoints import write_private
+from megatron_laser.rollout.nccl import server_settings
 from megatron_laser.rollout.serving.command import initial_weight_version, server_command, warms_up
 from megatron_laser.rollout.serving.fleet_plan import FleetPlan
 from megatron_laser.rollout.serving.probe import Answer, Prober
@@ -40,6 +41,7 @@ class ManagedServer:
         self._warms_up = warms_up(sglang)
         self.child: ChildProcess | None = None
         self.sglang_version: str | None = None
+        self.nccl_settings: dict[str, str] | None = None  # with which its process computes
         self.was_updated = False  # some process here has held other weights than the first ones
         self._probe: asyncio.Task[tuple[Answer | None, bool | None]] | None = None
         self._next_probe = 0.0
@@ -90,6 +92,7 @@ class ManagedServer:
             mark=f"{plan.mark}/{self.number}",
             environment=os.environ,
         )
+        self.nccl_settings = server_settings(command.environment, command.settings)
         try:
             write_private(file, yaml.safe_dump(command.settings))
         except OSError as error:

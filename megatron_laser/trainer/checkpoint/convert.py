@@ -10,12 +10,11 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from transformers import PretrainedConfig
 
 from megatron_laser.model.dtypes import DTYPES
@@ -26,7 +25,8 @@ from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint import optimizer_state
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.identity import differences, model_identity
-from megatron_laser.trainer.checkpoint.sharded import WEIGHTS
+from megatron_laser.trainer.checkpoint.reading import IndexedReader, quiet_reading
+from megatron_laser.trainer.checkpoint.staging import WEIGHTS
 
 # (bytes done, bytes in all) after each tensor
 Progress = Callable[[int, int], None]
@@ -135,7 +135,7 @@ class _Stored:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._reader = _Reader(folder)
+        self._reader = IndexedReader(folder)
         self._tensors = {
             name: entry
             for name, entry in self._reader.read_metadata().state_dict_metadata.items()
@@ -154,21 +154,9 @@ class _Stored:
     def read(self, name: str) -> torch.Tensor:
         entry = self._entry(name)
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with quiet_reading():
             dcp.load({f"{WEIGHTS}.{name}": tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the checkpoint's index once: one with thousands of tensors takes a while."""
-
-    _index: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._index is None:
-            self._index = super().read_metadata(*args, **kwargs)
-        return self._index
 
 
 class _Tensors:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_laser.config.schema import RunConfig
+from megatron_laser.model import platform
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint import optimizer_state, sharded
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
@@ -59,11 +60,16 @@ class CheckpointManager:
     def save(self, step: int, run_state: dict[str, Any] | None) -> None:
         """Save after `step`; `run_state` (rank 0's cursor and the like) is stored beside the weights.
 
-        A failure (disk full, read-only folder) is logged, and the last published checkpoint stays as it is;
+        A failure (memory, disk full, read-only folder) is logged, and the last published checkpoint stays as it is;
         `wait` tells of it. With `checkpoint.asynchronous` the files are written while training goes on.
         """
         self.wait()
-        entries = sharded.build_state(self._policy)
+        asynchronous = self._settings.asynchronous
+        try:
+            entries = sharded.build_state(self._policy, copy=asynchronous, group=self._runtime.cpu_group)
+        except CheckpointError as error:  # the same on every rank
+            self._failed(f"copying the state to host memory: {error}")
+            return
         state = {
             "step": step,
             "optimizer_step": optimizer_state.get_step(self._policy.optimizer),
@@ -72,11 +78,9 @@ class CheckpointManager:
             "world_size": self._runtime.world_size,
             "run": run_state,
         }
-        if self._settings.asynchronous:
-            entries = sharded.staged(entries)
         random_states = collect_random_states()
         self._writer = _Writer(lambda: self._write(step, entries, state, random_states))
-        if self._settings.asynchronous:
+        if asynchronous:
             self._writer.start()
         else:
             self._writer.run()
@@ -87,12 +91,14 @@ class CheckpointManager:
         if self._writer is not None:
             error = self._writer.finish()
             self._writer = None
-            self._trouble = "; ".join(gathered_errors(error, self._runtime.cpu_group))
-            if self._trouble and self._runtime.is_main:
-                logger.error(
-                    "the checkpoint was not saved, the last published one stays valid: %s", self._trouble
-                )
+            self._failed("; ".join(gathered_errors(error, self._runtime.cpu_group)))
         return not self._trouble
+
+    def _failed(self, trouble: str) -> None:
+        """Keep and log `trouble`; "" is success."""
+        self._trouble = trouble
+        if trouble and self._runtime.is_main:
+            logger.error("the checkpoint was not saved, the last published one stays valid: %s", trouble)
 
     def resume(self) -> dict[str, Any] | None:
         """Load the newest published checkpoint; its state, on every rank, or None when there is none.
@@ -208,12 +214,18 @@ class _Writer:
 
     def __init__(self, work: Any) -> None:
         self._work = work
+        self._device = platform.device()
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self.run, name="checkpoint-writer")
+        self._thread = threading.Thread(target=self._run_in_thread, name="checkpoint-writer")
         self._thread.start()
+
+    def _run_in_thread(self) -> None:
+        # Else torch's file writer would make a context, half a GiB, on GPU 0 for every rank of the node.
+        platform.use_device(self._device)
+        self.run()
 
     def run(self) -> None:
         try:

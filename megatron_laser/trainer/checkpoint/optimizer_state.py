@@ -4,8 +4,8 @@ Megatron's own formats differ between the plain and the distributed optimizer, a
 the distributed one hands the *same* `step` tensor to every parameter (megatron-core 0.16
 distrib_optimizer.py:825), so that one update advances it once per parameter. Here the state is three fp32
 tensors in the shape of the model parameter (main weight, exp_avg, exp_avg_sq) and one step count. The
-distributed optimizer's slices are put together over the data-parallel group when saving and cut again when
-loading: a run may change its layout, and turn the distributed optimizer on or off, between the two.
+distributed optimizer's slices are put together over the data-parallel group when saving (`staging.py`) and cut
+again when loading: a run may change its layout, and turn the distributed optimizer on or off, between the two.
 """
 
 from __future__ import annotations
@@ -51,39 +51,45 @@ class _Slot:
         return state[kind]
 
 
-def collect(optimizer: MegatronOptimizer) -> dict[int, dict[str, torch.Tensor]]:
-    """id(model parameter) -> {kind: fp32 tensor of the parameter's local shape}. A collective.
+@dataclass(frozen=True)
+class Place:
+    """Where one parameter's state is: this rank's `slot` (None: it has no slice of it), and the group whose ranks
+    together hold the parameter (None: this rank holds all of it)."""
 
-    All ranks of a data-parallel group get the same tensors; without the distributed optimizer they are the live
-    ones, so copy or write them before the next step.
-    """
-    collected: dict[int, dict[str, torch.Tensor]] = {}
+    slot: _Slot | None
+    group: dist.ProcessGroup | None
+
+    def whole(self, kind: str) -> torch.Tensor:
+        """The live tensor of `kind`, flat; only where `group` is None."""
+        assert self.slot is not None and self.group is None
+        return self.slot.tensor(kind).detach().flatten()
+
+    def part(self, kind: str, start: int, stop: int) -> tuple[int, torch.Tensor] | None:
+        """What this rank holds of elements [start, stop) of the flat parameter: (first element, live tensor)."""
+        slot = self.slot
+        if slot is None or slot.start >= stop or slot.stop <= start:
+            return None
+        first, last = max(start, slot.start), min(stop, slot.stop)
+        return first, slot.tensor(kind).detach().flatten()[first - slot.start : last - slot.start]
+
+    @torch.no_grad()
+    def restore(self, kind: str, whole: torch.Tensor) -> None:
+        """Take this rank's slice of `whole`, which has the parameter's local shape."""
+        if self.slot is not None:
+            own = whole.flatten()[self.slot.start : self.slot.stop]
+            self.slot.tensor(kind).copy_(own.view_as(self.slot.main))
+
+
+def places(optimizer: MegatronOptimizer) -> dict[int, Place]:
+    """id(model parameter) -> where its state is. Creates moments (zeros) that the first update would create."""
+    found = {}
     for parameter, slot, group in _parameters(optimizer):
-        tensors = {}
-        for kind in KINDS:
-            if group is None:
-                assert slot is not None
-                tensors[kind] = slot.tensor(kind).detach()
-                continue
-            whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-            if slot is not None:
-                whole[slot.start : slot.stop] = slot.tensor(kind).detach().flatten()
-            dist.all_reduce(whole, group=group)
-            tensors[kind] = whole.view(parameter.shape)
-        collected[id(parameter)] = tensors
-    return collected
-
-
-@torch.no_grad()
-def restore(optimizer: MegatronOptimizer, state: dict[int, dict[str, torch.Tensor]], step: int) -> None:
-    """The inverse of `collect`: `state` holds whole (local-shape) tensors; each slot takes its slice."""
-    for parameter, slot, _ in _parameters(optimizer):
-        if slot is None:
-            continue
-        for kind in KINDS:
-            whole = state[id(parameter)][kind].flatten()
-            slot.tensor(kind).copy_(whole[slot.start : slot.stop].view_as(slot.main))
-    set_step(optimizer, step)
+        if slot is not None:
+            for kind in KINDS:
+                slot.tensor(kind)
+        shared = group is not None and dist.get_world_size(group) > 1
+        found[id(parameter)] = Place(slot, group if shared else None)
+    return found
 
 
 def get_step(optimizer: MegatronOptimizer) -> int:

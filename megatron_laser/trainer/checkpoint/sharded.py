@@ -10,80 +10,95 @@ folder one tensor at a time. Vocabulary padding belongs to a layout, so its shap
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
 
 from megatron_laser.model.mapping import Geometry, Replicated, Row, Rule, Vocabulary, global_names, rules
 from megatron_laser.trainer.checkpoint import optimizer_state
-from megatron_laser.trainer.checkpoint.together import readable_errors
+from megatron_laser.trainer.checkpoint.reading import IndexedReader, quiet_reading
+from megatron_laser.trainer.checkpoint.staging import WEIGHTS, Block, Stager
+from megatron_laser.trainer.checkpoint.together import everywhere, readable_errors
 from megatron_laser.trainer.policy import Policy
 
-WEIGHTS = "weights"
 
+def build_state(
+    policy: Policy, *, copy: bool = False, group: dist.ProcessGroup | None = None
+) -> dict[str, ShardedTensor]:
+    """This rank's share of everything to be stored, in host memory, by its name. A collective.
 
-@dataclass(frozen=True)
-class _Block:
-    """One parameter of this rank, with its rule."""
+    Args:
+        copy: false: on a CPU, tensors that need no gathering may be the live ones, so write them before the next step.
+        group: all ranks (None: the default group), on which they agree that nobody failed.
 
-    rule: Rule
-    parameter: torch.nn.Parameter
-    owned: bool  # False for the copy of a tied embedding on the last pipeline stage: loaded, not stored
-
-
-def build_state(policy: Policy) -> dict[str, ShardedTensor]:
-    """Everything to be stored, as Megatron ShardedTensors keyed by their names. A collective."""
+    Raises:
+        CheckpointError: on every rank, with the same text, when memory ran out on one.
+    """
     for module in policy.chunks.wrapped:
         if module.ddp_config.overlap_param_gather:  # else the weights are those before the last update
             module.start_param_sync(force_sync=True)
-    collected = optimizer_state.collect(policy.optimizer)
-    entries: dict[str, ShardedTensor] = {}
-    for block in _blocks(policy):
-        if not block.owned:
-            continue
-        tensors = {WEIGHTS: block.parameter.detach()}
-        for kind, tensor in collected[id(block.parameter)].items():
-            # fp32 training updates the weights themselves: there is no other main copy.
-            if kind != optimizer_state.MAIN or policy.chunks.config.bf16:
-                tensors[f"optimizer.{kind}"] = tensor
-        for prefix, tensor in tensors.items():
-            entries |= _sharded(prefix, block.rule, tensor, policy.chunks.geometry)
-    return entries
+    blocks = [block for block in _blocks(policy) if block.owned and _stored_here(block)]
+
+    def cut(prefix: str, rule: Rule, shard: torch.Tensor) -> dict[str, ShardedTensor]:
+        return _sharded(prefix, rule, shard, policy.chunks.geometry)
+
+    # Whatever can run out of memory on one rank alone does so before the first collective.
+    stager = everywhere(lambda: Stager(policy, blocks, cut, copy=copy), group)
+    return everywhere(stager.stage, group)
 
 
-@torch.no_grad()
 def load_state(policy: Policy, folder: Path, optimizer_step: int) -> None:
-    """Load weights and optimizer state from `folder` into the policy, whatever layout stored them."""
+    """Load weights and optimizer state from `folder` into the policy, whatever layout stored them.
+
+    Tensor by tensor: the host holds a few copies of this rank's largest parameter, not of its state. No collective.
+    """
     geometry = policy.chunks.geometry
-    bf16 = policy.chunks.config.bf16
-    blocks = list(_blocks(policy))
-    kinds = [kind for kind in optimizer_state.KINDS if kind != optimizer_state.MAIN or bf16]
-    wanted: dict[str, ShardedTensor] = {}
-    for block in blocks:
-        shape = block.parameter.shape
-        empty = torch.empty(shape, dtype=block.parameter.dtype)
-        wanted |= _sharded(WEIGHTS, block.rule, empty, geometry)
-        for kind in kinds:
-            wanted |= _sharded(f"optimizer.{kind}", block.rule, torch.empty(shape), geometry)
-    with readable_errors():
-        loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for block in blocks:
-        block.parameter.copy_(_joined(WEIGHTS, block.rule, loaded, geometry))
-        state[id(block.parameter)] = {
-            kind: _joined(f"optimizer.{kind}", block.rule, loaded, geometry) for kind in kinds
-        }
-        if not bf16:
-            state[id(block.parameter)][optimizer_state.MAIN] = block.parameter.detach().float().cpu()
-    optimizer_state.restore(policy.optimizer, state, optimizer_step)
+    places = optimizer_state.places(policy.optimizer)
+    reader = IndexedReader(folder)
+
+    def load(prefix: str, block: Block, dtype: torch.dtype) -> torch.Tensor:
+        empty = torch.empty(block.parameter.shape, dtype=dtype)
+        wanted = _sharded(prefix, block.rule, empty, geometry)
+        _read(reader, wanted)
+        loaded = {name: entry.data for name, entry in wanted.items()}
+        return _joined(prefix, block.rule, loaded, geometry)
+
+    with torch.no_grad():
+        for block in _blocks(policy):
+            place = places[id(block.parameter)]
+            block.parameter.copy_(load(WEIGHTS, block, block.parameter.dtype))
+            for kind in optimizer_state.KINDS:
+                if kind == optimizer_state.MAIN and not policy.chunks.config.bf16:
+                    place.restore(kind, block.parameter.detach())
+                else:
+                    place.restore(kind, load(f"optimizer.{kind}", block, torch.float32))
+    optimizer_state.set_step(policy.optimizer, optimizer_step)
+
+
+def _read(reader: IndexedReader, wanted: dict[str, ShardedTensor]) -> None:
+    """Fill the tensors of `wanted`; rows that the checkpoint does not have (vocabulary padding) become zeros."""
+    with quiet_reading():
+        dcp.load(
+            torch_strategies.mcore_to_pyt_state_dict({key: [entry] for key, entry in wanted.items()}, True),
+            storage_reader=reader,
+            planner=torch_strategies.MCoreLoadPlanner(
+                shapes_validation_sharded_tensors=[e for e in wanted.values() if not e.allow_shape_mismatch],
+                allow_shape_mismatch_sharded_tensors={
+                    key: entry for key, entry in wanted.items() if entry.allow_shape_mismatch
+                },
+                flatten_state_dict=False,
+                flatten_sharded_tensors=False,
+            ),
+            no_dist=True,
+        )
 
 
 def save_state(entries: dict[str, ShardedTensor], folder: Path, group: dist.ProcessGroup) -> None:
@@ -102,7 +117,11 @@ def save_state(entries: dict[str, ShardedTensor], folder: Path, group: dist.Proc
     with readable_errors():
         dcp.save(
             torch_strategies.mcore_to_pyt_state_dict(flat, False),
-            storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
+            # Everything is in host memory. Copying ahead would take CUDA's stream of this thread, and so a context
+            # on device 0 for every rank's writing thread.
+            storage_writer=dcp.FileSystemWriter(
+                folder, single_file_per_rank=True, sync_files=True, per_thread_copy_ahead=0
+            ),
             planner=torch_strategies.MCoreSavePlanner(
                 dedup_replicated_tensors=False,
                 flatten_state_dict=False,
@@ -112,19 +131,18 @@ def save_state(entries: dict[str, ShardedTensor], folder: Path, group: dist.Proc
         )
 
 
-def staged(entries: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
-    """Copies on the CPU, so that training can go on while they are written."""
-    return {
-        key: replace(entry, data=entry.data.detach().to("cpu", copy=True)) for key, entry in entries.items()
-    }
-
-
-def _blocks(policy: Policy) -> Iterator[_Block]:
+def _blocks(policy: Policy) -> Iterator[Block]:
     parameters = global_names(policy.chunks.models)
     for rule in rules(policy.chunks.hf):
         parameter = parameters.get(rule.megatron)
         if parameter is not None:
-            yield _Block(rule, parameter, owned=rule.exported)
+            yield Block(rule, parameter, owned=rule.exported)
+
+
+def _stored_here(block: Block) -> bool:
+    """Norms are the same on all tensor-parallel ranks: the first one stores them."""
+    replicated = isinstance(block.rule.layout, Replicated)
+    return not replicated or parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def _local(geometry: Geometry) -> Geometry:
@@ -147,18 +165,13 @@ def _sharded(prefix: str, rule: Rule, shard: torch.Tensor, geometry: Geometry) -
     replicated = isinstance(rule.layout, Replicated)
     axis = 1 if isinstance(rule.layout, Row) else 0
     offsets = [] if replicated else [(axis, rank, geometry.tensor)]
-    replica = (
-        0,
-        rank if replicated else 0,
-        parallel_state.get_data_parallel_rank(with_context_parallel=True),
-    )
     pieces = rule.layout.export([shard], _local(geometry))
     return {
         f"{prefix}.{name}": ShardedTensor.from_rank_offsets(
             f"{prefix}.{name}",
             piece.contiguous(),
             *offsets,
-            replica_id=replica,
+            replica_id=(0, rank if replicated else 0, 0),
             allow_shape_mismatch=isinstance(rule.layout, Vocabulary),
         )
         for name, piece in zip(rule.hf, pieces, strict=True)

@@ -14,7 +14,7 @@ from megatron_laser.trainer.checkpoint.folder import CheckpointError
 T = TypeVar("T")
 
 
-def everywhere(work: Callable[[], T], group: dist.ProcessGroup) -> T:
+def everywhere(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Run `work` on every rank; if it fails on one, every rank raises instead of waiting for it."""
     trouble: Exception | None = None
     try:
@@ -27,7 +27,7 @@ def everywhere(work: Callable[[], T], group: dist.ProcessGroup) -> T:
     return result
 
 
-def gathered_errors(error: Exception | None, group: dist.ProcessGroup) -> list[str]:
+def gathered_errors(error: Exception | None, group: dist.ProcessGroup | None) -> list[str]:
     """What went wrong on any rank, each message once."""
     troubles: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(troubles, None if error is None else reason(error), group=group)
