@@ -32,7 +32,8 @@ class ModelConfig(Section):
     """Each tensor-parallel shard of the padded vocabulary has a multiple of this many rows."""
     recompute: Literal["none", "mlp", "full"] = "none"
     """Activation recomputation: `full` keeps only each layer's input and runs the layer again in the
-    backward pass (about a third more compute, much less memory)."""
+    backward pass (about a third more compute, much less memory); `mlp` runs only the MLP again (most of the memory
+    for less compute). The dry run shows whether `none` fits."""
     layers: Literal["auto", "transformer_engine", "torch"] = "auto"
     """What layers are built from: `auto`, Transformer Engine on CUDA (an error where it is missing or does not
     import) and torch on a CPU; `torch`, Megatron's own layers with torch's attention and norms, for a GPU without
@@ -42,8 +43,6 @@ class ModelConfig(Section):
     """Attention kernel of Transformer Engine: `auto`, its own choice for each shape; `flash`, flash-attn only
     (package `flash-attn`); `fused`, cuDNN only. Replaces NVTE_FLASH_ATTN, NVTE_FUSED_ATTN and NVTE_UNFUSED_ATTN,
     which must not be set to anything else."""
-    backward pass (about a third more compute, much less memory); `mlp` runs only the MLP again (most of the memory
-    for less compute). The dry run shows whether `none` fits."""
     keep_logits_gib: NonNegative = 0.0
     """GPU memory that one micro-batch's log-prob call may use to keep probabilities (bfloat16) for its backward, which
     then recomputes fewer logits: rows * vocabulary shard * 2 bytes keep all and save one of four products. They

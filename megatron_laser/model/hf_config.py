@@ -81,11 +81,10 @@ def transformer_config(
     virtual_pipeline: int = 1,
     context: int = 1,
     sequence: bool = False,
-    recompute: bool = False,
+    recompute: str = "none",
     layers: Layers = "auto",
     attention: Attention = "auto",
     fuse_gradient_accumulation: bool = False,
-    recompute: str = "none",
 ) -> TransformerConfig:
     """Megatron's configuration for a dense Qwen2, Qwen3 or Llama model under a parallel layout.
 

@@ -67,7 +67,9 @@ class Policy:
         return float(self.optimizer.param_groups[0]["lr"])
 
 
-def build_chunks(config: RunConfig, hf: PretrainedConfig, folder: HfFolder, *, trained: bool = False) -> Chunks:
+def build_chunks(
+    config: RunConfig, hf: PretrainedConfig, folder: HfFolder, *, trained: bool = False
+) -> Chunks:
     """Build this rank's part of the model and load its weights from `folder`, shard by shard.
 
     `trained`: it will be wrapped in DDP and so have `main_grad`, into which layers may add dW.
@@ -85,7 +87,6 @@ def build_chunks(config: RunConfig, hf: PretrainedConfig, folder: HfFolder, *, t
         virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
         sequence=parallel.sequence,
-        recompute=config.model.recompute == "full",
         layers=config.model.layers,
         attention=config.model.attention,
         fuse_gradient_accumulation=fuse,

@@ -263,7 +263,6 @@ def test_entropy_is_differentiated_only_when_the_loss_has_it(
         assert seen and set(seen) == {coefficient > 0.0}
 
 
-def test_full_recomputation_gives_the_same_update(single_process, model_folder, tmp_path):
 @pytest.mark.parametrize("recompute", ["mlp", "full"])
 def test_recomputation_gives_the_same_update(single_process, model_folder, tmp_path, recompute):
     initial = tiny_model("qwen2")
