@@ -64,7 +64,7 @@ def write_tiny_run(folder: Path, **sections: dict[str, Any]) -> Path:
             "prompts_per_step": 4,
             "samples_per_prompt": 4,
             "max_new_tokens": 8,
-            "deadline": 120,
+            "deadline": 320,
             "sync_deadline": 54,
         },
         "reward": {"function": "lucky.py:lucky", "workers": 1},
