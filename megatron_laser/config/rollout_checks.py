@@ -91,6 +91,12 @@ def _server_problems(rollout: RolloutConfig) -> list[str]:
         problems.append(
             f"rollout.min_servers: {rollout.min_servers} is more than the {known} of {name}; the run would never start"
         )
+    if rollout.deadline <= sglang.hang_deadline:
+        problems.append(
+            f"rollout.deadline: {rollout.deadline:g} is not longer than rollout.sglang.hang_deadline "
+            f"{sglang.hang_deadline:g}; a server that hangs would end the step before it counts as dead and its "
+            "requests are repeated on others: raise the first or lower the second"
+        )
     problems += host_problems(sglang.host)
     return problems
 

@@ -43,8 +43,8 @@ class SglangConfig(Section):
     """Address of a router in front of the servers of `urls`; generation goes through it, control never does."""
     python: Text | None = None
     """Interpreter of the environment that has SGLang; null: the variable MEGATRON_LASER_SGLANG_PYTHON, else the
-    trainer's own interpreter where SGLang is installed beside it, else `.venv-sglang/bin/python` in the working directory
-    (looked at first with `device: cpu`, whose environment it is), else `python`."""
+    trainer's own interpreter where SGLang is installed beside it, else `.venv-sglang/bin/python` in the working
+    directory (looked at first with `device: cpu`, whose environment it is), else `python`."""
     servers: Count = 1
     """Servers that `serve` starts on its node."""
     tensor: Count = 1

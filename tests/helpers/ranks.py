@@ -64,10 +64,13 @@ class Rank:
 
 
 def start_ranks(script: Path, processes: int, *arguments: str | Path) -> list[Rank]:
-    """Start `script` on gloo ranks of this machine; the caller ends each of them."""
+    """Start `script` on gloo ranks of this machine, or alone, as without torchrun; the caller ends each of them."""
     from helpers.sglang_server import free_port
 
-    environment = worker_environment() | {
+    environment = worker_environment()
+    if processes == 1:
+        return [Rank(script, [*map(str, arguments)], environment)]
+    environment |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(processes),
