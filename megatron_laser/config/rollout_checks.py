@@ -140,8 +140,8 @@ def deadline_problems(config: RunConfig, world_size: int) -> list[str]:
         return []
     return [
         f"run.deadline: {config.run.deadline:g} with rollout.sync_deadline {config.rollout.sync_deadline:g}; the other "
-        f"ranks wait for a weight sync, so expected {needed:g} or more ({SYNC_MARGIN:g} times it): raise run.deadline "
-        "or lower rollout.sync_deadline"
+        f"ranks wait for a weight sync, so expected {needed:g} or more ({SYNC_MARGIN:g} times it): raise "
+        "run.deadline, or lower rollout.sync_deadline"
     ]
 
 

@@ -51,6 +51,16 @@ def test_expandable_segments_are_refused_under_both_names(config, monkeypatch, n
     refuse_colocated(config(weight_sync="distributed"))
 
 
+@pytest.mark.parametrize("sglang", [{"servers": 2}, {"tensor": 2}])
+def test_handles_that_would_cross_gpus_are_refused(config, sglang):
+    with pytest.raises(
+        ConfigError, match=r"= 2 GPUs: weights lie on rank 0's GPU, .* use one GPU for both sides"
+    ):
+        refuse_colocated(config(sglang={"device": "cuda", **sglang}))
+    refuse_colocated(config(sglang={"device": "cpu", **sglang}))  # shared memory has no device
+    refuse_colocated(config(sglang={"device": "cuda"}))
+
+
 def test_other_allocator_settings_pass():
     assert expandable_segments({"PYTORCH_ALLOC_CONF": "expandable_segments:False,max_split_size_mb:64"}) == []
 
@@ -102,7 +112,7 @@ def test_servers_have_as_many_gpus_as_the_trainer(config, servers, tensor, ranks
 
 def test_a_plan_without_a_world_size_takes_the_servers_gpus(config, tmp_path):
     save_tiny_model(tmp_path / "model", "qwen2")
-    fits = config(sglang={"servers": 2, "tensor": 2})
+    fits = config(sync_deadline=50, sglang={"servers": 2, "tensor": 2})
     plan = resolve_plan(fits)
     assert plan.layout.data == 4
     with pytest.raises(ConfigError, match="= 4 GPUs and 2 trainer ranks"):

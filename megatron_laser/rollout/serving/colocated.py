@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_laser.config import ConfigError, RunConfig
+from megatron_laser.config.rollout_checks import colocated_gpus
 from megatron_laser.rollout.serving.command import find_python
 from megatron_laser.rollout.serving.installed import ask_installed
 
@@ -18,12 +19,12 @@ def refuse_colocated(config: RunConfig) -> None:
 
     Raises:
         ConfigError: this process's allocator cannot share memory, torch differs between trainer and servers, or the
-            trainer spans several nodes.
+            trainer spans several nodes, or several GPUs.
     """
     rollout = config.rollout
     if rollout.engine != "sglang" or rollout.weight_sync != "colocated":
         return
-    problems = expandable_segments(os.environ) + several_nodes(os.environ)
+    problems = expandable_segments(os.environ) + several_nodes(os.environ) + several_gpus(config)
     python = find_python(rollout.sglang, Path.cwd())
     problems += different_torch(torch.__version__, ask_installed(python, nccl=False).torch, python)
     if problems:
@@ -50,6 +51,22 @@ def several_nodes(environment: Mapping[str, str]) -> list[str]:
         f"rollout.weight_sync: colocated with {ranks} ranks, of which {local} are on this node: servers take weights "
         "from the memory of their own node only; train on one node, or use weight_sync: distributed with servers on "
         "GPUs of their own"
+    ]
+
+
+def several_gpus(config: RunConfig) -> list[str]:
+    """A handle names a device by its number, which means another GPU in a server that sees another one only.
+
+    Buckets lie on rank 0's GPU. CUDA may open them in a context of the wrong device, or copy under its name.
+    """
+    gpus = colocated_gpus(config.rollout)
+    if gpus is None or gpus == 1:
+        return []
+    sglang = config.rollout.sglang
+    return [
+        f"rollout.weight_sync: colocated with rollout.sglang.servers {sglang.servers} x tensor {sglang.tensor} = "
+        f"{gpus} GPUs: weights lie on rank 0's GPU, and handles to them are not known to be right in servers on other "
+        "ones; use one GPU for both sides, or weight_sync: distributed with servers on GPUs of their own"
     ]
 
 
