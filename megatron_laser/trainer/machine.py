@@ -7,7 +7,6 @@ import importlib.metadata
 import torch.distributed as dist
 
 from megatron_laser.config import ConfigError, resolve_plan
-from megatron_laser.config.plan import Plan
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
@@ -55,23 +54,15 @@ def machine_problems(config: RunConfig, world_size: int) -> list[str]:
     return problems + _memory_problems(config, world_size)
 
 
-def needed_bytes(plan: Plan) -> int:
-    """Device memory in bytes that the dry run shows as the sum of a rank."""
-    return plan.bytes_per_rank.total
-
-
 def _memory_problems(config: RunConfig, world_size: int) -> list[str]:
     available = platform.total_memory_bytes()
     if available is None:
         return []
-    needed = needed_bytes(resolve_plan(config, world_size))
-    if needed <= available:
-        return []
-    return [
-        f"this run needs {needed / 2**30:.1f} GiB on a device by the dry run's sum, but {platform.device_name()} has "
-        f"{available / 2**30:.1f} GiB; raise parallel.tensor or parallel.pipeline, or share the optimizer with "
-        "optimizer.distributed: true (`megatron-laser train RUN.yaml --dry-run` shows the sum)"
-    ]
+    try:
+        resolve_plan(config, world_size).memory.check(available)
+    except ConfigError as error:
+        return [f"{problem} (this GPU: {platform.device_name()})" for problem in error.problems]
+    return []
 
 
 def _installed(package: str) -> bool:
