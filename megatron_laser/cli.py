@@ -79,6 +79,9 @@ def train(
             moved = move_aside(Path(loaded.run.output_dir))
             if moved is not None:
                 typer.echo(f"moved the existing {loaded.run.output_dir} to {moved}")
+        from megatron_laser.model.transformer_engine import settle
+
+        settle(loaded.model.layers)
         from megatron_laser.loop import train as run
 
         folder = run(loaded)
@@ -172,12 +175,17 @@ def serve(**arguments: Any) -> None:
 
 
 @app.command()
-def env() -> None:
-    """Print versions, devices, and which optional parts were found."""
+def env(
+    sglang_python: str = typer.Option(
+        "", help="The servers' interpreter; default: the one that rollout.sglang.python defaults to."
+    ),
+) -> None:
+    """Print versions on both sides, devices, which parts fail to import, and which weight syncs can work here."""
+    from megatron_laser.config.schema_rollout import SglangConfig
     from megatron_laser.environment import describe
 
-    for name, value in describe().items():
-        typer.echo(f"{name:22s} {value}")
+    for name, value in describe(SglangConfig(python=sglang_python or None)).items():
+        typer.echo(f"{name:28s} {value}")
 
 
 class user_errors:

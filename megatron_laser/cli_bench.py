@@ -70,11 +70,16 @@ def _bench(name: str, output: Path | None) -> None:
     _prepare_process()
     from megatron_laser.benchmarks import logprob
 
-    report = logprob.bench_logprob() if name == "logprob" else logprob.bench_score()
+    bench = logprob.bench_logprob if name == "logprob" else logprob.bench_score
+    # Each line as it comes: what a kernel that hangs or takes the process down would lose is the rest.
+    report = bench(listener=lambda one: typer.echo(f"{one.shape!s:34s} {one.line().strip()}", err=True))
     typer.echo(report.table())
     if output is not None:
         for file in report.write(output, name):
             typer.echo(f"wrote {file}")
+    if report.wrong:
+        typer.echo("wrong: " + "; ".join(one.note for one in report.wrong), err=True)
+        raise typer.Exit(1)
 
 
 @app.command("client")

@@ -16,15 +16,16 @@ from megatron_laser.model import platform
 from megatron_laser.model.dtypes import DTYPES
 from megatron_laser.rollout.endpoints import Endpoints, EndpointsError, ServerEndpoint, read_endpoints
 from megatron_laser.rollout.engine import RolloutEngine
-from megatron_laser.rollout.in_process import InProcessEngine
 from megatron_laser.rollout.serving import ServeProcess
 from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.errors import ServerError, ServersLost, WeightsNeeded
 from megatron_laser.rollout.sglang.identify import SIZES, Expected
 from megatron_laser.rollout.sglang.transport import WeightTransport
+from megatron_laser.weight_sync.checksums import ServerLayout
 from megatron_laser.weight_sync.colocated import ColocatedTransport
 from megatron_laser.weight_sync.disk import DiskTransport
 from megatron_laser.weight_sync.distributed import DistributedTransport
+from megatron_laser.weight_sync.feasibility import trainer_nccl
 from megatron_laser.weight_sync.peers import Peers
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ def open_engine(config: RunConfig) -> RolloutEngine:
         ServersLost, ServerMismatch: servers that do not come up, or cannot be used.
     """
     if config.rollout.engine == "in_process":
+        # Only here: it imports transformers' model classes, which runs with servers do without.
+        from megatron_laser.rollout.in_process import InProcessEngine
+
         return InProcessEngine(
             config.model.path,
             dtype=DTYPES[config.model.dtype],
@@ -174,6 +178,9 @@ def _source(config: RunConfig, child: ServeProcess | None) -> Callable[[], Seque
 
 def _transport(config: RunConfig) -> WeightTransport:
     rollout, dtype = config.rollout, DTYPES[config.model.dtype]
+    quantized = rollout.sglang.options.get("quantization")
+    heads = read_architecture(config.model.path).num_attention_heads
+    layout = ServerLayout(heads, None if quantized is None else str(quantized))
     if rollout.weight_sync == "disk":
         return DiskTransport(
             rollout.sync_folder or Path(config.run.output_dir) / "weights",
@@ -181,6 +188,7 @@ def _transport(config: RunConfig) -> WeightTransport:
             dtype=dtype,
             seconds=rollout.sync_deadline,
             always_verify=rollout.verify_sync,
+            layout=layout,
         )
     if rollout.weight_sync == "colocated":
         return ColocatedTransport(
@@ -188,13 +196,25 @@ def _transport(config: RunConfig) -> WeightTransport:
             bucket_bytes=rollout.sync_bucket_mib * 2**20,
             seconds=rollout.sync_deadline,
             always_verify=rollout.verify_sync,
+            layout=layout,
         )
     return DistributedTransport(
-        peers=Peers(torch_version=torch.__version__, nccl_version=platform.nccl_version()),
+        peers=Peers(torch_version=torch.__version__, nccl_version=trainer_nccl()),
         dtype=dtype,
         bucket_bytes=rollout.sync_bucket_mib * 2**20,
         seconds=rollout.sync_deadline,
         address=rollout.sync_address,
         flattened=rollout.sync_flatten,
         always_verify=rollout.verify_sync,
+        layout=layout,
+        past_groups=_past_groups(config),
     )
+
+
+def _past_groups(config: RunConfig) -> Path | None:
+    """Beside the endpoints file, since any run with these servers may find groups of another one."""
+    sglang = config.rollout.sglang
+    if sglang.endpoints is not None:
+        path = Path(sglang.endpoints)
+        return (path if path.is_dir() else path.parent) / ".weight_groups"
+    return Path(config.run.output_dir) / ".weight_groups" if sglang.urls is not None else None

@@ -146,7 +146,7 @@ def flatten(batch: RolloutBatch) -> FlatBatch:
     return FlatBatch(
         step=batch.step,
         weight_version=batch.weight_version,
-        tokens=np.fromiter(tokens, dtype=np.int32),
+        tokens=_as_int32(np.fromiter(tokens, dtype=np.int64)),
         prompt_lengths=np.array([len(s.prompt_ids) for s in samples], dtype=np.int32),
         response_lengths=np.array([len(s.generation.response_ids) for s in samples], dtype=np.int32),
         group_ids=np.array(batch.group_ids(), dtype=np.int32),
@@ -155,3 +155,11 @@ def flatten(batch: RolloutBatch) -> FlatBatch:
         rollout_logprobs=np.fromiter(rollout_logprobs, dtype=np.float32),
         zc_logprobs=np.array(zc_logprobs, dtype=np.float32),
     )
+
+
+def _as_int32(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """NumPy before 2.0 wraps such ids in silence."""
+    narrow = ids.astype(np.int32)
+    if not np.array_equal(narrow, ids):
+        raise OverflowError(f"token id {int(ids[narrow != ids][0])} does not fit int32")
+    return narrow

@@ -25,13 +25,15 @@ Op = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class Implementation:
     """One contender: (hidden, weight, labels) -> log-probs [rows], or their sum where `only_sum`.
 
-    ours: a wrong result is an error, not a remark. remark: what the table adds, given hidden and weight.
+    ours: a wrong result is an error, not a remark. main_grad: dW goes to the weight's float32 `main_grad`.
+    remark: what the table adds, given hidden and weight.
     """
 
     name: str
     run: Op
     ours: bool = False
     only_sum: bool = False
+    main_grad: bool = False
     remark: Callable[[torch.Tensor, torch.Tensor], str] = lambda hidden, weight: ""
 
 
@@ -46,6 +48,12 @@ def training_ops(device: torch.device) -> Iterator[Implementation]:
     """Contenders with a gradient."""
     yield Implementation(
         "megatron_laser", lambda *inputs: linear_logprob(*inputs).logprobs, ours=True, remark=_forward_choice
+    )
+    yield Implementation(
+        "megatron_laser: main_grad",
+        lambda *inputs: linear_logprob(*inputs).logprobs,
+        ours=True,
+        main_grad=True,
     )
     if device.type == "cuda" and triton_device.unavailable(device) is None:
         from megatron_laser.ops import triton_backend

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_laser.observability.plot_style import new_figure, save, styled
 
 if TYPE_CHECKING:
-    from megatron_laser.benchmarks.logprob import Report
+    from megatron_laser.benchmarks.logprob_report import Report
 
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#8C6D1F", "#E69F00", "#D55E00", "#AA3377", "#000000", "#999999")
 

@@ -113,7 +113,7 @@ class StepBenchmark:
 
     def run(self, rounds: int) -> StepBenchmarkResult:
         """Time `rounds` interleaved rounds after a warm-up."""
-        flat = self._rollouts()
+        flat = self.rollouts()
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             self.save_model(folder)
@@ -157,7 +157,8 @@ class StepBenchmark:
         runtime = runtimes.start(configs[LASER])
         return {arm: Trainer(config, runtime, score_token_id=2) for arm, config in configs.items()}
 
-    def _rollouts(self) -> FlatBatch:
+    def rollouts(self) -> FlatBatch:
+        """Random prompts and responses of the given lengths, all scored, every second one right."""
         rng = np.random.default_rng(0)
         length = self._shape["response_length"]
         batch = RolloutBatch(step=1, weight_version=0)

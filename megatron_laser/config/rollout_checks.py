@@ -5,24 +5,11 @@ from __future__ import annotations
 import ipaddress
 
 from megatron_laser.config.schema import RunConfig
-from megatron_laser.config.schema_rollout import RolloutConfig, SglangConfig
+from megatron_laser.config.schema_rollout import RolloutConfig
+from megatron_laser.config.server_options import option_problems
 
-# Options of sglang.launch_server that follow from other settings: given twice, one of the two would be ignored.
-OWN_OPTIONS = {
-    "model_path": "model.path",
-    "model": "model.path",
-    "host": "rollout.sglang.host",
-    "port": "rollout.sglang.port",
-    "tp_size": "rollout.sglang.tensor",
-    "tensor_parallel_size": "rollout.sglang.tensor",
-    "dtype": "model.dtype",
-    "device": "rollout.sglang.device",
-    "api_key": "rollout.sglang.api_key_env",
-    "skip_tokenizer_init": "the client, which sends and takes token ids",
-    "base_gpu_id": "the server's place on its node",
-    "enable_memory_saver": "rollout.weight_sync",
-    "config": "these options, which go into a file of their own",
-}
+SYNC_MARGIN = 1.1
+"""`run.deadline` over `rollout.sync_deadline`: rank 0 gives up, aborts the group and tells the others in between."""
 
 
 def rollout_problems(config: RunConfig) -> list[str]:
@@ -32,7 +19,7 @@ def rollout_problems(config: RunConfig) -> list[str]:
     if rollout.engine == "in_process":
         return [*problems, *_in_process_problems(rollout)]
     problems += _server_problems(rollout)
-    problems += _option_problems(rollout.sglang)
+    problems += option_problems(rollout)
     if rollout.weight_sync == "colocated":
         problems += _colocated_problems(rollout)
     return problems
@@ -104,6 +91,12 @@ def _server_problems(rollout: RolloutConfig) -> list[str]:
         problems.append(
             f"rollout.min_servers: {rollout.min_servers} is more than the {known} of {name}; the run would never start"
         )
+    if rollout.deadline <= sglang.hang_deadline:
+        problems.append(
+            f"rollout.deadline: {rollout.deadline:g} is not longer than rollout.sglang.hang_deadline "
+            f"{sglang.hang_deadline:g}; a server that hangs would end the step before it counts as dead and its "
+            "requests are repeated on others: raise the first or lower the second"
+        )
     problems += host_problems(sglang.host)
     return problems
 
@@ -124,19 +117,6 @@ def host_problems(host: str) -> list[str]:
     return []
 
 
-def _option_problems(sglang: SglangConfig) -> list[str]:
-    problems = []
-    for name, value in sglang.options.items():
-        normal = name.lstrip("-").replace("-", "_")
-        if normal in OWN_OPTIONS:
-            problems.append(f"rollout.sglang.options.{name}: follows from {OWN_OPTIONS[normal]}; remove it")
-        elif not isinstance(value, str | int | float | bool | list | None):
-            problems.append(
-                f"rollout.sglang.options.{name}: expected a value or a list of values, got {value!r}"
-            )
-    return problems
-
-
 def _colocated_problems(rollout: RolloutConfig) -> list[str]:
     problems = []
     sglang = rollout.sglang
@@ -151,6 +131,18 @@ def _colocated_problems(rollout: RolloutConfig) -> list[str]:
             "use ahead: 0, or servers on GPUs of their own"
         )
     return problems
+
+
+def deadline_problems(config: RunConfig, world_size: int) -> list[str]:
+    """All ranks wait while rank 0 syncs weights: their own deadline must not end a sync that may still succeed."""
+    needed = config.rollout.sync_deadline * SYNC_MARGIN
+    if config.rollout.engine != "sglang" or world_size == 1 or needed <= config.run.deadline:
+        return []
+    return [
+        f"run.deadline: {config.run.deadline:g} with rollout.sync_deadline {config.rollout.sync_deadline:g}; the other "
+        f"ranks wait for a weight sync, so expected {needed:g} or more ({SYNC_MARGIN:g} times it): raise run.deadline, or "
+        "lower rollout.sync_deadline"
+    ]
 
 
 def colocated_gpus(rollout: RolloutConfig) -> int | None:

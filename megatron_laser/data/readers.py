@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,9 +65,8 @@ def read_ids(path: str | PathLike[str], key: str) -> list[str | None]:
     """The problems' names in the order of `read_rows`, None for a row without one (or a file without any)."""
     path = Path(path)
     if path.suffix.lower() in _PARQUET_SUFFIXES:
-        import pyarrow.parquet
-
-        with pyarrow.parquet.ParquetFile(path) as file:
+        parquet = _pyarrow(path).parquet
+        with parquet.ParquetFile(path) as file:
             if key not in file.schema_arrow.names:
                 return [None] * file.metadata.num_rows
             values = [value for batch in file.iter_batches(columns=[key]) for value in batch[0].to_pylist()]
@@ -141,10 +141,21 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _parquet_records(path: Path, keys: tuple[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import pyarrow  # 0.1 s, and only for Parquet
-    import pyarrow.parquet
+def _pyarrow(path: Path) -> Any:
+    """pyarrow with pyarrow.parquet: 0.1 s, and only for Parquet."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:  # releases from 26 on refuse NumPy 1
+        raise DataError(
+            f"{path}: Parquet needs pyarrow, which cannot be imported: {error}; this environment has NumPy "
+            f"{importlib.metadata.version('numpy')}: upgrade it, install an older pyarrow (with NumPy 1: "
+            "pip install 'pyarrow<26'), or write the data as .jsonl"
+        ) from error
+    return pyarrow
 
+
+def _parquet_records(path: Path, keys: tuple[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    pyarrow = _pyarrow(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names

@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -40,6 +41,7 @@ class ServerEndpoint:
         pid: its process on its node; None between two starts.
         state: what `serve` knows of it.
         torch_version, nccl_version: of the environment that it runs in; None: unknown, or no NCCL there.
+        nccl_settings: what `rollout.nccl.server_settings` says of it; None: unknown.
     """
 
     url: str
@@ -48,6 +50,7 @@ class ServerEndpoint:
     state: ServerState = "ready"
     torch_version: str | None = None
     nccl_version: str | None = None
+    nccl_settings: Mapping[str, str] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ def publish(path: Path, endpoints: Endpoints) -> None:
                 "state": server.state,
                 "torch_version": server.torch_version,
                 "nccl_version": server.nccl_version,
+                "nccl_settings": None if server.nccl_settings is None else dict(server.nccl_settings),
             }
             for server in endpoints.servers
         ],
@@ -127,8 +131,21 @@ def read_endpoints(path: Path) -> Endpoints:
         EndpointsError: there is no such file, it is not one of `serve`, two of a folder ask for different API keys,
             or a router serves one node of several.
     """
-    files = _files(path)
-    parts = [_read(file) for file in files]
+    return merged(path, read_parts(path))
+
+
+def read_parts(path: Path) -> dict[Path, Endpoints]:
+    """What each file of `path` says; see `read_endpoints`.
+
+    Raises:
+        EndpointsError: there is no such file, or it is not one of `serve`.
+    """
+    return {file: _read(file) for file in _files(path)}
+
+
+def merged(path: Path, read: Mapping[Path, Endpoints]) -> Endpoints:
+    """The servers of all files of `path`; raises as `read_endpoints` does."""
+    files, parts = list(read), list(read.values())
     if len(parts) == 1:
         return parts[0]
     servers = tuple(server for part in parts for server in part.servers)
@@ -211,7 +228,15 @@ def _server(item: dict[str, Any]) -> ServerEndpoint:
         state,
         _optional(item, "torch_version", str),
         _optional(item, "nccl_version", str),
+        _settings(item),
     )
+
+
+def _settings(item: dict[str, Any]) -> dict[str, str] | None:
+    found = _optional(item, "nccl_settings", dict)
+    if found is not None and not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(f"nccl_settings {found!r}")
+    return found  # type: ignore[no-any-return]
 
 
 def _optional(record: dict[str, Any], name: str, kind: type) -> Any:

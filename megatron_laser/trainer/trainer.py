@@ -25,7 +25,7 @@ from megatron_laser.observability.timers import Timers
 from megatron_laser.trainer.bad_steps import BadSteps
 from megatron_laser.trainer.forward import run_forward
 from megatron_laser.trainer.losses import SampleTensors, TrainLoss
-from megatron_laser.trainer.policy import build_policy, build_reference
+from megatron_laser.trainer.policy import Policy, build_policy, build_reference
 from megatron_laser.trainer.reduce import MEAN_KEYS, reduce_sums
 from megatron_laser.trainer.runtime import Runtime
 from megatron_laser.trainer.step_data import StepData, check_token_ids, prepare_step
@@ -56,12 +56,19 @@ class Trainer:
     """Policy, optimizer and everything that turns a rollout batch into an update."""
 
     def __init__(
-        self, config: RunConfig, runtime: Runtime, *, score_token_id: int | None, timers: Timers | None = None
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        *,
+        score_token_id: int | None,
+        timers: Timers | None = None,
+        policy: Policy | None = None,
     ) -> None:
         """Build the model from `model.path`; a reference model only when a setting needs one.
 
         Args:
             score_token_id: z_c; required when `laser.enabled`.
+            policy: what to train instead of a model of its own: another trainer's, which takes turns with this one.
         """
         if config.laser.enabled and score_token_id is None:
             raise ValueError("laser.enabled needs the id of laser.score_token")
@@ -69,7 +76,7 @@ class Trainer:
         self._runtime = runtime
         self._timers = timers or Timers()
         self._score_token_id = score_token_id if config.laser.enabled else None
-        self.policy = build_policy(config)
+        self.policy = build_policy(config) if policy is None else policy
         self.reference = build_reference(config) if needs_reference_model(config) else None
         self._bad_steps = BadSteps(config, runtime, score_token_id=self._score_token_id)
 

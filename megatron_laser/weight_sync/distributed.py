@@ -2,35 +2,40 @@
 
 Rank 0 gathers a bucket from the trainer's ranks while the one before is on its way. Each bucket is announced to the
 servers over HTTP and broadcast at the same time: a server that refuses would leave the broadcast hanging, so both
-are watched, against one deadline.
+are watched, against one deadline, and at the deadline the group is aborted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.errors import ServerError, ServerFault
+from megatron_laser.rollout.sglang.errors import ServerError, ServerFault, ServerTimeout
 from megatron_laser.rollout.sglang.member import Member
+from megatron_laser.weight_sync.broadcast import Broadcast
 from megatron_laser.weight_sync.buckets import Bucket, buckets
-from megatron_laser.weight_sync.checksums import StreamDigest
+from megatron_laser.weight_sync.checksums import ServerLayout
 from megatron_laser.weight_sync.control import SyncFailed, Update
 from megatron_laser.weight_sync.group import UpdateGroup, reachable_address
+from megatron_laser.weight_sync.past_groups import PastGroups
 from megatron_laser.weight_sync.peers import Peers
-from megatron_laser.weight_sync.verify import verify
+from megatron_laser.weight_sync.verify import Checks
 
 logger = logging.getLogger(__name__)
 
-_PHASE = "receiving weights"
+_PHASE, _LEAVING = "receiving weights", "leaving an old weight group"
+_LEAVE_SECONDS = 10.0
+_CONNECTING = "connecting to the trainer for the first broadcast of a group"
 _POLL = 0.002
 
 
@@ -38,8 +43,7 @@ _POLL = 0.002
 class _Flight:
     """A bucket on its way: the broadcasts, and each server's reply."""
 
-    works: list[dist.Work]
-    sent: list[torch.Tensor]  # alive until the broadcast is over
+    broadcast: Broadcast
     replies: dict[Member, Future[Any]]
 
 
@@ -56,9 +60,12 @@ class DistributedTransport:
         address: str | None,
         flattened: bool,
         always_verify: bool,
+        layout: ServerLayout | None = None,
+        past_groups: Path | None = None,
     ) -> None:
         """
         Args:
+            past_groups: file of the groups that servers hold, for servers that outlive the run.
             peers: decides between NCCL and gloo, and refuses what would hang.
             address: where servers reach this process; None: found out.
             flattened: one broadcast a bucket instead of one a tensor.
@@ -69,18 +76,19 @@ class DistributedTransport:
         self._seconds = seconds
         self._address = address
         self._flattened = flattened
-        self._verify = always_verify
-        self._first = True
+        self._checks = Checks(always=always_verify, layout=layout)
         self._group: UpdateGroup | None = None
         self._groups = 0
+        self._past = PastGroups(past_groups)
 
     def send(
         self, engine: SglangEngine, weights: Iterable[tuple[str, torch.Tensor]], version: int, label: str
     ) -> None:
         """See `WeightTransport.send`. Raises SyncFailed; the group is then rebuilt at the next call."""
         update = Update(engine, label, seconds=self._seconds)
-        digest = StreamDigest(dtype=self._dtype, hashed=update.on_cpu)
-        watched = digest.watch(weights) if self._verify or self._first else weights
+        check = self._checks.due(version)
+        digest = self._checks.digest(update.members, self._dtype)
+        watched = digest.watch(weights) if check else weights
         try:
             with update.paused():
                 group = self._join(update)
@@ -89,14 +97,13 @@ class DistributedTransport:
                 self._stream(update, group, watched)
                 update.end_session()
                 self._all_there(update, group)
-                if self._verify or self._first:
-                    verify(update, digest)
+                if check:
+                    self._checks.verify(update, digest, version)
         except BaseException:
             self._leave()
             raise
         if len(update.members) < len(group.members):
             self._leave()
-        self._first = False
 
     def close(self) -> None:
         """Leave the group; the servers notice when they are next asked to join one."""
@@ -105,28 +112,38 @@ class DistributedTransport:
     def _join(self, update: Update) -> UpdateGroup:
         if self._group is not None and self._group.fits(update.members):
             return self._group
-        if self._group is not None:
-            self._forget(update, self._group)
-            self._leave()
         backend = self.peers.backend(update.members)
+        session = update.engine.session
+        if self._group is not None:
+            # With a peer that is gone, leaving may wait for it on the device: such a group is left to the servers.
+            if self._group.is_whole(update.members):
+                self._forget(update, [self._group.name])
+            self._leave()
+        self._forget(update, self._past.of_other_sessions(session))
+        update.need_some()
         self._groups += 1
-        name = f"laser-{update.engine.session}-{self._groups}"
+        name = f"laser-{session}-{self._groups}"
+        self._past.add(name)
         address = self._address or reachable_address(update.members[0].url)
         self._group = UpdateGroup(update, name, backend=backend, address=address, timeout=self._seconds)
         return self._group
 
-    def _forget(self, update: Update, group: UpdateGroup) -> None:
-        """Servers that stay in the run leave the old group; whether they can is not important."""
+    def _forget(self, update: Update, names: list[str]) -> None:
+        """Servers leave these groups, if they are in them. One that stops answering over it is dropped."""
+        for name in names:
 
-        async def one(member: Member) -> None:
-            body = {"group_name": group.name}
-            await member.client.post(
-                "/destroy_weights_update_group", body, deadline=10.0, phase="leaving the weight group"
-            )
+            async def one(member: Member, body: dict[str, str]) -> None:
+                post = member.client.post
+                await post("/destroy_weights_update_group", body, deadline=_LEAVE_SECONDS, phase=_LEAVING)
 
-        for member, result in update.gather(one, update.members, 10.0, "leaving the weight group").items():
-            if isinstance(result, ServerError):
-                logger.debug("server %s: %s", member.url, result)
+            work = functools.partial(one, body={"group_name": name})
+            found = update.gather(work, list(update.members), _LEAVE_SECONDS, _LEAVING)
+            self._past.remove([name])  # not a second time: it is not worth another server
+            for member, result in found.items():
+                if isinstance(result, ServerTimeout):
+                    update.drop(member, result)
+                elif isinstance(result, ServerError):
+                    logger.debug("server %s: %s", member.url, result)
 
     def _all_there(self, update: Update, group: UpdateGroup) -> None:
         if len(update.members) < len(group.members):
@@ -166,11 +183,7 @@ class DistributedTransport:
             )
             for member in update.members
         }
-        try:
-            works = [group.broadcast(tensor) for tensor in sent]
-        except RuntimeError as error:
-            raise SyncFailed(f"weights {update.label}: the broadcast failed: {error}", retry=True) from error
-        return _Flight(works, sent, replies)
+        return _Flight(Broadcast(group.broadcast, sent), replies)
 
     def _land(self, update: Update, flight: _Flight) -> None:
         """Until every server has the bucket.
@@ -179,32 +192,31 @@ class DistributedTransport:
         others hold half of the weights.
         """
         waiting = dict(flight.replies)
-        works = list(flight.works)
-        while waiting or works:
+        sent = False
+        while waiting or not sent:
             for member, reply in list(waiting.items()):
                 if reply.done():
                     self._check_reply(update, member, reply)
                     del waiting[member]
             try:
-                works = [work for work in works if not work.is_completed()]
+                sent = flight.broadcast.done()
             except RuntimeError as error:
                 raise SyncFailed(
-                    f"weights {update.label}: the broadcast failed: {error}", retry=True
+                    f"weights {update.label}: the broadcast to {_urls(flight.replies)} failed: {error}",
+                    retry=True,
                 ) from error
-            dead = [member for member in waiting if member.health.state.value in ("dead", "restarting")]
-            if dead or time.monotonic() > update.ends:
-                names = ", ".join(member.url for member in dead or waiting) or "the broadcast itself"
-                what = "died while" if dead else f"not done within rollout.sync_deadline {self._seconds:g} s:"
-                raise SyncFailed(f"weights {update.label}: {names} {what} {_PHASE}", retry=True)
-            if waiting or works:
+            gone = [member for member in waiting if member.health.state.value in ("dead", "restarting")]
+            phase = _PHASE if flight.broadcast.issued else _CONNECTING
+            if gone:
+                raise SyncFailed(f"weights {update.label}: {_urls(gone)} died while {phase}", retry=True)
+            if time.monotonic() > update.ends:
+                raise SyncFailed(
+                    f"weights {update.label}: {_urls(waiting or flight.replies)} not done within "
+                    f"rollout.sync_deadline {self._seconds:g} s: {phase}",
+                    retry=True,
+                )
+            if waiting or not sent:
                 time.sleep(_POLL)
-        for work in flight.works:
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise SyncFailed(
-                    f"weights {update.label}: the broadcast failed: {error}", retry=True
-                ) from error
 
     def _check_reply(self, update: Update, member: Member, reply: Future[Any]) -> None:
         error = reply.exception()
@@ -222,3 +234,7 @@ class DistributedTransport:
         group, self._group = self._group, None
         if group is not None:
             group.leave()
+
+
+def _urls(members: Iterable[Member]) -> str:
+    return ", ".join(member.url for member in members)

@@ -79,6 +79,11 @@ class UpdateGroup:
         """Whether it consists of exactly these servers, with the processes that joined."""
         return {member: _process(member) for member in members} == self.members
 
+    def is_whole(self, members: list[Member]) -> bool:
+        """Whether all who joined are among `members`, still with the process that joined."""
+        now = {member: _process(member) for member in members}
+        return all(now.get(member) == process for member, process in self.members.items())
+
     def broadcast(self, tensor: torch.Tensor) -> dist.Work:
         """Start sending `tensor` to all servers."""
         options = dist.BroadcastOptions()

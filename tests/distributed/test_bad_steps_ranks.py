@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers.models import save_tiny_model
-from helpers.torchrun import torchrun
+from helpers.ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -17,7 +17,7 @@ LAYOUTS = ("data 2", "data 2, distributed, bf16, overlapped", "tensor 2", "pipel
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad_steps")
     save_tiny_model(folder / "model", "qwen2")
-    torchrun(WORKER, 2, folder / "model", folder / "results.json")
+    run_ranks(WORKER, 2, folder / "model", folder / "results.json")
     found = json.loads((folder / "results.json").read_text())
     assert tuple(found) == LAYOUTS
     return found

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers.models import FAMILIES, save_tiny_model
-from helpers.torchrun import torchrun
+from helpers.ranks import run_ranks
 
 from megatron_laser.model.hf_folder import HfFolder
 
@@ -29,7 +29,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(models):
-    torchrun(WORKER, 2, models, models / "results.json")
+    run_ranks(WORKER, 2, models, models / "results.json")
     results = json.loads((models / "results.json").read_text())
     assert set(results) == {f"{family}, {layout}" for family, layout in CASES}
     return results

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.models import save_tiny_model
-from helpers.torchrun import torchrun
+from helpers.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("transport_worker.py")
 
@@ -14,7 +14,7 @@ WORKER = Path(__file__).with_name("transport_worker.py")
 @pytest.mark.slow
 def test_arrays_sums_and_weights_reach_the_right_ranks_under_every_layout(tmp_path):
     save_tiny_model(tmp_path / "model", "qwen2-tied")
-    torchrun(WORKER, 2, tmp_path)
+    run_ranks(WORKER, 2, tmp_path)
 
 
 def test_one_process_keeps_its_arrays(single_process):

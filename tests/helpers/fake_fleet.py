@@ -4,6 +4,8 @@ Only the HTTP is replaced: fleet and health are the real ones, and so is whateve
 """
 
 import asyncio
+import functools
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -21,7 +23,8 @@ class FakeServer:
         log: (server's url, path) of every call to any server of the fleet, in order.
         fails: path -> what a call of it raises, or answers in place of the truth. An update begins with a
             /continue_generation, for a server that somebody else has paused: of one that runs it does not fail.
-        sums, values: what /weights_checker and /get_weights_by_name answer.
+        sums: what /weights_checker answers.
+        left: groups that it was told to leave.
         loads: called with the folder of a disk update before it counts.
     """
 
@@ -32,8 +35,8 @@ class FakeServer:
         self.paused = False
         self.running = False
         self.fails: dict[str, Any] = {}
+        self.left: list[str] = []
         self.sums: dict[str, str] = {}
-        self.values: dict[str, Any] = {}
         self.loads: Callable[[str], None] = lambda folder: None
         self.deadlines: dict[str, float] = {}
 
@@ -62,14 +65,16 @@ class FakeServer:
             assert self.paused, "weights changed under running requests"
             self.loads(body["model_path"])
             self.version = body["weight_version"]
+        elif path == "/update_weights_from_distributed":
+            self.version = body.get("weight_version", self.version)
+        elif path == "/destroy_weights_update_group":
+            self.left.append(body["group_name"])
         elif path == "/model_info":
             return {"weight_version": self.version}
         elif path == "/weights_checker":
             return {
                 "ranks": [{"checksums": dict(self.sums), "per_gpu_checksum": str(sorted(self.sums.items()))}]
             }
-        elif path == "/get_weights_by_name":
-            return self.values[body["name"]]
         return {"success": True}
 
 
@@ -86,6 +91,13 @@ class FakeEngine:
         for member, server in zip(self.fleet.members, self.servers):
             member.client, member.device = server, "cpu"  # type: ignore[assignment]
             self.fleet.tell(member, Answered("default"))
+
+    @functools.cached_property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """For what is asked beside other work."""
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+        return loop
 
     def label(self, version: int) -> str:
         return f"{self.session}-{version}"

@@ -18,13 +18,32 @@ def reference(hidden, weight, labels, inv_temperature=1.0, vocab_size=None):
     return logprobs * labelled, -(log_p.exp() * log_p).sum(1) * labelled
 
 
+def largest_logit(hidden, weight, inv_temperature=1.0, vocab_size=None):
+    """max |z| of the scaled logits, a float."""
+    logits = (hidden.double() @ weight.double().T)[:, :vocab_size]
+    if isinstance(inv_temperature, torch.Tensor):
+        inv_temperature = inv_temperature.double().unsqueeze(1)
+    return float((logits * inv_temperature).abs().max())
+
+
+def tensor_core_tolerance(largest, hidden_size):
+    """Absolute tolerance, in nats, of log-probs and entropies whose logits come from Hopper's tensor cores.
+
+    They add 16 products at a time into float32 and cut the sum off instead of rounding it (Fasi et al., PeerJ Comput.
+    Sci. 7:e330, for V100 and A100; arXiv 2512.07004 for H100): each of H / 16 additions loses up to one ulp, always
+    towards 0. `largest`: max |z|; the second term is for the softmax in float32.
+    """
+    return largest * hidden_size / 16 * 2**-23 + 2e-5
+
+
 def inputs(rows=37, hidden_size=16, columns=53, dtype=torch.float32, seed=0, scale=1.0):
-    """(hidden, weight, labels) with every fifth row unlabelled."""
+    """(hidden, weight, labels) with every fifth row unlabelled, but for a problem of one row, which has a label."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, hidden_size, generator=generator, dtype=torch.float64) * scale
     weight = torch.randn(columns, hidden_size, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, columns, (rows,), generator=generator)
-    labels[::5] = IGNORE_LABEL
+    if rows > 1:
+        labels[::5] = IGNORE_LABEL
     return hidden.to(dtype), weight.to(dtype), labels
 
 

@@ -38,8 +38,8 @@ def torchrun(script: Path, processes: int, *arguments: str | Path, timeout: floa
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
-        raise AssertionError(f"{script.name}: not done after {timeout:g} s\n{_readable(output)}") from None
-    assert process.returncode == 0, f"{script.name} failed on {processes} ranks\n{_readable(output)}"
+        raise AssertionError(f"{script.name}: not done after {timeout:g} s\n{readable(output)}") from None
+    assert process.returncode == 0, f"{script.name} failed on {processes} ranks\n{readable(output)}"
     return output
 
 
@@ -67,7 +67,8 @@ def run_worker(main: Callable[[], None]) -> None:
         os._exit(1)
 
 
-def _readable(output: str) -> str:
+def readable(output: str) -> str:
+    """The tracebacks that `run_worker` has written, or the end of the output."""
     failures = [part for part in output.split(_FAILURE) if part.startswith(" ") and "Traceback" in part]
     if failures:
         return "\n".join(_FAILURE + part[:5000] for part in failures)

@@ -15,7 +15,7 @@ from megatron_laser.model import platform
 
 platform.install()
 
-from megatron_laser.trainer.bad_steps import BadStepsError, read_dump  # noqa: E402
+from megatron_laser.trainer.bad_steps import BadStepsError, read_dump, write_dump  # noqa: E402
 from megatron_laser.trainer.trainer import MismatchError, Trainer  # noqa: E402
 
 GROUPS = [
@@ -176,6 +176,25 @@ def test_a_dump_that_cannot_be_written_does_not_stop_the_run(single_process, mod
     (tmp_path / "run").write_text("a file where the folder should be")
     assert trainer.train_step(batch(1, bad=math.nan), 1).metrics["bad_steps"] == 1.0
     assert "cannot be written" in caplog.text
+
+
+def test_nothing_but_arrays_is_given_to_savez(tmp_path, monkeypatch):
+    """Before NumPy 2.2 it takes no options: one more keyword is one more array, and the batch cannot be read."""
+    from megatron_laser.trainer import transport
+
+    flat = batch(1)
+    given = []
+
+    def savez(file, **arrays):
+        given.append(set(arrays))
+        return original(file, **arrays)
+
+    original = np.savez
+    monkeypatch.setattr(np, "savez", savez)
+    write_dump(tmp_path / "step_1", flat, run_config(tmp_path, tmp_path), {"format_version": 1})
+    transport._encode(flat.to_arrays())
+    assert given == [set(flat.to_arrays())] * 2
+    assert set(read_dump(tmp_path / "step_1").flat.to_arrays()) == set(flat.to_arrays())
 
 
 def test_a_damaged_dump_is_refused_by_name(single_process, model_folder, tmp_path):

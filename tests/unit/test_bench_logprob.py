@@ -7,8 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 from megatron_laser.benchmarks import logprob, logprob_ops
-from megatron_laser.benchmarks.logprob import Shape, WrongResultError
 from megatron_laser.benchmarks.logprob_ops import Implementation, dense
+from megatron_laser.benchmarks.logprob_report import Shape
 from megatron_laser.cli import app
 from megatron_laser.model import platform
 
@@ -34,11 +34,11 @@ def quick(monkeypatch):
 def test_the_table_and_the_files_have_every_contender_and_its_ratio_to_the_floor(tmp_path):
     report = logprob.bench_logprob([SHAPE])
     assert [one.implementation for one in report.measurements] == [
-        *("megatron_laser", "torch, tiled", "torch, dense")
+        *("megatron_laser", "megatron_laser: main_grad", "torch, tiled", "torch, dense")
     ]
     first = report.measurements[0]
     assert (first.forward, first.forward_floor, first.backward_floor) == (0.5, 0.25, 0.75)
-    assert first.error < 1e-5 and first.peak_bytes > 0
+    assert first.error < 1e-5 and first.peak_bytes > 0 and first.forward_peak_bytes > 0
     table = report.table()
     assert "No CUDA device" in table and "40 x 16 x 96 (tp 2)" in table and "2.00" in table
     data, figure = report.write(tmp_path, "logprob")
@@ -63,10 +63,38 @@ def wrong_gradient(hidden, weight, labels):
 
 
 @pytest.mark.parametrize(("op", "message"), [(wrong, "off by 0.5 nats"), (wrong_gradient, "dW is off by 1")])
-def test_a_wrong_result_of_ours_stops_the_benchmark(monkeypatch, op, message):
-    monkeypatch.setattr(logprob, "training_ops", lambda device: [Implementation("bad", op, ours=True)])
-    with pytest.raises(WrongResultError, match=message):
-        logprob.bench_logprob([SHAPE])
+def test_a_wrong_result_of_ours_fails_the_command_and_loses_no_other_measurement(monkeypatch, op, message):
+    contenders = [Implementation("bad", op, ours=True), Implementation("good", dense)]
+    monkeypatch.setattr(logprob, "training_ops", lambda device: contenders)
+    told = []
+    report = logprob.bench_logprob([SHAPE], listener=told.append)
+    bad, good = report.measurements
+    assert report.wrong == [bad] and message in bad.note and bad.forward is None
+    assert good.forward == 0.5 and told == [bad, good]
+    monkeypatch.setattr(logprob, "bench_logprob", lambda **settings: report)
+    done = CliRunner().invoke(app, ["bench", "logprob"])
+    assert done.exit_code == 1 and message in done.output and "good" in done.output
+
+
+def test_forward_and_backward_are_added_up_and_set_against_three_products(monkeypatch):
+    times = iter([0.5, 2.0])  # the forward, then both together
+    monkeypatch.setattr(logprob, "seconds_per_call", lambda call: next(times))
+    monkeypatch.setattr(logprob, "training_ops", lambda device: [Implementation("one", dense)])
+    report = logprob.bench_logprob([SHAPE])
+    assert report.measurements[0].both == 2.0
+    assert "sum ms" in report.table() and " 2000.000 " in report.table()
+    assert f"{2.0 / 0.75:.2f}" in report.table()
+
+
+def test_main_grad_is_checked_where_it_is_written(monkeypatch):
+    def forgets(hidden, weight, labels):
+        weight.main_grad.sub_(1.0)
+        return dense(hidden, weight, labels)
+
+    monkeypatch.setattr(
+        logprob, "training_ops", lambda device: [Implementation("bad", forgets, ours=True, main_grad=True)]
+    )
+    assert "dW is off" in logprob.bench_logprob([SHAPE]).wrong[0].note
 
 
 def test_a_peer_that_is_wrong_or_fails_gets_a_note_instead_of_a_time(monkeypatch):
@@ -89,7 +117,7 @@ def test_a_peer_that_is_wrong_or_fails_gets_a_note_instead_of_a_time(monkeypatch
 @pytest.mark.parametrize("name", ["logprob", "score"])
 def test_the_command_prints_the_table_and_writes_both_files(name, monkeypatch, tmp_path):
     original = getattr(logprob, f"bench_{name}")
-    monkeypatch.setattr(logprob, f"bench_{name}", lambda: original([SHAPE]))
+    monkeypatch.setattr(logprob, f"bench_{name}", lambda **settings: original([SHAPE], **settings))
     done = CliRunner().invoke(app, ["bench", name, "--output", str(tmp_path / "new")])
     assert done.exit_code == 0, done.output
     assert "torch, dense" in done.output

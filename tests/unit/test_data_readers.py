@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,15 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message) as error:
         read(path)
     assert str(error.value).startswith(f"{path}:2: ")
+
+
+def test_a_pyarrow_that_refuses_this_numpy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["p"], "answer": ["1"]}), path)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # an import of it raises ImportError
+    for attempt in (lambda: read(path), lambda: read_ids(path, "id")):
+        with pytest.raises(DataError, match=r"a\.parquet: Parquet needs pyarrow.* has NumPy \d.*pyarrow<26"):
+            attempt()
 
 
 def test_a_bad_parquet_file_is_named(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ SERVER = ServerEndpoint(
     state="held",
     torch_version="2.13.0+cu129",
     nccl_version="2.27.5",
+    nccl_settings={"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"},
 )
 
 

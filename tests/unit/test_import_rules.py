@@ -149,6 +149,22 @@ def test_torch_cuda_is_named_only_in_the_platform_module() -> None:
     assert_none(found, "ask megatron_laser.model.platform instead")
 
 
+def test_runs_with_servers_load_no_model_classes_of_transformers() -> None:
+    """They pull in every optional package that transformers knows, and fail where one of them is too old."""
+    found = [
+        str(item)
+        for module, item in all_imports()
+        if item.at_import_time
+        and part_of(module) in TOP
+        and part_of(module) != "benchmarks"
+        and (
+            is_under(item.target, f"{PACKAGE}.rollout.in_process")
+            or item.target.startswith("transformers.AutoModel")
+        )
+    ]
+    assert_none(found, "import the in-process engine where it is opened")
+
+
 @pytest.mark.parametrize(
     ("code", "target", "at_import_time"),
     [

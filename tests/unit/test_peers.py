@@ -18,23 +18,28 @@ from megatron_laser.weight_sync import sync_weights
 from megatron_laser.weight_sync.distributed import DistributedTransport
 from megatron_laser.weight_sync.peers import Peers
 
+SETTINGS = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 
-def member(number=1, *, device="cuda", torch_version="2.13.0+cu129", nccl_version="2.27.5"):
+
+def member(
+    number=1, *, device="cuda", torch_version="2.13.0+cu129", nccl_version="2.27.3", nccl_settings=SETTINGS
+):
     url = f"http://10.0.0.{number}:30000"
-    endpoint = ServerEndpoint(url, torch_version=torch_version, nccl_version=nccl_version)
+    endpoint = ServerEndpoint(
+        url, torch_version=torch_version, nccl_version=nccl_version, nccl_settings=nccl_settings
+    )
     return SimpleNamespace(url=url, device=device, endpoint=endpoint)
 
 
-def peers(nccl_version="2.27.3"):
-    return Peers(torch_version="2.13.0+cu129", nccl_version=nccl_version)
+def peers(nccl_version="2.27.3", environment=SETTINGS):
+    return Peers(torch_version="2.13.0+cu129", nccl_version=nccl_version, environment=environment)
 
 
-@pytest.mark.parametrize("theirs", ["2.27.5", "2.27.3", "2.27.12"])
-def test_nccl_of_one_minor_version_comes_together(theirs):
-    assert peers().backend([member(nccl_version=theirs)]) == "nccl"
+def test_one_nccl_version_comes_together():
+    assert peers().backend([member(), member(2)]) == "nccl"
 
 
-@pytest.mark.parametrize("theirs", ["2.26.3", "2.28.3", "3.27.3"])
+@pytest.mark.parametrize("theirs", ["2.27.5", "2.27.12", "2.26.3", "2.28.3", "3.27.3", "strange"])
 def test_another_nccl_is_refused_with_both_versions_and_what_to_do(theirs):
     servers = [member(1), member(2, nccl_version=theirs, torch_version="2.9.1")]
     with pytest.raises(ConfigError) as error:
@@ -46,13 +51,45 @@ def test_another_nccl_is_refused_with_both_versions_and_what_to_do(theirs):
     assert "10.0.0.1:" not in message
 
 
+@pytest.mark.parametrize(
+    ("ours", "said"),
+    [
+        (
+            {},
+            [
+                "NCCL_CUMEM_ENABLE is 0 in the servers and not set in the trainer",
+                "export NCCL_CUMEM_ENABLE=0",
+            ],
+        ),
+        ({"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "0"}, ["is 0 in the servers and 1 in the trainer"]),
+        ({"NCCL_CUMEM_ENABLE": "0"}, ["NCCL_NVLS_ENABLE is 0 in the servers and not set"]),
+    ],
+)
+def test_settings_that_map_memory_in_two_ways_are_refused_once_with_both_values(ours, said):
+    with pytest.raises(ConfigError) as error:
+        peers(environment=ours).backend([member(1), member(2)])
+    message = str(error.value)
+    assert all(part in message for part in said)
+    assert message.count("NCCL_CUMEM_ENABLE is 0 in the servers") <= 1
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_group_of_which_one_side_checks_collectives_is_refused(device):
+    environment = SETTINGS | {"TORCH_DISTRIBUTED_DEBUG": "detail"}
+    with pytest.raises(ConfigError, match=r"TORCH_DISTRIBUTED_DEBUG=DETAIL .* would hang; unset it"):
+        peers(environment=environment).backend([member(device=device)])
+    assert peers(environment=SETTINGS | {"TORCH_DISTRIBUTED_DEBUG": "INFO"}).backend([member()]) == "nccl"
+
+
 def test_of_a_server_by_url_nothing_is_known_and_that_is_said_once(caplog):
     group = peers()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
-            assert group.backend([member(nccl_version=None, torch_version=None)]) == "nccl"
+            found = member(nccl_version=None, torch_version=None, nccl_settings=None)
+            assert group.backend([found]) == "nccl"
     said = [record.message for record in caplog.records]
-    assert len(said) == 1 and "must be 2.27" in said[0]
+    assert len(said) == 1 and "must be 2.27.3, the trainer's" in said[0]
+    assert "NCCL_CUMEM_ENABLE" in said[0]
 
 
 def test_gloo_takes_another_torch_and_says_so_once(caplog):

@@ -11,7 +11,7 @@ from megatron_laser.model import platform
 platform.install()
 
 from megatron_laser.trainer.checkpoint import sharded  # noqa: E402
-from megatron_laser.trainer.residency import ALL_PARTS, Part, Residency  # noqa: E402
+from megatron_laser.trainer.residency import ALL_PARTS, Part, Residency, host_pieces  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 
 R, W = Response(5, True), Response(7, False)
@@ -143,7 +143,7 @@ def test_host_memory_is_taken_once(trainer_of):
     for _ in range(3):
         residency.offload(ALL_PARTS)
         parked = [item for items in residency._parked.values() for item in items]
-        copies.append([item.host.data_ptr() for item in parked if item.host is not None])
+        copies.append([piece.data_ptr() for item in parked if item.host is not None for piece in item.host])
         assert all(item.host is None for item in residency._parked[Part.GRADIENTS])
         residency.load(ALL_PARTS)
     assert copies[0] and copies[0] == copies[1] == copies[2]
@@ -160,3 +160,10 @@ def test_a_reference_model_leaves_too(trainer_of):
     residency.load({Part.REFERENCE})
     assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before))
     train(trainer, 1)
+
+
+@pytest.mark.parametrize("nbytes", [1, 2**20, 2**20 + 1, 3 * 2**30 + 5 * 2**20 + 7, 28 * 2**30])
+def test_pinned_buffers_are_of_sizes_that_torch_does_not_round_up(nbytes):
+    sizes = host_pieces(nbytes)
+    assert nbytes <= sum(sizes) < nbytes + 2**20
+    assert all(size & (size - 1) == 0 for size in sizes) and sizes == sorted(sizes, reverse=True)

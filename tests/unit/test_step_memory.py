@@ -37,7 +37,7 @@ def step(tmp_path):
     """A LaSeR train step (old-policy pass, forward, backward, optimizer), warmed up once."""
     torch.set_num_threads(1)
     benchmark = StepBenchmark(**SHAPE)
-    flat = benchmark._rollouts()
+    flat = benchmark.rollouts()
     benchmark.save_model(tmp_path)
     trainer = benchmark._trainers(tmp_path, budget=4096)[LASER]
     trainer.train_step(flat, 1)

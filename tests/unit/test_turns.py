@@ -1,7 +1,7 @@
 """Trainer and servers on the same GPUs: the order in which memory changes hands, step by step and when servers fail.
 
 The servers are fakes that end, as real ones do, when anything comes out of order; a real server runs in
-tests/servers/test_train_colocated.py.
+tests/distributed/test_train_colocated.py.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.fake_memory import FakeMemory, running
 
+from megatron_laser.model import platform
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.sglang.engine import SglangEngine
@@ -61,7 +62,7 @@ class Ranks:
 @contextlib.contextmanager
 def together(*servers, starts=None):
     """(turns, ranks, engine, residency) over fakes; the first server's log also gets the trainer's moves."""
-    digest = StreamDigest(dtype=torch.float32, hashed=True)
+    digest = StreamDigest(dtype=torch.float32, on_cpu=True)
     assert len(list(digest.watch(WEIGHT_STREAM))) == len(WEIGHT_STREAM)
     for server in servers:
         server.sums = digest.sums()
@@ -98,14 +99,17 @@ def take(log):
     return found
 
 
-GIVING_ALL_BACK = ["pause_generation", "flush_cache", "release_memory_occupation kv_cache weights"]
-GIVING_CACHE_BACK = ["pause_generation", "flush_cache", "release_memory_occupation kv_cache"]
+GIVING_ALL_BACK = ["pause_generation", "flush_cache", "release_memory_occupation kv_cache weights cuda_graph"]
+GIVING_CACHE_BACK = ["pause_generation", "flush_cache", "release_memory_occupation kv_cache cuda_graph"]
 SENDING = [
     *("pause_generation", "flush_cache", "end_weight_update", "begin_weight_update"),
     *("update_weights_from_tensor", "update_weights_from_tensor", "end_weight_update"),
 ]
 CHECKING = ["weights_checker"]
-GOING_ON = ["resume_memory_occupation kv_cache", "continue_generation"]
+GOING_ON = [
+    *("resume_memory_occupation cuda_graph", "resume_memory_occupation kv_cache"),
+    "continue_generation",
+]
 
 
 def test_a_step_goes_round_in_this_order():
@@ -136,12 +140,22 @@ def test_a_step_goes_round_in_this_order():
             "trainer offloads optimizer state",
             "resume_memory_occupation weights",
             *SENDING,
+            *CHECKING,  # the first update
             "trainer offloads parameters",
             *GOING_ON,
         ]
         assert [member.health.state for member in engine.fleet.members] == [State.HEALTHY]
         assert engine.fleet.available() and engine.fleet.members[0].health.version == engine.label(1)
     assert not server.died_of
+
+
+def test_memory_that_servers_have_closed_is_freed_after_every_bucket(monkeypatch):
+    server, collected = FakeMemory(), []
+    monkeypatch.setattr(platform, "collect_shared_memory", lambda: collected.append(len(server.received)))
+    with together(server) as (turns, ranks, engine, _):
+        turns.make_room()
+        assert sync(turns, ranks, engine, 0) == ""
+    assert collected == [1, 2]
 
 
 def test_a_save_leaves_the_servers_their_weights():
@@ -276,7 +290,7 @@ def test_nothing_is_released_twice():
         occupation.release(ALL_TAGS)
         assert [line for line in server.log if line.startswith("release")] == [
             "release_memory_occupation kv_cache",
-            "release_memory_occupation weights",
+            "release_memory_occupation weights cuda_graph",
         ]
         assert occupation.resume({WEIGHTS}) == "" and occupation.resume(ALL_TAGS) == ""
         assert occupation.held(engine.fleet.members[0]) == ALL_TAGS

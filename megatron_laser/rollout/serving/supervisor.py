@@ -114,6 +114,7 @@ class Supervisor:
                     server.slot.state,
                     self.plan.installed.torch,
                     self.plan.installed.nccl,
+                    server.nccl_settings,
                 )
                 for server in self._servers
             ),

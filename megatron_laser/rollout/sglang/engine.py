@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.engine import StopEarly
+from megatron_laser.rollout.open_files import raise_open_files
 from megatron_laser.rollout.sglang.client import ServerClient, Sessions
 from megatron_laser.rollout.sglang.driver import Driver
 from megatron_laser.rollout.sglang.errors import ServerError
@@ -67,11 +68,11 @@ class SglangEngine:
             on_close: called at the end of `close`: whoever started the servers ends them.
 
         Raises:
-            ServersLost: they do not.
+            ServersLost, ConfigError: they do not; `max_concurrency` is beyond the limit of open files.
             ServerMismatch, ServerRefused: one cannot be used, is no SGLang server, or wants another key.
         """
-        # Weights of another run, or of an earlier life of this one, are not ours.
-        self.session = secrets.token_hex(4)
+        raise_open_files(max_concurrency)
+        self.session = secrets.token_hex(4)  # weights of an earlier life of this run are not ours
         self.api_key = api_key
         self.transport = transport
         self._on_close = on_close
@@ -120,10 +121,7 @@ class SglangEngine:
         max_concurrency: int = 256,
         router_url: str | None = None,
     ) -> SglangEngine:
-        """Use servers as they are, for generation and scoring with the weights that they hold.
-
-        Raises as the constructor does; `deadline` in seconds.
-        """
+        """Use servers with the weights that they hold. Raises as the constructor does; `deadline` in seconds."""
         endpoints = [ServerEndpoint(url.rstrip("/")) for url in urls]
         return cls(
             lambda: endpoints,

@@ -13,7 +13,13 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from megatron_laser.rollout.endpoints import EndpointsError, ServerEndpoint
 from megatron_laser.rollout.sglang.client import ServerClient, Sessions
-from megatron_laser.rollout.sglang.errors import ServerError, ServersLost, StrangeAnswer, WeightsNeeded
+from megatron_laser.rollout.sglang.errors import (
+    OutOfFiles,
+    ServerError,
+    ServersLost,
+    StrangeAnswer,
+    WeightsNeeded,
+)
 from megatron_laser.rollout.sglang.health import (
     Answered,
     Event,
@@ -102,10 +108,12 @@ class Fleet:
         self._monitor = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
-        """Stop the monitor."""
-        if self._monitor is not None:
-            self._monitor.cancel()
-            await asyncio.gather(self._monitor, return_exceptions=True)
+        """Stop the monitor and its probes."""
+        tasks = [self._monitor, *(member.probing for member in self.members)]
+        running = [task for task in tasks if task is not None]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
     def tell(self, member: Member, event: Event) -> None:
         """Feed one event to a server's state; ends its open requests when it died or has a new process."""
@@ -218,6 +226,8 @@ class Fleet:
             if not isinstance(info, dict) or "weight_version" not in info:
                 raise StrangeAnswer(member.url, "probe", "/model_info names no weight_version")
             version = str(info["weight_version"])
+        except OutOfFiles as error:
+            member.trouble = error
         except ServerError as error:
             member.trouble = error
             refused = error.gone and "Connect call failed" in str(error)

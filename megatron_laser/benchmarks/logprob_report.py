@@ -1,0 +1,119 @@
+"""What `bench logprob` and `bench score` found: measurements, their table and their files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_laser.benchmarks.ceilings import Ceilings
+from megatron_laser.model import platform
+
+
+@dataclass(frozen=True)
+class Shape:
+    """rows x hidden times a shard of `columns` of the vocabulary, one of `shards`."""
+
+    rows: int
+    hidden: int
+    columns: int
+    shards: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.hidden} x {self.columns} (tp {self.shards})"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds, bytes on top of the inputs; None where there is nothing to measure. error: largest, in nats.
+
+    forward_floor, backward_floor: seconds at the measured ceiling of the device. peak_bytes: of forward and backward;
+    forward_peak_bytes: of the forward alone. note: why it was not timed, or a remark. wrong: it is this package's and
+    disagrees with float64; then it has no times.
+    """
+
+    shape: Shape
+    implementation: str
+    forward_floor: float
+    backward_floor: float | None
+    error: float | None = None
+    forward: float | None = None
+    backward: float | None = None
+    forward_peak_bytes: int | None = None
+    peak_bytes: int | None = None
+    rate: float | None = None
+    note: str = ""
+    wrong: bool = False
+
+    @property
+    def both(self) -> float | None:
+        """Seconds of forward and backward together: implementations divide the work between them differently."""
+        return None if self.forward is None or self.backward is None else self.forward + self.backward
+
+    def line(self) -> str:
+        """One line of the table."""
+        error = "-" if self.error is None else f"{self.error:.0e}"
+        columns = [
+            f"  {self.implementation:32s} {_number(self.forward, 1e3):>10s}",
+            f"{_ratio(self.forward, self.forward_floor):>8s}",
+            f"{_number(self.backward, 1e3):>11s} {_ratio(self.backward, self.backward_floor):>8s}",
+            # Three products are the least that any implementation needs for both.
+            f"{_number(self.both, 1e3):>9s} {_ratio(self.both, self.backward_floor):>9s}",
+            f"{_number(self.forward_peak_bytes, 2**-20, 1):>9s} {_number(self.peak_bytes, 2**-20, 1):>9s}",
+            f"{_number(self.rate, digits=2):>8s} {error:>8s}  {self.note}",
+        ]
+        return " ".join(columns).rstrip()
+
+
+def _number(value: float | None, scale: float = 1.0, digits: int = 3) -> str:
+    return "-" if value is None else f"{value * scale:.{digits}f}"
+
+
+def _ratio(value: float | None, floor: float | None) -> str:
+    return "-" if value is None or floor is None else f"{value / floor:.2f}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """All measurements of one run; `unit` is TFLOP/s or GB/s of the forward."""
+
+    title: str
+    torch: str
+    threads: int
+    ceilings: Ceilings
+    unit: str
+    measurements: list[Measurement]
+
+    @property
+    def wrong(self) -> list[Measurement]:
+        """Implementations of this package that disagree with float64."""
+        return [one for one in self.measurements if one.wrong]
+
+    def table(self) -> str:
+        """A table for people."""
+        ceilings = self.ceilings
+        lines = [
+            f"{self.title} on {ceilings.device}, {ceilings.dtype}, torch {self.torch}, {self.threads} thread(s); "
+            f"ceilings measured here: {ceilings.flops / 1e12:.4g} TFLOP/s, {ceilings.bytes / 1e9:.4g} GB/s",
+        ]
+        if not platform.has_cuda():
+            lines.append(
+                "No CUDA device: small shapes and the torch implementations only; this says nothing of GPUs."
+            )
+        for shape in dict.fromkeys(one.shape for one in self.measurements):
+            lines.append("")
+            lines.append(
+                f"{shape!s:34s} {'forward ms':>10s} {'/ floor':>8s} {'backward ms':>11s} {'/ floor':>8s} "
+                f"{'sum ms':>9s} {'/ 3 prod.':>9s} {'fwd MiB':>9s} {'peak MiB':>9s} {self.unit:>8s} {'error':>8s}"
+            )
+            lines += [one.line() for one in self.measurements if one.shape == shape]
+        return "\n".join(lines)
+
+    def write(self, folder: Path, name: str) -> list[Path]:
+        """Write NAME.json and NAME.png."""
+        from megatron_laser.benchmarks.logprob_plot import plot
+
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        return [file, plot(self, folder / f"{name}.png")]

@@ -1,0 +1,128 @@
+"""Which kinds of weight sync can work between two environments, asked of their versions and settings alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_laser.model import platform
+from megatron_laser.rollout.nccl import loaded_version, server_settings, setting_problems, trainer_settings
+from megatron_laser.rollout.serving.colocated import different_torch, expandable_segments, several_nodes
+from megatron_laser.rollout.serving.command import child_environment
+from megatron_laser.rollout.serving.installed import ask_installed
+from megatron_laser.rollout.sglang.identify import parse_version
+
+
+@dataclass(frozen=True, slots=True)
+class SyncSide:
+    """The trainer, or the servers.
+
+    Attributes:
+        torch: its version; None: unknown, or not installed.
+        nccl: "2.30.7", of the library that torch loads; None: it computes on a CPU, or the version is unknown.
+        settings: of NCCL, by variable: `rollout.nccl.trainer_settings` or `server_settings`.
+        python: the interpreter, for messages.
+    """
+
+    torch: str | None
+    nccl: str | None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    python: str = "rollout.sglang.python"
+
+
+def trainer_side(environment: Mapping[str, str]) -> SyncSide:
+    """This process, as the trainer; `environment` is its own."""
+    return SyncSide(torch.__version__, trainer_nccl(), trainer_settings(environment), sys.executable)
+
+
+def server_side(
+    python: str, *, device: str, options: Mapping[str, Any], environment: Mapping[str, str]
+) -> SyncSide:
+    """Servers that `serve` would start with the interpreter `python`, asked of it (seconds: it imports torch).
+
+    Args:
+        device, options: of `rollout.sglang`.
+        environment: of the process that would start `serve`.
+
+    Raises:
+        ConfigError: the interpreter does not run.
+    """
+    found = ask_installed(python, nccl=device == "cuda")
+    child = child_environment(environment, python=python, mark="")
+    torch_version = found.torch if found.sglang is not None else None
+    return SyncSide(torch_version, found.nccl, server_settings(child, options), python)
+
+
+def trainer_nccl() -> str | None:
+    """The NCCL that this process's torch has loaded, "2.30.7"; None: it computes on a CPU."""
+    compiled = platform.nccl_version()
+    return None if compiled is None else loaded_version() or compiled
+
+
+def sync_feasibility(
+    trainer: SyncSide, servers: SyncSide, environment: Mapping[str, str]
+) -> dict[str, str | None]:
+    """Each `rollout.weight_sync` -> None where nothing speaks against it here, or why it cannot work. Pure.
+
+    Args:
+        environment: of the trainer's processes.
+    """
+    return {
+        "distributed": _first(_distributed_problems(trainer, servers, environment)),
+        "colocated": _first(_colocated_problems(trainer, servers, environment)),
+        "disk": None if servers.torch is not None else _NO_SERVERS,
+    }
+
+
+_NO_SERVERS = "no environment with SGLang was found; see rollout.sglang.python"
+
+
+def nccl_problem(ours: str, theirs: str) -> str | None:
+    """Two NCCL versions of one group: all three numbers must agree.
+
+    Each rank sends its own with its address, and NCCL refuses any other (`init.cc`, "Mismatched NCCL version").
+    """
+    if parse_version(theirs) == parse_version(ours) != ():
+        return None
+    return "they do not form a group, which takes one version to the last number"
+
+
+def debug_problems(environment: Mapping[str, str]) -> list[str]:
+    """Settings of torch.distributed that the servers' side of the group does not have."""
+    if environment.get("TORCH_DISTRIBUTED_DEBUG", "").upper() != "DETAIL":
+        return []
+    return [
+        "TORCH_DISTRIBUTED_DEBUG=DETAIL checks every collective with a second one, which the servers' side of the "
+        "weight group does not send, so the first broadcast would hang; unset it, set it to INFO, or use "
+        "rollout.weight_sync: disk"
+    ]
+
+
+def _distributed_problems(trainer: SyncSide, servers: SyncSide, environment: Mapping[str, str]) -> list[str]:
+    if servers.torch is None:
+        return [_NO_SERVERS]
+    problems = debug_problems(environment)
+    if trainer.nccl is None and servers.nccl is None:
+        return problems  # gloo, which takes another torch
+    if trainer.nccl is None or servers.nccl is None:
+        return [
+            f"NCCL {servers.nccl or '(none)'} in the servers and {trainer.nccl or '(none)'} in the trainer"
+        ]
+    if (unlike := nccl_problem(trainer.nccl, servers.nccl)) is not None:
+        problems.append(f"NCCL {servers.nccl} in the servers and {trainer.nccl} in the trainer: {unlike}")
+    return problems + setting_problems(trainer.settings, servers.settings)
+
+
+def _colocated_problems(trainer: SyncSide, servers: SyncSide, environment: Mapping[str, str]) -> list[str]:
+    if servers.torch is None:
+        return [_NO_SERVERS]
+    problems = expandable_segments(environment) + several_nodes(environment)
+    return problems + different_torch(trainer.torch or "(none)", servers.torch, servers.python)
+
+
+def _first(problems: list[str]) -> str | None:
+    return "; ".join(problems) or None

@@ -1,0 +1,146 @@
+"""Runs the parts of `plan`, each in a process of its own under `timeout -k`; their lines are in OUT/day_one.jsonl."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from gpu_day_one.plan import BACKGROUND, BASE, ROUNDS, TRAIN, Part, chosen
+from gpu_day_one.records import Records
+from gpu_day_one.table import render
+
+_KILL_AFTER = 5  # seconds between SIGTERM and SIGKILL
+_FEWEST = 10.0  # seconds that are worth starting a part for
+
+
+class Runner:
+    """One call of the script."""
+
+    def __init__(self, out: Path, work: Path, *, rehearse: bool, budget: float, names: set[str]) -> None:
+        self._records = Records(out)
+        self._out, self._work, self._rehearse, self._names = out, work, rehearse, names
+        self._until = time.monotonic() + budget
+        self._done = self._records.finished(rehearse=rehearse) & names
+        self._base_ready = threading.Event()
+
+    def run(self) -> bool:
+        """All chosen parts; True if each is finished now or was before."""
+        background = [threading.Thread(target=self._lane, args=((part,),)) for part in BACKGROUND]
+        for thread in background:
+            thread.start()
+        for lanes in ROUNDS:
+            threads = [threading.Thread(target=self._lane, args=(lane,)) for lane in lanes]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        for thread in background:
+            thread.join()
+        return self._names <= self._records.finished(rehearse=self._rehearse)
+
+    def _lane(self, lane: tuple[Part, ...]) -> None:
+        for part in lane:
+            try:
+                if part.full_name in self._names:
+                    if part is TRAIN:
+                        self._base_ready.wait(max(0.0, self._until - time.monotonic()))
+                    self._part(part)
+            finally:
+                if part is BASE:
+                    self._base_ready.set()
+
+    def _part(self, part: Part) -> None:
+        name = part.full_name
+        if name in self._done:
+            print(f"{name}: finished before", flush=True)
+            return
+        left = self._until - time.monotonic()
+        if left < _FEWEST:
+            self._records.note(name, status="no time left", rehearse=self._rehearse)
+            return
+        limit = min(part.rehearsal if self._rehearse else part.limit, left - _KILL_AFTER)
+        print(f"{name}: at most {limit:.0f} s", flush=True)
+        started = time.monotonic()
+        status, log = self._process(part, limit)
+        self._records.note(
+            name,
+            status=status,
+            seconds=round(time.monotonic() - started, 1),
+            rehearse=self._rehearse,
+            **({} if status == "finished" else {"log": log}),
+        )
+
+    def _process(self, part: Part, limit: float) -> tuple[str, str]:
+        command = [
+            "timeout",
+            "-k",
+            str(_KILL_AFTER),
+            f"{limit:.1f}",
+            sys.executable,
+            "-m",
+            "gpu_day_one.stage",
+        ]
+        command += [part.full_name, str(self._out), str(self._work)] + ["--rehearse"] * self._rehearse
+        log = self._work / f"{part.full_name}.log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=_environment(self._rehearse, part)
+            )
+        try:
+            code: int | None = process.wait(limit + 2 * _KILL_AFTER)
+        except subprocess.TimeoutExpired:
+            code = None  # blocked in the driver, where no signal reaches it: go on without it
+        text = log.read_text(errors="replace")
+        with (self._out / "day_one.log").open("a") as whole:
+            whole.write(f"\n== {part.full_name}\n{text}")
+        status = {0: "finished", 124: "timed out", 137: "timed out", None: "hangs beyond SIGKILL"}.get(
+            code, f"failed with exit status {code}"
+        )
+        return status, "\n".join(text.splitlines()[-12:])[-1500:]
+
+
+def _environment(rehearse: bool, part: Part) -> dict[str, str]:
+    environment = dict(os.environ)
+    if rehearse:
+        # Triton's own interpreter stands in for the compiler; a GPU that is there is not looked at.
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    if part is BASE:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return environment
+
+
+def main() -> int:
+    """The command line behind tools/gpu_day_one.sh."""
+    parser = argparse.ArgumentParser(prog="gpu_day_one")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only")
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--budget", type=float, default=530.0)
+    arguments = parser.parse_args()
+    try:
+        names = chosen(arguments.only)
+    except ValueError as error:
+        parser.error(str(error))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    runner = Runner(
+        arguments.out,
+        arguments.work,
+        rehearse=arguments.rehearse,
+        budget=arguments.budget,
+        names=names,
+    )
+    complete = runner.run()
+    table = render(Records(arguments.out).rows())
+    (arguments.out / "day_one.txt").write_text(table + "\n", encoding="utf-8")
+    print(table)
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Random weights of Qwen2.5-7B's shape on disk, and the run that trains them: for stages `train` and `residency`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen2Config
+
+from megatron_laser.config import RunConfig, load_config
+from megatron_laser.config.schema_inputs import ModelConfig
+from megatron_laser.model import platform
+
+FULL = dict(
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    vocab_size=152064,
+)
+TOY = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, vocab_size=128)
+_RUN = """
+model: {{path: {folder}, dtype: bfloat16, recompute: full}}
+data: {{train: {folder}/unused.jsonl, max_prompt_tokens: 32}}
+rollout: {{prompts_per_step: {prompts}, samples_per_prompt: {samples}, max_new_tokens: {response}}}
+laser: {{enabled: true, score_token: 2, ref_logprob: -20.0, reasoning_warmup_steps: 0, self_reward_warmup_steps: 0,
+        std_threshold: 0.0}}
+batching: {{tokens_per_micro_batch: {budget}}}
+run: {{steps: 1000, output_dir: {folder}/run}}
+"""
+
+
+def write_config(folder: Path, shape: dict[str, int], layers: int) -> None:
+    """config.json for the first `layers` of the layers that are there."""
+    config = Qwen2Config(
+        **shape, num_hidden_layers=layers, max_position_embeddings=32768, rope_theta=1e6, eos_token_id=1,
+        tie_word_embeddings=False, architectures=["Qwen2ForCausalLM"],
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+
+
+def write_weights(folder: Path, shape: dict[str, int], layers: int) -> None:
+    """Random bf16 weights, one file a layer: as many as `layers`, whatever config.json will ask for."""
+    torch.manual_seed(0)
+    hidden, vocabulary = shape["hidden_size"], shape["vocab_size"]
+    names: dict[str, str] = {}
+
+    def save(file: str, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        made = {name: tensor.to("cpu") for name, tensor in tensors}
+        save_file(made, folder / file, metadata={"format": "pt"})
+        names.update(dict.fromkeys(made, file))
+
+    save("tables.safetensors", iter([
+        ("model.embed_tokens.weight", _random(vocabulary, hidden)),
+        ("model.norm.weight", _ones(hidden)),
+        ("lm_head.weight", _random(vocabulary, hidden)),
+    ]))  # fmt: skip
+    for layer in range(layers):
+        save(f"layer_{layer:02d}.safetensors", _layer(f"model.layers.{layer}", shape))
+    index = {"metadata": {}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _layer(prefix: str, shape: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
+    hidden, middle = shape["hidden_size"], shape["intermediate_size"]
+    head = hidden // shape["num_attention_heads"]
+    keys = shape["num_key_value_heads"] * head
+    for name, rows in (("q", hidden), ("k", keys), ("v", keys)):
+        yield f"{prefix}.self_attn.{name}_proj.weight", _random(rows, hidden)
+        yield f"{prefix}.self_attn.{name}_proj.bias", _random(rows, 1).squeeze(1).contiguous()
+    yield f"{prefix}.self_attn.o_proj.weight", _random(hidden, hidden)
+    yield f"{prefix}.mlp.gate_proj.weight", _random(middle, hidden)
+    yield f"{prefix}.mlp.up_proj.weight", _random(middle, hidden)
+    yield f"{prefix}.mlp.down_proj.weight", _random(hidden, middle)
+    yield f"{prefix}.input_layernorm.weight", _ones(hidden)
+    yield f"{prefix}.post_attention_layernorm.weight", _ones(hidden)
+
+
+def _random(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, device=platform.device(), dtype=torch.bfloat16).mul_(0.02)
+
+
+def _ones(size: int) -> torch.Tensor:
+    return torch.ones(size, dtype=torch.bfloat16)
+
+
+def torch_layers() -> list[str]:
+    """Overrides that ask for torch's layers, where a missing Transformer Engine would else be an error on CUDA."""
+    return ["model.layers=torch"] if "layers" in ModelConfig.model_fields else []
+
+
+def run_config(
+    folder: Path, *overrides: str, prompts: int, samples: int, response: int, budget: int
+) -> RunConfig:
+    """The run's configuration; responses of `response` tokens after prompts of 32."""
+    file = folder / "run.yaml"
+    text = _RUN.format(folder=folder, prompts=prompts, samples=samples, response=response, budget=budget)
+    file.write_text(text, encoding="utf-8")
+    return load_config(file, [*torch_layers(), *overrides])

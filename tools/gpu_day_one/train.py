@@ -1,0 +1,149 @@
+"""Stage `train`: GRPO and LaSeR steps of the project's Trainer on bf16 layers of Qwen2.5-7B's shape, 8k sequences."""
+
+from __future__ import annotations
+
+import gc
+import io
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from gpu_day_one import qwen
+from gpu_day_one.stage import Stage
+from megatron_laser.benchmarks.ratios import median_ratio
+from megatron_laser.benchmarks.step import StepBenchmark
+from megatron_laser.config import RunConfig
+from megatron_laser.config.plan import Plan, resolve_plan
+from megatron_laser.model import platform
+from megatron_laser.observability.timers import Timers
+from megatron_laser.trainer import runtime as runtimes
+from megatron_laser.trainer.trainer import Trainer
+
+GRPO, LASER = "GRPO", "LaSeR"
+_PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200 SXM by its data sheet
+# Beside weights, gradients and optimizer: layer inputs, one layer's activations, tiles, the CUDA context, fragments.
+_ROOM = 14 * 2**30
+_MOST_LAYERS = 28
+
+
+def run(stage: Stage) -> None:
+    """Write the weights, find the number of layers that fits, then interleave the two kinds of step."""
+    shape = stage.size(qwen.FULL, qwen.TOY)
+    sizes = stage.size(
+        dict(prompts=2, samples=4, response=8160, budget=16384),
+        dict(prompts=2, samples=2, response=32, budget=128),
+    )
+    folder = stage.work / "qwen"
+    shutil.rmtree(folder, ignore_errors=True)
+    layers = 2 if stage.rehearse else _fitting_layers(folder, shape, sizes)
+    started = time.monotonic()
+    qwen.write_config(folder, shape, layers)
+    qwen.write_weights(folder, shape, layers)
+    stage.note("weights", layers=layers, seconds=time.monotonic() - started)
+    while True:
+        qwen.write_config(folder, shape, layers)
+        try:
+            _interleave(stage, qwen.run_config(folder, **sizes), shape, sizes, layers)
+            break
+        except torch.OutOfMemoryError as error:
+            stage.note("out_of_memory", layers=layers, message=str(error)[:200])
+        runtimes.stop()
+        gc.collect()
+        platform.empty_cache()
+        layers -= 2
+        if layers < 1:
+            raise SystemExit("not even two layers fit")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fitting_layers(folder: Path, shape: dict[str, int], sizes: dict[str, int]) -> int:
+    room = platform.free_memory_bytes() - _ROOM
+    for layers in range(_MOST_LAYERS, 1, -1):
+        qwen.write_config(folder, shape, layers)
+        if resolve_plan(qwen.run_config(folder, **sizes), 1).bytes_per_rank.total <= room:
+            return layers
+    raise SystemExit(f"two layers need more than the {room / 2**30:.1f} GiB that are free")
+
+
+def _interleave(
+    stage: Stage, config: RunConfig, shape: dict[str, int], sizes: dict[str, int], layers: int
+) -> None:
+    plan = resolve_plan(config, 1)
+    _note_prediction(stage, plan)
+    benchmark = StepBenchmark(
+        prompts=sizes["prompts"], samples=sizes["samples"], response_length=sizes["response"],
+        hidden=shape["hidden_size"], layers=layers, vocabulary=shape["vocab_size"],
+    )  # fmt: skip
+    flat = benchmark.rollouts()
+    timers = {GRPO: Timers(), LASER: Timers()}
+    runtime = runtimes.start(config)
+    laser = Trainer(config, runtime, score_token_id=2, timers=timers[LASER])
+    plain = config.model_copy(update={"laser": config.laser.model_copy(update={"enabled": False})})
+    # One model for both: two would leave each half the layers.
+    trainers = {
+        LASER: laser,
+        GRPO: Trainer(plain, runtime, score_token_id=None, timers=timers[GRPO], policy=laser.policy),
+    }
+    steps, seconds = 0, {GRPO: [], LASER: []}
+    for number in range(stage.size(7, 2)):
+        for arm in (GRPO, LASER) if number % 2 else (LASER, GRPO):
+            steps += 1
+            platform.reset_peak_memory_bytes()
+            started = time.perf_counter()
+            result = trainers[arm].train_step(flat, steps)
+            platform.synchronize()
+            spent = time.perf_counter() - started
+            warm_up = number < stage.size(2, 1)
+            if not warm_up:
+                seconds[arm].append(spent)
+            stage.note(
+                "step",
+                arm=arm,
+                warm_up=warm_up,
+                ms=spent * 1e3,
+                peak_gib=platform.peak_memory_bytes() / 2**30,
+                policy_loss=result.metrics["policy_loss"],
+                grad_norm=result.metrics["grad_norm"],
+                bad_steps=result.metrics["bad_steps"],
+            )
+    tokens = int(flat.lengths.sum())
+    flops = _model_flops(plan, flat.lengths.tolist(), sizes["response"] * flat.num_samples)
+    for arm in (GRPO, LASER):
+        middle = statistics.median(seconds[arm])
+        stage.note(
+            "summary",
+            arm=arm,
+            layers=layers,
+            tokens=tokens,
+            ms=middle * 1e3,
+            tokens_per_second=tokens / middle,
+            mfu=None if stage.rehearse else flops / middle / _PEAK_FLOPS,
+        )
+    ratio, low, high = median_ratio(seconds[LASER], seconds[GRPO])
+    stage.note("ratio", laser_over_grpo=ratio, low=low, high=high)
+    runtimes.stop()
+
+
+def _note_prediction(stage: Stage, plan: Plan) -> None:
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(plan.render())
+    text = console.export_text()
+    memory = text[max(0, text.find("Parameters and memory")) :].split("What runs")[0]
+    stage.note("dry_run", state_gib=plan.bytes_per_rank.total / 2**30, memory=" ".join(memory.split())[:1500])
+
+
+def _model_flops(plan: Plan, lengths: list[int], labelled: int) -> float:
+    """Of the old-policy pass (2 operations a weight) and the update (6); what recomputation adds is not counted.
+
+    The head works on labelled rows only; causal attention on half of each square.
+    """
+    arch = plan.architecture
+    head = arch.vocab_size * arch.hidden_size
+    trunk = plan.parameters - 2 * head
+    query = arch.num_attention_heads * arch.head_dim
+    attention = sum(2 * length**2 * query for length in lengths) * arch.num_layers
+    return 8.0 * (trunk * sum(lengths) + head * labelled) + 4.0 * attention
