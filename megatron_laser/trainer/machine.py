@@ -56,8 +56,8 @@ def machine_problems(config: RunConfig, world_size: int) -> list[str]:
 
 
 def needed_bytes(plan: Plan) -> int:
-    """Device memory in bytes that the dry run shows as the sum of a rank."""
-    return plan.bytes_per_rank.total
+    """Device memory in bytes that the dry run shows as the sum of a rank, activations and allowances included."""
+    return plan.memory.total
 
 
 def _memory_problems(config: RunConfig, world_size: int) -> list[str]:
