@@ -22,15 +22,24 @@ Context, libraries and the caching allocator are allowances, not arithmetic: see
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from megatron_laser.config.architecture import Architecture
 from megatron_laser.config.derived import longest_sequence, needs_reference_model
-from megatron_laser.config.errors import ConfigError
+from megatron_laser.config.memory_lines import (
+    GENERATE,
+    GIB,
+    MIB,
+    SAVE,
+    STATE,
+    SYNC,
+    UPDATE,
+    MemoryLine,
+    MemorySum,
+    gib,
+)
 from megatron_laser.config.parameters import Layout, count_parameters, padded_vocab_size, rank_bytes
 from megatron_laser.config.schema import RunConfig
 
-MIB, GIB = 2**20, 2**30
 # An H100 of 80 GB shows so much.
 GPU_MEMORY_GIB = 79.1
 CONTEXT_BYTES = 768 * MIB  # CUDA context with kernels, cuBLAS and cuDNN workspaces
@@ -42,54 +51,7 @@ SAVE_CHUNK_BYTES = 64 * MIB  # checkpoint/staging.py
 STEP_BYTES_PER_TOKEN = 56  # ids, positions, labels, log-probs, weights of a step's micro-batches
 MEM_FRACTION_STATIC = 0.85  # of a colocated server, where its options do not say
 
-STATE, UPDATE, SAVE, SYNC, GENERATE = "state", "update", "save", "sync", "generate"
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryLine:
-    """One part: `phase` is "state" (always there) or when it exists; `settings` change it."""
-
-    name: str
-    bytes: int
-    phase: str
-    detail: str
-    settings: str
-
-
-@dataclass(frozen=True, slots=True)
-class MemorySum:
-    """All lines of the fullest rank."""
-
-    lines: tuple[MemoryLine, ...]
-
-    def phase_bytes(self, phase: str) -> int:
-        """Sum of the lines of one phase."""
-        return sum(line.bytes for line in self.lines if line.phase == phase)
-
-    @property
-    def peak_phase(self) -> str:
-        """The phase with the most memory."""
-        return max((UPDATE, SAVE, SYNC, GENERATE), key=self.phase_bytes)
-
-    @property
-    def total(self) -> int:
-        """Bytes at the fullest moment: the state and the largest phase, one at a time."""
-        return self.phase_bytes(STATE) + self.phase_bytes(self.peak_phase)
-
-    def check(self, gpu_bytes: float) -> None:
-        """Raises ConfigError when the total is more than `gpu_bytes`; names the largest lines and their settings."""
-        if self.total <= gpu_bytes:
-            return
-        there = [line for line in self.lines if line.phase in (STATE, self.peak_phase)]
-        largest = sorted(there, key=lambda line: -line.bytes)[:3]
-        raise ConfigError(
-            [
-                f"memory: a rank needs {gib(self.total)} ({self.peak_phase}) and the GPU has {gib(gpu_bytes)}. "
-                "Largest: "
-                + "; ".join(f"{line.name} {gib(line.bytes)} ({line.settings})" for line in largest)
-            ]
-        )
 
 
 def memory_sum(
@@ -154,14 +116,6 @@ def layer_activation_bytes(
     mlp = unit * h // s + unit * 3 * f // tensor
     kept = {"none": whole, "mlp": whole - mlp, "full": unit * h // s}[recompute]
     return kept, whole - kept
-
-
-def gib(count: float) -> str:
-    """Bytes in the unit that keeps three digits: GiB for models, MiB and KiB for toys."""
-    for unit, size in (("GiB", GIB), ("MiB", MIB)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count / 2**10:,.1f} KiB"
 
 
 def _state(config: RunConfig, layout: Layout, parameters: int) -> list[MemoryLine]:

@@ -19,7 +19,8 @@ from megatron_laser.config.derived import (
     self_reward_first_step,
 )
 from megatron_laser.config.errors import ConfigError
-from megatron_laser.config.memory import GPU_MEMORY_GIB, MemorySum, memory_sum
+from megatron_laser.config.memory import GPU_MEMORY_GIB, memory_sum
+from megatron_laser.config.memory_lines import MemorySum
 from megatron_laser.config.parameters import (
     Layout,
     RankBytes,

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_laser.config.memory import GENERATE, SAVE, STATE, SYNC, UPDATE, gib
+from megatron_laser.config.memory_lines import GENERATE, SAVE, STATE, SYNC, UPDATE, gib
 from megatron_laser.config.plan import Plan
 
 

@@ -132,8 +132,13 @@ def _note_prediction(stage: Stage, plan: Plan) -> None:
     console = Console(width=110, record=True, file=io.StringIO())
     console.print(plan.render())
     text = console.export_text()
-    memory = text[max(0, text.find("Parameters and memory")) :].split("What runs")[0]
-    stage.note("dry_run", state_gib=plan.bytes_per_rank.total / 2**30, memory=" ".join(memory.split())[:1500])
+    memory = text[max(0, text.find("Memory of the fullest rank")) :].split("What runs")[0]
+    stage.note(
+        "dry_run",
+        state_gib=plan.bytes_per_rank.total / 2**30,
+        predicted_peak_gib=plan.memory.total / 2**30,
+        memory=" ".join(memory.split())[:2500],
+    )
 
 
 def _model_flops(plan: Plan, lengths: list[int], labelled: int) -> float:
