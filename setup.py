@@ -59,6 +59,7 @@ EXTRAS_REQUIRE = {
         *(
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist>=3.6",
             "hypothesis",
             "scikit-learn",
             "openai",

@@ -73,6 +73,9 @@ def train(
             moved = move_aside(Path(loaded.run.output_dir))
             if moved is not None:
                 typer.echo(f"moved the existing {loaded.run.output_dir} to {moved}")
+        from megatron_laser.model.transformer_engine import settle
+
+        settle(loaded.model.layers)
         from megatron_laser.loop import train as run
 
         folder = run(loaded)

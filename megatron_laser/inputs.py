@@ -24,7 +24,7 @@ from megatron_laser.data import (
 )
 from megatron_laser.output_folder import ClaimedFolder, claim_output_folder
 from megatron_laser.rewards import resolve_reward
-from megatron_laser.rollout.serving.colocated import refuse_colocated
+from megatron_laser.rollout.serving.start_checks import check_start
 from megatron_laser.tokenizer import load_tokenizer
 from megatron_laser.types import Prompt
 
@@ -59,7 +59,7 @@ def read_inputs(config: RunConfig) -> RunInputs:
     Raises:
         ConfigError, DataError, RewardSpecError: with the setting or the file and line that is wrong.
     """
-    refuse_colocated(config)
+    check_start(config)
     resolve_reward(config.reward.function)
     architecture = read_architecture(config.model.path)
     stop_token_ids = config.rollout.stop_token_ids or read_stop_token_ids(config.model.path)

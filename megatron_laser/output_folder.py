@@ -24,6 +24,7 @@ _LOCK = "run.lock"
 # What may change between the start of a run and its continuation: it decides where and how fast things run,
 # how long and how talkative, but not what is learned from which data.
 _MAY_CHANGE = {
+    "model": {"recompute", "layers", "attention"},
     "parallel": None,
     "batching": None,
     "checkpoint": None,
@@ -37,7 +38,12 @@ _MAY_CHANGE = {
         "verify_sync",
     },
     "reward": {"workers", "deadline"},
-    "optimizer": {"distributed", "overlap_grad_reduce", "overlap_param_gather"},
+    "optimizer": {
+        "distributed",
+        "overlap_grad_reduce",
+        "overlap_param_gather",
+        "gradient_accumulation_fusion",
+    },
     "data": {"validation", "test"},
 }
 

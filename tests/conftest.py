@@ -16,6 +16,20 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", r"ignore::Warning:megatron\..*")
 
 
+def pytest_collection_modifyitems(items):
+    from helpers.side_by_side import long_ones_first
+
+    items[:] = long_ones_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """For `pytest -n 2`, whatever --dist says: what a module's fixture holds is made once."""
+    from helpers.side_by_side import scheduling
+
+    return scheduling(config, log)
+
+
 @pytest.fixture(scope="module")
 def single_process(tmp_path_factory):
     """Process groups of a run on one process, without torchrun; gives the Runtime."""

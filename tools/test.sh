@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Everything that a change must pass: formatting, lint, types, tests. Sets up .venv first, and .venv-sglang (2.4 GB) for
-# the tests that talk to a real SGLang server; where that cannot be installed these are skipped, with the reason.
+# Everything that a change must pass: formatting, lint, types, tests. Sets up .venv first, and beside it .venv-sglang
+# (2.4 GB) for the tests that talk to a real SGLang server; where that cannot be installed these are skipped, with the
+# reason. Tests run side by side on the machine's cores, at most four.
 #
 #   tools/test.sh                    all but the tests marked `long`
 #   tools/test.sh --all              those too
+#   tools/test.sh --fast             formatting, lint, types, and the tests without real servers or several ranks
 #   tools/test.sh --no-sglang        without setting up .venv-sglang (after --all, if both are given)
-#   tools/test.sh -k schedule -x     further arguments go to pytest
+#   tools/test.sh -k schedule -x     further arguments go to pytest; -n 0 runs one test after the other, for -s or --pdb
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,14 +18,51 @@ case "${1:-}" in
   ;;
 esac
 selection=(-m "not long")
-if [ "${1:-}" = --all ]; then
+fast=
+case "${1:-}" in
+--all)
   selection=()
   shift
-fi
+  ;;
+--fast)
+  fast=yes
+  selection=(-m "not long and not distributed and not sglang")
+  shift
+  ;;
+esac
 with_sglang=yes
 if [ "${1:-}" = --no-sglang ]; then
   with_sglang=
   shift
+fi
+
+logs=$(mktemp -d)
+sglang_set_up=
+end() {
+  local status=$?
+  trap - EXIT
+  if [ -n "$sglang_set_up" ]; then
+    kill -- "-$sglang_set_up" 2>/dev/null || true
+  fi
+  rm -rf "$logs"
+  exit "$status"
+}
+trap end EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+if [ -n "$fast" ]; then
+  no_sglang='not set up: --fast'
+elif [ -z "$with_sglang" ]; then
+  no_sglang='not set up: --no-sglang'
+elif [ -n "${MEGATRON_LASER_SGLANG_PYTHON:-}" ]; then
+  no_sglang="MEGATRON_LASER_SGLANG_PYTHON=$MEGATRON_LASER_SGLANG_PYTHON"
+else
+  no_sglang=
+  set -m # a process group of its own, to end it as a whole
+  bash tools/setup_sglang_cpu.sh >"$logs/sglang" 2>&1 </dev/null &
+  sglang_set_up=$!
+  set +m
 fi
 
 bash tools/setup_env.sh
@@ -40,23 +79,38 @@ check() {
   "$@" || failed+=("$*")
   printf '   %d s\n' $((SECONDS - started))
 }
+stop_if_failed() {
+  if [ ${#failed[@]} -gt 0 ]; then
+    printf '\nfailed before the tests:\n' >&2
+    printf '  %s\n' "${failed[@]}" >&2
+    exit 1
+  fi
+}
 check ruff check .
 check ruff format --check .
 check mypy
-if [ ${#failed[@]} -gt 0 ]; then
-  printf '\nfailed before the tests:\n' >&2
-  printf '  %s\n' "${failed[@]}" >&2
-  exit 1
+stop_if_failed
+if [ -z "$fast" ] && [ -e tools/test_numpy_1.sh ]; then
+  check bash tools/test_numpy_1.sh
+  stop_if_failed
 fi
 
 printf '\n== SGLang for the tests that need a real server\n'
-if [ -z "$with_sglang" ]; then
-  printf '   not set up: --no-sglang\n'
-elif [ -n "${MEGATRON_LASER_SGLANG_PYTHON:-}" ]; then
-  printf '   MEGATRON_LASER_SGLANG_PYTHON=%s\n' "$MEGATRON_LASER_SGLANG_PYTHON"
-elif ! bash tools/setup_sglang_cpu.sh; then
-  printf '\n   NO SGLANG: it could not be installed, see above. The tests marked `sglang` are skipped.\n' >&2
+if [ -n "$no_sglang" ]; then
+  printf '   %s\n' "$no_sglang"
+else
+  started=$SECONDS
+  if wait "$sglang_set_up"; then
+    cat "$logs/sglang"
+  else
+    cat "$logs/sglang" >&2
+    printf '\n   NO SGLANG: it could not be installed, see above. The tests marked `sglang` are skipped.\n' >&2
+  fi
+  sglang_set_up=
+  printf '   waited for %d s\n' $((SECONDS - started))
 fi
 
+cores=$(nproc 2>/dev/null || echo 1)
+workers=$((cores < 4 ? cores : 4))
 printf '\n== pytest %s\n' "${selection[*]} $*"
-exec python -m pytest ${selection[@]+"${selection[@]}"} --durations=10 "$@"
+python -m pytest -n "$workers" ${selection[@]+"${selection[@]}"} --durations=10 "$@"

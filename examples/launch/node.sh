@@ -10,6 +10,9 @@
 #   MASTER_PORT         a free port of node 0 (default 29500)
 #   PROCESSES_PER_NODE  default: the node's GPUs; without a GPU give it
 #   PYTHON              default: .venv/bin/python where tools/setup_env.sh made it, else python
+#   JIT_CACHE           folder for compiled kernels, see common.sh
+#
+# SIGUSR1 asks the run to save after its current step and to end; torchrun would give it 30 seconds for that.
 set -euo pipefail
 
 case "${1:-}" in
@@ -42,7 +45,26 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
-exec "$python" -m torch.distributed.run \
+# Packed micro-batches have a new size each time. Servers on the same GPUs cannot be handed such memory.
+if [ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ] && [[ "$*" != *colocated* ]] && ! grep -qs colocated "$1"; then
+  export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+fi
+# shellcheck source=examples/launch/common.sh
+source "$root/examples/launch/common.sh"
+
+# torchrun and its ranks ignore SIGUSR1, whoever sends it to all of them, until a rank listens to it.
+trap '' USR1
+# In the background: bash runs a trap only between two commands.
+"$python" -m torch.distributed.run \
   --nnodes "$nodes" --node-rank "$node_rank" --nproc-per-node "$processes" \
   --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
-  -m megatron_laser train "$@"
+  -m megatron_laser train "$@" &
+torchrun=$!
+save_and_stop() {
+  signalled=1
+  # shellcheck disable=SC2046  # one word each
+  kill -USR1 $(cat "/proc/$torchrun/task/"*/children) 2>/dev/null || true
+}
+trap save_and_stop USR1
+trap 'signalled=1; kill -TERM "$torchrun" 2>/dev/null || true' TERM INT HUP
+await "$torchrun"

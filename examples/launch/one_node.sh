@@ -7,6 +7,9 @@
 #   TRAIN_GPUS    GPUs of the trainer, one process each (default 0,1,2,3)
 #   ROLLOUT_GPUS  GPUs of the servers, rollout.sglang.servers x tensor of them (default 4,5,6,7)
 #   PYTHON        default: .venv/bin/python where tools/setup_env.sh made it, else python
+#   JIT_CACHE     folder for compiled kernels, see common.sh
+#
+# SIGUSR1 asks the trainer to save after its current step and to end; the servers end after it.
 set -euo pipefail
 
 case "${1:-}" in
@@ -18,6 +21,8 @@ esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 python=${PYTHON:-python}
 if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
+# shellcheck source=examples/launch/common.sh
+source "$root/examples/launch/common.sh"
 train_gpus=${TRAIN_GPUS:-0,1,2,3}
 rollout_gpus=${ROLLOUT_GPUS:-4,5,6,7}
 
@@ -30,9 +35,12 @@ stop() {
   fi
 }
 trap stop EXIT
-trap 'exit 130' INT TERM
+trap 'exit 130' INT TERM USR1
 
-CUDA_VISIBLE_DEVICES=$rollout_gpus "$python" -m megatron_laser serve "$@" &
+(
+  trap '' USR1 # the trainer's
+  CUDA_VISIBLE_DEVICES=$rollout_gpus exec "$python" -m megatron_laser serve "$@"
+) &
 servers=$!
 # Ends at once when the servers do.
 "$python" -m megatron_laser serve "$@" --wait 1 &
@@ -53,4 +61,5 @@ CUDA_VISIBLE_DEVICES=$train_gpus PROCESSES_PER_NODE=$((${#commas} + 1)) PYTHON=$
   "$root/examples/launch/node.sh" "$@" &
 trainer=$!
 trap 'kill -TERM "$trainer" 2>/dev/null || true; wait "$trainer" || true; exit 130' INT TERM
-wait "$trainer"
+trap 'signalled=1; kill -USR1 "$trainer" 2>/dev/null || true' USR1
+await "$trainer"

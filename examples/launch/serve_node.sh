@@ -5,6 +5,7 @@
 #
 #   ROLLOUT_HOST  the address (default: what this node's name resolves to)
 #   PYTHON        default: .venv/bin/python where tools/setup_env.sh made it, else python
+#   JIT_CACHE     folder for compiled kernels, see common.sh
 set -euo pipefail
 
 case "${1:-}" in
@@ -23,4 +24,7 @@ case "$host" in
   exit 2
   ;;
 esac
+# shellcheck source=examples/launch/common.sh
+source "$root/examples/launch/common.sh"
+trap '' USR1 # the trainer's
 exec "$python" -m megatron_laser serve "$@" "rollout.sglang.host=$host"

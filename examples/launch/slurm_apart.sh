@@ -5,7 +5,8 @@
 #   TRAIN_NODES=4 examples/launch/slurm_apart.sh RUN.yaml [section.key=value ...]
 #
 # Submit from the repository's root, on a file system that all nodes see. In a container (pyxis) set CONTAINER_IMAGE,
-# and CONTAINER_MOUNTS for models, data and this repository.
+# and CONTAINER_MOUNTS for models, data and this repository. SIGUSR1 asks the trainer to save after its current step and
+# to end.
 set -euo pipefail
 
 if [ $# -lt 1 ] || [ -z "${TRAIN_NODES:-}" ]; then
@@ -27,13 +28,17 @@ train_hosts=$(join "${hosts[@]:0:TRAIN_NODES}")
 rollout_hosts=$(join "${hosts[@]:TRAIN_NODES}")
 NNODES=$TRAIN_NODES
 MASTER_ADDR=${hosts[0]}
-# Two jobs that share a first node must not meet.
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# Two jobs that share a first node must not meet; ports from 32768 are handed out by the kernel.
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export NNODES MASTER_ADDR MASTER_PORT
+
+# shellcheck source=examples/launch/common.sh
+source "$root/examples/launch/common.sh"
 
 container=()
 if [ -n "${CONTAINER_IMAGE:-}" ]; then
   container=(--container-image "$CONTAINER_IMAGE" --container-mounts "${CONTAINER_MOUNTS:-$root:$root}" --container-workdir "$root")
+  export JIT_CACHE=${JIT_CACHE:-$root/.jit_cache} # a container's HOME ends with it
 fi
 on() { # number of nodes, their names, command; for the background: it becomes srun, which takes signals to the nodes
   local count=$1 names=$2
@@ -53,22 +58,24 @@ trap 'exit 130' INT TERM
 
 on "$rollout_nodes" "$rollout_hosts" bash "$root/examples/launch/serve_node.sh" "$@" &
 steps+=($!)
-# SLURM_PROCID counts from 0 within the step: expanded on each node. Node 0 waits for the servers, the others for node 0.
+# SLURM_PROCID counts from 0 within the step: expanded on each node. All wait for the servers, which may take half an hour:
+# torchrun would wait 900 seconds for the other nodes.
 # shellcheck disable=SC2016
 on "$TRAIN_NODES" "$train_hosts" bash -c '
   set -e
   root=$0 wait_for=$1
   shift
   export NODE_RANK=$SLURM_PROCID
-  if [ "$NODE_RANK" = 0 ]; then
-    python=${PYTHON:-python}
-    if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
-    "$python" -m megatron_laser serve "$@" --wait "$wait_for"
-  fi
+  python=${PYTHON:-python}
+  if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
+  "$python" -m megatron_laser serve "$@" --wait "$wait_for"
   exec "$root/examples/launch/node.sh" "$@"' "$root" "$rollout_nodes" "$@" &
 trainer=$!
 steps+=("$trainer")
 # Whichever ends first ends the job: a run without servers waits for its deadline, servers without a run for nothing.
-status=0
-wait -n "${steps[@]}" || status=$?
-exit "$status"
+trap 'signalled=1; kill -USR1 "$trainer" 2>/dev/null || true' USR1
+while :; do
+  signalled='' status=0
+  wait -n "${steps[@]}" || status=$?
+  if [ -z "$signalled" ]; then exit "$status"; fi
+done

@@ -5,7 +5,7 @@
 #
 # HOSTFILE has one host a line; the first becomes node 0 and must be reachable from the others by that name
 # (or set MASTER_ADDR). Needs key-based login and the repository at the same path on every host. MASTER_PORT,
-# PROCESSES_PER_NODE, PYTHON and variables that begin with NCCL_ are passed on.
+# PROCESSES_PER_NODE, PYTHON, JIT_CACHE and variables that begin with NCCL_ are passed on.
 set -euo pipefail
 
 [ $# -ge 2 ] || {
@@ -21,7 +21,7 @@ shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 passed=()
-for name in MASTER_PORT PROCESSES_PER_NODE PYTHON $(compgen -e | grep '^NCCL_' || true); do
+for name in MASTER_PORT PROCESSES_PER_NODE PYTHON JIT_CACHE $(compgen -e | grep '^NCCL_' || true); do
   if [ -n "${!name:-}" ]; then passed+=("$name=${!name}"); fi
 done
 

@@ -4,13 +4,15 @@
 #   sbatch examples/orz_7b/slurm.sh [laser|grpo] [section.key=value ...]
 #
 # Submit it from the repository's root, on a file system that the node sees. In a container (pyxis) set
-# CONTAINER_IMAGE, and CONTAINER_MOUNTS for models, data and this repository.
+# CONTAINER_IMAGE, and CONTAINER_MOUNTS for models, data and this repository. 900 seconds before the time limit the run
+# is asked to save after its current step and to end; for longer steps: sbatch --signal=B:USR1@SECONDS.
 #SBATCH --job-name=orz_7b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --output=slurm-%j.log
+#SBATCH --signal=B:USR1@900
 set -euo pipefail
 
 kind=${1:-laser}
@@ -21,9 +23,12 @@ run=$root/examples/orz_7b/$kind.yaml
   echo "slurm.sh: $run is not there; submit from the repository's root, with laser or grpo" >&2
   exit 2
 }
+# shellcheck source=examples/launch/common.sh
+source "$root/examples/launch/common.sh"
 container=()
 if [ -n "${CONTAINER_IMAGE:-}" ]; then
   container=(--container-image "$CONTAINER_IMAGE" --container-mounts "${CONTAINER_MOUNTS:-$root:$root}" --container-workdir "$root")
+  export JIT_CACHE=${JIT_CACHE:-$root/.jit_cache} # a container's HOME ends with it
 fi
-srun --kill-on-bad-exit=1 ${container[@]+"${container[@]}"} \
+step --kill-on-bad-exit=1 ${container[@]+"${container[@]}"} \
   bash "$root/examples/launch/one_node.sh" "$run" "$@"

@@ -4,13 +4,15 @@
 #   sbatch examples/qwen2.5_32b/slurm.sh [laser|grpo] [section.key=value ...]
 #
 # Submit it from the repository's root, on a file system that all nodes see. In a container (pyxis) set
-# CONTAINER_IMAGE, and CONTAINER_MOUNTS for models, data and this repository.
+# CONTAINER_IMAGE, and CONTAINER_MOUNTS for models, data and this repository. 900 seconds before the time limit the run
+# is asked to save after its current step and to end; for longer steps: sbatch --signal=B:USR1@SECONDS.
 #SBATCH --job-name=qwen2.5_32b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --output=slurm-%j.log
+#SBATCH --signal=B:USR1@900
 set -euo pipefail
 
 kind=${1:-laser}

@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 
 from megatron_laser.config.architecture import Architecture
-from megatron_laser.config.derived import evaluation_max_new_tokens, longest_sequence, optimizer_steps
+from megatron_laser.config.derived import (
+    evaluation_max_new_tokens,
+    longest_sequence,
+    needed_pad_multiple,
+    optimizer_steps,
+)
 from megatron_laser.config.errors import ConfigError
 from megatron_laser.config.partition import EXCESS_LIMIT, log_partition_excess, round_up, smallest_beta
 from megatron_laser.config.rollout_checks import colocated_layout_problems, rollout_problems
@@ -28,6 +33,7 @@ def check_layout(config: RunConfig, architecture: Architecture, world_size: int)
 def structure_problems(config: RunConfig) -> list[str]:
     """Problems that show without the model and the world size; one line each, with the arithmetic."""
     return [
+        *_model_problems(config),
         *_laser_problems(config),
         *_policy_problems(config),
         *_optimizer_problems(config),
@@ -65,6 +71,20 @@ def layout_problems(config: RunConfig, architecture: Architecture, world_size: i
         problems += colocated_layout_problems(config.rollout, world_size)
     problems += _position_problems(config, architecture)
     return problems
+
+
+def _model_problems(config: RunConfig) -> list[str]:
+    model = config.model
+    if model.attention == "auto":
+        return []
+    where = ""
+    if model.layers == "torch":
+        where = "model.layers torch, which has torch's attention"
+    elif model.dtype == "float32":
+        where = "model.dtype float32, which no kernel of Transformer Engine takes"
+    if not where:
+        return []
+    return [f"model.attention: {model.attention} with {where}; set model.attention to auto"]
 
 
 def _laser_problems(config: RunConfig) -> list[str]:
@@ -215,12 +235,20 @@ def _parallel_problems(config: RunConfig) -> list[str]:
 
 def _batch_problems(config: RunConfig) -> list[str]:
     budget, longest = config.batching.tokens_per_micro_batch, longest_sequence(config)
+    problems = []
+    pad, needed = config.batching.pad_multiple, needed_pad_multiple(config.parallel)
+    if pad is not None and pad % needed:
+        problems += [
+            f"batching.pad_multiple: {pad} is not divisible by {needed}, over which parallel.tensor "
+            f"{config.parallel.tensor} with parallel.sequence divides packed sequences; use a multiple of it, or null"
+        ]
     if budget >= longest:
-        return []
+        return problems
     return [
+        *problems,
         f"batching.tokens_per_micro_batch: {budget} is less than the longest sequence, "
         f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_new_tokens "
-        f"{config.rollout.max_new_tokens} = {longest}; every sequence must fit"
+        f"{config.rollout.max_new_tokens} = {longest}; every sequence must fit",
     ]
 
 

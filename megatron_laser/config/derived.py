@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from megatron_laser.config.schema import RunConfig
+from megatron_laser.config.schema_system import ParallelConfig
 
 OldPolicyPass = Literal["full", "score_rows", "none"]
 
@@ -71,3 +72,10 @@ def optimizer_steps(config: RunConfig) -> int:
 def evaluation_max_new_tokens(config: RunConfig) -> int:
     """`evaluation.max_new_tokens`, or the rollout's where that is null."""
     return config.evaluation.max_new_tokens or config.rollout.max_new_tokens
+
+
+def needed_pad_multiple(parallel: ParallelConfig) -> int:
+    """What packed lengths must divide by: the sequence-parallel ranks, and twice (zig-zag) the context ranks."""
+    sequence = parallel.tensor if parallel.sequence else 1
+    context = 2 * parallel.context if parallel.context > 1 else 1
+    return sequence * context

@@ -5,25 +5,8 @@ from __future__ import annotations
 import ipaddress
 
 from megatron_laser.config.schema import RunConfig
-from megatron_laser.config.schema_rollout import RolloutConfig, SglangConfig
-
-# Options of sglang.launch_server that follow from other settings: given twice, one of the two would be ignored.
-OWN_OPTIONS = {
-    "model_path": "model.path",
-    "model": "model.path",
-    "host": "rollout.sglang.host",
-    "port": "rollout.sglang.port",
-    "tp_size": "rollout.sglang.tensor",
-    "tensor_parallel_size": "rollout.sglang.tensor",
-    "dtype": "model.dtype",
-    "device": "rollout.sglang.device",
-    "api_key": "rollout.sglang.api_key_env",
-    "skip_tokenizer_init": "the client, which sends and takes token ids",
-    "base_gpu_id": "the server's place on its node",
-    "enable_memory_saver": "rollout.weight_sync",
-    "config": "these options, which go into a file of their own",
-}
-
+from megatron_laser.config.schema_rollout import RolloutConfig
+from megatron_laser.config.server_options import option_problems
 
 def rollout_problems(config: RunConfig) -> list[str]:
     """Problems of the rollout section with itself and with others; one line each."""
@@ -32,7 +15,7 @@ def rollout_problems(config: RunConfig) -> list[str]:
     if rollout.engine == "in_process":
         return [*problems, *_in_process_problems(rollout)]
     problems += _server_problems(rollout)
-    problems += _option_problems(rollout.sglang)
+    problems += option_problems(rollout)
     if rollout.weight_sync == "colocated":
         problems += _colocated_problems(rollout)
     return problems
@@ -122,19 +105,6 @@ def host_problems(host: str) -> list[str]:
             "whoever reaches a server can replace its weights"
         ]
     return []
-
-
-def _option_problems(sglang: SglangConfig) -> list[str]:
-    problems = []
-    for name, value in sglang.options.items():
-        normal = name.lstrip("-").replace("-", "_")
-        if normal in OWN_OPTIONS:
-            problems.append(f"rollout.sglang.options.{name}: follows from {OWN_OPTIONS[normal]}; remove it")
-        elif not isinstance(value, str | int | float | bool | list | None):
-            problems.append(
-                f"rollout.sglang.options.{name}: expected a value or a list of values, got {value!r}"
-            )
-    return problems
 
 
 def _colocated_problems(rollout: RolloutConfig) -> list[str]:

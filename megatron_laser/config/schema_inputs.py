@@ -33,6 +33,15 @@ class ModelConfig(Section):
     recompute: Literal["none", "full"] = "none"
     """Activation recomputation: `full` keeps only each layer's input and runs the layer again in the
     backward pass (about a third more compute, much less memory)."""
+    layers: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """What layers are built from: `auto`, Transformer Engine on CUDA (an error where it is missing or does not
+    import) and torch on a CPU; `torch`, Megatron's own layers with torch's attention and norms, for a GPU without
+    Transformer Engine (slower); `transformer_engine`, or an error. float32 takes torch's attention in either
+    case; Transformer Engine's products round float32 inputs to TF32, torch's do not."""
+    attention: Literal["auto", "flash", "fused"] = "auto"
+    """Attention kernel of Transformer Engine: `auto`, its own choice for each shape; `flash`, flash-attn only
+    (package `flash-attn`); `fused`, cuDNN only. Replaces NVTE_FLASH_ATTN, NVTE_FUSED_ATTN and NVTE_UNFUSED_ATTN,
+    which must not be set to anything else."""
     keep_logits_gib: NonNegative = 0.0
     """GPU memory that one micro-batch's log-prob call may use to keep probabilities (bfloat16) for its backward, which
     then recomputes fewer logits: rows * vocabulary shard * 2 bytes keep all and save one of four products. They

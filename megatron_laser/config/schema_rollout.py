@@ -42,8 +42,9 @@ class SglangConfig(Section):
     router_url: Url | None = None
     """Address of a router in front of the servers of `urls`; generation goes through it, control never does."""
     python: Text | None = None
-    """Interpreter of the environment that has SGLang; null: `.venv-sglang/bin/python` in the working directory
-    where it exists, else `python`. SGLang's pins are not the trainer's, so it needs an environment of its own."""
+    """Interpreter of the environment that has SGLang; null: the variable MEGATRON_LASER_SGLANG_PYTHON, else the
+    trainer's own interpreter where SGLang is installed beside it, else `.venv-sglang/bin/python` in the working directory
+    (looked at first with `device: cpu`, whose environment it is), else `python`."""
     servers: Count = 1
     """Servers that `serve` starts on its node."""
     tensor: Count = 1
@@ -63,9 +64,10 @@ class SglangConfig(Section):
     """Further options of `sglang.launch_server` by name, without the dashes: `{mem_fraction_static: 0.8}`."""
     start_deadline: Positive = 1800.0
     """Seconds that a server may take to load the model and answer."""
-    hang_deadline: Positive = 120.0
-    """Seconds without any sign of life after which a server counts as dead and is started again. Long prefills
-    and weight updates keep a server busy: leave room for them."""
+    hang_deadline: Positive = 300.0
+    """Seconds without any sign of life after which a server counts as dead and is started again. Long prefills and
+    kernels that are compiled at their first use keep a server busy: leave room for them. While weights are loaded from
+    disk (`weight_sync: disk`) a server may be silent for `rollout.sync_deadline`."""
 
 
 class RolloutConfig(Section):
@@ -107,7 +109,8 @@ class RolloutConfig(Section):
     max_batch_size: Count = 256
     """Sequences generated at once by the in-process engine."""
     max_concurrency: Count = 1024
-    """Requests that are open at once, over all servers."""
+    """Requests that are open at once, over all servers. Each is a connection, which counts as an open file of rank 0:
+    the run raises its limit, and ends with an error where `ulimit -Hn` does not let it."""
     min_servers: Count = 1
     """The run goes on while at least so many servers are healthy and hold the current weights; below it waits
     for up to `servers_deadline`."""

@@ -33,6 +33,10 @@ class BatchingConfig(Section):
     tokens_per_micro_batch: Count = 16384
     """Token budget of a packed micro-batch on one rank; at least the longest sequence,
     `data.max_prompt_tokens` + `rollout.max_new_tokens`."""
+    pad_multiple: Count | None = None
+    """Packed micro-batches are padded to a multiple of this many tokens, with a sequence of its own that has no
+    label, and may so be longer than the budget; no result depends on it. Few different lengths keep GPU memory in
+    one piece. null: 128 x `parallel.tensor` on CUDA; on a CPU 2 or what `parallel.sequence` needs."""
 
 
 class CheckpointConfig(Section):
@@ -91,7 +95,8 @@ class RunSettings(Section):
     deadline: Positive = 600.0
     """Seconds that a rank waits for another, outside a rollout, before it stops with an error."""
     start_grace: Positive = 120.0
-    """Further seconds allowed while processes start and models load."""
+    """Seconds that a process waits for all others to start and meet; from then on `deadline` holds, for the first
+    use of each communicator too."""
     max_bad_steps: Count = 3
     """Steps in a row with a loss or gradient that is not finite, after which the run stops. Their updates are
     skipped and their batches kept in `output_dir`/bad_steps for `megatron-laser replay`."""

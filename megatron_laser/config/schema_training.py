@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_laser.config.fields import (
     AboveOne,
@@ -17,6 +17,7 @@ from megatron_laser.config.fields import (
     Positive,
     ScoreTokenSetting,
     Section,
+    Switch,
 )
 
 
@@ -136,3 +137,7 @@ class OptimizerConfig(Section):
     overlap_param_gather: bool = False
     """Gather updated parameters during the next forward pass; needs `distributed` and
     `overlap_grad_reduce`."""
+    gradient_accumulation_fusion: Annotated[Literal["auto", "on", "off"], Switch] = "auto"
+    """Add weight gradients to their float32 sums inside the matrix product that makes them, unrounded: `auto`, on
+    CUDA where Transformer Engine or apex's extension is there; `on`, or an error; `off`, a gradient in
+    `model.dtype` first. The log-prob head always adds its own."""

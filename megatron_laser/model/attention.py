@@ -1,4 +1,4 @@
-"""Packed causal attention through torch SDPA, for machines without Transformer Engine.
+"""Packed causal attention through torch SDPA, for layers without Transformer Engine and for float32.
 
 Megatron hands over one packed micro-batch: q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]
 and `PackedSeqParams(qkv_format="thd")`. The sequences are regrouped into a few right-padded batches of
@@ -142,6 +142,14 @@ class PackedSdpaAttention(MegatronModule):
         return torch.cat(outputs).index_select(0, layout.inverse)
 
     def _sdpa(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if q.is_cuda and q.dtype == torch.float32:
+            # The only fused kernel for float32 knows no grouped heads; without it scores would be stored.
+            k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
+
+
+def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[batch, kv_heads, width, head_dim] as [batch, heads, ...]: each key/value head for its group of query heads."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_laser.model import platform
-from megatron_laser.model.transformer_engine import use_transformer_engine
+from megatron_laser.model.transformer_engine import Attention, Layers, use_transformer_engine
 
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama")
 
@@ -66,6 +67,11 @@ def rope_inverse_frequencies(config: PretrainedConfig) -> torch.Tensor:
     return frequencies.float()
 
 
+def batches_stage_exchange(virtual_pipeline: int) -> bool:
+    """Whether pipeline stages exchange activations in batches of sends and receives, on the group's communicator."""
+    return virtual_pipeline == 1 and platform.has_cuda()
+
+
 def transformer_config(
     config: PretrainedConfig,
     *,
@@ -76,13 +82,23 @@ def transformer_config(
     context: int = 1,
     sequence: bool = False,
     recompute: bool = False,
+    layers: Layers = "auto",
+    attention: Attention = "auto",
+    fuse_gradient_accumulation: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration for a dense Qwen2, Qwen3 or Llama model under a parallel layout.
 
     Gradients are summed, never averaged: `calculate_per_token_loss` makes DDP add gradients over data-parallel
     ranks, and every loss term is already divided by its global count.
+
+    Args:
+        layers: `model.layers`; attention: `model.attention`.
+        fuse_gradient_accumulation: for layers of torch; those of Transformer Engine are told by `PolicyModel`.
+
+    Raises:
+        ConfigError: `layers` asks for a Transformer Engine that cannot be used.
     """
-    fused = use_transformer_engine()
+    fused = use_transformer_engine(layers)
     arguments: dict[str, Any] = dict(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -112,7 +128,7 @@ def transformer_config(
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         overlap_p2p_comm=virtual_pipeline > 1,
-        batch_p2p_comm=virtual_pipeline == 1 and platform.has_cuda(),
+        batch_p2p_comm=batches_stage_exchange(virtual_pipeline),
         calculate_per_token_loss=True,
         perform_initialization=False,
         use_cpu_initialization=not platform.has_cuda(),
@@ -120,8 +136,10 @@ def transformer_config(
         masked_softmax_fusion=False,
         bias_activation_fusion=fused,
         bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuse_gradient_accumulation and not fused,
         apply_rope_fusion=fused,
+        transformer_impl="transformer_engine" if fused else "local",
+        attention_backend=AttnBackend[attention],
     )
     if recompute:
         arguments.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)

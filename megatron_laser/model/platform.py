@@ -1,6 +1,7 @@
 """Where the model runs: CUDA, or a CPU made good enough for Megatron-Core 0.19.
 
-With CUDA every function here is a thin call to `torch.cuda`, and nothing in Megatron is changed. Without it,
+With CUDA every function here is a thin call to `torch.cuda`, and nothing in Megatron is changed here (layers without
+Transformer Engine change two functions, see `upstream`). Without it,
 `install()` lets the same Megatron code run over gloo. Megatron names CUDA in four ways that matter
 (`torch.cuda.current_device()`, `device="cuda"` in factories, CUDA streams, and `param.type()` compared with
 "torch.cuda.FloatTensor"), so on a CPU
@@ -75,6 +76,12 @@ def set_local_device(local_rank: int) -> None:
         torch.cuda.set_device(local_rank)
 
 
+def use_device(wanted: torch.device) -> None:
+    """Bind the calling thread to a CUDA device: a new thread starts on device 0, whatever its process uses."""
+    if wanted.type == "cuda":
+        torch.cuda.set_device(wanted)
+
+
 def collective_backend() -> str:
     """The process-group backend: NCCL with gloo for CPU tensors on CUDA, gloo otherwise."""
     return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
@@ -111,6 +118,11 @@ def free_memory_bytes() -> int:
     if has_cuda():
         return int(torch.cuda.mem_get_info()[0])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def total_memory_bytes() -> int | None:
+    """Memory of this process's device in bytes; None on a CPU, whose memory is everybody's."""
+    return int(torch.cuda.mem_get_info()[1]) if has_cuda() else None
 
 
 def empty_cache() -> None:

@@ -25,7 +25,7 @@ from megatron_laser.config import padded_vocab_size
 from megatron_laser.model import hf_config
 from megatron_laser.model.attention import PackedSdpaAttention
 from megatron_laser.model.norm import RMSNorm
-from megatron_laser.model.transformer_engine import use_transformer_engine
+from megatron_laser.model.upstream import patch_upstream
 from megatron_laser.ops import add_weight_gradient_to_main_grad, few_row_logprob, linear_logprob
 
 
@@ -34,13 +34,15 @@ class HeadInputs:
     """The labelled rows of one packed micro-batch.
 
     rows [labelled] int64: positions in the packed token order; labels [labelled] int64: global token ids;
-    inv_temperature [labelled] float32. `few_rows` uses the no-gradient op for a handful of rows.
+    inv_temperature [labelled] float32. `few_rows` uses the no-gradient op for a handful of rows. Entropies have a
+    gradient only with `entropy_gradient`: without it the backward leaves out their part of every logit's gradient.
     """
 
     rows: torch.Tensor
     labels: torch.Tensor
     inv_temperature: torch.Tensor
     with_entropy: bool = False
+    entropy_gradient: bool = False
     few_rows: bool = False
 
 
@@ -86,7 +88,9 @@ def log_prob_head(
         with_entropy=inputs.with_entropy,
     )
     if inputs.with_entropy:
-        return torch.stack([result.logprobs, result.entropy])
+        # The backward of `stack` makes zeros of a gradient that nobody asked for, and the op would work them in.
+        entropy = result.entropy if inputs.entropy_gradient else result.entropy.detach()
+        return torch.stack([result.logprobs, entropy])
     return result.logprobs.unsqueeze(0)
 
 
@@ -102,7 +106,9 @@ class PolicyModel(GPTModel):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        fuse_gradient_accumulation: bool = False,
     ) -> None:
+        """`fuse_gradient_accumulation`: Transformer Engine's layers add dW to main_grad in their own products."""
         tensor = config.tensor_model_parallel_size
         padded = padded_vocab_size(hf.vocab_size, tensor, vocab_multiple)
         tied = bool(hf.tie_word_embeddings)
@@ -122,6 +128,8 @@ class PolicyModel(GPTModel):
             self.rotary_pos_emb.inv_freq.device
         )
         _mark_shards(self)
+        if fuse_gradient_accumulation:
+            _fuse_gradient_accumulation(self)
 
     def forward(self, *args: Any, head_inputs: HeadInputs | None = None, **kwargs: Any) -> torch.Tensor:
         """GPTModel.forward; on the last stage [1 or 2, labelled] float32 when `head_inputs` is given."""
@@ -160,16 +168,30 @@ def _mark_shards(model: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
+def _fuse_gradient_accumulation(model: torch.nn.Module) -> None:
+    """Switch on Transformer Engine's own gradient accumulation fusion, which its modules read at every call.
+
+    Megatron's switch for it would also ask for apex, for the sake of the output layer, whose forward is not called.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+
+
 def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The decoder block's modules for this rank's pipeline stage (and virtual stage)."""
-    if use_transformer_engine():
+    if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
         )
         norm: Any = TENorm
+        if config.params_dtype == torch.float32:
+            # Transformer Engine has no fast attention for float32, and for packed sequences not always a slow one.
+            layer.submodules.self_attention.submodules.core_attention = PackedSdpaAttention
     else:
+        patch_upstream()
         layer = get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
         )

@@ -1,17 +1,129 @@
-"""Whether layers are built from Transformer Engine modules."""
+"""Transformer Engine: whether layers are built from its modules, and whether the installed one can be used."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
+import os
+import sys
+from typing import Literal
+
+import torch
+
+from megatron_laser.config.errors import ConfigError
 from megatron_laser.model import platform
 
-try:
-    import transformer_engine.pytorch  # noqa: F401
+logger = logging.getLogger(__name__)
 
-    _HAVE_TRANSFORMER_ENGINE = True
-except ImportError:
-    _HAVE_TRANSFORMER_ENGINE = False
+Layers = Literal["auto", "transformer_engine", "torch"]
+Attention = Literal["auto", "flash", "fused"]
+
+#: Older releases lack what Megatron-Core 0.19 calls without asking for the version.
+OLDEST = (2, 8)
+#: The minor release with which the whole trainer was rehearsed.
+REHEARSED = (2, 20)
+
+# What Megatron sets for each model.attention; NVTE_ variables of another value stop it while it builds the model.
+_BACKEND_VARIABLES = {
+    "auto": {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "1"},
+    "flash": {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"},
+    "fused": {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "0"},
+}
 
 
-def use_transformer_engine() -> bool:
-    """Whether layers are built from Transformer Engine modules: on CUDA where it is installed."""
-    return _HAVE_TRANSFORMER_ENGINE and platform.has_cuda()
+_ABSENT = "not installed"
+
+
+def use_transformer_engine(layers: Layers = "auto") -> bool:
+    """Whether layers are built from Transformer Engine modules under `model.layers`.
+
+    `auto` means Transformer Engine on CUDA and torch on a CPU, whatever is installed: a GPU never falls back silently.
+
+    Raises:
+        ConfigError: Transformer Engine is wanted and is absent, too old, or fails to import; has the reason.
+    """
+    if layers == "torch" or (layers == "auto" and not platform.has_cuda()):
+        return False
+    if problem := _problem():
+        raise ConfigError([f"model.layers: {layers} {problem}"])
+    return True
+
+
+def settle(layers: Layers) -> None:
+    """Find out about Transformer Engine before Megatron-Core is imported.
+
+    Megatron takes an ImportError for an absent Transformer Engine and dies of any other error, with which a library of
+    another CUDA shows as well. Where it is not wanted such a Transformer Engine is hidden from Megatron.
+
+    Raises ConfigError as `use_transformer_engine` does.
+    """
+    if not use_transformer_engine(layers) and (reason := _import_error()) not in ("", _ABSENT):
+        logger.warning("Transformer Engine is installed and not used; it fails to import: %s", reason)
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+
+
+def backend_variable_problems(attention: Attention) -> list[str]:
+    """One line when the environment chooses another attention backend than `model.attention`; else nothing."""
+    found = [
+        f"{name}={os.environ[name]}"
+        for name, value in _BACKEND_VARIABLES[attention].items()
+        if os.environ.get(name, value) != value
+    ]
+    if not found:
+        return []
+    return [
+        f"model.attention: {attention}, but the environment has {', '.join(found)}; Transformer Engine's attention is "
+        "chosen by model.attention (auto, flash, fused), from which these variables are set: unset them and use "
+        "the setting"
+    ]
+
+
+@functools.cache
+def _problem() -> str:
+    """Why the installed Transformer Engine cannot be used; "" when it can."""
+    rest = "or set model.layers: torch (torch's attention and norms, slower)"
+    if reason := _import_error():
+        if reason == _ABSENT:
+            return f"needs Transformer Engine, which is not installed: install transformer-engine[pytorch], {rest}"
+        return (
+            f"needs Transformer Engine, which is installed but fails to import: {reason}. It was probably built for "
+            f"another CUDA or torch ({torch.__version__} is installed): install one that fits, {rest}"
+        )
+    version = str(sys.modules["transformer_engine"].__version__)
+    release = _release(version)
+    if release < OLDEST:
+        oldest, rehearsed = (".".join(map(str, numbers)) for numbers in (OLDEST, REHEARSED))
+        return (
+            f"needs Transformer Engine {oldest} or newer for Megatron-Core 0.19, and {version} is installed: install "
+            f"{rehearsed}, which was rehearsed, {rest}"
+        )
+    if not importlib.import_module("megatron.core.extensions.transformer_engine").HAVE_TE:
+        return f"needs Transformer Engine, but Megatron-Core finds {version} unusable; {rest}"
+    if release != REHEARSED:
+        logger.warning(
+            "Transformer Engine %s was not rehearsed with this trainer; %d.%d was", version, *REHEARSED
+        )
+    return ""
+
+
+@functools.cache
+def _import_error() -> str:
+    """What importing Transformer Engine ends with; "" when it works, `_ABSENT` when there is none."""
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ModuleNotFoundError as error:
+        return _ABSENT if error.name == "transformer_engine" else _one_line(error)
+    except Exception as error:
+        return _one_line(error)
+    return ""
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _release(version: str) -> tuple[int, int]:
+    """(major, minor) of "2.20.2+abc"."""
+    major, minor, *_ = version.split("+")[0].split(".")
+    return int(major), int(minor)

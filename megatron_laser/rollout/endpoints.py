@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -127,8 +128,21 @@ def read_endpoints(path: Path) -> Endpoints:
         EndpointsError: there is no such file, it is not one of `serve`, two of a folder ask for different API keys,
             or a router serves one node of several.
     """
-    files = _files(path)
-    parts = [_read(file) for file in files]
+    return merged(path, read_parts(path))
+
+
+def read_parts(path: Path) -> dict[Path, Endpoints]:
+    """What each file of `path` says; see `read_endpoints`.
+
+    Raises:
+        EndpointsError: there is no such file, or it is not one of `serve`.
+    """
+    return {file: _read(file) for file in _files(path)}
+
+
+def merged(path: Path, read: Mapping[Path, Endpoints]) -> Endpoints:
+    """The servers of all files of `path`; raises as `read_endpoints` does."""
+    files, parts = list(read), list(read.values())
     if len(parts) == 1:
         return parts[0]
     servers = tuple(server for part in parts for server in part.servers)

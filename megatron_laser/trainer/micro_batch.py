@@ -57,8 +57,12 @@ def make_micro_batch(
     score_token_id: int | None,
     temperature: float,
     pad_multiple: int,
+    entropy_gradient: bool = False,
 ) -> MicroBatch:
-    """Pack the given samples of the rollout batch and place them on the device."""
+    """Pack the given samples of the rollout batch and place them on the device.
+
+    `entropy_gradient`: the loss has an entropy term; else entropies are a metric only.
+    """
     packed = pack(
         [flat.pack_input(index) for index in samples],
         score_token_id=score_token_id,
@@ -87,6 +91,7 @@ def make_micro_batch(
             labels=put(packed.labels, torch.int64),
             inv_temperature=put(packed.inv_temperature, torch.float32),
             with_entropy=True,
+            entropy_gradient=entropy_gradient,
         ),
         policy_rows=put(np.flatnonzero(policy), torch.int64),
         score_rows=put(np.flatnonzero(packed.is_score), torch.int64),

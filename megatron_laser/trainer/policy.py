@@ -24,14 +24,17 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
+from megatron_laser.config import ConfigError
 from megatron_laser.config.derived import optimizer_steps
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.model.dtypes import DTYPES
+from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
 from megatron_laser.model.hf_config import read_hf_config, transformer_config
 from megatron_laser.model.hf_folder import HfFolder
 from megatron_laser.model.mapping import Geometry
 from megatron_laser.model.policy_model import PolicyModel
+from megatron_laser.model.transformer_engine import backend_variable_problems, use_transformer_engine
 from megatron_laser.model.weights import WeightExporter, load_weights
 from megatron_laser.ops import configure
 
@@ -64,9 +67,16 @@ class Policy:
         return float(self.optimizer.param_groups[0]["lr"])
 
 
-def build_chunks(config: RunConfig, hf: PretrainedConfig, folder: HfFolder) -> Chunks:
-    """Build this rank's part of the model and load its weights from `folder`, shard by shard."""
+def build_chunks(config: RunConfig, hf: PretrainedConfig, folder: HfFolder, *, trained: bool) -> Chunks:
+    """Build this rank's part of the model and load its weights from `folder`, shard by shard.
+
+    `trained`: it will be wrapped in DDP and so have `main_grad`, into which layers may add dW.
+    """
     parallel = config.parallel
+    fuse = trained and fuses_gradient_accumulation(
+        config.optimizer.gradient_accumulation_fusion,
+        transformer_engine=use_transformer_engine(config.model.layers),
+    )
     model_config = transformer_config(
         hf,
         dtype=DTYPES[config.model.dtype],
@@ -76,6 +86,9 @@ def build_chunks(config: RunConfig, hf: PretrainedConfig, folder: HfFolder) -> C
         context=parallel.context,
         sequence=parallel.sequence,
         recompute=config.model.recompute == "full",
+        layers=config.model.layers,
+        attention=config.model.attention,
+        fuse_gradient_accumulation=fuse,
     )
     stages: list[int | None] = (
         list(range(parallel.virtual_pipeline)) if parallel.virtual_pipeline > 1 else [None]
@@ -90,6 +103,7 @@ def build_chunks(config: RunConfig, hf: PretrainedConfig, folder: HfFolder) -> C
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             vp_stage=stage,
+            fuse_gradient_accumulation=fuse,
         )
         models.append(model.to(platform.device()))
     load_weights(models, folder, hf, geometry)
@@ -100,11 +114,16 @@ def build_chunks(config: RunConfig, hf: PretrainedConfig, folder: HfFolder) -> C
 
 
 def build_policy(config: RunConfig) -> Policy:
-    """The trained policy: weights from `model.path`, DDP, optimizer and schedule."""
+    """The trained policy: weights from `model.path`, DDP, optimizer and schedule.
+
+    Raises ConfigError when Transformer Engine, or the environment's choice of its attention, does not fit `model`.
+    """
+    if problems := backend_variable_problems(config.model.attention):
+        raise ConfigError(problems)
     configure(keep_logits_bytes=round(config.model.keep_logits_gib * 2**30))
     hf = read_hf_config(config.model.path)
     with HfFolder(config.model.path) as folder:
-        chunks = build_chunks(config, hf, folder)
+        chunks = build_chunks(config, hf, folder, trained=True)
     _wrap_ddp(config, chunks)
     optimizer = _build_optimizer(config, chunks)
     chunks.config.grad_scale_func = optimizer.scale_loss
@@ -120,7 +139,7 @@ def build_reference(config: RunConfig) -> Chunks:
     """A frozen copy of the initial model, for KL terms and the reference ablation; no DDP, no optimizer."""
     hf = read_hf_config(Path(config.model.path))
     with HfFolder(config.model.path) as folder:
-        chunks = build_chunks(config, hf, folder)
+        chunks = build_chunks(config, hf, folder, trained=False)
     for module in chunks.wrapped:
         module.requires_grad_(False)
         module.eval()

@@ -35,14 +35,16 @@ class Part(Enum):
 
 ALL_PARTS = frozenset(Part)
 
+_SMALLEST_PIECE = 2**20  # bytes
+
 
 @dataclass
 class _Parked:
-    """A storage that is not on the device. `host`: [nbytes] uint8, its bytes; None: zeros."""
+    """A storage that is not on the device. `host`: its bytes, in pieces of uint8; None: zeros."""
 
     storage: torch.UntypedStorage
     nbytes: int
-    host: torch.Tensor | None
+    host: list[torch.Tensor] | None
 
 
 class Residency:
@@ -54,7 +56,7 @@ class Residency:
         self._device = platform.device()
         self._parked: dict[Part, list[_Parked]] = {}
         # Pinning memory takes longer than filling it: host buffers are kept, by the storage that they belong to.
-        self._hosts: dict[int, tuple[torch.UntypedStorage, torch.Tensor]] = {}
+        self._hosts: dict[int, tuple[torch.UntypedStorage, list[torch.Tensor]]] = {}
 
     @property
     def on_device(self) -> frozenset[Part]:
@@ -96,19 +98,20 @@ class Residency:
                 if parked.host is None:
                     target.zero_()
                 else:
-                    target.copy_(parked.host, non_blocking=True)
+                    _copy_pieces(parked.host, target, to_host=False)
                 taken += parked.nbytes
         platform.synchronize()
         return taken
 
-    def _copy(self, storage: torch.UntypedStorage) -> torch.Tensor:
+    def _copy(self, storage: torch.UntypedStorage) -> list[torch.Tensor]:
         known = self._hosts.get(storage._cdata)
-        if known is None or known[1].numel() != storage.nbytes():
+        if known is None or sum(piece.numel() for piece in known[1]) < storage.nbytes():
             pinned = self._device.type == "cuda"
-            host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
+            sizes = host_pieces(storage.nbytes())
+            host = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
             # The storage is held as well: its address names it, and must not be given to another one.
             known = self._hosts[storage._cdata] = (storage, host)
-        known[1].copy_(_bytes_of(storage), non_blocking=True)
+        _copy_pieces(known[1], _bytes_of(storage), to_host=True)
         return known[1]
 
     def _storages(self, part: Part) -> list[torch.UntypedStorage]:
@@ -151,6 +154,28 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Opti
     for one in inner:
         if not getattr(one, "is_stub_optimizer", False):
             yield one.optimizer
+
+
+def host_pieces(nbytes: int) -> list[int]:
+    """Sizes of the host buffers for `nbytes` bytes, largest first: powers of two, of 1 MiB or more.
+
+    torch rounds every pinned allocation up to a power of two (CachingHostAllocator), which for one buffer is up to twice
+    its size; of these pieces less than 1 MiB is lost.
+    """
+    rounded = -(-nbytes // _SMALLEST_PIECE) * _SMALLEST_PIECE
+    return [1 << bit for bit in reversed(range(rounded.bit_length())) if rounded >> bit & 1]
+
+
+def _copy_pieces(host: list[torch.Tensor], device: torch.Tensor, *, to_host: bool) -> None:
+    """`device`: [nbytes] uint8; `host` has at least as many, in order."""
+    begin = 0
+    for piece in host:
+        part = device[begin : begin + piece.numel()]
+        begin += part.numel()
+        if to_host:
+            piece[: part.numel()].copy_(part, non_blocking=True)
+        else:
+            part.copy_(piece[: part.numel()], non_blocking=True)
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -14,6 +14,8 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.model import platform
+from megatron_laser.model.hf_config import batches_stage_exchange
+from megatron_laser.trainer.communicators import bring_up
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ def torchrun_world_size() -> int:
 
 
 def start(config: RunConfig) -> Runtime:
-    """Join the process groups, set up Megatron's parallel state, and seed every generator.
+    """Join the process groups, set up Megatron's parallel state and its communicators, and seed every generator.
 
-    Raises RuntimeError when the other ranks do not come within `run.start_grace` seconds.
+    Raises RuntimeError when the other ranks do not come within `run.start_grace` seconds, or a group's communicator
+    not within `run.deadline`.
     """
     platform.install()
     platform.set_local_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -75,7 +78,9 @@ def start(config: RunConfig) -> Runtime:
         world_size=world_size,
         timeout=timeout,
     )
-    return build_groups(config, store)
+    runtime = build_groups(config, store)
+    bring_up(config.run.deadline, paired_stages=not batches_stage_exchange(config.parallel.virtual_pipeline))
+    return runtime
 
 
 def _rendezvous(config: RunConfig) -> tuple[dist.Store, int, int]:
@@ -89,6 +94,8 @@ def _rendezvous(config: RunConfig) -> tuple[dist.Store, int, int]:
             f"rank {os.environ['RANK']}: no rendezvous at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')} within run.start_grace {config.run.start_grace:g} s: {error}"
         ) from error
+    # A store keeps the timeout it was made with, even through init_process_group: communicators get their ids from it.
+    store.set_timeout(timedelta(seconds=config.run.deadline))
     return store, rank, world_size
 
 
@@ -108,7 +115,7 @@ def build_groups(config: RunConfig, store: dist.Store) -> Runtime:
         ),
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
-        distributed_timeout_minutes=max(1, int(config.run.deadline / 60)),
+        distributed_timeout_minutes=config.run.deadline / 60,
     )
     seed_everything(config.run.seed)
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,12 @@ from megatron_laser.algorithms.policy_loss import sequence_token_weights
 from megatron_laser.algorithms.self_reward import class_weights
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.batching.schedule import build_schedule
+from megatron_laser.config.derived import needed_pad_multiple
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.trainer.micro_batch import MicroBatch, make_micro_batch
+
+_CUDA_PAD = 128  # tokens a tensor-parallel rank
 
 
 @dataclass
@@ -78,7 +82,7 @@ def prepare_step(
     for ranks in schedule.minibatches:
         members = np.array(sorted(i for rank in ranks for samples in rank for i in samples), dtype=np.int64)
         minibatches.append(
-            _minibatch(flat, config, members, ranks[data_rank], score_token_id, pad=_pad_multiple(config))
+            _minibatch(flat, config, members, ranks[data_rank], score_token_id, pad=pad_multiple(config))
         )
     return StepData(
         minibatches=minibatches,
@@ -106,12 +110,16 @@ def check_token_ids(flat: FlatBatch, vocab_size: int) -> None:
     )
 
 
-def _pad_multiple(config: RunConfig) -> int:
-    """Packed lengths must divide over the sequence-parallel ranks (and, in zig-zag, the context ranks)."""
-    parallel = config.parallel
-    sequence = parallel.tensor if parallel.sequence else 1
-    context = 2 * parallel.context if parallel.context > 1 else 1
-    return max(2, sequence * context)
+def pad_multiple(config: RunConfig) -> int:
+    """What packed lengths are padded to a multiple of: `batching.pad_multiple` or its default for this device.
+
+    On CUDA few distinct lengths keep the caching allocator from cutting its memory to pieces; on a CPU padding only
+    costs. Either way lengths divide over the sequence-parallel ranks (and, in zig-zag, the context ranks).
+    """
+    if config.batching.pad_multiple is not None:
+        return config.batching.pad_multiple
+    needed = needed_pad_multiple(config.parallel)
+    return max(2, needed) if not platform.has_cuda() else math.lcm(_CUDA_PAD * config.parallel.tensor, needed)
 
 
 def _minibatch(
@@ -144,6 +152,7 @@ def _minibatch(
                 score_token_id=score_token_id,
                 temperature=config.rollout.temperature,
                 pad_multiple=pad,
+                entropy_gradient=config.policy.entropy_coefficient != 0.0,
             )
             for samples in own
         ],

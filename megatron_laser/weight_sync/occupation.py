@@ -1,6 +1,6 @@
-"""What servers on the trainer's GPUs hold in memory: their weights and their key/value cache.
+"""What servers on the trainer's GPUs hold in memory: their weights, key/value cache and CUDA graphs.
 
-SGLang (started with its memory saver) gives either back and takes it again by tag. A tag that is given back twice, or
+SGLang (started with its memory saver) gives each back and takes it again by tag. A tag that is given back twice, or
 taken again without having been given back, ends its scheduler, and so does any request that runs meanwhile. So what
 each server process holds is kept track of here, and generation is paused and flushed first.
 """
@@ -19,8 +19,8 @@ from megatron_laser.rollout.sglang.member import Member
 
 logger = logging.getLogger(__name__)
 
-CACHE, WEIGHTS = "kv_cache", "weights"
-ALL_TAGS = frozenset({CACHE, WEIGHTS})
+CACHE, WEIGHTS, GRAPHS = "kv_cache", "weights", "cuda_graph"
+ALL_TAGS = frozenset({CACHE, WEIGHTS, GRAPHS})
 
 _POLL = 0.2  # seconds between two tries to flush a server that is not idle yet
 _ABSENT = (State.STARTING, State.RESTARTING, State.DEAD)
@@ -45,7 +45,7 @@ class Occupation:
 
         async def one(member: Member) -> None:
             phase = "giving back memory"
-            leaving = [tag for tag in (CACHE, WEIGHTS) if tag in tags and tag in self.held(member)]
+            leaving = [tag for tag in (CACHE, WEIGHTS, GRAPHS) if tag in tags and tag in self.held(member)]
             if not leaving:
                 return
             await self._post(member, "/pause_generation", {"mode": "abort"}, phase)
@@ -65,8 +65,8 @@ class Occupation:
 
         async def one(member: Member) -> None:
             phase = "taking memory again"
-            wanted = [tag for tag in (WEIGHTS, CACHE) if tag in tags and tag not in self.held(member)]
-            for tag in wanted:  # weights first: they must find room
+            wanted = [tag for tag in (WEIGHTS, GRAPHS, CACHE) if tag in tags and tag not in self.held(member)]
+            for tag in wanted:  # the cache last: the others must find room
                 await self._post(member, "/resume_memory_occupation", {"tags": [tag]}, phase)
                 self._released[member, member.start].discard(tag)
             if go_on:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.sglang_server import free_port
 from helpers.tiny_run import end_session, metrics_without_times, write_tiny_run
 from helpers.torchrun import worker_environment
 
@@ -44,14 +45,6 @@ def start(file, fault, rank, step, *overrides):
         )
         for number in range(2)
     ]
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def outcome(processes, faulty):

@@ -17,6 +17,7 @@ from helpers.torchrun import run_worker
 from megatron.core import parallel_state
 
 from megatron_laser.batching.flat import FlatBatch
+from megatron_laser.trainer import communicators
 from megatron_laser.trainer import runtime as runtimes
 from megatron_laser.trainer.reduce import reduce_sums
 from megatron_laser.trainer.trainer import Trainer
@@ -43,6 +44,18 @@ def check_runtime(runtime, rank, data_rank, data_size, replica, reports):
     assert runtime.is_replica_leader == (rank == replica[0])
     assert (runtime.leaders_group is not None) == runtime.is_replica_leader
     assert runtime.reports_rows == reports
+
+
+def check_communicators(layout):
+    """Each Megatron group of both ranks under this layout comes up, neighbouring stages included."""
+    names = [name for name, _ in communicators.groups()]
+    expected = {
+        "data 2": ["data", "optimizer"],
+        "tensor 2": ["tensor", "model (tensor and pipeline)", "optimizer"],
+        "pipeline 2": ["pipeline", "model (tensor and pipeline)", "optimizer", "embedding"],
+    }
+    assert names == expected[layout], (layout, names)
+    communicators.bring_up(30.0, paired_stages=True)
 
 
 def check_arrays(runtime):
@@ -137,6 +150,7 @@ def main():
             parallel_state.destroy_model_parallel()
             runtime = runtimes.build_groups(config, store)
         check_runtime(runtime, rank, *expected)
+        check_communicators(layout)
         check_arrays(runtime)
         check_sums(runtime)
         metrics, weights = check_training(config, runtime)

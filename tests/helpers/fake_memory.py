@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 CONTROL = ("/pause_generation", "/flush_cache", "/continue_generation")
-TAGS = {"kv_cache", "weights"}
+TAGS = {"kv_cache", "weights", "cuda_graph"}
 
 
 @dataclass

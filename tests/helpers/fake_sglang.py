@@ -6,6 +6,7 @@ further child in a session of its own, which no process group reaches. Standard 
     fake_python(folder) writes the executable; rollout.sglang.options then steers it:
         fake_exit: N       print a line and end with status N
         fake_silent: true  live, but never listen
+        fake_warm_up: N    it is ready N seconds after it listens
 """
 
 import json
@@ -27,12 +28,14 @@ def fake_python(
     router_version: str = "0.3.2",
     torch_version: str = "2.13.0+cpu",
     nccl_version: str = "-",
+    stand_ins: bool = False,
 ) -> str:
     """An executable in `folder` that behaves as a python with SGLang where `serve` is concerned."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "python"
     file.write_text(
-        f'#!/bin/sh\nFAKE_VERSIONS="{version} {router_version} {torch_version} {nccl_version}" '
+        f'#!/bin/sh\nFAKE_VERSIONS="{version} {router_version} {torch_version} {nccl_version} '
+        f'{"stand-ins" if stand_ins else "-"}" '
         f'exec {sys.executable} -S {__file__} "$@"\n'
     )
     file.chmod(file.stat().st_mode | stat.S_IXUSR)
@@ -57,6 +60,8 @@ class Server:
         self.key = self.settings.get("api-key")
         self.version, self.paused, self.lock = "default", False, threading.Lock()
         self.frozen = 0
+        self.ready_at = time.monotonic() + float(self.settings.get("fake-warm-up", 0))
+        self.paused_in_warm_up = False
         if "fake-exit" in self.settings:
             print("the fake server was told to end", flush=True)
             sys.exit(int(self.settings["fake-exit"]))
@@ -76,18 +81,31 @@ class Server:
                 self.scheduler.stdout.readline()
             return {"version": VERSION, "scheduler_pid": self.scheduler.pid}
         if path == "/model_info":
-            return {"weight_version": self.version, "paused": self.paused, "frozen": self.frozen}
+            return {
+                "weight_version": self.version,
+                "paused": self.paused,
+                "frozen": self.frozen,
+                "paused_in_warm_up": self.paused_in_warm_up,
+            }
+        if path == "/ready":
+            return {} if self.warm() and not self.paused else None
         if path == "/freeze_gc":
             self.frozen += 1
         elif path == "/pause_generation":
             self.paused = True
+            self.paused_in_warm_up |= not self.warm()
         elif path == "/continue_generation":
             self.paused = False
         elif path == "/update_weights_from_disk":
+            with self.lock:  # the scheduler answers nothing meanwhile
+                time.sleep(body.get("fake_seconds", 0))
             self.version = body["weight_version"]
         else:
             return None
         return {"status": "ok"}
+
+    def warm(self) -> bool:
+        return time.monotonic() >= self.ready_at
 
 
 class Router:
@@ -111,7 +129,8 @@ def serve(served: Server | Router, host: str, port: int) -> None:
             body = json.loads(self.rfile.read(length) or b"{}")
             allowed = served.key is None or self.headers.get("Authorization") == f"Bearer {served.key}"
             reply = served.answer(self.path, body) if allowed else None
-            self.send_response(401 if not allowed else 404 if reply is None else 200)
+            missing = 503 if self.path == "/ready" else 404
+            self.send_response(401 if not allowed else missing if reply is None else 200)
             self.end_headers()
             self.wfile.write(json.dumps(reply or {}).encode())
 
@@ -131,7 +150,7 @@ def main(arguments: list[str]) -> None:
     elif arguments[:1] == ["-c"] and "importlib.metadata" in arguments[1]:
         versions = os.environ["FAKE_VERSIONS"].split()
         if arguments[2:] != ["nccl"]:  # as the real script: NCCL's is looked up only when asked for
-            versions[-1] = "-"
+            versions[3] = "-"
         print("\n".join(versions))
     else:
         kind = Router if arguments[:1] == ["-c"] else Server

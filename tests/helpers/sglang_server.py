@@ -22,8 +22,11 @@ from megatron_laser.rollout.endpoints import EndpointsError, read_endpoints
 from megatron_laser.rollout.serving import ServeError, ServeProcess, guard
 
 START_DEADLINE = 280.0  # seconds; 20 on an idle machine
-# Test sessions side by side would else choose the same port: it is taken only once the server has imported everything.
-_FIRST_PORT = 20000 + os.getpid() % 120 * 100
+# A port is taken only once a server has imported everything: each worker of pytest-xdist, and each test session on this
+# machine, looks for free ones in a hundred of its own, below those that the kernel gives to clients.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
+_SESSION = int(os.environ.get("PYTEST_XDIST_TESTRUNUID") or f"{os.getpid():x}", 16) % 30
+_FIRST_PORT = 20000 + _SESSION * 400 + _WORKER * 100
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,11 @@ def serve_config(folder: Path, *overrides: str, **rollout: Any) -> RunConfig:
     return load_config(file, [f"rollout.sglang.port={free_port()}", *overrides])
 
 
-def free_port(first: int = _FIRST_PORT) -> int:
-    """A port on loopback that nobody listens on."""
+def free_port() -> int:
+    """A port on loopback that nobody listens on, and that no other worker of this test session is given."""
     from megatron_laser.rollout.serving.ports import PortFinder
 
-    return PortFinder("127.0.0.1", first).take()
+    return PortFinder("127.0.0.1", _FIRST_PORT).take()
 
 
 @dataclass(frozen=True)

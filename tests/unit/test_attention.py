@@ -14,8 +14,9 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 
-from megatron_laser.model.attention import PackedSdpaAttention, padded_layout  # noqa: E402
+from megatron_laser.model.attention import PackedSdpaAttention, padded_layout, repeat_heads  # noqa: E402
 from megatron_laser.model.hf_config import transformer_config  # noqa: E402
+from megatron_laser.model.policy_model import PolicyModel  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 # Longest first, last and in between; ones; equal lengths; a padding sequence at the end.
@@ -124,8 +125,14 @@ def test_layout_is_worked_out_once_per_micro_batch():
     assert params.padded_layout is first
 
 
+def rotary_frequencies(positions):
+    inverse = 1.0 / 100.0 ** (torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    angles = torch.arange(positions)[:, None] * inverse
+    return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+
+
 def reference_rotary(t, lengths, freqs):
-    """Megatron-Core 0.16's loop: positions start at 0 in every sequence. t [tokens, heads, dim]."""
+    """Megatron-Core's loop: positions start at 0 in every sequence. t [tokens, heads, dim]."""
     parts = []
     for x in torch.split(t, list(lengths)):
         angles = freqs[: len(x), 0]  # [length, 1, dim]
@@ -139,15 +146,75 @@ def reference_rotary(t, lengths, freqs):
 def test_vectorised_rotary_embedding_equals_the_loop_over_sequences(single_process, lengths):
     group = parallel_state.get_context_parallel_group()
     params = packed(lengths)
-    inverse = 1.0 / 100.0 ** (torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-    angles = torch.arange(params.max_seqlen_q)[:, None] * inverse
-    freqs = torch.cat([angles, angles], dim=-1)[:, None, None, :]
+    freqs = rotary_frequencies(params.max_seqlen_q)
     t = random_qkv(sum(lengths))[0].requires_grad_()
     got = rope_utils._apply_rotary_pos_emb_thd(t, params.cu_seqlens_q, freqs, cp_group=group)
     expected = reference_rotary(t, lengths, freqs)
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
     gradients = [torch.autograd.grad((x**2 * x.detach().sin()).sum(), t)[0] for x in (got, expected)]
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [*LENGTH_CASES.values(), (3, 90)], ids=[*LENGTH_CASES, "two"])
+@pytest.mark.parametrize("extra", [0, 7], ids=["longest", "longer"])
+def test_vectorised_rotary_embedding_equals_megatrons_own(single_process, lengths, extra):
+    group = parallel_state.get_context_parallel_group()
+    params = packed(lengths)
+    freqs = rotary_frequencies(params.max_seqlen_q + extra)
+    t = random_qkv(sum(lengths))[0]
+    apply = rope_utils._apply_rotary_pos_emb_thd
+    got, expected = (one(t, params.cu_seqlens_q, freqs, cp_group=group) for one in (apply, apply.original))
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_as_many_frequencies_as_packed_tokens_are_one_for_each_token_as_upstream_has_it(single_process):
+    # Megatron-Core 0.19 takes them for positions over the whole batch. A rotary length of max_seqlen never is one of
+    # several sequences, so a run does not get there; both paths must agree all the same.
+    group = parallel_state.get_context_parallel_group()
+    params = packed((5, 9, 2))
+    freqs = rotary_frequencies(16)
+    t = random_qkv(16)[0]
+    apply = rope_utils._apply_rotary_pos_emb_thd
+    got, expected = (one(t, params.cu_seqlens_q, freqs, cp_group=group) for one in (apply, apply.original))
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+    assert (got - reference_rotary(t, (5, 9, 2), freqs)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("lengths", [(7, 7), (3, 9, 2), (12,)], ids=str)
+def test_a_packed_model_gives_each_sequence_what_it_has_alone_on_both_rotary_paths(
+    single_process, monkeypatch, lengths
+):
+    hf = tiny_config("qwen3")
+    torch.manual_seed(0)
+    model = PolicyModel(transformer_config(hf, dtype=torch.float32), hf, vocab_multiple=1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    tokens = torch.randint(2, hf.vocab_size, (sum(lengths),))
+
+    def logits(pieces):
+        given = torch.cat(pieces)[None]
+        positions = torch.cat([torch.arange(len(piece)) for piece in pieces])[None]
+        return model(given, positions, None, packed_seq_params=packed([len(piece) for piece in pieces]))[0]
+
+    pieces = tokens.split(lengths)
+    with torch.no_grad():
+        alone = torch.cat([logits([piece]) for piece in pieces])
+        together = logits(pieces)
+        upstream = rope_utils._apply_rotary_pos_emb_thd.original
+        monkeypatch.setattr(rope_utils, "_apply_rotary_pos_emb_thd", upstream)
+        unpatched = logits(pieces)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(unpatched, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_key_and_value_heads_are_repeated_for_their_own_query_heads():
+    q, k, v = (x[None].transpose(1, 2) for x in random_qkv(9))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    wide = (repeat_heads(x, HEADS) for x in (k, v))
+    torch.testing.assert_close(
+        torch.nn.functional.scaled_dot_product_attention(q, *wide, is_causal=True), expected
+    )
+    assert repeat_heads(q, HEADS) is q
 
 
 def test_rotary_embedding_without_a_group_is_refused_as_upstream_does(single_process):

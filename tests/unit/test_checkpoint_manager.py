@@ -11,8 +11,9 @@ from helpers.models import save_tiny_model
 from helpers.rollouts import Response, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
 
+from megatron_laser.model import platform
 from megatron_laser.trainer.checkpoint import folder as folders
-from megatron_laser.trainer.checkpoint import optimizer_state, sharded
+from megatron_laser.trainer.checkpoint import manager, optimizer_state, sharded
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
 from megatron_laser.trainer.trainer import Trainer
@@ -144,6 +145,18 @@ def test_only_as_many_checkpoints_as_asked_for_are_kept(start):
     for step in range(1, 6):
         assert run.save(step)
     assert run.published() == [2, 4, 5]
+
+
+def test_the_writing_thread_uses_the_device_of_its_process(monkeypatch):
+    bound = []
+    monkeypatch.setattr(platform, "device", lambda: torch.device("cuda", 3))
+    monkeypatch.setattr(
+        platform, "use_device", lambda device: bound.append((threading.current_thread().name, device))
+    )
+    writer = manager._Writer(lambda: bound.append("written"))
+    writer.start()
+    assert writer.finish() is None
+    assert bound == [("checkpoint-writer", torch.device("cuda", 3)), "written"]
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])

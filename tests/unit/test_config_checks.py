@@ -47,6 +47,18 @@ def test_the_papers_recipe_passes():
     ("sections", "parts"),
     [
         ({"laser": {"score_token": None}}, ["laser.score_token: required"]),
+        (
+            {"model": {"attention": "flash", "layers": "torch"}},
+            ["model.attention: flash with model.layers torch"],
+        ),
+        (
+            {"model": {"attention": "fused", "dtype": "float32"}},
+            ["model.attention: fused with model.dtype float32", "set model.attention to auto"],
+        ),
+        (
+            {"batching": {"pad_multiple": 6}, "parallel": {"tensor": 4, "sequence": True}},
+            ["batching.pad_multiple: 6 is not divisible by 4", "parallel.tensor 4 with parallel.sequence"],
+        ),
         ({"laser": {"ref_logprob": None}}, ["laser.ref_logprob: required"]),
         ({"laser": {"targets": [0.0, 0.0]}}, ["laser.targets", "[0, 0]", "right must be greater"]),
         (

@@ -68,7 +68,7 @@ DEFAULTS = {
             "api_key_env": "MEGATRON_LASER_API_KEY",
             "options": {},
             "start_deadline": 1800.0,
-            "hang_deadline": 120.0,
+            "hang_deadline": 300.0,
         },
     },
     "reward": {"function": "math_verify", "workers": 2, "deadline": 5.0},

@@ -3,7 +3,9 @@
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,15 +17,28 @@ RECIPES = sorted(path.parent.name for path in (ROOT / "examples").glob("*/config
 # Says what it was asked for; `serve` without --wait runs until it is told to stop.
 PYTHON = """#!/usr/bin/env bash
 echo "gpus=${CUDA_VISIBLE_DEVICES:-} rank=${NODE_RANK:-} nodes=${NNODES:-} $*" >>"$CALLS"
+echo "environment of $2: cumem=$NCCL_CUMEM_ENABLE nvls=$NCCL_NVLS_ENABLE jit=${TRITON_CACHE_DIR:-}" \
+  "alloc=${PYTORCH_CUDA_ALLOC_CONF:-}" >>"$CALLS"
 case "$*" in
 *--wait*) exit "${WAIT_STATUS:-0}" ;;
 *" serve "*)
   [ -z "${SERVE_STATUS:-}" ] || exit "$SERVE_STATUS"
   trap 'echo "serve ended" >>"$CALLS"; exit 0' TERM
   while :; do sleep 0.05; done ;;
-*) sleep "${TRAIN_SECONDS:-0}"; exit "${TRAIN_STATUS:-0}" ;;
+*) # torchrun: with RANKS, ranks that save and end when they are asked to
+  for ((rank = 0; rank < ${RANKS:-0}; rank++)); do "$REAL_PYTHON" -S -c "$RANK" & done
+  wait
+  sleep "${TRAIN_SECONDS:-0}"; exit "${TRAIN_STATUS:-0}" ;;
 esac
 """
+RANK = """
+import os, signal, sys
+with open(os.environ["CALLS"], "a") as calls:
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(calls.write("rank saves\\n") and 0))
+    print("rank runs", file=calls, flush=True)
+    signal.pause()
+"""
+SHARED = ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE", "JIT_CACHE", "TRITON_CACHE_DIR")
 # One process a node, numbered within the step, all in one process group, as srun's signals reach all of them.
 SRUN = """#!/usr/bin/env bash
 names='' command=()
@@ -37,13 +52,22 @@ while [ $# -gt 0 ]; do
 done
 echo "srun on ${names:-all}: ${command[*]:0:2}" >>"$CALLS"
 pids=() number=0
+[ -n "$names" ] || names=${ALL_NODES:-}
 for name in ${names//,/ }; do
-  SLURM_PROCID=$number ROLLOUT_HOST=10.0.0.$((10 + number)) "${command[@]}" &
+  SLURM_NODEID=$number SLURM_PROCID=$number ROLLOUT_HOST=10.0.0.$((10 + number)) "${command[@]}" &
   pids+=($!) number=$((number + 1))
 done
 trap 'kill -TERM "${pids[@]}" 2>/dev/null; wait' TERM
+trap 'signalled=1; kill -USR1 "${pids[@]}" 2>/dev/null' USR1
 status=0
-for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+for pid in "${pids[@]}"; do
+  while :; do
+    signalled='' last=0
+    wait "$pid" || last=$?
+    [ -n "$signalled" ] || break
+  done
+  [ "$last" = 0 ] || status=$last
+done
 exit $status
 """
 SCONTROL = "#!/bin/sh\nprintf '%s\\n' n1 n2 n3 n4 n5 n6 n7 n8\n"
@@ -56,7 +80,12 @@ def run(tmp_path):
         (tmp_path / name).chmod(0o755)
     calls = tmp_path / "calls"
 
-    def start(script: Path, *arguments: str, **variables: str) -> tuple[int, list[str], str]:
+    def start(
+        script: Path,
+        *arguments: str,
+        meanwhile: Callable[[subprocess.Popen], None] = lambda _: None,
+        **variables: str,
+    ) -> tuple[int, list[str], str]:
         environment = os.environ | {
             "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
             "PYTHON": str(tmp_path / "python"),
@@ -64,23 +93,59 @@ def run(tmp_path):
             "SLURM_SUBMIT_DIR": str(ROOT),
             "SLURM_JOB_ID": "4711",
             "SLURM_JOB_NODELIST": "n[1-8]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "REAL_PYTHON": sys.executable,
+            "RANK": RANK,
         }
-        environment.pop("CUDA_VISIBLE_DEVICES", None)
-        done = subprocess.run(
+        for name in ("CUDA_VISIBLE_DEVICES", *SHARED, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+            environment.pop(name, None)
+        process = subprocess.Popen(
             ["bash", str(script), *arguments],
             env=environment | variables,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=60,
             cwd=tmp_path,
+            start_new_session=True,
         )
-        return done.returncode, calls.read_text().splitlines() if calls.exists() else [], done.stderr
+        try:
+            meanwhile(process)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        return process.returncode, seen(), errors
 
+    def seen() -> list[str]:
+        return calls.read_text().splitlines() if calls.exists() else []
+
+    start.seen = seen
     return start
 
 
+@pytest.fixture
+def ask_to_save(run):
+    """Sends SIGUSR1 to a script, as Slurm does to a batch shell before the time limit, once `ranks` ranks run."""
+
+    def after(ranks: int) -> Callable[[subprocess.Popen], None]:
+        def ask(process: subprocess.Popen) -> None:
+            until = time.monotonic() + 30
+            while len(of(run.seen(), "rank runs")) < ranks:
+                assert time.monotonic() < until and process.poll() is None, run.seen()
+                time.sleep(0.02)
+            process.send_signal(signal.SIGUSR1)
+
+        return ask
+
+    return after
+
+
 def of(calls, word):
-    return [line for line in calls if word in line]
+    return [line for line in calls if word in line and not line.startswith("environment")]
+
+
+def environments(calls):
+    return {line for line in calls if line.startswith("environment")}
 
 
 def test_one_node_gives_trainer_and_servers_gpus_of_their_own(run):
@@ -150,8 +215,9 @@ def test_nodes_apart_train_on_the_first_and_generate_on_the_others(run):
     assert sorted(line.split()[1] for line in trains) == [f"rank={rank}" for rank in range(5)]
     assert all("nodes=5" in line and "--master-addr n1 --master-port 24711" in line for line in trains)
     assert all(line.endswith("train RUN.yaml run.seed=2") for line in trains)
-    (wait,) = of(calls, "--wait 3")
-    assert "rank=0" in wait
+    # torchrun gives the other nodes 900 seconds, servers may need more: nobody starts it before they answer
+    waits = of(calls, "--wait 3")
+    assert sorted(line.split()[1] for line in waits) == [f"rank={rank}" for rank in range(5)]
     assert len(of(calls, "serve ended")) == 3
 
 
@@ -182,6 +248,50 @@ def test_the_slurm_script_of_a_recipe_starts_its_run(run, name):
     status, _, errors = run(script, "other")
     assert status == 2
     assert "other.yaml is not there" in errors
+
+
+def test_trainer_and_servers_have_one_setting_of_nccls_memory_and_one_place_for_kernels(run):
+    _, calls, _ = run(LAUNCH / "one_node.sh", "RUN.yaml", JIT_CACHE="/cache")
+    assert environments(calls) == {
+        "environment of megatron_laser: cumem=0 nvls=0 jit=/cache/triton alloc=",
+        "environment of torch.distributed.run: cumem=0 nvls=0 jit=/cache/triton alloc=expandable_segments:True",
+    }
+
+
+def test_what_the_cluster_has_set_stays(run):
+    own = {"NCCL_CUMEM_ENABLE": "1", "TRITON_CACHE_DIR": "/mine", "PYTORCH_ALLOC_CONF": "a:1"}
+    _, calls, _ = run(LAUNCH / "one_node.sh", "RUN.yaml", JIT_CACHE="/cache", **own)
+    found = {line.split(": ")[1] for line in environments(calls)}
+    assert found == {"cumem=1 nvls=0 jit=/mine alloc="}
+
+
+def test_memory_that_colocated_servers_are_handed_is_not_of_expandable_segments(run, tmp_path):
+    (tmp_path / "RUN.yaml").write_text("rollout:\n  weight_sync: colocated\n")
+    for arguments in (("RUN.yaml",), ("other.yaml", "rollout.weight_sync=colocated")):
+        status, calls, errors = run(LAUNCH / "node.sh", *arguments, PROCESSES_PER_NODE="1")
+        assert status == 0, errors
+        assert all(line.endswith(" alloc=") for line in environments(calls))
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "ranks"),
+    [
+        ("one_node.sh", {"RANKS": "2"}, 2),
+        ("slurm.sh", {"RANKS": "1", "ALL_NODES": "n1,n2", "PROCESSES_PER_NODE": "1"}, 2),
+        ("slurm_apart.sh", {"RANKS": "1", "TRAIN_NODES": "6", "PROCESSES_PER_NODE": "1"}, 6),
+    ],
+)
+def test_before_the_time_limit_the_trainer_alone_saves_and_ends(run, ask_to_save, script, variables, ranks):
+    status, calls, errors = run(LAUNCH / script, "RUN.yaml", meanwhile=ask_to_save(ranks), **variables)
+    assert status == 0, errors
+    assert len(of(calls, "rank saves")) == ranks
+    last = max(index for index, line in enumerate(calls) if line == "rank saves")
+    assert all(index > last for index, line in enumerate(calls) if line == "serve ended")
+
+
+def test_every_slurm_script_asks_for_a_signal_before_the_time_limit():
+    for script in (ROOT / "examples").rglob("slurm.sh"):
+        assert "\n#SBATCH --signal=B:USR1@900\n" in script.read_text(), script
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").rglob("*.sh")), ids=lambda path: path.name)

@@ -143,7 +143,7 @@ def test_host_memory_is_taken_once(trainer_of):
     for _ in range(3):
         residency.offload(ALL_PARTS)
         parked = [item for items in residency._parked.values() for item in items]
-        copies.append([item.host.data_ptr() for item in parked if item.host is not None])
+        copies.append([piece.data_ptr() for item in parked if item.host is not None for piece in item.host])
         assert all(item.host is None for item in residency._parked[Part.GRADIENTS])
         residency.load(ALL_PARTS)
     assert copies[0] and copies[0] == copies[1] == copies[2]

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_laser.config import ConfigError, RunConfig, check_structure
-from megatron_laser.config.rollout_checks import OWN_OPTIONS
+from megatron_laser.config.server_options import OWN_OPTIONS
 from megatron_laser.output_folder import identity
 from megatron_laser.rollout.serving.command import server_command
 

@@ -56,7 +56,7 @@ def write_run(folder: Path, **sglang) -> Path:
 
 @contextlib.contextmanager
 def serving(folder: Path, **sglang):
-    serve = ServeProcess(load_config(write_run(folder, port=free_port(32200), **sglang)), folder / "serve")
+    serve = ServeProcess(load_config(write_run(folder, port=free_port(), **sglang)), folder / "serve")
     try:
         yield serve
     finally:
@@ -175,7 +175,7 @@ def test_killing_serve_leaves_no_orphan_and_no_file(tmp_path):
 
 def start_by_another(tmp_path, *options: str):
     """serve as the grandchild of this process; (its parent, its servers' mark, the endpoints file, its pid)."""
-    file, endpoints = write_run(tmp_path, port=free_port(32200)), tmp_path / "endpoints.json"
+    file, endpoints = write_run(tmp_path, port=free_port()), tmp_path / "endpoints.json"
     script = (
         "import subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-m', 'megatron_laser', 'serve', *sys.argv[1:]])\n"

@@ -13,7 +13,7 @@ platform.install()
 
 from megatron_laser.trainer.micro_batch import make_micro_batch  # noqa: E402
 from megatron_laser.trainer.reduce import MAX_KEYS, SUM_KEYS, reduce_sums  # noqa: E402
-from megatron_laser.trainer.step_data import prepare_step  # noqa: E402
+from megatron_laser.trainer.step_data import pad_multiple, prepare_step  # noqa: E402
 
 GROUPS = [
     [Response(5, True), Response(12, False), Response(20, False, truncated=True)],
@@ -109,6 +109,8 @@ def test_a_rank_without_samples_still_runs_a_micro_batch_of_padding(model, tmp_p
         (("parallel.tensor=4",), 2),
         (("parallel.tensor=4", "parallel.sequence=true"), 4),
         (("parallel.tensor=2", "parallel.sequence=true"), 2),
+        (("batching.pad_multiple=48",), 48),
+        (("batching.pad_multiple=8", "parallel.tensor=4", "parallel.sequence=true"), 8),
     ],
 )
 def test_packed_lengths_divide_over_the_sequence_parallel_ranks(model, tmp_path, overrides, multiple):
@@ -118,6 +120,24 @@ def test_packed_lengths_divide_over_the_sequence_parallel_ranks(model, tmp_path,
         assert tokens % multiple == 0
         assert batch.packed.cu_seqlens_q[-1] == tokens
         assert batch.packed.max_seqlen_q == int((batch.packed.cu_seqlens_q.diff()).max())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cuda", "expected"),
+    [
+        ((), True, 128),
+        (("parallel.tensor=4",), True, 512),
+        (("parallel.tensor=4", "parallel.sequence=true"), True, 512),
+        (("batching.pad_multiple=2",), True, 2),
+        ((), False, 2),
+        (("parallel.tensor=4", "parallel.sequence=true"), False, 4),
+    ],
+)
+def test_lengths_are_rounded_to_few_values_on_cuda_only(
+    model, tmp_path, monkeypatch, overrides, cuda, expected
+):
+    monkeypatch.setattr(platform, "has_cuda", lambda: cuda)
+    assert pad_multiple(run_config(tmp_path, model, *overrides)) == expected
 
 
 def test_interleaved_pipelines_get_whole_rounds_of_micro_batches(model, tmp_path):

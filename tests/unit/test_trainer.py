@@ -12,6 +12,7 @@ from helpers.runs import SCORE_TOKEN, run_config
 
 from megatron_laser.model import platform
 from megatron_laser.ops import settings
+from megatron_laser.ops.torch_reference import TorchEngine
 
 platform.install()
 
@@ -224,6 +225,42 @@ def test_the_update_does_not_depend_on_the_token_budget(single_process, model_fo
     few, many = runs[4096], runs[128]
     assert few[0][0].metrics["micro_batches"] < many[0][0].metrics["micro_batches"]
     assert all((few[1][name] - many[1][name]).abs().max() < 1e-6 for name in few[1])
+
+
+def test_the_update_does_not_depend_on_the_padding(single_process, model_folder, tmp_path):
+    initial = tiny_model("qwen2")
+    runs = [
+        train(
+            build(model_folder, tmp_path / str(pad), single_process, f"batching.pad_multiple={pad}"),
+            initial,
+            steps=(1,),
+        )
+        for pad in (1, 64)
+    ]
+    (plain, weights), (padded, others) = runs
+    for name, value in plain[0].metrics.items():
+        assert padded[0].metrics[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+    assert all((others[name] - weights[name]).abs().max() < 1e-6 for name in weights)
+
+
+def test_entropy_is_differentiated_only_when_the_loss_has_it(
+    single_process, model_folder, tmp_path, monkeypatch
+):
+    seen = []
+    gradients = TorchEngine.gradients
+
+    def spy(self, problem, upstream, *rest):
+        seen.append(upstream.grad_entropy is not None)
+        return gradients(self, problem, upstream, *rest)
+
+    monkeypatch.setattr(TorchEngine, "gradients", spy)
+    for coefficient in (0.0, 0.02):
+        policy = {"entropy_coefficient": coefficient}
+        trainer = build(model_folder, tmp_path / str(coefficient), single_process, policy=policy)
+        seen.clear()
+        results, _ = train(trainer, tiny_model("qwen2"), steps=(1,))
+        assert results[0].metrics["entropy"] > 0.0
+        assert seen and set(seen) == {coefficient > 0.0}
 
 
 def test_full_recomputation_gives_the_same_update(single_process, model_folder, tmp_path):

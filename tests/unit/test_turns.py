@@ -1,7 +1,7 @@
 """Trainer and servers on the same GPUs: the order in which memory changes hands, step by step and when servers fail.
 
 The servers are fakes that end, as real ones do, when anything comes out of order; a real server runs in
-tests/servers/test_train_colocated.py.
+tests/distributed/test_train_colocated.py.
 """
 
 import contextlib
@@ -98,14 +98,17 @@ def take(log):
     return found
 
 
-GIVING_ALL_BACK = ["pause_generation", "flush_cache", "release_memory_occupation kv_cache weights"]
-GIVING_CACHE_BACK = ["pause_generation", "flush_cache", "release_memory_occupation kv_cache"]
+GIVING_ALL_BACK = ["pause_generation", "flush_cache", "release_memory_occupation kv_cache weights cuda_graph"]
+GIVING_CACHE_BACK = ["pause_generation", "flush_cache", "release_memory_occupation kv_cache cuda_graph"]
 SENDING = [
     *("pause_generation", "flush_cache", "end_weight_update", "begin_weight_update"),
     *("update_weights_from_tensor", "update_weights_from_tensor", "end_weight_update"),
 ]
 CHECKING = ["weights_checker"]
-GOING_ON = ["resume_memory_occupation kv_cache", "continue_generation"]
+GOING_ON = [
+    *("resume_memory_occupation cuda_graph", "resume_memory_occupation kv_cache"),
+    "continue_generation",
+]
 
 
 def test_a_step_goes_round_in_this_order():
@@ -276,7 +279,7 @@ def test_nothing_is_released_twice():
         occupation.release(ALL_TAGS)
         assert [line for line in server.log if line.startswith("release")] == [
             "release_memory_occupation kv_cache",
-            "release_memory_occupation weights",
+            "release_memory_occupation weights cuda_graph",
         ]
         assert occupation.resume({WEIGHTS}) == "" and occupation.resume(ALL_TAGS) == ""
         assert occupation.held(engine.fleet.members[0]) == ALL_TAGS

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,24 @@ from megatron_laser.config.schema_rollout import SglangConfig
 from megatron_laser.rollout.serving.guard import MARK
 
 ROUTER_KEY = "MEGATRON_LASER_ROUTER_KEY"
+PYTHON_VARIABLE = "MEGATRON_LASER_SGLANG_PYTHON"
 LOCAL_PYTHON = Path(".venv-sglang/bin/python")  # what tools/setup_sglang_cpu.sh makes
 
-# For every server; rollout.sglang.options comes after it. One line per request would bury what matters.
-BASE_OPTIONS: dict[str, Any] = {"log-level-http": "warning"}
+# For every server; rollout.sglang.options comes after it.
+BASE_OPTIONS: dict[str, Any] = {
+    "log-level-http": "warning",  # one line per request would bury what matters
+    # The warm-up is a request of the server to itself, and ends it when a pause for weights keeps it waiting.
+    "skip-server-warmup": True,
+    # SGLang's default on GPUs, "breakable", keeps weak references to inputs that may be gone at replay (sglang issue
+    # 37606: other greedy output, illegal memory accesses). Prompts are prefilled without a graph.
+    "cuda-graph-backend-prefill": "disabled",
+}
+
+# Logits of bfloat16 weights come out of the same product in fp32: rounded, they differ from the trainer's by up to 0.1 nat.
+BFLOAT16_CUDA_OPTIONS: dict[str, Any] = {"enable-fp32-lm-head": True}
+
+# Both sides of a communicator must have one value; SGLang sets 0 where a variable is unset, NCCL's own default is another.
+NCCL_DEFAULTS = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 
 # What a small model on a CPU needs beside that.
 CPU_OPTIONS: dict[str, Any] = {
@@ -25,9 +41,7 @@ CPU_OPTIONS: dict[str, Any] = {
     "sampling-backend": "pytorch",
     "grammar-backend": "none",
     "disable-overlap-schedule": True,
-    "skip-server-warmup": True,
     "cuda-graph-backend-decode": "disabled",
-    "cuda-graph-backend-prefill": "disabled",
     "max-total-tokens": 16384,
     "mem-fraction-static": 0.1,
     "sleep-on-idle": True,  # else an idle scheduler keeps a core busy
@@ -116,9 +130,12 @@ def server_command(
     arguments += ["--model-path", str(config.model.path), "--dtype", config.model.dtype]
     arguments += ["--host", sglang.host, "--port", str(port), "--device", sglang.device]
     arguments += ["--tp-size", str(sglang.tensor), "--skip-tokenizer-init"]
-    if config.rollout.weight_sync == "colocated" and sglang.device == "cuda":
+    colocated = config.rollout.weight_sync == "colocated" and sglang.device == "cuda"
+    if colocated:
         arguments.append("--enable-memory-saver")
     settings = BASE_OPTIONS | (CPU_OPTIONS if sglang.device == "cpu" else {})
+    if sglang.device == "cuda" and config.model.dtype == "bfloat16":
+        settings |= BFLOAT16_CUDA_OPTIONS
     for name, value in sglang.options.items():
         settings[name.lstrip("-").replace("_", "-")] = value
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -130,15 +147,26 @@ def server_command(
         child |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     elif gpus is not None:
         child["CUDA_VISIBLE_DEVICES"] = gpus
+    if colocated:  # the memory of decode graphs can be given back too
+        child["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"
     return ServerCommand(tuple(arguments), child, settings)
 
 
 def initial_weight_version(sglang: SglangConfig) -> str:
     """What a server calls the weights of the model folder."""
+    return str(_option(sglang, "weight_version", "default"))  # SGLang's
+
+
+def warms_up(sglang: SglangConfig) -> bool:
+    """Whether a server sends itself requests once its port is open, which must not be paused before they are done."""
+    return not _option(sglang, "skip_server_warmup", True)
+
+
+def _option(sglang: SglangConfig, wanted: str, default: Any) -> Any:
     for name, value in sglang.options.items():
-        if name.lstrip("-").replace("-", "_") == "weight_version":
-            return str(value)
-    return "default"  # SGLang's
+        if name.lstrip("-").replace("-", "_") == wanted:
+            return value
+    return default
 
 
 def router_command(
@@ -195,26 +223,33 @@ def child_environment(environment: Mapping[str, str], *, python: str, mark: str)
         # Seconds; SGLang's 5 end connections that a busy trainer is about to use again.
         "SGLANG_TIMEOUT_KEEP_ALIVE": environment.get("SGLANG_TIMEOUT_KEEP_ALIVE", "120"),
     }
-    return child
+    return NCCL_DEFAULTS | child
 
 
 def find_python(sglang: SglangConfig, working_directory: Path) -> str:
-    """The interpreter of SGLang's environment, absolute.
+    """The interpreter of SGLang's environment, absolute; see `rollout.sglang.python`.
 
     Raises:
         ConfigError: it is not there.
     """
-    local = working_directory / LOCAL_PYTHON
-    wanted = sglang.python or (str(local) if local.exists() else "python")
+    named = os.environ.get(PYTHON_VARIABLE)
+    wanted = sglang.python or named or _found_python(sglang.device, working_directory / LOCAL_PYTHON)
     found = shutil.which(wanted)
     if found is None:
+        setting = PYTHON_VARIABLE if named and not sglang.python else "rollout.sglang.python"
         raise ConfigError(
             [
-                f"rollout.sglang.python: {wanted} is not a program; expected the interpreter of an environment with "
+                f"{setting}: {wanted} is not a program; expected the interpreter of an environment with "
                 "SGLang (on CPUs tools/setup_sglang_cpu.sh makes one)"
             ]
         )
     return os.path.abspath(found)  # not resolved: a virtual environment's python is a link
+
+
+def _found_python(device: str, local: Path) -> str:
+    own = sys.executable if importlib.util.find_spec("sglang") is not None else None  # found, never imported
+    made = str(local) if local.exists() else None
+    return (made or own if device == "cpu" else own or made) or "python"
 
 
 def assign_gpus(servers: int, tensor: int, visible: str | None, count: int | None) -> list[str]:

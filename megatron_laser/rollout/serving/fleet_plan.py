@@ -18,6 +18,7 @@ from typing import IO
 
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.config.schema_rollout import SglangConfig
+from megatron_laser.rollout.open_files import raise_open_files
 from megatron_laser.rollout.serving.command import assign_gpus, find_python
 from megatron_laser.rollout.serving.installed import Installed, check_sglang
 from megatron_laser.rollout.serving.ports import PortFinder
@@ -73,7 +74,7 @@ def plan_fleet(config: RunConfig, endpoints: Path) -> FleetPlan:
     """Settle what will be started; nothing runs yet.
 
     Raises:
-        ConfigError: no SGLang, too few GPUs, a taken port, or a folder that cannot be written.
+        ConfigError: no SGLang, too few GPUs or open files, a taken port, or a folder that cannot be written.
     """
     sglang = config.rollout.sglang
     if config.rollout.engine != "sglang":
@@ -90,8 +91,9 @@ def plan_fleet(config: RunConfig, endpoints: Path) -> FleetPlan:
         raise ConfigError(
             [f"model.path: {config.model.path} has no config.json; expected a Hugging Face model folder"]
         )
+    raise_open_files(config.rollout.max_concurrency)  # servers and router inherit it
     python = find_python(sglang, Path.cwd())
-    installed = check_sglang(python, router=sglang.router, nccl=sglang.device == "cuda")
+    installed = check_sglang(python, router=sglang.router, cuda=sglang.device == "cuda")
     gpus: tuple[str | None, ...] = (None,) * sglang.servers
     if sglang.device == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

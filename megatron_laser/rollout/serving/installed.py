@@ -13,8 +13,9 @@ MIN_SGLANG = (0, 5, 23)  # the first with which the weight updates of a session 
 _ASK_DEADLINE = 120.0  # seconds for an interpreter to say what it has installed
 
 # NCCL is part of torch, and only torch knows which one it loads; importing it takes seconds, so only where it matters.
+# A stand-in's text says that it is one; its module is not imported for that.
 _SCRIPT = """\
-import importlib.metadata as m, sys
+import importlib.metadata as m, importlib.util, sys
 for name in ('sglang', 'sglang-router', 'torch'):
     try: print(m.version(name))
     except m.PackageNotFoundError: print('-')
@@ -23,17 +24,25 @@ try:
     import torch
     print('.'.join(map(str, torch.cuda.nccl.version())))
 except Exception: print('-')
+spec = importlib.util.find_spec('sgl_kernel')
+try: text = open(spec.origin).read(500)
+except Exception: text = ''
+print('stand-ins' if 'Stand-in for' in text else '-')
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """Versions in an environment; None: not there, or (NCCL) not asked for."""
+    """Versions in an environment; None: not there, or (NCCL) not asked for.
+
+    stand_ins: some libraries are the stand-ins of tools/setup_sglang_cpu.sh, which serve on CPUs alone.
+    """
 
     sglang: str | None
     router: str | None
     torch: str | None
     nccl: str | None
+    stand_ins: bool = False
 
 
 def ask_installed(python: str, *, nccl: bool) -> Installed:
@@ -52,24 +61,37 @@ def ask_installed(python: str, *, nccl: bool) -> Installed:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError([f"rollout.sglang.python: {python} does not run: {error}"]) from error
     found = [None if word == "-" else word for word in done.stdout.split()]
-    if done.returncode != 0 or len(found) != 4:
+    if done.returncode != 0 or len(found) != 5:
         raise ConfigError([f"rollout.sglang.python: {python} does not run: {done.stderr.strip()[-300:]}"])
-    return Installed(*found)
+    *versions, stand_ins = found
+    return Installed(*versions, stand_ins=stand_ins is not None)
 
 
-def check_sglang(python: str, *, router: bool, nccl: bool = False) -> Installed:
+def check_sglang(python: str, *, router: bool, cuda: bool = False) -> Installed:
     """What the environment of `python` has, once it is known to be enough.
 
+    Args:
+        router: whether sglang-router is needed.
+        cuda: servers compute on GPUs.
+
     Raises:
-        ConfigError: SGLang is missing or too old, or the router is missing.
+        ConfigError: SGLang is missing or too old, the router is missing, or the environment is for CPUs alone.
     """
-    found = ask_installed(python, nccl=nccl)
+    found = ask_installed(python, nccl=cuda)
     needed = ".".join(map(str, MIN_SGLANG))
     if found.sglang is None:
         raise ConfigError(
             [
                 f"rollout.sglang.python: the environment of {python} has no SGLang; install sglang {needed} or newer "
-                "into it, or name another interpreter (on CPUs: tools/setup_sglang_cpu.sh)"
+                "into it, or name another interpreter there (on CPUs: tools/setup_sglang_cpu.sh)"
+            ]
+        )
+    if cuda and (found.stand_ins or (found.torch or "").endswith("+cpu")):
+        what = "stand-ins of tools/setup_sglang_cpu.sh" if found.stand_ins else f"torch {found.torch}"
+        raise ConfigError(
+            [
+                f"rollout.sglang.device: cuda, but the environment of {python} is for CPUs ({what}); name the "
+                "interpreter of one with CUDA in rollout.sglang.python, or set rollout.sglang.device: cpu for a small model"
             ]
         )
     numbers = tuple(int(part) for part in re.findall(r"\d+", found.sglang)[:3])

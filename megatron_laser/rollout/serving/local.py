@@ -16,7 +16,7 @@ import yaml
 import megatron_laser
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.rollout.endpoints import Endpoints, read_endpoints
-from megatron_laser.rollout.serving.command import child_environment
+from megatron_laser.rollout.serving.command import PYTHON_VARIABLE, child_environment
 from megatron_laser.rollout.serving.process import ServeError, tail
 
 _POLL = 0.2  # seconds
@@ -133,9 +133,9 @@ def _environment(config: RunConfig) -> dict[str, str]:
     child = child_environment(os.environ, python="", mark="")
     for name in ("MEGATRON_LASER_SERVE", "PYTHONSAFEPATH"):
         child.pop(name, None)
-    key = config.rollout.sglang.api_key_env
-    if key in os.environ:
-        child[key] = os.environ[key]
+    for name in (config.rollout.sglang.api_key_env, PYTHON_VARIABLE):
+        if name in os.environ:
+            child[name] = os.environ[name]
     package = str(Path(megatron_laser.__file__).resolve().parents[1])
     child["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     return child

@@ -9,7 +9,7 @@ from contextlib import suppress
 import yaml
 
 from megatron_laser.rollout.endpoints import write_private
-from megatron_laser.rollout.serving.command import initial_weight_version, server_command
+from megatron_laser.rollout.serving.command import initial_weight_version, server_command, warms_up
 from megatron_laser.rollout.serving.fleet_plan import FleetPlan
 from megatron_laser.rollout.serving.probe import Answer, Prober
 from megatron_laser.rollout.serving.process import ChildProcess, ServeError
@@ -24,16 +24,24 @@ class ManagedServer:
     """Server `number` of the plan. `tick` is called again and again by one task."""
 
     def __init__(self, plan: FleetPlan, number: int) -> None:
-        sglang = plan.config.rollout.sglang
+        rollout = plan.config.rollout
+        sglang = rollout.sglang
         self.plan = plan
         self.number = number
         self.url = plan.url(plan.ports[number])
         self.log = plan.folder / f"server_{number}.log"
-        self.slot = Slot(f"server {number} ({self.url})", sglang.start_deadline, sglang.hang_deadline)
+        self.slot = Slot(
+            f"server {number} ({self.url})",
+            sglang.start_deadline,
+            sglang.hang_deadline,
+            # Loading from disk is one call of the scheduler, which answers nothing meanwhile.
+            rollout.sync_deadline if rollout.weight_sync == "disk" else 0.0,
+        )
+        self._warms_up = warms_up(sglang)
         self.child: ChildProcess | None = None
         self.sglang_version: str | None = None
         self.was_updated = False  # some process here has held other weights than the first ones
-        self._probe: asyncio.Task[Answer | None] | None = None
+        self._probe: asyncio.Task[tuple[Answer | None, bool | None]] | None = None
         self._next_probe = 0.0
         self._probed_start = 0
 
@@ -93,15 +101,23 @@ class ManagedServer:
         """The answer of a finished probe; begins the next one. One at a time: a hung server gets no pile of them."""
         answer = None
         if self._probe is not None and self._probe.done():
-            answer = self._probe.result() if self._probed_start == self.slot.start else None
+            if self._probed_start == self.slot.start:
+                answer, takes_requests = self._probe.result()
+                self.slot.paused = takes_requests is False
+                if self._warms_up and self.slot.state == "starting" and self.slot.paused:
+                    answer = None  # it is not ready yet: held now, it would wait for itself
             self._probe = None
             calm = min(_CALM_PROBE_PAUSE, self.slot.hang_deadline / 6)
             self._next_probe = now + (_PROBE_PAUSE if self.slot.state == "starting" else calm)
         if self._probe is None and now >= self._next_probe:
             # with the pause before it: two probes must fail in one hang_deadline, a single lost answer kills nothing
             self._probed_start = self.slot.start
-            self._probe = asyncio.create_task(prober.ask(self.url, self.slot.hang_deadline / 3))
+            self._probe = asyncio.create_task(self._ask(prober))
         return answer
+
+    async def _ask(self, prober: Prober) -> tuple[Answer | None, bool | None]:
+        answer = await prober.ask(self.url, self.slot.hang_deadline / 3)
+        return answer, await prober.takes_requests(self.url)
 
     async def _answered(
         self, answer: Answer, prober: Prober, now: float, fleet_was_updated: bool

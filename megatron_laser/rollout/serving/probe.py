@@ -49,6 +49,19 @@ class Prober:
             return None
         return Answer(str(info["version"]), str(model.get("weight_version")))
 
+    async def takes_requests(self, url: str) -> bool | None:
+        """Whether the server has finished its own start-up and is not paused; None: it does not say.
+
+        The HTTP process answers that by itself, whatever its scheduler does.
+        """
+        try:
+            async with self._session.get(
+                f"{url}/ready", timeout=aiohttp.ClientTimeout(total=_QUICK)
+            ) as reply:
+                return {200: True, 503: False}.get(reply.status)
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return None
+
     async def hold(self, url: str, initial_version: str) -> bool:
         """Let requests wait until somebody has sent the server weights and continued it; True if it does that now.
 

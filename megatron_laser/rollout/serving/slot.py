@@ -25,20 +25,24 @@ class Slot:
         name: for messages.
         start_deadline: a process may take so long until its first answer.
         hang_deadline: and so long between two answers after that.
+        update_deadline: and so long while it is paused, since it may be loading weights.
         start: how often a process was started here.
         ever_answered: some process here has answered once.
         reason: why the last process ended.
         retry_at: when the next one starts, while `restarting`.
+        paused: the process takes no requests, by its own word.
     """
 
     name: str
     start_deadline: float
     hang_deadline: float
+    update_deadline: float = 0.0
     start: int = 0
     state: ServerState = "starting"
     ever_answered: bool = False
     reason: str = ""
     retry_at: float = 0.0
+    paused: bool = False
     _started: float = 0.0
     _last_answer: float = 0.0
     _failures: list[float] = field(default_factory=list)
@@ -60,6 +64,7 @@ class Slot:
         """A process was started."""
         self.start += 1
         self.state = "starting"
+        self.paused = False
         self._started = now
 
     def answered(self, now: float) -> bool:
@@ -84,11 +89,11 @@ class Slot:
         if self.state == "starting":
             late = self.age(now) > self.start_deadline
             return f"did not answer within start_deadline ({self.start_deadline:g} s)" if late else None
-        silent = now - self._last_answer
-        if silent > self.hang_deadline:
-            return (
-                f"is alive but gave no answer for {silent:.0f} s (hang_deadline is {self.hang_deadline:g} s)"
-            )
+        silent, allowed, name = now - self._last_answer, self.hang_deadline, "hang_deadline"
+        if self.paused and self.update_deadline > allowed:
+            allowed, name = self.update_deadline, "it is paused for an update, and rollout.sync_deadline"
+        if silent > allowed:
+            return f"is alive but gave no answer for {silent:.0f} s ({name} is {allowed:g} s)"
         return None
 
     def failed(self, now: float, reason: str) -> None:

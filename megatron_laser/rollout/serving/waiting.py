@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_laser.config import ConfigError, RunConfig
-from megatron_laser.rollout.endpoints import read_endpoints
+from megatron_laser.rollout.endpoints import Endpoints, merged, read_parts
 from megatron_laser.rollout.serving.process import ServeError
 
 _POLL = 0.5  # seconds
 _PROGRESS = 30.0  # seconds between two lines
+_OLD = 120.0  # seconds after which a file is of a serve that ended with its node: others write it again every 30
 
 
 def wait_for_servers(config: RunConfig, nodes: int, say: Callable[[str], None]) -> None:
-    """Return when all servers of `nodes` nodes answer.
+    """Return when all servers of `nodes` nodes answer. Files that nobody writes again do not count.
 
     Args:
         config: the run; rollout.sglang.endpoints is where they publish.
@@ -29,10 +31,19 @@ def wait_for_servers(config: RunConfig, nodes: int, say: Callable[[str], None]) 
     if sglang.endpoints is None:
         raise ConfigError(["rollout.sglang.endpoints: required by --wait, which looks for the servers there"])
     needed, started, said = nodes * sglang.servers, time.monotonic(), 0.0
+    first: dict[Path, float] = {}
     while True:
         try:
-            states = [server.state for server in read_endpoints(sglang.endpoints).servers]
-            seen = f"{states.count('ready')} of {needed} servers answer"
+            parts = read_parts(sglang.endpoints)
+            merged(sglang.endpoints, parts)  # the run will read it so
+            old = [file for file, part in parts.items() if _is_old(part, first.setdefault(file, part.updated))]
+            fresh = [part for file, part in parts.items() if file not in old]
+            states = [server.state for part in fresh for server in part.servers]
+            seen = f"{states.count('ready')} of {needed} servers answer" + "".join(
+                f"; {file} was last written {time.time() - parts[file].updated:.0f} s ago by its node's clock and does "
+                "not count: delete it if that node serves no longer"
+                for file in old
+            )
             if states.count("ready") >= needed:
                 say(f"{seen}, after {time.monotonic() - started:.0f} s")
                 return
@@ -48,3 +59,8 @@ def wait_for_servers(config: RunConfig, nodes: int, say: Callable[[str], None]) 
             said = waited
             say(f"waiting for servers since {waited:.0f} s: {seen}")
         time.sleep(_POLL)
+
+
+def _is_old(part: Endpoints, first_seen: float) -> bool:
+    """Whether a file lies there since a while; one that was written again while we wait is not, whatever its clock."""
+    return part.updated == first_seen and abs(time.time() - part.updated) > _OLD

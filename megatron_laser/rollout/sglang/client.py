@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import Any
 
 import aiohttp
 import orjson
 
 from megatron_laser.rollout.sglang.errors import (
+    OutOfFiles,
     ServerBusy,
     ServerFault,
     ServerGone,
@@ -59,6 +61,12 @@ class ServerClient:
         except TimeoutError as error:
             raise ServerTimeout(self.url, phase, f"no answer to {path} within {deadline:.3g} s") from error
         except (aiohttp.ClientError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                raise OutOfFiles(
+                    self.url,
+                    phase,
+                    f"{path}: this process has too many open files (ulimit -n); lower rollout.max_concurrency",
+                ) from error
             raise ServerGone(
                 self.url, phase, f"{path}: {error or type(error).__name__}; is the server up?"
             ) from error

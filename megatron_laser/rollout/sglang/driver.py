@@ -197,9 +197,12 @@ class Driver:
                     body,
                     lambda answer: parse_score(answer, token_id, prompt_tokens=len(sequence)),
                     weights=weights,
-                    seconds=min(ends - started, _REQUEST_SECONDS),
+                    # Behind a full queue it waits as long as that takes: another server would have to read the whole
+                    # sequence again. One that hangs is found by its probes.
+                    seconds=ends - started,
                     phase="score",
                     direct=failed is not None,
+                    patient=True,
                 )
             finally:
                 self.traffic.score_seconds += time.monotonic() - started

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.engine import StopEarly
+from megatron_laser.rollout.open_files import raise_open_files
 from megatron_laser.rollout.sglang.client import ServerClient, Sessions
 from megatron_laser.rollout.sglang.driver import Driver
 from megatron_laser.rollout.sglang.errors import ServerError
@@ -69,7 +70,9 @@ class SglangEngine:
         Raises:
             ServersLost: they do not.
             ServerMismatch, ServerRefused: one cannot be used, is no SGLang server, or wants another key.
+            ConfigError: this process may not have `max_concurrency` connections.
         """
+        raise_open_files(max_concurrency)
         # Weights of another run, or of an earlier life of this one, are not ours.
         self.session = secrets.token_hex(4)
         self.api_key = api_key

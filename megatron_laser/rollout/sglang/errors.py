@@ -43,6 +43,10 @@ class ServerBusy(ServerFault):
     """Not now (408, 429, 503): it starts, its queue is full, or a router has no server. Says nothing of its health."""
 
 
+class OutOfFiles(ServerBusy):
+    """This process, or this machine, has too many open files for one more connection. Says nothing of the server."""
+
+
 class ServerRefused(ServerError):
     """The server refused the request (4xx, `status`): the same request would be refused again."""
 

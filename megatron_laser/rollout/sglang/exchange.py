@@ -14,6 +14,7 @@ from megatron_laser.rollout.sglang.errors import (
     ServerFault,
     ServerGone,
     ServerRefused,
+    ServerTimeout,
     StaleServer,
 )
 from megatron_laser.rollout.sglang.fleet import Fleet
@@ -51,12 +52,14 @@ class Exchange:
         seconds: float,
         phase: str,
         direct: bool,
+        patient: bool = False,
     ) -> R:
         """POST /generate; ends when the server dies.
 
         Args:
             parse: raises ValueError, LookupError or TypeError for what is no answer.
             direct: to `member` itself, and not through the router, which might choose what failed before.
+            patient: an answer that is late says nothing of the server, whose probes do.
 
         Raises:
             ServerError: as the request failed, or its answer is none, or is of other weights.
@@ -64,10 +67,10 @@ class Exchange:
         self._traffic.requests += 1
         routed = None if direct or self._router is None or not self._router.takes_work() else self._router
         if routed is None:
-            answer = await self._send(member, body, seconds, phase)
+            answer = await self._send(member, body, seconds, phase, patient)
         else:
             # Given up, it ends by itself: the router leaves a server when its own client leaves.
-            answer = await routed.request(body, deadline=seconds, phase=phase)
+            answer = await routed.request(body, deadline=seconds, phase=phase, patient=patient)
         url = member.url if routed is None else routed.url
         try:
             refused = abort_message(answer)
@@ -95,7 +98,9 @@ class Exchange:
         holders = [member] if self._router is None else [member, *self._fleet.available()]
         await asyncio.gather(*(self._abort(client, rid) for client in {each.client for each in holders}))
 
-    async def _send(self, member: Member, body: dict[str, Any], seconds: float, phase: str) -> Any:
+    async def _send(
+        self, member: Member, body: dict[str, Any], seconds: float, phase: str, patient: bool
+    ) -> Any:
         task = asyncio.ensure_future(member.client.request(body, deadline=seconds, phase=phase))
         member.running.add(task)
         try:
@@ -109,7 +114,8 @@ class Exchange:
             await self._abort(member.client, body["rid"])
             raise
         except ServerError as error:
-            if not isinstance(error, ServerRefused | ServerBusy):
+            late = patient and isinstance(error, ServerTimeout)
+            if not late and not isinstance(error, ServerRefused | ServerBusy):
                 self._fleet.failed(member, error)
             if not error.gone:
                 await self._abort(member.client, body["rid"])

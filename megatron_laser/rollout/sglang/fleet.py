@@ -13,7 +13,13 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from megatron_laser.rollout.endpoints import EndpointsError, ServerEndpoint
 from megatron_laser.rollout.sglang.client import ServerClient, Sessions
-from megatron_laser.rollout.sglang.errors import ServerError, ServersLost, StrangeAnswer, WeightsNeeded
+from megatron_laser.rollout.sglang.errors import (
+    OutOfFiles,
+    ServerError,
+    ServersLost,
+    StrangeAnswer,
+    WeightsNeeded,
+)
 from megatron_laser.rollout.sglang.health import (
     Answered,
     Event,
@@ -218,6 +224,8 @@ class Fleet:
             if not isinstance(info, dict) or "weight_version" not in info:
                 raise StrangeAnswer(member.url, "probe", "/model_info names no weight_version")
             version = str(info["weight_version"])
+        except OutOfFiles as error:
+            member.trouble = error
         except ServerError as error:
             member.trouble = error
             refused = error.gone and "Connect call failed" in str(error)

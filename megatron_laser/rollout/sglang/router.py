@@ -42,8 +42,12 @@ class Router:
         """Whether a first try should go through it."""
         return time.monotonic() >= self._rests_until
 
-    async def request(self, body: dict[str, Any], *, deadline: float, phase: str) -> Any:
+    async def request(
+        self, body: dict[str, Any], *, deadline: float, phase: str, patient: bool = False
+    ) -> Any:
         """The answer to `/generate` of whichever server the router chooses.
+
+        patient: an answer that is late says nothing of the router.
 
         Raises ServerError; ServerGone also when `give_up` was called meanwhile.
         """
@@ -58,7 +62,8 @@ class Router:
             task.cancel()
             raise
         except (ServerGone, ServerTimeout) as error:
-            self._rest(str(error))
+            if not (patient and isinstance(error, ServerTimeout)):
+                self._rest(str(error))
             raise
         finally:
             self._running.discard(task)

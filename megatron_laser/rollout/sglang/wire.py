@@ -77,13 +77,15 @@ def generate_body(
 def score_body(input_ids: Sequence[int], token_id: int, *, rid: str) -> dict[str, Any]:
     """The body of a request for log pi(token_id | input_ids) at temperature 1: no token is generated.
 
-    After a generation the prefix cache holds all but the last of `input_ids`.
+    After a generation the prefix cache holds all but the last of `input_ids`. The priority counts where the servers'
+    option `enable_priority_scheduling` is on: requests without one come after it.
     """
     return {
         "input_ids": list(input_ids),
         "rid": rid,
         "return_logprob": True,
         "token_ids_logprob": [token_id],
+        "priority": 1,
         "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
     }
 

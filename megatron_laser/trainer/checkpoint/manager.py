@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_laser.config.schema import RunConfig
+from megatron_laser.model import platform
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint import optimizer_state, sharded
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
@@ -208,12 +209,18 @@ class _Writer:
 
     def __init__(self, work: Any) -> None:
         self._work = work
+        self._device = platform.device()
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self.run, name="checkpoint-writer")
+        self._thread = threading.Thread(target=self._run_in_thread, name="checkpoint-writer")
         self._thread.start()
+
+    def _run_in_thread(self) -> None:
+        # Else torch's file writer would make a context, half a GiB, on GPU 0 for every rank of the node.
+        platform.use_device(self._device)
+        self.run()
 
     def run(self) -> None:
         try:

@@ -15,22 +15,22 @@ from helpers.tiny_run import end_session, start_run, write_tiny_run
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(700)]
 
 STEP = [
-    ("train", "servers gave back kv_cache, weights"),
+    ("train", "servers gave back cuda_graph, kv_cache, weights"),
     ("train", "the trainer took"),
-    ("sync", "servers gave back kv_cache"),
+    ("sync", "servers gave back cuda_graph, kv_cache"),
     ("sync", "the trainer gave back"),
     ("sync", "servers hold weights"),
     ("generate", "the trainer gave back"),
-    ("generate", "servers hold kv_cache, weights"),
+    ("generate", "servers hold cuda_graph, kv_cache, weights"),
 ]
 SAVE = [
-    ("save", "servers gave back kv_cache"),
+    ("save", "servers gave back cuda_graph, kv_cache"),
     ("save", "the trainer took"),
     ("save", "servers hold weights"),
     ("generate", "the trainer gave back"),
-    ("generate", "servers hold kv_cache, weights"),
+    ("generate", "servers hold cuda_graph, kv_cache, weights"),
 ]
-FIRST = [("sync", "servers gave back kv_cache"), ("sync", "the trainer took"), *STEP[4:]]
+FIRST = [("sync", "servers gave back cuda_graph, kv_cache"), ("sync", "the trainer took"), *STEP[4:]]
 EXPORT = FIRST
 
 
@@ -45,7 +45,7 @@ def test_two_ranks_and_a_server_take_turns(tmp_path):
             "sglang": {
                 "python": sglang_python(),
                 "device": "cpu",
-                "port": free_port(33800),
+                "port": free_port(),
                 "start_deadline": 280,
             },
         },

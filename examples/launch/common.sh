@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Sourced by the scripts beside it: what trainer and servers must have in common, where kernels that are compiled at
+# their first use are kept, and how signals find the trainer.
+#
+#   JIT_CACHE   folder for compiled kernels; unset: each tool's own place in HOME, which a container loses with its end.
+#               It may be shared by the nodes when its file system has locks.
+
+# Both sides of one NCCL communicator must choose memory the same way; SGLang sets 0 where a variable is unset, NCCL does
+# not.
+export NCCL_CUMEM_ENABLE=${NCCL_CUMEM_ENABLE:-0} NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
+
+if [ -n "${JIT_CACHE:-}" ]; then
+  export MEGATRON_LASER_CACHE=${MEGATRON_LASER_CACHE:-$JIT_CACHE/megatron_laser}
+  export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$JIT_CACHE/triton}
+  export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$JIT_CACHE/inductor}
+  export CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-$JIT_CACHE/cuda}
+  export FLASHINFER_WORKSPACE_BASE=${FLASHINFER_WORKSPACE_BASE:-$JIT_CACHE}
+  export TVM_FFI_CACHE_DIR=${TVM_FFI_CACHE_DIR:-$JIT_CACHE/tvm_ffi}
+  export SGLANG_CACHE_DIR=${SGLANG_CACHE_DIR:-$JIT_CACHE/sglang}
+  export SGLANG_JIT_CACHE_DIR=${SGLANG_JIT_CACHE_DIR:-$JIT_CACHE/sglang/jit}
+fi
+
+# await PID: its exit status. A signal that this shell traps ends a wait, not what is waited for; its trap sets `signalled`.
+await() {
+  local status
+  while :; do
+    signalled='' status=0
+    wait "$1" || status=$?
+    if [ -z "$signalled" ]; then return "$status"; fi
+  done
+}
+
+# step ARGUMENT...: srun, which takes signals to its tasks. SIGUSR1 comes from Slurm before the time limit (--signal).
+step() {
+  srun "$@" &
+  local step=$!
+  # shellcheck disable=SC2064  # expanded here
+  trap "signalled=1; kill -USR1 $step 2>/dev/null || true" USR1
+  # shellcheck disable=SC2064
+  trap "signalled=1; kill -TERM $step 2>/dev/null || true" TERM INT
+  await "$step"
+}

@@ -1,0 +1,82 @@
+"""What a run asks of this machine, checked on every rank before a model is loaded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import torch.distributed as dist
+
+from megatron_laser.config import ConfigError, resolve_plan
+from megatron_laser.config.plan import Plan
+from megatron_laser.config.schema import RunConfig
+from megatron_laser.model import platform
+from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
+from megatron_laser.model.transformer_engine import backend_variable_problems, use_transformer_engine
+from megatron_laser.trainer.runtime import Runtime
+
+_FLASH_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
+
+
+def check_machine(config: RunConfig, runtime: Runtime) -> None:
+    """Raise ConfigError, the same on every rank, if any rank's machine cannot run `config`. Call on every rank.
+
+    It looks at Transformer Engine, its attention backend and variables, gradient accumulation fusion, and the device's
+    memory against the dry run's sum.
+    """
+    own = machine_problems(config, runtime.world_size)
+    found: list[list[str]] = [own]
+    if runtime.world_size > 1:
+        found = [[] for _ in range(runtime.world_size)]
+        dist.all_gather_object(found, own, group=runtime.cpu_group)
+    # Ranks of equal machines say the same: the first one's rank is enough.
+    first: dict[str, int] = {}
+    for rank, problems in enumerate(found):
+        for problem in problems:
+            first.setdefault(problem, rank)
+    if first:
+        raise ConfigError([f"{problem} (rank {rank})" for problem, rank in first.items()])
+
+
+def machine_problems(config: RunConfig, world_size: int) -> list[str]:
+    """What is missing on this rank's machine; one line each, with the setting."""
+    model = config.model
+    problems = backend_variable_problems(model.attention)
+    try:
+        fused = use_transformer_engine(model.layers)
+        fuses_gradient_accumulation(config.optimizer.gradient_accumulation_fusion, transformer_engine=fused)
+    except ConfigError as error:
+        problems += error.problems
+    else:
+        if fused and model.attention == "flash" and not any(map(_installed, _FLASH_PACKAGES)):
+            problems.append(
+                f"model.attention: flash needs one of {', '.join(_FLASH_PACKAGES)}, and none is installed; "
+                "install one, or use auto or fused"
+            )
+    return problems + _memory_problems(config, world_size)
+
+
+def needed_bytes(plan: Plan) -> int:
+    """Device memory in bytes that the dry run shows as the sum of a rank."""
+    return plan.bytes_per_rank.total
+
+
+def _memory_problems(config: RunConfig, world_size: int) -> list[str]:
+    available = platform.total_memory_bytes()
+    if available is None:
+        return []
+    needed = needed_bytes(resolve_plan(config, world_size))
+    if needed <= available:
+        return []
+    return [
+        f"this run needs {needed / 2**30:.1f} GiB on a device by the dry run's sum, but {platform.device_name()} has "
+        f"{available / 2**30:.1f} GiB; raise parallel.tensor or parallel.pipeline, or share the optimizer with "
+        "optimizer.distributed: true (`megatron-laser train RUN.yaml --dry-run` shows the sum)"
+    ]
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
