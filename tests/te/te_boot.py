@@ -9,10 +9,9 @@ Fake, all of it here and in te_extension.py:
 - the compiled extension (te_extension.py) and `load_framework_extension`, which would load it as a shared object;
 - `torch` inside Transformer Engine's modules is the project's CPU proxy with a GPU of compute capability 9.0 added;
 - `Tensor.is_cuda` is true for whoever asks from one of these modules;
-- einops and the export to ONNX, which are imported and not used by what runs here;
-- `platform.has_cuda()` as `megatron_laser.model.transformer_engine` sees it: true, so that layers are built from
-  Transformer Engine. Everybody else sees no CUDA.
+- einops and the export to ONNX, which are imported and not used by what runs here.
 
+Nobody else sees CUDA; layers are built from Transformer Engine because `model.layers` says so.
 torch.compile is off: Megatron compiles a few elementwise functions, and here they would be compiled for a CPU.
 """
 
@@ -69,13 +68,14 @@ def _import_package():
 def _pretend_cuda():
     import torch
 
-    from megatron_laser.model import platform, transformer_engine
+    from megatron_laser.model import platform
 
     class Cuda(platform._CudaProxy):
         def __init__(self):
             super().__init__()
             properties = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)
             self.is_available = lambda: True
+            self.is_current_stream_capturing = lambda: False
             self.get_device_properties = lambda *args: properties
             self.get_device_capability = lambda *args: (9, 0)
 
@@ -93,4 +93,3 @@ def _pretend_cuda():
         return asker in inside or real.__get__(tensor)
 
     torch.Tensor.is_cuda = property(is_cuda)
-    transformer_engine.platform = types.SimpleNamespace(has_cuda=lambda: True)

@@ -1,0 +1,88 @@
+"""The trainer on Transformer Engine's layers, rehearsed without a GPU: see te_boot.py for what is real and what is not.
+
+Every case trains on two gloo ranks with layers of Transformer Engine and is compared with one process and torch's layers:
+losses, gradient norms and all weights.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import save_tiny_model
+from helpers.rollouts import rollout_batch
+from helpers.runs import SCORE_TOKEN
+from helpers.torchrun import torchrun
+from te_cases import CASES, GROUPS, STEPS, config_of, metrics_of
+from te_sources import VERSION, transformer_engine_sources
+
+from megatron_laser.model.hf_folder import HfFolder
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+FP32 = [name for name in CASES if not name.startswith("bf16")]
+BF16 = [name for name in CASES if name.startswith("bf16")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("te")
+    for family in {case["family"] for case in CASES.values()}:
+        save_tiny_model(folder / family, family)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rehearsed(folder):
+    """Case to what the worker saved."""
+    try:
+        sources = transformer_engine_sources()
+    except LookupError as error:
+        pytest.skip(f"no Transformer Engine {VERSION} from pip: {error}")
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps(CASES))
+    worker = Path(__file__).with_name("te_worker.py")
+    torchrun(worker, 2, sources, folder, plan, timeout=240)
+    return {name: torch.load(folder / f"{name}.pt") for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def local(folder, single_process):
+    """(family, dtype setting) to (metrics, weights) of torch's layers on one process."""
+    from megatron_laser.trainer.trainer import Trainer
+
+    results = {}
+
+    def train(name):
+        case = CASES[name]
+        dtype = [setting for setting in case["settings"] if setting.startswith("model.dtype")]
+        key = (case["family"], *dtype)
+        if key not in results:
+            one = {"family": case["family"], "settings": dtype}
+            trainer = Trainer(
+                config_of(folder, one, "local", layers="torch"), single_process, score_token_id=SCORE_TOKEN
+            )
+            metrics = [
+                metrics_of(trainer.train_step(rollout_batch(GROUPS, seed=step), step))
+                for step in range(1, STEPS + 1)
+            ]
+            results[key] = metrics, {n: t.clone() for n, t in trainer.weight_stream()}
+        return results[key]
+
+    return train
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_losses_norms_and_weights_are_those_of_torchs_layers(name, rehearsed, local):
+    metrics, weights = local(name)
+    result = rehearsed[name]
+    for step, (mine, theirs) in enumerate(zip(result["metrics"], metrics, strict=True), 1):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-7), f"step {step}"
+    assert result["trained"].keys() == weights.keys()
+    for key, tensor in weights.items():
+        torch.testing.assert_close(result["trained"][key], tensor, rtol=0, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_print(name, rehearsed):
+    print(name, rehearsed[name]["calls"], rehearsed[name]["modules"], rehearsed[name]["optimizer"])
