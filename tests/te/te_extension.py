@@ -66,6 +66,9 @@ NVTE_QKV_Format, NVTE_QKV_Layout, NVTE_Mask_Type, NVTE_Bias_Type = (
     __getattr__(name) for name in ("NVTE_QKV_Format", "NVTE_QKV_Layout", "NVTE_Mask_Type", "NVTE_Bias_Type")
 )
 
+# Looked up through a star import, which does not ask `__getattr__`.
+layernorm_fwd, layernorm_bwd = (__getattr__(name) for name in ("layernorm_fwd", "layernorm_bwd"))
+
 
 def _counted(function):
     def call(*args, **kwargs):
@@ -80,7 +83,7 @@ def get_cudnn_version():
     return 91801
 
 
-def get_cublasLt_version():  # noqa: N802
+def get_cublasLt_version():
     """cuBLAS 13.1."""
     return 130100
 
@@ -164,8 +167,8 @@ def fused_rope_backward(*args):
 def get_fused_attn_backend(parameters):
     """(backend, why not): cuDNN's arbitrary-length kernel for 16-bit types."""
     half = {int(DType.kFloat16), int(DType.kBFloat16)}
-    if int(parameters.q_dtype) not in half:
-        return NVTE_Fused_Attn_Backend.NVTE_No_Backend, f"q_dtype {parameters.q_dtype}"
+    if int(parameters.qkv_dtype) not in half:
+        return NVTE_Fused_Attn_Backend.NVTE_No_Backend, f"qkv_dtype {parameters.qkv_dtype}"
     return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, ""
 
 
@@ -178,7 +181,9 @@ def _packed_attention(q, k, v, cu_seqlens, scale):
         keys, values = (x[start:end].repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
         length = end - start
         mask = torch.full((length, length), -math.inf).triu(1)
-        outputs.append((torch.softmax(one @ keys.transpose(1, 2) * scale + mask, -1) @ values).transpose(0, 1))
+        outputs.append(
+            (torch.softmax(one @ keys.transpose(1, 2) * scale + mask, -1) @ values).transpose(0, 1)
+        )
     return torch.cat(outputs)
 
 

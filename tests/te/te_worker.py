@@ -4,12 +4,15 @@ te_worker.py SOURCES FOLDER PLAN.json
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import te_extension
 from helpers.torchrun import run_worker
 from te_boot import boot
+
+BACKEND_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 
 def main():
@@ -18,10 +21,10 @@ def main():
 
     import torch
     import torch.distributed as dist
-    from megatron.core import parallel_state
-    from te_cases import GROUPS, STEPS, config_of, metrics_of
     from helpers.rollouts import rollout_batch
     from helpers.runs import SCORE_TOKEN
+    from megatron.core import parallel_state
+    from te_cases import GROUPS, STEPS, config_of, metrics_of
 
     from megatron_laser.export import export_hf
     from megatron_laser.trainer import runtime as runtimes
@@ -31,6 +34,8 @@ def main():
     torch.set_num_threads(1)
     runtime = None
     for name, case in json.loads(plan.read_text()).items():
+        for variable in BACKEND_VARIABLES:  # Megatron sets them for the attention of the case before
+            os.environ.pop(variable, None)
         config = config_of(folder, case, name)
         if runtime is None:
             runtime = runtimes.start(config)
