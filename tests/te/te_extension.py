@@ -1,4 +1,4 @@
-"""A stand-in for `transformer_engine_torch`, Transformer Engine's compiled extension: the same calls in torch's arithmetic.
+"""A stand-in for `transformer_engine_torch`, Transformer Engine's compiled extension: its calls in torch's arithmetic.
 
 It has the kernels that a dense model in bf16 or fp32 needs, with the arguments, shapes and dtypes of version 2.20, and
 computes in fp32 as the kernels do. It refuses what the real kernels refuse where the refusal depends on the caller
@@ -8,6 +8,7 @@ when it is called. `calls` counts what was called.
 
 import collections
 import enum
+import itertools
 import math
 
 import torch
@@ -176,7 +177,7 @@ def _packed_attention(q, k, v, cu_seqlens, scale):
     group = q.shape[1] // k.shape[1]
     outputs = []
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds, bounds[1:]):
+    for start, end in itertools.pairwise(bounds):
         one = q[start:end].transpose(0, 1)
         keys, values = (x[start:end].repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
         length = end - start
@@ -225,7 +226,7 @@ def convert_thd_to_bshd(packed, cu_seqlens, batch, width):
     """[tokens, heads, head_dim] to [batch, width, heads, head_dim], right-padded."""
     padded = packed.new_zeros(batch, width, *packed.shape[1:])
     bounds = cu_seqlens.tolist()
-    for row, (start, end) in enumerate(zip(bounds, bounds[1:])):
+    for row, (start, end) in enumerate(itertools.pairwise(bounds)):
         padded[row, : end - start] = packed[start:end]
     return padded
 
