@@ -1,0 +1,57 @@
+"""What is rehearsed: models, layouts, rollouts and the figures that are compared."""
+
+import os
+
+from helpers.rollouts import Response
+from helpers.runs import run_config
+
+STEPS = 3
+GROUPS = [
+    [Response(9, True), Response(12, False), Response(5, False)],
+    [Response(7, False), Response(3, True), Response(14, True, truncated=True)],
+]
+COMPARED = ("total_loss", "policy_loss", "self_reward_loss", "kl_loss", "entropy", "grad_norm")
+SETTINGS = (
+    "laser.reasoning_warmup_steps=0",
+    "laser.self_reward_warmup_steps=0",
+    "policy.old_logprobs=rollout",
+    "policy.kl_coefficient=0.05",
+    "policy.entropy_coefficient=0.01",
+    "optimizer.lr=1.0e-3",
+    "checkpoint.every=1",
+    "data.max_prompt_tokens=16",
+    "rollout.max_new_tokens=16",
+)
+SMALL = "batching.tokens_per_micro_batch=40"
+SEQUENCE = ["parallel.tensor=2", "parallel.sequence=true"]
+OVERLAPPED = [
+    "optimizer.distributed=true",
+    "optimizer.overlap_grad_reduce=true",
+    "optimizer.overlap_param_gather=true",
+]
+FUSED = "optimizer.gradient_accumulation_fusion=on"
+BF16 = "model.dtype=bfloat16"
+CASES = {
+    "tensor": {"family": "qwen2-tied", "settings": ["parallel.tensor=2", SMALL]},
+    "sequence": {"family": "qwen2-tied", "settings": [*SEQUENCE, SMALL, FUSED]},
+    "sequence-qwen3": {"family": "qwen3", "settings": [*SEQUENCE, FUSED]},
+    "pipeline": {"family": "qwen3", "settings": ["parallel.pipeline=2", "model.recompute=full", SMALL]},
+    "pipeline-tied": {"family": "qwen2-tied", "settings": ["parallel.pipeline=2", SMALL, FUSED]},
+    "data": {"family": "qwen2-tied", "settings": [*OVERLAPPED, SMALL]},
+    "data-fused": {"family": "llama3-rope", "settings": [*OVERLAPPED, SMALL, FUSED]},
+    "sequence-llama": {"family": "llama3-rope", "settings": [*SEQUENCE, SMALL]},
+    "bf16": {"family": "qwen2", "settings": [*OVERLAPPED, SMALL, FUSED, BF16, "model.attention=fused"]},
+    "bf16-sequence": {"family": "qwen3", "settings": [*SEQUENCE, SMALL, BF16]},
+}
+
+
+def config_of(folder, case, name, layers="transformer_engine"):
+    """The loaded configuration of a case; its run folder is FOLDER/NAME."""
+    settings = [*SETTINGS, f"model.layers={layers}", *case["settings"], f"run.output_dir={folder / name}"]
+    # Each rank writes its own file: another one may be reading.
+    return run_config(folder / f"rank{os.environ.get('RANK', 0)}", folder / case["family"], *settings)
+
+
+def metrics_of(result):
+    """The compared figures of one step."""
+    return {key: result.metrics[key] for key in COMPARED}
