@@ -8,6 +8,9 @@ from megatron_laser.config.schema import RunConfig
 from megatron_laser.config.schema_rollout import RolloutConfig
 from megatron_laser.config.server_options import option_problems
 
+SYNC_MARGIN = 1.1
+"""`run.deadline` over `rollout.sync_deadline`: rank 0 gives up, aborts the group and tells the others in between."""
+
 
 def rollout_problems(config: RunConfig) -> list[str]:
     """Problems of the rollout section with itself and with others; one line each."""
@@ -88,6 +91,12 @@ def _server_problems(rollout: RolloutConfig) -> list[str]:
         problems.append(
             f"rollout.min_servers: {rollout.min_servers} is more than the {known} of {name}; the run would never start"
         )
+    if rollout.deadline <= sglang.hang_deadline:
+        problems.append(
+            f"rollout.deadline: {rollout.deadline:g} is not longer than rollout.sglang.hang_deadline "
+            f"{sglang.hang_deadline:g}; a server that hangs would end the step before it counts as dead and its "
+            "requests are repeated on others: raise the first or lower the second"
+        )
     problems += host_problems(sglang.host)
     return problems
 
@@ -122,6 +131,18 @@ def _colocated_problems(rollout: RolloutConfig) -> list[str]:
             "use ahead: 0, or servers on GPUs of their own"
         )
     return problems
+
+
+def deadline_problems(config: RunConfig, world_size: int) -> list[str]:
+    """All ranks wait while rank 0 syncs weights: their own deadline must not end a sync that may still succeed."""
+    needed = config.rollout.sync_deadline * SYNC_MARGIN
+    if config.rollout.engine != "sglang" or world_size == 1 or needed <= config.run.deadline:
+        return []
+    return [
+        f"run.deadline: {config.run.deadline:g} with rollout.sync_deadline {config.rollout.sync_deadline:g}; the other "
+        f"ranks wait for a weight sync, so expected {needed:g} or more ({SYNC_MARGIN:g} times it): raise run.deadline, or "
+        "lower rollout.sync_deadline"
+    ]
 
 
 def colocated_gpus(rollout: RolloutConfig) -> int | None:
