@@ -31,29 +31,31 @@ def require_megatron_core() -> None:
 require_megatron_core()
 
 INSTALL_REQUIRES = [
-    "torch>=2.6",
+    "torch>=2.11,<2.15",
     # Its metadata asks for Python 3.12; the wheel for 3.11 works, and tools/setup_env.sh installs it.
     "megatron-core==0.19.*; python_version >= '3.12'",
     "psutil",  # megatron-core's checkpoint writer needs it and does not declare it
-    "transformers>=4.57",
+    "transformers>=5.19,<5.24",  # from SGLang's pin to what the tests ran with
     "safetensors",
     "math-verify>=0.8",
     "pyyaml",
     "pydantic>=2.8",
     "typer>=0.15",
     "rich",
-    "numpy",
+    "numpy>=1.26",  # with NumPy 1 also pyarrow<26, which pip cannot be told
     "aiohttp>=3.11",
     "orjson",
     "tenacity",
     "pebble>=5",
-    "pyarrow",
+    "pyarrow>=24",
     "matplotlib",
     "tensorboard",
 ]
 
 EXTRAS_REQUIRE = {
-    "gpu": ["transformer-engine[pytorch]", "triton>=3.6"],
+    # Transformer Engine's torch extension exists as source only and must be built against the torch that is installed,
+    # which pip's own build environment does not do: tools/setup_gpu.sh builds it.
+    "gpu": ["transformer-engine[core_cu13]==2.20.*", "triton>=3.6,<3.9"],
     "wandb": ["wandb"],
     "test": [
         *(

@@ -45,6 +45,10 @@ def train(
         int | None,
         typer.Option(help="With --dry-run: the number of processes; by default the smallest valid one."),
     ] = None,
+    gpu_memory_gib: Annotated[
+        float,
+        typer.Option(help="With --dry-run: memory of one GPU that the sum must fit; 79.1 is an H100's."),
+    ] = 79.1,
     overwrite: Annotated[
         bool, typer.Option(help="Move an existing run.output_dir aside (to NAME.old-1) and start anew.")
     ] = False,
@@ -60,7 +64,9 @@ def train(
         if dry_run:
             from rich.console import Console
 
-            Console(soft_wrap=not sys.stdout.isatty()).print(resolve_plan(loaded, world_size).render())
+            plan = resolve_plan(loaded, world_size, gpu_memory_gib)
+            Console(soft_wrap=not sys.stdout.isatty()).print(plan.render())
+            plan.memory.check(gpu_memory_gib * 2**30)
             return
         if world_size is not None:
             raise typer.BadParameter("--world-size goes with --dry-run; torchrun sets the real one")
@@ -169,12 +175,17 @@ def serve(**arguments: Any) -> None:
 
 
 @app.command()
-def env() -> None:
-    """Print versions, devices, and which optional parts were found."""
+def env(
+    sglang_python: str = typer.Option(
+        "", help="The servers' interpreter; default: the one that rollout.sglang.python defaults to."
+    ),
+) -> None:
+    """Print versions on both sides, devices, which parts fail to import, and which weight syncs can work here."""
+    from megatron_laser.config.schema_rollout import SglangConfig
     from megatron_laser.environment import describe
 
-    for name, value in describe().items():
-        typer.echo(f"{name:22s} {value}")
+    for name, value in describe(SglangConfig(python=sglang_python or None)).items():
+        typer.echo(f"{name:28s} {value}")
 
 
 class user_errors:

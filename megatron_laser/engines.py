@@ -21,6 +21,7 @@ from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.errors import ServerError, ServersLost, WeightsNeeded
 from megatron_laser.rollout.sglang.identify import SIZES, Expected
 from megatron_laser.rollout.sglang.transport import WeightTransport
+from megatron_laser.weight_sync.checksums import ServerLayout
 from megatron_laser.weight_sync.colocated import ColocatedTransport
 from megatron_laser.weight_sync.disk import DiskTransport
 from megatron_laser.weight_sync.distributed import DistributedTransport
@@ -177,6 +178,9 @@ def _source(config: RunConfig, child: ServeProcess | None) -> Callable[[], Seque
 
 def _transport(config: RunConfig) -> WeightTransport:
     rollout, dtype = config.rollout, DTYPES[config.model.dtype]
+    quantized = rollout.sglang.options.get("quantization")
+    heads = read_architecture(config.model.path).num_attention_heads
+    layout = ServerLayout(heads, None if quantized is None else str(quantized))
     if rollout.weight_sync == "disk":
         return DiskTransport(
             rollout.sync_folder or Path(config.run.output_dir) / "weights",
@@ -184,6 +188,7 @@ def _transport(config: RunConfig) -> WeightTransport:
             dtype=dtype,
             seconds=rollout.sync_deadline,
             always_verify=rollout.verify_sync,
+            layout=layout,
         )
     if rollout.weight_sync == "colocated":
         return ColocatedTransport(
@@ -191,6 +196,7 @@ def _transport(config: RunConfig) -> WeightTransport:
             bucket_bytes=rollout.sync_bucket_mib * 2**20,
             seconds=rollout.sync_deadline,
             always_verify=rollout.verify_sync,
+            layout=layout,
         )
     return DistributedTransport(
         peers=Peers(torch_version=torch.__version__, nccl_version=trainer_nccl()),
@@ -200,6 +206,7 @@ def _transport(config: RunConfig) -> WeightTransport:
         address=rollout.sync_address,
         flattened=rollout.sync_flatten,
         always_verify=rollout.verify_sync,
+        layout=layout,
         past_groups=_past_groups(config),
     )
 

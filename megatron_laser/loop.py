@@ -31,7 +31,6 @@ from megatron_laser.ranks import CannotGoOn, Ranks, RunEnded, only_on_main
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
 from megatron_laser.trainer.coordinator import Coordinator
-from megatron_laser.trainer.machine import check_machine
 from megatron_laser.trainer.runtime import Runtime
 from megatron_laser.trainer.session import session
 from megatron_laser.trainer.signals import stop_signals
@@ -53,9 +52,7 @@ def train(config: RunConfig) -> Path:
 
 
 def _train(config: RunConfig, runtime: Runtime, coordinator: Coordinator, timers: Timers) -> None:
-    # Everything that can be wrong with the machine and the user's files is found before a model is built.
-    with coordinator.phase("checking the machine"):
-        check_machine(config, runtime)
+    # Everything that can be wrong with the user's files is found before a model is built.
     inputs = coordinator.lead("reading inputs", lambda: read_inputs(config), deadline=config.run.deadline)
     with coordinator.phase("sharing the inputs"):
         shared = broadcast_arrays(None if inputs is None else inputs.shared_arrays(), runtime)

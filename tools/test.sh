@@ -67,6 +67,8 @@ fi
 
 bash tools/setup_env.sh
 export PATH="$PWD/.venv/bin:$PATH"
+cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1)
+workers=$((cores < 4 ? cores : 4))
 # One thread each: the distributed tests start several processes, and torch would give each of them all cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Nothing here may fetch a model or a data set.
@@ -91,7 +93,7 @@ check ruff format --check .
 check mypy
 stop_if_failed
 if [ -z "$fast" ] && [ -e tools/test_numpy_1.sh ]; then
-  check bash tools/test_numpy_1.sh
+  check bash tools/test_numpy_1.sh -n "$workers"
   stop_if_failed
 fi
 
@@ -110,7 +112,5 @@ else
   printf '   waited for %d s\n' $((SECONDS - started))
 fi
 
-cores=$(nproc 2>/dev/null || echo 1)
-workers=$((cores < 4 ? cores : 4))
 printf '\n== pytest %s\n' "${selection[*]} $*"
 python -m pytest -n "$workers" ${selection[@]+"${selection[@]}"} --durations=10 "$@"

@@ -13,7 +13,11 @@ from megatron_laser.config.derived import (
 )
 from megatron_laser.config.errors import ConfigError
 from megatron_laser.config.partition import EXCESS_LIMIT, log_partition_excess, round_up, smallest_beta
-from megatron_laser.config.rollout_checks import colocated_layout_problems, rollout_problems
+from megatron_laser.config.rollout_checks import (
+    colocated_layout_problems,
+    deadline_problems,
+    rollout_problems,
+)
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.config.schema_training import PolicyConfig
 
@@ -69,6 +73,7 @@ def layout_problems(config: RunConfig, architecture: Architecture, world_size: i
     else:
         problems += _share_problems(config, world_size // model_ranks)
         problems += colocated_layout_problems(config.rollout, world_size)
+        problems += deadline_problems(config, world_size)
     problems += _position_problems(config, architecture)
     return problems
 

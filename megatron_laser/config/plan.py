@@ -19,6 +19,7 @@ from megatron_laser.config.derived import (
     self_reward_first_step,
 )
 from megatron_laser.config.errors import ConfigError
+from megatron_laser.config.memory import GPU_MEMORY_GIB, MemorySum, memory_sum
 from megatron_laser.config.parameters import (
     Layout,
     RankBytes,
@@ -69,6 +70,8 @@ class Plan:
     padded_vocab_size: int
     stage_parameters: tuple[int, ...]  # per rank of each pipeline stage
     bytes_per_rank: RankBytes  # of the biggest stage
+    memory: MemorySum  # of the fullest rank, with activations and all else
+    gpu_memory_gib: float
     features: tuple[Feature, ...]
     score_token: ScoreToken | None  # None while LaSeR is off
 
@@ -79,7 +82,9 @@ class Plan:
         return render_plan(self)
 
 
-def resolve_plan(config: RunConfig, world_size: int | None = None) -> Plan:
+def resolve_plan(
+    config: RunConfig, world_size: int | None = None, gpu_memory_gib: float = GPU_MEMORY_GIB
+) -> Plan:
     """Checks `config` against the model folder and `world_size` ranks and works out what will run.
 
     Needs only config.json in the folder; tokenizer files are used where they are.
@@ -87,6 +92,7 @@ def resolve_plan(config: RunConfig, world_size: int | None = None) -> Plan:
     Args:
         config: the run.
         world_size: ranks; None: the fewest that hold one copy of the model, or as many as colocated servers have GPUs.
+        gpu_memory_gib: of one GPU; `plan.memory.check` compares, this function does not.
 
     Raises:
         ConfigError: no such model, an impossible layout, or a score token that cannot be one.
@@ -106,11 +112,12 @@ def resolve_plan(config: RunConfig, world_size: int | None = None) -> Plan:
         data=world_size // model_ranks,
     )
     stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
+    batch = _batch(config, layout)
     return Plan(
         config=config,
         architecture=architecture,
         layout=layout,
-        batch=_batch(config, layout),
+        batch=batch,
         parameters=count_parameters(architecture),
         padded_vocab_size=padded_vocab_size(
             architecture.vocab_size, layout.tensor, config.model.vocab_multiple
@@ -122,6 +129,16 @@ def resolve_plan(config: RunConfig, world_size: int | None = None) -> Plan:
             shards=layout.data * layout.context if config.optimizer.distributed else 1,
             reference_model=needs_reference_model(config),
         ),
+        memory=memory_sum(
+            config,
+            architecture,
+            layout,
+            stages,
+            batch.micro_batches_per_rank,
+            batch.tokens_per_rank,
+            gpu_memory_gib,
+        ),
+        gpu_memory_gib=gpu_memory_gib,
         features=_features(config),
         score_token=_score_token(config, architecture),
     )

@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_laser.config.memory import GENERATE, SAVE, STATE, SYNC, UPDATE, gib
 from megatron_laser.config.plan import Plan
 
 
@@ -64,21 +65,23 @@ def _batch(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan) -> Table:
-    table, size = _table("Parameters and memory, without activations and rollouts"), plan.bytes_per_rank
+    memory = plan.memory
+    table = Table(title="Memory of the fullest rank", title_justify="left", show_header=False)
     stages = sorted(set(plan.stage_parameters))
     share = " to ".join(f"{count:,}" for count in dict.fromkeys((stages[0], stages[-1])))
-    table.add_row("parameters", f"{plan.parameters:,}; per rank {share}")
-    table.add_row("weights per rank", f"{_gib(size.weights)} ({plan.config.model.dtype})")
-    table.add_row("gradients per rank", f"{_gib(size.gradients)} (float32)")
-    sharded = plan.config.optimizer.distributed
+    table.add_row("parameters", "", f"{plan.parameters:,}; per rank {share}")
+    for line in memory.lines:
+        if line.bytes:
+            when = "" if line.phase == STATE else f"{line.phase}: "
+            table.add_row(line.name, gib(line.bytes), escape(when + line.detail))
+    phases = [(phase, memory.phase_bytes(phase)) for phase in (UPDATE, SAVE, SYNC, GENERATE)]
     table.add_row(
-        "optimizer per rank",
-        f"{_gib(size.optimizer)} ("
-        + (f"sharded over {plan.layout.data * plan.layout.context})" if sharded else "not sharded)"),
+        "sum",
+        gib(memory.total),
+        f"{gib(memory.phase_bytes(STATE))} always + the largest of "
+        + ", ".join(f"{phase} {gib(size)}" for phase, size in phases)
+        + f"; the GPU has {plan.gpu_memory_gib:g} GiB",
     )
-    if size.reference_model:
-        table.add_row("reference model per rank", _gib(size.reference_model))
-    table.add_row("sum per rank", _gib(size.total))
     return table
 
 
@@ -92,11 +95,3 @@ def _features(plan: Plan) -> Table:
 
 def _table(title: str) -> Table:
     return Table(title=escape(title), title_justify="left", show_header=False)
-
-
-def _gib(count: int) -> str:
-    """Bytes in the unit that keeps three digits: GiB for models, MiB and KiB for toys."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count / 2**10:,.1f} KiB"

@@ -30,9 +30,10 @@ class ModelConfig(Section):
     """Type of weights and activations in training. With bfloat16 the optimizer keeps float32 copies."""
     vocab_multiple: Count = 128
     """Each tensor-parallel shard of the padded vocabulary has a multiple of this many rows."""
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "mlp", "full"] = "none"
     """Activation recomputation: `full` keeps only each layer's input and runs the layer again in the
-    backward pass (about a third more compute, much less memory)."""
+    backward pass (about a third more compute, much less memory); `mlp` runs only the MLP again (most of the memory
+    for less compute). The dry run shows whether `none` fits."""
     layers: Literal["auto", "transformer_engine", "torch"] = "auto"
     """What layers are built from: `auto`, Transformer Engine on CUDA (an error where it is missing or does not
     import) and torch on a CPU; `torch`, Megatron's own layers with torch's attention and norms, for a GPU without

@@ -43,8 +43,8 @@ class SglangConfig(Section):
     """Address of a router in front of the servers of `urls`; generation goes through it, control never does."""
     python: Text | None = None
     """Interpreter of the environment that has SGLang; null: the variable MEGATRON_LASER_SGLANG_PYTHON, else the
-    trainer's own interpreter where SGLang is installed beside it, else `.venv-sglang/bin/python` in the working directory
-    (looked at first with `device: cpu`, whose environment it is), else `python`."""
+    trainer's own interpreter where SGLang is installed beside it, else `.venv-sglang/bin/python` in the working
+    directory (looked at first with `device: cpu`, whose environment it is), else `python`."""
     servers: Count = 1
     """Servers that `serve` starts on its node."""
     tensor: Count = 1
@@ -133,7 +133,7 @@ class RolloutConfig(Section):
     """With `weight_sync: distributed`: address of rank 0's node that servers can reach; null: loopback when all
     servers are on loopback, else the address from which rank 0 reaches the first server."""
     verify_sync: bool = False
-    """Compare checksums of the servers' weights with the trainer's after every sync; the first sync of a run is
-    always compared."""
+    """Compare checksums of the servers' weights with the trainer's after every sync; the first weights of a run and
+    the first update of them are always compared."""
     sglang: SglangConfig = Field(default_factory=SglangConfig)
     """The servers."""

@@ -92,8 +92,9 @@ class RunSettings(Section):
     resume: Literal["auto", "never"] = "auto"
     """`auto`: the same command continues the run in `output_dir` from its newest checkpoint; `never`: a folder
     that already holds a run is refused."""
-    deadline: Positive = 600.0
-    """Seconds that a rank waits for another, outside a rollout, before it stops with an error."""
+    deadline: Positive = 900.0
+    """Seconds that a rank waits for another, outside a rollout, before it stops with an error. Longer than
+    `rollout.sync_deadline`, for which all ranks wait."""
     start_grace: Positive = 120.0
     """Seconds that a process waits for all others to start and meet; from then on `deadline` holds, for the first
     use of each communicator too."""

@@ -81,7 +81,7 @@ def transformer_config(
     virtual_pipeline: int = 1,
     context: int = 1,
     sequence: bool = False,
-    recompute: bool = False,
+    recompute: str = "none",
     layers: Layers = "auto",
     attention: Attention = "auto",
     fuse_gradient_accumulation: bool = False,
@@ -141,6 +141,8 @@ def transformer_config(
         transformer_impl="transformer_engine" if fused else "local",
         attention_backend=AttnBackend[attention],
     )
-    if recompute:
+    if recompute == "mlp":
+        arguments.update(recompute_granularity="selective", recompute_modules=["mlp"])
+    elif recompute == "full":
         arguments.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     return TransformerConfig(**arguments)

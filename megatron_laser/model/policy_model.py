@@ -87,7 +87,7 @@ def log_prob_head(
         tp_group=group,
         with_entropy=inputs.with_entropy,
     )
-    if inputs.with_entropy:
+    if result.entropy is not None:
         # The backward of `stack` makes zeros of a gradient that nobody asked for, and the op would work them in.
         entropy = result.entropy if inputs.entropy_gradient else result.entropy.detach()
         return torch.stack([result.logprobs, entropy])

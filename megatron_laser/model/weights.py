@@ -9,8 +9,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from transformers import PretrainedConfig
 
+from megatron_laser.model import platform
 from megatron_laser.model.hf_folder import HfFolder
 from megatron_laser.model.mapping import Geometry, Rule, global_names, rules
+
+_PACE = 8  # parameters that a rank may gather ahead of the first one
 
 
 @torch.no_grad()
@@ -85,7 +88,11 @@ class WeightExporter:
         """
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
             return
-        for rule in self._rules:
+        for count, rule in enumerate(self._rules, start=1):
+            if count % _PACE == 0 and (self._tp_rank, self._pp_rank) != (0, 0):
+                # Else all gathers of a stream would be queued at once, and NCCL's watchdog counts a collective's time
+                # from there. The first rank must not wait for its device: a broadcast to servers may hang on it.
+                platform.synchronize()
             owner = self._owners[rule.megatron]
             tensors = self._gather(rule) if owner == self._pp_rank else []
             if self._tp_rank != 0:

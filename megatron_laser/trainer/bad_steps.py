@@ -19,6 +19,7 @@ from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.config.loading import resolved_yaml
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.data.errors import DataError
+from megatron_laser.trainer.arrays import save_arrays
 from megatron_laser.trainer.checkpoint.folder import published
 from megatron_laser.trainer.runtime import Runtime
 from megatron_laser.trainer.update import Update
@@ -116,7 +117,7 @@ def write_dump(folder: Path, flat: FlatBatch, config: RunConfig, meta: dict[str,
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    np.savez(partial / _BATCH, **flat.to_arrays())  # type: ignore[arg-type]
+    save_arrays(partial / _BATCH, flat.to_arrays())
     (partial / _CONFIG).write_text(resolved_yaml(config), encoding="utf-8")
     (partial / _META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     if folder.exists():  # the run was resumed from before this step and met it again

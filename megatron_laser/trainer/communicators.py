@@ -32,10 +32,10 @@ def bring_up(seconds: float, *, paired_stages: bool) -> None:
         RuntimeError: a group of this rank did not come up; names it, its ranks and the cause.
     """
     for name, group in groups():
-        _attempt(name, group, seconds, lambda group=group: _all_reduce(group, seconds))
+        _attempt(name, group, seconds, _all_reduce)
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     if paired_stages and pipeline.size() > 1:
-        _attempt("pipeline (neighbours)", pipeline, seconds, lambda: _exchange(pipeline, seconds))
+        _attempt("pipeline (neighbours)", pipeline, seconds, _exchange)
 
 
 def groups() -> Iterator[tuple[str, dist.ProcessGroup]]:
@@ -64,9 +64,11 @@ def groups() -> Iterator[tuple[str, dist.ProcessGroup]]:
             yield name, group
 
 
-def _attempt(name: str, group: dist.ProcessGroup, seconds: float, work: Callable[[], None]) -> None:
+def _attempt(
+    name: str, group: dist.ProcessGroup, seconds: float, work: Callable[[dist.ProcessGroup, float], None]
+) -> None:
     try:
-        work()
+        work(group, seconds)
     except Exception as error:
         ranks = dist.get_process_group_ranks(group)
         text = " ".join(str(error).split())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -23,6 +23,9 @@ _LONGEST_POLL = 0.5
 _DONE = b"done"
 _GO_ON = b"go on"
 _KEPT_KEYS = 16
+_HEARD_WITHIN = (
+    5.0  # seconds that a failed rank 0 stays, with the store that it may host, for the others to hear of it
+)
 
 
 class RankZeroFailed(RuntimeError):
@@ -92,6 +95,7 @@ class Coordinator:
             self._wait_for(key, phase, deadline)
             outcome = self._store.get(key)
             if outcome != _DONE:
+                self._store.set(f"{key}/heard/{self._rank}", _DONE)
                 raise RankZeroFailed(
                     f"rank {self._rank}, phase {phase!r}: rank 0 failed with {outcome.decode()}"
                 )
@@ -102,6 +106,7 @@ class Coordinator:
             result = work()
         except BaseException as error:
             self._store.set(key, f"{type(error).__name__}: {error}")
+            self._until_heard(key)
             raise
         self._store.set(key, _DONE)
         if self._count > _KEPT_KEYS:
@@ -152,6 +157,14 @@ class Coordinator:
         """Leave the run: stop heartbeat and watchdog."""
         if self._hearts is not None:
             self._hearts.close()
+
+    def _until_heard(self, key: str) -> None:
+        """Until all others know of the failure, if they come soon: else all they learn is that the store is gone."""
+        keys = [f"{key}/heard/{rank}" for rank in range(1, self._world_size)]
+        until = time.monotonic() + min(_HEARD_WITHIN, self._deadline)
+        with suppress(RuntimeError):  # of a store that is gone: there is nobody left to be told
+            while not self._store.check(keys) and time.monotonic() < until:
+                time.sleep(0.02)
 
     def _acknowledge_stop(self, step: int) -> None:
         self._store.set(f"stop_acknowledged/{self._rank}", _DONE)

@@ -67,7 +67,9 @@ class Policy:
         return float(self.optimizer.param_groups[0]["lr"])
 
 
-def build_chunks(config: RunConfig, hf: PretrainedConfig, folder: HfFolder, *, trained: bool) -> Chunks:
+def build_chunks(
+    config: RunConfig, hf: PretrainedConfig, folder: HfFolder, *, trained: bool = False
+) -> Chunks:
     """Build this rank's part of the model and load its weights from `folder`, shard by shard.
 
     `trained`: it will be wrapped in DDP and so have `main_grad`, into which layers may add dW.
@@ -85,10 +87,10 @@ def build_chunks(config: RunConfig, hf: PretrainedConfig, folder: HfFolder, *, t
         virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
         sequence=parallel.sequence,
-        recompute=config.model.recompute == "full",
         layers=config.model.layers,
         attention=config.model.attention,
         fuse_gradient_accumulation=fuse,
+        recompute=config.model.recompute,
     )
     stages: list[int | None] = (
         list(range(parallel.virtual_pipeline)) if parallel.virtual_pipeline > 1 else [None]
@@ -139,7 +141,7 @@ def build_reference(config: RunConfig) -> Chunks:
     """A frozen copy of the initial model, for KL terms and the reference ablation; no DDP, no optimizer."""
     hf = read_hf_config(Path(config.model.path))
     with HfFolder(config.model.path) as folder:
-        chunks = build_chunks(config, hf, folder, trained=False)
+        chunks = build_chunks(config, hf, folder)
     for module in chunks.wrapped:
         module.requires_grad_(False)
         module.eval()
@@ -187,7 +189,10 @@ def _build_optimizer(config: RunConfig, chunks: Chunks) -> MegatronOptimizer:
     )
     # Norms and biases take no weight decay.
     return get_megatron_optimizer(
-        optimizer_config, chunks.wrapped, config_overrides=get_standard_config_overrides(optimizer_config)
+        optimizer_config,
+        chunks.wrapped,
+        config_overrides=get_standard_config_overrides(optimizer_config),
+        use_gloo_process_groups=False,
     )
 
 

@@ -159,8 +159,8 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Opti
 def host_pieces(nbytes: int) -> list[int]:
     """Sizes of the host buffers for `nbytes` bytes, largest first: powers of two, of 1 MiB or more.
 
-    torch rounds every pinned allocation up to a power of two (CachingHostAllocator), which for one buffer is up to twice
-    its size; of these pieces less than 1 MiB is lost.
+    torch rounds every pinned allocation up to a power of two (CachingHostAllocator), which for one buffer is up to
+    twice its size; of these pieces less than 1 MiB is lost.
     """
     rounded = -(-nbytes // _SMALLEST_PIECE) * _SMALLEST_PIECE
     return [1 << bit for bit in reversed(range(rounded.bit_length())) if rounded >> bit & 1]

@@ -116,6 +116,8 @@ def build_groups(config: RunConfig, store: dist.Store) -> Runtime:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         distributed_timeout_minutes=config.run.deadline / 60,
+        # For Megatron's own optimizer checkpoints only, which are not written here.
+        create_gloo_process_groups=False,
     )
     seed_everything(config.run.seed)
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -9,12 +9,16 @@ from megatron_laser.config.schema import RunConfig
 from megatron_laser.observability.timers import Timers
 from megatron_laser.trainer import runtime as runtimes
 from megatron_laser.trainer.coordinator import Coordinator
+from megatron_laser.trainer.machine import check_machine
 from megatron_laser.trainer.runtime import Runtime
 
 
 @contextmanager
 def session(config: RunConfig, timers: Timers) -> Iterator[tuple[Runtime, Coordinator]]:
-    """Join the run on this rank; an error inside is told to the other ranks before it goes on."""
+    """Join the run on this rank; an error inside is told to the other ranks before it goes on.
+
+    Raises ConfigError, on every rank, when any rank's machine cannot run `config`.
+    """
     runtime = runtimes.start(config)
     coordinator = Coordinator(
         runtime.store,
@@ -25,6 +29,8 @@ def session(config: RunConfig, timers: Timers) -> Iterator[tuple[Runtime, Coordi
     )
     coordinator.start_watchdog()
     try:
+        with coordinator.phase("checking the machine"):
+            check_machine(config, runtime)
         yield runtime, coordinator
     except BaseException as error:
         coordinator.fail(error)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_laser.trainer.arrays import save_arrays
 from megatron_laser.trainer.runtime import Runtime
 
 
@@ -48,7 +49,7 @@ def _broadcast(payload: torch.Tensor | None, source: int, group: dist.ProcessGro
 
 def _encode(arrays: dict[str, np.ndarray]) -> torch.Tensor:
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]  # before NumPy 2.2 any option here is one more array
+    save_arrays(buffer, arrays)
     return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
 
 

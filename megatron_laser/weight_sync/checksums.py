@@ -1,60 +1,119 @@
-"""Do the servers hold what the trainer sent? Their checksums against ours, parameter by parameter.
+"""Do the servers hold what the trainer sent? Their checksums against ours, parameter by parameter and rank by rank.
 
-SGLang keeps query, key and value in one parameter and gate and up projection in another; on a CPU its checksum is
-the start of the SHA-256 of a parameter's bytes, so ours is made of the streamed tensors in that order. On GPUs it
-uses a hash of its own: there the servers are compared with each other, and sampled values with the trainer's.
+SGLang keeps query, key and value in one parameter and gate and up projection in another, and every tensor-parallel rank
+a share of them: ours are made of the streamed tensors' shares in that order (`sglang/srt/layers/linear.py` and
+`vocab_parallel_embedding.py`, 0.5.23).
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from megatron_laser.weight_sync.hashes import ParameterHash, Sha256, TileSums
 
 _FUSED = (
     (re.compile(r"(.*\.self_attn\.)[qkv]_proj\.(weight|bias)"), r"\1qkv_proj.\2"),
     (re.compile(r"(.*\.mlp\.)(?:gate|up)_proj\.(weight)"), r"\1gate_up_proj.\2"),
 )
+_BY_ROWS = re.compile(r".*\.(q|gate|up)_proj\.(weight|bias)")
+_KEY_VALUE = re.compile(r".*\.self_attn\.[kv]_proj\.(weight|bias)")
+_BY_COLUMNS = re.compile(r".*\.(o|down)_proj\.weight")
 _PADDED = ("model.embed_tokens.weight", "lm_head.weight")
 _VOCABULARY_MULTIPLE = 64  # SGLang pads the vocabulary's rows with zeros to a multiple of this
-_SAMPLED_VALUES = 64  # of a row, compared on GPUs
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLayout:
+    """What of the servers' parameters does not show in the stream.
+
+    Attributes:
+        heads: query heads of the model; None: unknown, and shares of query, key and value are not compared.
+        quantized: the servers' own quantization, whose values are not the trainer's; None: none.
+    """
+
+    heads: int | None = None
+    quantized: str | None = None
 
 
 class StreamDigest:
-    """Passes a weight stream on and notes what a server should report afterwards."""
+    """Passes a weight stream on and notes what servers should report afterwards."""
 
-    def __init__(self, *, dtype: torch.dtype, hashed: bool) -> None:
-        """Args: hashed: make SHA-256 sums (servers on CPUs); else keep some values of each tensor only."""
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype,
+        on_cpu: bool,
+        sizes: Collection[int] = (1,),
+        layout: ServerLayout | None = None,
+    ) -> None:
+        """
+        Args:
+            on_cpu: the servers compute on CPUs, whose checksums are others.
+            sizes: tensor-parallel sizes of the servers.
+        """
+        self.layout = layout or ServerLayout()
         self._dtype = dtype
-        self._hashed = hashed
-        self._sums: dict[str, Any] = {}
-        self.values: dict[str, list[float]] = {}
+        self._hash: type[ParameterHash] = Sha256 if on_cpu else TileSums
+        self._sums: dict[tuple[int, int], dict[str, ParameterHash]] = {
+            (size, rank): {} for size in sizes for rank in range(size)
+        }
+        self._head_size: dict[str, int] = {}  # by layer
 
     def watch(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The same stream."""
         for name, tensor in weights:
-            if self._hashed:
-                self._hash(name, tensor)
-            else:
-                row = tensor.detach().reshape(-1)[:_SAMPLED_VALUES].to(self._dtype)
-                self.values[name] = row.float().cpu().tolist()
+            self._add(name, tensor.detach().to(self._dtype))
             yield name, tensor
 
-    def _hash(self, name: str, tensor: torch.Tensor) -> None:
-        # A copy, since torch never again resizes a storage that numpy has seen: the trainer's must be able to leave.
-        data = tensor.detach().to(device="cpu", dtype=self._dtype, copy=True).contiguous()
-        digest = self._sums.setdefault(server_name(name), hashlib.sha256())
-        digest.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
-        missing = -len(data) % _VOCABULARY_MULTIPLE
-        if name in _PADDED and missing:
-            digest.update(bytes(missing * data[0].nbytes))
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
+        layer, heads = name.split(".self_attn.")[0], self.layout.heads
+        if heads is not None and re.fullmatch(r".*\.self_attn\.q_proj\.(weight|bias)", name):
+            self._head_size[layer] = len(tensor) // heads
+        for (size, rank), sums in self._sums.items():
+            share = _share(name, tensor, rank, size, self._head_size.get(layer))
+            if share is not None:
+                sums.setdefault(server_name(name), self._hash()).add(share)
 
-    def sums(self) -> dict[str, str]:
-        """The server's parameter name -> 16 hex digits."""
-        return {name: digest.digest()[:8].hex() for name, digest in self._sums.items()}
+    def sums(self, size: int = 1, rank: int = 0) -> dict[str, str]:
+        """What rank `rank` of `size` should report: its parameter's name -> 16 hex digits."""
+        return {name: digest.hexdigest() for name, digest in self._sums.get((size, rank), {}).items()}
+
+
+def _share(
+    name: str, tensor: torch.Tensor, rank: int, size: int, head_size: int | None
+) -> torch.Tensor | None:
+    """What a server's rank has of a tensor; None: not known."""
+    if name in _PADDED:
+        return _vocabulary_share(tensor, rank, size)
+    if size == 1:
+        return tensor
+    if _KEY_VALUE.fullmatch(name):
+        if head_size is None:
+            return None
+        heads = len(tensor) // head_size
+        if heads < size:  # each head is held by several ranks
+            rank, size = rank // (size // heads), heads
+        return tensor.chunk(size)[rank]
+    if _BY_ROWS.fullmatch(name):
+        return None if head_size is None and ".self_attn." in name else tensor.chunk(size)[rank]
+    if _BY_COLUMNS.fullmatch(name):
+        return tensor.chunk(size, dim=1)[rank]
+    return tensor
+
+
+def _vocabulary_share(tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    multiple = _VOCABULARY_MULTIPLE
+    if -(-len(tensor) // multiple) * multiple % size:
+        multiple *= size
+    rows = -(-len(tensor) // multiple) * multiple // size
+    share = tensor[rank * rows : (rank + 1) * rows]
+    missing = rows - len(share)
+    return torch.cat([share, share.new_zeros(missing, tensor.shape[1])]) if missing else share
 
 
 def server_name(name: str) -> str:
@@ -78,22 +137,40 @@ def no_checksums(reported: Any) -> str | None:
     return None if ranks and whole else f"its answer has no checksums: {str(reported)[:200]}"
 
 
-def differences(sums: dict[str, str], reported: dict[str, Any]) -> list[str]:
-    """What of a server's `/weights_checker` answer differs from `sums`; empty when all agrees.
+def not_compared(digest: StreamDigest, size: int) -> str | None:
+    """Why servers of tensor-parallel size `size` cannot be compared with the trainer, or not wholly; None: they are."""
+    if digest.layout.quantized is not None:
+        return f"they hold weights in {digest.layout.quantized}, which are not the trainer's numbers"
+    if size > 1 and digest.layout.heads is None:
+        return "how query, key and value are spread over their ranks is not known"
+    return None
 
-    With a tensor-parallel size above 1 a rank holds parts, which these sums say nothing about: no statement.
-    """
+
+def differences(digest: StreamDigest, reported: dict[str, Any]) -> list[str]:
+    """What of a server's `/weights_checker` answer differs from what was sent; empty when all agrees."""
     ranks = reported["ranks"]
-    if len(ranks) != 1:
-        return []
-    theirs = ranks[0]["checksums"]
-    wrong = [
-        f"{name}: {theirs[name]} instead of {ours}"
-        for name, ours in sums.items()
-        if name in theirs and theirs[name] != ours
-    ]
-    unknown = [name for name in sums if name not in theirs and not _may_be_tied(name, theirs)]
-    return wrong + [f"{name}: the server has no such parameter" for name in unknown]
+    wrong = []
+    for index, rank in enumerate(ranks):
+        number = _tensor_rank(rank, index)
+        where = f"rank {number}, " if len(ranks) > 1 else ""
+        sums, theirs = digest.sums(len(ranks), number), rank["checksums"]
+        if not sums:
+            wrong.append(
+                f"{where}its tensor-parallel size is {len(ranks)}, not what it was when it was asked"
+            )
+        for name, ours in sums.items():
+            if name in theirs and theirs[name] != ours:
+                wrong.append(f"{where}{name}: {theirs[name]} instead of {ours}")
+            elif name not in theirs and not _may_be_tied(name, theirs):
+                wrong.append(f"{where}{name}: the server has no such parameter")
+    return wrong
+
+
+def _tensor_rank(rank: dict[str, Any], index: int) -> int:
+    """SGLang lists one entry for each of its models; `index` where it says nothing."""
+    info = rank.get("parallelism_info")
+    info = info[0] if isinstance(info, list) and info else info
+    return int(info.get("tp_rank", index)) if isinstance(info, dict) else index
 
 
 def fingerprint(reported: dict[str, Any]) -> tuple[str, ...]:

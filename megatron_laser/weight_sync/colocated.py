@@ -19,9 +19,9 @@ import torch.multiprocessing
 from megatron_laser.model import platform
 from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.weight_sync.buckets import Bucket, buckets
-from megatron_laser.weight_sync.checksums import StreamDigest
+from megatron_laser.weight_sync.checksums import ServerLayout
 from megatron_laser.weight_sync.control import Update
-from megatron_laser.weight_sync.verify import verify
+from megatron_laser.weight_sync.verify import Checks
 
 _PHASE = "taking over weights"
 
@@ -36,13 +36,13 @@ class ColocatedTransport:
         bucket_bytes: int,
         seconds: float,
         always_verify: bool,
+        layout: ServerLayout | None = None,
     ) -> None:
         """What this needs of the machine is asked by `rollout.serving.colocated`, before anything starts."""
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
         self._seconds = seconds
-        self._verify = always_verify
-        self._first = True
+        self._checks = Checks(always=always_verify, layout=layout)
 
     def send(
         self, engine: SglangEngine, weights: Iterable[tuple[str, torch.Tensor]], version: int, label: str
@@ -53,21 +53,19 @@ class ColocatedTransport:
         them go on when the trainer has made room.
         """
         update = Update(engine, label, seconds=self._seconds)
-        digest = StreamDigest(dtype=self._dtype, hashed=update.on_cpu)
-        watched = digest.watch(weights) if self._verify or self._first else weights
+        check = self._checks.due(version)
+        digest = self._checks.digest(update.members, self._dtype)
+        watched = digest.watch(weights) if check else weights
         with update.paused(go_on=False):
             update.begin_session()
             for bucket in buckets(watched, self._bucket_bytes, dtype=self._dtype):
                 self._give(update, bucket)
             update.end_session()
-            if self._verify or self._first:
-                verify(update, digest)
-        platform.collect_shared_memory()
-        self._first = False
+            if check:
+                self._checks.verify(update, digest, version)
 
     def close(self) -> None:
         """Nothing outlives a call of `send`."""
-        self._first = True
 
     def _give(self, update: Update, bucket: Bucket) -> None:
         with shareable():
@@ -82,6 +80,8 @@ class ColocatedTransport:
                 seconds=self._seconds,
             )
             update.need_some()
+        # Now: what servers have opened is freed only then, and at the end of the sync that would be the whole model.
+        platform.collect_shared_memory()
 
 
 def serialize(bucket: Bucket) -> bytes:

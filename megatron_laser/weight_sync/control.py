@@ -83,11 +83,6 @@ class Update:
                 logger.warning("%s", found)
                 self.drop(member, found)
 
-    @property
-    def on_cpu(self) -> bool:
-        """Whether all servers compute on CPUs."""
-        return on_cpu(self.members)
-
     def begin_session(self) -> None:
         """Open a weight-update session on every server.
 

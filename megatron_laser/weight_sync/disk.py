@@ -18,9 +18,9 @@ from megatron_laser.model.hf_folder import write_hf_folder
 from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.errors import StaleServer
 from megatron_laser.rollout.sglang.member import Member
-from megatron_laser.weight_sync.checksums import StreamDigest
-from megatron_laser.weight_sync.control import Update, on_cpu, quiet
-from megatron_laser.weight_sync.verify import verify
+from megatron_laser.weight_sync.checksums import ServerLayout
+from megatron_laser.weight_sync.control import Update, quiet
+from megatron_laser.weight_sync.verify import Checks
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +38,18 @@ class DiskTransport:
         dtype: torch.dtype,
         seconds: float,
         always_verify: bool,
+        layout: ServerLayout | None = None,
     ) -> None:
         """
         Args:
             source: the model's Hugging Face folder, for its configuration and tokenizer.
-            always_verify: compare checksums after every sync, not only the first.
+            always_verify: compare checksums after every sync, not only the first two versions.
         """
         self._folder = folder
         self._source = source
         self._dtype = dtype
         self._seconds = seconds
-        self._verify = always_verify
-        self._first = True
+        self._checks = Checks(always=always_verify, layout=layout)
         self._current: tuple[str, Path] | None = None
         self._written: set[Path] = set()
 
@@ -60,8 +60,9 @@ class DiskTransport:
         new = [member for member in engine.fleet.updatable() if member.device is None]
         if new:  # those that do not fit are left out by the update
             engine.identify(new)
-        digest = StreamDigest(dtype=self._dtype, hashed=on_cpu(engine.fleet.updatable()))
-        watched = digest.watch(weights) if self._verify or self._first else weights
+        check = self._checks.due(version)
+        digest = self._checks.digest(engine.fleet.updatable(), self._dtype)
+        watched = digest.watch(weights) if check else weights
         target = self._folder / f"{_PREFIX}{label}"
         self._written.add(target)
         write_hf_folder(watched, target, source=self._source, dtype=self._dtype)
@@ -71,13 +72,12 @@ class DiskTransport:
             update.post_all(
                 "/update_weights_from_disk", body, phase="loading weights from disk", seconds=self._seconds
             )
-            if self._verify or self._first:
-                verify(update, digest)
+            if check:
+                self._checks.verify(update, digest, version)
             self._current = (
                 label,
                 target,
             )  # before the label is the wanted one: catching up must not get older ones
-        self._first = False
         engine.fleet.catch_up = self._catch_up
         self._remove_old(target)
 

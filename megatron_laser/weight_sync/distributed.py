@@ -24,12 +24,12 @@ from megatron_laser.rollout.sglang.errors import ServerError, ServerFault, Serve
 from megatron_laser.rollout.sglang.member import Member
 from megatron_laser.weight_sync.broadcast import Broadcast
 from megatron_laser.weight_sync.buckets import Bucket, buckets
-from megatron_laser.weight_sync.checksums import StreamDigest
+from megatron_laser.weight_sync.checksums import ServerLayout
 from megatron_laser.weight_sync.control import SyncFailed, Update
 from megatron_laser.weight_sync.group import UpdateGroup, reachable_address
 from megatron_laser.weight_sync.past_groups import PastGroups
 from megatron_laser.weight_sync.peers import Peers
-from megatron_laser.weight_sync.verify import verify
+from megatron_laser.weight_sync.verify import Checks
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class DistributedTransport:
         address: str | None,
         flattened: bool,
         always_verify: bool,
+        layout: ServerLayout | None = None,
         past_groups: Path | None = None,
     ) -> None:
         """
@@ -75,8 +76,7 @@ class DistributedTransport:
         self._seconds = seconds
         self._address = address
         self._flattened = flattened
-        self._verify = always_verify
-        self._first = True
+        self._checks = Checks(always=always_verify, layout=layout)
         self._group: UpdateGroup | None = None
         self._groups = 0
         self._past = PastGroups(past_groups)
@@ -86,8 +86,9 @@ class DistributedTransport:
     ) -> None:
         """See `WeightTransport.send`. Raises SyncFailed; the group is then rebuilt at the next call."""
         update = Update(engine, label, seconds=self._seconds)
-        digest = StreamDigest(dtype=self._dtype, hashed=update.on_cpu)
-        watched = digest.watch(weights) if self._verify or self._first else weights
+        check = self._checks.due(version)
+        digest = self._checks.digest(update.members, self._dtype)
+        watched = digest.watch(weights) if check else weights
         try:
             with update.paused():
                 group = self._join(update)
@@ -96,14 +97,13 @@ class DistributedTransport:
                 self._stream(update, group, watched)
                 update.end_session()
                 self._all_there(update, group)
-                if self._verify or self._first:
-                    verify(update, digest)
+                if check:
+                    self._checks.verify(update, digest, version)
         except BaseException:
             self._leave()
             raise
         if len(update.members) < len(group.members):
             self._leave()
-        self._first = False
 
     def close(self) -> None:
         """Leave the group; the servers notice when they are next asked to join one."""

@@ -6,39 +6,74 @@ import logging
 from collections import defaultdict
 from typing import Any
 
-from megatron_laser.rollout.sglang.errors import ServerError, ServerFault, ServerRefused, StaleServer
+import torch
+
+from megatron_laser.rollout.sglang.errors import ServerFault, StaleServer
 from megatron_laser.rollout.sglang.member import Member
-from megatron_laser.weight_sync.checksums import StreamDigest, differences, fingerprint, no_checksums
-from megatron_laser.weight_sync.control import Update
+from megatron_laser.weight_sync.checksums import (
+    ServerLayout,
+    StreamDigest,
+    differences,
+    fingerprint,
+    no_checksums,
+    not_compared,
+)
+from megatron_laser.weight_sync.control import Update, on_cpu
 
 logger = logging.getLogger(__name__)
 
 _SECONDS = 300.0
 _SHOWN = 3
 _PHASE = "comparing checksums"
+_VERSIONS = (
+    2  # the first weights sent are often those that servers have loaded: only the next ones prove an update
+)
+
+
+class Checks:
+    """Which syncs are verified: every one, or the first weights and the first other ones."""
+
+    def __init__(self, *, always: bool, layout: ServerLayout | None = None) -> None:
+        self._always = always
+        self._layout = layout or ServerLayout()
+        self._versions: set[int] = set()
+        self._said: set[str] = set()
+
+    def due(self, version: int) -> bool:
+        """Whether the sync of `version` is verified."""
+        return self._always or (len(self._versions) < _VERSIONS and version not in self._versions)
+
+    def digest(self, members: list[Member], dtype: torch.dtype) -> StreamDigest:
+        """For a stream that `members` are about to get."""
+        sizes = {member.tensor for member in members}
+        return StreamDigest(dtype=dtype, on_cpu=on_cpu(members), sizes=sizes, layout=self._layout)
+
+    def verify(self, update: Update, digest: StreamDigest, version: int) -> None:
+        """Drops every server of `update` whose weights are not those that `digest` saw.
+
+        Raises SyncFailed when none is left.
+        """
+        for size in {member.tensor for member in update.members}:
+            reason = not_compared(digest, size)
+            if reason is not None and reason not in self._said:
+                self._said.add(reason)
+                logger.warning(
+                    "weights of servers are not compared with the trainer's, or not all, but with each other only: %s",
+                    reason,
+                )
+        verify(update, digest)
+        self._versions.add(version)
 
 
 def verify(update: Update, digest: StreamDigest) -> None:
-    """Drops every server of `update` whose weights are not those that `digest` saw.
-
-    Raises SyncFailed when none is left.
-    """
+    """See `Checks.verify`."""
     reports = update.post_all("/weights_checker", {"action": "checksum"}, phase=_PHASE, seconds=_SECONDS)
-    sums = digest.sums()
     for member, report in reports.items():
         unclear = no_checksums(report)
         if unclear is not None:
             update.drop(member, ServerFault(member.url, _PHASE, unclear))
             continue
-        try:
-            wrong = differences(sums, report) if sums else _different_values(update, member, digest)
-        except ServerRefused as error:
-            # SGLang reads weights back for a few kinds of model only: no word against this server.
-            logger.warning("%s; its checksums are compared with other servers' only", error)
-            continue
-        except ServerError as error:
-            update.drop(member, error)
-            continue
+        wrong = [] if digest.layout.quantized is not None else differences(digest, report)
         if wrong:
             shown = "; ".join(wrong[:_SHOWN]) + (
                 f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
@@ -63,30 +98,3 @@ def _compare_servers(update: Update, reports: dict[Member, Any]) -> None:
                 for member in members:
                     message = f"its weights differ from those of {largest[0].url}, which got the same update"
                     update.drop(member, StaleServer(member.url, _PHASE, message))
-
-
-def _different_values(update: Update, member: Member, digest: StreamDigest) -> list[str]:
-    """Sampled values of each tensor, read back by name."""
-
-    async def read(name: str, count: int) -> Any:
-        body = {"name": name, "truncate_size": count}
-        return await member.client.post("/get_weights_by_name", body, deadline=_SECONDS, phase=_PHASE)
-
-    wrong = []
-    for name, ours in _first_and_last(digest.values):
-        theirs = _flatten(update.engine.run(read(name, len(ours)), _SECONDS, _PHASE))[: len(ours)]
-        if theirs != ours[: len(theirs)] or not theirs:
-            wrong.append(f"{name} begins with {theirs[:3]} instead of {ours[:3]}")
-    return wrong
-
-
-def _first_and_last(values: dict[str, list[float]]) -> list[tuple[str, list[float]]]:
-    """A few tensors from both ends of the model: a stale server differs in all of them."""
-    items = list(values.items())
-    return items if len(items) <= 8 else items[:4] + items[-4:]
-
-
-def _flatten(value: Any) -> list[float]:
-    if isinstance(value, list):
-        return [item for part in value for item in _flatten(part)]
-    return [float(value)] if isinstance(value, int | float) else []

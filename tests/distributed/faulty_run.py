@@ -1,4 +1,4 @@
-"""`megatron_laser train` with a fault, for test_faults.py and test_signals.py; started by torchrun.
+"""`megatron_laser train` with a fault, for test_faults.py and test_signals.py.
 
     faulty_run.py FAULT RANK STEP RUN.yaml [OVERRIDES]
 

@@ -1,6 +1,6 @@
 """Two gloo ranks: the log-prob op on two vocabulary shards against the whole weight on one rank.
 
-Started by test_linear_logprob_tp.py under torchrun; exits non-zero when a claim does not hold.
+Started by test_linear_logprob_tp.py; exits non-zero when a claim does not hold.
 """
 
 import datetime

@@ -1,13 +1,13 @@
 """A checkpoint is saved under one parallel layout and resumed under another."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.torchrun import ROOT, torchrun, worker_environment
+from helpers.ranks import run_ranks
+from helpers.torchrun import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 from compare_layouts import CONFIG, make_model
@@ -47,12 +47,7 @@ def run(folder, processes, plan):
     """The figures of step 3 for each entry of the plan."""
     plan_file, output = folder / f"plan{processes}.json", folder / f"figures{processes}.json"
     plan_file.write_text(json.dumps(plan))
-    if processes > 1:
-        torchrun(WORKER, processes, folder, plan_file, output, timeout=240)
-    else:
-        command = [sys.executable, str(WORKER), str(folder), str(plan_file), str(output)]
-        done = subprocess.run(command, env=worker_environment(), capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-5000:]
+    run_ranks(WORKER, processes, folder, plan_file, output, timeout=240)
     return json.loads(output.read_text())
 
 

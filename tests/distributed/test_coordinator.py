@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,12 +14,12 @@ import pytest
 import torch.distributed as dist
 from helpers.torchrun import worker_environment
 
-from megatron_laser.trainer.coordinator import Coordinator
+from megatron_laser.trainer.coordinator import Coordinator, RankZeroFailed
 
 pytestmark = pytest.mark.distributed
 
 WORKER = Path(__file__).with_name("coordinator_worker.py")
-SILENCE = 2.0  # run.deadline of the waiting rank
+SILENCE = 4.0  # run.deadline of the waiting rank
 TIMEOUT = timedelta(seconds=20)
 
 
@@ -57,9 +58,9 @@ def test_the_waiting_rank_goes_on_when_rank_zero_has_finished():
     with rank_zero("works") as (store, coordinator, process):
         started = time.monotonic()
         called = []
-        assert coordinator.lead("rollout of step 3", lambda: called.append(1), deadline=10) is None
+        assert coordinator.lead("rollout of step 3", lambda: called.append(1), deadline=60) is None
         assert not called
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 9
         store.set("seen", "")
         finished(process)
 
@@ -67,7 +68,7 @@ def test_the_waiting_rank_goes_on_when_rank_zero_has_finished():
 def test_many_phases_in_a_row_stay_in_step():
     with rank_zero("many phases") as (store, coordinator, process):
         for number in range(40):
-            assert coordinator.lead(f"phase {number}", lambda: None, deadline=10) is None
+            assert coordinator.lead(f"phase {number}", lambda: None, deadline=60) is None
             store.set(f"seen {number}", "")
         finished(process)
 
@@ -76,7 +77,7 @@ def test_the_waiting_rank_gets_rank_zeros_failure_message():
     with rank_zero("fails") as (store, coordinator, process):
         message = r"rank 1, phase 'rollout of step 3': .*ValueError: the grading pool lost its workers"
         with pytest.raises(RuntimeError, match=message):
-            coordinator.lead("rollout of step 3", lambda: None, deadline=10)
+            coordinator.lead("rollout of step 3", lambda: None, deadline=60)
         store.set("seen", "")
         finished(process)
 
@@ -86,9 +87,9 @@ def test_a_silent_rank_zero_is_noticed_within_the_deadline_with_rank_and_phase(h
     with rank_zero("hangs") as (_, coordinator, process):
         os.kill(process.pid, how)
         started = time.monotonic()
-        with pytest.raises(RuntimeError, match=r"rank 1, phase 'rollout of step 3': .*no sign of life.*2 s"):
+        with pytest.raises(RuntimeError, match=r"rank 1, phase 'rollout of step 3': .*no sign of life.*4 s"):
             coordinator.lead("rollout of step 3", lambda: None, deadline=30)
-        assert SILENCE <= time.monotonic() - started < SILENCE + 3
+        assert SILENCE <= time.monotonic() - started < SILENCE + 15
 
 
 def test_a_rank_zero_that_is_alive_but_too_slow_is_told_apart_from_a_dead_one():
@@ -98,7 +99,7 @@ def test_a_rank_zero_that_is_alive_but_too_slow_is_told_apart_from_a_dead_one():
             RuntimeError, match=r"phase 'rollout of step 3'.*alive.*within 3 s.*rollout\.deadline"
         ):
             coordinator.lead("rollout of step 3", lambda: None, deadline=3.0)
-        assert time.monotonic() - started < 6
+        assert time.monotonic() - started < 18
 
 
 def test_the_death_of_the_process_that_hosts_the_store_is_told_with_rank_and_phase():
@@ -120,6 +121,25 @@ def test_a_rank_zero_that_never_starts_is_noticed():
     store = dist.HashStore()
     with pytest.raises(RuntimeError, match=r"rank 1, phase 'reading inputs': .*no sign of life"):
         Coordinator(store, 1, 2, deadline=0.5).lead("reading inputs", lambda: None, deadline=30)
+
+
+def test_a_failed_rank_zero_stays_until_the_others_have_heard_of_it():
+    store = dist.HashStore()
+    first, second = (Coordinator(store, rank, 2, deadline=30.0) for rank in range(2))
+
+    def come_late():
+        time.sleep(0.3)
+        with contextlib.suppress(RankZeroFailed):
+            second.lead("work", lambda: None, deadline=30.0)
+
+    thread = threading.Thread(target=come_late)
+    thread.start()
+    with pytest.raises(ZeroDivisionError):
+        first.lead("work", lambda: 1 / 0, deadline=30.0)
+    assert store.check(["phase/0/heard/1"])
+    thread.join()
+    for one in (first, second):
+        one.close()
 
 
 def test_alone_there_is_nobody_to_wait_for():

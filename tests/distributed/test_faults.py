@@ -3,15 +3,12 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from helpers.sglang_server import free_port
-from helpers.tiny_run import end_session, metrics_without_times, write_tiny_run
-from helpers.torchrun import worker_environment
+from helpers.ranks import start_ranks
+from helpers.tiny_run import metrics_without_times, write_tiny_run
 
 from megatron_laser.trainer.checkpoint import folder as folders
 
@@ -28,33 +25,21 @@ def file(tmp_path_factory):
 
 def start(file, fault, rank, step, *overrides):
     """Two ranks without torchrun, whose agent would end the healthy rank before it can tell what it saw."""
-    base = worker_environment() | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-    }
-    command = [sys.executable, str(SCRIPT), fault, str(rank), str(step), str(file), *overrides]
-    return [
-        subprocess.Popen(
-            command,
-            env=base | {"RANK": str(number), "LOCAL_RANK": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for number in range(2)
-    ]
+    return start_ranks(SCRIPT, 2, fault, str(rank), str(step), file, *overrides)
 
 
-def outcome(processes, faulty):
+def outcome(ranks, faulty):
     """(exit status, output) of the healthy rank."""
+    healthy = ranks[1 - faulty]
     try:
-        output, _ = processes[1 - faulty].communicate(timeout=120)
-        return processes[1 - faulty].returncode, output
+        return healthy.wait(120), healthy.output
     finally:
-        for process in processes:
-            end_session(process)
+        end(ranks)
+
+
+def end(ranks):
+    for rank in ranks:
+        rank.end()
 
 
 @pytest.mark.parametrize(
@@ -66,49 +51,47 @@ def outcome(processes, faulty):
     ],
 )
 def test_a_lost_rank_is_named_with_its_phase_and_the_other_rank_ends_in_time(file, tmp_path, fault, verdict):
-    processes = start(file, fault, 1, 2, f"run.output_dir={tmp_path / 'out'}", f"run.deadline={DEADLINE}")
-    status, output = outcome(processes, faulty=1)
-    assert status not in (0, None), output
+    ranks = start(file, fault, 1, 2, f"run.output_dir={tmp_path / 'out'}", f"run.deadline={DEADLINE}")
+    status, output = outcome(ranks, faulty=1)
+    assert status != 0, output
     assert re.search(verdict, output), output
     assert "rank 0" in output and "train step 2" in output
     assert len(metrics_without_times(tmp_path / "out")) == 1
 
 
 def test_a_rank_that_stops_while_rank_zero_works_alone_is_noticed_by_the_watchdog(file, tmp_path):
-    processes = start(
+    ranks = start(
         file, "none", 1, 2, f"run.output_dir={tmp_path / 'out'}", "run.steps=400", f"run.deadline={DEADLINE}"
     )
     while not (tmp_path / "out" / "metrics.jsonl").exists():
-        assert processes[0].poll() is None, processes[0].stdout.read()
+        assert ranks[0].poll() is None, ranks[0].output
         time.sleep(0.2)
-    os.kill(processes[1].pid, signal.SIGSTOP)
+    os.kill(ranks[1].pid, signal.SIGSTOP)
     started = time.monotonic()
-    status, output = outcome(processes, faulty=1)
+    status, output = outcome(ranks, faulty=1)
     assert time.monotonic() - started < DEADLINE + 30
     assert status != 0
     assert re.search(r"rank 1: no heartbeat for \d+ s, last phase '", output), output
 
 
 def test_a_rank_zero_that_stops_is_noticed_by_the_others(file, tmp_path):
-    processes = start(file, "hang", 0, 2, f"run.output_dir={tmp_path / 'out'}", f"run.deadline={DEADLINE}")
-    status, output = outcome(processes, faulty=0)
+    ranks = start(file, "hang", 0, 2, f"run.output_dir={tmp_path / 'out'}", f"run.deadline={DEADLINE}")
+    status, output = outcome(ranks, faulty=0)
     assert status != 0
     assert re.search(r"rank 0: alive, in phase 'train step 2[^\n]* at loop.py:\d+ \(step\)", output), output
 
 
-def run_together(processes):
+def run_together(ranks):
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-        return [process.returncode for process in processes], outputs
+        return [rank.wait(120) for rank in ranks], [rank.output for rank in ranks]
     finally:
-        for process in processes:
-            end_session(process)
+        end(ranks)
 
 
 def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_leaves_the_last_checkpoint(file, tmp_path):
     out = tmp_path / "out"
-    processes = start(file, "full", 1, 3, f"run.output_dir={out}", "optimizer.distributed=true")
-    statuses, outputs = run_together(processes)
+    ranks = start(file, "full", 1, 3, f"run.output_dir={out}", "optimizer.distributed=true")
+    statuses, outputs = run_together(ranks)
     assert statuses == [2, 2], outputs
     message = "rank 1: OSError: [Errno 28] No space left on device"
     assert f"error: all steps are done, but the last save failed: {message}" in outputs[0].splitlines()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from helpers.ranks import run_ranks
 from helpers.tiny_run import end_session, metrics_without_times, start_run, write_tiny_run
-from helpers.torchrun import torchrun
 
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.coordinator import Coordinator
@@ -23,11 +23,11 @@ SCRIPT = Path(__file__).with_name("faulty_run.py")
 
 @pytest.fixture(scope="module")
 def run_two(tmp_path_factory):
-    """(function that runs two ranks under torchrun with a fault, output folder of an undisturbed run)."""
+    """(function that runs two ranks with a fault, output folder of an undisturbed run)."""
     file = write_tiny_run(tmp_path_factory.mktemp("run"))
 
     def run(output, fault="none", rank=0, step=0):
-        return torchrun(SCRIPT, 2, fault, str(rank), str(step), file, f"run.output_dir={output}")
+        return run_ranks(SCRIPT, 2, fault, str(rank), str(step), file, f"run.output_dir={output}")
 
     run(file.parent / "undisturbed")
     return run, file.parent / "undisturbed"

@@ -23,7 +23,7 @@ class FakeServer:
         log: (server's url, path) of every call to any server of the fleet, in order.
         fails: path -> what a call of it raises, or answers in place of the truth. An update begins with a
             /continue_generation, for a server that somebody else has paused: of one that runs it does not fail.
-        sums, values: what /weights_checker and /get_weights_by_name answer.
+        sums: what /weights_checker answers.
         left: groups that it was told to leave.
         loads: called with the folder of a disk update before it counts.
     """
@@ -37,7 +37,6 @@ class FakeServer:
         self.fails: dict[str, Any] = {}
         self.left: list[str] = []
         self.sums: dict[str, str] = {}
-        self.values: dict[str, Any] = {}
         self.loads: Callable[[str], None] = lambda folder: None
         self.deadlines: dict[str, float] = {}
 
@@ -76,8 +75,6 @@ class FakeServer:
             return {
                 "ranks": [{"checksums": dict(self.sums), "per_gpu_checksum": str(sorted(self.sums.items()))}]
             }
-        elif path == "/get_weights_by_name":
-            return self.values[body["name"]]
         return {"success": True}
 
 

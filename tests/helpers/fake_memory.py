@@ -92,7 +92,8 @@ class FakeMemory:
             self.received.append(body)
             self.version = body.get("weight_version", self.version)
         elif path == "/weights_checker":
-            ranks = [{"checksums": self.sums, "per_gpu_checksum": str(sorted(self.sums.items()))}]
+            rank = {"checksums": self.sums, "per_gpu_checksum": str(sorted(self.sums.items()))}
+            ranks = [rank] * self.tensor
             return 200, {"success": True, "ranks": ranks}
         elif path == "/continue_generation":
             if self.held != TAGS:

@@ -103,6 +103,12 @@ class FaultyServer:
         with self._changed:
             self._changed.notify_all()
 
+    def let_go_of_all(self) -> None:
+        """End the wait of requests that are held: they are answered."""
+        with self._changed:
+            self.let_go.set()
+            self._changed.notify_all()
+
     def wait_for(self, condition: Callable[[], bool], deadline: float = 20.0) -> None:
         """Until `condition`, which depends on what has been received."""
         with self._changed:

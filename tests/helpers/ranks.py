@@ -64,10 +64,13 @@ class Rank:
 
 
 def start_ranks(script: Path, processes: int, *arguments: str | Path) -> list[Rank]:
-    """Start `script` on gloo ranks of this machine; the caller ends each of them."""
+    """Start `script` on gloo ranks of this machine, or alone, as without torchrun; the caller ends each of them."""
     from helpers.sglang_server import free_port
 
-    environment = worker_environment() | {
+    environment = worker_environment()
+    if processes == 1:
+        return [Rank(script, [*map(str, arguments)], environment)]
+    environment |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(processes),
@@ -94,7 +97,9 @@ def run_ranks(script: Path, processes: int, *arguments: str | Path, timeout: flo
                 time.sleep(2.0)  # the others may be about to say why
             if failed or time.monotonic() > until:
                 output = readable("".join(rank.output for rank in ranks))
-                what = f"failed on {processes} ranks ({statuses})" if failed else f"not done after {timeout:g} s"
+                what = (
+                    f"failed on {processes} ranks ({statuses})" if failed else f"not done after {timeout:g} s"
+                )
                 raise AssertionError(f"{script.name}: {what}\n{output}")
             time.sleep(0.02)
         return "".join(rank.output for rank in ranks)

@@ -105,6 +105,7 @@ def serve_config(folder: Path, *overrides: str, **rollout: Any) -> RunConfig:
         "python": sglang_python(),
         "device": "cpu",
         "start_deadline": START_DEADLINE,
+        "hang_deadline": 100,
         "options": {"log_level": "info", "random_seed": 0},
     }
     sglang |= rollout.pop("sglang", {})

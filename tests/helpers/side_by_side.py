@@ -7,7 +7,7 @@ import pytest
 
 SHARED_SERVER = "tests/servers/"
 # What takes long begins early, so that the workers end at about the same time.
-_FIRST = ("tests/long/", "tests/distributed/", SHARED_SERVER)
+_FIRST = ("tests/long/", "tests/distributed/", "tests/te/", SHARED_SERVER)
 
 
 def scheduling(config: pytest.Config, log: Any) -> Any:

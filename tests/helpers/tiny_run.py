@@ -60,7 +60,13 @@ def write_tiny_run(folder: Path, **sections: dict[str, Any]) -> Path:
             "apply_chat_template": False,
             "max_prompt_tokens": 8,
         },
-        "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 8, "deadline": 120},
+        "rollout": {
+            "prompts_per_step": 4,
+            "samples_per_prompt": 4,
+            "max_new_tokens": 8,
+            "deadline": 120,
+            "sync_deadline": 54,
+        },
         "reward": {"function": "lucky.py:lucky", "workers": 1},
         "laser": {
             "score_token": "<|score|>",

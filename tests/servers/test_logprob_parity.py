@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.torchrun import torchrun
+from helpers.ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.sglang, pytest.mark.distributed]
@@ -31,7 +31,7 @@ def figures(sglang_server, tmp_path_factory):
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
         model.save_pretrained(folder / "models" / name)
-    torchrun(
+    run_ranks(
         WORKER,
         2,
         sglang_server.url,

@@ -1,6 +1,7 @@
 """What servers do to requests: only what is safe is repeated, nothing counts twice, and messages name the place."""
 
 import gc
+import threading
 import time
 from collections import Counter
 
@@ -9,6 +10,7 @@ from helpers.faulty_server import LENGTH, SCORE, STOP, VOCABULARY, FaultyServer,
 
 from megatron_laser.rollout.sglang import driver, fleet, router
 from megatron_laser.rollout.sglang.errors import ServerRefused, ServersLost
+from megatron_laser.rollout.sglang.health import State
 from megatron_laser.types import SamplingParams
 
 PROMPTS = [[4, 5], [4, 6], [5, 6]]
@@ -112,6 +114,33 @@ def test_a_score_is_repeated_without_its_generation(servers):
     assert metrics["rollout/score_uncached_tokens"] == 1.0  # of six scores, not of nine
 
 
+def test_a_score_waits_behind_a_full_queue_and_says_nothing_of_the_server(servers, monkeypatch):
+    monkeypatch.setattr(driver, "_REQUEST_SECONDS", 0.1)
+    slow, other = servers.server(), servers.server()
+    for server in (slow, other):
+        server.holds = lambda body: "token_ids_logprob" in body
+    engine = servers.engine(slow, other)
+    threading.Timer(0.6, lambda: [server.let_go_of_all() for server in (slow, other)]).start()
+    assert engine.score([[4, 5, 6], [4, 6, 5]], SCORE, deadline=20.0) == [-7.5, -7.5]
+    assert len(slow.requests) + len(other.requests) == 2 and not slow.aborted and not other.aborted
+    assert engine.take_metrics()["rollout/retries"] == 0
+
+
+def test_a_score_that_is_late_makes_no_server_suspect(servers):
+    server = servers.server()
+    server.holds = lambda body: "token_ids_logprob" in body
+    engine = servers.engine(server)
+    states = set()
+    (member,) = engine.fleet.members
+    tell = engine.fleet.tell
+    engine.fleet.tell = lambda member, event: (tell(member, event), states.add(member.health.state))
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="score: 1 of 1 requests were not done in time"):
+        engine.score([[4, 5, 6]], SCORE, deadline=0.5)
+    assert time.monotonic() - started < 0.5 + 5
+    assert member.health.takes_work(None) and State.SUSPECT not in states
+
+
 @pytest.mark.parametrize("fault", ["500", "truncated JSON", "503"])
 def test_a_fault_that_lasts_ends_at_the_deadline_and_is_named(fault, servers):
     server = servers.server()
@@ -120,7 +149,7 @@ def test_a_fault_that_lasts_ends_at_the_deadline_and_is_named(fault, servers):
     started = time.monotonic()
     with pytest.raises(TimeoutError, match=rf"not done in time; .*server {server.url}, generation: "):
         generate(engine, deadline=1.5)
-    assert time.monotonic() - started < 1.5 + 5
+    assert time.monotonic() - started < 1.5 + 12
 
 
 def test_an_answer_that_comes_too_late_is_dropped_and_its_request_aborted(servers, monkeypatch):
@@ -147,7 +176,7 @@ def test_a_server_that_falls_silent_loses_its_requests_at_the_hang_deadline(serv
             hung_at.append(time.monotonic())
 
     groups = engine.generate(PROMPTS, SAMPLING, deadline=30, on_finished=on_finished)
-    assert time.monotonic() - hung_at[0] < 1.5 + 3
+    assert time.monotonic() - hung_at[0] < 1.5 + 12
     assert all(is_whole(generation) for group in groups for generation in group)
     assert f"{hung.url} dead" in engine.fleet.describe() and "silent for" in engine.fleet.describe()
     hung.let_go.set()
@@ -209,7 +238,7 @@ def test_a_router_that_hangs_is_found_by_asking_it(servers):
     started = time.monotonic()
     _, finished = generate(engine)
     assert finished == ALL and len(server.requests) == 6
-    assert time.monotonic() - started < 1.5 + 5
+    assert time.monotonic() - started < 1.5 + 12
     between.let_go.set()
 
 
@@ -221,7 +250,7 @@ def test_a_server_that_hangs_behind_a_router_does_not_hold_its_requests(servers)
     started = time.monotonic()
     _, finished = generate(engine)
     assert finished == ALL and len(good.requests) == 6
-    assert time.monotonic() - started < 1.5 + 8
+    assert time.monotonic() - started < 1.5 + 12
     hung.let_go.set()
 
 

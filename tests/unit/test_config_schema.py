@@ -18,7 +18,14 @@ REQUIRED = {
 }
 
 DEFAULTS = {
-    "model": {"dtype": "bfloat16", "vocab_multiple": 128, "recompute": "none", "keep_logits_gib": 0.0},
+    "model": {
+        "dtype": "bfloat16",
+        "vocab_multiple": 128,
+        "recompute": "none",
+        "layers": "auto",
+        "attention": "auto",
+        "keep_logits_gib": 0.0,
+    },
     "data": {
         "validation": None,
         "test": None,
@@ -119,6 +126,7 @@ DEFAULTS = {
         "distributed": False,
         "overlap_grad_reduce": False,
         "overlap_param_gather": False,
+        "gradient_accumulation_fusion": "auto",
     },
     "parallel": {
         "tensor": 1,
@@ -128,7 +136,7 @@ DEFAULTS = {
         "expert": 1,
         "sequence": False,
     },
-    "batching": {"tokens_per_micro_batch": 16384},
+    "batching": {"tokens_per_micro_batch": 16384, "pad_multiple": None},
     "checkpoint": {
         "every": 100,
         "keep_last": 2,

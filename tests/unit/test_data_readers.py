@@ -96,9 +96,9 @@ def test_a_pyarrow_that_refuses_this_numpy_is_named(tmp_path: Path, monkeypatch:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"problem": ["p"], "answer": ["1"]}), path)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # an import of it raises ImportError
-    for read in (lambda: rows(path), lambda: read_ids(path, "id")):
+    for attempt in (lambda: read(path), lambda: read_ids(path, "id")):
         with pytest.raises(DataError, match=r"a\.parquet: Parquet needs pyarrow.* has NumPy \d.*pyarrow<26"):
-            read()
+            attempt()
 
 
 def test_a_bad_parquet_file_is_named(tmp_path: Path) -> None:

@@ -47,8 +47,15 @@ def test_the_dry_run_passes_from_the_repository_alone(name: str, kind: str, monk
 @pytest.mark.parametrize(("name", "kind"), RUNS)
 def test_the_layout_leaves_room_on_an_80_gb_gpu(name: str, kind: str) -> None:
     plan = resolve_plan(load(name, kind), RECIPES[name][0])
-    # Weights, gradients and optimizer; the rest is for activations and the head.
-    assert plan.bytes_per_rank.total < 40 * 2**30
+    assert plan.config.model.recompute == "none"  # not needed where all of it fits
+    plan.memory.check(
+        0.8 * plan.gpu_memory_gib * 2**30
+    )  # no measurement stands behind the sum yet: leave room
+
+
+@pytest.mark.parametrize(("name", "kind"), RUNS)
+def test_a_run_stops_when_trainer_and_engine_disagree(name: str, kind: str) -> None:
+    assert load(name, kind).policy.mismatch_abort == 0.05
 
 
 @pytest.mark.parametrize(("name", "kind"), RUNS)
@@ -99,8 +106,11 @@ def test_the_score_of_the_servers_can_replace_the_old_policy_pass(name: str) -> 
 def test_the_readme_names_commands_and_the_memory_that_the_plan_computes(name: str) -> None:
     processes = RECIPES[name][0]
     text = (EXAMPLES / name / "README.md").read_text(encoding="utf-8")
-    size = resolve_plan(load(name, "laser"), processes).bytes_per_rank
-    for part in (size.weights, size.gradients, size.optimizer, size.total):
+    plan = resolve_plan(load(name, "laser"), processes)
+    size, memory = plan.bytes_per_rank, plan.memory
+    activations = next(line.bytes for line in memory.lines if line.name == "activations")
+    parts = (size.weights, size.gradients, size.optimizer, size.total, activations, memory.total)
+    for part in parts:
         assert f"{part / 2**30:.1f} GiB" in text
     for needed in (
         "has not been run",

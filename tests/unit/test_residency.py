@@ -11,7 +11,7 @@ from megatron_laser.model import platform
 platform.install()
 
 from megatron_laser.trainer.checkpoint import sharded  # noqa: E402
-from megatron_laser.trainer.residency import ALL_PARTS, Part, Residency  # noqa: E402
+from megatron_laser.trainer.residency import ALL_PARTS, Part, Residency, host_pieces  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 
 R, W = Response(5, True), Response(7, False)
@@ -160,3 +160,10 @@ def test_a_reference_model_leaves_too(trainer_of):
     residency.load({Part.REFERENCE})
     assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before))
     train(trainer, 1)
+
+
+@pytest.mark.parametrize("nbytes", [1, 2**20, 2**20 + 1, 3 * 2**30 + 5 * 2**20 + 7, 28 * 2**30])
+def test_pinned_buffers_are_of_sizes_that_torch_does_not_round_up(nbytes):
+    sizes = host_pieces(nbytes)
+    assert nbytes <= sum(sizes) < nbytes + 2**20
+    assert all(size & (size - 1) == 0 for size in sizes) and sizes == sorted(sizes, reverse=True)

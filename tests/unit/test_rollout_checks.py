@@ -1,9 +1,12 @@
 """Settings of rollouts that cannot work together: refused before anything starts, with the keys and what to do."""
 
+from types import SimpleNamespace
+
 import pytest
 from pydantic import ValidationError
 
 from megatron_laser.config import ConfigError, RunConfig, check_structure
+from megatron_laser.config.rollout_checks import deadline_problems
 from megatron_laser.config.server_options import OWN_OPTIONS
 from megatron_laser.output_folder import identity
 from megatron_laser.rollout.serving.command import server_command
@@ -42,6 +45,8 @@ CAP = {"importance_cap": 2.0}
         {"sglang": {"host": "node-7.cluster"}},
         {"sglang": {"options": {"mem_fraction_static": 0.8, "--chunked-prefill-size": 4096, "lora": None}}},
         {"sglang": {"options": {"cuda_graph_bs": [1, 2, 4], "disable_radix_cache": True}}},
+        {"sglang": {"options": {"pp_size": None, "enable_dp_attention": False, "max_running_requests": 64}}},
+        {"sglang": {"options": {"cuda_graph_backend_prefill": "full"}}},
         {"rollout": {"weight_sync": "disk", "sync_folder": "/shared"}},
         {"rollout": {"weight_sync": "colocated"}},
         {"laser": {"score_source": "server"}, "policy": {"old_logprobs": "on_policy"}},
@@ -105,6 +110,56 @@ def test_combinations_that_work_pass(settings):
                 "api_key",
                 "--port",
             )
+        ),
+        *(
+            (
+                {"sglang": {"options": {name: value}}},
+                [f"rollout.sglang.options.{name}: cannot be used: ", "remove it"],
+            )
+            for name, value in (
+                ("dp_size", 2),
+                ("--data-parallel-size", 2),
+                ("attn-dp-size", 2),
+                ("enable_dp_attention", True),
+                ("pp_size", 2),
+                ("pipeline-parallel-size", 2),
+                ("nnodes", 2),
+                ("node_rank", 1),
+                ("dist_init_addr", "10.0.0.5:1"),
+                ("nccl-init-addr", "10.0.0.5:1"),
+                ("speculative_algorithm", "EAGLE"),
+                ("--speculative-draft-model-path", "/m"),
+                ("tokenizer_worker_num", 4),
+                ("grpc_mode", True),
+                ("ssl-certfile", "/c"),
+                ("admin_api_key", "k"),
+                ("delete_ckpt_after_loading", True),
+            )
+        ),
+        *(
+            (
+                {"sglang": {"options": {short: 2}}},
+                [f"rollout.sglang.options.{short}: SGLang would read it as {whole}", "remove it"],
+            )
+            for short, whole in (
+                ("data-parallel", "data_parallel_size"),
+                ("--tensor_par", "tensor_parallel_size"),
+            )
+        ),
+        (
+            {
+                "rollout": {"weight_sync": "colocated"},
+                "sglang": {"options": {"cuda-graph-backend-prefill": "full"}},
+            },
+            ["rollout.sglang.options.cuda-graph-backend-prefill: full with rollout.weight_sync: colocated"],
+        ),
+        (
+            {"rollout": {"deadline": 200}, "sglang": {"hang_deadline": 300}},
+            [
+                "rollout.deadline: 200",
+                "rollout.sglang.hang_deadline 300",
+                "raise the first or lower the second",
+            ],
         ),
         (
             {"sglang": {"options": {"json_model_override_args": {"a": 1}}}},
@@ -263,3 +318,17 @@ def test_a_run_goes_on_with_other_servers_and_not_with_another_kind_of_data():
         {"top_p": 0.9},
     ):
         assert identity(config(sglang={"urls": URLS}, rollout=changed)) != identity(first)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sync", "whole", "refused"),
+    [(2, 600.0, 900.0, False), (2, 810.0, 900.0, False), (2, 850.0, 900.0, True), (1, 850.0, 900.0, False)],
+)
+def test_ranks_wait_longer_for_each_other_than_a_sync_may_take(world_size, sync, whole, refused):
+    rollout = SimpleNamespace(engine="sglang", sync_deadline=sync)
+    problems = deadline_problems(
+        SimpleNamespace(rollout=rollout, run=SimpleNamespace(deadline=whole)), world_size
+    )
+    assert bool(problems) is refused
+    if refused:
+        assert "run.deadline: 900 with rollout.sync_deadline 850" in problems[0] and "935" in problems[0]

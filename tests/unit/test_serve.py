@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -294,10 +295,24 @@ def test_an_unfit_environment_is_refused_before_anything_starts(tmp_path, versio
 
 
 def test_nccl_is_asked_for_only_where_it_matters(tmp_path):
-    python = fake_python(tmp_path, nccl_version="2.27.5")
-    found = check_sglang(python, router=False, nccl=True)
-    assert (found.sglang, found.torch, found.nccl) == ("0.5.23", "2.13.0+cpu", "2.27.5")
+    python = fake_python(tmp_path, torch_version="2.13.0", nccl_version="2.27.5")
+    found = check_sglang(python, router=False, cuda=True)
+    assert (found.sglang, found.torch, found.nccl) == ("0.5.23", "2.13.0", "2.27.5")
     assert check_sglang(python, router=False).nccl is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "what"),
+    [
+        ({"torch_version": "2.14.1+cpu"}, r"torch 2\.14\.1\+cpu"),
+        ({"torch_version": "2.14.1", "stand_ins": True}, "stand-ins of tools/setup_sglang_cpu"),
+    ],
+)
+def test_an_environment_for_cpus_is_no_environment_for_gpus(tmp_path, environment, what):
+    python = fake_python(tmp_path, **environment)
+    with pytest.raises(ConfigError, match=rf"rollout\.sglang\.device: cuda, but .* is for CPUs \({what}"):
+        check_sglang(python, router=False, cuda=True)
+    assert check_sglang(python, router=False).sglang == "0.5.23"
 
 
 def test_a_real_interpreter_says_what_it_has():
@@ -339,6 +354,30 @@ def test_waiting_for_servers_ends_when_all_of_all_nodes_answer_or_at_the_deadlin
     said = []
     wait_for_servers(config, 2, said.append)
     assert said[0].startswith("4 of 4 servers answer")
+
+
+def test_waiting_for_servers_does_not_count_the_file_of_a_node_that_went_down(tmp_path):
+    from megatron_laser.rollout.endpoints import Endpoints, ServerEndpoint, publish
+    from megatron_laser.rollout.serving.waiting import wait_for_servers
+
+    folder = tmp_path / "servers"
+    config = load_config(write_run(tmp_path, start_deadline=1, endpoints=str(folder)))
+    publish(folder / "a.json", Endpoints((ServerEndpoint("http://a:1"),)))
+    yesterday = time.time() - 86400
+    publish(folder / "b.json", Endpoints((ServerEndpoint("http://b:1"),), updated=yesterday))
+    with pytest.raises(
+        ServeError, match=r"1 of 2 servers answer; .*b\.json was last written 864.. s ago"
+    ) as error:
+        wait_for_servers(config, 2, print)
+    assert "delete it if that node serves no longer" in str(error.value)
+
+    # a clock that is a day behind, but a serve that runs: it writes its file again
+    again = threading.Timer(
+        0.2, publish, (folder / "b.json", Endpoints((ServerEndpoint("http://b:1"),), updated=yesterday + 30))
+    )
+    again.start()
+    wait_for_servers(config, 2, print)
+    again.join()
 
 
 def test_serve_says_what_is_wrong_with_the_run(tmp_path):

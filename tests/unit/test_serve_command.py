@@ -1,5 +1,6 @@
 """What a server is started with: command line, settings file, environment."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from helpers.runs import run_config
 
 from megatron_laser.config import ConfigError
 from megatron_laser.rollout.serving.command import (
+    PYTHON_VARIABLE,
     ROUTER_KEY,
     assign_gpus,
     child_environment,
@@ -14,6 +16,7 @@ from megatron_laser.rollout.serving.command import (
     initial_weight_version,
     router_command,
     server_command,
+    warms_up,
 )
 from megatron_laser.rollout.serving.guard import MARK
 
@@ -86,6 +89,41 @@ def test_colocated_servers_can_release_their_memory(config):
     assert "--enable-memory-saver" in command_of(config(weight_sync="colocated")).arguments
     on_cpu = config(weight_sync="colocated", sglang={"device": "cpu"})  # the saver is CUDA's
     assert "--enable-memory-saver" not in command_of(on_cpu, gpus=None).arguments
+
+
+def test_colocated_servers_can_give_back_the_memory_of_their_graphs(config):
+    variable = "SGLANG_MEMORY_SAVER_CUDA_GRAPH"
+    assert command_of(config(weight_sync="colocated")).environment[variable] == "1"
+    assert variable not in command_of(config()).environment
+
+
+def test_a_server_neither_warms_up_nor_captures_prefills(config):
+    for device in ("cuda", "cpu"):
+        settings = command_of(config(sglang={"device": device}), gpus=None).settings
+        assert settings["skip-server-warmup"] is True
+        assert settings["cuda-graph-backend-prefill"] == "disabled"
+    assert not warms_up(config().rollout.sglang)
+    options = {"skip_server_warmup": False, "--cuda-graph-backend-prefill": "breakable"}
+    own = config(sglang={"options": options})
+    assert warms_up(own.rollout.sglang)
+    assert command_of(own).settings["cuda-graph-backend-prefill"] == "breakable"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "wide"),
+    [("cuda", "bfloat16", True), ("cuda", "float32", False), ("cpu", "bfloat16", False)],
+)
+def test_logits_of_bfloat16_weights_are_fp32_on_gpus(config, device, dtype, wide):
+    run = config(sglang={"device": device})
+    run = run.model_copy(update={"model": run.model.model_copy(update={"dtype": dtype})})
+    assert command_of(run, gpus=None).settings.get("enable-fp32-lm-head", False) is wide
+
+
+def test_nccl_has_one_setting_on_both_sides(config):
+    environment = command_of(config()).environment
+    assert (environment["NCCL_CUMEM_ENABLE"], environment["NCCL_NVLS_ENABLE"]) == ("0", "0")
+    ours = command_of(config(), environment=TRAINER | {"NCCL_CUMEM_ENABLE": "1"}).environment
+    assert (ours["NCCL_CUMEM_ENABLE"], ours["NCCL_NVLS_ENABLE"]) == ("1", "0")
 
 
 def test_the_key_is_in_the_settings_file_and_nowhere_else(config):
@@ -175,14 +213,46 @@ def test_too_few_gpus_are_an_error_with_the_arithmetic(visible, count):
         assign_gpus(2, 2, visible, count)
 
 
-def test_the_local_environment_is_found_first(config, tmp_path):
-    sglang = config().rollout.sglang
-    assert find_python(sglang, tmp_path).endswith("/python")
+@pytest.fixture
+def environments(tmp_path, monkeypatch):
+    """(a working directory with .venv-sglang, its interpreter); SGLang is not beside the trainer."""
+    monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     local = tmp_path / ".venv-sglang" / "bin" / "python"
     local.parent.mkdir(parents=True)
     local.write_text("#!/bin/sh\n")
     local.chmod(0o755)
-    assert find_python(sglang, tmp_path) == str(local)
+    return tmp_path, str(local)
+
+
+def test_an_environment_of_its_own_is_found_where_sglang_is_not_beside_the_trainer(config, environments):
+    folder, local = environments
+    for device in ("cuda", "cpu"):
+        assert find_python(config(sglang={"device": device}).rollout.sglang, folder) == local
+    assert find_python(config().rollout.sglang, folder / "elsewhere").endswith("/python")
+
+
+def test_sglang_beside_the_trainer_comes_first_on_gpus_and_its_cpu_build_on_cpus(
+    config, environments, monkeypatch
+):
+    folder, local = environments
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "sglang" else None)
+    assert find_python(config().rollout.sglang, folder) == sys.executable
+    on_cpu = config(sglang={"device": "cpu"}).rollout.sglang
+    assert find_python(on_cpu, folder) == local
+    assert find_python(on_cpu, folder / "elsewhere") == sys.executable
+
+
+def test_a_variable_names_the_interpreter_for_every_run_and_a_setting_for_one(
+    config, environments, monkeypatch
+):
+    folder, local = environments
+    monkeypatch.setenv(PYTHON_VARIABLE, sys.executable)
+    assert find_python(config().rollout.sglang, folder) == sys.executable
+    assert find_python(config(sglang={"python": local}).rollout.sglang, folder) == local
+    monkeypatch.setenv(PYTHON_VARIABLE, "/none/python")
+    with pytest.raises(ConfigError, match=f"{PYTHON_VARIABLE}: /none/python is not a program"):
+        find_python(config().rollout.sglang, folder)
 
 
 def test_a_missing_interpreter_is_named(config, tmp_path):

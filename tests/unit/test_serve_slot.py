@@ -35,6 +35,20 @@ def test_silence_is_tolerated_up_to_the_deadline():
     assert slot.problem(16.0, None) is None
 
 
+def test_a_paused_server_may_be_silent_as_long_as_an_update_may_take():
+    slot = running()
+    slot.update_deadline, slot.paused = 60.0, True
+    assert slot.problem(64.0, None) is None
+    assert (
+        "gave no answer for 61 s (it is paused for an update, and rollout.sync_deadline is 60 s)"
+        in slot.problem(66.0, None)
+    )
+    slot.paused = False
+    assert "hang_deadline is 10 s" in slot.problem(16.0, None)
+    slot.paused, slot.update_deadline = True, 5.0  # never less than hang_deadline
+    assert slot.problem(14.0, None) is None
+
+
 def test_the_end_of_the_process_is_seen_in_every_state():
     for slot in (running(), Slot("server 0", 100.0, 10.0)):
         slot.started(0.0)

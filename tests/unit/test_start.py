@@ -54,6 +54,7 @@ def test_megatrons_groups_get_the_deadline_to_the_second(model, tmp_path, monkey
     monkeypatch.setattr(parallel_state, "initialize_model_parallel", note)
     with pytest.raises(Enough):
         runtime.build_groups(run_config(tmp_path, model, "run.deadline=90"), dist.HashStore())
+    assert given["create_gloo_process_groups"] is False
     assert timedelta(minutes=given["distributed_timeout_minutes"]) == timedelta(seconds=90)
 
 
@@ -198,10 +199,14 @@ def test_a_run_ends_before_inputs_and_model_when_the_device_is_too_small(
 
     for name in ("read_inputs", "Trainer"):
         monkeypatch.setattr(loop, name, too_late)
+    monkeypatch.setattr(runtime, "start", lambda config: single_process)
+    monkeypatch.setattr(runtime, "stop", lambda: None)
+    config = run_config(tmp_path, model)
+    with pytest.raises(AssertionError, match="was to be checked before"):
+        loop.train(config)
     gpu(1000)
-    coordinator = loop.Coordinator(single_process.store, 0, 1, deadline=60.0)
     with pytest.raises(ConfigError, match="this run needs"):
-        loop._train(run_config(tmp_path, model), single_process, coordinator, loop.Timers())
+        loop.train(config)
 
 
 def test_a_thread_is_bound_to_the_device_of_its_process(monkeypatch):

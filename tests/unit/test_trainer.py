@@ -263,12 +263,12 @@ def test_entropy_is_differentiated_only_when_the_loss_has_it(
         assert seen and set(seen) == {coefficient > 0.0}
 
 
-def test_full_recomputation_gives_the_same_update(single_process, model_folder, tmp_path):
+@pytest.mark.parametrize("recompute", ["mlp", "full"])
+def test_recomputation_gives_the_same_update(single_process, model_folder, tmp_path, recompute):
     initial = tiny_model("qwen2")
     plain = train(build(model_folder, tmp_path / "a", single_process), initial)[1]
-    recomputed = train(build(model_folder, tmp_path / "b", single_process, "model.recompute=full"), initial)[
-        1
-    ]
+    other = build(model_folder, tmp_path / "b", single_process, f"model.recompute={recompute}")
+    recomputed = train(other, initial)[1]
     assert all((plain[name] - recomputed[name]).abs().max() < 1e-7 for name in plain)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.fake_memory import FakeMemory, running
 
+from megatron_laser.model import platform
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.sglang.engine import SglangEngine
@@ -61,7 +62,7 @@ class Ranks:
 @contextlib.contextmanager
 def together(*servers, starts=None):
     """(turns, ranks, engine, residency) over fakes; the first server's log also gets the trainer's moves."""
-    digest = StreamDigest(dtype=torch.float32, hashed=True)
+    digest = StreamDigest(dtype=torch.float32, on_cpu=True)
     assert len(list(digest.watch(WEIGHT_STREAM))) == len(WEIGHT_STREAM)
     for server in servers:
         server.sums = digest.sums()
@@ -139,12 +140,22 @@ def test_a_step_goes_round_in_this_order():
             "trainer offloads optimizer state",
             "resume_memory_occupation weights",
             *SENDING,
+            *CHECKING,  # the first update
             "trainer offloads parameters",
             *GOING_ON,
         ]
         assert [member.health.state for member in engine.fleet.members] == [State.HEALTHY]
         assert engine.fleet.available() and engine.fleet.members[0].health.version == engine.label(1)
     assert not server.died_of
+
+
+def test_memory_that_servers_have_closed_is_freed_after_every_bucket(monkeypatch):
+    server, collected = FakeMemory(), []
+    monkeypatch.setattr(platform, "collect_shared_memory", lambda: collected.append(len(server.received)))
+    with together(server) as (turns, ranks, engine, _):
+        turns.make_room()
+        assert sync(turns, ranks, engine, 0) == ""
+    assert collected == [1, 2]
 
 
 def test_a_save_leaves_the_servers_their_weights():

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laser.weight_sync.buckets import buckets
-from megatron_laser.weight_sync.checksums import StreamDigest, differences, server_name
+from megatron_laser.weight_sync.checksums import ServerLayout, StreamDigest, differences, server_name
 from megatron_laser.weight_sync.distributed import DistributedTransport
+from megatron_laser.weight_sync.hashes import TileSums
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 
@@ -162,7 +163,7 @@ def test_sums_are_those_of_the_servers_fused_and_padded_parameters():
         "model.norm.weight": rows(1, 4, 11)[0],
         "lm_head.weight": rows(64, 4, 12),
     }
-    digest = StreamDigest(dtype=torch.float32, hashed=True)
+    digest = StreamDigest(dtype=torch.float32, on_cpu=True)
     list(digest.watch((name, torch.from_numpy(array)) for name, array in arrays.items()))
     values = list(arrays.values())
     assert digest.sums() == {
@@ -178,7 +179,7 @@ def test_sums_are_those_of_the_servers_fused_and_padded_parameters():
 
 
 def test_sums_are_of_what_is_sent_not_of_what_is_trained():
-    digest = StreamDigest(dtype=torch.bfloat16, hashed=True)
+    digest = StreamDigest(dtype=torch.bfloat16, on_cpu=True)
     weight = torch.tensor([1.0, 1.0 + 2**-12])
     ((_, passed),) = digest.watch([("w", weight)])
     assert passed is weight
@@ -186,10 +187,126 @@ def test_sums_are_of_what_is_sent_not_of_what_is_trained():
     assert digest.sums() == {"w": sha(ones)}
 
 
+def tiles(*pieces):
+    total = TileSums()
+    for piece in pieces:
+        total.add(piece)
+    return total.hexdigest()
+
+
+def plain_tiles(data):
+    """The definition, word by word."""
+
+    def mix(x):
+        x = (x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+        x = (x ^ x >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+        return x ^ x >> 16
+
+    def turn(x, by):
+        return (x << by | x >> 32 - by) & 0xFFFFFFFF
+
+    words = np.frombuffer(data + bytes(-len(data) % 4), np.uint32).tolist()
+    seeds = 0x243F6A88, (0x243F6A88 * 0x9E3779B1 ^ 0xDEADBEEF) & 0xFFFFFFFF
+    total = 0
+    for first in range(0, len(words), 8192):
+        h = [0, 0]
+        for i, word in enumerate(words[first : first + 8192], first):
+            h[0] += mix(word ^ (i * 0x27D4EB2D + seeds[0] & 0xFFFFFFFF) ^ turn(i, 15))
+            h[1] += mix(word ^ (i * 0x165667B1 + seeds[1] & 0xFFFFFFFF) ^ turn(i, 13))
+        high, low = (mix((part & 0xFFFFFFFF) ^ len(words) * 4) for part in h)
+        total += high << 32 | low
+    mask = (1 << 64) - 1
+    total &= mask
+    total = (total ^ total >> 30) * 0xBF58476D1CE4E5B9 & mask
+    total = (total ^ total >> 27) * 0x94D049BB133111EB & mask
+    return f"{total ^ total >> 31:016x}"
+
+
+@pytest.mark.parametrize("count", [1, 7, 4096, 16384, 16385, 40001])
+@pytest.mark.parametrize("piece", [1237, 50000])
+def test_the_sum_of_a_gpu_server_does_not_depend_on_the_pieces(count, piece):
+    values = (torch.arange(count) * 40503).to(torch.int16).view(torch.bfloat16)
+    expected = plain_tiles(values.view(torch.int16).numpy().tobytes())
+    assert tiles(*values.split(piece)) == expected
+    changed = values.clone().view(torch.int16)
+    changed[-1] ^= 1
+    assert tiles(changed) != expected
+
+
+def test_the_sum_of_nothing_is_zero_and_places_count():
+    assert tiles() == tiles(torch.zeros(0)) == "0" * 16
+    assert tiles(torch.tensor([1.0, 2.0])) != tiles(torch.tensor([2.0, 1.0]))
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize(("size", "kv_rows"), [(2, 4), (4, 2)])
+def test_each_tensor_parallel_rank_has_its_share(on_cpu, size, kv_rows):
+    """8 query heads of 2 rows; 2 heads or 1 of keys and values, which several ranks of a larger server hold."""
+    layer = "model.layers.3."
+    stream = [
+        ("model.embed_tokens.weight", torch.rand(100, 4)),
+        (f"{layer}self_attn.q_proj.weight", torch.rand(16, 4)),
+        (f"{layer}self_attn.k_proj.weight", torch.rand(kv_rows, 4)),
+        (f"{layer}self_attn.v_proj.weight", torch.rand(kv_rows, 4)),
+        (f"{layer}self_attn.q_norm.weight", torch.rand(2)),
+        (f"{layer}self_attn.o_proj.weight", torch.rand(4, 16)),
+        (f"{layer}mlp.gate_proj.weight", torch.rand(8, 4)),
+        (f"{layer}mlp.up_proj.weight", torch.rand(8, 4)),
+        (f"{layer}mlp.down_proj.weight", torch.rand(4, 8)),
+    ]
+    tensors = {name.removeprefix(layer).split(".")[-2]: tensor for name, tensor in stream}
+    digest = StreamDigest(dtype=torch.float32, on_cpu=on_cpu, sizes={1, size}, layout=ServerLayout(heads=8))
+    list(digest.watch(stream))
+
+    def total(*parts):
+        whole = torch.cat([part.contiguous().reshape(-1) for part in parts])
+        return sha(whole.numpy()) if on_cpu else tiles(whole)
+
+    def rows(name, rank, of=size):
+        count = len(tensors[name]) // of
+        return tensors[name][rank * count : (rank + 1) * count]
+
+    padded = torch.cat([tensors["embed_tokens"], torch.zeros(28, 4)])
+    for rank in range(size):
+        kv = min(size, kv_rows // 2)
+        kv_rank = rank * kv // size
+        columns = slice(rank * 16 // size, (rank + 1) * 16 // size)
+        half = slice(rank * 8 // size, (rank + 1) * 8 // size)
+        assert digest.sums(size, rank) == {
+            "model.embed_tokens.weight": total(padded.chunk(size)[rank]),
+            f"{layer}self_attn.qkv_proj.weight": total(
+                rows("q_proj", rank), rows("k_proj", kv_rank, kv), rows("v_proj", kv_rank, kv)
+            ),
+            f"{layer}self_attn.q_norm.weight": total(tensors["q_norm"]),
+            f"{layer}self_attn.o_proj.weight": total(tensors["o_proj"][:, columns]),
+            f"{layer}mlp.gate_up_proj.weight": total(rows("gate_proj", rank), rows("up_proj", rank)),
+            f"{layer}mlp.down_proj.weight": total(tensors["down_proj"][:, half]),
+        }
+    assert set(digest.sums()) == set(digest.sums(size, 0))
+
+
+def test_shares_that_are_not_known_are_not_compared():
+    name = "model.layers.0.self_attn.{}_proj.weight"
+    stream = [(name.format(part), torch.rand(4, 4)) for part in "qkvo"]
+    digest = StreamDigest(dtype=torch.float32, on_cpu=True, sizes={2})
+    list(digest.watch(stream))
+    assert list(digest.sums(2, 1)) == [name.format("o")]
+
+
 def test_names_that_are_not_fused_stay_as_they_are():
     for name in ("model.layers.1.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight", "x.q_proj"):
         assert server_name(name) == name
     assert server_name("model.layers.11.mlp.up_proj.weight") == "model.layers.11.mlp.gate_up_proj.weight"
+
+
+class Expected:
+    """In the place of a `StreamDigest`."""
+
+    def __init__(self, *ranks):
+        self._ranks = ranks
+
+    def sums(self, size, rank):
+        return self._ranks[rank] if size == len(self._ranks) else {}
 
 
 def report(*ranks):
@@ -205,11 +322,20 @@ def report(*ranks):
     ],
 )
 def test_differences_name_the_parameter(theirs, expected):
-    assert differences({"a": "1", "b": "2"}, report(theirs)) == expected
+    assert differences(Expected({"a": "1", "b": "2"}), report(theirs)) == expected
 
 
-def test_a_tied_output_layer_and_shards_of_tensor_parallel_ranks_are_no_difference():
-    sums = {"model.embed_tokens.weight": "1", "lm_head.weight": "1"}
+def test_a_tied_output_layer_is_no_difference():
+    sums = Expected({"model.embed_tokens.weight": "1", "lm_head.weight": "1"})
     assert differences(sums, report({"model.embed_tokens.weight": "1"})) == []
-    assert differences({"lm_head.weight": "1"}, report({"other": "1"})) != []
-    assert differences({"a": "1"}, report({"a": "5"}, {"a": "6"})) == []
+    assert differences(Expected({"lm_head.weight": "1"}), report({"other": "1"})) != []
+
+
+def test_ranks_are_compared_by_their_number_whatever_their_order():
+    ranks = Expected({"a": "5"}, {"a": "6"})
+    found = report({"a": "6"}, {"a": "5"})
+    assert differences(ranks, found) == ["rank 0, a: 6 instead of 5", "rank 1, a: 5 instead of 6"]
+    for number, rank in zip((1, 0), found["ranks"]):
+        rank["parallelism_info"] = [{"role": "target", "tp_rank": number}]
+    assert differences(ranks, found) == []
+    assert "its tensor-parallel size is 1" in differences(ranks, report({"a": "5"}))[0]

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from megatron_laser.rollout.sglang.errors import ServerFault, ServerGone, ServerRefused, ServerTimeout
 from megatron_laser.rollout.sglang.health import Answered, Restarted, State
 from megatron_laser.weight_sync import control, sync_weights
-from megatron_laser.weight_sync.checksums import StreamDigest
+from megatron_laser.weight_sync.checksums import ServerLayout, StreamDigest
 from megatron_laser.weight_sync.control import SyncFailed, Update
 from megatron_laser.weight_sync.disk import DiskTransport
-from megatron_laser.weight_sync.verify import verify
+from megatron_laser.weight_sync.verify import Checks
 
 GIVE = "/update_weights_from_disk"
 STEPS = ["/pause_generation", "/flush_cache", GIVE, "/model_info", "/continue_generation"]
@@ -28,14 +28,14 @@ def no_long_flush(monkeypatch):
     monkeypatch.setattr(control, "_FLUSH_SECONDS", 0.05)
 
 
-def update(engine, version=1, *, check=None):
+def update(engine, version=1, *, check=None, checks=None):
     """As a transport does it."""
     made = Update(engine, engine.label(version), seconds=30.0)
     with made.paused():
         body = {"model_path": "folder", "weight_version": made.label}
         made.post_all(GIVE, body, phase="giving")
         if check is not None:
-            verify(made, check)
+            (checks or Checks(always=True)).verify(made, check, version)
     return made
 
 
@@ -161,8 +161,8 @@ def test_no_step_is_given_more_time_than_the_update_has_left():
 # checksums ---------------------------------------------------------------------------------------------------------
 
 
-def digest_of(weights, *, hashed=True):
-    digest = StreamDigest(dtype=torch.float32, hashed=hashed)
+def digest_of(weights, **settings):
+    digest = StreamDigest(dtype=torch.float32, **{"on_cpu": True} | settings)
     assert list(digest.watch(weights)) == list(weights)
     return digest
 
@@ -209,32 +209,28 @@ def test_when_no_server_agrees_the_sync_failed():
         update(engine, check=digest)
 
 
-def test_without_sums_of_our_own_values_are_compared_and_servers_with_each_other():
-    engine, digest = FakeEngine(4), digest_of(WEIGHTS, hashed=False)
-    for server in engine.servers:
-        server.sums = {"a.weight": "same", "b.bias": "same"}
-        server.values = {name: tensor.tolist() for name, tensor in WEIGHTS}
-    engine.servers[1].values["a.weight"] = [[0.0, 1.0, 2.5], [3.0, 4.0, 5.0]]
-    engine.servers[2].sums = {"a.weight": "another", "b.bias": "same"}  # beyond the values that were compared
-    engine.servers[3].fails["/get_weights_by_name"] = ServerGone("http://s3", "reading", "reset")
+def test_servers_on_gpus_are_compared_with_the_trainer_too():
+    engine, digest = FakeEngine(2), digest_of(WEIGHTS, on_cpu=False)
+    assert digest.sums() != digest_of(WEIGHTS).sums()
+    engine.servers[0].sums = digest.sums()
+    engine.servers[1].sums = digest.sums() | {"b.bias": "0" * 16}
     made = update(engine, check=digest)
     assert [member.url for member in made.members] == ["http://s0"]
-    assert any(
-        "a.weight begins with [0.0, 1.0, 2.5] instead of [0.0, 1.0, 2.0]" in text for text in made.failures
-    )
-    assert any("http://s2" in text and "differ from those of http://s0" in text for text in made.failures)
-    assert any("http://s3, reading: reset" in text for text in made.failures)
+    assert f"b.bias: {'0' * 16} instead of {digest.sums()['b.bias']}" in made.failures[0]
 
 
-def test_a_model_that_cannot_be_read_back_by_name_is_compared_between_servers_only(caplog):
-    engine, digest = FakeEngine(3), digest_of(WEIGHTS, hashed=False)
-    for server in engine.servers:
-        server.sums = {"a.weight": "same", "b.bias": "same"}
-        server.fails["/get_weights_by_name"] = ServerRefused(server.url, "reading", "answered 400")
-    engine.servers[2].sums = {"a.weight": "another", "b.bias": "same"}
-    made = update(engine, check=digest)
-    assert [member.url for member in made.members] == ["http://s0", "http://s1"]
-    assert caplog.text.count("compared with other servers' only") == 3
+def test_servers_that_quantize_are_compared_with_each_other_only_and_that_is_said_once(caplog):
+    layout = ServerLayout(quantized="fp8")
+    checks = Checks(always=True, layout=layout)
+    for version in (1, 2):
+        engine, digest = FakeEngine(3), digest_of(WEIGHTS, layout=layout)
+        for server in engine.servers:
+            server.sums = {"a.weight": "same", "b.bias": "same"}
+        engine.servers[2].sums = {"a.weight": "another", "b.bias": "same"}
+        made = update(engine, version, check=digest, checks=checks)
+        assert [member.url for member in made.members] == ["http://s0", "http://s1"]
+        assert "http://s2" in made.failures[0] and "differ from those of http://s0" in made.failures[0]
+    assert caplog.text.count("hold weights in fp8") == 1
 
 
 # disk --------------------------------------------------------------------------------------------------------------
@@ -263,7 +259,7 @@ def test_servers_that_come_late_say_on_what_they_compute_before_a_digest_is_made
     for member in engine.fleet.members:
         member.device = None
     assert sync_weights(iter(WEIGHTS), engine, 0) is None
-    assert "/weights_checker" in engine.calls(1) and "/get_weights_by_name" not in engine.calls(1)
+    assert "/weights_checker" in engine.calls(1)
 
 
 class SyncingEngine(FakeEngine):
@@ -308,10 +304,10 @@ def test_every_server_loads_a_complete_folder_and_older_ones_are_deleted(tmp_pat
     assert folders(tmp_path) == ["keep me"]
 
 
-def test_checksums_are_compared_after_the_first_sync_and_on_demand_after_each(tmp_path, source):
-    for always, expected in ((False, 1), (True, 3)):
+def test_checksums_are_compared_after_the_first_update_and_on_demand_after_each(tmp_path, source):
+    for always, expected in ((False, 2), (True, 4)):
         engine = SyncingEngine(1, transport(tmp_path, source, always_verify=always))
-        for version in (0, 1, 2):
+        for version in (0, 0, 1, 2):  # the first weights are those that servers have loaded
             assert sync_weights(iter(WEIGHTS), engine, version) is None
         assert engine.calls(0).count("/weights_checker") == expected
 

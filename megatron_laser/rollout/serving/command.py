@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.config.schema_rollout import SglangConfig
+from megatron_laser.rollout.nccl import server_settings
 from megatron_laser.rollout.serving.guard import MARK
 
 ROUTER_KEY = "MEGATRON_LASER_ROUTER_KEY"
@@ -29,11 +30,9 @@ BASE_OPTIONS: dict[str, Any] = {
     "cuda-graph-backend-prefill": "disabled",
 }
 
-# Logits of bfloat16 weights come out of the same product in fp32: rounded, they differ from the trainer's by up to 0.1 nat.
+# The product that makes the logits of bfloat16 weights can give them in fp32: rounded, they differ from the trainer's
+# by up to 0.1 nat.
 BFLOAT16_CUDA_OPTIONS: dict[str, Any] = {"enable-fp32-lm-head": True}
-
-# Both sides of a communicator must have one value; SGLang sets 0 where a variable is unset, NCCL's own default is another.
-NCCL_DEFAULTS = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 
 # What a small model on a CPU needs beside that.
 CPU_OPTIONS: dict[str, Any] = {
@@ -142,6 +141,9 @@ def server_command(
     if api_key is not None:
         settings["api-key"] = api_key
     child = child_environment(environment, python=python, mark=mark)
+    child |= server_settings(
+        child, settings
+    )  # what is published is what it has, whatever SGLang's defaults become
     if sglang.device == "cpu":
         # Threads that spin beside each other on few cores slow everything down; the scheduler computes alone.
         child |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -223,7 +225,7 @@ def child_environment(environment: Mapping[str, str], *, python: str, mark: str)
         # Seconds; SGLang's 5 end connections that a busy trainer is about to use again.
         "SGLANG_TIMEOUT_KEEP_ALIVE": environment.get("SGLANG_TIMEOUT_KEEP_ALIVE", "120"),
     }
-    return NCCL_DEFAULTS | child
+    return child
 
 
 def find_python(sglang: SglangConfig, working_directory: Path) -> str:

@@ -68,8 +68,8 @@ def ask_installed(python: str, *, nccl: bool) -> Installed:
     found = [None if word == "-" else word for word in done.stdout.split()]
     if done.returncode != 0 or len(found) != 5:
         raise ConfigError([f"rollout.sglang.python: {python} does not run: {done.stderr.strip()[-300:]}"])
-    *versions, stand_ins = found
-    return Installed(*versions, stand_ins=stand_ins is not None)
+    sglang, router, torch, nccl_version, stand_ins = found
+    return Installed(sglang, router, torch, nccl_version, stand_ins is not None)
 
 
 def check_sglang(python: str, *, router: bool, cuda: bool = False) -> Installed:
@@ -96,7 +96,8 @@ def check_sglang(python: str, *, router: bool, cuda: bool = False) -> Installed:
         raise ConfigError(
             [
                 f"rollout.sglang.device: cuda, but the environment of {python} is for CPUs ({what}); name the "
-                "interpreter of one with CUDA in rollout.sglang.python, or set rollout.sglang.device: cpu for a small model"
+                "interpreter of one with CUDA in rollout.sglang.python, or set rollout.sglang.device: cpu for a small "
+                "model"
             ]
         )
     numbers = tuple(int(part) for part in re.findall(r"\d+", found.sglang)[:3])

@@ -33,7 +33,7 @@ def debugged_broadcasts(rollout: RolloutConfig, environment: Mapping[str, str]) 
     if rollout.weight_sync != "distributed" or environment.get(name, "").upper() != "DETAIL":
         return []
     return [
-        f"rollout.weight_sync: distributed with {name}={environment[name]}: the trainer would compare each broadcast with "
-        f"the servers', which do not answer that, until rollout.sync_deadline; unset {name} or set it to INFO, or use "
-        "weight_sync: disk"
+        f"rollout.weight_sync: distributed with {name}={environment[name]}: the trainer would compare each broadcast "
+        f"with the servers', which do not answer that, until rollout.sync_deadline; unset {name} or set it to INFO, or "
+        "use weight_sync: disk"
     ]

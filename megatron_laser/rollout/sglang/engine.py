@@ -68,13 +68,11 @@ class SglangEngine:
             on_close: called at the end of `close`: whoever started the servers ends them.
 
         Raises:
-            ServersLost: they do not.
+            ServersLost, ConfigError: they do not; `max_concurrency` is beyond the limit of open files.
             ServerMismatch, ServerRefused: one cannot be used, is no SGLang server, or wants another key.
-            ConfigError: this process may not have `max_concurrency` connections.
         """
         raise_open_files(max_concurrency)
-        # Weights of another run, or of an earlier life of this one, are not ours.
-        self.session = secrets.token_hex(4)
+        self.session = secrets.token_hex(4)  # weights of an earlier life of this run are not ours
         self.api_key = api_key
         self.transport = transport
         self._on_close = on_close
@@ -123,10 +121,7 @@ class SglangEngine:
         max_concurrency: int = 256,
         router_url: str | None = None,
     ) -> SglangEngine:
-        """Use servers as they are, for generation and scoring with the weights that they hold.
-
-        Raises as the constructor does; `deadline` in seconds.
-        """
+        """Use servers with the weights that they hold. Raises as the constructor does; `deadline` in seconds."""
         endpoints = [ServerEndpoint(url.rstrip("/")) for url in urls]
         return cls(
             lambda: endpoints,

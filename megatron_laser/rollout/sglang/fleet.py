@@ -108,10 +108,12 @@ class Fleet:
         self._monitor = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
-        """Stop the monitor."""
-        if self._monitor is not None:
-            self._monitor.cancel()
-            await asyncio.gather(self._monitor, return_exceptions=True)
+        """Stop the monitor and its probes."""
+        tasks = [self._monitor, *(member.probing for member in self.members)]
+        running = [task for task in tasks if task is not None]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
     def tell(self, member: Member, event: Event) -> None:
         """Feed one event to a server's state; ends its open requests when it died or has a new process."""

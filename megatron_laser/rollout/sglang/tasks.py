@@ -51,7 +51,8 @@ async def all_or_first_error(
 async def retried(attempt: Callable[[], Any], note: Callable[[BaseException], None]) -> Any:
     """`attempt` until it succeeds, with jitter between; what would only repeat itself ends it.
 
-    Whoever waits for it cancels it at the end of time. `note` is called with the error before each further attempt.
+    Whoever waits for it cancels it at the end of time; a request whose own time is up just then ends with that error
+    instead, and is not repeated either. `note` is called with the error before each further attempt.
     """
 
     def before(state: RetryCallState) -> None:
@@ -61,7 +62,9 @@ async def retried(attempt: Callable[[], Any], note: Callable[[BaseException], No
 
     retrying = AsyncRetrying(
         retry=retry_if_exception(
-            lambda error: isinstance(error, ServerError) and not isinstance(error, ServerRefused)
+            lambda error: (
+                isinstance(error, ServerError) and not isinstance(error, ServerRefused) and not cancelling()
+            )
         ),
         wait=wait_random_exponential(multiplier=0.1, max=5.0),
         before_sleep=before,

@@ -1,8 +1,8 @@
 """Optimizer state per model parameter, the same for every Megatron optimizer and every layout.
 
 Megatron's own formats differ between the plain and the distributed optimizer, and loading torch's AdamW through
-the distributed one hands the *same* `step` tensor to every parameter (megatron-core 0.16
-distrib_optimizer.py:825), so that one update advances it once per parameter. Here the state is three fp32
+the distributed one hands the *same* `step` tensor to every parameter (megatron-core 0.19.2
+distrib_optimizer.py:1032), so that one update advances it once per parameter. Here the state is three fp32
 tensors in the shape of the model parameter (main weight, exp_avg, exp_avg_sq) and one step count. The
 distributed optimizer's slices are put together over the data-parallel group when saving (`staging.py`) and cut
 again when loading: a run may change its layout, and turn the distributed optimizer on or off, between the two.

@@ -1,0 +1,92 @@
+"""Open files: as many as requests need, an error before the start where that cannot be, and never a server's fault."""
+
+import asyncio
+import os
+import resource
+
+import pytest
+from helpers.faulty_server import FaultyServer, open_engine
+
+from megatron_laser.config import ConfigError
+from megatron_laser.rollout.open_files import raise_open_files
+from megatron_laser.rollout.sglang.client import ServerClient, Sessions
+from megatron_laser.rollout.sglang.errors import OutOfFiles
+
+
+@pytest.fixture
+def soft_limit():
+    """Lowers this process's soft limit for one test."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def lower(soft: int) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
+
+    yield lower
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_an_engine_raises_the_soft_limit_to_what_its_requests_need(soft_limit):
+    soft_limit(256)
+    server = FaultyServer()
+    engine = open_engine(server, max_concurrency=1024)
+    try:
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 1024
+    finally:
+        engine.close()
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "expected"),
+    [
+        (1024, 4096, 4096),
+        (1024, 1048576, 65536),
+        (1024, resource.RLIM_INFINITY, 65536),
+        (100000, 1048576, 100000),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, resource.RLIM_INFINITY),
+    ],
+)
+def test_the_limit_after_it(monkeypatch, soft, hard, expected):
+    found = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: found.append(limits))
+    assert raise_open_files(1024) == expected
+    assert found == ([] if expected == soft else [(expected, hard)])
+
+
+def test_a_hard_limit_that_cannot_hold_the_requests_is_named_with_what_fits(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
+    with pytest.raises(ConfigError) as error:
+        raise_open_files(1024)
+    (problem,) = error.value.problems
+    assert problem.startswith("rollout.max_concurrency: 1024 requests at once need 1280 open files")
+    assert "may have 1024 (ulimit -Hn)" in problem and "lower rollout.max_concurrency to 768" in problem
+
+
+def test_too_many_open_files_are_not_the_servers_fault(soft_limit):
+    server = FaultyServer()
+    engine = open_engine(server)
+    (member,) = engine.fleet.members
+
+    async def ask():
+        sessions = Sessions(None)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        soft_limit(lowest_free)
+        try:
+            with pytest.raises(
+                OutOfFiles, match=r"too many open files \(ulimit -n\); lower rollout\.max_concurrency"
+            ):
+                await ServerClient(server.url, sessions).get("/model_info", deadline=5.0, phase="test")
+            await engine.fleet.probe(member)
+        finally:
+            soft_limit(4096)
+            await sessions.close()
+
+    try:
+        engine.run(ask(), 20.0, "test")
+        assert member.health.takes_work(None)
+        assert asyncio.run(asyncio.sleep(0, "the loop still works")) == "the loop still works"
+    finally:
+        engine.close()
+        server.stop()

@@ -1,0 +1,36 @@
+"""What a run with servers finds wrong with its own process before anything expensive."""
+
+import pytest
+from helpers.runs import run_config
+
+from megatron_laser.config import ConfigError
+from megatron_laser.rollout.serving.start_checks import check_start
+
+DEBUG = "TORCH_DISTRIBUTED_DEBUG"
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(**rollout):
+        return run_config(tmp_path, tmp_path / "model", rollout={"engine": "sglang", **rollout})
+
+    return make
+
+
+def test_debugged_collectives_with_servers_in_the_group_are_refused(config, monkeypatch):
+    monkeypatch.setenv(DEBUG, "detail")
+    with pytest.raises(
+        ConfigError, match=rf"rollout\.weight_sync: distributed with {DEBUG}=detail: .* unset {DEBUG}"
+    ):
+        check_start(config())
+    check_start(config(weight_sync="disk"))
+    check_start(config(engine="in_process"))
+    monkeypatch.setenv(DEBUG, "INFO")
+    check_start(config())
+
+
+def test_too_few_open_files_are_found_before_a_model_is_built(config, monkeypatch):
+    monkeypatch.setattr("resource.getrlimit", lambda _: (512, 512))
+    with pytest.raises(ConfigError, match=r"rollout\.max_concurrency: 1024"):
+        check_start(config())
+    check_start(config(engine="in_process"))

@@ -1,0 +1,78 @@
+"""Is this interpreter's environment the one of tools/gpu? Prints what it has; exit status 1 names what differs.
+
+    PYTHON tools/gpu/check.py
+
+No GPU is needed: libraries are loaded, nothing is computed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CONSTRAINTS = ROOT / "tools/gpu/constraints.txt"
+EXACT = (
+    *("torch", "triton", "sglang", "sglang-router", "megatron-core", "transformer-engine", "transformers"),
+    *("numpy", "pyarrow"),
+)
+
+
+def problems(facts: Mapping[str, str], constraints: Mapping[str, str], nccl: Mapping[str, str]) -> list[str]:
+    """What is not as pinned.
+
+    Args:
+        facts: of `megatron_laser.environment.facts.collect`.
+        constraints: package -> version, of constraints.txt.
+        nccl: the installed nvidia-nccl packages, with their versions.
+    """
+    found = []
+    for name in EXACT:
+        if facts[name].split("+")[0] != constraints[name]:
+            found.append(f"{name} is {facts[name]}, expected {constraints[name]}")
+    if facts["transformer-engine-torch"] != constraints["transformer-engine"]:
+        found.append(
+            f"transformer-engine-torch is {facts['transformer-engine-torch']}, expected "
+            f"{constraints['transformer-engine']}, built against this torch"
+        )
+    if not facts.get("cuda", "").startswith("13."):
+        found.append(f"torch is built for CUDA {facts.get('cuda', 'none')}, expected 13")
+    wanted = {name: version for name, version in constraints.items() if name.startswith("nvidia-nccl-")}
+    if dict(nccl) != wanted:
+        found.append(f"NCCL packages are {dict(nccl) or 'none'}, expected {wanted}")
+    if facts.get("nccl") not in wanted.values():
+        found.append(
+            f"torch loads NCCL {facts.get('nccl', 'none')}, expected {', '.join(wanted.values())}: another libnccl "
+            "comes before torch's; look at LD_LIBRARY_PATH and LD_PRELOAD"
+        )
+    return found
+
+
+def main() -> int:
+    # By path: that this package imports is the set-up's next step to show, not this one's.
+    sys.path.insert(0, str(ROOT / "megatron_laser" / "environment"))
+    import facts as environment
+
+    facts = environment.collect()
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    constraints = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    nccl = {
+        name: distribution.version
+        for distribution in importlib.metadata.distributions()
+        if (name := distribution.metadata["Name"].lower().replace("_", "-")).startswith("nvidia-nccl-")
+    }
+    for name, value in facts.items():
+        print(f"{name:26s} {value}")
+    if facts["apex"] == "not installed":
+        print("apex is left out: Transformer Engine has FusedAdam and the GEMM that accumulates gradients")
+    wrong = problems(facts, constraints, nccl)
+    for problem in wrong:
+        print(f"WRONG: {problem}", file=sys.stderr)
+    print("one torch, one NCCL: as pinned" if not wrong else f"{len(wrong)} differences from {CONSTRAINTS}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
