@@ -132,13 +132,16 @@ def _interleave(
 
 def _predicted(plan: Plan) -> int:
     """The dry run's bytes of an update: rollouts, saves and syncs do not happen here."""
-    return plan.memory.phase_bytes(STATE) + plan.memory.phase_bytes(UPDATE)
+    return sum(_lines(plan).values())
+
+
+def _lines(plan: Plan) -> dict[str, int]:
+    there = [line for line in plan.memory.lines if line.phase in (STATE, UPDATE)]
+    return {line.name: line.bytes for line in there if "engine" not in line.name}
 
 
 def _note_prediction(stage: Stage, plan: Plan) -> None:
-    lines = {
-        line.name: round(line.bytes / 2**30, 3) for line in plan.memory.lines if line.phase in (STATE, UPDATE)
-    }
+    lines = {name: round(size / 2**30, 3) for name, size in _lines(plan).items()}
     stage.note("dry_run", update_gib=_predicted(plan) / 2**30, lines=lines)
 
 
