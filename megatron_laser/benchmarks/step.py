@@ -34,7 +34,7 @@ _PROMPT_TOKENS = 32
 _EOS = 1
 _WARM_UP_ROUNDS = 3
 _CONFIG = """
-model: {{path: {model}, dtype: float32, vocab_multiple: 1}}
+model: {{path: {model}, dtype: float32, layers: torch, vocab_multiple: 1}}
 data: {{train: {model}/unused.jsonl, max_prompt_tokens: 64}}
 rollout: {{prompts_per_step: {prompts}, samples_per_prompt: {samples}, max_new_tokens: {response_length}}}
 laser: {{enabled: true, score_token: 2, ref_logprob: -20.0, reasoning_warmup_steps: 0,

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import gc
-import io
 import shutil
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from gpu_day_one import qwen
 from gpu_day_one.stage import Stage
 from megatron_laser.benchmarks.ratios import median_ratio
 from megatron_laser.benchmarks.step import StepBenchmark
 from megatron_laser.config import RunConfig
+from megatron_laser.config.memory import STATE, UPDATE
 from megatron_laser.config.plan import Plan, resolve_plan
 from megatron_laser.model import platform
 from megatron_laser.observability.timers import Timers
@@ -25,8 +24,8 @@ from megatron_laser.trainer.trainer import Trainer
 
 GRPO, LASER = "GRPO", "LaSeR"
 _PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200 SXM by its data sheet
-# Beside weights, gradients and optimizer: layer inputs, one layer's activations, tiles, the CUDA context, fragments.
-_ROOM = 14 * 2**30
+# The dry run's arithmetic is that of Transformer Engine's layers; torch's keep more for the backward of one layer.
+_ROOM = 5 * 2**30
 _MOST_LAYERS = 28
 
 
@@ -64,7 +63,7 @@ def _fitting_layers(folder: Path, shape: dict[str, int], sizes: dict[str, int]) 
     room = platform.free_memory_bytes() - _ROOM
     for layers in range(_MOST_LAYERS, 1, -1):
         qwen.write_config(folder, shape, layers)
-        if resolve_plan(qwen.run_config(folder, **sizes), 1).bytes_per_rank.total <= room:
+        if _predicted(resolve_plan(qwen.run_config(folder, **sizes), 1)) <= room:
             return layers
     raise SystemExit(f"two layers need more than the {room / 2**30:.1f} GiB that are free")
 
@@ -88,7 +87,7 @@ def _interleave(
         LASER: laser,
         GRPO: Trainer(plain, runtime, score_token_id=None, timers=timers[GRPO], policy=laser.policy),
     }
-    steps, seconds = 0, {GRPO: [], LASER: []}
+    steps, seconds, peaks = 0, {GRPO: [], LASER: []}, {GRPO: 0, LASER: 0}
     for number in range(stage.size(7, 2)):
         for arm in (GRPO, LASER) if number % 2 else (LASER, GRPO):
             steps += 1
@@ -97,6 +96,7 @@ def _interleave(
             result = trainers[arm].train_step(flat, steps)
             platform.synchronize()
             spent = time.perf_counter() - started
+            peaks[arm] = max(peaks[arm], platform.peak_memory_bytes())
             warm_up = number < stage.size(2, 1)
             if not warm_up:
                 seconds[arm].append(spent)
@@ -120,6 +120,8 @@ def _interleave(
             layers=layers,
             tokens=tokens,
             ms=middle * 1e3,
+            peak_gib=peaks[arm] / 2**30,
+            predicted_gib=_predicted(plan) / 2**30,
             tokens_per_second=tokens / middle,
             mfu=None if stage.rehearse else flops / middle / _PEAK_FLOPS,
         )
@@ -128,17 +130,19 @@ def _interleave(
     runtimes.stop()
 
 
+def _predicted(plan: Plan) -> int:
+    """The dry run's bytes of an update: rollouts, saves and syncs do not happen here."""
+    return sum(_lines(plan).values())
+
+
+def _lines(plan: Plan) -> dict[str, int]:
+    there = [line for line in plan.memory.lines if line.phase in (STATE, UPDATE)]
+    return {line.name: line.bytes for line in there if "engine" not in line.name}
+
+
 def _note_prediction(stage: Stage, plan: Plan) -> None:
-    console = Console(width=110, record=True, file=io.StringIO())
-    console.print(plan.render())
-    text = console.export_text()
-    memory = text[max(0, text.find("Memory of the fullest rank")) :].split("What runs")[0]
-    stage.note(
-        "dry_run",
-        state_gib=plan.bytes_per_rank.total / 2**30,
-        predicted_peak_gib=plan.memory.total / 2**30,
-        memory=" ".join(memory.split())[:2500],
-    )
+    lines = {name: round(size / 2**30, 3) for name, size in _lines(plan).items()}
+    stage.note("dry_run", update_gib=_predicted(plan) / 2**30, lines=lines)
 
 
 def _model_flops(plan: Plan, lengths: list[int], labelled: int) -> float:
