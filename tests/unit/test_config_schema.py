@@ -170,7 +170,7 @@ DEFAULTS = {
         "name": "first",
         "seed": 1,
         "resume": "auto",
-        "deadline": 600.0,
+        "deadline": 900.0,
         "start_grace": 120.0,
         "max_bad_steps": 3,
     },
