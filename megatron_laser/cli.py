@@ -46,9 +46,11 @@ def train(
         typer.Option(help="With --dry-run: the number of processes; by default the smallest valid one."),
     ] = None,
     gpu_memory_gib: Annotated[
-        float,
-        typer.Option(help="With --dry-run: memory of one GPU that the sum must fit; 79.1 is an H100's."),
-    ] = 79.1,
+        float | None,
+        typer.Option(
+            help="With --dry-run: memory of one GPU that the sum must fit; default: 79.1, an H100's."
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option(help="Move an existing run.output_dir aside (to NAME.old-1) and start anew.")
     ] = False,
@@ -64,10 +66,17 @@ def train(
         if dry_run:
             from rich.console import Console
 
-            plan = resolve_plan(loaded, world_size, gpu_memory_gib)
+            from megatron_laser.config.memory import GPU_MEMORY_GIB
+
+            available = GPU_MEMORY_GIB if gpu_memory_gib is None else gpu_memory_gib
+            if not available > 0:
+                raise typer.BadParameter(f"--gpu-memory-gib {available:g}: expected more than 0")
+            plan = resolve_plan(loaded, world_size, available)
             Console(soft_wrap=not sys.stdout.isatty()).print(plan.render())
-            plan.memory.check(gpu_memory_gib * 2**30)
+            plan.memory.check(available * 2**30)
             return
+        if gpu_memory_gib is not None:
+            raise typer.BadParameter("--gpu-memory-gib goes with --dry-run; a run asks its own GPUs")
         if world_size is not None:
             raise typer.BadParameter("--world-size goes with --dry-run; torchrun sets the real one")
         check_layout(loaded, read_architecture(loaded.model.path), int(os.environ.get("WORLD_SIZE", "1")))

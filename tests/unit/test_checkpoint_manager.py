@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import threading
+import weakref
 
 import pytest
 import torch
@@ -183,6 +184,25 @@ def test_the_writing_thread_uses_the_device_of_its_process(monkeypatch):
     writer.start()
     assert writer.finish() is None
     assert bound == [("checkpoint-writer", torch.device("cuda", 3)), "written"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_written_state_leaves_host_memory_at_once(fails):
+    def writer_of(state):
+        def write():
+            if fails:
+                raise OSError(f"no room for {len(state)} numbers") from ValueError()
+
+        return manager._Writer(write)
+
+    state = torch.ones(5)
+    gone = weakref.ref(state)
+    writer = writer_of(state)
+    del state
+    writer.start()
+    error = writer.finish()
+    assert gone() is None
+    assert str(error) == ("OSError: no room for 5 numbers" if fails else "None")
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])

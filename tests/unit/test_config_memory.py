@@ -175,6 +175,11 @@ def test_a_sum_that_does_not_fit_names_the_largest_lines_and_their_settings() ->
     result = CliRunner().invoke(app, [*command, f"model.path={EXAMPLES / 'qwen2.5_7b'}", "--world-size", "4"])
     assert result.exit_code == 2
     assert "activations" in result.output and "sum" in result.output  # the table comes first
+    command.remove("--dry-run")
+    assert "goes with --dry-run" in CliRunner().invoke(app, command).output
+    for nothing in ("0", "-1", "nan"):
+        refused = CliRunner().invoke(app, [*command[:-1], nothing, "--dry-run"])
+        assert refused.exit_code == 2 and "expected more than 0" in refused.output
 
 
 def test_the_sum_of_a_toy_fits_anything(tmp_path) -> None:

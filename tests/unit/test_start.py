@@ -152,6 +152,13 @@ def test_a_device_with_less_memory_than_the_plans_sum_is_refused(model, tmp_path
     assert problem.startswith("memory: a rank needs") and platform.device_name() in problem
 
 
+def test_a_colocated_servers_share_is_one_of_this_device(model, tmp_path, gpu):
+    options = {"mem_fraction_static": 0.8}
+    rollout = {"engine": "sglang", "weight_sync": "colocated", "sglang": {"options": options}}
+    gpu(40 * 2**30)  # 0.8 of an H100's 79.1 GiB would not fit
+    assert machine_problems(run_config(tmp_path, model, rollout=rollout), 1) == []
+
+
 def test_on_a_cpu_there_is_no_such_limit(model, tmp_path):
     assert platform.total_memory_bytes() is None
     assert machine_problems(run_config(tmp_path, model), 1) == []
@@ -168,6 +175,8 @@ def test_everything_that_the_machine_lacks_is_said_at_once(model, tmp_path, gpu,
 
 
 def test_flash_attention_needs_its_package(model, tmp_path, monkeypatch):
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.delenv(name, raising=False)  # Megatron sets them with every model that it builds
     monkeypatch.setattr(machine, "use_transformer_engine", lambda layers: True)
     config = run_config(tmp_path, model, "model.attention=flash", "model.dtype=bfloat16")
     (problem,) = machine_problems(config, 1)

@@ -228,7 +228,8 @@ class _Writer:
         try:
             self._work()
         except Exception as error:
-            self._error = error
+            self._error = CheckpointError(reason(error))  # without its frames, which hold the state, too
+        self._work = None  # the state leaves host memory now, not at the next save
 
     def finish(self) -> Exception | None:
         if self._thread is not None:
