@@ -24,7 +24,7 @@ def describe(sglang: SglangConfig | None = None) -> dict[str, str]:
         python: str | None = find_python(sglang or SglangConfig(), Path.cwd())
         missing = ""
     except ConfigError as error:
-        python, missing = None, str(error)
+        python, missing = None, "; ".join(error.problems)
     one = python is None or _folder(python) == _folder(sys.executable)
     ours, theirs = ask_both(sys.executable, None if one else python)
     if missing:

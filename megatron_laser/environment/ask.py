@@ -33,7 +33,8 @@ def ask(python: str, environment: Mapping[str, str], deadline: float = _DEADLINE
     try:
         facts = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        return {"error": f"{python} does not run: {done.stderr.strip()[-300:]}"}
+        reason = done.stderr.strip()[-300:] or f"exit status {done.returncode}, and no facts"
+        return {"error": f"{python} does not run: {reason}"}
     return {str(name): str(value) for name, value in facts.items()}
 
 

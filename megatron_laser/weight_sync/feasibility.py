@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.model import platform
+from megatron_laser.rollout.endpoints import EndpointsError, read_endpoints
 from megatron_laser.rollout.nccl import loaded_version, server_settings, setting_problems, trainer_settings
 from megatron_laser.rollout.serving.colocated import different_torch, expandable_segments, several_nodes
-from megatron_laser.rollout.serving.command import child_environment
+from megatron_laser.rollout.serving.command import child_environment, find_python
 from megatron_laser.rollout.serving.installed import ask_installed
 from megatron_laser.rollout.sglang.identify import parse_version
+
+_FRESH = 120.0  # seconds; `serve` writes its file every 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,47 @@ def server_side(
     child = child_environment(environment, python=python, mark="")
     torch_version = found.torch if found.sglang is not None else None
     return SyncSide(torch_version, found.nccl, server_settings(child, options), python)
+
+
+def check_weight_sync(config: RunConfig) -> None:
+    """Compare both sides of `rollout.weight_sync: distributed` on GPUs, as far as the servers are known yet.
+
+    Call on rank 0 before a model is loaded. Servers given by URL, or not there yet, show at the first contact.
+
+    Raises:
+        ConfigError: their NCCL, or its settings, are not the trainer's.
+    """
+    rollout = config.rollout
+    sglang = rollout.sglang
+    if rollout.engine != "sglang" or rollout.weight_sync != "distributed" or sglang.urls is not None:
+        return
+    trainer = trainer_side(os.environ)
+    if trainer.nccl is None:
+        return
+    sides = []
+    if sglang.endpoints is not None:
+        with suppress(EndpointsError):
+            found = read_endpoints(sglang.endpoints)
+            # One that `serve` no longer writes is of servers that may have gone, and others take their place.
+            for server in found.servers if abs(time.time() - found.updated) < _FRESH else ():
+                settings = server.nccl_settings or {}
+                sides.append(SyncSide(server.torch_version, server.nccl_version, settings, server.url))
+    elif sglang.device == "cuda":
+        python = find_python(sglang, Path.cwd())
+        sides.append(server_side(python, device="cuda", options=sglang.options, environment=os.environ))
+    problems = []
+    for side in sides:
+        if side.nccl is None:  # on a CPU, or unknown
+            continue
+        if (unlike := nccl_problem(trainer.nccl, side.nccl)) is not None:
+            problems.append(
+                f"rollout.sglang.python: {side.python} has NCCL {side.nccl} (torch {side.torch}), the trainer NCCL "
+                f"{trainer.nccl} (torch {trainer.torch}): {unlike}; install one torch in both environments, or use "
+                "rollout.weight_sync: disk"
+            )
+        problems += setting_problems(trainer.settings, side.settings)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
 
 
 def trainer_nccl() -> str | None:

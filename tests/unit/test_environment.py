@@ -73,6 +73,7 @@ def test_a_package_that_fails_to_import_says_why(monkeypatch):
 def test_an_interpreter_that_fails_says_so_within_its_deadline(tmp_path):
     assert "does not run" in asking.ask(str(tmp_path / "none"), os.environ)["error"]
     assert "not here" in asking.ask(script(tmp_path, "echo not here >&2; exit 3"), os.environ)["error"]
+    assert "exit status 1" in asking.ask("/bin/false", os.environ)["error"]
     assert "signal 11" in asking.ask(script(tmp_path, "kill -SEGV $$"), os.environ)["error"]
     slow = asking.ask(script(tmp_path, "exec sleep 60"), os.environ, deadline=0.2)
     assert "has not answered within 0.2 s" in slow["error"]

@@ -1,12 +1,20 @@
 """Which weight syncs two environments allow: from versions and settings, as `env` says it and the trainer checks it."""
 
 import ctypes
+import sys
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
+from helpers.runs import run_config
 
+from megatron_laser.config import ConfigError
+from megatron_laser.rollout.endpoints import Endpoints, ServerEndpoint, publish
 from megatron_laser.rollout.nccl import loaded_version, server_settings, setting_problems, trainer_settings
-from megatron_laser.weight_sync.feasibility import SyncSide, sync_feasibility
+from megatron_laser.rollout.serving.installed import Installed
+from megatron_laser.weight_sync import feasibility
+from megatron_laser.weight_sync.feasibility import SyncSide, check_weight_sync, sync_feasibility
 
 OFF = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 TRAINER = SyncSide("2.14.1+cu130", "2.30.7", OFF)
@@ -46,6 +54,55 @@ def test_without_servers_nothing_works():
         "no environment with SGLang" in text
         for text in sync_feasibility(TRAINER, SyncSide(None, None), {}).values()
     )
+
+
+@pytest.fixture
+def on_gpus(monkeypatch, tmp_path):
+    """The configuration of a run on a GPU with NCCL 2.30.7, whose servers' interpreter has `nccl`."""
+    for name in OFF:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(feasibility, "trainer_nccl", lambda: "2.30.7")
+
+    def of(nccl, *overrides, **sglang):
+        monkeypatch.setattr(
+            feasibility, "ask_installed", lambda python, nccl: Installed("0.5.23", None, "2.9.1", theirs)
+        )
+        theirs = nccl
+        rollout = {"engine": "sglang", "sglang": {"python": sys.executable} | sglang}
+        return run_config(tmp_path, tmp_path / "model", *overrides, rollout=rollout)
+
+    return of
+
+
+def test_servers_with_another_nccl_are_refused_before_a_model_is_built(on_gpus, tmp_path, monkeypatch):
+    check_weight_sync(on_gpus("2.30.7"))
+    with pytest.raises(
+        ConfigError, match=r"rollout\.sglang\.python: .*has NCCL 2\.27\.7.*rollout\.weight_sync: disk"
+    ):
+        check_weight_sync(on_gpus("2.27.7"))
+    check_weight_sync(on_gpus("2.27.7", "rollout.weight_sync=disk"))
+    check_weight_sync(on_gpus("2.27.7", device="cpu"))  # gloo
+    with pytest.raises(ConfigError, match=r"NCCL_CUMEM_ENABLE is 0 in the servers and 1 in the trainer"):
+        monkeypatch.setattr(
+            feasibility, "trainer_settings", lambda environment: OFF | {"NCCL_CUMEM_ENABLE": "1"}
+        )
+        check_weight_sync(on_gpus("2.30.7"))
+
+
+@pytest.mark.parametrize(("age", "refused"), [(0.0, True), (3600.0, False)])
+def test_servers_that_are_there_already_are_compared_by_what_they_publish(on_gpus, tmp_path, age, refused):
+    file = tmp_path / "endpoints.json"
+    config = on_gpus(None, endpoints=str(file))
+    check_weight_sync(config)  # not there yet
+    servers = (
+        ServerEndpoint("http://10.0.0.5:30000", nccl_version="2.27.7", nccl_settings=OFF),
+        ServerEndpoint("http://10.0.0.6:30000"),  # says nothing
+    )
+    publish(file, Endpoints(servers, updated=time.time() - age))
+    with (
+        pytest.raises(ConfigError, match=r"10\.0\.0\.5:30000 has NCCL 2\.27\.7") if refused else nullcontext()
+    ):
+        check_weight_sync(config)
 
 
 # settings

@@ -67,7 +67,8 @@ def ask_installed(python: str, *, nccl: bool) -> Installed:
         raise ConfigError([f"rollout.sglang.python: {python} does not run: {error}"]) from error
     found = [None if word == "-" else word for word in done.stdout.split()]
     if done.returncode != 0 or len(found) != 5:
-        raise ConfigError([f"rollout.sglang.python: {python} does not run: {done.stderr.strip()[-300:]}"])
+        reason = done.stderr.strip()[-300:] or f"exit status {done.returncode}, and no versions"
+        raise ConfigError([f"rollout.sglang.python: {python} does not run: {reason}"])
     sglang, router, torch, nccl_version, stand_ins = found
     return Installed(sglang, router, torch, nccl_version, stand_ins is not None)
 
