@@ -27,7 +27,7 @@ from megatron_laser.rewards import resolve_reward
 from megatron_laser.rollout.serving.start_checks import check_start
 from megatron_laser.tokenizer import load_tokenizer
 from megatron_laser.types import Prompt
-from megatron_laser.weight_sync.feasibility import check_weight_sync
+from megatron_laser.weight_sync.feasibility import check_servers
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def read_inputs(config: RunConfig) -> RunInputs:
         ConfigError, DataError, RewardSpecError: with the setting or the file and line that is wrong.
     """
     check_start(config)
-    check_weight_sync(config)
+    check_servers(config)
     resolve_reward(config.reward.function)
     architecture = read_architecture(config.model.path)
     stop_token_ids = config.rollout.stop_token_ids or read_stop_token_ids(config.model.path)

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ from megatron_laser.rollout.endpoints import EndpointsError, read_endpoints
 from megatron_laser.rollout.nccl import loaded_version, server_settings, setting_problems, trainer_settings
 from megatron_laser.rollout.serving.colocated import different_torch, expandable_segments, several_nodes
 from megatron_laser.rollout.serving.command import child_environment, find_python
-from megatron_laser.rollout.serving.installed import ask_installed
+from megatron_laser.rollout.serving.installed import check_sglang
 from megatron_laser.rollout.sglang.identify import parse_version
 
 _FRESH = 120.0  # seconds; `serve` writes its file every 30
@@ -47,38 +46,19 @@ def trainer_side(environment: Mapping[str, str]) -> SyncSide:
     return SyncSide(torch.__version__, trainer_nccl(), trainer_settings(environment), sys.executable)
 
 
-def server_side(
-    python: str, *, device: str, options: Mapping[str, Any], environment: Mapping[str, str]
-) -> SyncSide:
-    """Servers that `serve` would start with the interpreter `python`, asked of it (seconds: it imports torch).
+def check_servers(config: RunConfig) -> None:
+    """Whether servers that the run starts have an environment for it, and an NCCL that the trainer can talk to.
 
-    Args:
-        device, options: of `rollout.sglang`.
-        environment: of the process that would start `serve`.
+    Call on rank 0 before a model is loaded: seconds, while an interpreter imports torch. Servers given by URL, or not
+    there yet, show at the first contact; of others, `serve` publishes what they have.
 
     Raises:
-        ConfigError: the interpreter does not run.
-    """
-    found = ask_installed(python, nccl=device == "cuda")
-    child = child_environment(environment, python=python, mark="")
-    torch_version = found.torch if found.sglang is not None else None
-    return SyncSide(torch_version, found.nccl, server_settings(child, options), python)
-
-
-def check_weight_sync(config: RunConfig) -> None:
-    """Compare both sides of `rollout.weight_sync: distributed` on GPUs, as far as the servers are known yet.
-
-    Call on rank 0 before a model is loaded. Servers given by URL, or not there yet, show at the first contact.
-
-    Raises:
-        ConfigError: their NCCL, or its settings, are not the trainer's.
+        ConfigError: no SGLang, or one for CPUs only; with `rollout.weight_sync: distributed` also another NCCL than the
+            trainer's, or other settings of it.
     """
     rollout = config.rollout
     sglang = rollout.sglang
-    if rollout.engine != "sglang" or rollout.weight_sync != "distributed" or sglang.urls is not None:
-        return
-    trainer = trainer_side(os.environ)
-    if trainer.nccl is None:
+    if rollout.engine != "sglang" or sglang.urls is not None:
         return
     sides = []
     if sglang.endpoints is not None:
@@ -88,9 +68,15 @@ def check_weight_sync(config: RunConfig) -> None:
             for server in found.servers if abs(time.time() - found.updated) < _FRESH else ():
                 settings = server.nccl_settings or {}
                 sides.append(SyncSide(server.torch_version, server.nccl_version, settings, server.url))
-    elif sglang.device == "cuda":
+    else:
         python = find_python(sglang, Path.cwd())
-        sides.append(server_side(python, device="cuda", options=sglang.options, environment=os.environ))
+        installed = check_sglang(python, router=sglang.router, cuda=sglang.device == "cuda")
+        child = child_environment(os.environ, python=python, mark="")
+        settings = server_settings(child, sglang.options)
+        sides.append(SyncSide(installed.torch, installed.nccl, settings, python))
+    trainer = trainer_side(os.environ)
+    if rollout.weight_sync != "distributed" or trainer.nccl is None:
+        return
     problems = []
     for side in sides:
         if side.nccl is None:  # on a CPU, or unknown

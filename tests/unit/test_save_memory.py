@@ -142,6 +142,9 @@ def test_the_writing_thread_takes_no_cuda_stream(trainer, monkeypatch):
     monkeypatch.setattr(sharded, "build_state", lambda *_, **__: entries)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(
+            "megatron_laser.model.platform.device", lambda: torch.device("cpu")
+        )  # what it binds a thread to
         trainer.checkpoints.save(1, None)
     assert trainer.checkpoints.wait(), trainer.checkpoints.trouble
 

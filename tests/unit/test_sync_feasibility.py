@@ -12,9 +12,10 @@ from helpers.runs import run_config
 from megatron_laser.config import ConfigError
 from megatron_laser.rollout.endpoints import Endpoints, ServerEndpoint, publish
 from megatron_laser.rollout.nccl import loaded_version, server_settings, setting_problems, trainer_settings
+from megatron_laser.rollout.serving import installed
 from megatron_laser.rollout.serving.installed import Installed
 from megatron_laser.weight_sync import feasibility
-from megatron_laser.weight_sync.feasibility import SyncSide, check_weight_sync, sync_feasibility
+from megatron_laser.weight_sync.feasibility import SyncSide, check_servers, sync_feasibility
 
 OFF = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 TRAINER = SyncSide("2.14.1+cu130", "2.30.7", OFF)
@@ -64,10 +65,8 @@ def on_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(feasibility, "trainer_nccl", lambda: "2.30.7")
 
     def of(nccl, *overrides, **sglang):
-        monkeypatch.setattr(
-            feasibility, "ask_installed", lambda python, nccl: Installed("0.5.23", None, "2.9.1", theirs)
-        )
-        theirs = nccl
+        theirs = Installed("0.5.23", None, "2.9.1", None if sglang.get("device") == "cpu" else nccl)
+        monkeypatch.setattr(installed, "ask_installed", lambda python, nccl: theirs)
         rollout = {"engine": "sglang", "sglang": {"python": sys.executable} | sglang}
         return run_config(tmp_path, tmp_path / "model", *overrides, rollout=rollout)
 
@@ -75,25 +74,35 @@ def on_gpus(monkeypatch, tmp_path):
 
 
 def test_servers_with_another_nccl_are_refused_before_a_model_is_built(on_gpus, tmp_path, monkeypatch):
-    check_weight_sync(on_gpus("2.30.7"))
+    check_servers(on_gpus("2.30.7"))
     with pytest.raises(
         ConfigError, match=r"rollout\.sglang\.python: .*has NCCL 2\.27\.7.*rollout\.weight_sync: disk"
     ):
-        check_weight_sync(on_gpus("2.27.7"))
-    check_weight_sync(on_gpus("2.27.7", "rollout.weight_sync=disk"))
-    check_weight_sync(on_gpus("2.27.7", device="cpu"))  # gloo
+        check_servers(on_gpus("2.27.7"))
+    check_servers(on_gpus("2.27.7", "rollout.weight_sync=disk"))
+    check_servers(on_gpus("2.27.7", device="cpu"))  # gloo
     with pytest.raises(ConfigError, match=r"NCCL_CUMEM_ENABLE is 0 in the servers and 1 in the trainer"):
         monkeypatch.setattr(
             feasibility, "trainer_settings", lambda environment: OFF | {"NCCL_CUMEM_ENABLE": "1"}
         )
-        check_weight_sync(on_gpus("2.30.7"))
+        check_servers(on_gpus("2.30.7"))
+
+
+def test_an_interpreter_without_sglang_is_refused_before_a_model_is_built(tmp_path):
+    def config(**sglang):
+        sglang = {"python": "/bin/false", "device": "cpu"} | sglang
+        return run_config(tmp_path, tmp_path / "model", rollout={"engine": "sglang", "sglang": sglang})
+
+    with pytest.raises(ConfigError, match=r"rollout\.sglang\.python: /bin/false does not run: exit status 1"):
+        check_servers(config())
+    check_servers(config(urls=["http://10.0.0.5:30000"]))  # somebody else's
 
 
 @pytest.mark.parametrize(("age", "refused"), [(0.0, True), (3600.0, False)])
 def test_servers_that_are_there_already_are_compared_by_what_they_publish(on_gpus, tmp_path, age, refused):
     file = tmp_path / "endpoints.json"
     config = on_gpus(None, endpoints=str(file))
-    check_weight_sync(config)  # not there yet
+    check_servers(config)  # not there yet
     servers = (
         ServerEndpoint("http://10.0.0.5:30000", nccl_version="2.27.7", nccl_settings=OFF),
         ServerEndpoint("http://10.0.0.6:30000"),  # says nothing
@@ -102,7 +111,7 @@ def test_servers_that_are_there_already_are_compared_by_what_they_publish(on_gpu
     with (
         pytest.raises(ConfigError, match=r"10\.0\.0\.5:30000 has NCCL 2\.27\.7") if refused else nullcontext()
     ):
-        check_weight_sync(config)
+        check_servers(config)
 
 
 # settings
