@@ -18,6 +18,8 @@ SETTINGS = (
     "policy.kl_coefficient=0.05",
     "policy.entropy_coefficient=0.01",
     "optimizer.lr=1.0e-3",
+    # Adam's usual 1e-8 would blow the rounding of vanishing gradients up to whole steps.
+    "optimizer.eps=1.0e-4",
     "checkpoint.every=1",
     "data.max_prompt_tokens=16",
     "rollout.max_new_tokens=16",
