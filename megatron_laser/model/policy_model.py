@@ -25,6 +25,7 @@ from megatron_laser.config import padded_vocab_size
 from megatron_laser.model import hf_config
 from megatron_laser.model.attention import PackedSdpaAttention
 from megatron_laser.model.norm import RMSNorm
+from megatron_laser.model.transformer_engine import clear_backend_variables
 from megatron_laser.model.upstream import patch_upstream
 from megatron_laser.ops import add_weight_gradient_to_main_grad, few_row_logprob, linear_logprob
 
@@ -112,6 +113,7 @@ class PolicyModel(GPTModel):
         tensor = config.tensor_model_parallel_size
         padded = padded_vocab_size(hf.vocab_size, tensor, vocab_multiple)
         tied = bool(hf.tie_word_embeddings)
+        clear_backend_variables(config.attention_backend.name)
         super().__init__(
             config,
             block_spec(config, vp_stage),
