@@ -143,6 +143,7 @@ DEFAULTS = {
         "keep_every": 0,
         "asynchronous": False,
         "verify": True,
+        "deadline": 3600.0,
         "folder": None,
         "export_hf": True,
     },
