@@ -9,6 +9,7 @@ from helpers.rollouts import Response, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_laser.model import platform
 from megatron_laser.trainer.checkpoint import optimizer_state, sharded, staging
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
 from megatron_laser.trainer.trainer import Trainer
@@ -141,6 +142,7 @@ def test_the_writing_thread_takes_no_cuda_stream(trainer, monkeypatch):
     entries = sharded.build_state(trainer.policy)
     monkeypatch.setattr(sharded, "build_state", lambda *_, **__: entries)
     with monkeypatch.context() as patch:
+        patch.setattr(platform, "has_cuda", lambda: False)  # what torch's writer sees is the question
         patch.setattr(torch.cuda, "is_available", lambda: True)
         trainer.checkpoints.save(1, None)
     assert trainer.checkpoints.wait(), trainer.checkpoints.trouble
