@@ -11,7 +11,7 @@ import torch
 from helpers.models import save_tiny_model
 from helpers.rollouts import rollout_batch
 from helpers.runs import SCORE_TOKEN
-from helpers.torchrun import torchrun
+from helpers.torchrun import ROOT, torchrun
 from te_cases import (
     BF16_CASES,
     BROKEN_CASES,
@@ -145,3 +145,16 @@ def test_what_was_loaded_is_exported_bit_for_bit(name, rehearsed, folder):
         assert set(exported.names()) == set(result["trained"])
         for key, tensor in result["trained"].items():
             assert torch.equal(exported.full(key), tensor), key
+
+
+def test_what_is_rehearsed_is_what_gpus_get():
+    requirements = (ROOT / "tools" / "gpu" / "requirements.txt").read_text()
+    assert f"=={VERSION}" in requirements.partition("transformer-engine")[2].splitlines()[0]
+
+
+def test_without_an_index_the_reason_is_pips(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "none"))
+    with pytest.raises(LookupError, match="No matching distribution found for transformer_engine"):
+        transformer_engine_sources(cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
