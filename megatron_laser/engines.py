@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_laser.config import ConfigError, RunConfig, longest_sequence, read_architecture
+from megatron_laser.config.server_options import server_option
 from megatron_laser.model import platform
 from megatron_laser.model.dtypes import DTYPES
 from megatron_laser.rollout.endpoints import Endpoints, EndpointsError, ServerEndpoint, read_endpoints
@@ -178,9 +179,9 @@ def _source(config: RunConfig, child: ServeProcess | None) -> Callable[[], Seque
 
 def _transport(config: RunConfig) -> WeightTransport:
     rollout, dtype = config.rollout, DTYPES[config.model.dtype]
-    quantized = rollout.sglang.options.get("quantization")
+    quantized = server_option(rollout.sglang.options, "quantization", None)
     heads = read_architecture(config.model.path).num_attention_heads
-    layout = ServerLayout(heads, None if quantized is None else str(quantized))
+    layout = ServerLayout(heads, str(quantized) if quantized else None)
     if rollout.weight_sync == "disk":
         return DiskTransport(
             rollout.sync_folder or Path(config.run.output_dir) / "weights",

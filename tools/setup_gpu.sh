@@ -33,12 +33,13 @@ while [ $# -gt 0 ]; do
   --dry-run) dry=yes ;;
   --only)
     only=${2:-}
-    [[ " ${steps[*]} " == *" $only "* ]] || fail "--only $only: expected one of ${steps[*]}"
+    [[ $only != *' '* && " ${steps[*]} " == *" $only "* ]] || fail "--only $only: expected one of ${steps[*]}"
     shift
     ;;
   --venv)
     venv=${2:-}
     [ -n "$venv" ] || fail "--venv needs a folder"
+    [[ $venv == /* ]] || venv=$PWD/$venv # compilers, which get it, run in other folders
     shift
     ;;
   *) fail "$1 is no option; see --help" ;;
@@ -92,8 +93,8 @@ site() { printf '%s/lib/python3.12/site-packages' "$venv"; }
 do_machine() {
   local driver release problems=()
   driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || true
-  if [ -z "$driver" ]; then
-    problems+=("nvidia-smi finds no driver; install the NVIDIA driver $min_driver or newer")
+  if ! [[ $driver =~ ^[0-9]+\. ]]; then # what fails in nvidia-smi, it writes to the same place
+    problems+=("nvidia-smi finds no driver${driver:+ ($driver)}; install the NVIDIA driver $min_driver or newer")
   elif [ "${driver%%.*}" -lt $min_driver ]; then
     problems+=("driver $driver is too old for CUDA 13; install $min_driver or newer")
   fi

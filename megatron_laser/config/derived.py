@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.config.schema_system import ParallelConfig
 
 OldPolicyPass = Literal["full", "score_rows", "none"]
+
+_GPU_PAD = 128  # tokens a tensor-parallel rank
 
 
 def reference_model_reasons(config: RunConfig) -> tuple[str, ...]:
@@ -79,3 +82,9 @@ def needed_pad_multiple(parallel: ParallelConfig) -> int:
     sequence = parallel.tensor if parallel.sequence else 1
     context = 2 * parallel.context if parallel.context > 1 else 1
     return sequence * context
+
+
+def gpu_pad_multiple(config: RunConfig) -> int:
+    """Tokens that packed lengths are padded to a multiple of on GPUs: `batching.pad_multiple` or its default there."""
+    default = math.lcm(_GPU_PAD * config.parallel.tensor, needed_pad_multiple(config.parallel))
+    return config.batching.pad_multiple or default

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_laser.config.architecture import Architecture
-from megatron_laser.config.derived import longest_sequence, needs_reference_model
+from megatron_laser.config.derived import gpu_pad_multiple, longest_sequence, needs_reference_model
 from megatron_laser.config.memory_lines import (
     GENERATE,
     GIB,
@@ -39,6 +39,7 @@ from megatron_laser.config.memory_lines import (
 )
 from megatron_laser.config.parameters import Layout, count_parameters, padded_vocab_size, rank_bytes
 from megatron_laser.config.schema import RunConfig
+from megatron_laser.config.server_options import server_option
 
 # An H100 of 80 GB shows so much.
 GPU_MEMORY_GIB = 79.1
@@ -142,7 +143,8 @@ def _state(config: RunConfig, layout: Layout, parameters: int) -> list[MemoryLin
 def _update(
     config: RunConfig, arch: Architecture, layout: Layout, micro_batches: int, tokens_per_rank: int
 ) -> list[MemoryLine]:
-    tokens = min(config.batching.tokens_per_micro_batch, tokens_per_rank)
+    pad = gpu_pad_multiple(config)
+    tokens = -(-min(config.batching.tokens_per_micro_batch, tokens_per_rank) // pad) * pad
     itemsize = _DTYPE_BYTES[config.model.dtype]
     recompute, t = config.model.recompute, layout.tensor
     kept, anew = layer_activation_bytes(
@@ -248,7 +250,8 @@ def _turns(
 ) -> list[MemoryLine]:
     """What colocated servers hold while the trainer's state is in host memory, in excess of that state."""
     sglang = config.rollout.sglang
-    fraction = float(sglang.options.get("mem_fraction_static", MEM_FRACTION_STATIC))
+    given = server_option(sglang.options, "mem_fraction_static", None)
+    fraction = MEM_FRACTION_STATIC if given is None else float(given)
     pools = int(fraction * gpu_memory_gib * GIB)
     weights = count_parameters(arch) * _DTYPE_BYTES[config.model.dtype] // sglang.tensor
     away = sum(line.bytes for line in state)

@@ -135,7 +135,7 @@ def _colocated_problems(rollout: RolloutConfig) -> list[str]:
 
 def deadline_problems(config: RunConfig, world_size: int) -> list[str]:
     """All ranks wait while rank 0 syncs weights: their own deadline must not end a sync that may still succeed."""
-    needed = config.rollout.sync_deadline * SYNC_MARGIN
+    needed = round(config.rollout.sync_deadline * SYNC_MARGIN, 6)  # 1.1 x 100 is more than 110 in binary
     if config.rollout.engine != "sglang" or world_size == 1 or needed <= config.run.deadline:
         return []
     return [

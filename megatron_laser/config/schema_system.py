@@ -52,6 +52,9 @@ class CheckpointConfig(Section):
     """Write in a background thread from a copy in host memory while training goes on."""
     verify: bool = True
     """Compare every file with its checksum before resuming."""
+    deadline: Positive = 3600.0
+    """Seconds that a rank waits for another while a checkpoint is written or read: the slowest rank's files and
+    checksums. Apart from `run.deadline`, which need not be raised for a slow file system."""
     folder: FilePath | None = None
     """Where checkpoints lie; null: `output_dir`/checkpoints."""
     export_hf: bool = True

@@ -5,6 +5,7 @@ Names and aliases are those of SGLang 0.5.23 (`ServerArgs`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_laser.config.schema_rollout import RolloutConfig
@@ -58,6 +59,7 @@ UNUSABLE_OPTIONS = {
     "delete_ckpt_after_loading": "it deletes model.path, which the run and every restarted server read",
     "checkpoint_engine_wait_weights_before_ready": "the run sends weights to servers that answer already",
 }
+_FRACTION = "mem_fraction_static"
 _UNUSABLE_PREFIXES = {
     "speculative_": UNUSABLE_OPTIONS["uno_lora_path"],
     "ssl_": _TLS,
@@ -69,7 +71,7 @@ def option_problems(rollout: RolloutConfig) -> list[str]:
     problems = []
     for name, value in rollout.sglang.options.items():
         key = f"rollout.sglang.options.{name}"
-        normal = name.lstrip("-").replace("-", "_")
+        normal = _normal(name)
         if normal in OWN_OPTIONS:
             problems.append(f"{key}: follows from {OWN_OPTIONS[normal]}; remove it")
         elif value is None or value is False:
@@ -80,12 +82,30 @@ def option_problems(rollout: RolloutConfig) -> list[str]:
             problems.append(f"{key}: SGLang would read it as {whole}, which a run cannot give; remove it")
         elif not isinstance(value, str | int | float | bool | list):
             problems.append(f"{key}: expected a value or a list of values, got {value!r}")
+        elif normal == _FRACTION and not _is_fraction(value):
+            problems.append(f"{key}: expected a number between 0 and 1, got {value!r}")
         elif rollout.weight_sync == "colocated" and _captures_prefill(normal, value):
             problems.append(
                 f"{key}: {value} with rollout.weight_sync: colocated: the memory of these CUDA graphs cannot be given "
                 "back while the trainer has the GPU; remove it"
             )
     return problems
+
+
+def server_option(options: Mapping[str, Any], wanted: str, default: Any) -> Any:
+    """The value of `rollout.sglang.options` under `wanted` ("weight_version"), however its name is written there."""
+    for name, value in options.items():
+        if _normal(name) == wanted:
+            return value
+    return default
+
+
+def _normal(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < 1
 
 
 def _unusable(normal: str) -> str | None:
@@ -96,7 +116,7 @@ def _unusable(normal: str) -> str | None:
 def _abbreviated(normal: str) -> str | None:
     """The refused option that argparse would take `normal` for; None: none."""
     refused = (*OWN_OPTIONS, *UNUSABLE_OPTIONS, *_UNUSABLE_PREFIXES)
-    return next((name for name in refused if len(normal) > 2 and name.startswith(normal)), None)
+    return next((name for name in refused if len(normal) > 1 and name.startswith(normal)), None)
 
 
 def _captures_prefill(normal: str, value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,12 +12,10 @@ from megatron_laser.algorithms.policy_loss import sequence_token_weights
 from megatron_laser.algorithms.self_reward import class_weights
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.batching.schedule import build_schedule
-from megatron_laser.config.derived import needed_pad_multiple
+from megatron_laser.config.derived import gpu_pad_multiple, needed_pad_multiple
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.trainer.micro_batch import MicroBatch, make_micro_batch
-
-_CUDA_PAD = 128  # tokens a tensor-parallel rank
 
 
 @dataclass
@@ -116,10 +113,9 @@ def pad_multiple(config: RunConfig) -> int:
     On CUDA few distinct lengths keep the caching allocator from cutting its memory to pieces; on a CPU padding only
     costs. Either way lengths divide over the sequence-parallel ranks (and, in zig-zag, the context ranks).
     """
-    if config.batching.pad_multiple is not None:
-        return config.batching.pad_multiple
-    needed = needed_pad_multiple(config.parallel)
-    return max(2, needed) if not platform.has_cuda() else math.lcm(_CUDA_PAD * config.parallel.tensor, needed)
+    if config.batching.pad_multiple is not None or platform.has_cuda():
+        return gpu_pad_multiple(config)
+    return max(2, needed_pad_multiple(config.parallel))
 
 
 def _minibatch(

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.models import save_tiny_model
 from helpers.rollouts import Response, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
@@ -62,6 +63,31 @@ def assert_identical(one, other):
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])), name
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_ranks_wait_for_files_by_a_deadline_of_their_own(start, monkeypatch, asynchronous):
+    """A slow file system is no reason to raise run.deadline, for which ranks wait for each other in a step."""
+    made, used = [], set()
+    new_group, gather = dist.new_group, dist.all_gather_object
+
+    def noted(*arguments, **settings):
+        made.append((new_group(*arguments, **settings), settings["timeout"]))
+        return made[-1][0]
+
+    def spied(objects, own, group=None):
+        used.add(group)
+        return gather(objects, own, group=group)
+
+    monkeypatch.setattr(dist, "new_group", noted)
+    run = start(f"checkpoint.asynchronous={asynchronous}", "checkpoint.deadline=1234")
+    ((group, timeout),) = made
+    assert timeout.total_seconds() == 1234
+    run.train(1)
+    monkeypatch.setattr(dist, "all_gather_object", spied)
+    assert run.save(1)
+    assert run.checkpoints.resume() is not None
+    assert used == {group}
 
 
 SETTINGS = {

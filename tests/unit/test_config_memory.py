@@ -138,7 +138,9 @@ def test_parts_appear_where_a_setting_asks_for_them() -> None:
 
 def test_colocated_servers_take_the_trainers_place(tmp_path) -> None:
     model = EXAMPLES / "qwen2.5_7b"
-    rollout = {"engine": "sglang", "weight_sync": "colocated", "sglang": {"options": {}, "servers": 4}}
+    options = {"--mem-fraction-static": 0.7}
+    sglang = {"options": options, "servers": 4}
+    rollout = {"engine": "sglang", "weight_sync": "colocated", "sync_deadline": 50, "sglang": sglang}
     config = run_config(
         tmp_path,
         model,
@@ -150,7 +152,13 @@ def test_colocated_servers_take_the_trainers_place(tmp_path) -> None:
     )
     memory = resolve_plan(config, 4, 80.0).memory
     away = sum(line(memory, name).bytes for name in ("weights", "gradients", "optimizer"))
-    assert line(memory, "colocated server's pools").bytes == int(0.85 * 80 * GIB) - away
+    assert line(memory, "colocated server's pools").bytes == int(0.7 * 80 * GIB) - away
+
+
+def test_padding_beyond_the_budget_is_counted() -> None:
+    padded = plan(4, "batching.pad_multiple=40000").memory
+    assert "40,000 tokens" in line(padded, "activations").detail
+    assert padded.total > plan().memory.total
 
 
 def test_a_sum_that_does_not_fit_names_the_largest_lines_and_their_settings() -> None:

@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers.source_tree import ROOT
 
@@ -78,6 +81,8 @@ def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path):
     with (tmp_path / "day_one.jsonl").open("a") as file:
         file.write('{"part": "env", "wh')
     assert [row["tflops"] for row in Records(tmp_path).rows()] == [1.5]
+    Records(tmp_path).note("env", status="finished")
+    assert Records(tmp_path).finished(rehearse=False) == {"env"}  # and takes no other line with it
 
 
 def test_nothing_is_started_when_the_budget_is_spent(tmp_path, statuses):
@@ -89,6 +94,36 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tools'}")
     status, _ = runner(tmp_path / "out", tmp_path / "work")._process(parts()[1], 0.2)
     assert status == "timed out"
+
+
+def test_a_signal_ends_the_parts_and_a_killed_calls_parts_are_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tools'}")
+    command = [
+        sys.executable,
+        "-m",
+        "gpu_day_one",
+        tmp_path / "out",
+        "--work",
+        tmp_path,
+        "--rehearse",
+        "--only",
+        "env",
+    ]
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as call:
+            assert call.stdout.readline().startswith("env: at most")
+            while not psutil.Process(call.pid).children():
+                time.sleep(0.01)
+            (part,) = psutil.Process(call.pid).children()
+            call.send_signal(number)
+            call.wait()
+        if number == signal.SIGKILL:
+            assert not runner(tmp_path / "out", tmp_path).wait_until_alone(0.0)
+            part.terminate()
+        psutil.wait_procs([part], timeout=20)
+        assert not part.is_running()
+        assert runner(tmp_path / "out", tmp_path).wait_until_alone(20.0)
+    assert Records(tmp_path / "out").finished(rehearse=True) == set()
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,16 @@ def test_a_dry_run_prints_every_step_and_makes_nothing(tmp_path):
     assert not (tmp_path / "env").exists()
 
 
+def test_an_nvidia_smi_that_fails_is_no_driver_and_a_relative_folder_is_found_from_anywhere(tmp_path):
+    said = "Failed to initialize NVML: Driver/library version mismatch"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho {said}\nexit 18\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    done = setup("--dry-run", "--only", "machine", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert f"nvidia-smi finds no driver ({said})" in done.stderr and "line" not in done.stderr
+    done = setup("--dry-run", "--only", "transformer-engine", "--venv", "env")
+    assert f"CPATH={os.getcwd()}/env/lib" in done.stdout
+
+
 def test_what_a_machine_lacks_is_named_before_anything_is_installed(tmp_path):
     for name, text in {
         "nvidia-smi": "echo 550.54.15",
@@ -174,7 +184,8 @@ def test_a_step_is_not_done_twice_and_a_wrong_option_is_refused(tmp_path):
         done = setup("--only", "packages", "--venv", str(tmp_path / "env"))
         assert done.returncode == 0 and said in done.stdout, done.stderr
     assert (tmp_path / "log").read_text() == "once\n"
-    assert "expected one of machine venv" in setup("--only", "everything").stderr
+    for wrong in ("everything", "machine venv"):
+        assert "expected one of machine venv" in setup("--only", wrong).stderr
     assert "is no option" in setup("--all").stderr
     assert "--dry-run" in setup("--help").stdout
 

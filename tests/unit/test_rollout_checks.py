@@ -137,6 +137,10 @@ def test_combinations_that_work_pass(settings):
             )
         ),
         *(
+            ({"sglang": {"options": {"--mem-fraction-static": value}}}, ["a number between 0 and 1"])
+            for value in ("most", -3, 85)
+        ),
+        *(
             (
                 {"sglang": {"options": {short: 2}}},
                 [f"rollout.sglang.options.{short}: SGLang would read it as {whole}", "remove it"],
@@ -144,6 +148,8 @@ def test_combinations_that_work_pass(settings):
             for short, whole in (
                 ("data-parallel", "data_parallel_size"),
                 ("--tensor_par", "tensor_parallel_size"),
+                ("tp", "tp_size"),
+                ("--dp", "dp_size"),
             )
         ),
         (
@@ -322,7 +328,13 @@ def test_a_run_goes_on_with_other_servers_and_not_with_another_kind_of_data():
 
 @pytest.mark.parametrize(
     ("world_size", "sync", "whole", "refused"),
-    [(2, 600.0, 900.0, False), (2, 810.0, 900.0, False), (2, 850.0, 900.0, True), (1, 850.0, 900.0, False)],
+    [
+        (2, 600.0, 900.0, False),
+        (2, 100.0, 110.0, False),
+        (2, 810.0, 900.0, False),
+        (2, 850.0, 900.0, True),
+        (1, 850.0, 900.0, False),
+    ],
 )
 def test_ranks_wait_longer_for_each_other_than_a_sync_may_take(world_size, sync, whole, refused):
     rollout = SimpleNamespace(engine="sglang", sync_deadline=sync)

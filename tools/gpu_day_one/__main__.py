@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 
 from gpu_day_one.plan import BACKGROUND, BASE, ROUNDS, TRAIN, Part, chosen
 from gpu_day_one.records import Records
@@ -16,6 +19,7 @@ from gpu_day_one.table import render
 
 _KILL_AFTER = 5  # seconds between SIGTERM and SIGKILL
 _FEWEST = 10.0  # seconds that are worth starting a part for
+_ALONE_WITHIN = 60.0  # seconds that parts of a killed call get to end
 
 
 class Runner:
@@ -27,6 +31,41 @@ class Runner:
         self._until = time.monotonic() + budget
         self._done = self._records.finished(rehearse=rehearse) & names
         self._base_ready = threading.Event()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = (work / "lock").open("a")
+
+    def end_with_signals(self) -> None:
+        """A signal that ends this process ends its parts, too: left behind, they would disturb the next call."""
+
+        def end(number: int, _: FrameType | None) -> None:
+            for process in list(self._running):
+                process.terminate()  # `timeout`, which passes it on to all of the part
+            print(f"ended by {signal.Signals(number).name}; the same command goes on", flush=True)
+            os._exit(128 + number)
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, end)
+
+    def wait_until_alone(self, seconds: float = _ALONE_WITHIN) -> bool:
+        """Until no part of an earlier call, which SIGKILL may have ended, runs; False, with a note, if one goes on.
+
+        Parts hold the lock of the work folder with the runner.
+        """
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    break
+            time.sleep(0.2)
+        self._records.note(
+            "env",
+            "not_alone",
+            message=f"another call, or a part of one, holds {self._work}/lock: timings are disturbed",
+        )
+        return False
 
     def run(self) -> bool:
         """All chosen parts; True if each is finished now or was before."""
@@ -89,12 +128,18 @@ class Runner:
         log = self._work / f"{part.full_name}.log"
         with log.open("w") as output:
             process = subprocess.Popen(
-                command, stdout=output, stderr=output, env=_environment(self._rehearse, part)
+                command,
+                stdout=output,
+                stderr=output,
+                env=_environment(self._rehearse, part),
+                pass_fds=(self._lock.fileno(),),
             )
+        self._running.add(process)
         try:
             code: int | None = process.wait(limit + 2 * _KILL_AFTER)
         except subprocess.TimeoutExpired:
             code = None  # blocked in the driver, where no signal reaches it: go on without it
+        self._running.discard(process)
         text = log.read_text(errors="replace")
         with (self._out / "day_one.log").open("a") as whole:
             whole.write(f"\n== {part.full_name}\n{text}")
@@ -135,6 +180,8 @@ def main() -> int:
         budget=arguments.budget,
         names=names,
     )
+    runner.end_with_signals()
+    runner.wait_until_alone()
     complete = runner.run()
     table = render(Records(arguments.out).rows())
     (arguments.out / "day_one.txt").write_text(table + "\n", encoding="utf-8")

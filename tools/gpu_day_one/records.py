@@ -21,9 +21,11 @@ class Records:
         """Append a line: the part, what was measured, and figures that JSON can hold."""
         line = json.dumps({"part": part, "what": what, "time": round(time.time()), **fields}, default=str)
         # One write to a file opened for appending: lines of parts side by side do not mix.
-        descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, line.encode() + b"\n")
+            size = os.fstat(descriptor).st_size
+            cut_off = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a crash: a line of its own
+            os.write(descriptor, b"\n" * cut_off + line.encode() + b"\n")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -34,7 +34,8 @@ def train(stage: Stage) -> None:
     """LaSeR, 1000 steps; the same command goes on where a call before was cut off."""
     from gpu_day_one.qwen import torch_layers
 
-    folder = stage.work / ("small_toy_run" if stage.rehearse else "small_run")
+    # In OUT: with another OUT it is another run, which must not end at once with the numbers of this one.
+    folder = stage.work / "small_toy_run" if stage.rehearse else stage.out / "small_run"
     recipe = stage.work / "small_toy" / "run.yaml" if stage.rehearse else _EXAMPLE / "laser.yaml"
     overrides = ["run.steps=2"] if stage.rehearse else ["run.seed=2"]
     command = [sys.executable, "-m", "megatron_laser", "train", str(recipe), *overrides, *torch_layers()]

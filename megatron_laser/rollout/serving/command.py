@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.config.schema_rollout import SglangConfig
+from megatron_laser.config.server_options import server_option
 from megatron_laser.rollout.nccl import server_settings
 from megatron_laser.rollout.serving.guard import MARK
 
@@ -156,19 +157,12 @@ def server_command(
 
 def initial_weight_version(sglang: SglangConfig) -> str:
     """What a server calls the weights of the model folder."""
-    return str(_option(sglang, "weight_version", "default"))  # SGLang's
+    return str(server_option(sglang.options, "weight_version", "default"))  # SGLang's
 
 
 def warms_up(sglang: SglangConfig) -> bool:
     """Whether a server sends itself requests once its port is open, which must not be paused before they are done."""
-    return not _option(sglang, "skip_server_warmup", True)
-
-
-def _option(sglang: SglangConfig, wanted: str, default: Any) -> Any:
-    for name, value in sglang.options.items():
-        if name.lstrip("-").replace("-", "_") == wanted:
-            return value
-    return default
+    return not server_option(sglang.options, "skip_server_warmup", True)
 
 
 def router_command(

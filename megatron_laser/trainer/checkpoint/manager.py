@@ -39,11 +39,9 @@ class CheckpointManager:
         self._policy = policy
         chunks = policy.chunks
         self._identity = model_identity(chunks.hf, chunks.geometry, chunks.config.params_dtype)
-        # A group of its own: the writing thread's collectives must not mix with the main thread's.
-        self._group = runtime.cpu_group
-        if config.checkpoint.asynchronous:
-            timeout = timedelta(seconds=config.run.deadline)
-            self._group = dist.new_group(backend="gloo", timeout=timeout)
+        # A group of its own: files take longer than anything that run.deadline is for, and the writing thread's
+        # collectives must not mix with the main thread's.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.checkpoint.deadline))
         self._writer: _Writer | None = None
         self._trouble = ""
 
@@ -66,7 +64,7 @@ class CheckpointManager:
         self.wait()
         asynchronous = self._settings.asynchronous
         try:
-            entries = sharded.build_state(self._policy, copy=asynchronous, group=self._runtime.cpu_group)
+            entries = sharded.build_state(self._policy, copy=asynchronous, group=self._group)
         except CheckpointError as error:  # the same on every rank
             self._failed(f"copying the state to host memory: {error}")
             return
@@ -91,7 +89,7 @@ class CheckpointManager:
         if self._writer is not None:
             error = self._writer.finish()
             self._writer = None
-            self._failed("; ".join(gathered_errors(error, self._runtime.cpu_group)))
+            self._failed("; ".join(gathered_errors(error, self._group)))
         return not self._trouble
 
     def _failed(self, trouble: str) -> None:
@@ -110,9 +108,8 @@ class CheckpointManager:
         path = self._newest()
         if path is None:
             return None
-        group = self._runtime.cpu_group
-        state: dict[str, Any] = everywhere(lambda: self._checked_state(path), group)
-        everywhere(lambda: self._load(path, state), group)
+        state: dict[str, Any] = everywhere(lambda: self._checked_state(path), self._group)
+        everywhere(lambda: self._load(path, state), self._group)
         return state
 
     def _checked_state(self, path: Path) -> dict[str, Any]:
@@ -235,7 +232,7 @@ class _Writer:
 
     def finish(self) -> Exception | None:
         if self._thread is not None:
-            self._thread.join()  # its collectives carry run.deadline
+            self._thread.join()  # its collectives carry checkpoint.deadline
         return self._error
 
 
