@@ -4,6 +4,7 @@ Every case trains on two gloo ranks with layers of Transformer Engine and is com
 layers in fp32: losses, gradient norms and all weights.
 """
 
+import math
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,10 @@ def test_losses_norms_and_weights_are_those_of_torchs_layers(name, rehearsed, lo
 @pytest.mark.parametrize("name", BROKEN_CASES)
 def test_a_fault_in_the_gradients_changes_their_norm(name, rehearsed, local):
     metrics, _ = local(name)
-    assert differing(rehearsed[name], metrics[0]) == {"grad_norm"}
+    mine = rehearsed[name]
+    # A step with NaN in a gradient is skipped, and has no figures.
+    expected = {"grad_norm"} if math.isfinite(mine["grad_norm"]) else set(mine)
+    assert differing(mine, metrics[0]) == expected
 
 
 @pytest.mark.parametrize("name", BF16_CASES)
