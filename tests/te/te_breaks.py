@@ -64,8 +64,27 @@ def _one_writer_of_main_grad():
     return mock.patch.object(WeightGradient, "for_autograd", for_autograd)
 
 
+def _accumulation():
+    import te_extension
+
+    original = te_extension.generic_gemm
+
+    def overwrite(*args, **kwargs):
+        accumulate = 14  # its place among generic_gemm's arguments
+        return original(*args[:accumulate], False, *args[accumulate + 1 :], **kwargs)
+
+    return mock.patch.object(te_extension, "generic_gemm", overwrite)
+
+
+def _note_of_fused_gradients():
+    note = property(lambda parameter: False, lambda parameter, value: None)
+    return mock.patch.object(torch.nn.Parameter, "grad_added_to_main_grad", note, create=True)
+
+
 _BREAKS = {
     "shard_marks": lambda: _without_marks("tensor_model_parallel"),
     "sequence_parallel_marks": lambda: _without_marks("sequence_parallel"),
+    "accumulation": _accumulation,
+    "note_of_fused_gradients": _note_of_fused_gradients,
     "one_writer_of_main_grad": _one_writer_of_main_grad,
 }

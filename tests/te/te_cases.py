@@ -56,6 +56,8 @@ CASES = FP32_CASES | BF16_CASES
 BROKEN_CASES = {
     "shard_marks": {"family": "qwen2-tied", "settings": TENSOR},
     "sequence_parallel_marks": {"family": "qwen3", "settings": SEQUENCE},
+    "accumulation": {"family": "llama3-rope", "settings": [*TENSOR, FUSED]},
+    "note_of_fused_gradients": {"family": "llama3-rope", "settings": [*TENSOR, FUSED]},
     "one_writer_of_main_grad": {"family": "qwen2-tied", "settings": [*TENSOR, FUSED]},
 }
 

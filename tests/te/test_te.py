@@ -4,6 +4,7 @@ Every case trains on two gloo ranks with layers of Transformer Engine and is com
 layers in fp32: losses, gradient norms and all weights.
 """
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from helpers.models import save_tiny_model
 from helpers.rollouts import rollout_batch
 from helpers.runs import SCORE_TOKEN
-from helpers.torchrun import torchrun
+from helpers.torchrun import ROOT, torchrun
 from te_cases import (
     BF16_CASES,
     BROKEN_CASES,
@@ -96,7 +97,10 @@ def test_losses_norms_and_weights_are_those_of_torchs_layers(name, rehearsed, lo
 @pytest.mark.parametrize("name", BROKEN_CASES)
 def test_a_fault_in_the_gradients_changes_their_norm(name, rehearsed, local):
     metrics, _ = local(name)
-    assert differing(rehearsed[name], metrics[0]) == {"grad_norm"}
+    mine = rehearsed[name]
+    # A step with NaN in a gradient is skipped, and has no figures.
+    expected = {"grad_norm"} if math.isfinite(mine["grad_norm"]) else set(mine)
+    assert differing(mine, metrics[0]) == expected
 
 
 @pytest.mark.parametrize("name", BF16_CASES)
@@ -145,3 +149,16 @@ def test_what_was_loaded_is_exported_bit_for_bit(name, rehearsed, folder):
         assert set(exported.names()) == set(result["trained"])
         for key, tensor in result["trained"].items():
             assert torch.equal(exported.full(key), tensor), key
+
+
+def test_what_is_rehearsed_is_what_gpus_get():
+    requirements = (ROOT / "tools" / "gpu" / "requirements.txt").read_text()
+    assert f"=={VERSION}" in requirements.partition("transformer-engine")[2].splitlines()[0]
+
+
+def test_without_an_index_the_reason_is_pips(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "none"))
+    with pytest.raises(LookupError, match="No matching distribution found for transformer_engine"):
+        transformer_engine_sources(cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())

@@ -12,6 +12,7 @@ from megatron_laser.model import platform
 platform.install()
 
 from megatron.core.extensions import transformer_engine as megatron_extension  # noqa: E402
+from megatron.core.tensor_parallel import RowParallelLinear  # noqa: E402
 
 from megatron_laser.model import gradient_fusion, policy_model, transformer_engine  # noqa: E402
 from megatron_laser.model.attention import PackedSdpaAttention  # noqa: E402
@@ -220,7 +221,7 @@ def test_fusion_that_nothing_here_can_do_is_refused(monkeypatch):
 def test_layers_of_transformer_engine_are_told_to_fuse_and_the_output_layer_is_not(
     single_process, monkeypatch
 ):
-    class FusingLinear(policy_model.RowParallelLinear):
+    class FusingLinear(RowParallelLinear):
         fuse_wgrad_accumulation = False
 
     def spec(**arguments):
