@@ -20,6 +20,18 @@ if [ -n "${JIT_CACHE:-}" ]; then
   export SGLANG_JIT_CACHE_DIR=${SGLANG_JIT_CACHE_DIR:-$JIT_CACHE/sglang/jit}
 fi
 
+# find_python ROOT: the interpreter of trainer and servers.
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} "$1/.venv-gpu/bin/python" "$1/.venv/bin/python"; do
+    if [ "$candidate" = "${PYTHON:-}" ] || [ -x "$candidate" ]; then
+      printf '%s' "$candidate"
+      return
+    fi
+  done
+  printf 'python'
+}
+
 # await PID: its exit status. A signal that this shell traps ends a wait, not what is waited for; its trap sets `signalled`.
 await() {
   local status

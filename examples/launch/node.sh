@@ -9,7 +9,7 @@
 #   MASTER_ADDR         node 0's address on the cluster's private network (default 127.0.0.1, one node only)
 #   MASTER_PORT         a free port of node 0 (default 29500)
 #   PROCESSES_PER_NODE  default: the node's GPUs; without a GPU give it
-#   PYTHON              default: .venv/bin/python where tools/setup_env.sh made it, else python
+#   PYTHON              default: that of .venv-gpu (tools/setup_gpu.sh), of .venv (tools/setup_env.sh), else python
 #   JIT_CACHE           folder for compiled kernels, see common.sh
 #
 # SIGUSR1 asks the run to save after its current step and to end; torchrun would give it 30 seconds for that.
@@ -35,8 +35,9 @@ if [ "$nodes" -gt 1 ]; then
 fi
 processes=${PROCESSES_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
 [ "$processes" -ge 1 ] || fail "no GPU found on $(hostname); set PROCESSES_PER_NODE to run on CPUs"
-python=${PYTHON:-python}
-if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
+# shellcheck source=examples/launch/common.sh
+source "$root/examples/launch/common.sh"
+python=$(find_python "$root")
 
 # Megatron overlaps tensor-parallel communication with compute by issuing kernels in one hardware queue;
 # required with sequence parallelism on GPUs before Blackwell.
@@ -49,8 +50,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 if [ -z "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ] && [[ "$*" != *colocated* ]] && ! grep -qs colocated "$1"; then
   export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 fi
-# shellcheck source=examples/launch/common.sh
-source "$root/examples/launch/common.sh"
 
 # torchrun and its ranks ignore SIGUSR1, whoever sends it to all of them, until a rank listens to it.
 trap '' USR1

@@ -6,7 +6,7 @@
 #
 #   TRAIN_GPUS    GPUs of the trainer, one process each (default 0,1,2,3)
 #   ROLLOUT_GPUS  GPUs of the servers, rollout.sglang.servers x tensor of them (default 4,5,6,7)
-#   PYTHON        default: .venv/bin/python where tools/setup_env.sh made it, else python
+#   PYTHON        default: that of .venv-gpu (tools/setup_gpu.sh), of .venv (tools/setup_env.sh), else python
 #   JIT_CACHE     folder for compiled kernels, see common.sh
 #
 # SIGUSR1 asks the trainer to save after its current step and to end; the servers end after it.
@@ -19,10 +19,9 @@ case "${1:-}" in
   ;;
 esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-python=${PYTHON:-python}
-if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
 # shellcheck source=examples/launch/common.sh
 source "$root/examples/launch/common.sh"
+python=$(find_python "$root")
 train_gpus=${TRAIN_GPUS:-0,1,2,3}
 rollout_gpus=${ROLLOUT_GPUS:-4,5,6,7}
 

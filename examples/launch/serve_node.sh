@@ -4,7 +4,7 @@
 #   examples/launch/serve_node.sh RUN.yaml [section.key=value ...]
 #
 #   ROLLOUT_HOST  the address (default: what this node's name resolves to)
-#   PYTHON        default: .venv/bin/python where tools/setup_env.sh made it, else python
+#   PYTHON        default: that of .venv-gpu (tools/setup_gpu.sh), of .venv (tools/setup_env.sh), else python
 #   JIT_CACHE     folder for compiled kernels, see common.sh
 set -euo pipefail
 
@@ -15,8 +15,9 @@ case "${1:-}" in
   ;;
 esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-python=${PYTHON:-python}
-if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
+# shellcheck source=examples/launch/common.sh
+source "$root/examples/launch/common.sh"
+python=$(find_python "$root")
 host=${ROLLOUT_HOST:-$(getent ahostsv4 "$(hostname)" | awk '{ print $1; exit }')}
 case "$host" in
 '' | 127.*)
@@ -24,7 +25,5 @@ case "$host" in
   exit 2
   ;;
 esac
-# shellcheck source=examples/launch/common.sh
-source "$root/examples/launch/common.sh"
 trap '' USR1 # the trainer's
 exec "$python" -m megatron_laser serve "$@" "rollout.sglang.host=$host"

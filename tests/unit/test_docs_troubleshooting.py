@@ -55,12 +55,26 @@ def test_every_message_has_a_cause_and_something_to_do_and_stands_once():
         assert len(cells) == 3 and all(len(cell) > 5 for cell in cells), cells
 
 
-@pytest.mark.parametrize("page", ["troubleshooting.md", "rollout.md"])
+def test_messages_of_the_first_hour_occur_in_the_source_or_the_scripts():
+    scripts = [file for folder in ("tools", "examples/launch") for file in (ROOT / folder).rglob("*.sh")]
+    tools = [text_of(node) for file in (ROOT / "tools").rglob("*.py") for node in ast.walk(tree(file))]
+    texts = messages() + [" ".join(text.split()) for text in tools if text]
+    texts += [" ".join(file.read_text(encoding="utf-8").split()) for file in scripts]
+    page = (PAGE.parent / "first_hour.md").read_text(encoding="utf-8")
+    heads = re.findall(r"^- (`[^`]+`(?:(?:, or|,) `[^`]+`)*)", page, re.MULTILINE)
+    quoted = [message for head in heads for message in re.findall("`([^`]+)`", head)]
+    assert len(quoted) > 30
+    gone = [message for message in quoted if not occurs(message, texts)]
+    assert not gone, f"docs/first_hour.md quotes messages that nothing prints any more: {gone}"
+
+
+@pytest.mark.parametrize("page", ["first_hour.md", "troubleshooting.md", "rollout.md"])
 def test_every_setting_that_the_page_names_exists(page):
     from megatron_laser.config import key_paths
 
     sections = key_paths()
     text = (PAGE.parent / page).read_text(encoding="utf-8")
+    text = re.sub(r"```console.*?```", "", text, flags=re.DOTALL)  # loggers have dotted names, too
     named = re.findall(r"\b(" + "|".join(sections) + r")\.((?:sglang\.)?[a-z_]+)\b", text)
     no_key = ("md", "yaml", "sglang")  # file names, and the nested section itself
     unknown = {f"{section}.{key}" for section, key in named if key not in (*no_key, *sections[section])}
@@ -68,7 +82,11 @@ def test_every_setting_that_the_page_names_exists(page):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/rollout.md", "docs/scaling.md", "docs/troubleshooting.md"]
+    "page",
+    [
+        *("README.md", "docs/first_hour.md", "docs/rollout.md", "docs/scaling.md", "docs/troubleshooting.md"),
+        *(f"examples/{name}/README.md" for name in ("orz_7b", "octothinker_3b", "qwen2.5_7b", "qwen2.5_32b")),
+    ],
 )
 def test_every_file_that_the_page_links_to_or_names_exists(page):
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -112,6 +112,11 @@ def test_the_readme_names_commands_and_the_memory_that_the_plan_computes(name: s
     parts = (size.weights, size.gradients, size.optimizer, size.total, activations, memory.total)
     for part in parts:
         assert f"{part / 2**30:.1f} GiB" in text
+    two_steps = "rollout.prompts_per_step=8", "rollout.max_new_tokens=512"
+    assert all(setting in text for setting in two_steps)
+    small = resolve_plan(load(name, "laser", *two_steps), processes).memory
+    assert f"sum {memory.total / 2**30:.2f} GiB of 79.1" in text  # the ten commands
+    assert f"{small.total / 2**30:.2f} GiB a GPU" in text
     for needed in (
         "has not been run",
         "megatron-laser serve examples/" if RECIPES[name][1] > 1 else "one_node.sh",

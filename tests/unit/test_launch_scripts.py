@@ -299,3 +299,20 @@ def test_scripts_parse_and_say_how_to_use_them(script):
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=10)
     assert os.access(script, os.X_OK)
     assert script.read_text().splitlines()[1].startswith("# ")
+
+
+def test_the_environment_for_gpus_goes_before_the_one_for_cpus(tmp_path):
+    def chosen(**variables):
+        script = f"source {LAUNCH / 'common.sh'}; find_python {tmp_path}"
+        environment = {"PATH": os.environ["PATH"]} | variables
+        return subprocess.run(
+            ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=20
+        ).stdout
+
+    assert chosen() == "python"
+    for name in (".venv", ".venv-gpu"):
+        interpreter = tmp_path / name / "bin" / "python"
+        interpreter.parent.mkdir(parents=True)
+        interpreter.symlink_to(sys.executable)
+        assert chosen() == str(interpreter)
+    assert chosen(PYTHON="/opt/python") == "/opt/python"

@@ -12,6 +12,7 @@ from megatron_laser.model import platform
 platform.install()
 
 from megatron.core.extensions import transformer_engine as megatron_extension  # noqa: E402
+from megatron.core.tensor_parallel import RowParallelLinear  # noqa: E402
 
 from megatron_laser.model import gradient_fusion, policy_model, transformer_engine  # noqa: E402
 from megatron_laser.model.attention import PackedSdpaAttention  # noqa: E402
@@ -132,14 +133,31 @@ def test_a_broken_one_that_is_not_wanted_is_hidden_from_megatron(install, on_cud
 
 
 def test_variables_that_contradict_model_attention_are_named(monkeypatch):
+    monkeypatch.setattr(transformer_engine, "_set_for_models", {})
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         monkeypatch.delenv(name, raising=False)
     assert backend_variable_problems("fused") == []
     monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
     (problem,) = backend_variable_problems("auto")
     assert problem.startswith("model.attention: auto,") and "NVTE_FLASH_ATTN=0" in problem
-    # What Megatron itself sets for the setting is no contradiction: a second model is built in this process.
     assert backend_variable_problems("fused") == []
+
+
+def test_a_second_model_of_a_process_may_have_another_attention(single_process, monkeypatch):
+    monkeypatch.setattr(transformer_engine, "_set_for_models", {})
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.setenv(name, "")  # so that it is taken back after the test
+        monkeypatch.delenv(name)
+    hf = tiny_config("qwen2", num_hidden_layers=1)
+    for attention in ("auto", "fused", "flash", "auto"):
+        assert backend_variable_problems(attention) == []
+        config = transformer_config(hf, dtype=torch.bfloat16, attention=attention)
+        policy_model.PolicyModel(config, hf, vocab_multiple=1)
+        # A choice that is not ours is still a contradiction, whatever was built before.
+        with monkeypatch.context() as user:
+            user.setenv("NVTE_UNFUSED_ATTN", "1" if attention != "auto" else "0")
+            (problem,) = backend_variable_problems(attention)
+            assert "NVTE_UNFUSED_ATTN" in problem
 
 
 @pytest.mark.parametrize("attention", ["auto", "flash", "fused"])
@@ -203,7 +221,7 @@ def test_fusion_that_nothing_here_can_do_is_refused(monkeypatch):
 def test_layers_of_transformer_engine_are_told_to_fuse_and_the_output_layer_is_not(
     single_process, monkeypatch
 ):
-    class FusingLinear(policy_model.RowParallelLinear):
+    class FusingLinear(RowParallelLinear):
         fuse_wgrad_accumulation = False
 
     def spec(**arguments):

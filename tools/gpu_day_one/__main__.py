@@ -35,7 +35,7 @@ class Runner:
         self._lock = (work / "lock").open("a")
 
     def end_with_signals(self) -> None:
-        """A signal that ends this process ends its parts, which would disturb the next call's timings."""
+        """A signal that ends this process ends its parts, too: left behind, they would disturb the next call."""
 
         def end(number: int, _: FrameType | None) -> None:
             for process in list(self._running):
