@@ -5,7 +5,7 @@
 #
 #   tools/test.sh                    all but the tests marked `long`
 #   tools/test.sh --all              those too
-#   tools/test.sh --fast             formatting, lint, types, and the tests without real servers or several ranks
+#   tools/test.sh --fast             formatting, lint, types, and the quick tests: no real servers, no several ranks, none marked `slow`
 #   tools/test.sh --no-sglang        without setting up .venv-sglang (after --all, if both are given)
 #   tools/test.sh -k schedule -x     further arguments go to pytest; -n 0 runs one test after the other, for -s or --pdb
 set -euo pipefail
@@ -26,7 +26,7 @@ case "${1:-}" in
   ;;
 --fast)
   fast=yes
-  selection=(-m "not long and not distributed and not sglang")
+  selection=(-m "not long and not slow and not distributed and not sglang")
   shift
   ;;
 esac
