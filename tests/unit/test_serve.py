@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -228,7 +229,7 @@ def test_a_server_that_does_not_come_up_ends_serve_with_the_end_of_its_log(tmp_p
     ):
         serve.wait_ready()
     assert "the fake server was told to end" in str(error.value)
-    assert "server_0.log" in str(error.value)
+    assert re.search(r"server_[01]\.log", str(error.value))  # whichever ended first
 
 
 def test_a_server_that_never_answers_is_late_not_waited_for_forever(tmp_path):
