@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_laser.config.server_options import server_option
+
 CUMEM, NVLS = "NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"
 SETTINGS = (CUMEM, NVLS)
+DEBUG = "TORCH_DISTRIBUTED_DEBUG"
 
 
 def loaded_version(maps: str = "/proc/self/maps") -> str | None:
@@ -50,15 +53,19 @@ def server_settings(environment: Mapping[str, str], options: Mapping[str, Any]) 
     SGLang (`sglang/srt/entrypoints/engine.py`, 0.5.23) sets both to 0 where they are not set, and to 1 for
     `enable_symm_mem`; `enable_nccl_nvls` sets the second one.
 
-    Args: options: of `sglang.launch_server`, by name with dashes or underscores.
+    Args: options: of `sglang.launch_server`, however their names are written.
     """
-    on = {name.replace("-", "_") for name, value in options.items() if value}
     found = {name: "0" for name in SETTINGS} | trainer_settings(environment)
-    if "enable_symm_mem" in on:
+    if server_option(options, "enable_symm_mem", False):
         found |= {CUMEM: "1", NVLS: "1"}
-    if "enable_nccl_nvls" in on:
+    if server_option(options, "enable_nccl_nvls", False):
         found[NVLS] = "1"
     return found
+
+
+def debugs_collectives(environment: Mapping[str, str]) -> bool:
+    """Whether torch would check each collective of this side with a second one, which the other side does not send."""
+    return environment.get(DEBUG, "").upper() == "DETAIL"
 
 
 def setting_problems(trainer: Mapping[str, str], servers: Mapping[str, str]) -> list[str]:

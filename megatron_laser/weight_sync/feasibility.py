@@ -15,7 +15,13 @@ import torch
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.model import platform
 from megatron_laser.rollout.endpoints import EndpointsError, read_endpoints
-from megatron_laser.rollout.nccl import loaded_version, server_settings, setting_problems, trainer_settings
+from megatron_laser.rollout.nccl import (
+    debugs_collectives,
+    loaded_version,
+    server_settings,
+    setting_problems,
+    trainer_settings,
+)
 from megatron_laser.rollout.serving.colocated import different_torch, expandable_segments, several_nodes
 from megatron_laser.rollout.serving.command import child_environment, find_python
 from megatron_laser.rollout.serving.installed import check_sglang
@@ -128,7 +134,7 @@ def nccl_problem(ours: str, theirs: str) -> str | None:
 
 def debug_problems(environment: Mapping[str, str]) -> list[str]:
     """Settings of torch.distributed that the servers' side of the group does not have."""
-    if environment.get("TORCH_DISTRIBUTED_DEBUG", "").upper() != "DETAIL":
+    if not debugs_collectives(environment):
         return []
     return [
         "TORCH_DISTRIBUTED_DEBUG=DETAIL checks every collective with a second one, which the servers' side of the "

@@ -142,9 +142,8 @@ def server_command(
     if api_key is not None:
         settings["api-key"] = api_key
     child = child_environment(environment, python=python, mark=mark)
-    child |= server_settings(
-        child, settings
-    )  # what is published is what it has, whatever SGLang's defaults become
+    # What is published is then what it has, whatever SGLang's defaults become.
+    child |= server_settings(child, settings)
     if sglang.device == "cpu":
         # Threads that spin beside each other on few cores slow everything down; the scheduler computes alone.
         child |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.config.schema_rollout import RolloutConfig
+from megatron_laser.rollout.nccl import DEBUG, debugs_collectives
 from megatron_laser.rollout.open_files import raise_open_files
 from megatron_laser.rollout.serving.colocated import refuse_colocated
 
@@ -29,11 +30,10 @@ def check_start(config: RunConfig) -> None:
 
 def debugged_broadcasts(rollout: RolloutConfig, environment: Mapping[str, str]) -> list[str]:
     """With DETAIL torch compares each collective with its peers' first, and servers do not know of that."""
-    name = "TORCH_DISTRIBUTED_DEBUG"
-    if rollout.weight_sync != "distributed" or environment.get(name, "").upper() != "DETAIL":
+    if rollout.weight_sync != "distributed" or not debugs_collectives(environment):
         return []
     return [
-        f"rollout.weight_sync: distributed with {name}={environment[name]}: the trainer would compare each broadcast "
-        f"with the servers', which do not answer that, until rollout.sync_deadline; unset {name} or set it to INFO, or "
-        "use weight_sync: disk"
+        f"rollout.weight_sync: distributed with {DEBUG}={environment[DEBUG]}: the trainer would compare each broadcast "
+        f"with the servers', which do not answer that, until rollout.sync_deadline; unset {DEBUG} or set it to INFO, "
+        "or use weight_sync: disk"
     ]
