@@ -97,7 +97,10 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path, monkeypatch):
 
 
 def test_a_signal_ends_the_parts_and_a_killed_calls_parts_are_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tools'}")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, time\nif 'gpu_day_one.stage' in sys.orig_argv: time.sleep(100)  # no part ends by itself\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}:{ROOT / 'tools'}")
     command = [
         sys.executable,
         "-m",
@@ -124,6 +127,34 @@ def test_a_signal_ends_the_parts_and_a_killed_calls_parts_are_waited_for(tmp_pat
         assert not part.is_running()
         assert runner(tmp_path / "out", tmp_path).wait_until_alone(20.0)
     assert Records(tmp_path / "out").finished(rehearse=True) == set()
+
+
+def test_a_signal_that_does_not_wake_the_main_thread_is_handled_while_parts_run(tmp_path):
+    script = f"""
+import signal, sys, threading, time
+from pathlib import Path
+from gpu_day_one.__main__ import Runner
+
+def process(self, part, limit):
+    time.sleep(0.5)  # the main thread waits by now
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    time.sleep(5)
+    return "finished", ""
+
+Runner._process = process
+folder = Path({str(tmp_path)!r})
+runner = Runner(folder, folder, rehearse=True, budget=60.0, names={{"env"}})
+runner.end_with_signals()
+runner.run()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert Records(tmp_path).finished(rehearse=True) == set()
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,16 @@ class Runner:
         self._done = self._records.finished(rehearse=rehearse) & names
         self._base_ready = threading.Event()
         self._running: set[subprocess.Popen[bytes]] = set()
+        self._starting = (
+            threading.Lock()
+        )  # held while a part starts, and for good once a signal ends the call
         self._lock = (work / "lock").open("a")
 
     def end_with_signals(self) -> None:
         """A signal that ends this process ends its parts, too: left behind, they would disturb the next call."""
 
         def end(number: int, _: FrameType | None) -> None:
+            self._starting.acquire()  # the main thread, in which handlers run, never holds it
             for process in list(self._running):
                 process.terminate()  # `timeout`, which passes it on to all of the part
             print(f"ended by {signal.Signals(number).name}; the same command goes on", flush=True)
@@ -76,10 +80,8 @@ class Runner:
             threads = [threading.Thread(target=self._lane, args=(lane,)) for lane in lanes]
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                thread.join()
-        for thread in background:
-            thread.join()
+            _join(threads)
+        _join(background)
         return self._names <= self._records.finished(rehearse=self._rehearse)
 
     def _lane(self, lane: tuple[Part, ...]) -> None:
@@ -126,7 +128,7 @@ class Runner:
         ]
         command += [part.full_name, str(self._out), str(self._work)] + ["--rehearse"] * self._rehearse
         log = self._work / f"{part.full_name}.log"
-        with log.open("w") as output:
+        with log.open("w") as output, self._starting:
             process = subprocess.Popen(
                 command,
                 stdout=output,
@@ -134,7 +136,7 @@ class Runner:
                 env=_environment(self._rehearse, part),
                 pass_fds=(self._lock.fileno(),),
             )
-        self._running.add(process)
+            self._running.add(process)
         try:
             code: int | None = process.wait(limit + 2 * _KILL_AFTER)
         except subprocess.TimeoutExpired:
@@ -147,6 +149,16 @@ class Runner:
             code, f"failed with exit status {code}"
         )
         return status, "\n".join(text.splitlines()[-12:])[-1500:]
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    """Wait for them, in short turns.
+
+    A signal that arrives just before the main thread blocks does not wake it: its handler would run when the wait ends.
+    """
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.2)
 
 
 def _environment(rehearse: bool, part: Part) -> dict[str, str]:
