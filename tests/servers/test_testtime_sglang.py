@@ -80,15 +80,15 @@ def test_an_evaluation_that_was_killed_goes_on_and_its_scores_are_the_models(ser
         )
     responses = output / "problems" / "responses.jsonl"
     try:
-        until = time.monotonic() + 120
-        while not responses.exists() or responses.read_bytes().count(b"\n") < 30:
+        until = time.monotonic() + 240
+        while not responses.exists() or responses.read_bytes().count(b"\n") < 10:
             assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
             time.sleep(0.01)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     kept = responses.read_bytes()
-    assert 30 <= kept.count(b"\n") < RESPONSES and not (output / "results.json").exists()
+    assert 10 <= kept.count(b"\n") < RESPONSES and not (output / "results.json").exists()
 
     invoke(server, "eval", problems, "--output", output, "--workers", "1")
     found = responses.read_bytes()
