@@ -2,14 +2,14 @@
 
 NCCL reads them in every process for itself and asks nobody: of two processes of one node, of which one allocates by
 `cuMem` and the other does not, each opens the other's buffers in its own way and fails with "invalid argument".
+
+`environment/facts.py` also runs this file in the servers' interpreter, where this package is not installed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-
-from megatron_laser.config.server_options import server_option
 
 CUMEM, NVLS = "NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"
 SETTINGS = (CUMEM, NVLS)
@@ -55,6 +55,8 @@ def server_settings(environment: Mapping[str, str], options: Mapping[str, Any]) 
 
     Args: options: of `sglang.launch_server`, however their names are written.
     """
+    from megatron_laser.config.server_options import server_option
+
     found = {name: "0" for name in SETTINGS} | trainer_settings(environment)
     if server_option(options, "enable_symm_mem", False):
         found |= {CUMEM: "1", NVLS: "1"}

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.source_tree import ROOT
 
 from megatron_laser.environment import ask as asking
 from megatron_laser.environment import verdicts
@@ -54,6 +55,14 @@ def test_settings_of_nccl_and_the_allocator_count():
     assert "NCCL_CUMEM_ENABLE" in syncs(GPU, GPU, {})["distributed"]
     expandable = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     assert "expandable_segments" in syncs(GPU, GPU, ALIKE | expandable)["colocated"]
+
+
+def test_the_version_of_nccl_is_found_where_this_package_is_not_installed(tmp_path):
+    script = "import runpy, sys; print(runpy.run_path(sys.argv[1])['loaded_version']())"
+    file = ROOT / "megatron_laser" / "rollout" / "nccl.py"
+    bare = [sys.executable, "-I", "-S", "-c", script, file]  # -S: no installed packages
+    done = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "None", done.stderr
 
 
 def test_a_variable_that_the_trainer_refuses_is_named_with_its_setting():
