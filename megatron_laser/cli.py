@@ -127,6 +127,9 @@ def replay(
 ) -> None:
     """Run one batch that a training run skipped, alone on one process; exit status 1 if it is bad again."""
     prepare_process("WARNING", is_main=True)
+    from megatron_laser.model.transformer_engine import settle
+
+    settle("torch")  # a run that asks for Transformer Engine is still refused with the reason
     from megatron_laser.replay import replay as run
 
     with user_errors():
@@ -171,6 +174,9 @@ def convert(
         if dtype not in (None, "float32", "bfloat16"):
             raise typer.BadParameter(f"--dtype {dtype}: expected float32 or bfloat16")
         prepare_process("WARNING", is_main=True)
+        from megatron_laser.model.transformer_engine import settle
+
+        settle("torch")
         from megatron_laser.conversion import convert as run
 
         typer.echo(f"wrote {run(source, target, model=model, dtype=dtype, verify=verify)}")
@@ -208,11 +214,11 @@ class user_errors:
         from megatron_laser.trainer.checkpoint.folder import CheckpointError
 
         if "megatron_laser.trainer.coordinator" in sys.modules:
-            from megatron_laser.trainer.coordinator import RankZeroFailed
+            from megatron_laser.trainer.coordinator import HEARD_WITHIN, RankZeroFailed
 
             if isinstance(error, RankZeroFailed):
                 # Rank 0 says what is wrong. It ends first, so that torchrun names it as the one that failed.
-                time.sleep(3.0)
+                time.sleep(HEARD_WITHIN + 1.0)
                 raise typer.Exit(2) from None
         expected: tuple[type[BaseException], ...] = (ConfigError, CheckpointError, FileNotFoundError)
         if "megatron_laser.ranks" in sys.modules:

@@ -34,6 +34,9 @@ def bench_step(
 ) -> None:
     """What LaSeR adds to a GRPO train step, and what scores from the servers save of it: time and peak memory."""
     _prepare_process()
+    from megatron_laser.model.transformer_engine import settle
+
+    settle("torch")
     from megatron_laser.benchmarks.step import StepBenchmark
 
     benchmark = StepBenchmark(

@@ -23,9 +23,8 @@ _LONGEST_POLL = 0.5
 _DONE = b"done"
 _GO_ON = b"go on"
 _KEPT_KEYS = 16
-_HEARD_WITHIN = (
-    5.0  # seconds that a failed rank 0 stays, with the store that it may host, for the others to hear of it
-)
+# Seconds that a failed rank 0 stays, with the store that it may host, for the others to hear of it.
+HEARD_WITHIN = 5.0
 
 
 class RankZeroFailed(RuntimeError):
@@ -161,7 +160,7 @@ class Coordinator:
     def _until_heard(self, key: str) -> None:
         """Until all others know of the failure, if they come soon: else all they learn is that the store is gone."""
         keys = [f"{key}/heard/{rank}" for rank in range(1, self._world_size)]
-        until = time.monotonic() + min(_HEARD_WITHIN, self._deadline)
+        until = time.monotonic() + min(HEARD_WITHIN, self._deadline)
         with suppress(RuntimeError):  # of a store that is gone: there is nobody left to be told
             while not self._store.check(keys) and time.monotonic() < until:
                 time.sleep(0.02)

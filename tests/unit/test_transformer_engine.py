@@ -1,10 +1,13 @@
 """Transformer Engine: a GPU never falls back silently, and every way in which it can be unusable has its own words."""
 
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
 from helpers.models import tiny_config
+from helpers.source_tree import ROOT
 
 from megatron_laser.config import ConfigError
 from megatron_laser.model import platform
@@ -130,6 +133,25 @@ def test_a_broken_one_that_is_not_wanted_is_hidden_from_megatron(install, on_cud
             import transformer_engine  # noqa: F401
     with pytest.raises(ConfigError, match="libcudnn"):
         settle("auto")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["convert", "/nonexistent", "/x"], "neither a checkpoint"),
+        (["replay", "/nonexistent"], "no batch.npz"),
+    ],
+)
+def test_a_broken_one_does_not_stop_commands_that_compute_without_it(tmp_path, command, says):
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise OSError('libcudart')")
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_laser", *command],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and says in done.stderr, done.stderr
 
 
 def test_variables_that_contradict_model_attention_are_named(monkeypatch):
