@@ -108,6 +108,29 @@ def test_a_save_needs_at_most_two_bytes_a_parameter_on_the_device(trainer, monke
     assert all(torch.equal(entry.data, alone[name].data) for name, entry in entries.items())
 
 
+def test_a_resume_reads_no_optimizer_state_of_parameters_whose_slices_other_ranks_have(
+    trainer, monkeypatch, tmp_path
+):
+    places, read, names = optimizer_state.places, sharded._read, []
+    trainer.checkpoints.save(1, None)
+    assert trainer.checkpoints.wait()
+    elsewhere = {name for name, _ in trainer.policy.chunks.models[0].named_parameters() if "layers.2" in name}
+    lost = {id(p) for n, p in trainer.policy.chunks.models[0].named_parameters() if n in elsewhere}
+    monkeypatch.setattr(
+        optimizer_state,
+        "places",
+        lambda optimizer: {
+            key: optimizer_state.Place(None, None) if key in lost else place
+            for key, place in places(optimizer).items()
+        },
+    )
+    monkeypatch.setattr(sharded, "_read", lambda reader, wanted: (names.extend(wanted), read(reader, wanted)))
+    assert trainer.checkpoints.resume()["step"] == 1
+    state = {name for name in names if name.startswith("optimizer.")}
+    assert any(".layers.1." in name for name in state) and not any(".layers.2." in name for name in state)
+    assert any(name.startswith("weights.") and ".layers.2." in name for name in names)
+
+
 def test_gathering_keeps_every_bit(trainer, monkeypatch):
     gathering(monkeypatch)
     monkeypatch.setattr(staging, "CHUNK_ELEMENTS", 1000)  # no parameter's size is a multiple of it

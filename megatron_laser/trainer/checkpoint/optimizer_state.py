@@ -31,12 +31,10 @@ class _Slot:
     optimizer; [start, stop) is that slice in the flattened parameter.
     """
 
-    parameter: torch.nn.Parameter
     main: torch.Tensor
     optimizer: torch.optim.Optimizer
     start: int
     stop: int
-    group: dist.ProcessGroup | None
 
     def tensor(self, kind: str) -> torch.Tensor:
         """The live tensor of `kind`; Adam's moments are created (as zeros) where there are none yet."""
@@ -135,11 +133,11 @@ def _parameters(
             ]
             for models, mains in pairs:
                 for parameter, main in zip(models, mains, strict=True):
-                    yield parameter, _Slot(parameter, main, inner.optimizer, 0, main.numel(), None), None
+                    yield parameter, _Slot(main, inner.optimizer, 0, main.numel()), None
         else:
             for group in inner.optimizer.param_groups:
                 for parameter in group["params"]:
-                    slot = _Slot(parameter, parameter, inner.optimizer, 0, parameter.numel(), None)
+                    slot = _Slot(parameter, inner.optimizer, 0, parameter.numel())
                     yield parameter, slot, None
 
 
@@ -155,5 +153,5 @@ def _distributed(
                 group_index, order = owned[parameter]
                 main = inner.optimizer.param_groups[group_index]["params"][order]
                 part = inner._get_model_param_range_map(parameter)["param"]
-                slot = _Slot(parameter, main, inner.optimizer, part.start, part.end, group)
+                slot = _Slot(main, inner.optimizer, part.start, part.end)
             yield parameter, slot, group

@@ -75,6 +75,8 @@ def load_state(policy: Policy, folder: Path, optimizer_step: int) -> None:
         for block in _blocks(policy):
             place = places[id(block.parameter)]
             block.parameter.copy_(load(WEIGHTS, block, block.parameter.dtype))
+            if place.slot is None:  # another data-parallel rank has the state of this parameter
+                continue
             for kind in optimizer_state.KINDS:
                 if kind == optimizer_state.MAIN and not policy.chunks.config.bf16:
                     place.restore(kind, block.parameter.detach())
@@ -111,12 +113,9 @@ def save_state(entries: dict[str, ShardedTensor], folder: Path, group: dist.Proc
     if dist.get_rank() == 0:
         torch.save({}, folder / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-    flat, _, _ = torch_strategies._replace_state_dict_keys_with_sharded_keys(
-        dict(entries), keep_only_main_replica=True
-    )
     with readable_errors():
         dcp.save(
-            torch_strategies.mcore_to_pyt_state_dict(flat, False),
+            torch_strategies.mcore_to_pyt_state_dict({key: [entry] for key, entry in entries.items()}, False),
             # Everything is in host memory. Copying ahead would take CUDA's stream of this thread, and so a context
             # on device 0 for every rank's writing thread.
             storage_writer=dcp.FileSystemWriter(
@@ -161,17 +160,15 @@ def _local(geometry: Geometry) -> Geometry:
 
 def _sharded(prefix: str, rule: Rule, shard: torch.Tensor, geometry: Geometry) -> dict[str, ShardedTensor]:
     """The Hugging Face blocks of one shard, placed in their global tensors."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    replicated = isinstance(rule.layout, Replicated)
     axis = 1 if isinstance(rule.layout, Row) else 0
-    offsets = [] if replicated else [(axis, rank, geometry.tensor)]
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    offsets = [] if isinstance(rule.layout, Replicated) else [(axis, rank, geometry.tensor)]
     pieces = rule.layout.export([shard], _local(geometry))
     return {
         f"{prefix}.{name}": ShardedTensor.from_rank_offsets(
             f"{prefix}.{name}",
             piece.contiguous(),
             *offsets,
-            replica_id=(0, rank if replicated else 0, 0),
             allow_shape_mismatch=isinstance(rule.layout, Vocabulary),
         )
         for name, piece in zip(rule.hf, pieces, strict=True)
