@@ -6,6 +6,7 @@ first sync, behind compilations and file systems, and a rank that cannot reach a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,9 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import p2p_communication
 
 from megatron_laser.model import platform
+from megatron_laser.trainer.heartbeat import end_process
+
+_BEYOND = 5.0  # seconds that a wait with a deadline of its own gets to end with its own error
 
 
 def bring_up(seconds: float, *, paired_stages: bool) -> None:
@@ -29,7 +33,8 @@ def bring_up(seconds: float, *, paired_stages: bool) -> None:
             own (Megatron's `batch_p2p_comm` is off).
 
     Raises:
-        RuntimeError: a group of this rank did not come up; names it, its ranks and the cause.
+        RuntimeError: a group of this rank did not come up; names it, its ranks and the cause. Where a call does not
+            return at all, the process ends with that message and the watchdog's exit status.
     """
     for name, group in groups():
         _attempt(name, group, seconds, _all_reduce)
@@ -67,17 +72,27 @@ def groups() -> Iterator[tuple[str, dist.ProcessGroup]]:
 def _attempt(
     name: str, group: dist.ProcessGroup, seconds: float, work: Callable[[dist.ProcessGroup, float], None]
 ) -> None:
+    reason = (
+        f"rank {dist.get_rank()}: the communicator of its {name} group, ranks {dist.get_process_group_ranks(group)}, "
+        f"did not come up within run.deadline {seconds:g} s: "
+    )
+    cure = (
+        "Another rank of it has failed (see its error), or the nodes do not reach each other: check "
+        "NCCL_SOCKET_IFNAME, NCCL_IB_HCA and the firewall; NCCL_DEBUG=INFO says more"
+    )
+    # NCCL makes a communicator inside the call that first uses it, and such a call has no deadline.
+    timer = threading.Timer(
+        seconds + _BEYOND, end_process, [f"{reason}the call that makes it does not return. {cure}"]
+    )
+    timer.daemon = True
+    timer.start()
     try:
         work(group, seconds)
     except Exception as error:
-        ranks = dist.get_process_group_ranks(group)
         text = " ".join(str(error).split())
-        raise RuntimeError(
-            f"rank {dist.get_rank()}: the communicator of its {name} group, ranks {ranks}, did not come up within "
-            f"run.deadline {seconds:g} s: {type(error).__name__}: {text}. Another rank of it has failed (see its "
-            "error), or the nodes do not reach each other: check NCCL_SOCKET_IFNAME, NCCL_IB_HCA and the firewall; "
-            "NCCL_DEBUG=INFO says more"
-        ) from error
+        raise RuntimeError(f"{reason}{type(error).__name__}: {text}. {cure}") from error
+    finally:
+        timer.cancel()
 
 
 def _all_reduce(group: dist.ProcessGroup, seconds: float) -> None:

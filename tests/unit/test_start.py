@@ -1,6 +1,7 @@
 """The first minute of a run: deadlines of store and groups, communicators, and what the machine cannot do."""
 
 import socket
+import threading
 from datetime import timedelta
 
 import pytest
@@ -122,6 +123,25 @@ def test_a_communicator_that_does_not_come_up_is_named_with_its_ranks(state, mon
     assert message.startswith("rank 4: the communicator of its data group, ranks [4, 8], did not come up")
     assert "run.deadline 90 s: TimeoutError: wait timeout after 90000ms, keys: /0/1" in message
     assert "NCCL_SOCKET_IFNAME" in message
+
+
+def test_a_call_that_never_returns_ends_the_process_with_the_same_words(state, monkeypatch):
+    said, back = [], threading.Event()
+    state["optimizer"].ranks = [4, 8]
+
+    def end(reason):
+        said.append(reason)
+        back.set()
+
+    monkeypatch.setattr(communicators, "end_process", end)
+    monkeypatch.setattr(communicators, "_BEYOND", 0.1)
+    monkeypatch.setattr(
+        dist, "all_reduce", lambda tensor, group, async_op: back.wait(30) and Answer(None, tensor)
+    )
+    communicators.bring_up(0.1, paired_stages=False)
+    assert said[0].startswith("rank 4: the communicator of its tensor group, ranks [4, 5], did not come up")
+    assert "run.deadline 0.1 s: the call that makes it does not return" in said[0]
+    assert "NCCL_SOCKET_IFNAME" in said[0]
 
 
 def test_a_communicator_that_does_not_add_up_is_an_error(state, monkeypatch):
