@@ -21,10 +21,8 @@ Context, libraries and the caching allocator are allowances, not arithmetic: see
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from megatron_laser.config.architecture import Architecture
-from megatron_laser.config.derived import gpu_pad_multiple, longest_sequence, needs_reference_model
+from megatron_laser.config.derived import gpu_pad_multiple, longest_sequence
 from megatron_laser.config.memory_lines import (
     GENERATE,
     GIB,
@@ -37,7 +35,13 @@ from megatron_laser.config.memory_lines import (
     MemorySum,
     gib,
 )
-from megatron_laser.config.parameters import Layout, count_parameters, padded_vocab_size, rank_bytes
+from megatron_laser.config.parameters import (
+    DTYPE_BYTES,
+    Layout,
+    RankBytes,
+    count_parameters,
+    padded_vocab_size,
+)
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.config.server_options import server_option
 
@@ -52,14 +56,12 @@ SAVE_CHUNK_BYTES = 64 * MIB  # checkpoint/staging.py
 STEP_BYTES_PER_TOKEN = 56  # ids, positions, labels, log-probs, weights of a step's micro-batches
 MEM_FRACTION_STATIC = 0.85  # of a colocated server, where its options do not say
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-
 
 def memory_sum(
     config: RunConfig,
     architecture: Architecture,
     layout: Layout,
-    stages: Sequence[int],
+    size: RankBytes,
     micro_batches: int,
     tokens_per_rank: int,
     gpu_memory_gib: float = GPU_MEMORY_GIB,
@@ -67,11 +69,11 @@ def memory_sum(
     """The sum for one rank. Pure.
 
     Args:
-        stages: parameters on a rank of each pipeline stage.
+        size: weights, gradients and optimizer state of the fullest rank.
         micro_batches, tokens_per_rank: of one optimizer step on a data-parallel rank, at most.
         gpu_memory_gib: what a colocated server's `mem_fraction_static` is a fraction of.
     """
-    state = _state(config, layout, max(stages))
+    state = _state(config, layout, size)
     lines = [
         *state,
         MemoryLine(
@@ -119,13 +121,11 @@ def layer_activation_bytes(
     return kept, whole - kept
 
 
-def _state(config: RunConfig, layout: Layout, parameters: int) -> list[MemoryLine]:
-    shards = layout.data * layout.context if config.optimizer.distributed else 1
-    size = rank_bytes(
-        parameters, config.model.dtype, shards=shards, reference_model=needs_reference_model(config)
-    )
+def _state(config: RunConfig, layout: Layout, size: RankBytes) -> list[MemoryLine]:
     split = "parallel.tensor, parallel.pipeline"
-    sharded = f"sharded over {shards}" if config.optimizer.distributed else "not sharded"
+    sharded = (
+        f"sharded over {layout.data * layout.context}" if config.optimizer.distributed else "not sharded"
+    )
     lines = [
         MemoryLine("weights", size.weights, STATE, config.model.dtype, split),
         MemoryLine("gradients", size.gradients, STATE, "float32", split),
@@ -145,7 +145,7 @@ def _update(
 ) -> list[MemoryLine]:
     pad = gpu_pad_multiple(config)
     tokens = -(-min(config.batching.tokens_per_micro_batch, tokens_per_rank) // pad) * pad
-    itemsize = _DTYPE_BYTES[config.model.dtype]
+    itemsize = DTYPE_BYTES[config.model.dtype]
     recompute, t = config.model.recompute, layout.tensor
     kept, anew = layer_activation_bytes(
         arch,
@@ -213,7 +213,7 @@ def _head(
 def _rollout(
     config: RunConfig, arch: Architecture, layout: Layout, state: list[MemoryLine], gpu_memory_gib: float
 ) -> list[MemoryLine]:
-    rollout, itemsize = config.rollout, _DTYPE_BYTES[config.model.dtype]
+    rollout, itemsize = config.rollout, DTYPE_BYTES[config.model.dtype]
     if rollout.engine == "in_process":
         # Keys and values of every sequence at its longest; the copy of the model has no tensor parallelism.
         width = arch.num_key_value_heads * arch.head_dim
@@ -253,7 +253,7 @@ def _turns(
     given = server_option(sglang.options, "mem_fraction_static", None)
     fraction = MEM_FRACTION_STATIC if given is None else float(given)
     pools = int(fraction * gpu_memory_gib * GIB)
-    weights = count_parameters(arch) * _DTYPE_BYTES[config.model.dtype] // sglang.tensor
+    weights = count_parameters(arch) * DTYPE_BYTES[config.model.dtype] // sglang.tensor
     away = sum(line.bytes for line in state)
     kept = state[0].bytes  # a sync needs the trainer's weights
     return [

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_laser.config.architecture import Architecture
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def rank_bytes(
             distributed optimizer, otherwise 1.
         reference_model: whether a frozen copy of the weights is held too.
     """
-    weights = parameters * _DTYPE_BYTES[dtype]
+    weights = parameters * DTYPE_BYTES[dtype]
     state = parameters * (8 if dtype == "float32" else 12)
     return RankBytes(
         weights=weights,

@@ -100,19 +100,13 @@ def resolve_plan(
     """
     check_structure(config)
     architecture = read_architecture(config.model.path)
-    parallel = config.parallel
-    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     if world_size is None:
-        world_size = colocated_gpus(config.rollout) or model_ranks
+        parallel = config.parallel
+        world_size = colocated_gpus(config.rollout) or parallel.tensor * parallel.pipeline * parallel.context
     check_layout(config, architecture, world_size)
-    layout = Layout(
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        virtual_pipeline=parallel.virtual_pipeline,
-        context=parallel.context,
-        data=world_size // model_ranks,
-    )
+    layout = _layout(config, world_size)
     stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
+    size = _rank_bytes(config, layout, stages)
     batch = _batch(config, layout)
     return Plan(
         config=config,
@@ -124,24 +118,59 @@ def resolve_plan(
             architecture.vocab_size, layout.tensor, config.model.vocab_multiple
         ),
         stage_parameters=stages,
-        bytes_per_rank=rank_bytes(
-            max(stages),
-            config.model.dtype,
-            shards=layout.data * layout.context if config.optimizer.distributed else 1,
-            reference_model=needs_reference_model(config),
-        ),
-        memory=memory_sum(
-            config,
-            architecture,
-            layout,
-            stages,
-            batch.micro_batches_per_rank,
-            batch.tokens_per_rank,
-            gpu_memory_gib,
-        ),
+        bytes_per_rank=size,
+        memory=_memory(config, architecture, layout, size, batch, gpu_memory_gib),
         gpu_memory_gib=gpu_memory_gib,
         features=_features(config),
         score_token=_score_token(config, architecture),
+    )
+
+
+def resolve_memory(config: RunConfig, world_size: int, gpu_memory_gib: float) -> MemorySum:
+    """`resolve_plan(...).memory` alone, for a configuration that has passed its checks; reads only config.json."""
+    architecture = read_architecture(config.model.path)
+    layout = _layout(config, world_size)
+    stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
+    size, batch = _rank_bytes(config, layout, stages), _batch(config, layout)
+    return _memory(config, architecture, layout, size, batch, gpu_memory_gib)
+
+
+def _layout(config: RunConfig, world_size: int) -> Layout:
+    parallel = config.parallel
+    return Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        context=parallel.context,
+        data=world_size // (parallel.tensor * parallel.pipeline * parallel.context),
+    )
+
+
+def _rank_bytes(config: RunConfig, layout: Layout, stages: tuple[int, ...]) -> RankBytes:
+    return rank_bytes(
+        max(stages),
+        config.model.dtype,
+        shards=layout.data * layout.context if config.optimizer.distributed else 1,
+        reference_model=needs_reference_model(config),
+    )
+
+
+def _memory(
+    config: RunConfig,
+    architecture: Architecture,
+    layout: Layout,
+    size: RankBytes,
+    batch: BatchPlan,
+    gpu_memory_gib: float,
+) -> MemorySum:
+    return memory_sum(
+        config,
+        architecture,
+        layout,
+        size,
+        batch.micro_batches_per_rank,
+        batch.tokens_per_rank,
+        gpu_memory_gib,
     )
 
 

@@ -6,8 +6,9 @@ import importlib.metadata
 
 import torch.distributed as dist
 
-from megatron_laser.config import ConfigError, resolve_plan
+from megatron_laser.config import ConfigError
 from megatron_laser.config.memory_lines import GIB
+from megatron_laser.config.plan import resolve_memory
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
@@ -60,7 +61,7 @@ def _memory_problems(config: RunConfig, world_size: int) -> list[str]:
     if available is None:
         return []
     try:
-        resolve_plan(config, world_size, available / GIB).memory.check(available)
+        resolve_memory(config, world_size, available / GIB).check(available)
     except ConfigError as error:
         return [f"{problem} (this GPU: {platform.device_name()})" for problem in error.problems]
     return []
