@@ -53,16 +53,14 @@ class ColocatedTransport:
         them go on when the trainer has made room.
         """
         update = Update(engine, label, seconds=self._seconds)
-        check = self._checks.due(version)
-        digest = self._checks.digest(update.members, self._dtype)
-        watched = digest.watch(weights) if check else weights
+        digest = self._checks.digest(update.members, self._dtype, version)
+        watched = weights if digest is None else digest.watch(weights)
         with update.paused(go_on=False):
             update.begin_session()
             for bucket in buckets(watched, self._bucket_bytes, dtype=self._dtype):
                 self._give(update, bucket)
             update.end_session()
-            if check:
-                self._checks.verify(update, digest, version)
+            self._checks.verify(update, digest, version)
 
     def close(self) -> None:
         """Free what servers have closed since; nothing else outlives a call of `send`."""

@@ -60,9 +60,8 @@ class DiskTransport:
         new = [member for member in engine.fleet.updatable() if member.device is None]
         if new:  # those that do not fit are left out by the update
             engine.identify(new)
-        check = self._checks.due(version)
-        digest = self._checks.digest(engine.fleet.updatable(), self._dtype)
-        watched = digest.watch(weights) if check else weights
+        digest = self._checks.digest(engine.fleet.updatable(), self._dtype, version)
+        watched = weights if digest is None else digest.watch(weights)
         target = self._folder / f"{_PREFIX}{label}"
         self._written.add(target)
         write_hf_folder(watched, target, source=self._source, dtype=self._dtype)
@@ -72,8 +71,7 @@ class DiskTransport:
             update.post_all(
                 "/update_weights_from_disk", body, phase="loading weights from disk", seconds=self._seconds
             )
-            if check:
-                self._checks.verify(update, digest, version)
+            self._checks.verify(update, digest, version)
             self._current = (
                 label,
                 target,

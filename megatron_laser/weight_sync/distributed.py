@@ -86,9 +86,8 @@ class DistributedTransport:
     ) -> None:
         """See `WeightTransport.send`. Raises SyncFailed; the group is then rebuilt at the next call."""
         update = Update(engine, label, seconds=self._seconds)
-        check = self._checks.due(version)
-        digest = self._checks.digest(update.members, self._dtype)
-        watched = digest.watch(weights) if check else weights
+        digest = self._checks.digest(update.members, self._dtype, version)
+        watched = weights if digest is None else digest.watch(weights)
         try:
             with update.paused():
                 group = self._join(update)
@@ -97,8 +96,7 @@ class DistributedTransport:
                 self._stream(update, group, watched)
                 update.end_session()
                 self._all_there(update, group)
-                if check:
-                    self._checks.verify(update, digest, version)
+                self._checks.verify(update, digest, version)
         except BaseException:
             self._leave()
             raise

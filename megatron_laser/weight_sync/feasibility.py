@@ -76,7 +76,9 @@ def check_servers(config: RunConfig) -> None:
                 sides.append(SyncSide(server.torch_version, server.nccl_version, settings, server.url))
     else:
         python = find_python(sglang, Path.cwd())
-        installed = check_sglang(python, router=sglang.router, cuda=sglang.device == "cuda")
+        cuda = sglang.device == "cuda"
+        shared = cuda and rollout.weight_sync == "distributed"
+        installed = check_sglang(python, router=sglang.router, cuda=cuda, nccl=shared)
         child = child_environment(os.environ, python=python, mark="")
         settings = server_settings(child, sglang.options)
         sides.append(SyncSide(installed.torch, installed.nccl, settings, python))

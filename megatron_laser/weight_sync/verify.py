@@ -39,20 +39,20 @@ class Checks:
         self._versions: set[int] = set()
         self._said: set[str] = set()
 
-    def due(self, version: int) -> bool:
-        """Whether the sync of `version` is verified."""
-        return self._always or (len(self._versions) < _VERSIONS and version not in self._versions)
-
-    def digest(self, members: list[Member], dtype: torch.dtype) -> StreamDigest:
-        """For a stream that `members` are about to get."""
+    def digest(self, members: list[Member], dtype: torch.dtype, version: int) -> StreamDigest | None:
+        """For the stream of `version` that `members` are about to get; None: that sync is not verified."""
+        if not (self._always or (len(self._versions) < _VERSIONS and version not in self._versions)):
+            return None
         sizes = {member.tensor for member in members}
         return StreamDigest(dtype=dtype, on_cpu=on_cpu(members), sizes=sizes, layout=self._layout)
 
-    def verify(self, update: Update, digest: StreamDigest, version: int) -> None:
-        """Drops every server of `update` whose weights are not those that `digest` saw.
+    def verify(self, update: Update, digest: StreamDigest | None, version: int) -> None:
+        """Drops every server of `update` whose weights are not those that `digest` saw; nothing for None.
 
         Raises SyncFailed when none is left.
         """
+        if digest is None:
+            return
         for size in {member.tensor for member in update.members}:
             reason = not_compared(digest, size)
             if reason is not None and reason not in self._said:

@@ -73,17 +73,18 @@ def ask_installed(python: str, *, nccl: bool) -> Installed:
     return Installed(sglang, router, torch, nccl_version, stand_ins is not None)
 
 
-def check_sglang(python: str, *, router: bool, cuda: bool = False) -> Installed:
+def check_sglang(python: str, *, router: bool, cuda: bool = False, nccl: bool | None = None) -> Installed:
     """What the environment of `python` has, once it is known to be enough.
 
     Args:
         router: whether sglang-router is needed.
         cuda: servers compute on GPUs.
+        nccl: ask for NCCL, too, which imports torch (None: as `cuda`).
 
     Raises:
         ConfigError: SGLang is missing or too old, the router is missing, or the environment is for CPUs alone.
     """
-    found = ask_installed(python, nccl=cuda)
+    found = ask_installed(python, nccl=cuda if nccl is None else nccl)
     needed = ".".join(map(str, MIN_SGLANG))
     if found.sglang is None:
         raise ConfigError(
