@@ -32,6 +32,16 @@ find_python() {
   printf 'python'
 }
 
+# use_container ROOT: `container`, srun's arguments for CONTAINER_IMAGE; empty without one.
+use_container() {
+  container=()
+  if [ -n "${CONTAINER_IMAGE:-}" ]; then
+    # shellcheck disable=SC2034  # for the script that sources this
+    container=(--container-image "$CONTAINER_IMAGE" --container-mounts "${CONTAINER_MOUNTS:-$1:$1}" --container-workdir "$1")
+    export JIT_CACHE=${JIT_CACHE:-$1/.jit_cache} # a container's HOME ends with it
+  fi
+}
+
 # await PID: its exit status. A signal that this shell traps ends a wait, not what is waited for; its trap sets `signalled`.
 await() {
   local status

@@ -32,12 +32,8 @@ export MASTER_ADDR MASTER_PORT
 
 # shellcheck source=examples/launch/common.sh
 source "$root/examples/launch/common.sh"
+use_container "$root"
 
-container=()
-if [ -n "${CONTAINER_IMAGE:-}" ]; then
-  container=(--container-image "$CONTAINER_IMAGE" --container-mounts "${CONTAINER_MOUNTS:-$root:$root}" --container-workdir "$root")
-  export JIT_CACHE=${JIT_CACHE:-$root/.jit_cache} # a container's HOME ends with it
-fi
 # One failed node ends the job: the others would only wait for their deadlines.
 # shellcheck disable=SC2016  # SLURM_NODEID differs on each node: expanded there
 step --kill-on-bad-exit=1 ${container[@]+"${container[@]}"} \

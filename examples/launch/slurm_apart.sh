@@ -34,12 +34,8 @@ export NNODES MASTER_ADDR MASTER_PORT
 
 # shellcheck source=examples/launch/common.sh
 source "$root/examples/launch/common.sh"
+use_container "$root"
 
-container=()
-if [ -n "${CONTAINER_IMAGE:-}" ]; then
-  container=(--container-image "$CONTAINER_IMAGE" --container-mounts "${CONTAINER_MOUNTS:-$root:$root}" --container-workdir "$root")
-  export JIT_CACHE=${JIT_CACHE:-$root/.jit_cache} # a container's HOME ends with it
-fi
 on() { # number of nodes, their names, command; for the background: it becomes srun, which takes signals to the nodes
   local count=$1 names=$2
   shift 2
@@ -72,9 +68,15 @@ on "$TRAIN_NODES" "$train_hosts" bash -c '
 trainer=$!
 steps+=("$trainer")
 # Whichever ends first ends the job: a run without servers waits for its deadline, servers without a run for nothing.
+# Not by `wait -n`, which forgets what ended while a trap ran.
 trap 'signalled=1; kill -USR1 "$trainer" 2>/dev/null || true' USR1
 while :; do
-  signalled='' status=0
-  wait -n "${steps[@]}" || status=$?
-  if [ -z "$signalled" ]; then exit "$status"; fi
+  for step in "${steps[@]}"; do
+    if ! kill -0 "$step" 2>/dev/null; then
+      status=0
+      await "$step" || status=$?
+      exit "$status"
+    fi
+  done
+  sleep 1 || true
 done

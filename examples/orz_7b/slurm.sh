@@ -25,10 +25,6 @@ run=$root/examples/orz_7b/$kind.yaml
 }
 # shellcheck source=examples/launch/common.sh
 source "$root/examples/launch/common.sh"
-container=()
-if [ -n "${CONTAINER_IMAGE:-}" ]; then
-  container=(--container-image "$CONTAINER_IMAGE" --container-mounts "${CONTAINER_MOUNTS:-$root:$root}" --container-workdir "$root")
-  export JIT_CACHE=${JIT_CACHE:-$root/.jit_cache} # a container's HOME ends with it
-fi
+use_container "$root"
 step --kill-on-bad-exit=1 ${container[@]+"${container[@]}"} \
   bash "$root/examples/launch/one_node.sh" "$run" "$@"
