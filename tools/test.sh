@@ -92,7 +92,7 @@ check ruff check .
 check ruff format --check .
 check mypy
 stop_if_failed
-if [ -z "$fast" ] && [ -e tools/test_numpy_1.sh ]; then
+if [ -z "$fast" ]; then
   check bash tools/test_numpy_1.sh -n "$workers"
   stop_if_failed
 fi
@@ -113,4 +113,6 @@ else
 fi
 
 printf '\n== pytest %s\n' "${selection[*]} $*"
-python -m pytest -n "$workers" ${selection[@]+"${selection[@]}"} --durations=10 "$@"
+trap - EXIT INT TERM # a signal is for pytest now, and bash would keep it until that has ended
+rm -rf "$logs"
+exec python -m pytest -n "$workers" ${selection[@]+"${selection[@]}"} --durations=10 "$@"
