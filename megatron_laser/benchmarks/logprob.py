@@ -84,7 +84,7 @@ def _measure(
     known = (shape, implementation.name, forward_floor, backward_floor)
     try:
         error = _check(implementation, shape, with_gradient)
-        hidden, weight, labels = _inputs(shape, with_gradient, implementation.main_grad)
+        hidden, weight, labels = inputs(shape, with_gradient, implementation.main_grad)
 
         def forward() -> torch.Tensor:
             return implementation.run(hidden, weight, labels)
@@ -123,7 +123,7 @@ def _measure(
     )
 
 
-def _inputs(
+def inputs(
     shape: Shape, with_gradient: bool, main_grad: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random hidden rows and weight whose logits spread over a few nats, and labels.
@@ -150,7 +150,7 @@ def _check(implementation: Implementation, shape: Shape, with_gradient: bool) ->
     Only some rows are labelled, so that the reference needs the logits of these alone; dX of their rows and all of dW
     are compared, too. Raises _WrongResult.
     """
-    hidden, weight, labels = _inputs(shape, with_gradient, implementation.main_grad)
+    hidden, weight, labels = inputs(shape, with_gradient, implementation.main_grad)
     chosen = torch.linspace(0, shape.rows - 1, min(shape.rows, _CHECKED_ROWS), device=labels.device).long()
     some = torch.full_like(labels, IGNORE_LABEL).scatter_(0, chosen, labels[chosen])
     exact_rows = hidden.detach()[chosen].double().requires_grad_(with_gradient)

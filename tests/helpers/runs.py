@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from megatron_laser.config import load_config
@@ -26,3 +27,19 @@ def run_config(folder: Path, model: Path, *overrides: str, **sections: dict[str,
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(defaults))
     return load_config(path, overrides)
+
+
+def torch_optimizers(trainer: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers inside Megatron's."""
+    optimizer = trainer.policy.optimizer
+    return [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
+
+
+def state_of(trainer: Any) -> list[torch.Tensor]:
+    """Every number that training goes on from: weights, main weights, Adam's moments and step counts."""
+    tensors = [parameter for model in trainer.policy.chunks.models for parameter in model.parameters()]
+    for optimizer in torch_optimizers(trainer):
+        tensors += [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for values in optimizer.state.values():
+            tensors += [values[name] for name in sorted(values) if isinstance(values[name], torch.Tensor)]
+    return tensors

@@ -59,7 +59,7 @@ def begin(folder, name, case):
 def rehearse(config, runtime):
     """Two steps, a checkpoint, a third step, an export; then the third step again, from the checkpoint."""
     from helpers.rollouts import rollout_batch
-    from helpers.runs import SCORE_TOKEN
+    from helpers.runs import SCORE_TOKEN, torch_optimizers
     from te_cases import GROUPS, STEPS, metrics_of
 
     from megatron_laser.export import export_hf
@@ -91,7 +91,7 @@ def rehearse(config, runtime):
         "again_trained": weights_of(resumed),
         "calls": dict(te_extension.calls),
         "modules": sorted({type(m).__name__ for m in trainer.policy.chunks.models[0].modules()}),
-        "optimizer": type(inner_optimizer(trainer)).__module__,
+        "optimizer": type(torch_optimizers(trainer)[0]).__module__,
     }
 
 
@@ -108,11 +108,6 @@ def train_one_step(config, runtime):
 
 def weights_of(trainer):
     return {name: tensor.clone() for name, tensor in trainer.weight_stream()}
-
-
-def inner_optimizer(trainer):
-    optimizer = trainer.policy.optimizer
-    return getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer
 
 
 if __name__ == "__main__":

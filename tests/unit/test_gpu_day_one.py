@@ -96,6 +96,25 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     assert status == "timed out"
 
 
+@pytest.mark.parametrize(
+    ("limit", "does", "expected"),
+    [
+        (0.3, "signal.signal(15, signal.SIG_IGN); time.sleep(100)", "timed out"),
+        (50.0, "os.kill(os.getppid(), 9); os._exit(0)", "failed with exit status -9"),
+    ],
+)
+def test_what_only_sigkill_ends_has_timed_out_and_what_was_killed_before_has_not(
+    tmp_path, monkeypatch, limit, does, expected
+):
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os, signal, sys, time\nif 'gpu_day_one.stage' in sys.orig_argv: {does}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}:{ROOT / 'tools'}")
+    monkeypatch.setattr(runner_module, "_KILL_AFTER", 1)
+    status, _ = runner(tmp_path / "out", tmp_path / "work")._process(parts()[1], limit)
+    assert status == expected
+
+
 def test_a_signal_ends_the_parts_and_a_killed_calls_parts_are_waited_for(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys, time\nif 'gpu_day_one.stage' in sys.orig_argv: time.sleep(100)  # no part ends by itself\n"

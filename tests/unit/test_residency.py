@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.models import save_tiny_model
 from helpers.rollouts import Response, rollout_batch
-from helpers.runs import run_config
+from helpers.runs import run_config, state_of
 
 from megatron_laser.model import platform
 
@@ -47,21 +47,6 @@ def trainer_of(request, single_process, model_folder, tmp_path):
 
 def train(trainer, step):
     return trainer.train_step(rollout_batch(GROUPS, seed=step), step)
-
-
-def torch_optimizers(trainer):
-    optimizer = trainer.policy.optimizer
-    return [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
-
-
-def state_of(trainer):
-    """Every number that training goes on from: weights, main weights, Adam's moments and step counts."""
-    tensors = [parameter for model in trainer.policy.chunks.models for parameter in model.parameters()]
-    for optimizer in torch_optimizers(trainer):
-        tensors += [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for values in optimizer.state.values():
-            tensors += [values[name] for name in sorted(values) if isinstance(values[name], torch.Tensor)]
-    return tensors
 
 
 def test_a_round_trip_leaves_every_bit_and_every_view_as_it_was(trainer_of):

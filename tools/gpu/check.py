@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CONSTRAINTS = ROOT / "tools/gpu/constraints.txt"
 EXACT = (
     *("torch", "triton", "sglang", "sglang-router", "megatron-core", "transformer-engine", "transformers"),
     *("numpy", "pyarrow"),
@@ -54,14 +53,13 @@ def main() -> int:
     # By path: that this package imports is the set-up's next step to show, not this one's.
     sys.path.insert(0, str(ROOT / "megatron_laser" / "environment"))
     import facts as environment
+    from resolve import CONSTRAINTS, canonical, read_constraints
 
-    facts = environment.collect()
-    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
-    constraints = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    facts, constraints = environment.collect(), read_constraints()
     nccl = {
         name: distribution.version
         for distribution in importlib.metadata.distributions()
-        if (name := distribution.metadata["Name"].lower().replace("_", "-")).startswith("nvidia-nccl-")
+        if (name := canonical(distribution.metadata["Name"])).startswith("nvidia-nccl-")
     }
     for name, value in facts.items():
         print(f"{name:26s} {value}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.metadata
 import json
 import os
 import re
@@ -95,14 +96,11 @@ def problems(packages: dict[str, str]) -> list[str]:
 def with_pip(folder: str) -> dict[str, str]:
     """The environment in which `python` has a pip that reads metadata alone; installs one into `folder` if need be."""
     environment = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
-    said = subprocess.run(
-        [sys.executable, "-m", "pip", "--version"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment,
-    ).stdout
-    version = tuple(int(part) for part in re.findall(r"\d+", said)[:2])
+    try:
+        found = importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        found = ""
+    version = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
     if version >= _MIN_PIP:
         return environment
     command = [

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from gpu_day_one.plan import BACKGROUND, BASE, ROUNDS, TRAIN, Part, chosen
+from gpu_day_one.plan import BACKGROUND, BASE, REHEARSAL_LIMIT, ROUNDS, TRAIN, Part, chosen
 from gpu_day_one.records import Records
 from gpu_day_one.table import render
 
@@ -40,14 +40,17 @@ class Runner:
     def end_with_signals(self) -> None:
         """A signal that ends this process ends its parts, too: left behind, they would disturb the next call."""
 
+        ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
         def end(number: int, _: FrameType | None) -> None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, ending)  # a second one would wait for the lock for good
             self._starting.acquire()  # the main thread, in which handlers run, never holds it
             for process in list(self._running):
                 process.terminate()  # `timeout`, which passes it on to all of the part
             print(f"ended by {signal.Signals(number).name}; the same command goes on", flush=True)
             os._exit(128 + number)
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in ending:
             signal.signal(number, end)
 
     def wait_until_alone(self, seconds: float = _ALONE_WITHIN) -> bool:
@@ -104,7 +107,7 @@ class Runner:
         if left < _FEWEST:
             self._records.note(name, status="no time left", rehearse=self._rehearse)
             return
-        limit = min(part.rehearsal if self._rehearse else part.limit, left - _KILL_AFTER)
+        limit = min(REHEARSAL_LIMIT if self._rehearse else part.limit, left - _KILL_AFTER)
         print(f"{name}: at most {limit:.0f} s", flush=True)
         started = time.monotonic()
         status, log = self._process(part, limit)
@@ -137,6 +140,7 @@ class Runner:
                 pass_fds=(self._lock.fileno(),),
             )
             self._running.add(process)
+        started = time.monotonic()
         try:
             code: int | None = process.wait(limit + 2 * _KILL_AFTER)
         except subprocess.TimeoutExpired:
@@ -145,9 +149,10 @@ class Runner:
         text = log.read_text(errors="replace")
         with (self._out / "day_one.log").open("a") as whole:
             whole.write(f"\n== {part.full_name}\n{text}")
-        status = {0: "finished", 124: "timed out", 137: "timed out", None: "hangs beyond SIGKILL"}.get(
-            code, f"failed with exit status {code}"
-        )
+        # `timeout` kills its whole group, and so itself; before the limit somebody else has killed the part.
+        killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL) and time.monotonic() - started >= limit
+        statuses = {0: "finished", 124: "timed out", None: "hangs beyond SIGKILL"}
+        status = "timed out" if killed else statuses.get(code, f"failed with exit status {code}")
         return status, "\n".join(text.splitlines()[-12:])[-1500:]
 
 

@@ -79,16 +79,9 @@ def _head(
 ) -> None:
     from megatron_laser.ops import triton_backend
 
-    device, dtype = platform.device(), torch.float32 if stage.rehearse else torch.bfloat16
     before = configure(**settings)
     try:
-        hidden = (
-            (torch.randn(rows, hidden_size, device=device) * 2 * hidden_size**-0.5)
-            .to(dtype)
-            .requires_grad_(backward)
-        )
-        weight = torch.randn(columns, hidden_size, device=device, dtype=dtype, requires_grad=backward)
-        labels = torch.randint(0, columns, (rows,), device=device)
+        hidden, weight, labels = logprob.inputs(Shape(rows, hidden_size, columns, 1), backward)
 
         def forward() -> torch.Tensor:
             engine = triton_backend.FORWARD_ENGINES[name]()

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+REHEARSAL_LIMIT = 150  # seconds of any part at toy size on a CPU
+
 
 @dataclass(frozen=True)
 class Part:
-    """One process: `function` of `module`; `limit`: seconds on a GPU, `rehearsal`: on a CPU at toy size."""
+    """One process: `function` of `module`; `limit`: seconds on a GPU."""
 
     stage: str
     name: str
     module: str
     function: str
     limit: int
-    rehearsal: int = 150
 
     @property
     def full_name(self) -> str:

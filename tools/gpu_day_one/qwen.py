@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import Qwen2Config
 
+from megatron_laser.batching.flat import FlatBatch
+from megatron_laser.benchmarks.step import StepBenchmark
 from megatron_laser.config import RunConfig, load_config
-from megatron_laser.config.schema_inputs import ModelConfig
 from megatron_laser.model import platform
+from megatron_laser.model.hf_folder import write_hf_folder
 
 FULL = dict(
     hidden_size=3584,
@@ -22,8 +23,20 @@ FULL = dict(
     vocab_size=152064,
 )
 TOY = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, vocab_size=128)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one step: `prompts` x `samples` responses of `response` tokens, `budget` tokens a micro-batch."""
+
+    prompts: int
+    samples: int
+    response: int
+    budget: int
+
+
 _RUN = """
-model: {{path: {folder}, dtype: bfloat16, recompute: full}}
+model: {{path: {folder}, dtype: bfloat16, layers: torch, recompute: full}}
 data: {{train: {folder}/unused.jsonl, max_prompt_tokens: 32}}
 rollout: {{prompts_per_step: {prompts}, samples_per_prompt: {samples}, max_new_tokens: {response}}}
 laser: {{enabled: true, score_token: 2, ref_logprob: -20.0, reasoning_warmup_steps: 0, self_reward_warmup_steps: 0,
@@ -44,25 +57,20 @@ def write_config(folder: Path, shape: dict[str, int], layers: int) -> None:
 
 
 def write_weights(folder: Path, shape: dict[str, int], layers: int) -> None:
-    """Random bf16 weights, one file a layer: as many as `layers`, whatever config.json will ask for."""
+    """Random bf16 weights of as many layers as `layers`, whatever the config.json that is there will ask for."""
     torch.manual_seed(0)
+    write_hf_folder(
+        _weights(shape, layers), folder, source=folder, dtype=torch.bfloat16, max_shard_bytes=2**30
+    )
+
+
+def _weights(shape: dict[str, int], layers: int) -> Iterator[tuple[str, torch.Tensor]]:
     hidden, vocabulary = shape["hidden_size"], shape["vocab_size"]
-    names: dict[str, str] = {}
-
-    def save(file: str, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        made = {name: tensor.to("cpu") for name, tensor in tensors}
-        save_file(made, folder / file, metadata={"format": "pt"})
-        names.update(dict.fromkeys(made, file))
-
-    save("tables.safetensors", iter([
-        ("model.embed_tokens.weight", _random(vocabulary, hidden)),
-        ("model.norm.weight", _ones(hidden)),
-        ("lm_head.weight", _random(vocabulary, hidden)),
-    ]))  # fmt: skip
+    yield "model.embed_tokens.weight", _random(vocabulary, hidden)
+    yield "model.norm.weight", _ones(hidden)
+    yield "lm_head.weight", _random(vocabulary, hidden)
     for layer in range(layers):
-        save(f"layer_{layer:02d}.safetensors", _layer(f"model.layers.{layer}", shape))
-    index = {"metadata": {}, "weight_map": names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        yield from _layer(f"model.layers.{layer}", shape)
 
 
 def _layer(prefix: str, shape: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -71,7 +79,7 @@ def _layer(prefix: str, shape: dict[str, int]) -> Iterator[tuple[str, torch.Tens
     keys = shape["num_key_value_heads"] * head
     for name, rows in (("q", hidden), ("k", keys), ("v", keys)):
         yield f"{prefix}.self_attn.{name}_proj.weight", _random(rows, hidden)
-        yield f"{prefix}.self_attn.{name}_proj.bias", _random(rows, 1).squeeze(1).contiguous()
+        yield f"{prefix}.self_attn.{name}_proj.bias", _random(rows, 1).squeeze(1)
     yield f"{prefix}.self_attn.o_proj.weight", _random(hidden, hidden)
     yield f"{prefix}.mlp.gate_proj.weight", _random(middle, hidden)
     yield f"{prefix}.mlp.up_proj.weight", _random(middle, hidden)
@@ -88,16 +96,21 @@ def _ones(size: int) -> torch.Tensor:
     return torch.ones(size, dtype=torch.bfloat16)
 
 
-def torch_layers() -> list[str]:
-    """Overrides that ask for torch's layers, where a missing Transformer Engine would else be an error on CUDA."""
-    return ["model.layers=torch"] if "layers" in ModelConfig.model_fields else []
-
-
-def run_config(
-    folder: Path, *overrides: str, prompts: int, samples: int, response: int, budget: int
-) -> RunConfig:
-    """The run's configuration; responses of `response` tokens after prompts of 32."""
+def run_config(folder: Path, sizes: Sizes) -> RunConfig:
+    """The run's configuration; responses of `sizes.response` tokens after prompts of 32."""
     file = folder / "run.yaml"
-    text = _RUN.format(folder=folder, prompts=prompts, samples=samples, response=response, budget=budget)
+    text = _RUN.format(folder=folder, **vars(sizes))
     file.write_text(text, encoding="utf-8")
-    return load_config(file, [*torch_layers(), *overrides])
+    return load_config(file, [])
+
+
+def rollouts(shape: dict[str, int], layers: int, sizes: Sizes) -> FlatBatch:
+    """A step's responses, of random tokens."""
+    return StepBenchmark(
+        prompts=sizes.prompts,
+        samples=sizes.samples,
+        response_length=sizes.response,
+        hidden=shape["hidden_size"],
+        layers=layers,
+        vocabulary=shape["vocab_size"],
+    ).rollouts()

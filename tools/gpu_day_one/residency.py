@@ -6,10 +6,10 @@ import shutil
 import time
 
 import torch
+from helpers.runs import state_of
 
 from gpu_day_one import qwen
 from gpu_day_one.stage import Stage
-from megatron_laser.benchmarks.step import StepBenchmark
 from megatron_laser.model import platform
 from megatron_laser.trainer import runtime as runtimes
 from megatron_laser.trainer.residency import ALL_PARTS, Part, Residency
@@ -20,19 +20,15 @@ def run(stage: Stage) -> None:
     """One step, then twice off the device and back, and another step."""
     shape = stage.size(qwen.FULL, qwen.TOY)
     sizes = stage.size(
-        dict(prompts=1, samples=2, response=2016, budget=4096),
-        dict(prompts=1, samples=2, response=32, budget=128),
+        qwen.Sizes(prompts=1, samples=2, response=2016, budget=4096),
+        qwen.Sizes(prompts=1, samples=2, response=32, budget=128),
     )
     folder = stage.work / "qwen_residency"
     shutil.rmtree(folder, ignore_errors=True)
     qwen.write_config(folder, shape, 2)
     qwen.write_weights(folder, shape, 2)
-    config = qwen.run_config(folder, **sizes)
-    benchmark = StepBenchmark(
-        prompts=1, samples=2, response_length=sizes["response"], hidden=shape["hidden_size"], layers=2,
-        vocabulary=shape["vocab_size"],
-    )  # fmt: skip
-    flat = benchmark.rollouts()
+    config = qwen.run_config(folder, sizes)
+    flat = qwen.rollouts(shape, 2, sizes)
     trainer = Trainer(config, runtimes.start(config), score_token_id=2)
     trainer.train_step(flat, 1)
     residency = Residency(trainer.policy)
@@ -70,12 +66,4 @@ def run(stage: Stage) -> None:
 
 def _bits(trainer: Trainer) -> list[torch.Tensor]:
     """Copies on the host of the parameters, main weights and Adam's moments."""
-    optimizer = trainer.policy.optimizer
-    inner = getattr(optimizer, "chained_optimizers", [optimizer])
-    found = [parameter for model in trainer.policy.chunks.models for parameter in model.parameters()]
-    for one in inner:
-        for group in one.optimizer.param_groups:
-            found += group["params"]
-        for state in one.optimizer.state.values():
-            found += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    return [tensor.detach().to("cpu", copy=True) for tensor in found]
+    return [tensor.detach().to("cpu", copy=True) for tensor in state_of(trainer)]

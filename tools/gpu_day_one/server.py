@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gpu_day_one.stage import Stage
+from gpu_day_one.stage import TORCH_LAYERS, Stage
 
 _ROOT = Path(__file__).resolve().parents[2]
 _STAND_INS = _ROOT / "tools" / "sglang_cpu" / "stand_ins"
@@ -47,7 +47,6 @@ def run(stage: Stage) -> None:
     from helpers.sglang_server import call
     from helpers.tiny_run import write_tiny_run
 
-    from gpu_day_one.qwen import torch_layers
     from megatron_laser.config import load_config
     from megatron_laser.rollout.serving import ServeError, ServeProcess
 
@@ -56,7 +55,7 @@ def run(stage: Stage) -> None:
     python = _environment(stage.work / "sglang", missing)
     options = ", ".join(f"{name}: {str(value).lower()}" for name, value in _OPTIONS.items())
     overrides = [
-        *torch_layers(),
+        TORCH_LAYERS,
         "rollout.engine=sglang",
         f"rollout.sglang={{python: {python}, device: cuda, start_deadline: 90, options: {{{options}}}}}",
         f"run.output_dir={stage.work / 'server_run'}",

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gpu_day_one.stage import Stage
+from gpu_day_one.stage import TORCH_LAYERS, Stage
 
 _ROOT = Path(__file__).resolve().parents[2]
 _EXAMPLE = _ROOT / "examples" / "tiny_sum"
@@ -32,13 +32,11 @@ def base(stage: Stage) -> None:
 
 def train(stage: Stage) -> None:
     """LaSeR, 1000 steps; the same command goes on where a call before was cut off."""
-    from gpu_day_one.qwen import torch_layers
-
     # In OUT: with another OUT it is another run, which must not end at once with the numbers of this one.
     folder = stage.work / "small_toy_run" if stage.rehearse else stage.out / "small_run"
     recipe = stage.work / "small_toy" / "run.yaml" if stage.rehearse else _EXAMPLE / "laser.yaml"
     overrides = ["run.steps=2"] if stage.rehearse else ["run.seed=2"]
-    command = [sys.executable, "-m", "megatron_laser", "train", str(recipe), *overrides, *torch_layers()]
+    command = [sys.executable, "-m", "megatron_laser", "train", str(recipe), *overrides, TORCH_LAYERS]
     command += [f"run.output_dir={folder}", "logging.live=off", "logging.tensorboard=false"]
     command += ["--overwrite"] * stage.rehearse
     try:

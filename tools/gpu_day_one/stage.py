@@ -13,6 +13,9 @@ from typing import Any
 from gpu_day_one.plan import parts
 from gpu_day_one.records import Records
 
+# Transformer Engine is not among the wheels that travel; without this its absence is an error on CUDA.
+TORCH_LAYERS = "model.layers=torch"
+
 
 @dataclass(frozen=True)
 class Stage:

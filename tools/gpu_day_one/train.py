@@ -13,12 +13,10 @@ import torch
 from gpu_day_one import qwen
 from gpu_day_one.stage import Stage
 from megatron_laser.benchmarks.ratios import median_ratio
-from megatron_laser.benchmarks.step import StepBenchmark
 from megatron_laser.config import RunConfig
 from megatron_laser.config.memory import STATE, UPDATE
 from megatron_laser.config.plan import Plan, resolve_plan
 from megatron_laser.model import platform
-from megatron_laser.observability.timers import Timers
 from megatron_laser.trainer import runtime as runtimes
 from megatron_laser.trainer.trainer import Trainer
 
@@ -33,8 +31,8 @@ def run(stage: Stage) -> None:
     """Write the weights, find the number of layers that fits, then interleave the two kinds of step."""
     shape = stage.size(qwen.FULL, qwen.TOY)
     sizes = stage.size(
-        dict(prompts=2, samples=4, response=8160, budget=16384),
-        dict(prompts=2, samples=2, response=32, budget=128),
+        qwen.Sizes(prompts=2, samples=4, response=8160, budget=16384),
+        qwen.Sizes(prompts=2, samples=2, response=32, budget=128),
     )
     folder = stage.work / "qwen"
     shutil.rmtree(folder, ignore_errors=True)
@@ -46,7 +44,7 @@ def run(stage: Stage) -> None:
     while True:
         qwen.write_config(folder, shape, layers)
         try:
-            _interleave(stage, qwen.run_config(folder, **sizes), shape, sizes, layers)
+            _interleave(stage, qwen.run_config(folder, sizes), shape, sizes, layers)
             break
         except torch.OutOfMemoryError as error:
             stage.note("out_of_memory", layers=layers, message=str(error)[:200])
@@ -59,33 +57,28 @@ def run(stage: Stage) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fitting_layers(folder: Path, shape: dict[str, int], sizes: dict[str, int]) -> int:
+def _fitting_layers(folder: Path, shape: dict[str, int], sizes: qwen.Sizes) -> int:
     room = platform.free_memory_bytes() - _ROOM
     for layers in range(_MOST_LAYERS, 1, -1):
         qwen.write_config(folder, shape, layers)
-        if _predicted(resolve_plan(qwen.run_config(folder, **sizes), 1)) <= room:
+        if _predicted(resolve_plan(qwen.run_config(folder, sizes), 1)) <= room:
             return layers
     raise SystemExit(f"two layers need more than the {room / 2**30:.1f} GiB that are free")
 
 
 def _interleave(
-    stage: Stage, config: RunConfig, shape: dict[str, int], sizes: dict[str, int], layers: int
+    stage: Stage, config: RunConfig, shape: dict[str, int], sizes: qwen.Sizes, layers: int
 ) -> None:
     plan = resolve_plan(config, 1)
     _note_prediction(stage, plan)
-    benchmark = StepBenchmark(
-        prompts=sizes["prompts"], samples=sizes["samples"], response_length=sizes["response"],
-        hidden=shape["hidden_size"], layers=layers, vocabulary=shape["vocab_size"],
-    )  # fmt: skip
-    flat = benchmark.rollouts()
-    timers = {GRPO: Timers(), LASER: Timers()}
+    flat = qwen.rollouts(shape, layers, sizes)
     runtime = runtimes.start(config)
-    laser = Trainer(config, runtime, score_token_id=2, timers=timers[LASER])
+    laser = Trainer(config, runtime, score_token_id=2)
     plain = config.model_copy(update={"laser": config.laser.model_copy(update={"enabled": False})})
     # One model for both: two would leave each half the layers.
     trainers = {
         LASER: laser,
-        GRPO: Trainer(plain, runtime, score_token_id=None, timers=timers[GRPO], policy=laser.policy),
+        GRPO: Trainer(plain, runtime, score_token_id=None, policy=laser.policy),
     }
     steps, seconds, peaks = 0, {GRPO: [], LASER: []}, {GRPO: 0, LASER: 0}
     for number in range(stage.size(7, 2)):
@@ -111,7 +104,7 @@ def _interleave(
                 bad_steps=result.metrics["bad_steps"],
             )
     tokens = int(flat.lengths.sum())
-    flops = _model_flops(plan, flat.lengths.tolist(), sizes["response"] * flat.num_samples)
+    flops = _model_flops(plan, flat.lengths.tolist(), sizes.response * flat.num_samples)
     for arm in (GRPO, LASER):
         middle = statistics.median(seconds[arm])
         stage.note(
