@@ -120,6 +120,7 @@ def serve_workers(router, endpoints):
     return [worker["url"] for worker in reply["workers"]]
 
 
+@pytest.mark.slow
 def test_a_killed_server_comes_back_and_is_held_until_it_has_the_current_weights(tmp_path):
     with serving(tmp_path, servers=2, hang_deadline=9) as serve:  # a probe every 1.5 s
         before = serve.wait_ready()

@@ -135,6 +135,7 @@ def test_a_broken_one_that_is_not_wanted_is_hidden_from_megatron(install, on_cud
         settle("auto")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "says"),
     [
