@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_laser import cli_bench, cli_serve, cli_testtime
+from megatron_laser.errors import UserError
 
 app = typer.Typer(
     name="megatron-laser",
@@ -210,9 +211,6 @@ class user_errors:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        from megatron_laser.config import ConfigError
-        from megatron_laser.trainer.checkpoint.folder import CheckpointError
-
         if "megatron_laser.trainer.coordinator" in sys.modules:
             from megatron_laser.trainer.coordinator import HEARD_WITHIN, RankZeroFailed
 
@@ -220,27 +218,9 @@ class user_errors:
                 # Rank 0 says what is wrong. It ends first, so that torchrun names it as the one that failed.
                 time.sleep(HEARD_WITHIN + 1.0)
                 raise typer.Exit(2) from None
-        expected: tuple[type[BaseException], ...] = (ConfigError, CheckpointError, FileNotFoundError)
-        if "megatron_laser.ranks" in sys.modules:
-            from megatron_laser.ranks import RunEnded
-
-            expected += (RunEnded,)
-        if "megatron_laser.rollout.sglang.errors" in sys.modules:
-            from megatron_laser.rollout.sglang.errors import ServerMismatch, ServerRefused, ServersLost
-
-            expected += (ServersLost, ServerMismatch, ServerRefused)
-        if "megatron_laser.data" in sys.modules:
-            from megatron_laser.data import DataError
-
-            expected += (DataError,)
-        if "megatron_laser.rewards" in sys.modules:
-            from megatron_laser.rewards import GradingPoolError, RewardSpecError
-
-            expected += (RewardSpecError, GradingPoolError)
+        expected: tuple[type[BaseException], ...] = (UserError, FileNotFoundError)
         if "megatron_laser.testtime" in sys.modules:
-            from megatron_laser.testtime import TestTimeError
-
-            expected += (TestTimeError, TimeoutError)
+            expected += (TimeoutError,)
         if isinstance(error, expected):
             if os.environ.get("RANK", "0") != "0":
                 time.sleep(3.0)  # the same error on every rank: rank 0 says it, and ends first

@@ -9,6 +9,7 @@ from typing import TypeVar
 from megatron_laser.batching.flat import FlatBatch, flatten
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.engines import NEEDS_WEIGHTS
+from megatron_laser.errors import UserError
 from megatron_laser.leader import Leader
 from megatron_laser.trainer.coordinator import Coordinator
 from megatron_laser.trainer.runtime import Runtime
@@ -18,7 +19,7 @@ from megatron_laser.types import RolloutBatch
 T = TypeVar("T")
 
 
-class RunEnded(RuntimeError):
+class RunEnded(UserError, RuntimeError):
     """The run cannot go on. Everything up to its last complete step is saved; the same command continues."""
 
 

@@ -6,15 +6,17 @@ import numbers
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from megatron_laser.errors import UserError
+
 Outcome = Literal["correct", "wrong", "no_answer", "unparsable", "timeout", "crash"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
 
 
-class RewardSpecError(ValueError):
+class RewardSpecError(UserError, ValueError):
     """`reward.function` names no usable function."""
 
 
-class GradingPoolError(RuntimeError):
+class GradingPoolError(UserError, RuntimeError):
     """The grading machinery itself failed: a worker cannot be started, or the pool was closed."""
 
 

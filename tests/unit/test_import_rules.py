@@ -24,6 +24,7 @@ from helpers.source_tree import (
 
 # A part may import the parts of lower layers, and of its own only what SAME_LAYER says.
 LAYERS = (
+    ("errors", "findings"),
     ("types", "config"),
     ("algorithms", "ops", "batching", "data", "rewards"),
     ("observability",),
@@ -33,6 +34,7 @@ LAYERS = (
         "output_folder",
         "tokenizer",
         "inputs",
+        "check",
         "leader",
         "engines",
         "ranks",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_laser.errors import UserError
+
 
 class ServerError(RuntimeError):
     """A server did not do what it was asked to.
@@ -47,7 +49,7 @@ class OutOfFiles(ServerBusy):
     """This process, or this machine, has too many open files for one more connection. Says nothing of the server."""
 
 
-class ServerRefused(ServerError):
+class ServerRefused(UserError, ServerError):
     """The server refused the request (4xx, `status`): the same request would be refused again."""
 
     def __init__(self, url: str, phase: str, message: str, status: int = 400) -> None:
@@ -55,7 +57,7 @@ class ServerRefused(ServerError):
         self.status = status
 
 
-class ServerMismatch(ServerError):
+class ServerMismatch(UserError, ServerError):
     """The server is no SGLang server, too old, or serves another model than the one that is trained."""
 
 
@@ -63,7 +65,7 @@ class StaleServer(ServerError):
     """The server answered with other weights than those it should hold."""
 
 
-class ServersLost(RuntimeError):
+class ServersLost(UserError, RuntimeError):
     """Fewer healthy servers than `rollout.min_servers`, for longer than `rollout.servers_deadline`."""
 
 

@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_laser.errors import UserError
+
 FORMAT_VERSION = 1
 _STATE = "state.json"
 _MANIFEST = "manifest.json"
@@ -25,7 +27,7 @@ _NAME = re.compile(r"step_(\d{8})")
 _READ_BYTES = 1 << 22
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be used (of another run, damaged, of a newer format) or could not be written."""
 
 
