@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_laser.config.errors import ConfigError
-from megatron_laser.config.fields import Count, CountOrZero, FilePath, NonNegative, Section, Text, TopP
+from megatron_laser.config.fields import Count, FilePath, NonNegative, Section, Seed, Text, TopP
 from megatron_laser.config.yaml_source import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -51,7 +51,7 @@ class BenchmarkSettings(Section):
     """false: the plain text is the prompt."""
     reward: Text | None = None
     """The verifier: math_verify, or as `reward.function` of a run."""
-    seed: CountOrZero | None = None
+    seed: Seed | None = None
     """Of sampling, of the votes' random subsets and of the bootstrap."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from megatron_laser.types import Prompt
 
 from .errors import DataError
 from .readers import Row
+from .template import render_chat
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def build_prompts(
     max_prompt_tokens: int,
     vocab_size: int,
     section: str = "data",
+    progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Prompt], DroppedPrompts]:
     """Tokenize every row's problem followed by `prompt_suffix`.
 
@@ -64,6 +66,7 @@ def build_prompts(
         max_prompt_tokens: longer prompts are dropped, and named in the log.
         vocab_size: number of ids that the model has (before padding).
         section: of the settings that are named in messages.
+        progress: told the number of rows that are done, now and then.
 
     Raises:
         DataError: the tokenizer has no chat template, an id is not in the vocabulary, a prompt has no tokens,
@@ -85,6 +88,7 @@ def build_prompts(
                 dropped.append((row.source, len(token_ids)))
             else:
                 prompts.append(Prompt(row.row, row.problem, row.answer, token_ids))
+        progress(start + len(batch))
     report = DroppedPrompts(len(rows), max_prompt_tokens, tuple(dropped), section)
     if not prompts:
         raise DataError(f"no prompts are left: {report}" if rows else "no prompts: there are no rows")
@@ -97,12 +101,7 @@ def _tokenize(tokenizer: Any, texts: list[str], apply_chat_template: bool) -> li
     if apply_chat_template:
         # Rendering and encoding apart: encoding a batch is many times faster, and what
         # apply_chat_template(tokenize=True) returns changed with transformers 5 (a BatchEncoding).
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-            for text in texts
-        ]
+        texts = [render_chat(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     # a template writes the special tokens itself
     encoded = tokenizer(texts, add_special_tokens=not apply_chat_template)["input_ids"]
     return [[int(token_id) for token_id in token_ids] for token_ids in encoded]

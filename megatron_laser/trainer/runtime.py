@@ -12,10 +12,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_laser.config.process_environment import read_place
 from megatron_laser.config.schema import RunConfig
+from megatron_laser.errors import UserError
 from megatron_laser.model import platform
 from megatron_laser.model.hf_config import batches_stage_exchange
 from megatron_laser.trainer.communicators import bring_up
+
+
+class RendezvousError(UserError, RuntimeError):
+    """The processes of a run did not meet: not all were started, or their address cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +62,14 @@ class Runtime:
         )
 
 
-def torchrun_world_size() -> int:
-    """World size that torchrun announces; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start(config: RunConfig) -> Runtime:
     """Join the process groups, set up Megatron's parallel state and its communicators, and seed every generator.
 
-    Raises RuntimeError when the other ranks do not come within `run.start_grace` seconds, or a group's communicator
-    not within `run.deadline`.
+    Raises RendezvousError when the other ranks do not come within `run.start_grace` seconds, and RuntimeError when a
+    group's communicator does not within `run.deadline`.
     """
     platform.install()
-    platform.set_local_device(int(os.environ.get("LOCAL_RANK", "0")))
+    platform.set_local_device(read_place().local_rank)
     store, rank, world_size = _rendezvous(config)
     timeout = timedelta(seconds=config.run.deadline)
     dist.init_process_group(
@@ -84,14 +85,15 @@ def start(config: RunConfig) -> Runtime:
 
 
 def _rendezvous(config: RunConfig) -> tuple[dist.Store, int, int]:
-    if "RANK" not in os.environ:
+    place = read_place()
+    if place.rank is None:
         return dist.HashStore(), 0, 1
     grace = timedelta(seconds=config.run.start_grace)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=grace))
     except Exception as error:
-        raise RuntimeError(
-            f"rank {os.environ['RANK']}: no rendezvous at {os.environ.get('MASTER_ADDR')}:"
+        raise RendezvousError(
+            f"rank {place.rank}: no rendezvous at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')} within run.start_grace {config.run.start_grace:g} s: {error}"
         ) from error
     # A store keeps the timeout it was made with, even through init_process_group: communicators get their ids from it.

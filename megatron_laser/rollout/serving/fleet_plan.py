@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_laser.config import ConfigError, RunConfig
+from megatron_laser.config.addresses import http_url
 from megatron_laser.config.schema_rollout import SglangConfig
 from megatron_laser.rollout.open_files import raise_open_files
 from megatron_laser.rollout.serving.command import assign_gpus, find_python
@@ -58,8 +59,7 @@ class FleetPlan:
 
     def url(self, port: int) -> str:
         """Address of a server on this node."""
-        host = self.config.rollout.sglang.host
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return http_url(self.config.rollout.sglang.host, port)
 
     def settings_file(self, number: int) -> Path:
         """Where the options of a server are while it runs; the key is among them."""

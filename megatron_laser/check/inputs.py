@@ -1,0 +1,57 @@
+"""All looks at what a run starts from, in the order in which they depend on each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_laser.check.data_inputs import GROUP as DATA
+from megatron_laser.check.data_inputs import DataInputs, Progress, look_at_data, read_data
+from megatron_laser.check.ledger import Ledger
+from megatron_laser.check.machine import look_at_disks, look_at_servers
+from megatron_laser.check.model_inputs import GROUP as MODEL
+from megatron_laser.check.model_inputs import ModelInputs, look_at_model, look_at_tokenizer
+from megatron_laser.config import RunConfig
+from megatron_laser.findings import Finding
+from megatron_laser.rewards import resolve_reward
+from megatron_laser.tokenizer import load_tokenizer
+
+_TOKENIZER_PROBES = 16
+
+
+@dataclass
+class Looked:
+    """What was read on the way, so that nobody reads it again."""
+
+    model: ModelInputs
+    data: DataInputs
+
+
+def _no_progress(split: str, done: int, total: int) -> None:
+    """For those who do not watch."""
+
+
+def look(config: RunConfig, ledger: Ledger, progress: Progress = _no_progress) -> Looked:
+    """Look at everything; what was found goes into `ledger`.
+
+    Reads, and writes nothing. Quick looks come first, so that a run that cannot start says so soon.
+
+    Raises:
+        UserError: the first error, where `ledger.stop_at_errors`.
+    """
+    look_at_servers(config, ledger)
+    with ledger.topic("Reward", "reward function"):
+        resolve_reward(config.reward.function)
+        ledger.add("Reward", [Finding("reward function", "ok", f"{config.reward.function} can be imported")])
+    model = look_at_model(config, ledger)
+    look_at_disks(config, ledger)
+    data = read_data(config, ledger)
+    with ledger.topic(MODEL, "tokenizer"):
+        probes = [row.problem for row in data.rows.get("train", [])[:_TOKENIZER_PROBES]]
+        model.tokenizer = load_tokenizer(config.model.path, probes)
+    look_at_tokenizer(config, model, ledger)
+    look_at_data(config, model, data, ledger, progress)
+    return Looked(model, data)
+
+
+ORDER = (MODEL, DATA, "Reward", "Machine")
+"""In which groups are shown."""
