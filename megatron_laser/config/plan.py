@@ -29,9 +29,11 @@ from megatron_laser.config.parameters import (
 )
 from megatron_laser.config.rollout_checks import colocated_gpus
 from megatron_laser.config.rollout_plan import rollout_features
+from megatron_laser.config.safetensors_files import has_weight_files
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.config.score_token import ScoreToken
 from megatron_laser.config.special_tokens import resolve_special_tokens
+from megatron_laser.config.weight_files import check_model_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def resolve_plan(
 ) -> Plan:
     """Checks `config` against the model folder and `world_size` ranks and works out what will run.
 
-    Needs only config.json in the folder; tokenizer files are used where they are.
+    Needs only config.json in the folder; tokenizer files and the headers of weight files are read where they are.
 
     Args:
         config: the run.
@@ -96,9 +98,12 @@ def resolve_plan(
 
     Raises:
         ConfigError: no such model, an impossible layout, or a score token that cannot be one.
+        ModelFolderError: the folder's weights are not those of its config.json, or cannot be used.
     """
     check_structure(config)
     architecture = read_architecture(config.model.path)
+    if has_weight_files(config.model.path):
+        check_model_folder(config.model.path)
     if world_size is None:
         parallel = config.parallel
         world_size = colocated_gpus(config.rollout) or parallel.tensor * parallel.pipeline * parallel.context
