@@ -34,6 +34,11 @@ class Grade:
     reward: float
     outcome: Outcome
 
+    @property
+    def failed(self) -> bool:
+        """Whether grading failed, not the response: such a reward is no label and must not be learned from."""
+        return self.outcome in ("timeout", "crash")
+
 
 def as_grade(value: object) -> Grade:
     """Check what a reward function returned; a bare number above 0.5 counts as correct.

@@ -78,6 +78,7 @@ class GradingPool:
         self._shared = SharedResults(cache_size)
         self._complaints: Counter[str] = Counter()
         self._complaints_lock = threading.Lock()
+        self.last_trouble = ""  # why the last response that got no grade got none
         self._closed = False
         settings = WorkerSettings(
             function=None if self._is_math else self._name,
@@ -213,6 +214,7 @@ class GradingPool:
 
     def _complain(self, outcome: str, trouble: str, answer: str) -> None:
         with self._complaints_lock:
+            self.last_trouble = f"{outcome}: {trouble}"
             self._complaints[outcome] += 1
             count = self._complaints[outcome]
         if count <= _COMPLAINTS:

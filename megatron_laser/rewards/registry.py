@@ -84,6 +84,11 @@ def resolve_reward(spec: str | RewardFunction) -> RewardFunction:
     return function
 
 
+def is_math_verify(spec: str | RewardFunction) -> bool:
+    """Whether this is the built-in verifier, which needs no code of the user."""
+    return spec is grade_math or spec in ("math_verify", f"{grade_math.__module__}:{grade_math.__name__}")
+
+
 def reward_location(function: RewardFunction) -> str:
     """Where another process finds the function: `module:name`, or `/path/file.py:name`.
 
