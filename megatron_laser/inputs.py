@@ -19,6 +19,7 @@ from megatron_laser.data import (
     Row,
     build_prompts,
     fingerprint,
+    grades_mathematics,
     read_rows,
     refuse_score_token,
 )
@@ -92,11 +93,14 @@ def read_inputs(config: RunConfig) -> RunInputs:
                 ]
             )
     data = config.data
+    mathematics = grades_mathematics(config.reward.function)
 
     def read(paths: Any) -> list[Row] | None:
         if paths is None:
             return None
-        return read_rows(paths, prompt_key=data.prompt_key, answer_key=data.answer_key)
+        return read_rows(
+            paths, prompt_key=data.prompt_key, answer_key=data.answer_key, mathematics=mathematics
+        )
 
     train_rows = read(data.train) or []
     tokenizer = load_tokenizer(config.model.path, [row.problem for row in train_rows[:_TOKENIZER_PROBES]])
