@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ def build_prompts(
     max_prompt_tokens: int,
     vocab_size: int,
     section: str = "data",
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[list[Prompt], PromptReport]:
     """Tokenize every row's problem followed by `prompt_suffix`.
 
@@ -70,6 +71,7 @@ def build_prompts(
         max_prompt_tokens: longer prompts are dropped, and named in the log.
         vocab_size: number of ids that the model has (before padding).
         section: of the settings that are named in messages.
+        progress: told after each batch how many rows are done.
 
     Raises:
         DataError: the tokenizer has no chat template, an id is not in the vocabulary, a prompt has no tokens,
@@ -101,6 +103,8 @@ def build_prompts(
                 dropped.append((row.source, len(token_ids)))
             else:
                 prompts.append(Prompt(row.row, row.problem, row.answer, token_ids))
+        if progress is not None:
+            progress(len(lengths))
     report = PromptReport(
         len(rows), max_prompt_tokens, tuple(dropped), section, tuple(lengths), tuple(bos_repeated)
     )
