@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from megatron_laser.check.data_inputs import GROUP as DATA
 from megatron_laser.check.data_inputs import DataInputs, Progress, look_at_data, read_data
 from megatron_laser.check.ledger import Ledger
+from megatron_laser.check.machine import GROUP as MACHINE
 from megatron_laser.check.machine import look_at_disks, look_at_servers
 from megatron_laser.check.model_inputs import GROUP as MODEL
 from megatron_laser.check.model_inputs import ModelInputs, look_at_model, look_at_tokenizer
 from megatron_laser.config import RunConfig
-from megatron_laser.findings import Finding
-from megatron_laser.rewards import resolve_reward
+from megatron_laser.rewards.trial import trial
 from megatron_laser.tokenizer import load_tokenizer
 
+REWARD = "Reward"
 _TOKENIZER_PROBES = 16
 
 
@@ -39,12 +40,12 @@ def look(config: RunConfig, ledger: Ledger, progress: Progress = _no_progress) -
         UserError: the first error, where `ledger.stop_at_errors`.
     """
     look_at_servers(config, ledger)
-    with ledger.topic("Reward", "reward function"):
-        resolve_reward(config.reward.function)
-        ledger.add("Reward", [Finding("reward function", "ok", f"{config.reward.function} can be imported")])
     model = look_at_model(config, ledger)
     look_at_disks(config, ledger)
     data = read_data(config, ledger)
+    with ledger.topic(REWARD, "reward function"):
+        answers = [row.answer for row in data.rows.get("train", [])[:1]]
+        ledger.add(REWARD, trial(config.reward.function, *answers, deadline=config.reward.deadline))
     with ledger.topic(MODEL, "tokenizer"):
         probes = [row.problem for row in data.rows.get("train", [])[:_TOKENIZER_PROBES]]
         model.tokenizer = load_tokenizer(config.model.path, probes)
@@ -53,5 +54,5 @@ def look(config: RunConfig, ledger: Ledger, progress: Progress = _no_progress) -
     return Looked(model, data)
 
 
-ORDER = (MODEL, DATA, "Reward", "Machine")
+ORDER = (MODEL, DATA, REWARD, MACHINE)
 """In which groups are shown."""

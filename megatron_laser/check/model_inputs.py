@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_laser.check.end_of_response import EndSources, check_end_of_response, end_of_turn
 from megatron_laser.check.ledger import Ledger, needed
-from megatron_laser.config import RunConfig, count_parameters, read_architecture
+from megatron_laser.config import ConfigError, RunConfig, look_at_model_folder, read_architecture
 from megatron_laser.config.architecture import Architecture
 from megatron_laser.config.score_token import named_eos_ids
 from megatron_laser.config.special_tokens import SpecialTokens, resolve_special_tokens
@@ -29,11 +30,12 @@ class ModelInputs:
 
 
 def look_at_model(config: RunConfig, ledger: Ledger) -> ModelInputs:
-    """Shape and special tokens, from config.json and the tokenizer's files alone: no weights, no tokenizer."""
+    """Shape, weights and special tokens, from config.json, the tokenizer's files and the weight files' headers."""
     found = ModelInputs()
     with ledger.topic(GROUP, "model"):
-        found.architecture = read_architecture(config.model.path)
-        ledger.add(GROUP, [_shape(config, found.architecture)])
+        ledger.add(GROUP, look_at_model_folder(config.model.path, dtype=config.model.dtype))
+        with suppress(ConfigError):  # said by now
+            found.architecture = read_architecture(config.model.path)
     with ledger.topic(GROUP, "score token"):
         found.special = resolve_special_tokens(config, needed(found.architecture, "config.json"))
         ledger.add(GROUP, [score_token_finding(config, found.special)])
@@ -143,14 +145,3 @@ def score_token_finding(config: RunConfig, special: SpecialTokens) -> Finding:
             cure="take a special token that nothing uses; `megatron-laser calibrate` proposes some",
         )  # fmt: skip
     return Finding(topic, "ok", f"{text}, a special token that ends no response")
-
-
-def _shape(config: RunConfig, architecture: Architecture) -> Finding:
-    tied = "tied embeddings" if architecture.tied_embeddings else "untied embeddings"
-    return Finding(
-        "model",
-        "ok",
-        f"{architecture.model_type}, {count_parameters(architecture):,} parameters, {architecture.num_layers} layers, "
-        f"hidden size {architecture.hidden_size}, vocabulary {architecture.vocab_size:,}, {tied}; reads "
-        f"{architecture.max_position_embeddings:,} tokens; trained in {config.model.dtype}",
-    )

@@ -2,17 +2,22 @@
 
 from .cursor import PromptCursor
 from .errors import DataError
-from .prompts import DroppedPrompts, build_prompts
+from .looks import look_at_prompts, look_at_references
+from .prompts import PromptReport, build_prompts
 from .readers import Row, fingerprint, read_ids, read_rows
+from .references import grades_mathematics
 from .score_token import refuse_score_token
 
 __all__ = [
     "DataError",
-    "DroppedPrompts",
     "PromptCursor",
+    "PromptReport",
     "Row",
     "build_prompts",
     "fingerprint",
+    "grades_mathematics",
+    "look_at_prompts",
+    "look_at_references",
     "read_ids",
     "read_rows",
     "refuse_score_token",

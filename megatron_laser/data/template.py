@@ -8,7 +8,7 @@ from typing import Any
 from .errors import DataError
 
 
-def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, generation: bool = True) -> str:
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generation: bool = True) -> str:
     """The text of a chat, with its special tokens.
 
     Args:

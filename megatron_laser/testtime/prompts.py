@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_laser.data.errors import DataError
-from megatron_laser.data.template import render_chat
 from megatron_laser.testtime.errors import TestTimeError
 
 _ROLES = ("system", "user", "assistant", "developer", "tool")
@@ -52,9 +50,9 @@ def prompt_token_ids(
         if not getattr(tokenizer, "chat_template", None):
             raise TestTimeError("the tokenizer has no chat template; use --no-chat-template (a base model)")
         try:
-            text = render_chat(tokenizer, messages)
-        except DataError as error:
-            raise TestTimeError(f"`messages`: the chat template refuses them: {error.__cause__}") from error
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template raises what it likes about the order of roles
+            raise TestTimeError(f"`messages`: the chat template refuses them: {error}") from error
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return [int(token_id) for token_id in ids]
 

@@ -79,9 +79,25 @@ def test_only_newlines_end_a_line(tmp_path: Path) -> None:
         (b'{"problem": "x", "answer": ""}', "'answer' .data.answer_key. is empty"),
         (b'{"problem": ["x"], "answer": "1"}', "expected a string, found"),
         (b'{"problem": 5, "answer": "1"}', "expected a string, found 5"),
-        (b'{"problem": "x", "answer": 0.5}', "expected a string or an integer, found 0.5"),
-        (b'{"problem": "x", "answer": true}', "expected a string or an integer, found True"),
-        (b'{"problem": "x", "answer": null}', "expected a string or an integer, found None"),
+        (
+            b'{"problem": "x", "answer": true}',
+            "expected a text, a number or a list of one of them, found True",
+        ),
+        (
+            b'{"problem": "x", "answer": null}',
+            "expected a text, a number or a list of one of them, found None",
+        ),
+        (b'{"problem": "x", "answer": ["1", "2"]}', r"expected a text, .* found \['1', '2'\]"),
+        (b'{"problem": "x", "answer": NaN}', "expected a text, .* found nan"),
+        (b'{"problem": "x", "answer": ' + b"1" * 5000 + b"}", "not JSON: Exceeds the limit"),
+        (
+            b'{"problem": "half \\ud83d", "answer": "1"}',
+            r"'problem' .* half of a surrogate pair \(.ud83d, character 3\)",
+        ),
+        (
+            b'{"problem": "x", "answer": "\\ude00"}',
+            r"'answer' .data.answer_key. holds half of a surrogate pair",
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
