@@ -64,7 +64,7 @@ def train(
     Several:       torchrun --nproc-per-node 8 -m megatron_laser train RUN.yaml parallel.tensor=4
     """
     from megatron_laser.config import check_layout, load_config, read_architecture, resolve_plan
-    from megatron_laser.config.process_environment import is_main_process, read_place
+    from megatron_laser.config.process_environment import is_main_process, place_in_run
 
     loaded = load_config(config, overrides or [])
     if dry_run:
@@ -83,7 +83,7 @@ def train(
         raise typer.BadParameter("--gpu-memory-gib goes with --dry-run; a run asks its own GPUs")
     if world_size is not None:
         raise typer.BadParameter("--world-size goes with --dry-run; torchrun sets the real one")
-    check_layout(loaded, read_architecture(loaded.model.path), read_place().world_size)
+    check_layout(loaded, read_architecture(loaded.model.path), place_in_run().world_size)
     is_main = is_main_process()
     prepare_process(loaded.logging.level, is_main)
     if overwrite and is_main:

@@ -15,7 +15,15 @@ from megatron_laser.errors import UserError
 # What a user's path, permissions or disk can be wrong with. Anything else that the system refuses is a crash.
 _FILE_ERRORS = frozenset(
     {
-        *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
+        *(
+            errno.ENOENT,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EISDIR,
+            errno.ENOTDIR,
+            errno.ELOOP,
+            errno.ENAMETOOLONG,
+        ),
         *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENOTEMPTY),
     }
 )

@@ -36,7 +36,9 @@ def load_tokenizer(folder: str | Path, probes: Sequence[str] = ()) -> Any:
         from tokenizers import Tokenizer
 
         written = Tokenizer.from_file(str(file))
-    except Exception as error:  # of any kind: the files are parsed in Python, in Rust and by code of the model's type
+    except (
+        Exception
+    ) as error:  # of any kind: the files are parsed in Python, in Rust and by code of the model's type
         reason = " ".join(str(error).split())
         raise ConfigError(
             [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from megatron_laser.check.ledger import Ledger, needed
 from megatron_laser.check.model_inputs import ModelInputs
@@ -15,8 +14,8 @@ from megatron_laser.data import (
     grades_mathematics,
     look_at_prompts,
     look_at_references,
+    look_for_score_token,
     read_rows,
-    refuse_score_token,
 )
 from megatron_laser.types import Prompt
 
@@ -64,8 +63,10 @@ def look_at_data(
             _tokenize(config, model, found, split, ledger, progress)
         score = None if model.special is None else model.special.score_token_id
         if score is not None and split in found.prompts:
-            with ledger.topic(GROUP, f"data.{split}"):
-                refuse_score_token(rows, found.prompts[split], model.tokenizer, score)
+            prompts = found.prompts[split]
+            with ledger.topic(GROUP, "score token"):
+                finding = look_for_score_token(rows, prompts, model.tokenizer, score, name=f"data.{split}")
+                ledger.add(GROUP, [finding])
 
 
 def _tokenize(

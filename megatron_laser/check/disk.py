@@ -13,7 +13,10 @@ from megatron_laser.config.parameters import DTYPE_BYTES
 from megatron_laser.findings import Finding
 
 TOPIC = "disk space"
-_STATE_BYTES = {"float32": 8, "bfloat16": 12}  # of the optimizer: moments, and with bfloat16 weights a float32 copy
+_STATE_BYTES = {
+    "float32": 8,
+    "bfloat16": 12,
+}  # of the optimizer: moments, and with bfloat16 weights a float32 copy
 _TEXT_BYTES = 4  # of a token as text, about
 _SPARE = 0.02  # of the need: folders, metrics, logs
 
@@ -56,7 +59,9 @@ def disk_needs(config: RunConfig) -> Iterator[Need]:
         kept = min(saved, for_good + min(settings.keep_last, saved) + 1)
         yield Need(
             root,
-            f"{kept} checkpoints of {_size(checkpoint)}" if kept > 1 else f"a checkpoint of {_size(checkpoint)}",
+            f"{kept} checkpoints of {_size(checkpoint)}"
+            if kept > 1
+            else f"a checkpoint of {_size(checkpoint)}",
             max(0, kept * checkpoint - _folder_bytes(root)),
             0 if root.is_dir() and any(root.glob("step_*")) else checkpoint,
         )

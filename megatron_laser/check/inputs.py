@@ -27,11 +27,7 @@ class Looked:
     data: DataInputs
 
 
-def _no_progress(split: str, done: int, total: int) -> None:
-    """For those who do not watch."""
-
-
-def look(config: RunConfig, ledger: Ledger, progress: Progress = _no_progress) -> Looked:
+def look(config: RunConfig, ledger: Ledger, progress: Progress = lambda split, done, total: None) -> Looked:
     """Look at everything; what was found goes into `ledger`.
 
     Reads, and writes nothing. Quick looks come first, so that a run that cannot start says so soon.

@@ -34,6 +34,8 @@ def _servers(config: RunConfig) -> str:
         return f"{len(sglang.urls)} by address; they say what they are at the first contact"
     if sglang.endpoints is not None:
         return f"those that serve publishes in {sglang.endpoints}"
-    return f"{sglang.servers} of {sglang.tensor} {'GPU' if sglang.tensor == 1 else 'GPUs'} each can be started here" if (
-        sglang.device == "cuda"
-    ) else f"{sglang.servers} on CPUs can be started here"
+    return (
+        f"{sglang.servers} of {sglang.tensor} {'GPU' if sglang.tensor == 1 else 'GPUs'} each can be started here"
+        if (sglang.device == "cuda")
+        else f"{sglang.servers} on CPUs can be started here"
+    )

@@ -46,7 +46,9 @@ def look_at_tokenizer(config: RunConfig, found: ModelInputs, ledger: Ledger) -> 
     """Its vocabulary, the chat template, and what ends a response; needs `found.tokenizer`."""
     with ledger.topic(GROUP, "tokenizer"):
         tokenizer = needed(found.tokenizer, "the tokenizer")
-        ledger.add(GROUP, [vocabulary_finding(tokenizer, needed(found.architecture, "config.json").vocab_size)])
+        ledger.add(
+            GROUP, [vocabulary_finding(tokenizer, needed(found.architecture, "config.json").vocab_size)]
+        )
     with ledger.topic(GROUP, "chat template"):
         tokenizer = needed(found.tokenizer, "the tokenizer")
         ledger.add(GROUP, [template_finding(config, tokenizer)])
@@ -78,8 +80,10 @@ def vocabulary_finding(tokenizer: Any, vocab_size: int) -> Finding:
         for role in ("bos", "eos", "pad", "unk")
         if (token_id := getattr(tokenizer, f"{role}_token_id", None)) is not None
     }
-    special = ", ".join(f"{role} {token_id} {getattr(tokenizer, f'{role}_token')!r}" for role, token_id in roles.items())
-    text = f"{type(tokenizer).__name__}, {len(vocabulary):,} tokens for {vocab_size:,} rows; {special or 'no special tokens'}"
+    special = ", ".join(
+        f"{role} {token_id} {getattr(tokenizer, f'{role}_token')!r}" for role, token_id in roles.items()
+    )
+    text = f"{len(vocabulary):,} tokens for {vocab_size:,} rows; {special or 'no special tokens'}"
     if not beyond:
         return Finding("tokenizer", "ok", text)
     roles_beyond = [role for role, token_id in roles.items() if token_id >= vocab_size]
@@ -87,7 +91,11 @@ def vocabulary_finding(tokenizer: Any, vocab_size: int) -> Finding:
         "tokenizer",
         "error" if "bos" in roles_beyond or "eos" in roles_beyond else "warning",
         f"{len(beyond):,} tokens are beyond the model's vocabulary of {vocab_size:,}"
-        + (f", {' and '.join(roles_beyond)} among them" if roles_beyond else "; a prompt with one of them is refused"),
+        + (
+            f", {' and '.join(roles_beyond)} among them"
+            if roles_beyond
+            else "; a prompt with one of them is refused"
+        ),
         tuple(f"{token_id} {token!r}" for token_id, token in beyond[:5]),
         "copy the tokenizer's files from the model's origin",
     )

@@ -74,7 +74,12 @@ def _finding(finding: Finding, column: int, width: int) -> Iterator[str]:
 def _wrap(text: str, hang: str, width: int) -> list[str]:
     text = "".join(c if c.isprintable() else " " for c in text)
     return textwrap.wrap(
-        text, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+        text,
+        width,
+        subsequent_indent=hang,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
     ) or [text]
 
 

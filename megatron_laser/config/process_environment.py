@@ -48,7 +48,9 @@ def environment_int(
         value = least - 1
     if value < least:
         raise ConfigError(
-            [f"environment variable {name}={text}: expected an integer of {least} or more; correct or unset it"]
+            [
+                f"environment variable {name}={text}: expected an integer of {least} or more; correct or unset it"
+            ]
         )
     return value
 
@@ -57,7 +59,7 @@ def read_place(environment: Mapping[str, str] | None = None) -> Place:
     """What the launcher's variables say.
 
     Raises:
-        ConfigError: one is no number, or they contradict each other.
+        ConfigError: one is no number.
     """
     names = os.environ if environment is None else environment
     rank = environment_int("RANK", None, environment=names)
@@ -65,15 +67,31 @@ def read_place(environment: Mapping[str, str] | None = None) -> Place:
     local_rank = environment_int("LOCAL_RANK", 0, environment=names)
     environment_int("MASTER_PORT", None, least=1, environment=names)
     local_world_size = environment_int("LOCAL_WORLD_SIZE", world_size, least=1, environment=names)
-    if rank is None and world_size > 1:
-        raise ConfigError(
-            [f"environment variable WORLD_SIZE={world_size} without RANK: start with torchrun, or unset WORLD_SIZE"]
-        )
-    if rank is not None and rank >= world_size:
-        raise ConfigError(
-            [f"environment variables RANK={rank} and WORLD_SIZE={world_size}: expected a rank below the world size"]
-        )
     return Place(rank, world_size, local_rank, local_world_size)
+
+
+def place_in_run() -> Place:
+    """`read_place` of this process, which is about to join its run.
+
+    Raises:
+        ConfigError: a variable is no number, or they contradict each other.
+    """
+    place = read_place()
+    if place.rank is None and place.world_size > 1:
+        raise ConfigError(
+            [
+                f"environment variable WORLD_SIZE={place.world_size} without RANK: start with torchrun, or unset "
+                "WORLD_SIZE"
+            ]
+        )
+    if place.rank is not None and place.rank >= place.world_size:
+        raise ConfigError(
+            [
+                f"environment variables RANK={place.rank} and WORLD_SIZE={place.world_size}: expected a rank below the "
+                "world size"
+            ]
+        )
+    return place
 
 
 def is_main_process() -> bool:
@@ -98,6 +116,8 @@ def openmp_threads(environment: Mapping[str, str] | None = None) -> int | None:
     first, *inner = names.get(_THREADS, "").split(",")
     for part in (first, *inner):
         if not part.strip() and inner:
-            raise ConfigError([f"environment variable {_THREADS}={names[_THREADS]}: expected numbers such as 2 or 2,1"])
+            raise ConfigError(
+                [f"environment variable {_THREADS}={names[_THREADS]}: expected numbers such as 2 or 2,1"]
+            )
         environment_int(_THREADS, None, least=1, environment={_THREADS: part})
     return environment_int(_THREADS, None, least=1, environment={_THREADS: first})

@@ -82,7 +82,8 @@ def named_eos_ids(folder: str | Path) -> dict[str, tuple[int, ...]]:
         ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
             raise ConfigError(
-                [f"eos_token_id: expected a token id or a list of them, got {eos!r}"], str(Path(folder) / name)
+                [f"eos_token_id: expected a token id or a list of them, got {eos!r}"],
+                str(Path(folder) / name),
             )
         if ids:
             found[name] = tuple(ids)

@@ -1,4 +1,4 @@
-"""The token ids with a part in the algorithm: what ends a response, and the score token. One rule for dry run and run."""
+"""Token ids with a part in the algorithm: what ends a response, and the score token; one rule for dry run and run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def resolve_special_tokens(
     """
     stops = tuple(config.rollout.stop_token_ids or read_stop_token_ids(config.model.path))
     if not stops and complete:
-        raise ConfigError([f"model.path {config.model.path} names no eos_token_id; set rollout.stop_token_ids"])
+        raise ConfigError(
+            [f"model.path {config.model.path} names no eos_token_id; set rollout.stop_token_ids"]
+        )
     _check_vocabulary("rollout.stop_token_ids", stops, architecture.vocab_size)
     setting = config.laser.score_token
     if setting is None:
@@ -44,7 +46,9 @@ def resolve_special_tokens(
     token = resolve_score_token(config.model.path, setting)
     if token.id is None:
         if config.laser.enabled and complete:
-            raise ConfigError([f"laser.score_token {setting!r} has no id in the tokenizer of {config.model.path}"])
+            raise ConfigError(
+                [f"laser.score_token {setting!r} has no id in the tokenizer of {config.model.path}"]
+            )
         return SpecialTokens(stops, token)
     _check_vocabulary("laser.score_token", (token.id,), architecture.vocab_size)
     if token.id in stops:
@@ -61,5 +65,7 @@ def _check_vocabulary(setting: str, ids: tuple[int, ...], vocab_size: int) -> No
     outside = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
     if outside:
         raise ConfigError(
-            [f"{setting}: token id {outside[0]} is not in the model's vocabulary; expected 0 to {vocab_size - 1}"]
+            [
+                f"{setting}: token id {outside[0]} is not in the model's vocabulary; expected 0 to {vocab_size - 1}"
+            ]
         )

@@ -6,7 +6,7 @@ from .looks import look_at_prompts, look_at_references
 from .prompts import PromptReport, build_prompts
 from .readers import Row, fingerprint, read_ids, read_rows
 from .references import grades_mathematics
-from .score_token import refuse_score_token
+from .score_token import look_for_score_token, refuse_score_token
 
 __all__ = [
     "DataError",
@@ -18,6 +18,7 @@ __all__ = [
     "grades_mathematics",
     "look_at_prompts",
     "look_at_references",
+    "look_for_score_token",
     "read_ids",
     "read_rows",
     "refuse_score_token",

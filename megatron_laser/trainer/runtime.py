@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_laser.config.process_environment import read_place
+from megatron_laser.config.process_environment import place_in_run
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.errors import UserError
 from megatron_laser.model import platform
@@ -69,7 +69,7 @@ def start(config: RunConfig) -> Runtime:
     group's communicator does not within `run.deadline`.
     """
     platform.install()
-    platform.set_local_device(read_place().local_rank)
+    platform.set_local_device(place_in_run().local_rank)
     store, rank, world_size = _rendezvous(config)
     timeout = timedelta(seconds=config.run.deadline)
     dist.init_process_group(
@@ -85,7 +85,7 @@ def start(config: RunConfig) -> Runtime:
 
 
 def _rendezvous(config: RunConfig) -> tuple[dist.Store, int, int]:
-    place = read_place()
+    place = place_in_run()
     if place.rank is None:
         return dist.HashStore(), 0, 1
     grace = timedelta(seconds=config.run.start_grace)

@@ -36,7 +36,11 @@ class UpdateGroup:
         seconds = min(_JOIN_SECONDS, update.left())
         self._timeout = timedelta(seconds=timeout)
         self._store = dist.TCPStore(
-            address if address in ("127.0.0.1", "::1", "localhost") else "::" if ":" in address else "0.0.0.0",
+            address
+            if address in ("127.0.0.1", "::1", "localhost")
+            else "::"
+            if ":" in address
+            else "0.0.0.0",
             0,
             is_master=True,
             wait_for_workers=False,

@@ -49,6 +49,8 @@ LAYERS = (
         "cli",
         "cli_bench",
         "cli_serve",
+        "cli_check",
+        "cli_errors",
         "cli_testtime",
         "__main__",
     ),
