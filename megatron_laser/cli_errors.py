@@ -24,7 +24,7 @@ _FILE_ERRORS = frozenset(
             errno.ELOOP,
             errno.ENAMETOOLONG,
         ),
-        *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENOTEMPTY),
+        *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENOTEMPTY, errno.EEXIST),
     }
 )
 

@@ -40,7 +40,7 @@ def disk_findings(config: RunConfig) -> list[Finding]:
     """One finding for each file system that the run writes to."""
     by_device: dict[int, list[Need]] = {}
     for need in disk_needs(config):
-        by_device.setdefault(_existing(need.folder).stat().st_dev, []).append(need)
+        by_device.setdefault(existing_part(need.folder).stat().st_dev, []).append(need)
     return [_finding(needs) for needs in by_device.values()]
 
 
@@ -78,7 +78,7 @@ def disk_needs(config: RunConfig) -> Iterator[Need]:
 
 
 def _finding(needs: list[Need]) -> Finding:
-    place = _existing(needs[0].folder)
+    place = existing_part(needs[0].folder)
     free = shutil.disk_usage(place).free
     certain = sum(need.most for need in needs if need.certain)
     everything = sum(need.most for need in needs)
@@ -101,7 +101,7 @@ def _finding(needs: list[Need]) -> Finding:
     return Finding(TOPIC, "ok", text)
 
 
-def _existing(folder: Path) -> Path:
+def existing_part(folder: Path) -> Path:
     """`folder`, or the nearest folder above it that is there."""
     folder = folder.absolute()
     while not folder.exists() and folder != folder.parent:

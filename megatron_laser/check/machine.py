@@ -1,8 +1,11 @@
-"""What the run needs of this machine: room on its disks, and an environment for servers."""
+"""What the run needs of this machine: room on its disks, folders that it may write, and an environment for servers."""
 
 from __future__ import annotations
 
-from megatron_laser.check.disk import disk_findings
+import os
+from pathlib import Path
+
+from megatron_laser.check.disk import disk_findings, existing_part
 from megatron_laser.check.ledger import Ledger
 from megatron_laser.config import RunConfig
 from megatron_laser.findings import Finding
@@ -24,6 +27,38 @@ def look_at_disks(config: RunConfig, ledger: Ledger) -> None:
     """Whether what the run writes has room."""
     with ledger.topic(GROUP, "disk space"):
         ledger.add(GROUP, disk_findings(config))
+
+
+def look_at_folders(config: RunConfig, ledger: Ledger) -> None:
+    """Whether the run can write where it is told to. Creates nothing."""
+    output = Path(config.run.output_dir)
+    places = {"run.output_dir": output}
+    if config.checkpoint.every and config.checkpoint.folder is not None:
+        places["checkpoint.folder"] = Path(config.checkpoint.folder)
+    if config.rollout.engine == "sglang" and config.rollout.sync_folder is not None:
+        places["rollout.sync_folder"] = Path(config.rollout.sync_folder)
+    for setting, folder in places.items():
+        with ledger.topic(GROUP, setting):
+            ledger.add(GROUP, [folder_finding(setting, folder)])
+
+
+def folder_finding(setting: str, folder: Path) -> Finding:
+    """Whether files can be written into `folder`, which need not exist yet."""
+    place = existing_part(folder)
+    if not place.is_dir():
+        return Finding(setting, "error", f"{folder}: {place} is a file", cure=f"choose another {setting}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        return Finding(
+            setting,
+            "error",
+            f"{folder}: {place} cannot be written by this user",
+            cure=f"choose another {setting}",
+        )
+    if place != folder.absolute():
+        return Finding(setting, "ok", f"{folder} will be made")
+    if (folder / "run.json").is_file():
+        return Finding(setting, "note", f"{folder} holds a run, which the same settings go on with")
+    return Finding(setting, "ok", f"{folder} is there")
 
 
 def _servers(config: RunConfig) -> str:

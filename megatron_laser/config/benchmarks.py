@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from megatron_laser.config.errors import ConfigError
 from megatron_laser.config.fields import Count, FilePath, NonNegative, Section, Seed, Text, TopP
-from megatron_laser.config.yaml_source import read_yaml
+from megatron_laser.config.yaml_source import read_yaml, syntax_problem
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
@@ -175,7 +175,7 @@ def _apply(override: str, sections: dict[str, dict[str, Any]]) -> list[str]:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        return [f"{override!r}: the value is not valid YAML ({getattr(error, 'problem', error)})"]
+        return [f"{override!r}: the value is not valid YAML ({syntax_problem(error)})"]
     if key == "path" and isinstance(value, str):
         value = str(Path(value).expanduser().absolute())
     sections[name] = {**sections[name], key: value}

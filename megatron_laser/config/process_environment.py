@@ -96,7 +96,8 @@ def place_in_run() -> Place:
 
 def is_main_process() -> bool:
     """Whether this process is the one that prints; asked where nothing may be raised."""
-    return os.environ.get("RANK", "").strip() in ("", "0")
+    rank = os.environ.get("RANK", "").strip()
+    return not rank.isdecimal() or int(rank) == 0
 
 
 def drop_empty_numbers() -> None:

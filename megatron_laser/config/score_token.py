@@ -78,7 +78,11 @@ def named_eos_ids(folder: str | Path) -> dict[str, tuple[int, ...]]:
     found = {}
     for name in ("generation_config.json", "config.json"):
         value = _read_json(Path(folder) / name)
-        eos = value.get("eos_token_id") if isinstance(value, dict) else None
+        if value is None:
+            continue
+        if not isinstance(value, dict):
+            raise ConfigError([f"expected an object, got {type(value).__name__}"], str(Path(folder) / name))
+        eos = value.get("eos_token_id")
         ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
             raise ConfigError(

@@ -47,7 +47,9 @@ def resolve_special_tokens(
     if token.id is None:
         if config.laser.enabled and complete:
             raise ConfigError(
-                [f"laser.score_token {setting!r} has no id in the tokenizer of {config.model.path}"]
+                [
+                    f"laser.score_token {setting!r} has no id in the tokenizer of {config.model.path}: {token.note}"
+                ]
             )
         return SpecialTokens(stops, token)
     _check_vocabulary("laser.score_token", (token.id,), architecture.vocab_size)
