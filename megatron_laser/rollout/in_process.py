@@ -305,7 +305,7 @@ def _log_probs(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     if bool(logprobs[:, 0].isnan().any()):  # one NaN makes its row NaN
         raise NotANumberError(
             "the model's logits hold NaN (not a number), so that nothing can be sampled or scored: its weights hold "
-            "NaN or infinities, or overflow; look at the weights of the model's folder, or go back to a checkpoint from "
-            "before training diverged"
+            "NaN or infinities, or overflow; look at the weights of the model's folder, or go back to a checkpoint "
+            "from before training diverged"
         )
     return logprobs

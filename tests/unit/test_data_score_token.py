@@ -3,10 +3,8 @@
 import json
 
 import pytest
-from helpers.models import save_tiny_model
+from helpers.models import save_tiny_model, save_word_tokenizer
 from helpers.runs import run_config
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from megatron_laser.check import CheckFailed
 from megatron_laser.config import ConfigError
@@ -19,11 +17,7 @@ SCORE = WORDS.index("<|score|>")
 @pytest.fixture
 def model(tmp_path):
     folder = tmp_path / "model"
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
-    fast.add_special_tokens({"additional_special_tokens": ["<|score|>"]})
-    fast.save_pretrained(folder)
+    save_word_tokenizer(folder, WORDS)
     # Of type llama: its tokenizer class takes tokenizer.json as it is.
     save_tiny_model(folder, "llama3-rope", vocab_size=len(WORDS))
     return folder
