@@ -11,7 +11,6 @@ import numpy as np
 from megatron_laser.config import (
     ConfigError,
     RunConfig,
-    check_model_folder,
     read_architecture,
     read_stop_token_ids,
     resolve_score_token,
@@ -59,13 +58,12 @@ def read_inputs(config: RunConfig) -> RunInputs:
     """Read tokenizer and data, resolve score token and reward function, and claim the output folder.
 
     Raises:
-        ConfigError, ModelFolderError, DataError, RewardSpecError: with the setting or the file and line that is wrong.
+        ConfigError, DataError, RewardSpecError: with the setting or the file and line that is wrong.
     """
     check_start(config)
     check_servers(config)
     resolve_reward(config.reward.function)
     architecture = read_architecture(config.model.path)
-    check_model_folder(config.model.path)
     stop_token_ids = config.rollout.stop_token_ids or read_stop_token_ids(config.model.path)
     if not stop_token_ids:
         raise ConfigError(
