@@ -137,6 +137,7 @@ def _servers(choice: EngineChoice, model: ModelFolder, deadline: float) -> Rollo
             model.vocab_size,
             model_type=config.get("model_type"),
             sizes={name: config[name] for name in SIZES if name in config},
+            tied=bool(config.get("tie_word_embeddings", False)),
         ),
         deadline=deadline,
         max_concurrency=choice.max_concurrency,

@@ -25,7 +25,7 @@ from helpers.source_tree import (
 # A part may import the parts of lower layers, and of its own only what SAME_LAYER says.
 LAYERS = (
     ("errors", "findings"),
-    ("types", "config"),
+    ("types", "config", "finite"),
     ("algorithms", "ops", "batching", "data", "rewards"),
     ("observability",),
     ("rollout", "evaluation", "model", "trainer"),

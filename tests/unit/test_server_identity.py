@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from helpers.plain_http import answering
@@ -204,6 +205,18 @@ class TestAModelFolderThatBothSee:
         assert f"its model {tmp_path} has vocab_size 160 instead of 152, hidden_size 32 instead of 64" in str(
             error.value
         )
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_ties_that_are_not_the_trainers_are_refused(self, tmp_path, tied):
+        expected = replace(EXPECTED, tied=tied)
+        with answering(sglang(info=self.info(tmp_path, tie_word_embeddings=tied))) as url:
+            open_engine(url, expected=expected)
+        other = self.info(tmp_path, **({} if tied else {"tie_word_embeddings": True}))
+        with (
+            answering(sglang(info=other)) as url,
+            pytest.raises(ServerMismatch, match=f"says tie_word_embeddings {str(not tied).lower()}"),
+        ):
+            open_engine(url, expected=expected)
 
     def test_it_tells_the_vocabulary_so_that_no_request_is_needed(self, tmp_path):
         seen = []
