@@ -162,9 +162,11 @@ class Leader:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of rank 0: the cursor, groups that are begun, and a batch that is ahead."""
-        return self._collector.state() if self._ahead is None else self._ahead.state()
+        state = self._collector.state() if self._ahead is None else self._ahead.state()
+        return state | {"reward_code": self._grading.source_fingerprints()}
 
     def _load_state(self, state: dict[str, Any]) -> None:
+        self._grading.say_if_edited_since(state.get("reward_code", {}))
         if self._ahead is None:
             self._collector.load_state(state)
         else:

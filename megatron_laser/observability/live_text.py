@@ -55,6 +55,9 @@ def plain_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:
     width = len(str(total_steps))
     parts = [f"step {step:>{width}}/{total_steps}"]
     parts += [f"{label} {text}" for label, text in format_fields(metrics, LINE_FIELDS)]
+    failed = number(metrics, "grading_failed")
+    if failed:
+        parts.append(f"not graded {failed:.0f}")
     rate = number(metrics, "time/tokens_per_second")
     if rate is not None:
         parts.append(f"{format_count(rate)} tok/s")

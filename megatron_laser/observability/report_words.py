@@ -26,6 +26,7 @@ def findings(runs: list[Run]) -> list[str]:
         sentences += _comparison(*pair)
     for run in runs:
         sentences += _accuracy(run)
+        sentences += _grading(run)
         if run.final is None:
             sentences.append(f"{run.label} has no finished evaluation, so votes and calibration are missing.")
             continue
@@ -97,6 +98,26 @@ def _accuracy(run: Run) -> list[str]:
     if not math.isfinite(last):
         return [f"{run.label} has no reward_mean in metrics.jsonl."]
     return [f"{run.label}: rollouts were right {first:.1%} of the time at first, {last:.1%} at the end."]
+
+
+def _grading(run: Run) -> list[str]:
+    """How many responses could not be graded, while training and in the last evaluation."""
+    sentences = []
+    _, failed = run.series("grading_failed")
+    if failed.sum() > 0:
+        sentences.append(
+            f"**{run.label}: {failed.sum():.0f} responses in {(failed > 0).sum()} of {len(failed)} steps could not be "
+            "graded** (`outcome/timeout` and `outcome/crash`); nothing was learned from them."
+        )
+    if run.final is not None:
+        counts = [run.final.number(f"outcome/{name}") for name in ("timeout", "crash")]
+        lost = sum(count for count in counts if math.isfinite(count))
+        if lost:
+            sentences.append(
+                f"**{run.label}: {lost:.0f} of {run.final.number('num_responses'):.0f} responses of the last "
+                "evaluation could not be graded** and count as wrong."
+            )
+    return sentences
 
 
 def _score(run: Run, evaluation: Evaluation) -> list[str]:

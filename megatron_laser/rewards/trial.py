@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from megatron_laser.findings import Finding
@@ -10,8 +11,14 @@ from .grade import Grade, GradingPoolError, RewardSpecError
 from .pool import GradingPool
 from .registry import is_math_verify
 
+logger = logging.getLogger(__name__)
+
 _TOPIC = "reward function"
-_CURE = "correct the function, or raise reward.deadline where it needs longer"
+_CURE = "correct the function"
+_CURE_LATE = (
+    "correct the function, or raise reward.deadline where it needs longer; heavy imports belong to the top of its "
+    "file, where they do not count"
+)
 
 
 def trial(
@@ -32,25 +39,27 @@ def trial(
         return [Finding(_TOPIC, "ok", "math_verify, built in")]
     responses = (f"The answer is \\boxed{{{answer}}}.", "I do not know.")
     grades: list[tuple[Grade, float]] = []
-    failures: list[str] = []
+    failures: dict[str, list[str]] = {}  # why -> which responses
     try:
-        with GradingPool(1, deadline, function, start_deadline=start_deadline) as pool:
+        with GradingPool(1, deadline, function, start_deadline=start_deadline, log_failures=False) as pool:
             for response in responses:
                 started = time.monotonic()
                 grade = pool.grade_many([(response, answer)])[0]
                 if grade.failed:
-                    failures.append(f"{response!r}: {pool.last_trouble}")
+                    failures.setdefault(pool.last_trouble, []).append(repr(response))
                 else:
                     grades.append((grade, time.monotonic() - started))
     except (RewardSpecError, GradingPoolError) as error:
         return [Finding(_TOPIC, "error", str(error))]
+    cure = _CURE_LATE if any(why.startswith("timeout") for why in failures) else _CURE
+    examples = tuple(f"{why} (response {' and '.join(which)})" for why, which in failures.items())
     of = f"reward.function {function!r}"
     if not grades:
         text = f"{of} graded neither of two trial responses (reference {answer!r})"
-        return [Finding(_TOPIC, "error", text, tuple(failures), _CURE)]
+        return [Finding(_TOPIC, "error", text, examples, cure)]
     if failures:
         text = f"{of} failed on one of two trial responses (reference {answer!r}); what it fails on teaches nothing"
-        return [Finding(_TOPIC, "warning", text, tuple(failures), _CURE)]
+        return [Finding(_TOPIC, "warning", text, examples, cure)]
     slowest = max(seconds for _, seconds in grades)
     rewards = " and ".join(f"{grade.reward:g}" for grade, _ in grades)
     text = (
@@ -60,3 +69,17 @@ def trial(
         cure = "raise reward.deadline: a busy machine is slower"
         return [Finding(_TOPIC, "warning", f"{text}, more than half of reward.deadline", cure=cure)]
     return [Finding(_TOPIC, "ok", text)]
+
+
+def try_reward(function: str, answer: str = "42", *, deadline: float = 5.0) -> None:
+    """`trial` where nobody reads findings: an error is raised, a warning logged.
+
+    Raises:
+        RewardSpecError: the function cannot be imported or called, or graded neither trial response.
+    """
+    for finding in trial(function, answer, deadline=deadline):
+        text = "; ".join((finding.text, *finding.examples, *([finding.cure] if finding.cure else [])))
+        if finding.level == "error":
+            raise RewardSpecError(text)
+        if finding.level == "warning":
+            logger.warning("%s", text)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_laser.data.cursor import PromptCursor
 from megatron_laser.observability.timers import Timers
-from megatron_laser.rewards import GradingPool
+from megatron_laser.rewards import GradingPool, GradingPoolError
 from megatron_laser.rollout.engine import ResumableEngine, RolloutEngine, StopEarly
 from megatron_laser.rollout.pending import OpenGroup, restore
 from megatron_laser.rollout.staleness import staleness_metrics
@@ -29,9 +30,15 @@ class _Progress:
     ends: float  # by time.monotonic()
     groups: list[Group] = field(default_factory=list)
     uniform: list[Group] = field(default_factory=list)
+    lost: list[Group] = field(default_factory=list)  # not one response could be graded
     open: list[OpenGroup] = field(default_factory=list)
     tried: int = 0
     rounds: int = 0
+
+    def failures(self) -> Counter[str]:
+        """Responses that could not be graded, by outcome; asked before a stand-in is in two lists."""
+        groups = (*self.groups, *self.uniform, *self.lost)
+        return Counter(sample.outcome for group in groups for sample in group.ungraded)
 
 
 class RolloutCollector:
@@ -39,7 +46,8 @@ class RolloutCollector:
 
     metrics: of the last step. prompts_tried; groups_dropped, those of them that are not in the batch because
     their rewards are all equal; groups_missing, how many of `prompts_per_step` groups with unequal rewards
-    were still missing when the tries were used up (0 without dropping). With a resumable engine also groups_carried
+    were still missing when the tries were used up (0 without dropping); grading_failed, the responses that could not
+    be graded (time-outs and crashes), on which the step does not train. With a resumable engine also groups_carried
     (begun, and going on in the next step), the age of the tokens, and what the engine counts.
     """
 
@@ -122,6 +130,7 @@ class RolloutCollector:
         Raises:
             RuntimeError: the engine holds other weights than those of step - 1 (or up to `ahead` steps older).
             TimeoutError: generation or grading passed the deadline.
+            GradingPoolError: every response's grading failed, or so many that too few groups are left.
         """
         oldest = max(0, step - 1 - self._ahead)
         if not oldest <= self._engine.version <= step - 1:
@@ -139,15 +148,23 @@ class RolloutCollector:
         ):
             self._round(progress)
         groups = progress.groups
-        missing = max(0, self._prompts_per_step - len(groups))
+        missing = max(0, self._prompts_per_step - len(groups)) if self._drops_uniform else 0
         found = len(groups)
+        failed = progress.failures()
         if missing:
             groups += self._stand_ins(step, found, progress.uniform)
         self.metrics = {
             "prompts_tried": progress.tried,
             "groups_dropped": len(progress.uniform) - (len(groups) - found),
             "groups_missing": missing,
+            "grading_failed": failed.total(),
         }
+        if len(groups) < self._fewest_groups:
+            raise GradingPoolError(
+                f"step {step}: only {len(groups)} of {len(groups) + len(progress.lost)} groups have a response that "
+                f"could be graded, and policy.minibatches needs {self._fewest_groups}; {self._why(failed)}"
+            )
+        groups += progress.lost
         if isinstance(self._engine, ResumableEngine):
             self.metrics["groups_carried"] = len(self._carried)
             self.metrics |= staleness_metrics(groups, trained_version=step - 1)
@@ -179,6 +196,11 @@ class RolloutCollector:
         progress.rounds += 1
         with self._timers("grade"):
             self._sort_out(progress)
+        if progress.lost and not progress.groups and not progress.uniform:
+            raise GradingPoolError(
+                f"step {progress.step}: not one response could be graded, so there is nothing to learn from; "
+                f"{self._why(progress.failures())}"
+            )
 
     def _generate(self, progress: _Progress, missing: int) -> None:
         opened = progress.open
@@ -234,6 +256,9 @@ class RolloutCollector:
                 carried.append(group)
                 continue
             done = self._finish(group, progress.step, progress.ends)
+            if not done.samples:
+                progress.lost.append(done)
+                continue
             uniform = len({sample.reward for sample in done.samples}) == 1
             (progress.uniform if self._drops_uniform and uniform else progress.groups).append(done)
         progress.open = []
@@ -243,7 +268,8 @@ class RolloutCollector:
             self._carried = carried
 
     def _finish(self, group: OpenGroup, step: int, ends: float) -> Group:
-        samples = []
+        samples: list[Sample] = []
+        ungraded: list[Sample] = []
         for number in range(group.size):
             generation = group.generations[number]
             try:
@@ -253,7 +279,7 @@ class RolloutCollector:
                     f"step {step}: responses were not graded within rollout.deadline {self._deadline:g} s of the "
                     "step's start; raise it, or reward.workers, or lower reward.deadline"
                 ) from None
-            samples.append(
+            (ungraded if grade.failed else samples).append(
                 Sample(
                     prompt_ids=group.prompt.token_ids,
                     generation=generation,
@@ -264,7 +290,13 @@ class RolloutCollector:
                     zc_logprob=generation.zc_logprob,
                 )
             )
-        return Group(group.prompt, samples)
+        return Group(group.prompt, samples, ungraded)
+
+    def _why(self, failed: Counter[str]) -> str:
+        """How many responses could not be graded, and why the last one."""
+        counts = " and ".join(f"{count} {outcome}" for outcome, count in sorted(failed.items()))
+        last = self._grading.last_trouble
+        return f"{counts}; the last one: {last}. Correct reward.function, or raise reward.deadline"
 
     def _stand_ins(self, step: int, found: int, uniform: list[Group]) -> list[Group]:
         """Uniform groups for a step that found too few others; says so once in a run."""

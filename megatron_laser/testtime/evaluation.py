@@ -17,7 +17,7 @@ from megatron_laser.data import build_prompts, fingerprint, read_ids, read_rows,
 from megatron_laser.evaluation import evaluate, evaluation_detail, read_records
 from megatron_laser.observability.benchmark_report import write_benchmark_report
 from megatron_laser.observability.plain import plain, write_atomically
-from megatron_laser.rewards import GradingPool, resolve_reward
+from megatron_laser.rewards import GradingPool, try_reward
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.testtime.engine import EngineChoice, open_engine
 from megatron_laser.testtime.errors import TestTimeError
@@ -68,7 +68,7 @@ def evaluate_benchmarks(
         TimeoutError: the deadline passed, or a server did not answer; what arrived is kept.
     """
     for benchmark in benchmarks:
-        resolve_reward(benchmark.reward)
+        try_reward(benchmark.reward, deadline=grading_deadline)
     prompts = {benchmark.name: _prompts(model, benchmark) for benchmark in benchmarks}
     output.mkdir(parents=True, exist_ok=True)
     with _locked(output):

@@ -1,14 +1,21 @@
 """Groups whose rewards are all equal are dropped and replaced, within a cap, and the cursor stays exact."""
 
+import json
 import logging
 from concurrent.futures import Future
 
 import pytest
+import torch
 
+from megatron_laser.algorithms.advantages import grpo_advantages
+from megatron_laser.batching.flat import flatten
 from megatron_laser.data import PromptCursor
+from megatron_laser.observability.rollout_dump import dump_rollouts
+from megatron_laser.observability.rollout_metrics import rollout_metrics
 from megatron_laser.observability.timers import Timers
-from megatron_laser.rewards import Grade
+from megatron_laser.rewards import Grade, GradingPoolError
 from megatron_laser.rollout.collector import RolloutCollector
+from megatron_laser.rollout.pending import batch_from, batch_state
 from megatron_laser.types import Generation, Prompt, SamplingParams
 
 STOP = 1
@@ -75,7 +82,7 @@ def rows(batch):
 def test_without_dropping_every_group_is_kept():
     made, engine = collector(mixed=(), tries=None)
     assert rows(made.collect(1)) == [0, 1, 2, 3]
-    assert made.metrics == {"prompts_tried": 4, "groups_dropped": 0, "groups_missing": 0}
+    assert made.metrics == {"prompts_tried": 4, "groups_dropped": 0, "groups_missing": 0, "grading_failed": 0}
     assert len(engine.calls) == 1
 
 
@@ -84,7 +91,7 @@ def test_uniform_groups_are_dropped_and_further_prompts_asked_for_until_enough_a
     batch = made.collect(1)
     assert rows(batch) == [1, 2, 5, 8]
     assert [prompts for prompts, _ in engine.calls] == [[100, 101, 102, 103], [104, 105], [106], [107], [108]]
-    assert made.metrics == {"prompts_tried": 9, "groups_dropped": 5, "groups_missing": 0}
+    assert made.metrics == {"prompts_tried": 9, "groups_dropped": 5, "groups_missing": 0, "grading_failed": 0}
     assert all({sample.reward for sample in group.samples} == {0.0, 1.0} for group in batch.groups)
 
 
@@ -104,7 +111,12 @@ def test_at_the_cap_the_step_uses_what_is_there_and_counts_what_is_missing(caplo
     made, _ = collector(mixed=(1, 7), tries=8)
     with caplog.at_level(logging.WARNING):
         assert rows(made.collect(1)) == [1, 7]
-        assert made.metrics == {"prompts_tried": 8, "groups_dropped": 6, "groups_missing": 2}
+        assert made.metrics == {
+            "prompts_tried": 8,
+            "groups_dropped": 6,
+            "groups_missing": 2,
+            "grading_failed": 0,
+        }
         made._engine.version = 1
         made.collect(2)
     assert caplog.text.count("rollout.oversampling_cap") == 1
@@ -113,7 +125,7 @@ def test_at_the_cap_the_step_uses_what_is_there_and_counts_what_is_missing(caplo
 def test_a_short_batch_is_filled_up_to_one_group_for_each_optimizer_step():
     made, _ = collector(mixed=(5,), tries=8, fewest_groups=3)
     assert rows(made.collect(1)) == [5, 0, 1]
-    assert made.metrics == {"prompts_tried": 8, "groups_dropped": 5, "groups_missing": 3}
+    assert made.metrics == {"prompts_tried": 8, "groups_dropped": 5, "groups_missing": 3, "grading_failed": 0}
 
 
 def test_a_step_without_any_unequal_group_runs_on_uniform_ones_and_says_so_once(caplog):
@@ -122,7 +134,12 @@ def test_a_step_without_any_unequal_group_runs_on_uniform_ones_and_says_so_once(
         for step in (1, 2):
             engine.version = step - 1
             assert len(rows(made.collect(step))) == 4
-            assert made.metrics == {"prompts_tried": 8, "groups_dropped": 4, "groups_missing": 4}
+            assert made.metrics == {
+                "prompts_tried": 8,
+                "groups_dropped": 4,
+                "groups_missing": 4,
+                "grading_failed": 0,
+            }
     assert caplog.text.count("the verifier's advantages are 0 and only the self-reward learns") == 1
 
 
@@ -152,3 +169,89 @@ def test_grading_that_passes_the_deadline_names_the_setting():
         TimeoutError, match=r"step 1: responses were not graded within rollout\.deadline 0\.1 s"
     ):
         made.collect(1)
+
+
+class FailingGrading(Grading):
+    """Fails on the (prompt, sample) pairs in `failing`; each prompt's sample 10 is else right and 11 wrong."""
+
+    last_trouble = "crash: ValueError: no (mine.py:2 in grade)"
+
+    def __init__(self, failing):
+        super().__init__({100 + row for row in range(40)})
+        self.failing = failing
+
+    def submit(self, text, answer):
+        if tuple(int(word) for word in text.split()) not in self.failing:
+            return super().submit(text, answer)
+        future = Future()
+        future.set_result(Grade(0.0, "crash"))
+        return future
+
+
+def failing_collector(failing, **settings):
+    made, engine = collector(mixed=(), **settings)
+    made._grading = FailingGrading(failing)
+    made._sampling = SamplingParams(3, 8, (STOP,))
+    return made, engine
+
+
+def test_a_response_that_could_not_be_graded_is_in_neither_baseline_nor_score_labels():
+    made, _ = failing_collector({(101, 12), (102, 10), (102, 11), (102, 12)}, tries=None, per_step=3)
+    batch = made.collect(1)
+    assert made.metrics["grading_failed"] == 4
+    assert [len(group.samples) for group in batch.groups] == [3, 2, 0]
+    flat = flatten(batch)
+    assert flat.rewards.tolist() == [1, 0, 0, 1, 0] and flat.group_ids.tolist() == [0, 0, 0, 1, 1]
+    advantages = grpo_advantages(torch.from_numpy(flat.rewards), torch.from_numpy(flat.group_ids).long())
+    pair = grpo_advantages(torch.tensor([1.0, 0.0]), torch.zeros(2, dtype=torch.int64))
+    assert advantages[3:].tolist() == pair.tolist()  # with a wrong third one: 1.15 and -0.58
+    none = torch.full((5,), float("nan"))
+    metrics = rollout_metrics(batch, none, none)
+    assert metrics["outcome/crash"] == 4 and metrics["outcome/wrong"] == 3
+    assert metrics["reward_mean"] == 2 / 5
+
+
+def test_a_group_in_which_only_equal_rewards_are_left_is_dropped_as_uniform():
+    made, _ = failing_collector({(100, 10), (102, 11)}, per_step=3)
+    batch = made.collect(1)
+    assert rows(batch) == [1, 2, 3]  # 0 has two wrong ones left
+    assert made.metrics["groups_dropped"] == 1 and made.metrics["grading_failed"] == 2
+
+
+def test_groups_without_any_grade_are_replaced_where_groups_are_replaced_and_missing_elsewhere():
+    lost = {(101, sample) for sample in (10, 11, 12)}
+    replaced = failing_collector(lost, per_step=3)[0].collect(1)
+    assert [group.prompt.row for group in replaced.groups if group.samples] == [0, 2, 3]
+    kept = failing_collector(lost, per_step=3, tries=None)[0].collect(1)
+    assert [group.prompt.row for group in kept.groups if group.samples] == [0, 2]
+
+
+def test_a_step_in_which_nothing_could_be_graded_stops_with_the_reason():
+    everything = {(100 + row, sample) for row in range(40) for sample in (10, 11, 12)}
+    for tries in (None, 12):
+        made, engine = failing_collector(everything, tries=tries)
+        before = made.state()
+        with pytest.raises(
+            GradingPoolError, match=r"step 1: not one response.*12 crash.*mine\.py:2 in grade"
+        ):
+            made.collect(1)
+        assert len(engine.calls) == 1  # no further prompts are tried
+        assert made.state() == before  # the checkpoint that is saved now tries the same prompts again
+
+
+def test_too_few_groups_for_the_optimizer_steps_stop_with_the_reason():
+    most = {(100 + row, sample) for row in range(3) for sample in (10, 11, 12)}
+    made, _ = failing_collector(most, tries=None, fewest_groups=2)
+    with pytest.raises(GradingPoolError, match=r"only 1 of 4 groups.*policy\.minibatches needs 2"):
+        made.collect(1)
+
+
+def test_ungraded_responses_are_dumped_without_a_reward_and_kept_in_a_checkpoint(tmp_path):
+    made, _ = failing_collector({(100, 11)}, tries=None, per_step=2)
+    batch = made.collect(1)
+    dump_rollouts(tmp_path / "dump.jsonl", batch, [0.5] * 5, [1.0] * 5)
+    lines = [json.loads(line) for line in (tmp_path / "dump.jsonl").read_text().splitlines()]
+    assert [line["reward"] for line in lines] == [1.0, 0.0, None, 1.0, 0.0, 0.0]
+    assert lines[2]["outcome"] == "crash" and lines[2]["advantage"] is None
+    state = json.loads(json.dumps(batch_state(batch, {0: 0, 1: 1})))
+    assert batch_from(state, made._prompts) == batch
