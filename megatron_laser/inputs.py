@@ -16,16 +16,15 @@ from megatron_laser.config import (
     resolve_score_token,
 )
 from megatron_laser.data import (
-    DataError,
     Row,
     build_prompts,
     fingerprint,
     grades_mathematics,
+    heed,
     look_at_references,
     read_rows,
     refuse_score_token,
 )
-from megatron_laser.findings import Finding
 from megatron_laser.output_folder import ClaimedFolder, claim_output_folder
 from megatron_laser.rewards import resolve_reward
 from megatron_laser.rollout.serving.start_checks import check_start
@@ -107,7 +106,7 @@ def read_inputs(config: RunConfig) -> RunInputs:
 
     train_rows = read(data.train) or []
     if mathematics:
-        _say(look_at_references(train_rows))
+        heed(look_at_references(train_rows))
     tokenizer = load_tokenizer(config.model.path, [row.problem for row in train_rows[:_TOKENIZER_PROBES]])
 
     def prompts(rows: list[Row] | None) -> list[Prompt] | None:
@@ -136,16 +135,6 @@ def read_inputs(config: RunConfig) -> RunInputs:
         data_fingerprint=fingerprint(config.data.train, [config.data.prompt_key, config.data.answer_key]),
         folder=claim_output_folder(config),
     )
-
-
-def _say(findings: list[Finding]) -> None:
-    """Warnings go to the log; an error ends the start."""
-    for finding in findings:
-        text = f"{finding.text} ({'; '.join(finding.examples)}); {finding.cure}"
-        if finding.level == "error":
-            raise DataError(text)
-        if finding.level == "warning":
-            logger.warning("%s", text)
 
 
 def _check_vocabulary(setting: str, ids: tuple[int, ...], vocab_size: int) -> None:

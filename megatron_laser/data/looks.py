@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -9,9 +10,12 @@ from collections.abc import Iterable, Sequence
 from megatron_laser.findings import Finding, Level
 from megatron_laser.rewards import GradingPool
 
+from .errors import DataError
 from .prompts import PromptReport
 from .readers import Row
 from .references import why_unequal
+
+logger = logging.getLogger(__name__)
 
 _NAMED = 3  # rows of each kind
 _ASKED = 64  # different references that the grader is asked about
@@ -114,6 +118,21 @@ def look_at_prompts(report: PromptReport, *, name: str = "data.train") -> list[F
             )
         )
     return findings
+
+
+def heed(findings: Iterable[Finding]) -> None:
+    """Log the warnings.
+
+    Raises:
+        DataError: an error is among them.
+    """
+    for finding in findings:
+        examples = f" ({'; '.join(finding.examples)})" if finding.examples else ""
+        text = f"{finding.text}{examples}{'; ' if finding.cure else ''}{finding.cure}"
+        if finding.level == "error":
+            raise DataError(text)
+        if finding.level == "warning":
+            logger.warning("%s", text)
 
 
 def _unread(rows: Sequence[Row], name: str, deadline: float) -> list[Finding]:
