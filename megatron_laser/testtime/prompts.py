@@ -39,8 +39,6 @@ def prompt_token_ids(
     if given[0] == "prompt":
         if not isinstance(row["prompt"], str) or not row["prompt"]:
             raise TestTimeError("`prompt`: expected a text that is not empty")
-        if broken := lone_surrogate(row["prompt"], "prompt"):
-            raise TestTimeError(f"`prompt`: {broken}")
         messages: list[dict[str, Any]] = [{"role": "user", "content": row["prompt"]}]
     else:
         messages = check_messages(row["messages"])
@@ -49,6 +47,8 @@ def prompt_token_ids(
             raise TestTimeError("`messages`: the last one is not the user's, so the suffix has no place")
         last = {**messages[-1], "content": messages[-1]["content"] + prompt_suffix}
         messages = [*messages[:-1], last]
+    if broken := lone_surrogate(messages, "messages"):
+        raise TestTimeError(f"the {'prompt' if given[0] == 'prompt' else 'chat'} holds {broken}")
     if not apply_chat_template:
         if len(messages) != 1 or messages[0]["role"] != "user":
             raise TestTimeError("`messages`: without a chat template expected exactly one user message")
@@ -94,8 +94,6 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
         if not isinstance(content, str):
             raise TestTimeError(f"`messages[{index}].content`: expected a text")
         checked.append({"role": message["role"], "content": content})
-    if broken := lone_surrogate(checked, "messages"):
-        raise TestTimeError(f"`messages`: {broken}")
     if not any(message["content"].strip() for message in checked):
         raise TestTimeError("`messages`: every message is empty")
     return checked

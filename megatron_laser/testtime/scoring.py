@@ -123,8 +123,8 @@ def response_ids(model: ModelFolder, response: str, end: int) -> list[int]:
 
     Sampled tokens need not be those that the tokenizer makes of their text: where the ids are known they are better.
     """
-    if broken := lone_surrogate(response, "response"):
-        raise TestTimeError(f"`response`: {broken}")
+    if broken := lone_surrogate(response):
+        raise TestTimeError(f"`response` holds {broken}")
     ids = [int(i) for i in model.tokenizer(response, add_special_tokens=False)["input_ids"]]
     return ids if ids and ids[-1] in model.stop_token_ids else [*ids, end]
 
@@ -235,7 +235,7 @@ def _rows(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(row, dict):
                 raise TestTimeError(f"{place}: expected a JSON object, found a {type(row).__name__}")
             if broken := lone_surrogate(row):  # anywhere: the row is written again with its score
-                raise TestTimeError(f"{place}: {broken}")
+                raise TestTimeError(f"{place} holds {broken}")
             yield place, row
 
 
