@@ -235,7 +235,7 @@ def _rows(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(row, dict):
                 raise TestTimeError(f"{place}: expected a JSON object, found a {type(row).__name__}")
             if broken := lone_surrogate(row):  # anywhere: the row is written again with its score
-                raise TestTimeError(f"{place} holds {broken}")
+                raise TestTimeError(f"{place}: {broken}")
             yield place, row
 
 
