@@ -166,7 +166,7 @@ def _is_number(text: str) -> bool:
 
 
 def _examples(found: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    lines = []
+    lines: list[str] = []
     for source, text in found:
         if len(lines) == _NAMED:
             break

@@ -6,6 +6,9 @@ import logging
 from typing import Any
 
 import pytest
+import tokenizers
+import transformers
+from tokenizers import processors
 
 from megatron_laser.data import DataError, Row, build_prompts, look_at_prompts
 from megatron_laser.testtime.prompts import prompt_token_ids
@@ -20,8 +23,6 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
     model = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>")
     )
@@ -110,6 +111,22 @@ def test_test_time_prompts_have_the_ids_of_training(template_with_bos: Any) -> N
                 {"prompt": problem}, template_with_bos, apply_chat_template=template, prompt_suffix=" boxed"
             )
             assert given == prompt.token_ids
+
+
+def test_what_a_tokenizer_puts_behind_texts_is_left_out(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = tokenizer.backend_tokenizer
+    before = backend.post_processor
+    ids = [(word, WORDS.index(word)) for word in ("<bos>", "<unk>")]
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A <unk>", special_tokens=ids)
+    try:
+        with caplog.at_level(logging.WARNING):
+            prompts, _ = build([row(0, "<bos> 1")], tokenizer, apply_chat_template=False)
+    finally:
+        backend.post_processor = before
+    assert words(prompts[0]) == "<bos> 1 boxed"
+    assert "the tokenizer puts '<unk>' behind every text" in caplog.text
 
 
 def test_lengths_are_looked_at_with_counts_and_places(tokenizer: Any) -> None:
