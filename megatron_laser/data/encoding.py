@@ -1,16 +1,21 @@
 """Prompts to token ids: the one place that decides which special tokens stand in front, for training and test time.
 
 A prompt has one BOS, or none where neither tokenizer nor template writes one. A text that was rendered by a template
-before brings its BOS along; then that of the tokenizer (or the template) is enough.
+before brings its BOS along; then that of the tokenizer (or the template) is enough. What a tokenizer puts behind every
+text (EOS with add_eos_token) is left out: a response follows there.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from .template import render_chat
+
+logger = logging.getLogger(__name__)
 
 Chat = Sequence[Mapping[str, Any]]
 
@@ -24,8 +29,12 @@ class EncodedPrompt:
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[EncodedPrompt]:
-    """Texts as they stand, with the special tokens that the tokenizer adds by default (Llama's BOS), once each."""
-    return [_once(ids, special_prefix(tokenizer)) for ids in _encode(tokenizer, texts, special=True)]
+    """Texts as they stand, behind the special tokens that the tokenizer adds by default (Llama's BOS), once each."""
+    prefix, suffix = special_tokens_around(tokenizer)
+    if suffix:
+        _say_suffix(str(tokenizer.decode(suffix)))
+    encoded = _encode(tokenizer, texts, special=True)
+    return [_once(ids[: len(ids) - len(suffix)], prefix) for ids in encoded]
 
 
 def encode_chats(tokenizer: Any, chats: Sequence[Chat]) -> list[EncodedPrompt]:
@@ -39,7 +48,7 @@ def encode_chats(tokenizer: Any, chats: Sequence[Chat]) -> list[EncodedPrompt]:
     # Rendering and encoding apart: encoding a batch is many times faster, and what
     # apply_chat_template(tokenize=True) returns changed with transformers 5 (a BatchEncoding).
     encoded = _encode(tokenizer, [_render(tokenizer, chat) for chat in chats], special=False)
-    bos = special_prefix(tokenizer)
+    bos, _ = special_tokens_around(tokenizer)
     if not bos and getattr(tokenizer, "bos_token_id", None) is not None:
         bos = [int(tokenizer.bos_token_id)]
     if not bos:
@@ -56,13 +65,20 @@ def encode_chats(tokenizer: Any, chats: Sequence[Chat]) -> list[EncodedPrompt]:
     return prompts
 
 
-def special_prefix(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts in front of every text by itself; [] for none."""
+def special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts in front of every text and behind it by itself; [] for none."""
     with_special, alone = (_encode(tokenizer, ["1"], special=special)[0] for special in (True, False))
     for start in range(len(with_special) - len(alone) + 1):
         if with_special[start : start + len(alone)] == alone:
-            return with_special[:start]
-    return []
+            return with_special[:start], with_special[start + len(alone) :]
+    return [], []
+
+
+@lru_cache(maxsize=8)  # once a process for each
+def _say_suffix(text: str) -> None:
+    logger.warning(
+        "the tokenizer puts %r behind every text; prompts go without it, a response follows there", text
+    )
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[int]]:

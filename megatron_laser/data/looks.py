@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -9,9 +10,12 @@ from collections.abc import Iterable, Sequence
 from megatron_laser.findings import Finding, Level
 from megatron_laser.rewards import GradingPool
 
+from .errors import DataError
 from .prompts import PromptReport
 from .readers import Row
 from .references import why_unequal
+
+logger = logging.getLogger(__name__)
 
 _NAMED = 3  # rows of each kind
 _ASKED = 64  # different references that the grader is asked about
@@ -116,6 +120,21 @@ def look_at_prompts(report: PromptReport, *, name: str = "data.train") -> list[F
     return findings
 
 
+def heed(findings: Iterable[Finding]) -> None:
+    """Log the warnings.
+
+    Raises:
+        DataError: an error is among them.
+    """
+    for finding in findings:
+        examples = f" ({'; '.join(finding.examples)})" if finding.examples else ""
+        text = f"{finding.text}{examples}{'; ' if finding.cure else ''}{finding.cure}"
+        if finding.level == "error":
+            raise DataError(text)
+        if finding.level == "warning":
+            logger.warning("%s", text)
+
+
 def _unread(rows: Sequence[Row], name: str, deadline: float) -> list[Finding]:
     """References that the grader cannot parse, among at most `_ASKED` different ones over the whole data."""
     places = {row.answer: row.source for row in reversed(rows) if not _is_number(row.answer)}
@@ -147,7 +166,7 @@ def _is_number(text: str) -> bool:
 
 
 def _examples(found: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    lines = []
+    lines: list[str] = []
     for source, text in found:
         if len(lines) == _NAMED:
             break

@@ -12,6 +12,7 @@ from megatron_laser.types import Prompt
 from .encoding import encode_chats, encode_texts
 from .errors import DataError
 from .readers import Row
+from .text import lone_surrogate
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +77,16 @@ def build_prompts(
         log: warn of prompts that are left out or mended; False where somebody looks at the report.
 
     Raises:
-        DataError: the tokenizer has no chat template, an id is not in the vocabulary, a prompt has no tokens,
-            or no prompt is left.
+        DataError: the tokenizer has no chat template, the suffix is no text, an id is not in the vocabulary, a prompt
+            has no tokens, or no prompt is left.
     """
     if apply_chat_template and not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"{section}.apply_chat_template is true, but the tokenizer has no chat template: set "
             f"{section}.apply_chat_template: false (a base model), or add chat_template.jinja to the model's folder"
         )
+    if broken := lone_surrogate(prompt_suffix):
+        raise DataError(f"{section}.prompt_suffix holds {broken}")
     prompts: list[Prompt] = []
     dropped: list[tuple[str, int]] = []
     lengths: list[int] = []

@@ -92,7 +92,7 @@ def test_only_newlines_end_a_line(tmp_path: Path) -> None:
         (b'{"problem": "x", "answer": ' + b"1" * 5000 + b"}", "not JSON: Exceeds the limit"),
         (
             b'{"problem": "half \\ud83d", "answer": "1"}',
-            r"'problem' .* half of a surrogate pair \(.ud83d, character 3\)",
+            r"'problem' .* half of a surrogate pair \(.ud83d, character 6\)",
         ),
         (
             b'{"problem": "x", "answer": "\\ude00"}',
