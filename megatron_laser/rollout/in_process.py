@@ -16,16 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from megatron_laser.config import ModelFolderError, check_model_folder
-from megatron_laser.errors import UserError
-from megatron_laser.finite import is_finite
+from megatron_laser.finite import is_finite, log_probs
 from megatron_laser.types import Generation, SamplingParams
 
 # Rows that are done leave the batch once they make up this share of it.
 _COMPACT_SHARE = 0.25
-
-
-class NotANumberError(UserError, RuntimeError):
-    """The model's logits hold NaN: there is nothing to sample from, and no score."""
 
 
 class InProcessEngine:
@@ -106,7 +101,7 @@ class InProcessEngine:
                 raise TimeoutError(f"scored {start} of {len(sequences)} sequences in {deadline:g} s")
             chunk = order[start : start + self._max_batch_size]
             logits, _ = self.prefill([sequences[i] for i in chunk], None)
-            logprobs = _log_probs(logits)[:, token_id]
+            logprobs = log_probs(logits)[:, token_id]
             for i, value in zip(chunk, logprobs.tolist()):
                 scores[i] = value
         return scores
@@ -248,17 +243,17 @@ class _Batch:
             logits = engine.decode(tokens, mask, positions, cache)
             positions = positions + 1
             if bool(newly.any()):
-                scores = _log_probs(logits[newly])[:, sampling.score_token_id]
+                scores = log_probs(logits[newly])[:, sampling.score_token_id]
                 yield from self._finish(rows[newly], step, "stop", scores)
 
     def _sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Token [rows] and its log-prob [rows] under logits / temperature, before top-p."""
         temperature = self._sampling.temperature
         if temperature == 0.0:
-            logprobs = _log_probs(logits)
+            logprobs = log_probs(logits)
             tokens = logprobs.argmax(dim=-1)
         else:
-            logprobs = _log_probs(logits, temperature)
+            logprobs = log_probs(logits, temperature)
             probabilities = logprobs.exp()
             if self._sampling.top_p < 1.0:
                 probabilities = _nucleus(probabilities, self._sampling.top_p)
@@ -306,18 +301,3 @@ def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     ordered, index = probabilities.sort(dim=-1, descending=True)
     outside = ordered.cumsum(dim=-1) - ordered >= top_p
     return torch.zeros_like(probabilities).scatter(1, index, ordered.masked_fill(outside, 0.0))
-
-
-def _log_probs(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """log softmax(logits / temperature) [rows, vocabulary] in fp32.
-
-    Raises NotANumberError: greedy sampling would take token 0, and sampling on a GPU end the process.
-    """
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
-    if bool(logprobs[:, 0].isnan().any()):  # one NaN makes its row NaN
-        raise NotANumberError(
-            "the model's logits hold NaN (not a number), so that nothing can be sampled or scored: its weights hold "
-            "NaN or infinities, or overflow; look at the weights of the model's folder, or go back to a checkpoint "
-            "from before training diverged"
-        )
-    return logprobs
