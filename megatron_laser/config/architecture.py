@@ -177,9 +177,9 @@ def _rope(raw: dict[str, Any], problems: list[str]) -> tuple[float, str]:
     source = parameters if "rope_theta" in parameters else raw
     theta = _number(source, "rope_theta", problems, default=_ROPE_THETA)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in _ROPE_NUMBERS:
+    if str(kind) not in _ROPE_NUMBERS:
         problems.append(f"rope_type: {kind!r} is not supported, expected {', '.join(_ROPE_NUMBERS)}")
-    for key in _ROPE_NUMBERS.get(kind, ()):
+    for key in _ROPE_NUMBERS.get(str(kind), ()):
         _number(parameters, key, problems, inside=f"{name}, rope_type {kind}: ")
     partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):

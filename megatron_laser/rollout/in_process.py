@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
-from megatron_laser.config import ModelFolderError, check_model_folder
-from megatron_laser.finite import is_finite, log_probs
+from megatron_laser.finite import log_probs
+from megatron_laser.rollout.transformers_model import load_model
 from megatron_laser.types import Generation, SamplingParams
 
 # Rows that are done leave the batch once they make up this share of it.
@@ -34,21 +34,9 @@ class InProcessEngine:
         device: torch.device,
         max_batch_size: int = 256,
     ) -> None:
-        """Load the folder's weights.
-
-        Raises ConfigError or ModelFolderError when they are not those of its config.json, or not all finite.
-        """
-        check_model_folder(model_path)  # transformers loads what is there and makes up the rest
-        self._model = AutoModelForCausalLM.from_pretrained(
-            str(model_path), dtype=dtype, local_files_only=True, attn_implementation="sdpa"
-        ).to(device)
-        self._model.eval().requires_grad_(False)
+        """Load the folder's weights; raises as `load_model` does."""
+        self._model = load_model(model_path, dtype).to(device)
         self._parameters = dict(self._model.named_parameters())
-        if bad := [name for name, parameter in self._parameters.items() if not is_finite(parameter)]:
-            raise ModelFolderError(
-                f"{model_path}: {len(bad)} tensors hold NaN or infinity ({', '.join(bad[:3])}); use weights from "
-                "before that, or download the files again"
-            )
         self._device = device
         self._max_batch_size = max_batch_size
         self._vocab_size: int = self._model.config.vocab_size

@@ -218,6 +218,13 @@ class TestAModelFolderThatBothSee:
         ):
             open_engine(url, expected=expected)
 
+    def test_quantized_weights_take_no_plain_ones(self, tmp_path):
+        info = self.info(tmp_path, quantization_config={"quant_method": "fp8"})
+        with answering(sglang(info=info)) as url:
+            open_engine(url, expected=replace(EXPECTED, dtype=None))  # who sends no weights may ask it
+            with pytest.raises(ServerMismatch, match="has a quantization_config"):
+                open_engine(url)
+
     def test_it_tells_the_vocabulary_so_that_no_request_is_needed(self, tmp_path):
         seen = []
         with answering(sglang(info=self.info(tmp_path), seen=seen)) as url:

@@ -193,7 +193,9 @@ def mismatches(
     vocabulary = (server | dict(folder or {})).get("vocab_size")
     if isinstance(vocabulary, int) and vocabulary < expected.vocab_size:
         problems.append(_smaller_vocabulary(expected, f"it has {vocabulary}"))
-    return problems + _size_problems(info, folder or {}, expected) + _tie_problems(info, folder, expected)
+    found = folder or {}
+    problems += _size_problems(info, found, expected) + _tie_problems(info, found, expected)
+    return problems + _code_problems(info, found, expected)
 
 
 def _size_problems(info: dict[str, Any], folder: Mapping[str, Any], expected: Expected) -> list[str]:
@@ -210,14 +212,24 @@ def _size_problems(info: dict[str, Any], folder: Mapping[str, Any], expected: Ex
     ]
 
 
-def _tie_problems(info: dict[str, Any], folder: Mapping[str, Any] | None, expected: Expected) -> list[str]:
+def _tie_problems(info: dict[str, Any], folder: Mapping[str, Any], expected: Expected) -> list[str]:
     """A server with tied embeddings drops the output layer that it is sent; one without keeps its own."""
-    tied = bool((folder or {}).get("tie_word_embeddings", False))
+    tied = bool(folder.get("tie_word_embeddings", False))
     if not folder or expected.tied is None or tied == expected.tied:
         return []
     return [
         f"the config.json of its model {info.get('model_path')} says tie_word_embeddings {str(tied).lower()}, that of "
         f"model.path {str(expected.tied).lower()}; start it with the trainer's model.path"
+    ]
+
+
+def _code_problems(info: dict[str, Any], folder: Mapping[str, Any], expected: Expected) -> list[str]:
+    """A server of quantized weights would keep its scales beside the plain weights that a run sends."""
+    if expected.dtype is None or not folder.get("quantization_config"):
+        return []
+    return [
+        f"the config.json of its model {info.get('model_path')} has a quantization_config, and a run sends plain "
+        "weights; start it with the trainer's model.path"
     ]
 
 
