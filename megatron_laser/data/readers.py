@@ -203,7 +203,7 @@ def _parquet_records(
                 return
             number = 0
             for batch in file.iter_batches(columns=wanted if keys is not None else None):
-                for record in batch.to_pylist():
+                for record in _batch_records(batch, path, number):
                     for name in short:
                         if record.get(name) is not None:
                             record[name] = _shortest(record[name], str(file.schema_arrow.field(name).type))
@@ -211,6 +211,19 @@ def _parquet_records(
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as Parquet: {error}") from error
+
+
+def _batch_records(batch: Any, path: Path, first: int) -> list[dict[str, Any]]:
+    """The batch's rows; `first` is its first row's number in the file."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError as whole:  # writers need not check what they call text
+        for number in range(batch.num_rows):
+            try:
+                batch.slice(number, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path} row {first + number}: not UTF-8: {error.reason}") from error
+        raise DataError(f"{path}: not UTF-8: {whole.reason}") from whole
 
 
 def _shortest(value: float, kind: str) -> Decimal:

@@ -131,6 +131,15 @@ def test_a_bad_parquet_file_is_named(tmp_path: Path) -> None:
         read(path)
 
 
+def test_bytes_in_a_parquet_file_that_are_no_text_are_named(tmp_path: Path) -> None:
+    texts = pyarrow.array([b"good", b"half \xed\xa0\xbd"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(
+        pyarrow.table({"problem": texts, "answer": ["1", "2"]}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(DataError, match=r"a\.parquet row 1: not UTF-8"):
+        read(tmp_path / "a.parquet")
+
+
 def test_files_that_give_no_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl: no such file"):
         read(tmp_path / "a.jsonl")
