@@ -31,7 +31,7 @@ _SETTINGS = "settings.json"
 _RESPONSES = "responses.jsonl"
 _RECORDS = "records.jsonl"
 # These change what the responses are worth, not the responses: the records are made anew from them.
-_JUDGING = ("ref_logprob", "beta", "reward")
+_JUDGING = ("ref_logprob", "beta", "targets", "reward")
 
 
 def evaluate_benchmarks(
@@ -107,6 +107,7 @@ def evaluate_benchmarks(
             "score_token_id": model.score_token_id,
             "ref_logprob": model.ref_logprob,
             "beta": model.beta,
+            "targets": list(model.targets),
             "benchmarks": details,
             "average": _average(details),
         }
@@ -145,6 +146,7 @@ def _run(
             score_token_id=model.score_token_id,
             ref_logprob=model.ref_logprob,
             beta=model.beta,
+            targets=model.targets,
             records_path=folder / _RECORDS,
             deadline=deadline,
             generation_batch=choice.generation_batch,
@@ -202,6 +204,7 @@ def _settings(model: ModelFolder, benchmark: Benchmark, choice: EngineChoice) ->
             "score_token_id": model.score_token_id,
             "ref_logprob": model.ref_logprob,
             "beta": model.beta,
+            "targets": list(model.targets),
             **{name: value for name, value in _public(benchmark).items() if name not in ("path", "id_key")},
         }
     )
