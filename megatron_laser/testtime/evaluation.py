@@ -18,7 +18,7 @@ from megatron_laser.evaluation import evaluate, evaluation_detail, read_records
 from megatron_laser.observability.benchmark_report import write_benchmark_report
 from megatron_laser.observability.plain import plain, write_atomically
 from megatron_laser.rewards import GradingPool, try_reward
-from megatron_laser.rollout.engine import RolloutEngine
+from megatron_laser.rollout.engine import RolloutEngine, takes_seeds
 from megatron_laser.testtime.engine import EngineChoice, open_engine
 from megatron_laser.testtime.errors import TestTimeError
 from megatron_laser.testtime.model_folder import ModelFolder
@@ -77,6 +77,10 @@ def evaluate_benchmarks(
         open_ones = [b for b in benchmarks if not _finished(output / b.name, b, len(prompts[b.name]))]
         if open_ones:
             with _engine(choice, model, engine, deadline) as running:
+                if not takes_seeds(running):
+                    say(
+                        "the servers ignore seeds: another evaluation of the same weights samples other responses"
+                    )
                 for benchmark in open_ones:
                     _run(
                         running,
