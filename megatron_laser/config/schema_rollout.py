@@ -87,7 +87,8 @@ class RolloutConfig(Section):
     """Responses per problem, the group size G of GRPO; 2 or more, but with `policy.advantage: reinforce_pp`."""
     drop_uniform_groups: bool = False
     """Drop problems whose responses all have one reward, which teach nothing about right and wrong, and try
-    further ones until `prompts_per_step` are there."""
+    further ones until `prompts_per_step` are there. `groups_dropped_right` and `groups_dropped_wrong` count them;
+    `accuracy_tried` is the accuracy over everything that was graded, `reward_mean` that of the batch."""
     oversampling_cap: AtLeastOne = 3.0
     """With `drop_uniform_groups`: a step tries at most this many times `prompts_per_step` problems, then trains
     on what it has (on uniform groups when there is nothing else)."""
