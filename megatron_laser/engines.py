@@ -17,7 +17,7 @@ from megatron_laser.model import platform
 from megatron_laser.model.dtypes import DTYPES
 from megatron_laser.rewards import GradingPoolError
 from megatron_laser.rollout.endpoints import Endpoints, EndpointsError, ServerEndpoint, read_endpoints
-from megatron_laser.rollout.engine import RolloutEngine
+from megatron_laser.rollout.engine import RolloutEngine, takes_seeds
 from megatron_laser.rollout.serving import ServeProcess
 from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.errors import ServerError, ServersLost, WeightsNeeded
@@ -78,6 +78,11 @@ def open_engine(config: RunConfig) -> RolloutEngine:
         if isinstance(transport, DistributedTransport):  # it would be found at the first sync, too, but later
             # Those that came up since then say who they are before they are first given weights.
             transport.peers.backend([member for member in engine.fleet.members if member.device is not None])
+        if not takes_seeds(engine):
+            logger.info(
+                "run.seed and evaluation.seed do not reach what the servers sample, which were started without "
+                "deterministic inference: two runs of one seed differ (rollout.sglang.deterministic)"
+            )
         return engine
     except BaseException:
         if engine is not None:
@@ -126,6 +131,7 @@ def _expected(config: RunConfig) -> Expected:
         longest=longest_sequence(config),
         sizes={name: folder[name] for name in SIZES if name in folder},
         tied=architecture.tied_embeddings,
+        deterministic=config.rollout.sglang.deterministic,
     )
 
 

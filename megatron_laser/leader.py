@@ -265,6 +265,7 @@ class Leader:
                 score_token_id=self._inputs.score_token_id,
                 ref_logprob=config.laser.ref_logprob,
                 beta=config.laser.beta,
+                targets=config.laser.targets,
                 records_path=self._folder / "evaluation" / f"{split}_step_{step}.jsonl",
                 deadline=config.rollout.deadline,
                 generation_batch=generation_batch(

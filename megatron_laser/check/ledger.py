@@ -76,10 +76,8 @@ def needed(value: T | None, name: str) -> T:
 
 
 def one_line(finding: Finding) -> str:
-    """For a log, or an error's message."""
-    examples = f" ({'; '.join(finding.examples)})" if finding.examples else ""
-    cure = f"; {finding.cure}" if finding.cure else ""
-    return f"{finding.topic}: {finding.text}{examples}{cure}"
+    """For a log, or an error's message, with the topic."""
+    return f"{finding.topic}: {finding.line}"
 
 
 def _text(error: BaseException) -> str:

@@ -54,7 +54,8 @@ class LaserConfig(Section):
     class_weights: bool = True
     """Weight right and wrong responses so that both classes count half of the loss each."""
     targets: NumberPair = (1.0, 0.0)
-    """Scores that right and wrong responses are trained towards: [right, wrong]."""
+    """beta * (zc_logprob - ref_logprob) that right and wrong responses are trained towards: [right, wrong]. Every
+    score that is used or shown is on their scale: 1 at the right one and 0 at the wrong one."""
     loss: Literal["mse", "bce"] = "mse"
     """`mse` on the score; `bce`, cross-entropy on z_c, is an ablation known to hurt."""
     reference: Literal["constant", "model"] = "constant"

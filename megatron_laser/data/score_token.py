@@ -52,7 +52,7 @@ def refuse_score_token(
     """Raises DataError where `look_for_score_token` finds any."""
     finding = look_for_score_token(rows, prompts, tokenizer, score_token_id, name="the data")
     if finding.level == "error":
-        raise DataError(f"{finding.text} ({'; '.join(finding.examples)}); {finding.cure}")
+        raise DataError(finding.line)
 
 
 def _places(

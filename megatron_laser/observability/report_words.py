@@ -42,7 +42,7 @@ def _comparison(laser: Run, grpo: Run) -> list[str]:
     if laser.final and grpo.final and laser.final.split == grpo.final.split:
         sentences.append(_accuracy_difference(laser, grpo, laser.final, grpo.final))
     else:
-        difference = laser.ends("reward_mean")[1] - grpo.ends("reward_mean")[1]
+        difference = laser.ends(laser.accuracy)[1] - grpo.ends(grpo.accuracy)[1]
         if math.isfinite(difference):
             sentences.append(
                 f"Share of right rollouts over the last tenth of the steps, {laser.label} minus {grpo.label}: "
@@ -94,10 +94,21 @@ def _verdict(low: float, high: float) -> str:
 
 
 def _accuracy(run: Run) -> list[str]:
-    first, last = run.ends("reward_mean")
+    first, last = run.ends(run.accuracy)
     if not math.isfinite(last):
         return [f"{run.label} has no reward_mean in metrics.jsonl."]
-    return [f"{run.label}: rollouts were right {first:.1%} of the time at first, {last:.1%} at the end."]
+    sentence = f"{run.label}: rollouts were right {first:.1%} of the time at first, {last:.1%} at the end."
+    tried, right, wrong = (
+        run.series(name)[1].sum()
+        for name in ("prompts_tried", "groups_dropped_right", "groups_dropped_wrong")
+    )
+    if not right + wrong:
+        return [sentence]
+    return [
+        f"{sentence} That is over all {tried:.0f} prompts that were tried, of which {right:.0f} were dropped because "
+        f"all their responses were right and {wrong:.0f} because all were wrong; in the batches that were trained on "
+        f"it was {run.ends('reward_mean')[1]:.1%} at the end."
+    ]
 
 
 def _grading(run: Run) -> list[str]:

@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from megatron_laser.data.cursor import PromptCursor
@@ -15,40 +15,22 @@ from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool, GradingPoolError
 from megatron_laser.rollout.engine import ResumableEngine, RolloutEngine, StopEarly
 from megatron_laser.rollout.pending import OpenGroup, restore
+from megatron_laser.rollout.progress import Progress
 from megatron_laser.rollout.staleness import staleness_metrics
-from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample, SamplingParams
+from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, SamplingParams
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Progress:
-    """How far the collection of one step has come; survives an interruption by `WeightsNeeded`."""
-
-    step: int
-    before: dict[str, Any]  # the collector's state before the step
-    ends: float  # by time.monotonic()
-    groups: list[Group] = field(default_factory=list)
-    uniform: list[Group] = field(default_factory=list)
-    lost: list[Group] = field(default_factory=list)  # not one response could be graded
-    open: list[OpenGroup] = field(default_factory=list)
-    tried: int = 0
-    rounds: int = 0
-
-    def failures(self) -> Counter[str]:
-        """Responses that could not be graded, by outcome; asked before a stand-in is in two lists."""
-        groups = (*self.groups, *self.uniform, *self.lost)
-        return Counter(sample.outcome for group in groups for sample in group.ungraded)
 
 
 class RolloutCollector:
     """Collects graded groups; grading overlaps generation.
 
-    metrics: of the last step. prompts_tried; groups_dropped, those of them that are not in the batch because
-    their rewards are all equal; groups_missing, how many of `prompts_per_step` groups with unequal rewards
-    were still missing when the tries were used up (0 without dropping); grading_failed, the responses that could not
-    be graded (time-outs and crashes), on which the step does not train. With a resumable engine also groups_carried
-    (begun, and going on in the next step), the age of the tokens, and what the engine counts.
+    metrics: of the last step. prompts_tried; groups_dropped, those of them that are not in the batch because their
+    rewards are all equal, and what else `Progress.graded_metrics` says; groups_missing, how many of
+    `prompts_per_step` groups with unequal rewards were still missing when the tries were used up (0 without
+    dropping); grading_failed, the responses that could not be graded (time-outs and crashes), on which the step does
+    not train. With a resumable engine also groups_carried (begun, and going on in the next step), the age of the
+    tokens, and what the engine counts.
     """
 
     def __init__(
@@ -100,7 +82,7 @@ class RolloutCollector:
         self._ahead = ahead
         self._said: set[str] = set()
         self._carried: list[OpenGroup] = []
-        self._progress: _Progress | None = None
+        self._progress: Progress | None = None
         self.metrics: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
@@ -139,7 +121,7 @@ class RolloutCollector:
                 f"{f' or {oldest}' if oldest < step - 1 else ''}; the last weight sync did not reach it"
             )
         if self._progress is None or self._progress.step != step:
-            self._progress = _Progress(step, self.state(), time.monotonic() + self._deadline)
+            self._progress = Progress(step, self.state(), time.monotonic() + self._deadline)
             self._progress.open, self._carried = self._carried, []
             self._drop_stale(self._progress)
         progress = self._progress
@@ -151,14 +133,14 @@ class RolloutCollector:
         missing = max(0, self._prompts_per_step - len(groups)) if self._drops_uniform else 0
         found = len(groups)
         failed = progress.failures()
-        if missing:
-            groups += self._stand_ins(step, found, progress.uniform)
+        stand_ins = self._stand_ins(step, found, progress.uniform) if missing else []
         self.metrics = {
             "prompts_tried": progress.tried,
-            "groups_dropped": len(progress.uniform) - (len(groups) - found),
+            **progress.graded_metrics(stand_ins),
             "groups_missing": missing,
             "grading_failed": failed.total(),
         }
+        groups += stand_ins
         if len(groups) < self._fewest_groups:
             raise GradingPoolError(
                 f"step {step}: only {len(groups)} of {len(groups) + len(progress.lost)} groups have a response that "
@@ -172,7 +154,7 @@ class RolloutCollector:
         self._progress = None
         return RolloutBatch(step, self._engine.version, groups, dict(self.metrics))
 
-    def _drop_stale(self, progress: _Progress) -> None:
+    def _drop_stale(self, progress: Progress) -> None:
         oldest = progress.step - 1 - self._max_staleness
         dropped = sum(group.drop_older_than(oldest) for group in progress.open)
         if dropped:
@@ -182,7 +164,7 @@ class RolloutCollector:
                 dropped,
             )
 
-    def _round(self, progress: _Progress) -> None:
+    def _round(self, progress: Progress) -> None:
         """Work on the open groups, and on as many new ones as are worth beginning, until enough are complete."""
         missing = self._prompts_per_step - len(progress.groups)
         begun = len(progress.open)
@@ -202,7 +184,7 @@ class RolloutCollector:
                 f"{self._why(progress.failures())}"
             )
 
-    def _generate(self, progress: _Progress, missing: int) -> None:
+    def _generate(self, progress: Progress, missing: int) -> None:
         opened = progress.open
         stop = StopEarly() if self._oversample > 1.0 else None
 
@@ -248,14 +230,14 @@ class RolloutCollector:
         group.texts[sample] = text
         group.grades[sample] = self._grading.submit(text, group.prompt.answer)
 
-    def _sort_out(self, progress: _Progress) -> None:
+    def _sort_out(self, progress: Progress) -> None:
         """Complete groups go to the batch or to the uniform ones; the rest, and what is too much, is carried."""
         carried = []
         for group in progress.open:
             if len(progress.groups) >= self._prompts_per_step or not group.finished():
                 carried.append(group)
                 continue
-            done = self._finish(group, progress.step, progress.ends)
+            done = self._close(group, progress)
             if not done.samples:
                 progress.lost.append(done)
                 continue
@@ -267,30 +249,14 @@ class RolloutCollector:
         else:
             self._carried = carried
 
-    def _finish(self, group: OpenGroup, step: int, ends: float) -> Group:
-        samples: list[Sample] = []
-        ungraded: list[Sample] = []
-        for number in range(group.size):
-            generation = group.generations[number]
-            try:
-                grade = group.grades[number].result(timeout=max(0.1, ends - time.monotonic()))
-            except TimeoutError:
-                raise TimeoutError(
-                    f"step {step}: responses were not graded within rollout.deadline {self._deadline:g} s of the "
-                    "step's start; raise it, or reward.workers, or lower reward.deadline"
-                ) from None
-            (ungraded if grade.failed else samples).append(
-                Sample(
-                    prompt_ids=group.prompt.token_ids,
-                    generation=generation,
-                    text=group.texts[number],
-                    scored=generation.is_scored(self._sampling.stop_token_ids),
-                    reward=grade.reward,
-                    outcome=grade.outcome,
-                    zc_logprob=generation.zc_logprob,
-                )
-            )
-        return Group(group.prompt, samples, ungraded)
+    def _close(self, group: OpenGroup, progress: Progress) -> Group:
+        try:
+            return group.close(self._sampling.stop_token_ids, ends=progress.ends)
+        except TimeoutError:
+            raise TimeoutError(
+                f"step {progress.step}: responses were not graded within rollout.deadline {self._deadline:g} s of the "
+                "step's start; raise it, or reward.workers, or lower reward.deadline"
+            ) from None
 
     def _why(self, failed: Counter[str]) -> str:
         """How many responses could not be graded, and why the last one."""

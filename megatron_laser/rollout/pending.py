@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -50,6 +51,29 @@ class OpenGroup:
             self.grades.pop(sample, None)
         self.overdue = self.overdue or bool(old)
         return len(old)
+
+    def close(self, stop_token_ids: tuple[int, ...], *, ends: float) -> Group:
+        """The group with its grades, of which the last are waited for until `ends` (by time.monotonic()).
+
+        Raises TimeoutError when they do not come.
+        """
+        samples: list[Sample] = []
+        ungraded: list[Sample] = []
+        for number in range(self.size):
+            generation = self.generations[number]
+            grade = self.grades[number].result(timeout=max(0.1, ends - time.monotonic()))
+            (ungraded if grade.failed else samples).append(
+                Sample(
+                    prompt_ids=self.prompt.token_ids,
+                    generation=generation,
+                    text=self.texts[number],
+                    scored=generation.is_scored(stop_token_ids),
+                    reward=grade.reward,
+                    outcome=grade.outcome,
+                    zc_logprob=generation.zc_logprob,
+                )
+            )
+        return Group(self.prompt, samples, ungraded)
 
     def state(self) -> dict[str, Any]:
         """JSON values from which `restore` makes the group again; grades are not kept but made anew."""

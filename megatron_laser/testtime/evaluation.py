@@ -28,7 +28,7 @@ from megatron_laser.evaluation import evaluate, evaluation_detail, read_records
 from megatron_laser.observability.benchmark_report import write_benchmark_report
 from megatron_laser.observability.plain import plain, write_atomically
 from megatron_laser.rewards import GradingPool, try_reward
-from megatron_laser.rollout.engine import RolloutEngine
+from megatron_laser.rollout.engine import RolloutEngine, takes_seeds
 from megatron_laser.testtime.engine import EngineChoice, open_engine
 from megatron_laser.testtime.errors import TestTimeError
 from megatron_laser.testtime.model_folder import ModelFolder
@@ -41,7 +41,7 @@ _SETTINGS = "settings.json"
 _RESPONSES = "responses.jsonl"
 _RECORDS = "records.jsonl"
 # These change what the responses are worth, not the responses: the records are made anew from them.
-_JUDGING = ("ref_logprob", "beta", "reward")
+_JUDGING = ("ref_logprob", "beta", "targets", "reward")
 
 
 def evaluate_benchmarks(
@@ -87,6 +87,10 @@ def evaluate_benchmarks(
         open_ones = [b for b in benchmarks if not _finished(output / b.name, b, len(prompts[b.name]))]
         if open_ones:
             with _engine(choice, model, engine, deadline) as running:
+                if not takes_seeds(running):
+                    say(
+                        "the servers ignore seeds: another evaluation of the same weights samples other responses"
+                    )
                 for benchmark in open_ones:
                     _run(
                         running,
@@ -117,6 +121,7 @@ def evaluate_benchmarks(
             "score_token_id": model.score_token_id,
             "ref_logprob": model.ref_logprob,
             "beta": model.beta,
+            "targets": list(model.targets),
             "benchmarks": details,
             "average": _average(details),
         }
@@ -155,6 +160,7 @@ def _run(
             score_token_id=model.score_token_id,
             ref_logprob=model.ref_logprob,
             beta=model.beta,
+            targets=model.targets,
             records_path=folder / _RECORDS,
             deadline=deadline,
             generation_batch=choice.generation_batch,
@@ -223,6 +229,7 @@ def _settings(model: ModelFolder, benchmark: Benchmark, choice: EngineChoice) ->
             "score_token_id": model.score_token_id,
             "ref_logprob": model.ref_logprob,
             "beta": model.beta,
+            "targets": list(model.targets),
             **{name: value for name, value in _public(benchmark).items() if name not in ("path", "id_key")},
         }
     )

@@ -73,6 +73,7 @@ DEFAULTS = {
             "port": 30000,
             "router": False,
             "api_key_env": "MEGATRON_LASER_API_KEY",
+            "deterministic": False,
             "options": {},
             "start_deadline": 1800.0,
             "hang_deadline": 300.0,

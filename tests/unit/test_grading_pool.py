@@ -450,3 +450,13 @@ def test_a_module_that_ends_at_import_ends_a_worker_and_not_the_trainer(
     (tmp_path / "module.py").write_text(code + "\n")
     with pytest.raises(RewardSpecError, match=message):
         GradingPool(workers=2, function=f"{tmp_path}/module.py:grade")
+
+
+def test_files_of_the_working_directory_do_not_hide_modules_from_workers(
+    tmp_path: Path, custom_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "socket.py").write_text("raise SystemExit('not the library')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    with GradingPool(workers=1, deadline=5.0, function=f"{custom_file}:act") as pool:
+        assert pool.grade_many([("right", "")]) == [Grade(1.0, "correct")]

@@ -14,6 +14,7 @@ def none(response, answer): return None
 def two(response, answer): return 2.0
 def sleeps(response, answer): time.sleep(60)
 def needs_a_box(response, answer): return float(response.split("boxed{")[1][:2] == answer)
+def backwards(reference, response): return float(reference in response)
 def slow(response, answer): time.sleep(0.4); return 1.0
 """
 
@@ -34,6 +35,7 @@ def file(tmp_path_factory):
         ("two", "error", "from 0 (wrong) to 1 (right), not 2.0 ({file}:6)"),
         ("sleeps", "error", "no answer within 0.5 s ({file}:7 in sleeps)"),
         ("needs_a_box", "warning", "IndexError: list index out of range ({file}:8 in needs_a_box)"),
+        ("backwards", "note", "gave 0 and 0 for the reference in a box and for a response without one"),
         ("slow", "warning", "more than half of reward.deadline"),
         ("missing", "error", "has no 'missing'; its functions: "),
     ],
