@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_laser.data.template import render_chat
-from megatron_laser.findings import Finding
+from megatron_laser.findings import Finding, Level
 
 TOPIC = "end of response"
 _ANSWER = "forty-two apples"
@@ -99,7 +99,7 @@ def check_end_of_response(sources: EndSources, tokenizer: Any) -> Finding:
     trouble, missing = _trouble(sources, name)
     if not trouble:
         return Finding(TOPIC, "ok", used_text)
-    level = "note" if sources.setting and set(used) & {sources.tokenizer, missing} else "warning"
+    level: Level = "note" if sources.setting and set(used) & {sources.tokenizer, missing} else "warning"
     cure = ""
     if missing is not None:
         wanted = [*used, missing] if missing not in used else list(used)
