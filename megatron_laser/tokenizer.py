@@ -11,6 +11,8 @@ from megatron_laser.config.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
+
 
 def load_tokenizer(folder: str | Path, probes: Sequence[str] = ()) -> Any:
     """The tokenizer of a Hugging Face folder.
@@ -29,6 +31,14 @@ def load_tokenizer(folder: str | Path, probes: Sequence[str] = ()) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     file = Path(folder) / "tokenizer.json"
+    if not any(entry for pattern in _VOCABULARIES for entry in Path(folder).glob(pattern)):
+        # transformers makes one up, of one token, for the types of models that it knows.
+        raise ConfigError(
+            [
+                f"model.path: {folder} has no tokenizer ({', '.join(_VOCABULARIES)}); copy tokenizer.json and "
+                "tokenizer_config.json from the model's origin"
+            ]
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         if not file.is_file():

@@ -226,6 +226,13 @@ def test_a_broken_tokenizer_is_one_line(folder, tmp_path):
             load_tokenizer(tmp_path)
 
 
+def test_a_folder_without_a_tokenizer_gets_none_made_up(folder, tmp_path):
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(ConfigError, match=r"has no tokenizer \(tokenizer\.json, "):
+        load_tokenizer(tmp_path)
+
+
 def test_sources_know_what_is_used():
     sources = EndSources((), {"generation_config.json": (3,), "config.json": (4,)})
     assert sources.used == (3,)
