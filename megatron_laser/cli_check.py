@@ -22,8 +22,9 @@ def check(
 ) -> None:
     """Look at everything that a run starts from: model folder, tokenizer, data, reward function, disks.
 
-    Needs no GPU, loads no weights and writes nothing; `train` looks at the same before it starts. Layout and memory:
-    train --dry-run. Exit status 2 when the run would not start.
+    Needs no GPU, loads no weights and writes nothing; `train` looks at the same before it starts.
+
+    Layout and memory are shown by train --dry-run. Exit status 2: the run would not start.
 
     megatron-laser check examples/tiny_sum/laser.yaml
     """

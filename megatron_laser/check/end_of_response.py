@@ -1,15 +1,17 @@
 """What ends a response: the model's files, its tokenizer and its chat template each say it, and they need not agree.
 
 A response that ends in none of the stop ids runs to its longest length, is counted as cut, and has no score: with the
-wrong ids nothing of LaSeR is trained. Pure: ids and texts in, a finding out.
+wrong ids nothing of LaSeR is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from megatron_laser.config.score_token import named_eos_ids
 from megatron_laser.data.template import render_chat
 from megatron_laser.findings import Finding, Level
 
@@ -30,7 +32,7 @@ class EndSources:
     """What each says.
 
     Attributes:
-        setting: `rollout.stop_token_ids`; () where it is null.
+        setting: `rollout.stop_token_ids`; () where it is null. name: what the user calls it.
         files: EOS ids by file name, in the order in which they count (`named_eos_ids`).
         tokenizer: id of the tokenizer's eos_token; None: it has none.
         turn_end: of the chat template, None without one or where it writes nothing there.
@@ -38,6 +40,7 @@ class EndSources:
     """
 
     setting: tuple[int, ...] = ()
+    name: str = "rollout.stop_token_ids"
     files: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tokenizer: int | None = None
     turn_end: TurnEnd | None = None
@@ -47,6 +50,29 @@ class EndSources:
     def used(self) -> tuple[int, ...]:
         """The ids that end a response in the run."""
         return self.setting or next(iter(self.files.values()), ())
+
+
+def end_sources(
+    folder: str | Path,
+    tokenizer: Any,
+    *,
+    setting: Sequence[int],
+    template_used: bool,
+    name: str = "rollout.stop_token_ids",
+) -> EndSources:
+    """What the files of a model folder, its tokenizer and, where prompts go through it, its template say.
+
+    Raises:
+        ConfigError, DataError: a file, or the template, is broken.
+    """
+    return EndSources(
+        setting=tuple(setting),
+        name=name,
+        files=named_eos_ids(folder),
+        tokenizer=tokenizer.eos_token_id,
+        turn_end=end_of_turn(tokenizer) if template_used else None,
+        template_used=template_used,
+    )
 
 
 def end_of_turn(tokenizer: Any) -> TurnEnd | None:
@@ -93,8 +119,8 @@ def check_end_of_response(sources: EndSources, tokenizer: Any) -> Finding:
         said.append(f"template's end of turn: {end.text!r}, no special token" if end.id is None else
                     f"template's end of turn: {name(end.id)}")  # fmt: skip
     if sources.setting:
-        said.insert(0, f"rollout.stop_token_ids: {names(sources.setting)}")
-    source = "rollout.stop_token_ids" if sources.setting else next(iter(sources.files), "nothing")
+        said.insert(0, f"{sources.name}: {names(sources.setting)}")
+    source = sources.name if sources.setting else next(iter(sources.files), "nothing")
     used_text = f"responses end at {names(used)} ({source})"
     trouble, missing = _trouble(sources, name)
     if not trouble:
@@ -103,7 +129,7 @@ def check_end_of_response(sources: EndSources, tokenizer: Any) -> Finding:
     cure = ""
     if missing is not None:
         wanted = [*used, missing] if missing not in used else list(used)
-        cure = f"set rollout.stop_token_ids: {wanted}"
+        cure = f"set {sources.name}: {wanted}"
     return Finding(TOPIC, level, f"{used_text}, but {trouble}", tuple(said), cure)
 
 

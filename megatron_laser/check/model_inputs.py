@@ -6,11 +6,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_laser.check.end_of_response import EndSources, check_end_of_response, end_of_turn
+from megatron_laser.check.end_of_response import check_end_of_response, end_sources
 from megatron_laser.check.ledger import Ledger, needed
 from megatron_laser.config import ConfigError, RunConfig, look_at_model_folder, read_architecture
 from megatron_laser.config.architecture import Architecture
-from megatron_laser.config.score_token import named_eos_ids
 from megatron_laser.config.special_tokens import SpecialTokens, resolve_special_tokens
 from megatron_laser.data.template import render_chat
 from megatron_laser.findings import Finding
@@ -55,13 +54,11 @@ def look_at_tokenizer(config: RunConfig, found: ModelInputs, ledger: Ledger) -> 
     with ledger.topic(GROUP, "end of response"):
         tokenizer = needed(found.tokenizer, "the tokenizer")
         needed(found.special, "the ids that end a response")
-        used = config.data.apply_chat_template
-        sources = EndSources(
-            setting=tuple(config.rollout.stop_token_ids or ()),
-            files=named_eos_ids(config.model.path),
-            tokenizer=tokenizer.eos_token_id,
-            turn_end=end_of_turn(tokenizer) if used else None,
-            template_used=used,
+        sources = end_sources(
+            config.model.path,
+            tokenizer,
+            setting=config.rollout.stop_token_ids or (),
+            template_used=config.data.apply_chat_template,
         )
         ledger.add(GROUP, [check_end_of_response(sources, tokenizer)])
 

@@ -12,6 +12,7 @@ from megatron_laser.config import ConfigError
 from megatron_laser.config.score_token import ScoreToken, named_eos_ids, read_stop_token_ids
 from megatron_laser.config.special_tokens import SpecialTokens
 from megatron_laser.data import DataError
+from megatron_laser.testtime.model_folder import load_model_folder
 from megatron_laser.tokenizer import load_tokenizer
 
 WORDS = [
@@ -27,6 +28,8 @@ WORDS = [
     "[END]",
 ]
 EOS, IM_END = WORDS.index("<eos>"), WORDS.index("<|im_end|>")
+CHATML_END = TurnEnd("<|im_end|>", IM_END)
+PLAIN_END = TurnEnd("[END]", None)
 CHATML = (
     "{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
@@ -59,43 +62,65 @@ def config(folder, tmp_path):
         # The files, the tokenizer and the template agree, as in an instruct model.
         (
             EndSources(
-                (), {"generation_config.json": (IM_END, EOS)}, EOS, TurnEnd("<|im_end|>", IM_END), True
+                files={"generation_config.json": (IM_END, EOS)},
+                tokenizer=EOS,
+                turn_end=TurnEnd("<|im_end|>", IM_END),
+                template_used=True,
             ),
             "ok",
             "",
         ),
         # A base model prompted through its template: what ends a turn ends no response.
         (
-            EndSources((), {"generation_config.json": (EOS,)}, EOS, TurnEnd("<|im_end|>", IM_END), True),
+            EndSources(
+                files={"generation_config.json": (EOS,)},
+                tokenizer=EOS,
+                turn_end=TurnEnd("<|im_end|>", IM_END),
+                template_used=True,
+            ),
             "warning",
             f"chat template ends a turn with {IM_END} '<|im_end|>'",
         ),
         # generation_config names another convention's id; without a template the tokenizer says what is right.
         (
-            EndSources((), {"generation_config.json": (0,)}, EOS),
+            EndSources(files={"generation_config.json": (0,)}, tokenizer=EOS),
             "warning",
             "tokenizer's eos_token is 1 '<eos>'",
         ),
-        (EndSources((), {"config.json": (EOS,)}, EOS), "ok", ""),
-        (EndSources((), {"config.json": (EOS,)}, None), "ok", ""),
+        (EndSources(files={"config.json": (EOS,)}, tokenizer=EOS), "ok", ""),
+        (EndSources(files={"config.json": (EOS,)}, tokenizer=None), "ok", ""),
         # The user has chosen, and at least one of the two conventions is among them.
         (
-            EndSources((EOS,), {}, EOS, TurnEnd("<|im_end|>", IM_END), True),
+            EndSources(setting=(EOS,), tokenizer=EOS, turn_end=CHATML_END, template_used=True),
             "note",
             "chat template ends a turn",
         ),
         (
-            EndSources((0,), {}, EOS, TurnEnd("<|im_end|>", IM_END), True),
+            EndSources(setting=(0,), tokenizer=EOS, turn_end=CHATML_END, template_used=True),
             "warning",
             "chat template ends a turn",
         ),
         (
-            EndSources((), {"config.json": (EOS,)}, EOS, TurnEnd("[END]", None), True),
+            EndSources(
+                files={"config.json": (EOS,)},
+                tokenizer=EOS,
+                turn_end=PLAIN_END,
+                template_used=True,
+            ),
             "warning",
             "no special token",
         ),
         # A template that is not used says nothing about this run.
-        (EndSources((), {"config.json": (EOS,)}, EOS, TurnEnd("<|im_end|>", IM_END), False), "ok", ""),
+        (
+            EndSources(
+                files={"config.json": (EOS,)},
+                tokenizer=EOS,
+                turn_end=TurnEnd("<|im_end|>", IM_END),
+                template_used=False,
+            ),
+            "ok",
+            "",
+        ),
     ],
 )
 def test_what_ends_a_response_is_compared(tokenizer, sources, level, words):
@@ -107,7 +132,10 @@ def test_what_ends_a_response_is_compared(tokenizer, sources, level, words):
 
 def test_the_warning_says_what_each_names_what_is_used_and_the_cure(tokenizer):
     sources = EndSources(
-        (), {"generation_config.json": (EOS,), "config.json": (0,)}, EOS, TurnEnd("<|im_end|>", IM_END), True
+        files={"generation_config.json": (EOS,), "config.json": (0,)},
+        tokenizer=EOS,
+        turn_end=TurnEnd("<|im_end|>", IM_END),
+        template_used=True,
     )
     finding = check_end_of_response(sources, tokenizer)
     assert finding.text.startswith("responses end at 1 '<eos>' (generation_config.json), but ")
@@ -234,7 +262,19 @@ def test_a_folder_without_a_tokenizer_gets_none_made_up(folder, tmp_path):
 
 
 def test_sources_know_what_is_used():
-    sources = EndSources((), {"generation_config.json": (3,), "config.json": (4,)})
+    sources = EndSources(files={"generation_config.json": (3,), "config.json": (4,)})
     assert sources.used == (3,)
     assert dataclasses.replace(sources, setting=(7,)).used == (7,)
     assert EndSources().used == ()
+
+
+def test_test_time_commands_say_it_too(folder, tmp_path, caplog):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
+    load_model_folder(tmp_path, with_score=False)
+    assert "the tokenizer's eos_token is 1 '<eos>'" in caplog.text
+    assert "set --stop-token-id: [5, 1]" in caplog.text
+    caplog.clear()
+    load_model_folder(tmp_path, stop_token_ids=(5, 1), with_score=False)
+    assert not caplog.records
