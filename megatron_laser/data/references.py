@@ -27,6 +27,7 @@ _MATH_REWARDS = (
 _EXPONENT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]{1,9}")
 _LONGEST_NUMBER = 60  # digits; longer ones are written as m \times 10^{e}
 _COMMAND = re.compile(r"\\(?:begin|end)\{[a-z*]+\}|\\[a-zA-Z]+")
+_DISPLAY = re.compile(r"^\s*(?:\$\$?|\\\[)|(?:\$\$?|\\\])\s*$")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _PROSE = 6  # words that make a sentence of an answer; "no real solutions" and "x = 5 or x = 6" are none
 _NOTHING = ("n/a", "nan", "null", "?")
@@ -109,13 +110,27 @@ def why_unequal(reference: str) -> str:
     """Why no response, or only one with the very same sentence, can equal this reference; "" where one can."""
     if reference.strip().casefold() in _NOTHING:
         return "a placeholder"
-    if "\n" in reference and "\\begin" not in reference:
+    if _has_several_lines(reference):
         return "several lines"
     if len(_WORD.findall(_COMMAND.sub(" ", reference))) >= _PROSE:
         return "prose"
     if extract_answer(f"\\boxed{{{reference}}}") != normalize_answer(reference):
         return "text that no box can hold (braces that do not match, or too long)"
     return ""
+
+
+def _has_several_lines(reference: str) -> bool:
+    """Whether a line ends where an answer might, too: not inside brackets, nor behind an operator or a comma."""
+    text = _DISPLAY.sub("", reference).strip()
+    if "\\begin" in text:
+        return False
+    read = ""
+    for line in text.splitlines()[:-1]:
+        read += line
+        inside = any(read.count(opening) > read.count(closing) for opening, closing in ("()", "[]", "{}"))
+        if not inside and not line.rstrip().endswith(("+", "-", "*", "=", ",", ";", "\\\\")):
+            return True
+    return False
 
 
 def _from_text(text: str) -> Reference:

@@ -13,22 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laser.config import Benchmark
-from megatron_laser.data import (
-    Row,
-    build_prompts,
-    fingerprint,
-    grades_mathematics,
-    heed,
-    look_at_references,
-    read_ids,
-    read_rows,
-    refuse_score_token,
-)
+from megatron_laser.data import build_prompts, fingerprint, read_ids, refuse_score_token
 from megatron_laser.evaluation import evaluate, evaluation_detail, read_records
 from megatron_laser.observability.benchmark_report import write_benchmark_report
 from megatron_laser.observability.plain import plain, write_atomically
 from megatron_laser.rewards import GradingPool, try_reward
 from megatron_laser.rollout.engine import RolloutEngine, takes_seeds
+from megatron_laser.testtime.benchmark_rows import benchmark_rows
 from megatron_laser.testtime.engine import EngineChoice, open_engine
 from megatron_laser.testtime.errors import TestTimeError
 from megatron_laser.testtime.model_folder import ModelFolder
@@ -172,9 +163,7 @@ def _run(
 
 
 def _prompts(model: ModelFolder, benchmark: Benchmark) -> list[Prompt]:
-    rows = _rows(benchmark)
-    if grades_mathematics(benchmark.reward):
-        heed(look_at_references(rows, name=benchmark.name, ask_grader=False))
+    rows = benchmark_rows(benchmark, look=True)
     prompts, dropped = build_prompts(
         rows,
         model.tokenizer,
@@ -204,15 +193,6 @@ def _prompts(model: ModelFolder, benchmark: Benchmark) -> list[Prompt]:
             f"{room} or less"
         )
     return prompts
-
-
-def _rows(benchmark: Benchmark) -> list[Row]:
-    return read_rows(
-        benchmark.path,
-        prompt_key=benchmark.prompt_key,
-        answer_key=benchmark.answer_key,
-        mathematics=grades_mathematics(benchmark.reward),
-    )
 
 
 def _settings(model: ModelFolder, benchmark: Benchmark, choice: EngineChoice) -> dict[str, Any]:
@@ -256,7 +236,7 @@ def _claim(folder: Path, settings: dict[str, Any], *, regrade: bool) -> None:
 
 def _finished(folder: Path, benchmark: Benchmark, problems: int) -> bool:
     """Whether all records are there; writes problems.jsonl beside them."""
-    rows = _rows(benchmark)
+    rows = benchmark_rows(benchmark)
     names = read_ids(benchmark.path, benchmark.id_key)
     lines = (
         json.dumps(
