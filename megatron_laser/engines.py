@@ -16,6 +16,7 @@ from megatron_laser.config.server_options import server_option
 from megatron_laser.model import platform
 from megatron_laser.model.dtypes import DTYPES
 from megatron_laser.rewards import GradingPoolError
+from megatron_laser.rollout.endings import NothingEnds
 from megatron_laser.rollout.endpoints import Endpoints, EndpointsError, ServerEndpoint, read_endpoints
 from megatron_laser.rollout.engine import RolloutEngine, takes_seeds
 from megatron_laser.rollout.serving import ServeProcess
@@ -111,7 +112,7 @@ def with_servers(phase: str, work: Callable[[], None]) -> str:
     except WeightsNeeded as error:
         logger.warning("%s: %s", phase, error)
         return NEEDS_WEIGHTS
-    except (ServersLost, ServerError, TimeoutError, GradingPoolError) as error:
+    except (ServersLost, ServerError, TimeoutError, GradingPoolError, NothingEnds) as error:
         return f"{phase}: {error}"
     return ""
 

@@ -25,6 +25,7 @@ from megatron_laser.output_folder import STOPPED
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.ahead import RolloutAhead
 from megatron_laser.rollout.collector import RolloutCollector
+from megatron_laser.rollout.endings import watch_endings
 from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch, SamplingParams
 
@@ -78,6 +79,7 @@ class Leader:
             oversample=rollout.oversample,
             max_staleness=rollout.max_staleness,
             ahead=rollout.ahead,
+            endings=watch_endings(config, inputs.stop_token_ids, inputs.tokenizer),
         )
         self._ahead = RolloutAhead(self._collector, inputs.train) if rollout.ahead else None
         if resumed is not None and resumed["run"] is not None:  # None: converted from a Hugging Face folder

@@ -51,6 +51,9 @@ class LaserConfig(Section):
     unscored: Literal["zero", "exclude"] = "zero"
     """A response without a score counts as score 0 in its group (`zero`) or is left out of the group's
     statistics and keeps the verifier's advantage (`exclude`)."""
+    max_unscored_steps: Count | None = 10
+    """So many steps in a row without a single response that ends by itself, and so has a score, stop the run with the
+    likely cause; all steps of a shorter run do, too. null: it goes on, and says so once."""
     class_weights: bool = True
     """Weight right and wrong responses so that both classes count half of the loss each."""
     targets: NumberPair = (1.0, 0.0)

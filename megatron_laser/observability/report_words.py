@@ -26,6 +26,7 @@ def findings(runs: list[Run]) -> list[str]:
         sentences += _comparison(*pair)
     for run in runs:
         sentences += _accuracy(run)
+        sentences += _endings(run)
         sentences += _grading(run)
         if run.final is None:
             sentences.append(f"{run.label} has no finished evaluation, so votes and calibration are missing.")
@@ -108,6 +109,18 @@ def _accuracy(run: Run) -> list[str]:
         f"{sentence} That is over all {tried:.0f} prompts that were tried, of which {right:.0f} were dropped because "
         f"all their responses were right and {wrong:.0f} because all were wrong; in the batches that were trained on "
         f"it was {run.ends('reward_mean')[1]:.1%} at the end."
+    ]
+
+
+def _endings(run: Run) -> list[str]:
+    """Steps in which no response ended by itself."""
+    _, scored = run.series("scored_fraction")
+    without = int((scored == 0).sum())
+    if not without:
+        return []
+    return [
+        f"**{run.label}: in {without} of {len(scored)} steps no response ended by itself**, so none has a score: "
+        "another token may end them than `rollout.stop_token_ids`, or `rollout.max_new_tokens` is too small."
     ]
 
 

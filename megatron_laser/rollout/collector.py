@@ -13,6 +13,7 @@ from typing import Any
 from megatron_laser.data.cursor import PromptCursor
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool, GradingPoolError
+from megatron_laser.rollout.endings import Endings
 from megatron_laser.rollout.engine import ResumableEngine, RolloutEngine, StopEarly
 from megatron_laser.rollout.pending import OpenGroup, restore
 from megatron_laser.rollout.progress import Progress
@@ -51,6 +52,7 @@ class RolloutCollector:
         oversample: float = 1.0,
         max_staleness: int = 0,
         ahead: int = 0,
+        endings: Endings | None = None,
     ) -> None:
         """
         Args:
@@ -63,6 +65,7 @@ class RolloutCollector:
             oversample: begin so many times the missing groups at once; above 1 the engine must be resumable.
             max_staleness: carried responses with older tokens than so many steps are generated anew.
             ahead: how many steps the engine's weights may be behind those that the step trains.
+            endings: watches for steps in which no response ends by itself.
         """
         self._engine = engine
         self._grading = grading
@@ -80,6 +83,7 @@ class RolloutCollector:
         self._oversample = oversample
         self._max_staleness = max_staleness
         self._ahead = ahead
+        self._endings = endings
         self._said: set[str] = set()
         self._carried: list[OpenGroup] = []
         self._progress: Progress | None = None
@@ -90,11 +94,14 @@ class RolloutCollector:
         if self._progress is not None:
             return self._progress.before
         carried = [group.state() for group in self._carried]
-        return {"cursor": self._cursor.state_dict(), "pending_groups": carried}
+        unscored = self._endings.in_a_row if self._endings is not None else 0
+        return {"cursor": self._cursor.state_dict(), "pending_groups": carried, "unscored_steps": unscored}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
         self._cursor.load_state_dict(state["cursor"])
+        if self._endings is not None:
+            self._endings.in_a_row = state.get("unscored_steps", 0)
         size = self._sampling.samples_per_prompt
         self._carried = [restore(item, self._prompts, size) for item in state["pending_groups"]]
         for group in self._carried:
@@ -113,6 +120,7 @@ class RolloutCollector:
             RuntimeError: the engine holds other weights than those of step - 1 (or up to `ahead` steps older).
             TimeoutError: generation or grading passed the deadline.
             GradingPoolError: every response's grading failed, or so many that too few groups are left.
+            NothingEnds: see `Endings.note`.
         """
         oldest = max(0, step - 1 - self._ahead)
         if not oldest <= self._engine.version <= step - 1:
@@ -123,7 +131,7 @@ class RolloutCollector:
         if self._progress is None or self._progress.step != step:
             self._progress = Progress(step, self.state(), time.monotonic() + self._deadline)
             self._progress.open, self._carried = self._carried, []
-            self._drop_stale(self._progress)
+            self._progress.drop_stale(self._max_staleness)
         progress = self._progress
         while len(progress.groups) < self._prompts_per_step and (
             progress.open or progress.tried < self._tries
@@ -133,6 +141,8 @@ class RolloutCollector:
         missing = max(0, self._prompts_per_step - len(groups)) if self._drops_uniform else 0
         found = len(groups)
         failed = progress.failures()
+        if self._endings is not None:
+            self._endings.note(step, progress.complete())
         stand_ins = self._stand_ins(step, found, progress.uniform) if missing else []
         self.metrics = {
             "prompts_tried": progress.tried,
@@ -153,16 +163,6 @@ class RolloutCollector:
             self.metrics |= self._engine.take_metrics()
         self._progress = None
         return RolloutBatch(step, self._engine.version, groups, dict(self.metrics))
-
-    def _drop_stale(self, progress: Progress) -> None:
-        oldest = progress.step - 1 - self._max_staleness
-        dropped = sum(group.drop_older_than(oldest) for group in progress.open)
-        if dropped:
-            logger.info(
-                "step %d: %d carried responses were older than rollout.max_staleness; generated anew",
-                progress.step,
-                dropped,
-            )
 
     def _round(self, progress: Progress) -> None:
         """Work on the open groups, and on as many new ones as are worth beginning, until enough are complete."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from typing import Any
 
 from megatron_laser.rollout.pending import OpenGroup
 from megatron_laser.types import Group
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,8 +35,21 @@ class Progress:
 
     def failures(self) -> Counter[str]:
         """Responses that could not be graded, by outcome; asked before a stand-in is in two lists."""
-        groups = (*self.groups, *self.uniform, *self.lost)
-        return Counter(sample.outcome for group in groups for sample in group.ungraded)
+        return Counter(sample.outcome for group in self.complete() for sample in group.ungraded)
+
+    def complete(self) -> list[Group]:
+        """Every group whose responses have all ended; asked before a stand-in is in two lists."""
+        return [*self.groups, *self.uniform, *self.lost]
+
+    def drop_stale(self, max_staleness: int) -> None:
+        """Have what open groups have of weights that are too old generated anew."""
+        dropped = sum(group.drop_older_than(self.step - 1 - max_staleness) for group in self.open)
+        if dropped:
+            logger.info(
+                "step %d: %d carried responses were older than rollout.max_staleness; generated anew",
+                self.step,
+                dropped,
+            )
 
     def graded_metrics(self, stand_ins: Sequence[Group]) -> dict[str, float]:
         """Everything that was graded in this step, in the batch or not; asked before the stand-ins are in two lists.

@@ -92,6 +92,7 @@ DEFAULTS = {
         "reasoning_warmup_steps": 200,
         "self_reward_warmup_steps": 200,
         "unscored": "zero",
+        "max_unscored_steps": 10,
         "class_weights": True,
         "targets": [1.0, 0.0],
         "loss": "mse",

@@ -15,6 +15,7 @@ from megatron_laser.observability.rollout_metrics import rollout_metrics
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import Grade, GradingPoolError
 from megatron_laser.rollout.collector import RolloutCollector
+from megatron_laser.rollout.endings import Endings, NothingEnds
 from megatron_laser.rollout.pending import batch_from, batch_state
 from megatron_laser.rollout.sglang.errors import WeightsNeeded
 from megatron_laser.types import Generation, Prompt, SamplingParams
@@ -114,6 +115,28 @@ def test_an_interrupted_step_counts_every_group_once(call, again):
         made.load_state(before)
     assert rows(made.collect(1)) == [1, 2, 5, 8]
     assert made.metrics == counts(tried=9, right=3, wrong=2, accuracy=(4 + 6) / 18)
+
+
+def test_steps_without_any_score_are_counted_across_a_resume_and_the_last_one_is_tried_again():
+    def made_with(count, engine=None):
+        watch = Endings((99,), max_new_tokens=8, steps=50, limit=3)
+        watch.in_a_row = count
+        made, engine = collector(mixed=(), tries=None)
+        made._endings, made._sampling = watch, SamplingParams(2, 8, (99,))
+        return made, engine
+
+    made, engine = made_with(0)
+    for step in (1, 2):
+        made.collect(step)
+        engine.version = step
+    state = made.state()
+    assert state["unscored_steps"] == 2
+    resumed, engine = made_with(0)
+    resumed.load_state(json.loads(json.dumps(state)))
+    engine.version = 2
+    with pytest.raises(NothingEnds, match="3 steps in a row"):
+        resumed.collect(3)
+    assert resumed.state() == state
 
 
 def test_without_dropping_every_group_is_kept():
