@@ -23,7 +23,7 @@ from megatron_laser.config.schema import RunConfig
 from megatron_laser.engines import needs_first_sync
 from megatron_laser.export import export_hf
 from megatron_laser.inputs import read_inputs
-from megatron_laser.leader import Leader, evaluation_due
+from megatron_laser.leader import ASKED_TO_STOP, Leader, evaluation_due
 from megatron_laser.model import platform
 from megatron_laser.observability.host_memory import trim_host_memory
 from megatron_laser.observability.timers import Timers
@@ -75,7 +75,7 @@ def _train(config: RunConfig, runtime: Runtime, coordinator: Coordinator, timers
         stragglers = Stragglers(runtime, config.logging.straggler_every)
         ranks = Ranks(config, runtime, coordinator, leader)
         run = _Run(config, ranks, trainer, checkpoints, timers, stragglers, turns)
-        with stop_signals(coordinator.request_stop):
+        with stop_signals(run.request_stop):
             run.run(first_step=1 if resumed is None else resumed["step"] + 1, resumed=resumed is not None)
     finally:
         if leader is not None:
@@ -104,6 +104,10 @@ class _Run:
                 self._sync(first_step - 1)
             if first_step == 1:
                 self._led("evaluation before the first step", 0, lambda leader: leader.evaluate_baseline())
+                reason = self.ranks.coordinator.agree_to_stop(0)
+                if reason is not None:
+                    self.stop(0, reason)
+                    return
             for step in range(first_step, self.config.run.steps + 1):
                 self.step(step)
                 reason = self.ranks.coordinator.agree_to_stop(step)
@@ -147,6 +151,12 @@ class _Run:
         if lost is not None:
             raise lost
 
+    def request_stop(self, reason: str) -> None:
+        """On a signal: stop after the current step; an evaluation does not have to end before that."""
+        self.ranks.coordinator.request_stop(reason)
+        if self.ranks.leader is not None:
+            self.ranks.leader.stop_evaluating(reason)
+
     def stop(self, step: int, reason: str) -> None:
         """Save and leave, so that the same command continues after `step`."""
         self._save(step)
@@ -164,7 +174,12 @@ class _Run:
         try:
             self._led("final evaluation", steps, lambda leader: leader.finish(complete=saved))
         except CannotGoOn as error:
-            raise RunEnded(f"all {steps} steps are done: {error}; the same command goes on here") from None
+            if not error.reason.startswith(ASKED_TO_STOP):
+                raise RunEnded(
+                    f"all {steps} steps are done: {error}; the same command goes on here"
+                ) from None
+            reason = error.reason.removeprefix(ASKED_TO_STOP)
+            self.ranks.lead("stopping", lambda leader: leader.stopped(steps, reason))
         if not saved:
             raise CheckpointError(f"all steps are done, but the last save failed: {self.checkpoints.trouble}")
 

@@ -20,6 +20,7 @@ from megatron_laser.cli_testtime.options import (
     ScoreToken,
     StopIds,
     Urls,
+    Wait,
     engine_choice,
     model_folder,
     require_positive,
@@ -77,6 +78,7 @@ def score(
     dtype: Dtype = "float32",
     batch: Batch = 256,
     concurrency: Concurrency = 256,
+    wait: Wait = 60.0,
     score_token: ScoreToken = None,
     ref_logprob: RefLogprob = None,
     beta: Beta = None,
@@ -94,7 +96,7 @@ def score(
         if serve == (source is not None):
             raise typer.BadParameter("give either a JSON Lines file or --serve")
         require_positive("--deadline", deadline)
-        choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency)
+        choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
         folder = model_folder(model, score_token, ref_logprob, beta, stop_token_id)
         template = (
             folder.from_run.get("apply_chat_template", True) if chat_template is None else chat_template

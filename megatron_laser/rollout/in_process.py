@@ -8,6 +8,7 @@ is the self-reward's input.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.types import Generation, SamplingParams
 
 # Rows that are done leave the batch once they make up this share of it.
@@ -56,6 +58,7 @@ class InProcessEngine:
         *,
         deadline: float,
         on_finished: Callable[[int, int, Generation], None] | None = None,
+        stop: StopEarly | None = None,
     ) -> list[list[Generation]]:
         """See `RolloutEngine.generate`. Repeatable: equal prompts, sampling and weights give equal responses."""
         self._check(prompts, sampling.max_new_tokens)
@@ -68,7 +71,7 @@ class InProcessEngine:
         results: list[list[Generation]] = []
         per_batch = max(1, self._max_batch_size // samples)
         for start in range(0, len(prompts), per_batch):
-            batch = _Batch(self, prompts[start : start + per_batch], sampling, generator, ends)
+            batch = _Batch(self, prompts[start : start + per_batch], sampling, generator, ends, stop)
             for index, generation in batch.run():
                 if on_finished is not None:
                     on_finished(start + index // samples, index % samples, generation)
@@ -112,6 +115,15 @@ class InProcessEngine:
         if missing:
             raise KeyError(f"weight sync to version {version}: the stream lacked {sorted(missing)[:5]}")
         self._version = version
+
+    def weights_digest(self) -> str:
+        """ "sha256:HEX" of the weights that the next call will use: names, shapes, types and bytes."""
+        total = hashlib.sha256()
+        for name, parameter in sorted(self._parameters.items()):
+            total.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+            data = parameter.detach().to("cpu", copy=True).contiguous()
+            total.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        return f"sha256:{total.hexdigest()}"
 
     def close(self) -> None:
         """Nothing runs outside this process."""
@@ -179,11 +191,13 @@ class _Batch:
         sampling: SamplingParams,
         generator: torch.Generator,
         ends: float,
+        stop: StopEarly | None,
     ) -> None:
         self._engine = engine
         self._sampling = sampling
         self._generator = generator
         self._ends = ends
+        self._stop_early = stop
         self._stop = torch.tensor(sampling.stop_token_ids, device=engine._device)
         self._prompts = prompts
         count = len(prompts) * sampling.samples_per_prompt
@@ -205,6 +219,8 @@ class _Batch:
         ended = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
         positions = mask.sum(1)
         for step in range(sampling.max_new_tokens):
+            if self._stop_early is not None and self._stop_early.is_set:
+                raise StoppedEarly(f"stopped with {len(rows)} of {len(self.done)} responses still running")
             if time.monotonic() > self._ends:
                 raise TimeoutError(
                     f"generation: {len(rows)} of {len(self.done)} responses still running after {step} tokens"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_laser.rollout.endpoints import ServerEndpoint
-from megatron_laser.rollout.engine import StopEarly
+from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.rollout.open_files import raise_open_files
 from megatron_laser.rollout.sglang.client import ServerClient, Sessions
 from megatron_laser.rollout.sglang.driver import Driver
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_SAY_EVERY = 30.0  # seconds between two words about servers that do not answer
 
 
 class SglangEngine:
@@ -103,7 +105,8 @@ class SglangEngine:
 
         self._sessions, self.fleet, self._driver = self.run(connect(), 30.0, "connecting")
         try:
-            up = self.fleet.wait_until_up(min_servers, start_deadline, refuse_strangers)
+            check = _SayingThatItWaits(self.fleet, min_servers, start_deadline)
+            up = self.fleet.wait_until_up(min_servers, start_deadline, check)
             self.run(up, start_deadline, "waiting for servers")
             self.identify_all()
         except BaseException:
@@ -159,12 +162,15 @@ class SglangEngine:
         *,
         deadline: float,
         on_finished: Callable[[int, int, Generation], None] | None = None,
+        stop: StopEarly | None = None,
     ) -> list[list[Generation]]:
         """See `RolloutEngine.generate`; `on_finished` is called in the event loop's thread.
 
         Raises also WeightsNeeded and ServersLost (see `Fleet.pick`) and ServerError.
         """
-        found = self.generate_some(prompts, sampling, deadline=deadline, on_finished=on_finished)
+        found = self.generate_some(prompts, sampling, deadline=deadline, on_finished=on_finished, stop=stop)
+        if stop is not None and any(one is None or one.finish_reason == "abort" for g in found for one in g):
+            raise StoppedEarly("the servers were told to stop generating")
         return [[_present(generation) for generation in group] for group in found]
 
     def generate_some(
@@ -289,6 +295,26 @@ class SglangEngine:
                 raise ValueError(
                     f"sequence {index} has token id {bad}; expected 0 to {limit - 1}, the model's vocabulary"
                 )
+
+
+class _SayingThatItWaits:
+    """A check for `Fleet.wait_until_up`: raises for strangers, and says at once and now and again what is awaited.
+
+    A port at which nobody listens may be a mistake, or a server that starts: only the user knows.
+    """
+
+    def __init__(self, fleet: Fleet, count: int, seconds: float) -> None:
+        self._fleet = fleet
+        self._what = f"waiting up to {seconds:.0f} s for {count} server{'s' if count != 1 else ''}"
+        self._next = 0.0
+
+    def __call__(self, members: Sequence[Member]) -> None:
+        refuse_strangers(members)
+        now = time.monotonic()
+        troubles = [str(member.trouble) for member in members if member.trouble is not None]
+        if troubles and now >= self._next:
+            self._next = now + _SAY_EVERY
+            logger.warning("%s: %s", self._what, "; ".join(troubles))
 
 
 def _present(generation: Generation | None) -> Generation:
