@@ -2,7 +2,7 @@
 
 An answer is any hashable key of its equivalence class; None abstains. Votes are compared in sums that do not
 depend on the order of the responses, so a tie is a tie whichever response came first. One rule breaks all ties: the
-first seen wins. Responses are sampled alike, so their order is a matter of chance, and `voting_curves` averages over it.
+first seen wins. Responses are sampled alike, so their order is chance, and `voting_curves` averages over it.
 """
 
 from __future__ import annotations

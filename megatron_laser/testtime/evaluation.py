@@ -114,7 +114,7 @@ def evaluate_benchmarks(
                 "settings": public(benchmark),
                 **evaluation_detail(records, seed=benchmark.seed),
             }
-            scores[benchmark.name] = [(r.score, r.right) for r in records if r.score is not None]
+            scores[benchmark.name] = [(r.score, r.right) for r in records if r.score is not None and r.graded]
         results = {
             "model": str(model.path),
             "weights": weights.identity,
