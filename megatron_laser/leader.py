@@ -150,6 +150,19 @@ class Leader:
 
         return with_servers(f"evaluation after step {step}", work)
 
+    def evaluate_left_out(self, step: int) -> str:
+        """Make up for an evaluation that a stop left out; its numbers are added to the step's. Returns as `collect`."""
+
+        def work() -> None:
+            with self._evaluation.left_out_on_stop():
+                metrics = self._evaluation.run("validation", step)
+                if metrics:
+                    self._write(step, metrics)
+
+        if self._evaluation.is_done("validation", step):
+            return ""
+        return with_servers(f"evaluation after step {step}", work)
+
     def record(self, step: int, result: StepResult, times: dict[str, float]) -> None:
         """Write one step's metrics, update the view, and dump the rollouts when they are due."""
         batch = self.batch

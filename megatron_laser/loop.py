@@ -108,6 +108,11 @@ class _Run:
                 if reason is not None:
                     self.stop(0, reason)
                     return
+            elif evaluation_due(self.config, first_step - 1):
+                step = first_step - 1
+                self._led(
+                    f"evaluation after step {step}", step, lambda leader: leader.evaluate_left_out(step)
+                )
             for step in range(first_step, self.config.run.steps + 1):
                 self.step(step)
                 reason = self.ranks.coordinator.agree_to_stop(step)

@@ -64,6 +64,10 @@ class RunEvaluation:
         except StoppedEarly as error:
             logger.warning("%s: an evaluation is left out (%s)", self.stop_reason, error)
 
+    def is_done(self, split: str, step: int) -> bool:
+        """Whether its numbers are there."""
+        return (self._folder / f"{split}_step_{step}.json").exists()
+
     def run(self, split: str, step: int, *, resumable: bool = False) -> dict[str, float]:
         """Evaluate the engine's current weights on `validation` or `test`; {} when the split is not given.
 

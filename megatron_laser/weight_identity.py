@@ -46,11 +46,14 @@ class FolderWeights:
     """The weight files of a model folder, open, so that they stay the same files when others take their names.
 
     Attributes:
-        identity: "sha256:HEX" of names and bytes.
+        identity: "sha256:HEX" of names and bytes; None: not asked for.
     """
 
-    def __init__(self, folder: Path, *, cache: Path | None = None) -> None:
+    def __init__(self, folder: Path, *, cache: Path | None = None, identify: bool = True) -> None:
         """Read all of it, but for the files whose digests are in `cache` (a JSON file, which is written).
+
+        Args:
+            identify: False: read nothing; a change is then seen by times alone.
 
         Raises:
             WeightsChanged: a file is written to at the moment.
@@ -64,7 +67,7 @@ class FolderWeights:
             if not self._files:
                 raise FileNotFoundError(f"{folder}: no weight file ({', '.join(_WEIGHTS)}) is there")
             self._states = {path: _state(number) for path, number in self._files.items()}
-            self.identity = self._digest(cache)
+            self.identity = self._digest(cache) if identify else None
         except BaseException:
             self.close()
             raise

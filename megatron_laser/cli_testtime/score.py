@@ -120,7 +120,8 @@ def score(
             )
             run_proxy(folder, choice, settings, say=typer.echo)
             return
-        from megatron_laser.testtime import Scorer, open_engine
+        from megatron_laser.testtime import Scorer
+        from megatron_laser.testtime.held_weights import HeldWeights
         from megatron_laser.testtime.scoring import read_answers, score_file
 
         assert source is not None
@@ -128,13 +129,14 @@ def score(
             folder, source, apply_chat_template=template, prompt_suffix=suffix, end_token_id=end_token_id
         )
         target = output or source.with_name(f"{source.stem}.scored{source.suffix}")
-        with open_engine(choice, folder, deadline=deadline) as engine:
+        with HeldWeights(choice, folder, deadline=deadline, identify=False) as weights:
             counts = score_file(
-                Scorer(engine, folder, end_token_id=end_token_id),
+                Scorer(weights.engine(), folder, end_token_id=end_token_id),
                 answers,
                 target,
                 deadline=deadline,
                 batch=batch,
+                check=weights.check,
             )
         typer.echo(
             f"{counts['rows']:.0f} rows, {counts['scored']:.0f} with a score (mean {counts['score_mean']:.3f}), "

@@ -101,8 +101,7 @@ def open_engine(choice: EngineChoice, model: ModelFolder, *, deadline: float) ->
             it takes.
 
     Raises:
-        TimeoutError: a server did not answer.
-        TestTimeError: servers are named, but this installation has no client for them.
+        TestTimeError: a server did not answer; or servers are named, but this installation has no client for them.
     """
     engine = _in_process(choice, model) if choice.in_process else _servers(choice, model, deadline)
     try:
@@ -127,6 +126,7 @@ def _in_process(choice: EngineChoice, model: ModelFolder) -> RolloutEngine:
 def _servers(choice: EngineChoice, model: ModelFolder, deadline: float) -> RolloutEngine:
     try:
         from megatron_laser.rollout.sglang import SglangEngine
+        from megatron_laser.rollout.sglang.errors import ServersLost
         from megatron_laser.rollout.sglang.identify import SIZES, Expected
     except ImportError as error:
         raise TestTimeError(
@@ -134,18 +134,23 @@ def _servers(choice: EngineChoice, model: ModelFolder, deadline: float) -> Rollo
             "the model in this process"
         ) from error
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
-    engine = SglangEngine.connect(
-        list(choice.urls),
-        api_key=choice.api_key,
-        expected=Expected(
-            model.vocab_size,
-            model_type=config.get("model_type"),
-            sizes={name: config[name] for name in SIZES if name in config},
-        ),
-        deadline=min(deadline, choice.wait),
-        max_concurrency=choice.max_concurrency,
-        router_url=choice.router_url,
-    )
+    try:
+        engine = SglangEngine.connect(
+            list(choice.urls),
+            api_key=choice.api_key,
+            expected=Expected(
+                model.vocab_size,
+                model_type=config.get("model_type"),
+                sizes={name: config[name] for name in SIZES if name in config},
+            ),
+            deadline=min(deadline, choice.wait),
+            max_concurrency=choice.max_concurrency,
+            router_url=choice.router_url,
+        )
+    except ServersLost as error:
+        raise TestTimeError(
+            f"{error}. Check the URL, or give a server that starts longer with --wait SECONDS"
+        ) from error
     try:
         for url, facts in engine.identify_all().items():
             doubt = other_weights(model.path, Path(facts.model_path), facts.weight_version)

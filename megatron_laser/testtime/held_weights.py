@@ -23,7 +23,7 @@ class HeldWeights:
     that they hold, so they are connected to at once. Use as a context manager.
 
     Attributes:
-        identity: of the weights, by content; None: servers do not tell.
+        identity: of the weights, by content; None: servers do not tell, or it was not asked for.
     """
 
     def __init__(
@@ -34,18 +34,20 @@ class HeldWeights:
         deadline: float,
         engine: RolloutEngine | None = None,
         cache: Path | None = None,
+        identify: bool = True,
     ) -> None:
         """
         Args:
             deadline: seconds within which servers must answer.
             engine: to use in place of one made of `choice`; it stays open.
-            cache: see `FolderWeights`.
+            cache, identify: see `FolderWeights`.
         """
         self._choice = choice
         self._model = model
         self._deadline = deadline
         self._engine = engine
         self._cache = cache
+        self._identify = identify
         self._folder: FolderWeights | None = None
         self._versions: dict[str, str | None] = {}
         self._stack = ExitStack()
@@ -54,7 +56,7 @@ class HeldWeights:
     def __enter__(self) -> HeldWeights:
         try:
             if self._choice.in_process:
-                self._folder = FolderWeights(self._model.path, cache=self._cache)
+                self._folder = FolderWeights(self._model.path, cache=self._cache, identify=self._identify)
                 self._stack.callback(self._folder.close)
                 self.identity = self._folder.identity
             else:
@@ -102,9 +104,9 @@ class HeldWeights:
             if self._folder.replaced():
                 logger.warning(
                     "%s: other weights have taken the place of those that were loaded; the numbers are about the "
-                    "latter (%s)",
+                    "latter%s",
                     self._model.path,
-                    self.identity,
+                    f" ({self.identity})" if self.identity else "",
                 )
             return
         versions = self._server_versions()

@@ -305,7 +305,7 @@ class _SayingThatItWaits:
 
     def __init__(self, fleet: Fleet, count: int, seconds: float) -> None:
         self._fleet = fleet
-        self._what = f"waiting up to {seconds:.0f} s for {count} server{'s' if count != 1 else ''}"
+        self._what = f"waiting up to {seconds:g} s for {count} server{'s' if count != 1 else ''}"
         self._next = 0.0
 
     def __call__(self, members: Sequence[Member]) -> None:
