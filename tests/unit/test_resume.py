@@ -126,7 +126,8 @@ def test_a_signal_in_the_final_evaluation_ends_it_at_once_and_the_same_command_g
     problems = tmp_path / "test.jsonl"
     problems.write_text("".join(f'{{"problem": "{i} + 7 ?", "answer": "{i + 7}"}}\n' for i in range(6)))
     settings = [f"data.test={problems}", "run.steps=1", "evaluation.final_samples_per_prompt=4"]
-    settings += ["rollout.max_batch_size=8"]  # three calls of the engine
+    # three calls of the engine, whose responses do not end all at once
+    settings += ["rollout.max_batch_size=8", "evaluation.max_new_tokens=40"]
     whole = run(file, tmp_path / "whole", *settings)
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch:
