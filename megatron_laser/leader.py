@@ -31,9 +31,6 @@ from megatron_laser.types import RolloutBatch, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-ASKED_TO_STOP = "asked to stop: "
-"""Begins the word of a final evaluation that ended early on request."""
-
 _AHEAD_SLACK = 30.0  # seconds
 _HISTOGRAM_STEPS = 10  # a histogram costs more than a scalar
 
@@ -89,6 +86,7 @@ class Leader:
         self._batch: RolloutBatch | None = None
         self._evaluated: dict[str, float] = {}
         last_step = -1 if resumed is None else int(resumed["step"])
+        self._last_step = max(0, last_step)
         self._evaluation = RunEvaluation(
             config, inputs, self.engine, self._grading, timers, last_step=last_step
         )
@@ -150,18 +148,23 @@ class Leader:
 
         return with_servers(f"evaluation after step {step}", work)
 
-    def evaluate_left_out(self, step: int) -> str:
-        """Make up for an evaluation that a stop left out; its numbers are added to the step's. Returns as `collect`."""
+    def evaluate_first(self) -> str:
+        """Before the first step of this start: evaluate the initial model, so that the report can say what training
+        changed, or make up for an evaluation that a stop left out. Returns as `collect` does."""
+        settings, step = self._config.evaluation, self._last_step
 
         def work() -> None:
             with self._evaluation.left_out_on_stop():
-                metrics = self._evaluation.run("validation", step)
+                metrics = self._evaluation.run("validation", step) if settings.every else {}
+                if step == 0:
+                    metrics |= self._evaluation.run("test", 0)
                 if metrics:
-                    self._write(step, metrics)
+                    self._write(step, metrics | self._timers.collect())
 
-        if self._evaluation.is_done("validation", step):
+        due = settings.baseline if step == 0 else evaluation_due(self._config, step)
+        if not due or (step > 0 and self._evaluation.is_done("validation", step)):
             return ""
-        return with_servers(f"evaluation after step {step}", work)
+        return with_servers(f"evaluation of the weights of step {step}", work)
 
     def record(self, step: int, result: StepResult, times: dict[str, float]) -> None:
         """Write one step's metrics, update the view, and dump the rollouts when they are due."""
@@ -204,27 +207,12 @@ class Leader:
         """End the evaluation that runs, and every later one, within seconds; safe in a signal handler."""
         self._evaluation.stop(reason)
 
-    def evaluate_baseline(self) -> str:
-        """Evaluate the initial model, so that the report can say what training changed. Returns as `collect` does."""
-
-        def work() -> None:
-            with self._evaluation.left_out_on_stop():
-                metrics = self._evaluation.run("validation", 0) if self._config.evaluation.every else {}
-                metrics |= self._evaluation.run("test", 0)
-                if metrics:
-                    self._write(0, metrics | self._timers.collect())
-
-        return (
-            with_servers("evaluation of the initial model", work) if self._config.evaluation.baseline else ""
-        )
-
     def finish(self, *, complete: bool) -> str:
-        """Evaluate the final weights on the test split and write the report.
+        """Evaluate the final weights on the test split and write the report. Returns as `collect` does.
+
+        Stopped in the evaluation, it says so: the same command goes on with what has been sampled.
 
         Args: complete: nothing is left to do afterwards; the same command will say so and not start again.
-
-        Returns:
-            As `collect`; or `ASKED_TO_STOP` and the reason: the same command goes on with what has been sampled.
         """
         steps = self._config.run.steps
         metrics: dict[str, float] = {}
@@ -235,7 +223,8 @@ class Leader:
         try:
             trouble = with_servers("final evaluation", work)
         except StoppedEarly:
-            return f"{ASKED_TO_STOP}{self._evaluation.stop_reason}"
+            self.stopped(steps, self._evaluation.stop_reason)
+            return ""
         if trouble:
             return trouble
         if metrics:

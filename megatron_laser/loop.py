@@ -23,7 +23,7 @@ from megatron_laser.config.schema import RunConfig
 from megatron_laser.engines import needs_first_sync
 from megatron_laser.export import export_hf
 from megatron_laser.inputs import read_inputs
-from megatron_laser.leader import ASKED_TO_STOP, Leader, evaluation_due
+from megatron_laser.leader import Leader, evaluation_due
 from megatron_laser.model import platform
 from megatron_laser.observability.host_memory import trim_host_memory
 from megatron_laser.observability.timers import Timers
@@ -75,7 +75,7 @@ def _train(config: RunConfig, runtime: Runtime, coordinator: Coordinator, timers
         stragglers = Stragglers(runtime, config.logging.straggler_every)
         ranks = Ranks(config, runtime, coordinator, leader)
         run = _Run(config, ranks, trainer, checkpoints, timers, stragglers, turns)
-        with stop_signals(run.request_stop):
+        with stop_signals(ranks.request_stop):
             run.run(first_step=1 if resumed is None else resumed["step"] + 1, resumed=resumed is not None)
     finally:
         if leader is not None:
@@ -102,24 +102,15 @@ class _Run:
             # A converted checkpoint of step 0 is a resume too: its weights may not be those of model.path.
             if resumed or needs_first_sync(self.config):
                 self._sync(first_step - 1)
-            if first_step == 1:
-                self._led("evaluation before the first step", 0, lambda leader: leader.evaluate_baseline())
-                reason = self.ranks.coordinator.agree_to_stop(0)
-                if reason is not None:
-                    self.stop(0, reason)
-                    return
-            elif evaluation_due(self.config, first_step - 1):
-                step = first_step - 1
-                self._led(
-                    f"evaluation after step {step}", step, lambda leader: leader.evaluate_left_out(step)
-                )
-            for step in range(first_step, self.config.run.steps + 1):
-                self.step(step)
-                reason = self.ranks.coordinator.agree_to_stop(step)
-                if reason is not None:
+            for step in range(first_step - 1, self.config.run.steps + 1):
+                if step < first_step:
+                    self._led("first evaluation", step, lambda leader: leader.evaluate_first())
+                else:
+                    self.step(step)
+                if (reason := self.ranks.coordinator.agree_to_stop(step)) is not None:
                     self.stop(step, reason)
                     return
-                if self.checkpoints.due(step):
+                if step >= first_step and self.checkpoints.due(step):
                     self._save(step)
         except CannotGoOn as error:
             self.stop(error.step, error.reason)
@@ -156,12 +147,6 @@ class _Run:
         if lost is not None:
             raise lost
 
-    def request_stop(self, reason: str) -> None:
-        """On a signal: stop after the current step; an evaluation does not have to end before that."""
-        self.ranks.coordinator.request_stop(reason)
-        if self.ranks.leader is not None:
-            self.ranks.leader.stop_evaluating(reason)
-
     def stop(self, step: int, reason: str) -> None:
         """Save and leave, so that the same command continues after `step`."""
         self._save(step)
@@ -179,12 +164,7 @@ class _Run:
         try:
             self._led("final evaluation", steps, lambda leader: leader.finish(complete=saved))
         except CannotGoOn as error:
-            if not error.reason.startswith(ASKED_TO_STOP):
-                raise RunEnded(
-                    f"all {steps} steps are done: {error}; the same command goes on here"
-                ) from None
-            reason = error.reason.removeprefix(ASKED_TO_STOP)
-            self.ranks.lead("stopping", lambda leader: leader.stopped(steps, reason))
+            raise RunEnded(f"all {steps} steps are done: {error}; the same command goes on here") from None
         if not saved:
             raise CheckpointError(f"all steps are done, but the last save failed: {self.checkpoints.trouble}")
 

@@ -13,10 +13,12 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_laser.errors import UserError
 from megatron_laser.observability.plain import write_atomically
@@ -167,8 +169,19 @@ def engine_digest(engine: Any) -> str | None:
     """
     if isinstance(engine, SglangEngine):
         return _servers_digest(engine)
-    own: Callable[[], str] | None = getattr(engine, "weights_digest", None)
-    return None if own is None else own()
+    own: Callable[[], Mapping[str, torch.Tensor]] | None = getattr(engine, "named_parameters", None)
+    return None if own is None else _tensors_digest(own())
+
+
+def _tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Of names, shapes, types and bytes."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        # A copy, since torch never again resizes a storage that numpy has seen.
+        data = tensor.detach().to("cpu", copy=True).contiguous()
+        total.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+    return f"sha256:{total.hexdigest()}"
 
 
 def _servers_digest(engine: SglangEngine) -> str | None:

@@ -198,14 +198,12 @@ def _votes(run: Run, evaluation: Evaluation) -> list[str]:
         )
     gain, low, high = (evaluation.number("best_minus_average" + suffix) for suffix in ("", "_low", "_high"))
     best, average = evaluation.number("best_of"), evaluation.number("average")
-    if np.isfinite([gain, low, high]).all() and low <= 0 and 0 < average < 1:
+    few = problems < FEWEST_PROBLEMS
+    if np.isfinite([gain, low, high]).all() and low <= 0 and 0 < average < 1 and not few:
         told = f"({best:.3f} against {average:.3f}: {gain:+.3f} [{low:+.3f}, {high:+.3f}])"
-        if high < 0 and problems >= FEWEST_PROBLEMS:
-            sentences.append(
-                f"**{run.label}: picking the best of {k} by score is worse than one response** {told}."
-            )
-        else:
-            sentences.append(
-                f"{run.label}: picking the best of {k} by score is not shown to be better than one response {told}."
-            )
+        sentences.append(
+            f"**{run.label}: picking the best of {k} by score is worse than one response** {told}."
+            if high < 0
+            else f"{run.label}: picking the best of {k} by score is not shown to be better than one response {told}."
+        )
     return sentences

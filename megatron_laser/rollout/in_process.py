@@ -8,7 +8,6 @@ is the self-reward's input.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -65,8 +64,8 @@ class InProcessEngine:
         if sampling.score_token_id is not None:
             self._check_score_token(sampling.score_token_id)
         ends = time.monotonic() + deadline
-        generator = torch.Generator(self._device)
-        generator.manual_seed(sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ())))
+        seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()))
+        generator = torch.Generator(self._device).manual_seed(seed)
         samples = sampling.samples_per_prompt
         results: list[list[Generation]] = []
         per_batch = max(1, self._max_batch_size // samples)
@@ -85,8 +84,7 @@ class InProcessEngine:
         self._check_score_token(token_id)
         ends = time.monotonic() + deadline
         scores = [0.0] * len(sequences)
-        # Similar lengths together: less padding.
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # less padding
         for start in range(0, len(order), self._max_batch_size):
             if time.monotonic() > ends:
                 raise TimeoutError(f"scored {start} of {len(sequences)} sequences in {deadline:g} s")
@@ -116,14 +114,9 @@ class InProcessEngine:
             raise KeyError(f"weight sync to version {version}: the stream lacked {sorted(missing)[:5]}")
         self._version = version
 
-    def weights_digest(self) -> str:
-        """ "sha256:HEX" of the weights that the next call will use: names, shapes, types and bytes."""
-        total = hashlib.sha256()
-        for name, parameter in sorted(self._parameters.items()):
-            total.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-            data = parameter.detach().to("cpu", copy=True).contiguous()
-            total.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
-        return f"sha256:{total.hexdigest()}"
+    def named_parameters(self) -> dict[str, torch.Tensor]:
+        """The weights that the next call will use."""
+        return self._parameters
 
     def close(self) -> None:
         """Nothing runs outside this process."""
@@ -196,8 +189,7 @@ class _Batch:
         self._engine = engine
         self._sampling = sampling
         self._generator = generator
-        self._ends = ends
-        self._stop_early = stop
+        self._ends, self._stop_early = ends, stop
         self._stop = torch.tensor(sampling.stop_token_ids, device=engine._device)
         self._prompts = prompts
         count = len(prompts) * sampling.samples_per_prompt

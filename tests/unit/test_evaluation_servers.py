@@ -2,20 +2,23 @@
 
 import json
 import socket
+import threading
 import time
 
 import pytest
-from helpers.faulty_server import SCORE, STOP, FaultyServer
+from helpers.faulty_server import SCORE, STOP, FaultyServer, open_engine
 from helpers.tiny_run import write_tiny_run
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
 from megatron_laser.config import load_benchmarks
 from megatron_laser.observability import benchmark_report
+from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.rollout.sglang.errors import ServerMismatch
 from megatron_laser.testtime import EngineChoice, TestTimeError, load_model_folder
 from megatron_laser.testtime.evaluation import evaluate_benchmarks
 from megatron_laser.testtime.held_weights import HeldWeights
+from megatron_laser.types import SamplingParams
 from megatron_laser.weight_identity import WeightsChanged
 
 SETTINGS = ["problems.samples=4", "problems.max_new_tokens=8", "problems.prompt_suffix=''"]
@@ -122,6 +125,26 @@ def test_scores_of_two_models_are_not_written(server, folder, tmp_path, monkeypa
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 2 and "weights were changed while they were in use" in result.output
     assert target.read_bytes() == before
+
+
+def test_servers_stop_generating_at_once_when_they_are_told_to(server):
+    server.holds = lambda body: len(server.requests) > 2
+    engine = open_engine(server)
+    try:
+        stop, heard = StopEarly(), []
+        threading.Timer(0.3, stop.set).start()
+        sampling = SamplingParams(samples_per_prompt=4, max_new_tokens=8, stop_token_ids=(STOP,))
+        with pytest.raises(StoppedEarly):
+            engine.generate(
+                [[5]], sampling, deadline=60, on_finished=lambda *one: heard.append(one), stop=stop
+            )
+        assert len(heard) == 2 and len(server.aborted) >= 2
+        started = time.monotonic()
+        with pytest.raises(StoppedEarly):
+            engine.generate([[5]], sampling, deadline=60, stop=stop)
+        assert time.monotonic() - started < 2.0
+    finally:
+        engine.close()
 
 
 def test_a_port_at_which_nobody_listens_is_said_at_once_and_given_up_soon(folder, caplog):

@@ -183,6 +183,24 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(undisturbed, tmp_p
     assert without_times[0] == without_times[1]
 
 
+def test_a_signal_in_the_evaluation_before_the_first_step_ends_the_run_there(
+    undisturbed, tmp_path, monkeypatch
+):
+    file, _ = undisturbed
+    problems = tmp_path / "test.jsonl"
+    problems.write_text("".join(f'{{"problem": "{i} + 7 ?", "answer": "{i + 7}"}}\n' for i in range(4)))
+    settings = [f"data.test={problems}", "evaluation.baseline=true", "evaluation.every=0", "run.steps=1"]
+    settings += ["evaluation.final_samples_per_prompt=2"]
+    with monkeypatch.context() as patch:
+        on_arrival(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(file, tmp_path / "out", *settings)
+    assert json.loads((tmp_path / "out" / "STOPPED").read_text())["step"] == 0
+    run(file, tmp_path / "out", *settings)
+    found = {path.name for path in (tmp_path / "out" / "evaluation").glob("*.json")}
+    assert found == {"test_step_0.json", "test_step_1.json"}
+    assert [row["step"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [0, 1]
+
+
 def test_evaluations_of_steps_that_are_trained_again_are_dropped(undisturbed, tmp_path, monkeypatch):
     file, _ = undisturbed
     after_recording(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))

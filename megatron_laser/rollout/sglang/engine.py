@@ -20,9 +20,10 @@ from megatron_laser.rollout.sglang.driver import Driver
 from megatron_laser.rollout.sglang.errors import ServerError
 from megatron_laser.rollout.sglang.fleet import Fleet
 from megatron_laser.rollout.sglang.health import Limits
-from megatron_laser.rollout.sglang.identify import Expected, ServerFacts, identify_members, refuse_strangers
+from megatron_laser.rollout.sglang.identify import Expected, ServerFacts, identify_members
 from megatron_laser.rollout.sglang.loop_thread import SLACK, LoopThread
 from megatron_laser.rollout.sglang.member import Member
+from megatron_laser.rollout.sglang.patience import SayingThatItWaits
 from megatron_laser.rollout.sglang.router import Router
 from megatron_laser.rollout.sglang.traffic import Weights
 from megatron_laser.rollout.sglang.transport import WeightTransport
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_SAY_EVERY = 30.0  # seconds between two words about servers that do not answer
 
 
 class SglangEngine:
@@ -105,7 +104,7 @@ class SglangEngine:
 
         self._sessions, self.fleet, self._driver = self.run(connect(), 30.0, "connecting")
         try:
-            check = _SayingThatItWaits(self.fleet, min_servers, start_deadline)
+            check = SayingThatItWaits(min_servers, start_deadline)
             up = self.fleet.wait_until_up(min_servers, start_deadline, check)
             self.run(up, start_deadline, "waiting for servers")
             self.identify_all()
@@ -166,12 +165,9 @@ class SglangEngine:
     ) -> list[list[Generation]]:
         """See `RolloutEngine.generate`; `on_finished` is called in the event loop's thread.
 
-        Raises also WeightsNeeded and ServersLost (see `Fleet.pick`) and ServerError.
-        """
+        Raises also WeightsNeeded and ServersLost (see `Fleet.pick`) and ServerError."""
         found = self.generate_some(prompts, sampling, deadline=deadline, on_finished=on_finished, stop=stop)
-        if stop is not None and any(one is None or one.finish_reason == "abort" for g in found for one in g):
-            raise StoppedEarly("the servers were told to stop generating")
-        return [[_present(generation) for generation in group] for group in found]
+        return [[_whole(generation) for generation in group] for group in found]
 
     def generate_some(
         self,
@@ -297,27 +293,7 @@ class SglangEngine:
                 )
 
 
-class _SayingThatItWaits:
-    """A check for `Fleet.wait_until_up`: raises for strangers, and says at once and now and again what is awaited.
-
-    A port at which nobody listens may be a mistake, or a server that starts: only the user knows.
-    """
-
-    def __init__(self, fleet: Fleet, count: int, seconds: float) -> None:
-        self._fleet = fleet
-        self._what = f"waiting up to {seconds:g} s for {count} server{'s' if count != 1 else ''}"
-        self._next = 0.0
-
-    def __call__(self, members: Sequence[Member]) -> None:
-        refuse_strangers(members)
-        now = time.monotonic()
-        troubles = [str(member.trouble) for member in members if member.trouble is not None]
-        if troubles and now >= self._next:
-            self._next = now + _SAY_EVERY
-            logger.warning("%s: %s", self._what, "; ".join(troubles))
-
-
-def _present(generation: Generation | None) -> Generation:
-    if generation is None:
-        raise AssertionError("a response is missing although nobody asked to stop early")
+def _whole(generation: Generation | None) -> Generation:
+    if generation is None or generation.finish_reason == "abort":
+        raise StoppedEarly("the servers were told to stop generating")
     return generation
