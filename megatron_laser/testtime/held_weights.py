@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 class HeldWeights:
     """Weights under one identity, and the engine that holds them, which is opened when it is first asked for.
 
-    In this process the identity is that of the files, so that it needs no engine; of servers it is what they say
-    that they hold, so they are connected to at once. Use as a context manager.
+    In this process the identity is that of the files, so that it needs no engine; of servers, and of an engine that is
+    given, it is what they hold, so servers are connected to at once. Use as a context manager.
 
     Attributes:
         identity: of the weights, by content; None: servers do not tell, or it was not asked for.
@@ -55,7 +55,10 @@ class HeldWeights:
 
     def __enter__(self) -> HeldWeights:
         try:
-            if self._choice.in_process:
+            given = None if self._engine is None else engine_digest(self._engine)
+            if given is not None:
+                self.identity, self._versions = given, self._server_versions()
+            elif self._choice.in_process:
                 self._folder = FolderWeights(self._model.path, cache=self._cache, identify=self._identify)
                 self._stack.callback(self._folder.close)
                 self.identity = self._folder.identity
@@ -112,7 +115,7 @@ class HeldWeights:
         versions = self._server_versions()
         if versions != self._versions or engine_digest(self.engine()) != self.identity:
             raise WeightsChanged(
-                f"the servers' weights were changed while they were in use (their names: {_told(self._versions)} "
+                f"the engine's weights were changed while they were in use (their names: {_told(self._versions)} "
                 f"before, {_told(versions)} now); use servers that nobody else gives weights to"
             )
 

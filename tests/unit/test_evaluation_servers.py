@@ -82,7 +82,7 @@ def test_weights_that_a_server_gets_under_an_evaluation_are_noticed(server, eval
         return False
 
     server.holds = send_others
-    with pytest.raises(WeightsChanged, match=r"servers' weights were changed .*problems\.old-1"):
+    with pytest.raises(WeightsChanged, match=r"engine's weights were changed .*problems\.old-1"):
         evaluate(server)
     assert not (tmp_path / "eval" / "results.json").exists()
     found, _ = evaluate(server)

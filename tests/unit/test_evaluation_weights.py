@@ -180,6 +180,22 @@ def test_evaluating_training_more_and_evaluating_again_gives_new_numbers(tmp_pat
     assert again == second and "all responses were there" in said
 
 
+def test_an_engine_that_is_given_is_known_by_what_it_holds(folder, tmp_path):
+    import torch
+
+    from megatron_laser.rollout.in_process import InProcessEngine
+
+    engine = InProcessEngine(folder, dtype=torch.float32, device=torch.device("cpu"))
+    first, first_bytes, _ = evaluate(folder, folder, tmp_path / "eval", engine=engine)
+    assert evaluate(folder, folder, tmp_path / "eval", engine=engine)[1] == first_bytes
+    weights = [(name, tensor.clone()) for name, tensor in engine.named_parameters().items()]
+    engine.update_weights([(name, tensor * 1.5) for name, tensor in weights], 1)
+    second, _, said = evaluate(folder, folder, tmp_path / "eval", engine=engine)
+    assert "answering anew" in said and second["weights"] != first["weights"]
+    engine.update_weights(weights, 2)
+    assert evaluate(folder, folder, tmp_path / "eval", engine=engine)[1] == first_bytes
+
+
 def test_an_edited_reward_judges_the_saved_responses_anew(folder, tmp_path):
     reward = tmp_path / "mine.py"
     reward.write_text("def mine(response, answer):\n    return 1.0\n")
