@@ -15,6 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from megatron_laser.files import replace_folder, take_mode, through_links
+
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # What belongs to a model besides its weights: configuration, tokenizer, chat template, licence.
@@ -99,9 +101,11 @@ def write_hf_folder(
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; published by one rename.
 
     Configuration, tokenizer, chat template and licence are copied from `source`. At most one shard of
-    `max_shard_bytes` is held in memory. An existing `target` is replaced only once the new one is complete.
+    `max_shard_bytes` is held in memory. An existing `target` is replaced only once the new one is complete; where
+    it is a link, the folder that it points to is.
     """
-    partial = target.with_name(target.name + ".partial")
+    real = through_links(target)
+    partial = real.with_name(real.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for file in source.iterdir():
@@ -117,6 +121,7 @@ def write_hf_folder(
     total = 0
     for shard in _shards(weights, dtype, max_shard_bytes):
         save_file(shard, partial / f"shard-{len(shards)}", metadata={"format": "pt"})
+        take_mode(partial / f"shard-{len(shards)}", like=config_file)
         total += sum(tensor.nbytes for tensor in shard.values())
         shards.append(list(shard))
     if len(shards) == 1:
@@ -129,12 +134,7 @@ def write_hf_folder(
             weight_map.update(dict.fromkeys(names, shard_name))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(partial, target)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(partial, real, aside=real.with_name(real.name + ".old"))
     return target
 
 

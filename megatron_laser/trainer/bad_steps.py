@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.config.loading import resolved_yaml
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.data.errors import DataError
+from megatron_laser.files import replace_folder
 from megatron_laser.trainer.arrays import save_arrays
 from megatron_laser.trainer.checkpoint.folder import published
 from megatron_laser.trainer.runtime import Runtime
@@ -120,9 +120,8 @@ def write_dump(folder: Path, flat: FlatBatch, config: RunConfig, meta: dict[str,
     save_arrays(partial / _BATCH, flat.to_arrays())
     (partial / _CONFIG).write_text(resolved_yaml(config), encoding="utf-8")
     (partial / _META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    if folder.exists():  # the run was resumed from before this step and met it again
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    # It is there when the run was resumed from before this step and met it again.
+    replace_folder(partial, folder, aside=folder.with_name(folder.name + ".old"))
 
 
 def read_dump(folder: Path) -> Dump:

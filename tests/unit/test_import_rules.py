@@ -24,7 +24,7 @@ from helpers.source_tree import (
 
 # A part may import the parts of lower layers, and of its own only what SAME_LAYER says.
 LAYERS = (
-    ("errors", "findings"),
+    ("errors", "findings", "files"),
     ("types", "config"),
     ("algorithms", "ops", "batching", "data", "rewards"),
     ("observability",),
