@@ -64,7 +64,7 @@ def _train(config: RunConfig, runtime: Runtime, coordinator: Coordinator, timers
         with coordinator.phase("building the model and loading the checkpoint"):
             trainer = Trainer(config, runtime, score_token_id=token if token >= 0 else None, timers=timers)
             time_reductions(trainer.policy, timers)
-            checkpoints = CheckpointManager(config, runtime, trainer.policy)
+            checkpoints = CheckpointManager(config, runtime, trainer.policy, inputs and inputs.folder.owner)
             resumed = checkpoints.resume() if config.run.resume == "auto" else None
             turns = open_turns(config, runtime, trainer, timers)
         leader = coordinator.lead(

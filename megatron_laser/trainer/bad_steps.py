@@ -20,7 +20,7 @@ from megatron_laser.config.schema import RunConfig
 from megatron_laser.data.errors import DataError
 from megatron_laser.files import replace_folder
 from megatron_laser.trainer.arrays import save_arrays
-from megatron_laser.trainer.checkpoint.folder import published
+from megatron_laser.trainer.checkpoint.folder import checkpoint_root, published
 from megatron_laser.trainer.runtime import Runtime
 from megatron_laser.trainer.update import Update
 
@@ -87,8 +87,7 @@ class BadSteps:
         first = bad[0]
         where = f"epoch {first.epoch}, minibatch {first.minibatch}"
         reason = f"{', '.join(first.bad)} not finite ({where}; gradient norm {first.grad_norm:g})"
-        root = self._config.checkpoint.folder or Path(self._config.run.output_dir) / "checkpoints"
-        found = published(Path(root)) if self._runtime.is_main else []
+        found = published(checkpoint_root(self._config)) if self._runtime.is_main else []
         return {
             "format_version": FORMAT_VERSION,
             "step": step,

@@ -32,6 +32,8 @@ LAYERS = (
     ("weight_sync",),
     (
         "output_folder",
+        "folder_lock",
+        "overwrite",
         "tokenizer",
         "inputs",
         "check",

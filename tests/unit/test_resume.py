@@ -7,7 +7,7 @@ import signal
 import pytest
 from helpers.tiny_run import metrics_without_times, write_tiny_run
 
-from megatron_laser.config import load_config
+from megatron_laser.config import ConfigError, load_config
 from megatron_laser.data import DataError
 from megatron_laser.leader import Leader
 from megatron_laser.loop import train
@@ -31,8 +31,13 @@ def run(file, output, *overrides):
 
 
 def checkpoint_digests(folder, step):
-    files = folders.digests(folder / "checkpoints" / f"step_{step:08d}", "")
-    return {name: digest for name, digest in files.items() if name not in (".metadata", "manifest.json")}
+    """Of everything but what names the run and torch's random id."""
+    path = folder / "checkpoints" / f"step_{step:08d}"
+    named = (".metadata", "manifest.json", "state.json")
+    files = {name: digest for name, digest in folders.digests(path, "").items() if name not in named}
+    return files | {
+        "state": {key: value for key, value in folders.read_state(path).items() if key != "owner"}
+    }
 
 
 def contents(folder):
@@ -130,6 +135,32 @@ def test_a_finished_run_says_so_and_changes_nothing(undisturbed, caplog):
     assert run(file, folder) == folder
     assert "has finished its 4 steps: nothing to do" in caplog.text
     assert contents(folder) == before
+
+
+def test_another_run_does_not_take_over_a_shared_folder_of_checkpoints(undisturbed, tmp_path):
+    file, first = undisturbed
+    shared = f"checkpoint.folder={first / 'checkpoints'}"
+    with pytest.raises(ConfigError, match=rf"belongs to another run, that of {first}"):
+        run(file, tmp_path / "second", shared)
+    assert not (tmp_path / "second" / "metrics.jsonl").exists()
+    owner = json.loads((first / "run.json").read_text())["id"]
+    assert [
+        folders.read_state(path)["owner"]["id"] for _, path in folders.published(first / "checkpoints")
+    ] == [
+        owner,
+        owner,
+    ]
+
+
+def test_everybody_reads_what_a_run_writes_whom_the_umask_lets(undisturbed):
+    _, folder = undisturbed
+    mask = os.umask(0)
+    os.umask(mask)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 15
+    assert {path: oct(path.stat().st_mode & 0o777) for path in files} == dict.fromkeys(
+        files, oct(0o666 & ~mask)
+    )
 
 
 def test_other_data_under_the_same_name_are_refused(tmp_path):

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_laser.config.schema import RunConfig
 from megatron_laser.errors import UserError
 from megatron_laser.files import remove, replace_folder
 
@@ -29,6 +30,11 @@ _READ_BYTES = 1 << 22
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be used (of another run, damaged, of a newer format) or could not be written."""
+
+
+def checkpoint_root(config: RunConfig) -> Path:
+    """The folder that a run's checkpoints lie in."""
+    return Path(config.checkpoint.folder or Path(config.run.output_dir) / "checkpoints")
 
 
 def partial_folder(root: Path, step: int) -> Path:
