@@ -95,7 +95,9 @@ def train(
 
         folder = run(loaded)
         if is_main:
-            typer.echo(f"done: {folder}/report.md")
+            from megatron_laser.observability.extras import say
+
+            say(f"done: {folder}/report.md")
 
 
 @app.command()

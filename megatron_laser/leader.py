@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,12 @@ from megatron_laser.engines import await_servers, open_engine, with_servers
 from megatron_laser.evaluation import evaluate, generation_batch
 from megatron_laser.inputs import RunInputs
 from megatron_laser.model import platform
-from megatron_laser.observability.live import LiveView
-from megatron_laser.observability.report import write_report
-from megatron_laser.observability.rollout_dump import dump_rollouts
 from megatron_laser.observability.rollout_metrics import rollout_metrics, scores_by_label
-from megatron_laser.observability.sinks import MetricsLogger
 from megatron_laser.observability.timers import Timers
-from megatron_laser.observability.wandb_sink import WandbSink, open_wandb
-from megatron_laser.output_folder import STOPPED
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.ahead import RolloutAhead
 from megatron_laser.rollout.collector import RolloutCollector
+from megatron_laser.run_record import RunRecord
 from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch, SamplingParams
 
@@ -46,13 +42,27 @@ class Leader:
         self._timers = timers
         self._folder = Path(config.run.output_dir)
         self._started = time.monotonic()
+        self._batch: RolloutBatch | None = None
+        self._evaluated: dict[str, float] = {}
+        self._closing = ExitStack()
+        try:
+            self._open(resumed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, resumed: dict[str, Any] | None) -> None:
+        config, inputs = self._config, self._inputs
+        self._closing.callback(inputs.folder.release)
         self._cursor = PromptCursor(
             len(inputs.train), config.run.seed, config.data.shuffle, data_fingerprint=inputs.data_fingerprint
         )
         self.engine = open_engine(config)
+        self._close_later("rollout engine", self.engine.close)
         self._grading = GradingPool(
             workers=config.reward.workers, deadline=config.reward.deadline, function=config.reward.function
         )
+        self._close_later("grading workers", self._grading.close)
         rollout = config.rollout
         engine_scores = config.laser.enabled and config.laser.score_source == "server"
         self._collector = RolloutCollector(
@@ -74,25 +84,29 @@ class Leader:
             decode=self._decode,
             deadline=rollout.deadline,
             seed=config.run.seed,
-            timers=timers,
+            timers=self._timers,
             oversample=rollout.oversample,
             max_staleness=rollout.max_staleness,
             ahead=rollout.ahead,
         )
         self._ahead = RolloutAhead(self._collector, inputs.train) if rollout.ahead else None
+        if self._ahead is not None:
+            self._close_later("rollout ahead", self._ahead.close)
         if resumed is not None and resumed["run"] is not None:  # None: converted from a Hugging Face folder
             self._load_state(resumed["run"])
-        self._batch: RolloutBatch | None = None
-        self._evaluated: dict[str, float] = {}
-        # A fresh start in a folder without a checkpoint drops what an earlier attempt wrote.
-        self._metrics = MetricsLogger(
-            self._folder,
-            tensorboard=config.logging.tensorboard,
-            last_step=-1 if resumed is None else int(resumed["step"]),
-            wandb=self._open_wandb() if config.logging.wandb else None,
-        )
-        self._view = LiveView(config.run.steps, mode=config.logging.live, title=config.run.name)
-        self._view.__enter__()
+        self._record = RunRecord(config, inputs.folder, resumed)
+        self._close_later("metrics", self._record.close)
+
+    def _close_later(self, what: str, close: Callable[[], object]) -> None:
+        """What ends the run is not to be hidden by what fails while it ends."""
+
+        def closing() -> None:
+            try:
+                close()
+            except Exception as error:
+                logger.warning("closing the %s failed: %s: %s", what, type(error).__name__, error)
+
+        self._closing.callback(closing)
 
     def collect(self, step: int) -> str:
         """Get the graded groups of step `step` into `batch`.
@@ -141,8 +155,8 @@ class Leader:
 
         return with_servers(f"evaluation after step {step}", work)
 
-    def record(self, step: int, result: StepResult, times: dict[str, float]) -> None:
-        """Write one step's metrics, update the view, and dump the rollouts when they are due."""
+    def record(self, step: int, result: StepResult, times: dict[str, float]) -> str:
+        """Write down one step. Returns "" or why the run has to stop, as `RunRecord.write`."""
         batch = self.batch
         metrics: dict[str, Any] = rollout_metrics(batch, result.zc_logprobs, result.scores)
         metrics |= batch.metrics | result.metrics | times | platform.memory_gib()
@@ -152,17 +166,16 @@ class Leader:
         metrics["epoch"] = self._cursor.progress
         metrics |= self._evaluated
         self._evaluated = {}
-        self._write(step, metrics)
+        trouble = self._record.write(step, metrics)
         if step % _HISTOGRAM_STEPS == 0:
-            self._metrics.histograms(step, scores_by_label(batch, result.scores))
-        every = self._config.logging.rollouts_every
-        if every and step % every == 0:
-            path = self._folder / "rollouts" / f"step_{step}.jsonl"
-            dump_rollouts(path, batch, result.scores, result.advantages)
+            self._record.histograms(step, scores_by_label(batch, result.scores))
+        self._record.dump(batch, result.scores, result.advantages)
+        return trouble
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of rank 0: the cursor, groups that are begun, and a batch that is ahead."""
-        return self._collector.state() if self._ahead is None else self._ahead.state()
+        """What a checkpoint keeps of rank 0: cursor, groups that are begun, a batch that is ahead, whose run it is."""
+        state = self._collector.state() if self._ahead is None else self._ahead.state()
+        return state | self._record.state()
 
     def _load_state(self, state: dict[str, Any]) -> None:
         if self._ahead is None:
@@ -172,24 +185,24 @@ class Leader:
 
     def stopped(self, step: int, reason: str) -> None:
         """Say that the run stopped early and can be continued."""
-        note = {"step": step, "reason": reason}
-        (self._folder / STOPPED).write_text(json.dumps(note) + "\n", encoding="utf-8")
-        self._view.message(
-            f"stopped after step {step} ({reason}); saved: the same command continues from here"
-        )
+        self._record.stopped(step, reason)
 
     def evaluate_baseline(self) -> str:
         """Evaluate the initial model, so that the report can say what training changed. Returns as `collect` does."""
 
-        def work() -> None:
-            metrics = self._evaluate("validation", 0) if self._config.evaluation.every else {}
-            metrics |= self._evaluate("test", 0)
-            if metrics:
-                self._write(0, metrics | self._timers.collect())
+        metrics: dict[str, float] = {}
 
-        return (
-            with_servers("evaluation of the initial model", work) if self._config.evaluation.baseline else ""
-        )
+        def work() -> None:
+            if self._config.evaluation.every:
+                metrics.update(self._evaluate("validation", 0))
+            metrics.update(self._evaluate("test", 0))
+
+        if not self._config.evaluation.baseline:
+            return ""
+        trouble = with_servers("evaluation of the initial model", work)
+        if trouble or not metrics:
+            return trouble
+        return self._record.write(0, metrics | self._timers.collect())
 
     def finish(self, *, complete: bool) -> str:
         """Evaluate the final weights on the test split and write the report. Returns as `collect` does.
@@ -205,36 +218,14 @@ class Leader:
             summary = ", ".join(
                 f"{name} {metrics[key]:.3f}" for name, key in _HEADLINES.items() if key in metrics
             )
-            self._view.message(f"test split after step {steps}: {summary}")
-        self._view.__exit__(None, None, None)
-        path = write_report([self._folder])
-        if complete:
-            self._inputs.folder.mark_finished(steps)
-        logger.info("finished in %.0f s; report: %s", time.monotonic() - self._started, path)
-        return ""
+            self._record.message(f"test split after step {steps}: {summary}")
+        trouble = self._record.finish(steps, complete=complete)
+        logger.info("finished in %.0f s", time.monotonic() - self._started)
+        return trouble
 
     def close(self) -> None:
         """Stop workers and close files; safe after a failure and safe to call twice."""
-        self._view.__exit__(None, None, None)
-        self._metrics.close()
-        if self._ahead is not None:
-            self._ahead.close()
-        self._grading.close()
-        self.engine.close()
-        self._inputs.folder.release()
-
-    def _open_wandb(self) -> WandbSink | None:
-        config = self._config
-        return open_wandb(
-            self._folder,
-            project=config.logging.wandb_project,
-            name=config.run.name,
-            settings=config.model_dump(mode="json"),
-        )
-
-    def _write(self, step: int, metrics: dict[str, Any]) -> None:
-        self._metrics.log(step, metrics)
-        self._view.update(step, metrics)
+        self._closing.close()
 
     def _evaluate(self, split: str, step: int) -> dict[str, float]:
         """Evaluate the engine's current weights on `validation` or `test`; {} when the split is not given.

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from megatron_laser.config import ConfigError, RunConfig, resolved_yaml
 from megatron_laser.files import through_links
-from megatron_laser.folder_lock import lock_folder
+from megatron_laser.folder_lock import LOCK, lock_folder
 from megatron_laser.observability.plain import write_atomically
 from megatron_laser.trainer.checkpoint import folder as checkpoints
 from megatron_laser.trainer.checkpoint import owner as owners
@@ -76,15 +76,35 @@ class ClaimedFolder:
         """Say that everything is done and written: the same command will not start again."""
         checkpoints.write_synced(self.path / FINISHED, {"step": step})
 
+    def intact(self) -> bool:
+        """Whether the folder is still the one that was claimed, and not deleted, moved or replaced."""
+        try:
+            return os.path.samestat(os.stat(self.path / LOCK), os.fstat(self._lock.fileno()))
+        except OSError:
+            return False
+
+    def restore(self, config: RunConfig) -> None:
+        """Claim the folder's place again, as the same run, so that it can save and go on later.
+
+        Raises:
+            ConfigError: another run is there by now, or it cannot be written.
+        """
+        self.release()
+        again = claim_output_folder(config, again=self.owner)
+        self._lock, self._held = again._lock, again._held
+
     def release(self) -> None:
         """Let go of the folder; safe to call twice."""
         self._held.close()
 
 
-def claim_output_folder(config: RunConfig) -> ClaimedFolder:
+def claim_output_folder(config: RunConfig, *, again: Owner | None = None) -> ClaimedFolder:
     """Create `run.output_dir`, lock it, and write the resolved configuration and the run's identity into it.
 
     The folder of its checkpoints, and one that its weights pass through on the way to servers, are locked as well.
+
+    Args:
+        again: the run, if it had claimed the folder before.
 
     Raises:
         ConfigError: a folder is in use, belongs to another run, or cannot be written.
@@ -96,7 +116,7 @@ def claim_output_folder(config: RunConfig) -> ClaimedFolder:
         try:
             through_links(folder).mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(lock_folder(folder, setting))
-            record = _same_run(config, folder)
+            record = _same_run(config, folder, again)
             finished = _finished_step(folder)
             if finished is not None and config.run.steps <= finished:
                 logger.warning(
@@ -111,7 +131,7 @@ def claim_output_folder(config: RunConfig) -> ClaimedFolder:
             for setting, path in _also_written(config):
                 through_links(path).mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock_folder(path, setting))
-            owner = _claim_checkpoints(config, record)
+            owner = _claim_checkpoints(config, record, again)
             if finished is not None:
                 (folder / FINISHED).unlink()
             (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
@@ -137,11 +157,11 @@ def _also_written(config: RunConfig) -> list[tuple[str, Path]]:
     return different
 
 
-def _claim_checkpoints(config: RunConfig, record: dict[str, Any] | None) -> Owner:
+def _claim_checkpoints(config: RunConfig, record: dict[str, Any] | None, again: Owner | None) -> Owner:
     """Check that the checkpoints are this run's, and say so in their folder."""
     root = checkpoints.checkpoint_root(config)
     output_dir = str(config.run.output_dir)
-    run_id = None if record is None else record.get("id")
+    run_id = again.id if again is not None else None if record is None else record.get("id")
     if record is not None and run_id is None:  # of an earlier version, which gave runs no id
         there = owners.read_owner(root)
         if there is not None and same_folder(there.output_dir, output_dir):
@@ -201,7 +221,7 @@ def _check_continues(config: RunConfig, folder: Path, finished: int) -> None:
         )
 
 
-def _same_run(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+def _same_run(config: RunConfig, folder: Path, again: Owner | None) -> dict[str, Any] | None:
     """The record of the run in `folder`, which is the one of `config`; None when there is none."""
     file = folder / RUN
     if not file.exists():
@@ -210,7 +230,7 @@ def _same_run(config: RunConfig, folder: Path) -> dict[str, Any] | None:
                 [f"run.output_dir {folder} holds metrics of an unknown run (no {RUN}); {_WAYS}"]
             )
         return None
-    if config.run.resume == "never":
+    if config.run.resume == "never" and again is None:
         raise ConfigError([f"run.output_dir {folder} already holds a run and run.resume is never; {_WAYS}"])
     record = read_record(folder)
     # What an earlier version wrote down may be free to change by now.
@@ -223,6 +243,10 @@ def _same_run(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         )
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise ConfigError([f"run.output_dir {folder} belongs to another run: {listed}{more}; {_WAYS}"])
+    if again is not None and record.get("id") != again.id:
+        raise ConfigError(
+            [f"run.output_dir {folder} was deleted under a live run, and holds another one by now"]
+        )
     return record
 
 

@@ -27,17 +27,16 @@ def of(tmp_path):
     return build
 
 
-def save(root, step, owner=None, run="cursor"):
+def save(root, step, run):
     partial = folders.partial_folder(root, step)
     partial.mkdir(parents=True)
-    named = {} if owner is None else {"owner": asdict(owner)}
-    return folders.publish(partial, {"step": step, "run": run, **named}, {})
+    return folders.publish(partial, {"step": step, "run": run}, {})
 
 
 def start_and_save(config, step=2):
     """As much of a run as the folders see of it; its owner."""
     held = claim_output_folder(config)
-    save(folders.checkpoint_root(config), step, held.owner)
+    save(folders.checkpoint_root(config), step, {"cursor": 4, "owner": asdict(held.owner)})
     held.release()
     return held.owner
 
@@ -57,7 +56,7 @@ def make_older(config):
     (root / "owner.json").unlink()
     for _, path in folders.published(root):
         state = json.loads((path / "state.json").read_text())
-        del state["owner"]
+        del state["run"]["owner"]
         (path / "state.json").write_text(json.dumps(state))
 
 
@@ -180,7 +179,7 @@ def test_checkpoints_that_were_left_in_another_folder_are_pointed_to(of, tmp_pat
 
 
 def test_a_converted_checkpoint_is_anybodys_until_a_run_takes_it(of, tmp_path):
-    save(tmp_path / "shared", 0, run=None)
+    save(tmp_path / "shared", 0, None)
     owner = claim_output_folder(of("first", "shared")).owner
     assert read_owner(tmp_path / "shared") == owner
     assert "belongs to another run" in refused(of("second", "shared"))

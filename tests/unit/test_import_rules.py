@@ -38,6 +38,7 @@ LAYERS = (
         "inputs",
         "check",
         "leader",
+        "run_record",
         "engines",
         "ranks",
         "export",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint import optimizer_state, sharded
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.identity import differences, model_identity
-from megatron_laser.trainer.checkpoint.owner import Owner
 from megatron_laser.trainer.checkpoint.random_states import collect_random_states, restore_random_states
 from megatron_laser.trainer.checkpoint.together import everywhere, gathered_errors, reason
 from megatron_laser.trainer.policy import Policy
@@ -33,11 +31,7 @@ logger = logging.getLogger(__name__)
 class CheckpointManager:
     """Saves `policy` with the run's state, and brings both back."""
 
-    def __init__(
-        self, config: RunConfig, runtime: Runtime, policy: Policy, owner: Owner | None = None
-    ) -> None:
-        """Args: owner: the run, which every checkpoint names; rank 0's counts."""
-        self._owner = owner
+    def __init__(self, config: RunConfig, runtime: Runtime, policy: Policy) -> None:
         self._settings = config.checkpoint
         self._last_step = config.run.steps
         self._root = folders.checkpoint_root(config)
@@ -81,7 +75,6 @@ class CheckpointManager:
             "model": self._identity,
             "world_size": self._runtime.world_size,
             "run": run_state,
-            "owner": None if self._owner is None else asdict(self._owner),
         }
         random_states = collect_random_states()
         self._writer = _Writer(lambda: self._write(step, entries, state, random_states))

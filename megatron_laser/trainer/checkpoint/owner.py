@@ -56,7 +56,7 @@ def read_owner(root: Path) -> Owner | None:
 
 def owner_in(state: dict[str, Any]) -> Owner | None:
     """Whom a checkpoint's state names."""
-    named = state.get("owner")
+    named = (state.get("run") or {}).get("owner")
     return Owner(**named) if named else None
 
 
