@@ -84,11 +84,10 @@ def train(
         is_main = os.environ.get("RANK", "0") == "0"
         prepare_process(loaded.logging.level, is_main)
         if overwrite and is_main:
-            from megatron_laser.output_folder import move_aside
+            from megatron_laser.overwrite import move_aside
 
-            moved = move_aside(Path(loaded.run.output_dir))
-            if moved is not None:
-                typer.echo(f"moved the existing {loaded.run.output_dir} to {moved}")
+            for moved in move_aside(loaded):
+                typer.echo(f"moved the existing {moved.what} to {moved.to}")
         from megatron_laser.model.transformer_engine import settle
 
         settle(loaded.model.layers)
@@ -96,7 +95,9 @@ def train(
 
         folder = run(loaded)
         if is_main:
-            typer.echo(f"done: {folder}/report.md")
+            from megatron_laser.observability.extras import say
+
+            say(f"done: {folder}/report.md")
 
 
 @app.command()

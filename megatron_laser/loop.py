@@ -143,7 +143,7 @@ class _Run:
                 self._led(f"evaluation after step {step}", step, lambda leader: leader.evaluate(step))
             except CannotGoOn as error:
                 lost = error
-        self.ranks.lead(f"recording step {step}", lambda leader: leader.record(step, result, times))
+        self._led(f"recording step {step}", step, lambda leader: leader.record(step, result, times))
         if lost is not None:
             raise lost
 
@@ -156,17 +156,19 @@ class _Run:
 
     def finish(self) -> None:
         """Export the trained model, evaluate it on the test split, write the report."""
-        saved = self._saved()
+        saved, steps, trouble = self._saved(), self.config.run.steps, ""
         if self.config.checkpoint.export_hf:
             with self.turns.during(Turn.SYNC, self.ranks), self.ranks.coordinator.phase("export"):
-                export_hf(self.config, self.trainer.weight_stream(), is_main=self.ranks.runtime.is_main)
-        steps = self.config.run.steps
+                own = export_hf(self.config, self.trainer.weight_stream(), is_main=self.ranks.runtime.is_main)
+                trouble = self.ranks.tell(own)
         try:
-            self._led("final evaluation", steps, lambda leader: leader.finish(complete=saved))
+            self._led("final evaluation", steps, lambda leader: leader.finish(complete=saved and not trouble))
         except CannotGoOn as error:
-            raise RunEnded(f"all {steps} steps are done: {error}; the same command goes on here") from None
+            trouble = trouble or error.reason
         if not saved:
             raise CheckpointError(f"all steps are done, but the last save failed: {self.checkpoints.trouble}")
+        if trouble:
+            raise RunEnded(f"all {steps} steps are done: {trouble}; the same command goes on here")
 
     def _led(self, phase: str, step: int, work: Callable[[Leader], str]) -> None:
         """Rank 0 works with the engine, which holds the weights of `step` or is given them in between."""
@@ -177,9 +179,7 @@ class _Run:
         trouble = ""
         for _ in range(_SYNC_ATTEMPTS):
             if needs_first_sync(self.config):
-                lost = self.ranks.decide("waiting for servers", lambda leader: leader.await_servers())
-                if lost:
-                    raise CannotGoOn(version, lost)
+                self._led("waiting for servers", version, lambda leader: leader.await_servers())
             self.turns.take(Turn.SYNC, self.ranks)
             with self.timers("sync"), self.ranks.coordinator.phase(f"weight sync of step {version}"):
                 engine = None if self.ranks.leader is None else self.ranks.leader.engine

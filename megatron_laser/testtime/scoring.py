@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_laser.files import through_links
 from megatron_laser.observability.plain import plain
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.testtime.errors import TestTimeError
@@ -194,6 +195,7 @@ def score_file(
         RuntimeError, TimeoutError: as in `Scorer.score_ids`, and what `check` raises; `target` is then as it was.
     """
     rows, pairs = answers.rows, answers.pairs
+    target = through_links(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     scores: list[float] = []

@@ -16,6 +16,7 @@ from megatron_laser.config.schema import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.model.hf_config import batches_stage_exchange
 from megatron_laser.trainer.communicators import bring_up
+from megatron_laser.trainer.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ def start(config: RunConfig) -> Runtime:
     """
     platform.install()
     platform.set_local_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store, rank, world_size = _rendezvous(config)
+    store, rank, world_size = rendezvous(config.run.start_grace)
     timeout = timedelta(seconds=config.run.deadline)
+    # A store keeps the timeout it was made with, even through init_process_group: communicators get their ids from it.
+    store.set_timeout(timeout)
     dist.init_process_group(
         platform.collective_backend(),
         store=dist.PrefixStore("process_groups", store),
@@ -81,22 +84,6 @@ def start(config: RunConfig) -> Runtime:
     runtime = build_groups(config, store)
     bring_up(config.run.deadline, paired_stages=not batches_stage_exchange(config.parallel.virtual_pipeline))
     return runtime
-
-
-def _rendezvous(config: RunConfig) -> tuple[dist.Store, int, int]:
-    if "RANK" not in os.environ:
-        return dist.HashStore(), 0, 1
-    grace = timedelta(seconds=config.run.start_grace)
-    try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=grace))
-    except Exception as error:
-        raise RuntimeError(
-            f"rank {os.environ['RANK']}: no rendezvous at {os.environ.get('MASTER_ADDR')}:"
-            f"{os.environ.get('MASTER_PORT')} within run.start_grace {config.run.start_grace:g} s: {error}"
-        ) from error
-    # A store keeps the timeout it was made with, even through init_process_group: communicators get their ids from it.
-    store.set_timeout(timedelta(seconds=config.run.deadline))
-    return store, rank, world_size
 
 
 def build_groups(config: RunConfig, store: dist.Store) -> Runtime:

@@ -34,7 +34,7 @@ class CheckpointManager:
     def __init__(self, config: RunConfig, runtime: Runtime, policy: Policy) -> None:
         self._settings = config.checkpoint
         self._last_step = config.run.steps
-        self._root = Path(config.checkpoint.folder or Path(config.run.output_dir) / "checkpoints")
+        self._root = folders.checkpoint_root(config)
         self._runtime = runtime
         self._policy = policy
         chunks = policy.chunks
