@@ -15,8 +15,10 @@ from megatron_laser.config import ConfigError, RunConfig, longest_sequence, read
 from megatron_laser.config.server_options import server_option
 from megatron_laser.model import platform
 from megatron_laser.model.dtypes import DTYPES
+from megatron_laser.rewards import GradingPoolError
+from megatron_laser.rollout.endings import NothingEnds
 from megatron_laser.rollout.endpoints import Endpoints, EndpointsError, ServerEndpoint, read_endpoints
-from megatron_laser.rollout.engine import RolloutEngine
+from megatron_laser.rollout.engine import RolloutEngine, takes_seeds
 from megatron_laser.rollout.serving import ServeProcess
 from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.errors import ServerError, ServersLost, WeightsNeeded
@@ -77,6 +79,11 @@ def open_engine(config: RunConfig) -> RolloutEngine:
         if isinstance(transport, DistributedTransport):  # it would be found at the first sync, too, but later
             # Those that came up since then say who they are before they are first given weights.
             transport.peers.backend([member for member in engine.fleet.members if member.device is not None])
+        if not takes_seeds(engine):
+            logger.info(
+                "run.seed and evaluation.seed do not reach what the servers sample, which were started without "
+                "deterministic inference: two runs of one seed differ (rollout.sglang.deterministic)"
+            )
         return engine
     except BaseException:
         if engine is not None:
@@ -108,7 +115,7 @@ def with_servers(phase: str, work: Callable[[], None]) -> str:
     except WeightsNeeded as error:
         logger.warning("%s: %s", phase, error)
         return NEEDS_WEIGHTS
-    except (ServersLost, ServerError, TimeoutError) as error:
+    except (ServersLost, ServerError, TimeoutError, GradingPoolError, NothingEnds) as error:
         return f"{phase}: {error}"
     except OSError as error:
         return f"{phase}: {type(error).__name__}: {error}"
@@ -129,6 +136,7 @@ def _expected(config: RunConfig) -> Expected:
         dtype=config.model.dtype,
         longest=longest_sequence(config),
         sizes={name: folder[name] for name in SIZES if name in folder},
+        deterministic=config.rollout.sglang.deterministic,
     )
 
 

@@ -23,7 +23,7 @@ from megatron_laser.data import (
     refuse_score_token,
 )
 from megatron_laser.output_folder import ClaimedFolder, claim_output_folder
-from megatron_laser.rewards import resolve_reward
+from megatron_laser.rewards import try_reward
 from megatron_laser.rollout.serving.start_checks import check_start
 from megatron_laser.tokenizer import load_tokenizer
 from megatron_laser.types import Prompt
@@ -62,7 +62,6 @@ def read_inputs(config: RunConfig) -> RunInputs:
     """
     check_start(config)
     check_servers(config)
-    resolve_reward(config.reward.function)
     architecture = read_architecture(config.model.path)
     stop_token_ids = config.rollout.stop_token_ids or read_stop_token_ids(config.model.path)
     if not stop_token_ids:
@@ -99,6 +98,8 @@ def read_inputs(config: RunConfig) -> RunInputs:
         return read_rows(paths, prompt_key=data.prompt_key, answer_key=data.answer_key)
 
     train_rows = read(data.train) or []
+    reward = config.reward
+    try_reward(reward.function, train_rows[0].answer if train_rows else "42", deadline=reward.deadline)
     tokenizer = load_tokenizer(config.model.path, [row.problem for row in train_rows[:_TOKENIZER_PROBES]])
 
     def prompts(rows: list[Row] | None) -> list[Prompt] | None:

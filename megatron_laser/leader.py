@@ -19,6 +19,7 @@ from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.ahead import RolloutAhead
 from megatron_laser.rollout.collector import RolloutCollector
+from megatron_laser.rollout.endings import watch_endings
 from megatron_laser.rollout.engine import StoppedEarly
 from megatron_laser.run_evaluation import RunEvaluation
 from megatron_laser.run_record import RunRecord
@@ -89,6 +90,7 @@ class Leader:
             oversample=rollout.oversample,
             max_staleness=rollout.max_staleness,
             ahead=rollout.ahead,
+            endings=watch_endings(config, inputs.stop_token_ids, inputs.tokenizer),
         )
         self._ahead = RolloutAhead(self._collector, inputs.train) if rollout.ahead else None
         if self._ahead is not None:
@@ -202,9 +204,10 @@ class Leader:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of rank 0: cursor, groups that are begun, a batch that is ahead, whose run it is."""
         state = self._collector.state() if self._ahead is None else self._ahead.state()
-        return state | self._record.state()
+        return state | self._record.state() | {"reward_code": self._grading.source_fingerprints()}
 
     def _load_state(self, state: dict[str, Any]) -> None:
+        self._grading.say_if_edited_since(state.get("reward_code", {}))
         if self._ahead is None:
             self._collector.load_state(state)
         else:

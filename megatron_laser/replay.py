@@ -20,6 +20,7 @@ from megatron_laser.trainer.checkpoint import folder as checkpoints
 from megatron_laser.trainer.checkpoint import sharded
 from megatron_laser.trainer.forward import run_forward
 from megatron_laser.trainer.policy import Policy
+from megatron_laser.trainer.reduce import ROWS_KEY, TOKEN_MEAN_KEYS, ratio
 from megatron_laser.trainer.step_data import prepare_step
 from megatron_laser.trainer.trainer import Trainer
 from megatron_laser.trainer.update import Update
@@ -121,7 +122,10 @@ def _update_lines(update: Update) -> Iterator[str]:
     names = sorted({name for entry in update.entries for name in entry})
     for name in names:
         values = [float(entry[name]) for entry in update.entries if name in entry]
-        yield f"  {name:20s} {max(values) if name.startswith('max_') else sum(values):.6g}"
+        value = max(values) if name.startswith("max_") else sum(values)
+        if name in TOKEN_MEAN_KEYS:
+            value = ratio(value, sum(float(entry[ROWS_KEY]) for entry in update.entries))
+        yield f"  {name:20s} {value:.6g}"
     yield f"  {'grad_norm':20s} {update.grad_norm:.6g}"
 
 

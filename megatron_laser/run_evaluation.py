@@ -112,6 +112,7 @@ class RunEvaluation:
                 score_token_id=self._inputs.score_token_id,
                 ref_logprob=config.laser.ref_logprob,
                 beta=config.laser.beta,
+                targets=config.laser.targets,
                 records_path=records,
                 deadline=config.rollout.deadline,
                 generation_batch=batch,

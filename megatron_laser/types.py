@@ -92,10 +92,15 @@ class Sample:
 
 @dataclass(slots=True)
 class Group:
-    """All responses sampled for one prompt."""
+    """All responses sampled for one prompt.
+
+    samples: what a step trains on, graded. ungraded: the responses whose grading failed (outcome timeout or crash):
+    they have no label, and neither policy nor score learns from them.
+    """
 
     prompt: Prompt
     samples: list[Sample]
+    ungraded: list[Sample] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -111,7 +116,7 @@ class RolloutBatch:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def samples(self) -> Iterator[Sample]:
-        """All samples, group after group; the position is the sample's index everywhere downstream."""
+        """All graded samples, group after group; the position is the sample's index everywhere downstream."""
         for group in self.groups:
             yield from group.samples
 

@@ -77,7 +77,7 @@ def _response(text: str, path: Path, number: int) -> dict[str, Any]:
 
 def is_right(response: dict[str, Any]) -> bool:
     """The verifier's verdict."""
-    return float(response["reward"]) > 0.5
+    return float(response["reward"] or 0.0) > 0.5  # null: grading failed
 
 
 def selected(responses: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:

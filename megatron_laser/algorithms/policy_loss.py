@@ -23,14 +23,14 @@ _LARGEST_LOG_RATIO = 20.0
 
 
 class PolicyLoss(NamedTuple):
-    """Sums over rows, each times its weight. Only `loss` has a gradient.
+    """`loss` is the sum over rows of loss times weight, and alone has a gradient.
 
-    With weights that sum to 1 over the batch (`token_mean`, `sequence_mean_token_mean`) the other two are a
-    fraction and a mean.
+    The others are plain float64 sums over rows, whatever the weights: divided by the number of rows of the batch they
+    are token means, which say the same under every aggregation.
     """
 
     loss: Tensor
-    clip_fraction: Tensor  # rows where a clip, dual clip included, replaced the plain objective
+    clipped: Tensor  # rows where a clip, dual clip included, replaced the plain objective
     approx_kl: Tensor  # k3 estimate of KL(old || current), never negative
 
 
@@ -98,9 +98,9 @@ def policy_loss(
         is_clipped = is_clipped | beyond
 
     with torch.no_grad():
-        clip_fraction = (row_weights * is_clipped).sum()
-        approx_kl = (row_weights * (torch.expm1(log_ratio) - log_ratio)).sum()
-    return PolicyLoss((loss_weights * row_loss).sum(), clip_fraction, approx_kl)
+        clipped = is_clipped.sum(dtype=torch.float64)
+        approx_kl = (torch.expm1(log_ratio) - log_ratio).sum(dtype=torch.float64)
+    return PolicyLoss((loss_weights * row_loss).sum(), clipped, approx_kl)
 
 
 def sequence_token_weights(

@@ -19,20 +19,40 @@ SelfRewardLossKind = Literal["mse", "bce"]
 _SMALLEST_COMPLEMENT = 1e-6
 
 
-def self_reward_scores(zc_logprobs: Tensor, *, ref_logprob: float | Tensor, beta: float) -> Tensor:
-    """r_s = beta * (log pi(z_c | x, y, EOS) - c_ref).
+def self_reward_scores(
+    zc_logprobs: Tensor,
+    *,
+    ref_logprob: float | Tensor,
+    beta: float,
+    targets: tuple[float, float] = (1.0, 0.0),
+) -> Tensor:
+    """r_s = beta * (log pi(z_c | x, y, EOS) - c_ref), on the scale of its targets.
+
+    With targets (a, b) it is (beta * (log pi - c_ref) - b) / (a - b), so that 1 is what a right response is trained
+    towards and 0 what a wrong one is. Whatever reads a score (the clamp to [0, 1], the decision at 0.5, votes,
+    calibration, reports) relies on that, and nothing but this function and the loss knows `laser.targets`.
 
     Args:
         zc_logprobs: [samples], log-probability of the score token at the EOS position, of the raw logits
             (temperature 1).
         ref_logprob: c_ref in nats: a constant, or [samples] from a reference model.
         beta: beta_v, > 0.
+        targets: `laser.targets`, (right, wrong). Left out, the score is r_s itself, of which the loss is.
 
     Returns:
         [samples], at least float32, differentiable in `zc_logprobs`. About 1 for right and 0 for wrong.
+
+    Raises:
+        ValueError: `beta` is not positive, or the right target not above the wrong one.
     """
     _check_beta(beta)
-    return beta * (at_least_float32(zc_logprobs) - ref_logprob)
+    right, wrong = targets
+    if not right > wrong:
+        raise ValueError(
+            f"laser.targets is [{right:g}, {wrong:g}]; expected [right, wrong] with right above wrong"
+        )
+    raw = beta * (at_least_float32(zc_logprobs) - ref_logprob)
+    return raw if (right, wrong) == (1.0, 0.0) else (raw - wrong) / (right - wrong)
 
 
 def class_weights(num_correct: int, num_incorrect: int) -> tuple[float, float]:
@@ -68,7 +88,7 @@ def self_reward_loss(
     truncated or aborted response has no row here.
 
     Args:
-        scores: [rows], from `self_reward_scores`. No rows give a zero that still has a gradient.
+        scores: [rows], from `self_reward_scores` without its targets. No rows give a zero that still has a gradient.
         labels: [rows], the verifier's r_v, 1 right or 0 wrong.
         class_weights: (w_correct, w_incorrect); (1.0, 1.0) turns the weights off.
         num_scored: N, scored samples in the global batch of the optimizer step.

@@ -53,7 +53,9 @@ def calibrate(
     chat_template: Annotated[
         bool, typer.Option("--chat-template/--no-chat-template", help="As in training.")
     ] = True,
-    seed: Annotated[int, typer.Option(help="Of the choice of problems and of sampling.")] = 1,
+    seed: Annotated[
+        int, typer.Option(help="Of the choice of problems, and of sampling in this process.")
+    ] = 1,
     url: Urls = None,
     router: Router = None,
     api_key_env: KeyVariable = "MEGATRON_LASER_API_KEY",

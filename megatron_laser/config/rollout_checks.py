@@ -15,14 +15,45 @@ SYNC_MARGIN = 1.1
 def rollout_problems(config: RunConfig) -> list[str]:
     """Problems of the rollout section with itself and with others; one line each."""
     rollout = config.rollout
-    problems = _staleness_problems(config)
+    problems = [*_nucleus_problems(rollout), *_staleness_problems(config)]
     if rollout.engine == "in_process":
         return [*problems, *_in_process_problems(rollout)]
     problems += _server_problems(rollout)
     problems += option_problems(rollout)
+    problems += _seed_problems(rollout)
     if rollout.weight_sync == "colocated":
         problems += _colocated_problems(rollout)
     return problems
+
+
+def _nucleus_problems(rollout: RolloutConfig) -> list[str]:
+    if rollout.top_p == 1.0:
+        return []
+    return [
+        f"rollout.top_p: {rollout.top_p:g}; responses would come from the nucleus, but log-probs, importance ratios, "
+        "KL and entropy are of the whole distribution (they are not renormalised over the nucleus), so the gradient "
+        "would be that of another policy than the one that sampled. Use 1.0, and a lower rollout.temperature to sample "
+        "less widely; evaluation.top_p may be below 1"
+    ]
+
+
+def _seed_problems(rollout: RolloutConfig) -> list[str]:
+    """Where servers cannot sample by seeds, although `rollout.sglang.deterministic` asks for it."""
+    sglang = rollout.sglang
+    if not sglang.deterministic:
+        return []
+    if sglang.device == "cpu":
+        return [
+            "rollout.sglang.deterministic: true with rollout.sglang.device cpu; SGLang has no deterministic attention "
+            "there. Use false (servers then ignore run.seed), or rollout.engine: in_process, which samples by it"
+        ]
+    if sglang.tensor > 1 and rollout.weight_sync == "distributed":
+        return [
+            f"rollout.sglang.deterministic: true with rollout.sglang.tensor {sglang.tensor} and rollout.weight_sync "
+            "distributed; such a server pins the number of its NCCL channels, which must be the same in all processes "
+            "that exchange weights. Use tensor 1 and more servers, weight_sync: disk, or false"
+        ]
+    return []
 
 
 def off_policy_reason(rollout: RolloutConfig) -> str | None:

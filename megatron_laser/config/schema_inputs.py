@@ -115,4 +115,4 @@ class EvaluationConfig(Section):
     final_samples_per_prompt: Count = 8
     """Responses per problem on `data.test` after the last step."""
     seed: CountOrZero = 1234
-    """Seed of evaluation sampling, apart from training's."""
+    """Seed of evaluation sampling, apart from training's; servers take it as they take `run.seed`."""

@@ -60,6 +60,11 @@ class SglangConfig(Section):
     api_key_env: Text = "MEGATRON_LASER_API_KEY"
     """Environment variable with the key that servers ask for. `serve` makes one when it is not set, and
     publishes it in its endpoints file, which only its owner can read."""
+    deterministic: bool = False
+    """Start servers with SGLang's deterministic inference, and accept no others: each response is then sampled by a
+    seed of its own, made of `run.seed` or `evaluation.seed`, the step and its place, and does not depend on what else
+    the server computes. Slower; not on CPUs. false: servers ignore seeds, and two runs of one seed sample other
+    responses."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further options of `sglang.launch_server` by name, without the dashes: `{mem_fraction_static: 0.8}`."""
     start_deadline: Positive = 1800.0
@@ -82,7 +87,8 @@ class RolloutConfig(Section):
     """Responses per problem, the group size G of GRPO; 2 or more, but with `policy.advantage: reinforce_pp`."""
     drop_uniform_groups: bool = False
     """Drop problems whose responses all have one reward, which teach nothing about right and wrong, and try
-    further ones until `prompts_per_step` are there."""
+    further ones until `prompts_per_step` are there. `groups_dropped_right` and `groups_dropped_wrong` count them;
+    `accuracy_tried` is the accuracy over everything that was graded, `reward_mean` that of the batch."""
     oversampling_cap: AtLeastOne = 3.0
     """With `drop_uniform_groups`: a step tries at most this many times `prompts_per_step` problems, then trains
     on what it has (on uniform groups when there is nothing else)."""
@@ -100,7 +106,8 @@ class RolloutConfig(Section):
     temperature: Positive = 1.0
     """Sampling temperature. Response log-probs are of logits / temperature; the score never is."""
     top_p: TopP = 1.0
-    """Nucleus sampling, in (0, 1]; 1 samples from the whole distribution."""
+    """Only 1, the whole distribution: log-probs, and so ratios, are not renormalised over a nucleus. Evaluations have a
+    top_p of their own, see `evaluation.top_p`."""
     stop_token_ids: TokenIds | None = None
     """Token ids that end a response; null: the EOS ids of the model's generation_config.json. Only a
     response that ended on one of them has a score."""

@@ -89,7 +89,8 @@ class RunSettings(Section):
     steps: Count
     """Training steps; one step is one rollout batch."""
     seed: CountOrZero = 1
-    """Seed of data order, sampling and initialisation."""
+    """Seed of data order, of what the in-process engine samples and of random states. Servers sample by it only with
+    `rollout.sglang.deterministic`."""
     output_dir: FilePath
     """Folder for everything that the run writes."""
     resume: Literal["auto", "never"] = "auto"

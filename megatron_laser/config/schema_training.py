@@ -51,10 +51,14 @@ class LaserConfig(Section):
     unscored: Literal["zero", "exclude"] = "zero"
     """A response without a score counts as score 0 in its group (`zero`) or is left out of the group's
     statistics and keeps the verifier's advantage (`exclude`)."""
+    max_unscored_steps: Count | None = 10
+    """So many steps in a row without a single response that ends by itself, and so has a score, stop the run with the
+    likely cause; all steps of a shorter run do, too. null: it goes on, and says so once."""
     class_weights: bool = True
     """Weight right and wrong responses so that both classes count half of the loss each."""
     targets: NumberPair = (1.0, 0.0)
-    """Scores that right and wrong responses are trained towards: [right, wrong]."""
+    """beta * (zc_logprob - ref_logprob) that right and wrong responses are trained towards: [right, wrong]. Every
+    score that is used or shown is on their scale: 1 at the right one and 0 at the wrong one."""
     loss: Literal["mse", "bce"] = "mse"
     """`mse` on the score; `bce`, cross-entropy on z_c, is an ablation known to hurt."""
     reference: Literal["constant", "model"] = "constant"

@@ -25,6 +25,7 @@ OWN_OPTIONS = {
     "base_gpu_id": "the server's place on its node",
     "gpu_id_step": "the server's place on its node",
     "enable_memory_saver": "rollout.weight_sync",
+    "enable_deterministic_inference": "rollout.sglang.deterministic",
     "enable_nccl_nvls": "the variable NCCL_NVLS_ENABLE, which must be the same for trainer and servers",
     "config": "these options, which go into a file of their own",
 }
@@ -54,6 +55,8 @@ UNUSABLE_OPTIONS = {
     **dict.fromkeys(("grpc_mode", "smg_grpc_mode"), _GRPC),
     **dict.fromkeys(("disaggregation_mode", "encoder_only", "language_only", "is_embedding"), _PHASES),
     "admin_api_key": "the run has one key for everything: rollout.sglang.api_key_env",
+    "preferred_sampling_params": "they change what is sampled behind every request, while log-probs stay those of the "
+    "whole distribution",
     "weight_cache_mode": "weights that servers share cannot be updated",
     "enable_symm_mem": "it sets NCCL_CUMEM_ENABLE in the server, which must be the same for trainer and servers",
     "delete_ckpt_after_loading": "it deletes model.path, which the run and every restarted server read",

@@ -50,6 +50,7 @@ def evaluate(
     score_token_id: int | None,
     ref_logprob: float | None,
     beta: float,
+    targets: tuple[float, float] = (1.0, 0.0),
     records_path: Path,
     deadline: float,
     generation_batch: int,
@@ -67,7 +68,7 @@ def evaluate(
         decode: response ids without the stop token to text.
         score_token_id: z_c; None for no scores.
         ref_logprob: c_ref; None records zc_logprob but gives no scores (how c_ref is measured).
-        beta: beta_v.
+        beta: beta_v. targets: `laser.targets` of the training run, the scale of the score.
         deadline: seconds for all of it.
         generation_batch: responses asked for in one call of the engine; at least one prompt's.
         responses_path: write every response here as it arrives, and go on from what this file and
@@ -102,7 +103,7 @@ def evaluate(
     ):
         ends = time.monotonic() + deadline
         sampler = Sampler(engine, sampling, score_token_id, arrivals, repeatable, count, ends, stop)
-        job = _Job(engine, sampling, decode, grading, score_token_id, ref_logprob, beta, ends)
+        job = _Job(engine, sampling, decode, grading, score_token_id, ref_logprob, beta, targets, ends)
         for prompt in prompts:
             for record in known.get(prompt.row, []):
                 count(record.response_ids_length, False)
@@ -144,6 +145,7 @@ class _Job:
     score_token_id: int | None
     ref_logprob: float | None
     beta: float
+    targets: tuple[float, float]
     ends: float
 
     def judge(self, prompts: Sequence[Prompt], groups: list[list[Arrival]]) -> list[EvaluationRecord]:
@@ -234,7 +236,8 @@ class _Job:
         if zc_logprob is None or self.ref_logprob is None:
             return None
         value = torch.tensor(zc_logprob, dtype=torch.float64)
-        return float(self_reward_scores(value, ref_logprob=self.ref_logprob, beta=self.beta))
+        scores = self_reward_scores(value, ref_logprob=self.ref_logprob, beta=self.beta, targets=self.targets)
+        return float(scores)
 
     def _left(self, phase: str) -> float:
         left = self.ends - time.monotonic()

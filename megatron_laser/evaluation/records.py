@@ -23,7 +23,8 @@ class EvaluationRecord:
         reward: the verifier's. outcome: see `rewards.Grade`.
         extracted: the last box's content, None without one.
         zc_logprob: log pi(score token | prompt, response), None if not scored (or no score token).
-        score: r_s = beta * (zc_logprob - ref_logprob), None like `zc_logprob`.
+        score: r_s = beta * (zc_logprob - ref_logprob) on the scale of `laser.targets` (1: right, 0: wrong), None like
+            `zc_logprob`.
         mean_logprob: mean log-prob of the response's tokens under sampling temperature; None if empty.
         answer_class: equal for equal answers to the same problem; None abstains.
     """

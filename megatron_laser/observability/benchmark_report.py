@@ -37,13 +37,14 @@ _METRICS = {
     "brier": "Brier",
 }
 _READING = """\
-Right and wrong are the verifier's verdicts on the last box of a response. The score is r_s = beta (log pi(score
-token | problem, response) − c_ref); a response is called right when it exceeds 0.5, and counts clamp(r_s, 0, 1) in a
-weighted majority. F1 is the harmonic mean of the accuracies on right and on wrong responses. A truncated response has
-no score: it has weight 0 in weighted votes and no part in the score's metrics. "Boxed" leaves out responses without an
-answer. Mean log-prob is the baseline that needs no training: weights e^(mean token log-prob), as in DeepConf with the
-sampled tokens' log-probs. pass@k is the unbiased estimate over all subsets; average, pass@k and best-of-k are exact
-expectations, the majorities are means over random subsets of each problem's responses. Intervals are 95 % bootstraps
+Right and wrong are the verifier's verdicts on the last box of a response. The score is r_s = beta (log pi(score token
+| problem, response) − c_ref), on a scale where 1 and 0 are what right and wrong responses are trained towards; a
+response is called right when it exceeds 0.5, and counts clamp(r_s, 0, 1) in a weighted majority. F1 is the harmonic
+mean of the accuracies on right and on wrong responses. A truncated response has no score: it has weight 0 in weighted
+votes and no part in the score's metrics. "Boxed" leaves out responses without an answer. Mean log-prob is the
+baseline that needs no training: weights e^(mean token log-prob), as in DeepConf with the sampled tokens' log-probs.
+pass@k is the unbiased estimate over all subsets; average, pass@k and best-of-k are exact expectations, the majorities
+are means over random subsets of each problem's responses. Intervals are 95 % bootstraps
 over problems.
 """
 

@@ -50,11 +50,26 @@ def format_fields(
     return [(label, format(value, spec)) for label, value, spec in values if value is not None]
 
 
+def step_fields(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(label, text) of one step's numbers; with dropped groups also the accuracy over everything that was graded."""
+    fields = format_fields(metrics, LINE_FIELDS)
+    tried = number(metrics, "accuracy_tried")
+    if tried is not None and number(metrics, "groups_dropped"):
+        right, wrong = (number(metrics, f"groups_dropped_{name}") or 0 for name in ("right", "wrong"))
+        fields.insert(
+            1, ("of all tried", f"{tried:.3f} (dropped {right:.0f} all right, {wrong:.0f} all wrong)")
+        )
+    return fields
+
+
 def plain_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:
     """One step as one line of a log."""
     width = len(str(total_steps))
     parts = [f"step {step:>{width}}/{total_steps}"]
-    parts += [f"{label} {text}" for label, text in format_fields(metrics, LINE_FIELDS)]
+    parts += [f"{label} {text}" for label, text in step_fields(metrics)]
+    failed = number(metrics, "grading_failed")
+    if failed:
+        parts.append(f"not graded {failed:.0f}")
     rate = number(metrics, "time/tokens_per_second")
     if rate is not None:
         parts.append(f"{format_count(rate)} tok/s")

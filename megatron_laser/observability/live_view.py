@@ -14,12 +14,12 @@ from rich.text import Text
 
 from megatron_laser.observability.live_text import (
     EVALUATION_FIELDS,
-    LINE_FIELDS,
     format_count,
     format_duration,
     format_fields,
     number,
     sparkline,
+    step_fields,
     time_shares,
 )
 
@@ -56,7 +56,7 @@ def render(state: ViewState, console: Console) -> RenderableType:
     body.add_column()
     for label, content in (
         ("step", _progress(state)),
-        ("now", _numbers(format_fields(state.metrics, LINE_FIELDS))),
+        ("now", _numbers(step_fields(state.metrics))),
         ("eval", _numbers(format_fields(state.evaluation, EVALUATION_FIELDS))),
         ("time", _time_split(state.metrics, ascii_only)),
         ("reward", _spark(state, "reward_mean", "blue", ascii_only)),

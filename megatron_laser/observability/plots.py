@@ -41,7 +41,7 @@ def plot_learning(runs: list[Run], path: Path) -> Path:
     axes = grid[0, 0]
     styles = run_styles(runs)
     for run in runs:
-        steps, values = run.series("reward_mean")
+        steps, values = run.series(run.accuracy)
         raw_and_smooth(axes, steps, values, run.label, styles[run.label])
         validation_points(axes, *run.evaluation_series("accuracy"), styles[run.label])
     axes.set(xlabel="step", ylabel="share of right responses")
@@ -51,8 +51,8 @@ def plot_learning(runs: list[Run], path: Path) -> Path:
     return save(
         figure,
         path,
-        "Accuracy while training: " + _starts_and_ends(runs, "reward_mean"),
-        "Line: rollouts, running mean (faint: each step). Dots: validation. Both should rise.",
+        "Accuracy while training: " + _starts_and_ends(runs),
+        "Line: rollouts, dropped groups too, running mean (faint: each step). Dots: validation. Both should rise.",
     )
 
 
@@ -230,10 +230,11 @@ def _legend(axes: Axes, runs: list[Run], evaluated: str) -> None:
         axes.legend(handles, labels, loc="best")
 
 
-def _starts_and_ends(runs: list[Run], name: str) -> str:
+def _starts_and_ends(runs: list[Run], name: str | None = None) -> str:
+    """Of each run; `name` None: its accuracy while training."""
     texts: list[str] = []
     for run in runs:
-        first, last = run.ends(name)
+        first, last = run.ends(name or run.accuracy)
         if math.isfinite(last):
             texts.append(f"{run.label} {first:.2f} → {last:.2f}")
     return ", ".join(texts) or "not measured"

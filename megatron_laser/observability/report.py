@@ -9,11 +9,12 @@ from megatron_laser.observability.plain import write_atomically
 from megatron_laser.observability.run_data import Run, load_runs
 
 _READING = """\
-Right and wrong are the verifier's verdicts. The score is r_s = beta (log pi(score token | problem,
-response) − c_ref); a response is called right when it exceeds 0.5. F1 is the harmonic mean of the
-accuracies on right and on wrong responses. AUROC is the chance that a right response has the higher value
-than a wrong one: 0.5 is chance. Intervals are bootstraps over problems: they do not cover what another seed
-of training would change. Votes with k < K average over random subsets of each problem's responses.
+Right and wrong are the verifier's verdicts. The score is r_s = beta (log pi(score token | problem, response) −
+c_ref), on a scale where 1 and 0 are what right and wrong responses are trained towards (`laser.targets`); a response
+is called right when it exceeds 0.5. F1 is the harmonic mean of the accuracies on right and on wrong responses. AUROC
+is the chance that a right response has the higher value than a wrong one: 0.5 is chance. Intervals are bootstraps
+over problems: they do not cover what another seed of training would change. Votes with k < K average over random
+subsets of each problem's responses.
 """
 
 

@@ -68,7 +68,7 @@ def _rows(runs: list[Run]) -> list[tuple[str, Cell, Number | None]]:
         (
             "Accuracy of rollouts, first → last tenth of the steps",
             _training,
-            lambda run: run.ends("reward_mean")[1],
+            lambda run: run.ends(run.accuracy)[1],
         )
     ]
     rows += [_split_row(split) for split in splits]
@@ -142,7 +142,7 @@ def _interval(name: str, sign: str = "") -> Cell:
 
 
 def _training(run: Run) -> str:
-    first, last = run.ends("reward_mean")
+    first, last = run.ends(run.accuracy)
     return f"{first:.3f} → {last:.3f}" if math.isfinite(last) else "–"
 
 

@@ -27,6 +27,8 @@ def findings(runs: list[Run]) -> list[str]:
         sentences += _comparison(*pair)
     for run in runs:
         sentences += _accuracy(run)
+        sentences += _endings(run)
+        sentences += _grading(run)
         if run.final is None:
             sentences.append(f"{run.label} has no finished evaluation, so votes and calibration are missing.")
             continue
@@ -42,7 +44,7 @@ def _comparison(laser: Run, grpo: Run) -> list[str]:
     if laser.final and grpo.final and laser.final.split == grpo.final.split:
         sentences.append(_accuracy_difference(laser, grpo, laser.final, grpo.final))
     else:
-        difference = laser.ends("reward_mean")[1] - grpo.ends("reward_mean")[1]
+        difference = laser.ends(laser.accuracy)[1] - grpo.ends(grpo.accuracy)[1]
         if math.isfinite(difference):
             sentences.append(
                 f"Share of right rollouts over the last tenth of the steps, {laser.label} minus {grpo.label}: "
@@ -97,10 +99,53 @@ def _verdict(low: float, high: float, problems: float) -> str:
 
 
 def _accuracy(run: Run) -> list[str]:
-    first, last = run.ends("reward_mean")
+    first, last = run.ends(run.accuracy)
     if not math.isfinite(last):
         return [f"{run.label} has no reward_mean in metrics.jsonl."]
-    return [f"{run.label}: rollouts were right {first:.1%} of the time at first, {last:.1%} at the end."]
+    sentence = f"{run.label}: rollouts were right {first:.1%} of the time at first, {last:.1%} at the end."
+    tried, right, wrong = (
+        run.series(name)[1].sum()
+        for name in ("prompts_tried", "groups_dropped_right", "groups_dropped_wrong")
+    )
+    if not right + wrong:
+        return [sentence]
+    return [
+        f"{sentence} That is over all {tried:.0f} prompts that were tried, of which {right:.0f} were dropped because "
+        f"all their responses were right and {wrong:.0f} because all were wrong; in the batches that were trained on "
+        f"it was {run.ends('reward_mean')[1]:.1%} at the end."
+    ]
+
+
+def _endings(run: Run) -> list[str]:
+    """Steps in which no response ended by itself."""
+    _, scored = run.series("scored_fraction")
+    without = int((scored == 0).sum())
+    if not without:
+        return []
+    return [
+        f"**{run.label}: in {without} of {len(scored)} steps no response ended by itself**, so none has a score: "
+        "another token may end them than `rollout.stop_token_ids`, or `rollout.max_new_tokens` is too small."
+    ]
+
+
+def _grading(run: Run) -> list[str]:
+    """How many responses could not be graded, while training and in the last evaluation."""
+    sentences = []
+    _, failed = run.series("grading_failed")
+    if failed.sum() > 0:
+        sentences.append(
+            f"**{run.label}: {failed.sum():.0f} responses in {(failed > 0).sum()} of {len(failed)} steps could not be "
+            "graded** (`outcome/timeout` and `outcome/crash`); nothing was learned from them."
+        )
+    if run.final is not None:
+        counts = [run.final.number(f"outcome/{name}") for name in ("timeout", "crash")]
+        lost = sum(count for count in counts if math.isfinite(count))
+        if lost:
+            sentences.append(
+                f"**{run.label}: {lost:.0f} of {run.final.number('num_responses'):.0f} responses of the last "
+                "evaluation could not be graded** and count as wrong."
+            )
+    return sentences
 
 
 def _score(run: Run, evaluation: Evaluation) -> list[str]:

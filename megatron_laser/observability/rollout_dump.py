@@ -14,7 +14,9 @@ from megatron_laser.types import RolloutBatch
 def dump_rollouts(
     path: Path, batch: RolloutBatch, scores: Sequence[float] | Any, advantages: Sequence[float] | Any
 ) -> None:
-    """Write one JSON line for each response, in the order of `batch.samples()`; atomically.
+    """Write one JSON line for each response, group after group, those without a grade last; atomically.
+
+    A response whose grading failed has no reward, score or advantage (null).
 
     Args:
         scores: [samples] r_s as a sequence, array or tensor; NaN or None without one (written as null).
@@ -29,8 +31,11 @@ def dump_rollouts(
         if len(values) != count:
             raise ValueError(f"{name} has {len(values)} entries for {count} samples of step {batch.step}")
     lines: list[str] = []
+    place = iter(zip(score_values, advantage_values, strict=True))
     for group in batch.groups:
-        for number, sample in enumerate(group.samples):
+        for number, sample in enumerate((*group.samples, *group.ungraded)):
+            graded = number < len(group.samples)
+            score, advantage = next(place) if graded else (None, None)
             generation = sample.generation
             logprobs = generation.logprobs
             record = {
@@ -41,12 +46,12 @@ def dump_rollouts(
                 "problem": group.prompt.problem,
                 "answer": group.prompt.answer,
                 "response": sample.text,
-                "reward": sample.reward,
+                "reward": sample.reward if graded else None,
                 "outcome": sample.outcome,
                 "scored": sample.scored,
                 "zc_logprob": sample.zc_logprob,
-                "score": score_values[len(lines)],
-                "advantage": advantage_values[len(lines)],
+                "score": score,
+                "advantage": advantage,
                 "finish_reason": generation.finish_reason,
                 "response_ids_length": len(generation.response_ids),
                 "mean_logprob": sum(logprobs) / len(logprobs) if logprobs else None,

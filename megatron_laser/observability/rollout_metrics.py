@@ -28,7 +28,9 @@ def rollout_metrics(batch: RolloutBatch, zc_logprobs: torch.Tensor, scores: torc
     samples = list(batch.samples())
     rewards = np.array([sample.reward for sample in samples])
     lengths = np.array([len(sample.generation.response_ids) for sample in samples])
-    outcomes = Counter(sample.outcome for sample in samples)
+    outcomes = Counter(
+        sample.outcome for group in batch.groups for sample in (*group.samples, *group.ungraded)
+    )
     metrics: dict[str, Any] = {
         "reward_mean": rewards.mean(),
         "reward_std": rewards.std(),

@@ -108,6 +108,11 @@ class Run:
         pairs = [(row["step"], row[name]) for row in self.rows if _is_finite(row.get(name))]
         return np.array([step for step, _ in pairs], float), np.array([value for _, value in pairs], float)
 
+    @property
+    def accuracy(self) -> str:
+        """The metric that has the policy's accuracy while training: over everything graded, dropped groups too."""
+        return "accuracy_tried" if len(self.series("accuracy_tried")[0]) else "reward_mean"
+
     def ends(self, name: str) -> tuple[float, float]:
         """Means over the first and the last tenth of a series; NaN without one."""
         _, values = self.series(name)

@@ -6,6 +6,7 @@ from .grade import OUTCOMES, Grade, GradingPoolError, Outcome, RewardSpecError
 from .math_grading import answers_equal, grade_math
 from .pool import GradingPool
 from .registry import known_rewards, register_reward, resolve_reward
+from .trial import trial, try_reward
 
 __all__ = [
     "OUTCOMES",
@@ -24,4 +25,6 @@ __all__ = [
     "normalize_answer",
     "register_reward",
     "resolve_reward",
+    "trial",
+    "try_reward",
 ]

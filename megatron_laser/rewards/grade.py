@@ -34,6 +34,11 @@ class Grade:
     reward: float
     outcome: Outcome
 
+    @property
+    def failed(self) -> bool:
+        """Whether grading failed, not the response: such a reward is no label and must not be learned from."""
+        return self.outcome in ("timeout", "crash")
+
 
 def as_grade(value: object) -> Grade:
     """Check what a reward function returned; a bare number above 0.5 counts as correct.
@@ -43,14 +48,20 @@ def as_grade(value: object) -> Grade:
         ValueError: the reward is not a number from 0 to 1, or the outcome is unknown. A larger one is refused,
             not scaled: it is the label that the self-reward score is trained towards.
     """
+    if getattr(value, "shape", None) == () and hasattr(
+        value, "item"
+    ):  # a scalar of numpy, torch or jax, np.bool_ too
+        value = value.item()
     if isinstance(value, Grade):
         if value.outcome not in OUTCOMES:
             raise ValueError(f"unknown outcome {value.outcome!r}; expected one of {', '.join(OUTCOMES)}")
         reward, outcome = value.reward, value.outcome
-    elif isinstance(value, numbers.Real):  # bool, int, float and numpy's scalars
+    elif isinstance(value, numbers.Real):  # bool, int and float
         reward, outcome = float(value), "correct" if float(value) > 0.5 else "wrong"
     else:
-        raise TypeError(f"a reward function returns a number or a Grade, not {type(value).__name__}")
+        raise TypeError(
+            f"a reward function returns a number or a Grade, not {type(value).__name__} ({value!r:.60})"
+        )
     if not isinstance(reward, numbers.Real) or not 0.0 <= reward <= 1.0:  # NaN is neither
         raise ValueError(f"a reward is a number from 0 (wrong) to 1 (right), not {reward!r}")
     return Grade(float(reward), outcome)

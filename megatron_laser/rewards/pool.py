@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from types import TracebackType
@@ -15,8 +16,9 @@ from typing import Any, TypeVar
 from .boxed import extract_answer, gold_answer
 from .cache import SharedResults
 from .grade import Grade, GradingPoolError
-from .math_grading import grade_math, quick_equal, quick_grade
-from .registry import RewardFunction, resolve_reward, reward_location
+from .math_grading import quick_equal, quick_grade
+from .registry import RewardFunction, is_math_verify, locate_reward
+from .sources import SourceSnapshot
 from .worker_pool import WorkerPool
 from .worker_process import WorkerDied, WorkerSettings, WorkerTimeout
 
@@ -26,6 +28,7 @@ TIMEOUT = Grade(0.0, "timeout")
 CRASH = Grade(0.0, "crash")
 
 _RESTART_SECONDS = 5.0  # allowance for replacing a killed worker (0.5 s on an idle machine)
+_LOOK_SECONDS = 2.0  # between two looks at the user's files
 _COMPLAINTS = 3  # log lines for each kind of trouble; the outcome counts in the metrics tell the rest
 _Result = TypeVar("_Result")
 
@@ -48,6 +51,7 @@ class GradingPool:
         start_deadline: float = 60.0,
         memory_limit_gib: float | None = 4.0,
         cache_size: int = 65536,
+        log_failures: bool = True,
     ) -> None:
         """Resolve the function and start the workers; returns when all are ready.
 
@@ -60,6 +64,7 @@ class GradingPool:
             memory_limit_gib: address space of a worker; what needs more ends in `crash`. None: no limit.
             cache_size: grades kept for repeated (answer, reference) pairs; math_verify only, since a custom
                 function need not be deterministic.
+            log_failures: warn of the first responses that cannot be graded; `last_trouble` has the reason anyway.
 
         Raises:
             ValueError: a number is out of range.
@@ -69,17 +74,21 @@ class GradingPool:
         for name, value in (("workers", workers), ("deadline", deadline), ("start deadline", start_deadline)):
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"reward.{name}: expected a positive number, found {value!r}")
-        resolved = resolve_reward(function)
-        self._is_math = resolved is grade_math
-        self._name = "math_verify" if self._is_math else reward_location(resolved)
+        self._is_math = is_math_verify(function)
+        self._name = "math_verify" if self._is_math else locate_reward(function)
         self._workers = int(workers)
         self._deadline = float(deadline)
         self._start_deadline = float(start_deadline)
         self._shared = SharedResults(cache_size)
         self._complaints: Counter[str] = Counter()
         self._complaints_lock = threading.Lock()
+        self.last_trouble = ""  # why the last response that got no grade got none
         self._closed = False
+        self._log_failures = log_failures
+        self._snapshot = SourceSnapshot()
+        self._next_look = 0.0
         settings = WorkerSettings(
+            snapshot=self._snapshot,
             function=None if self._is_math else self._name,
             memory_limit=None if memory_limit_gib is None else int(memory_limit_gib * 2**30),
             start_deadline=self._start_deadline,
@@ -97,6 +106,7 @@ class GradingPool:
             GradingPoolError: the pool is closed.
         """
         if not self._is_math:
+            self._look_for_edits()
             return self._ask("grade", response, answer, key=object(), keep=False)
         quick = quick_grade(response, answer)
         if quick is not None:
@@ -135,6 +145,21 @@ class GradingPool:
             left, right = sorted((left, right))
             futures.append(self._ask("equal", left, right, key=("equal", left, right), keep=True))
         return self._collect(futures, deadline, False)
+
+    def source_fingerprints(self) -> dict[str, str]:
+        """Path -> hash of the user's code that grades, as it was when the pool started; {} for math_verify."""
+        return self._snapshot.fingerprints()
+
+    def say_if_edited_since(self, earlier: Mapping[str, str]) -> None:
+        """Warn of files that are not what they were in an `earlier` pool's `source_fingerprints`."""
+        now = self.source_fingerprints()
+        edited = sorted(path for path in earlier.keys() & now.keys() if earlier[path] != now[path])
+        if edited:
+            logger.warning(
+                "%s %s edited since the checkpoint was written: from here on rewards come from the new code",
+                " and ".join(edited),
+                "was" if len(edited) == 1 else "were",
+            )
 
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that run now."""
@@ -211,11 +236,24 @@ class GradingPool:
             )
         return results
 
+    def _look_for_edits(self) -> None:
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_SECONDS
+        for path in self._snapshot.newly_edited():
+            logger.warning(
+                "%s was edited: this run goes on grading with the code that it started with; stop and resume it to use "
+                "the new one (said once)",
+                path,
+            )
+
     def _complain(self, outcome: str, trouble: str, answer: str) -> None:
         with self._complaints_lock:
+            self.last_trouble = f"{outcome}: {trouble}"
             self._complaints[outcome] += 1
             count = self._complaints[outcome]
-        if count <= _COMPLAINTS:
+        if self._log_failures and count <= _COMPLAINTS:
             last = "; further ones are only counted" if count == _COMPLAINTS else ""
             logger.warning(
                 "grading with %s: %s: %s (reference %.80r)%s", self._name, outcome, trouble, answer, last

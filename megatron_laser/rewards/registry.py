@@ -17,6 +17,7 @@ from types import ModuleType
 
 from .grade import Grade, RewardSpecError
 from .math_grading import grade_math
+from .place import definition, described
 
 RewardFunction = Callable[[str, str], "float | Grade"]
 
@@ -56,21 +57,18 @@ def known_rewards() -> list[str]:
 def resolve_reward(spec: str | RewardFunction) -> RewardFunction:
     """The function that `reward.function` names; relative paths are relative to the working directory.
 
+    Runs the user's module in this process: grading workers do that, the trainer does not (see `locate_reward`).
+
     Raises:
-        RewardSpecError: unknown name, module, file or function; the message lists the known names.
+        RewardSpecError: unknown name, module, file or function, code that fails while it is imported, or a function
+            that cannot be called with (response, answer).
     """
     if not isinstance(spec, str):
         reward_location(spec)
         return spec
-    place, separator, attribute = spec.rpartition(":")
-    if not separator:
-        if spec in _registered:
-            return _registered[spec]
-        near = difflib.get_close_matches(spec, known_rewards(), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise _spec_error(spec, f"no reward of this name is registered.{hint}")
-    if not place or not attribute:
-        raise _spec_error(spec, "one side of ':' is empty.")
+    place, attribute = _split(spec)
+    if not place:
+        return _registered[attribute]
     module = _load_file(spec, Path(place)) if place.endswith(".py") else _load_module(spec, place)
     function: object = module
     for part in attribute.split("."):
@@ -79,9 +77,45 @@ def resolve_reward(spec: str | RewardFunction) -> RewardFunction:
         names = sorted(name for name, value in vars(module).items() if inspect.isfunction(value))
         raise _spec_error(spec, f"{place} has no {attribute!r}; its functions: {', '.join(names) or 'none'}.")
     if not callable(function):
-        raise _spec_error(spec, f"{attribute!r} is a {type(function).__name__}, not a function.")
-    _check_signature(spec, function)
+        raise _spec_error(spec, f"{attribute!r} is of type {type(function).__name__}, not a function.")
+    check_signature(spec, function)
     return function
+
+
+def locate_reward(spec: str | RewardFunction) -> str:
+    """Where a worker finds what `spec` names, as `reward_location` writes it, without running anything of the user's.
+
+    Raises:
+        RewardSpecError: an unknown name, a file that is not there, or a function that cannot be imported by name.
+    """
+    if not isinstance(spec, str):
+        return reward_location(spec)
+    place, attribute = _split(spec)
+    if not place:
+        return reward_location(_registered[attribute])
+    if not place.endswith(".py"):
+        return spec
+    path = Path(place).resolve()
+    if not path.is_file():
+        raise _spec_error(spec, f"there is no file {path}.")
+    return f"{path}:{attribute}"
+
+
+def _split(spec: str) -> tuple[str, str]:
+    """Module or file, and the function's name; ("", name) for a registered one."""
+    place, separator, attribute = spec.rpartition(":")
+    if separator and (not place or not attribute):
+        raise _spec_error(spec, "one side of ':' is empty.")
+    if not separator and spec not in _registered:
+        near = difflib.get_close_matches(spec, known_rewards(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise _spec_error(spec, f"no reward of this name is registered.{hint}")
+    return place, attribute
+
+
+def is_math_verify(spec: str | RewardFunction) -> bool:
+    """Whether this is the built-in verifier, which needs no code of the user."""
+    return spec is grade_math or spec in ("math_verify", f"{grade_math.__module__}:{grade_math.__name__}")
 
 
 def reward_location(function: RewardFunction) -> str:
@@ -108,13 +142,11 @@ def reward_location(function: RewardFunction) -> str:
 def _load_module(spec: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
-        raise _spec_error(spec, f"importing {name!r} failed: {type(error).__name__}: {error}.") from error
+    except BaseException as error:  # SystemExit, too: user code may do anything while it is imported
+        raise _spec_error(spec, f"importing {name!r} failed: {described(error)}.") from error
 
 
 def _load_file(spec: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise _spec_error(spec, f"there is no file {path.resolve()}.")
     path = path.resolve()
     name = _FILE_MODULE_PREFIX + hashlib.sha256(str(path).encode()).hexdigest()[:16]
     if name in sys.modules:
@@ -126,19 +158,60 @@ def _load_file(spec: str, path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         loader.loader.exec_module(module)
-    except Exception as error:
+    except BaseException as error:
         del sys.modules[name]
-        raise _spec_error(spec, f"running {path} failed: {type(error).__name__}: {error}.") from error
+        if isinstance(error, FileNotFoundError) and not path.is_file():
+            raise _spec_error(spec, f"there is no file {path}.") from None
+        raise RewardSpecError(
+            f"reward.function {spec!r}: running {path} failed: {described(error)}"
+        ) from error
     return module
 
 
-def _check_signature(spec: str, function: Callable[..., object]) -> None:
+def check_signature(spec: str, function: Callable[..., object]) -> None:
+    """Raises RewardSpecError unless `function` can be called with (response, answer) and returns at once."""
+    named = f"reward.function {spec!r}{f' ({place})' if (place := definition(function)) else ''}"
+    call = function if inspect.isroutine(function) else type(function).__call__  # a callable object's
+    if inspect.iscoroutinefunction(call):
+        raise RewardSpecError(
+            f"{named} is async and would return a coroutine, not a reward: define it with `def`, and use asyncio.run "
+            "inside where it has to await something"
+        )
+    if inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call):
+        raise RewardSpecError(f"{named} is a generator: it must return one number, not yield")
     try:
-        inspect.signature(function).bind("response", "answer")
-    except TypeError as error:
-        raise _spec_error(spec, f"it must take (response, answer): {error}.") from error
-    except ValueError:  # builtins without a signature
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # builtins without a signature
         return
+    names = set(signature.parameters)
+    try:
+        signature.bind("response", "answer")
+    except TypeError as error:
+        known = "; ".join(wrap for marks, wrap in _OTHER_SYSTEMS if marks & names)
+        raise RewardSpecError(
+            f"{named} must take (response, answer), two texts: {error}; it is defined as {signature}"
+            f"{f'. {known}' if known else ''}"
+        ) from None
+    if "completions" in names or "queries" in names:  # it can be called, but with lists
+        wrap = next(wrap for marks, wrap in _OTHER_SYSTEMS if marks & names)
+        raise RewardSpecError(f"{named} takes {signature}; expected (response, answer), two texts. {wrap}")
+
+
+_OTHER_SYSTEMS = (
+    (
+        {"solution_str", "ground_truth", "data_source"},
+        "This is verl's signature: define `def reward(response, answer): return compute_score('', response, answer)`",
+    ),
+    (
+        {"completions"},
+        "This is TRL's signature, with lists: define `def reward(response, answer): return "
+        "their_reward(prompts=[''], completions=[response], answer=[answer])[0]`",
+    ),
+    (
+        {"queries"},
+        "This is OpenRLHF's signature, with lists: define `def reward(response, answer)` for one response",
+    ),
+)
 
 
 def _spec_error(spec: str, problem: str) -> RewardSpecError:

@@ -1,12 +1,13 @@
-"""One grading process: `python -m megatron_laser.rewards.worker FD PARENT_PID`, started by `WorkerProcess`.
+"""One grading process: `python -m megatron_laser.rewards.worker SOCKET LIFELINE DUMP`, started by `WorkerProcess`.
 
-It is executed afresh (never forked from the trainer, whose main module it does not import either), reads one
-request after the other from its socket, and dies with the process that started it.
+It is executed afresh (never forked from the trainer, whose main module it does not import either), puts a guard
+around itself (see `guard`) and reads one request after the other from its socket.
 """
 
 from __future__ import annotations
 
-import ctypes
+import errno
+import faulthandler
 import os
 import resource
 import signal
@@ -15,29 +16,48 @@ import sys
 from typing import Any
 
 from . import math_grading
-from .grade import as_grade
+from .grade import RewardSpecError, as_grade
+from .guard import fork_grader, move_high
+from .place import definition, described
 from .registry import RewardFunction, resolve_reward
+from .sources import SourceKeeper
 from .wire import receive_message, send_message
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+DUMP_SIGNAL = signal.SIGUSR1
+"""Makes a worker write where each of its threads is."""
 
 
 def main() -> None:
     """Serve requests until the pool closes the socket."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pool's to handle
-    _die_with_parent(int(sys.argv[2]))
-    connection = socket.socket(fileno=int(sys.argv[1]))
+    fork_grader(int(sys.argv[2]))
+    dump = move_high(int(sys.argv[3]))
+    faulthandler.enable(dump)  # the line of a segmentation fault
+    faulthandler.register(DUMP_SIGNAL, dump)
+    connection = socket.socket(fileno=move_high(int(sys.argv[1])))
+    os.register_at_fork(after_in_child=connection.close)  # a child must not answer in the grader's place
+    own = os.getpid()
     try:
-        function = _set_up(connection)
+        keeper, function = _set_up(connection)
         while True:
-            send_message(connection, _answer(receive_message(connection), function))
-    except (EOFError, OSError):  # the pool is gone or has closed this worker
+            request = receive_message(connection)
+            reply = _answer(request, function)
+            if os.getpid() != own:  # the user's code has forked, and this is the child, come back
+                os._exit(0)
+            send_message(connection, reply | {"id": request["id"], "sources": keeper.take_new()})
+    except (
+        EOFError,
+        OSError,
+    ) as error:  # the pool is gone, has closed this worker, or user code has closed the socket
+        if getattr(error, "errno", None) == errno.EBADF:
+            os.write(2, b"a reward function has closed file descriptors that are not its own\n")
+            os._exit(1)
         os._exit(0)
 
 
-def _set_up(connection: socket.socket) -> RewardFunction | None:
+def _set_up(connection: socket.socket) -> tuple[SourceKeeper, RewardFunction | None]:
     """Take the settings, prepare the function, and report; the custom function is None for math_verify."""
     settings = receive_message(connection)
+    keeper = SourceKeeper(settings["sources"])
     function = None
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -46,13 +66,20 @@ def _set_up(connection: socket.socket) -> RewardFunction | None:
             resource.setrlimit(resource.RLIMIT_AS, (settings["memory_limit"], hard))
         if settings["function"] is None:
             math_grading.warm_up()
+            if math_grading.grade_extracted(r"\frac{7}{14}", "0.5").reward != 1.0:
+                raise RuntimeError(
+                    r"math-verify says that \frac{7}{14} is not 0.5: is its parser installed in the version that it "
+                    "asks for (pip check)?"
+                )
         else:
+            keeper.install()
             function = resolve_reward(settings["function"])
     except BaseException as error:  # whatever user code raises at import, SystemExit included
-        send_message(connection, {"error": f"{type(error).__name__}: {error}"})
+        is_spec = isinstance(error, RewardSpecError)
+        send_message(connection, {"error": str(error) if is_spec else described(error), "spec": is_spec})
         os._exit(1)
-    send_message(connection, {"ready": True})
-    return function
+    send_message(connection, {"pid": os.getpid(), "sources": keeper.take_new()})
+    return keeper, function
 
 
 def _answer(request: dict[str, Any], function: RewardFunction | None) -> dict[str, Any]:
@@ -63,18 +90,25 @@ def _answer(request: dict[str, Any], function: RewardFunction | None) -> dict[st
         if function is None:
             grade = math_grading.grade_extracted(first, second)
         else:
-            grade = as_grade(function(first, second))
+            grade = _checked(function, function(first, second))
         return {"reward": grade.reward, "outcome": grade.outcome}
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+    except BaseException as error:  # SystemExit and KeyboardInterrupt, too: neither is a grade
+        return {"error": described(error), "spent": _is_exhausted(error)}
 
 
-def _die_with_parent(parent: int) -> None:
-    """Ask the kernel for SIGKILL when the pool's process ends; the socket's end covers other systems."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the request was in place
-        os._exit(0)
+def _checked(function: RewardFunction, value: object) -> Any:
+    try:
+        return as_grade(value)
+    except (TypeError, ValueError) as error:
+        place = definition(function)
+        raise type(error)(f"{error}{f' ({place})' if place else ''}") from None
+
+
+def _is_exhausted(error: BaseException) -> bool:
+    """Whether this process has used up something that a new one has: memory, threads, files."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EMFILE, errno.ENOMEM, errno.EAGAIN)
+    return isinstance(error, MemoryError) or "can't start new thread" in str(error)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import threading
 from concurrent.futures import Future
 from typing import Any
 
-from .grade import GradingPoolError
+from .grade import GradingPoolError, RewardSpecError
 from .worker_process import WorkerDied, WorkerProcess, WorkerSettings, WorkerTimeout
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class WorkerPool:
             deadline: seconds for one request, from when a worker gets it.
 
         Raises:
-            GradingPoolError: a worker did not become ready; says why.
+            GradingPoolError, RewardSpecError: a worker did not become ready; says why.
         """
         self._deadline = deadline
         self._settings = settings
@@ -47,9 +47,11 @@ class WorkerPool:
             threading.Thread(target=self._serve, args=(index, ready), name=f"grading-{index}", daemon=True)
             for index, ready in enumerate(started)
         ]
-        for thread in self._threads:
-            thread.start()
         try:
+            for thread, ready in zip(self._threads, started, strict=True):
+                thread.start()
+                if settings.function is not None and thread is self._threads[0]:
+                    ready.result()  # the others run the code that it has read
             for ready in started:
                 ready.result()  # ends: the start has its deadline
         except BaseException:
@@ -92,6 +94,8 @@ class WorkerPool:
         for process in processes:
             process.stop()
         for thread in self._threads:
+            if thread.ident is None:  # never started: the first worker failed
+                continue
             thread.join(2 * self._settings.start_deadline)  # at worst it is starting a worker
 
     def _serve(self, index: int, ready: Future[None]) -> None:
@@ -110,7 +114,11 @@ class WorkerPool:
             try:
                 if process is None or not process.alive():  # it was killed while idle
                     process = self._restart(index, process)
-                future.set_result(process.ask(request, self._deadline))
+                reply = process.ask(request, self._deadline)
+                future.set_result(reply)
+                if reply.get("spent"):  # out of memory, threads or files: a new process has them again
+                    process.kill()
+                    process = self._replace(index)
             except Exception as error:
                 future.set_exception(GradingPoolError(_CLOSED) if self._closed else error)
                 lost = isinstance(error, (WorkerTimeout, WorkerDied))
@@ -135,7 +143,7 @@ class WorkerPool:
         for _ in range(_START_ATTEMPTS - 1):
             try:
                 return self._start(index)
-            except GradingPoolError as error:
+            except (GradingPoolError, RewardSpecError) as error:
                 logger.error("restarting a grading worker failed: %s", error)
         return self._start(index)
 
@@ -145,7 +153,7 @@ class WorkerPool:
             return None
         try:
             return self._start(index)
-        except GradingPoolError as error:
+        except (GradingPoolError, RewardSpecError) as error:
             if not self._closed:  # closed while it started
                 logger.error("replacing a grading worker failed: %s", error)
             return None

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from .grade import GradingPoolError
+from .grade import GradingPoolError, RewardSpecError
+from .place import place_in_dump
+from .sources import SourceSnapshot
 from .wire import receive_message, send_message
 
+_GUARD_SECONDS = 2.0  # for the guard to kill what the grader has started, and end
 _REAP_DEADLINE = 10.0  # seconds for the kernel to bury a killed process
+_DUMP_SECONDS = 0.3  # for a hanging worker to say where it is
 
 
 class WorkerTimeout(Exception):
@@ -29,18 +36,21 @@ class WorkerSettings:
     """What a worker is told when it starts.
 
     Attributes:
-        function: where the custom reward function is (`registry.reward_location`); None for math_verify.
+        function: where the custom reward function is (`registry.locate_reward`); None for math_verify.
         memory_limit: bytes of address space it may use, None for no limit.
         start_deadline: seconds until it must be ready.
+        snapshot: the user's code as the first worker has read it.
     """
 
     function: str | None
     memory_limit: int | None
     start_deadline: float
+    snapshot: SourceSnapshot = field(default_factory=SourceSnapshot)
 
 
 class WorkerProcess:
-    """One child process. Used by a single thread, and started in it: the kernel ties the child to its thread.
+    """One grader and its guard (see `guard`). Used by a single thread, and started in it: the kernel ties the guard
+    to its thread.
 
     Only `stop` may be called from another thread.
     """
@@ -49,61 +59,61 @@ class WorkerProcess:
         """Start the process and wait until it is ready.
 
         Raises:
-            GradingPoolError: it could not be started, failed to prepare its function, or was late.
+            RewardSpecError: the custom function cannot be imported or called; says where.
+            GradingPoolError: it could not be started, or was late.
         """
+        self._settings = settings
+        self._asked = 0
+        self._pid = 0
         deadline = time.monotonic() + settings.start_deadline
-        self._connection, theirs = socket.socketpair()
-        environment = dict(os.environ)
-        # the child sees the same modules, whatever changed sys.path here; '' is the working directory
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        command = [
-            sys.executable,
-            "-m",
-            "megatron_laser.rewards.worker",
-            str(theirs.fileno()),
-            str(os.getpid()),
-        ]
+        self._process = self._start()
+        function = settings.function
         try:
-            with theirs:
-                self._process = subprocess.Popen(
-                    command,
-                    pass_fds=(theirs.fileno(),),
-                    stdin=subprocess.DEVNULL,
-                    stdout=2,  # prints of a custom function go to stderr, away from the run's output
-                    env=environment,
-                )
-        except OSError as error:
-            self._connection.close()
-            raise GradingPoolError(f"a grading worker could not be started: {error}") from error
-        try:
-            hello = {"function": settings.function, "memory_limit": settings.memory_limit}
+            hello = {
+                "function": function,
+                "memory_limit": settings.memory_limit,
+                "sources": settings.snapshot.sources(),
+            }
             send_message(self._connection, hello, deadline)
             reply = receive_message(self._connection, deadline)
         except TimeoutError as error:
             self.kill()
             raise GradingPoolError(
                 f"a grading worker was not ready after {settings.start_deadline:g} s "
-                f"(reward.function {settings.function or 'math_verify'}): "
-                "is importing it slow, or the machine busy?"
+                f"(reward.function {function or 'math_verify'}): is importing it slow, or the machine busy?"
             ) from error
         except (EOFError, OSError) as error:
-            self.kill()
+            ended = self._bury()
+            if function is not None:
+                raise RewardSpecError(
+                    f"reward.function {function!r}: importing it ended the process of a grading worker ({ended}): "
+                    "does the module call os._exit, or crash?"
+                ) from error
             raise GradingPoolError(
-                f"a grading worker ended while starting (exit status {self._process.returncode}); "
-                "its error is on stderr"
+                f"a grading worker ended while starting ({ended}); its error is on stderr"
             ) from error
         if "error" in reply:
             self.kill()
+            if reply["spec"]:
+                raise RewardSpecError(reply["error"])
             raise GradingPoolError(f"a grading worker could not prepare its function: {reply['error']}")
+        self._pid = reply["pid"]
+        settings.snapshot.add(reply["sources"])
 
     @property
     def pid(self) -> int:
-        """The process id."""
-        return self._process.pid
+        """The grader's process id."""
+        return self._pid
 
     def alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process.poll() is None
+        """Whether the grader runs."""
+        if self._process.poll() is not None:
+            return False
+        readable = select.select([self._connection], [], [], 0)[0]
+        try:
+            return not readable or self._connection.recv(1, socket.MSG_PEEK) != b""
+        except OSError:
+            return False
 
     def ask(self, request: dict[str, Any], deadline: float) -> dict[str, Any]:
         """The worker's reply; after an exception the process is dead.
@@ -112,31 +122,120 @@ class WorkerProcess:
             deadline: seconds.
 
         Raises:
-            WorkerTimeout, WorkerDied.
+            WorkerTimeout, WorkerDied: with the place in the user's code where that is known.
         """
         until = time.monotonic() + deadline
+        self._asked += 1
         try:
-            send_message(self._connection, request, until)
-            return receive_message(self._connection, until)
+            send_message(self._connection, request | {"id": self._asked}, until)
+            while True:
+                reply = receive_message(self._connection, until)
+                if reply.get("id") == self._asked:  # else written by a process that user code has forked
+                    self._settings.snapshot.add(reply.get("sources", {}))
+                    return reply
         except TimeoutError as error:
+            place = self._place_now()
             self.kill()
-            raise WorkerTimeout(f"no answer within {deadline:g} s") from error
+            raise WorkerTimeout(f"no answer within {deadline:g} s{place}") from error
         except (EOFError, OSError, ValueError) as error:  # ValueError: its last words were cut off
-            self.kill()
-            raise WorkerDied(f"exit status {self._process.returncode}") from error
+            raise WorkerDied(self._bury()) from error
 
     def stop(self) -> None:
-        """Send SIGKILL and return; whoever waits in `ask` gets WorkerDied."""
-        self._process.kill()
+        """Ask for the end and return; whoever waits in `ask` gets WorkerDied."""
+        self._process.terminate()
 
     def kill(self) -> None:
-        """End the process at once and clean up; SIGKILL, since C code (a huge power) defers any other."""
-        self._process.kill()
+        """End the process and all that it has started, at once: the guard uses SIGKILL."""
+        self._process.terminate()
+        self._wait()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._connection, theirs = socket.socketpair()
+        lifeline, self._lifeline = os.pipe()
+        self._dump = tempfile.TemporaryFile()  # noqa: SIM115
+        environment = dict(os.environ)
+        # the child sees the same modules, whatever changed sys.path here; '' is the working directory
+        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        passed = (theirs.fileno(), lifeline, self._dump.fileno())
+        command = [sys.executable, "-m", "megatron_laser.rewards.worker", *map(str, passed)]
         try:
-            self._process.wait(_REAP_DEADLINE)
+            return subprocess.Popen(
+                command,
+                pass_fds=passed,
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # prints of a custom function go to stderr, away from the run's output
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._close()
+            raise GradingPoolError(f"a grading worker could not be started: {error}") from error
+        finally:
+            theirs.close()
+            os.close(lifeline)
+
+    def _bury(self) -> str:
+        """How the process ended by itself; it is given a moment to have done so."""
+        try:
+            self._process.wait(_GUARD_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+        place = self._last_dump(0)
+        self._wait()
+        code = self._process.returncode
+        if code >= 0:
+            return f"exit status {code}{place}"
+        name = signal.Signals(-code).name
+        hint = {"SIGKILL": ": was the memory used up?", "SIGTERM": ": by the reward function itself?"}.get(
+            name, ""
+        )
+        return f"killed by {name}{hint}{place}"
+
+    def _wait(self) -> None:
+        """Until the guard has ended; what is left of its process group is killed after a while."""
+        try:
+            try:
+                self._process.wait(_GUARD_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._kill_group()
+                self._process.wait(_REAP_DEADLINE)
+            if self._process.returncode == -signal.SIGKILL:  # it could not clean up itself
+                self._kill_group()
         except subprocess.TimeoutExpired as error:
             raise GradingPoolError(
-                f"grading worker {self.pid} is still there {_REAP_DEADLINE:g} s after SIGKILL"
+                f"grading worker {self._process.pid} is still there {_REAP_DEADLINE:g} s after SIGKILL"
             ) from error
         finally:
-            self._connection.close()
+            self._close()
+
+    def _kill_group(self) -> None:
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+    def _close(self) -> None:
+        self._connection.close()
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+        self._dump.close()
+
+    def _place_now(self) -> str:
+        """Where the worker's threads are: " (file:line in function)", or "" where the user's code is not involved."""
+        if self._settings.function is None or not self._pid:
+            return ""
+        before = os.fstat(self._dump.fileno()).st_size
+        try:
+            os.kill(self._pid, signal.SIGUSR1)  # worker.DUMP_SIGNAL
+        except ProcessLookupError:
+            return ""
+        ends = time.monotonic() + _DUMP_SECONDS
+        while not (place := self._last_dump(before)) and time.monotonic() < ends:
+            time.sleep(0.01)
+        return place
+
+    def _last_dump(self, start: int) -> str:
+        file = self._dump.fileno()
+        place = place_in_dump(os.pread(file, 65536, start).decode("utf-8", "replace"))
+        return f" ({place})" if place else ""

@@ -5,42 +5,33 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from megatron_laser.data.cursor import PromptCursor
 from megatron_laser.observability.timers import Timers
-from megatron_laser.rewards import GradingPool
+from megatron_laser.rewards import GradingPool, GradingPoolError
+from megatron_laser.rollout.endings import Endings
 from megatron_laser.rollout.engine import ResumableEngine, RolloutEngine, StopEarly
 from megatron_laser.rollout.pending import OpenGroup, restore
+from megatron_laser.rollout.progress import Progress
 from megatron_laser.rollout.staleness import staleness_metrics
-from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample, SamplingParams
+from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, SamplingParams
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Progress:
-    """How far the collection of one step has come; survives an interruption by `WeightsNeeded`."""
-
-    step: int
-    before: dict[str, Any]  # the collector's state before the step
-    ends: float  # by time.monotonic()
-    groups: list[Group] = field(default_factory=list)
-    uniform: list[Group] = field(default_factory=list)
-    open: list[OpenGroup] = field(default_factory=list)
-    tried: int = 0
-    rounds: int = 0
 
 
 class RolloutCollector:
     """Collects graded groups; grading overlaps generation.
 
-    metrics: of the last step. prompts_tried; groups_dropped, those of them that are not in the batch because
-    their rewards are all equal; groups_missing, how many of `prompts_per_step` groups with unequal rewards
-    were still missing when the tries were used up (0 without dropping). With a resumable engine also groups_carried
-    (begun, and going on in the next step), the age of the tokens, and what the engine counts.
+    metrics: of the last step. prompts_tried; groups_dropped, those of them that are not in the batch because their
+    rewards are all equal, and what else `Progress.graded_metrics` says; groups_missing, how many of
+    `prompts_per_step` groups with unequal rewards were still missing when the tries were used up (0 without
+    dropping); grading_failed, the responses that could not be graded (time-outs and crashes), on which the step does
+    not train. With a resumable engine also groups_carried (begun, and going on in the next step), the age of the
+    tokens, and what the engine counts.
     """
 
     def __init__(
@@ -61,6 +52,7 @@ class RolloutCollector:
         oversample: float = 1.0,
         max_staleness: int = 0,
         ahead: int = 0,
+        endings: Endings | None = None,
     ) -> None:
         """
         Args:
@@ -73,6 +65,7 @@ class RolloutCollector:
             oversample: begin so many times the missing groups at once; above 1 the engine must be resumable.
             max_staleness: carried responses with older tokens than so many steps are generated anew.
             ahead: how many steps the engine's weights may be behind those that the step trains.
+            endings: watches for steps in which no response ends by itself.
         """
         self._engine = engine
         self._grading = grading
@@ -90,9 +83,10 @@ class RolloutCollector:
         self._oversample = oversample
         self._max_staleness = max_staleness
         self._ahead = ahead
+        self._endings = endings
         self._said: set[str] = set()
         self._carried: list[OpenGroup] = []
-        self._progress: _Progress | None = None
+        self._progress: Progress | None = None
         self.metrics: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
@@ -100,11 +94,14 @@ class RolloutCollector:
         if self._progress is not None:
             return self._progress.before
         carried = [group.state() for group in self._carried]
-        return {"cursor": self._cursor.state_dict(), "pending_groups": carried}
+        unscored = self._endings.in_a_row if self._endings is not None else 0
+        return {"cursor": self._cursor.state_dict(), "pending_groups": carried, "unscored_steps": unscored}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
         self._cursor.load_state_dict(state["cursor"])
+        if self._endings is not None:
+            self._endings.in_a_row = state.get("unscored_steps", 0)
         size = self._sampling.samples_per_prompt
         self._carried = [restore(item, self._prompts, size) for item in state["pending_groups"]]
         for group in self._carried:
@@ -122,6 +119,8 @@ class RolloutCollector:
         Raises:
             RuntimeError: the engine holds other weights than those of step - 1 (or up to `ahead` steps older).
             TimeoutError: generation or grading passed the deadline.
+            GradingPoolError: every response's grading failed, or so many that too few groups are left.
+            NothingEnds: see `Endings.note`.
         """
         oldest = max(0, step - 1 - self._ahead)
         if not oldest <= self._engine.version <= step - 1:
@@ -130,24 +129,34 @@ class RolloutCollector:
                 f"{f' or {oldest}' if oldest < step - 1 else ''}; the last weight sync did not reach it"
             )
         if self._progress is None or self._progress.step != step:
-            self._progress = _Progress(step, self.state(), time.monotonic() + self._deadline)
+            self._progress = Progress(step, self.state(), time.monotonic() + self._deadline)
             self._progress.open, self._carried = self._carried, []
-            self._drop_stale(self._progress)
+            self._progress.drop_stale(self._max_staleness)
         progress = self._progress
         while len(progress.groups) < self._prompts_per_step and (
             progress.open or progress.tried < self._tries
         ):
             self._round(progress)
         groups = progress.groups
-        missing = max(0, self._prompts_per_step - len(groups))
+        missing = max(0, self._prompts_per_step - len(groups)) if self._drops_uniform else 0
         found = len(groups)
-        if missing:
-            groups += self._stand_ins(step, found, progress.uniform)
+        failed = progress.failures()
+        if self._endings is not None:
+            self._endings.note(step, progress.complete())
+        stand_ins = self._stand_ins(step, found, progress.uniform) if missing else []
         self.metrics = {
             "prompts_tried": progress.tried,
-            "groups_dropped": len(progress.uniform) - (len(groups) - found),
+            **progress.graded_metrics(stand_ins),
             "groups_missing": missing,
+            "grading_failed": failed.total(),
         }
+        groups += stand_ins
+        if len(groups) < self._fewest_groups:
+            raise GradingPoolError(
+                f"step {step}: only {len(groups)} of {len(groups) + len(progress.lost)} groups have a response that "
+                f"could be graded, and policy.minibatches needs {self._fewest_groups}; {self._why(failed)}"
+            )
+        groups += progress.lost
         if isinstance(self._engine, ResumableEngine):
             self.metrics["groups_carried"] = len(self._carried)
             self.metrics |= staleness_metrics(groups, trained_version=step - 1)
@@ -155,17 +164,7 @@ class RolloutCollector:
         self._progress = None
         return RolloutBatch(step, self._engine.version, groups, dict(self.metrics))
 
-    def _drop_stale(self, progress: _Progress) -> None:
-        oldest = progress.step - 1 - self._max_staleness
-        dropped = sum(group.drop_older_than(oldest) for group in progress.open)
-        if dropped:
-            logger.info(
-                "step %d: %d carried responses were older than rollout.max_staleness; generated anew",
-                progress.step,
-                dropped,
-            )
-
-    def _round(self, progress: _Progress) -> None:
+    def _round(self, progress: Progress) -> None:
         """Work on the open groups, and on as many new ones as are worth beginning, until enough are complete."""
         missing = self._prompts_per_step - len(progress.groups)
         begun = len(progress.open)
@@ -179,8 +178,13 @@ class RolloutCollector:
         progress.rounds += 1
         with self._timers("grade"):
             self._sort_out(progress)
+        if progress.lost and not progress.groups and not progress.uniform:
+            raise GradingPoolError(
+                f"step {progress.step}: not one response could be graded, so there is nothing to learn from; "
+                f"{self._why(progress.failures())}"
+            )
 
-    def _generate(self, progress: _Progress, missing: int) -> None:
+    def _generate(self, progress: Progress, missing: int) -> None:
         opened = progress.open
         stop = StopEarly() if self._oversample > 1.0 else None
 
@@ -226,14 +230,17 @@ class RolloutCollector:
         group.texts[sample] = text
         group.grades[sample] = self._grading.submit(text, group.prompt.answer)
 
-    def _sort_out(self, progress: _Progress) -> None:
+    def _sort_out(self, progress: Progress) -> None:
         """Complete groups go to the batch or to the uniform ones; the rest, and what is too much, is carried."""
         carried = []
         for group in progress.open:
             if len(progress.groups) >= self._prompts_per_step or not group.finished():
                 carried.append(group)
                 continue
-            done = self._finish(group, progress.step, progress.ends)
+            done = self._close(group, progress)
+            if not done.samples:
+                progress.lost.append(done)
+                continue
             uniform = len({sample.reward for sample in done.samples}) == 1
             (progress.uniform if self._drops_uniform and uniform else progress.groups).append(done)
         progress.open = []
@@ -242,29 +249,20 @@ class RolloutCollector:
         else:
             self._carried = carried
 
-    def _finish(self, group: OpenGroup, step: int, ends: float) -> Group:
-        samples = []
-        for number in range(group.size):
-            generation = group.generations[number]
-            try:
-                grade = group.grades[number].result(timeout=max(0.1, ends - time.monotonic()))
-            except TimeoutError:
-                raise TimeoutError(
-                    f"step {step}: responses were not graded within rollout.deadline {self._deadline:g} s of the "
-                    "step's start; raise it, or reward.workers, or lower reward.deadline"
-                ) from None
-            samples.append(
-                Sample(
-                    prompt_ids=group.prompt.token_ids,
-                    generation=generation,
-                    text=group.texts[number],
-                    scored=generation.is_scored(self._sampling.stop_token_ids),
-                    reward=grade.reward,
-                    outcome=grade.outcome,
-                    zc_logprob=generation.zc_logprob,
-                )
-            )
-        return Group(group.prompt, samples)
+    def _close(self, group: OpenGroup, progress: Progress) -> Group:
+        try:
+            return group.close(self._sampling.stop_token_ids, ends=progress.ends)
+        except TimeoutError:
+            raise TimeoutError(
+                f"step {progress.step}: responses were not graded within rollout.deadline {self._deadline:g} s of the "
+                "step's start; raise it, or reward.workers, or lower reward.deadline"
+            ) from None
+
+    def _why(self, failed: Counter[str]) -> str:
+        """How many responses could not be graded, and why the last one."""
+        counts = " and ".join(f"{count} {outcome}" for outcome, count in sorted(failed.items()))
+        last = self._grading.last_trouble
+        return f"{counts}; the last one: {last}. Correct reward.function, or raise reward.deadline"
 
     def _stand_ins(self, step: int, found: int, uniform: list[Group]) -> list[Group]:
         """Uniform groups for a step that found too few others; says so once in a run."""

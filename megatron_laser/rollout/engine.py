@@ -48,6 +48,11 @@ class StopEarly:
         callback()
 
 
+def takes_seeds(engine: object) -> bool:
+    """Whether `sampling.seed` decides what `engine` samples; servers say no unless their inference is deterministic."""
+    return bool(getattr(engine, "takes_seeds", True))
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
     """A generator that always knows which weights it holds.

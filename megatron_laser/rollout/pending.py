@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -37,8 +38,9 @@ class OpenGroup:
         return self.finished() and all(grade.done() for grade in self.grades.values())
 
     def is_uniform(self) -> bool:
-        """Whether all grades give one reward; of a graded group."""
-        return len({grade.result().reward for grade in self.grades.values()}) == 1
+        """Whether all grades give one reward, or there is none; of a graded group."""
+        grades = [grade.result() for grade in self.grades.values()]
+        return len({grade.reward for grade in grades if not grade.failed}) <= 1
 
     def drop_older_than(self, version: int) -> int:
         """Forget what has tokens of older weights; returns how many responses that are."""
@@ -49,6 +51,29 @@ class OpenGroup:
             self.grades.pop(sample, None)
         self.overdue = self.overdue or bool(old)
         return len(old)
+
+    def close(self, stop_token_ids: tuple[int, ...], *, ends: float) -> Group:
+        """The group with its grades, of which the last are waited for until `ends` (by time.monotonic()).
+
+        Raises TimeoutError when they do not come.
+        """
+        samples: list[Sample] = []
+        ungraded: list[Sample] = []
+        for number in range(self.size):
+            generation = self.generations[number]
+            grade = self.grades[number].result(timeout=max(0.1, ends - time.monotonic()))
+            (ungraded if grade.failed else samples).append(
+                Sample(
+                    prompt_ids=self.prompt.token_ids,
+                    generation=generation,
+                    text=self.texts[number],
+                    scored=generation.is_scored(stop_token_ids),
+                    reward=grade.reward,
+                    outcome=grade.outcome,
+                    zc_logprob=generation.zc_logprob,
+                )
+            )
+        return Group(self.prompt, samples, ungraded)
 
     def state(self) -> dict[str, Any]:
         """JSON values from which `restore` makes the group again; grades are not kept but made anew."""
@@ -94,17 +119,8 @@ def batch_state(batch: RolloutBatch, positions: Mapping[int, int]) -> dict[str, 
         "groups": [
             {
                 "position": positions[group.prompt.row],
-                "samples": [
-                    {
-                        "generation": generation_state(sample.generation),
-                        "text": sample.text,
-                        "scored": sample.scored,
-                        "reward": sample.reward,
-                        "outcome": sample.outcome,
-                        "zc_logprob": sample.zc_logprob,
-                    }
-                    for sample in group.samples
-                ],
+                "samples": [_sample_state(sample) for sample in group.samples],
+                "ungraded": [_sample_state(sample) for sample in group.ungraded],
             }
             for group in batch.groups
         ],
@@ -116,10 +132,23 @@ def batch_from(state: Mapping[str, Any], prompts: list[Prompt]) -> RolloutBatch:
     groups = []
     for item in state["groups"]:
         prompt = prompts[item["position"]]
-        samples = []
-        for saved in item["samples"]:
-            values = dict(saved)
-            generation = generation_from(values.pop("generation"))
-            samples.append(Sample(prompt_ids=prompt.token_ids, generation=generation, **values))
-        groups.append(Group(prompt, samples))
+        samples = [_sample_from(saved, prompt) for saved in item["samples"]]
+        ungraded = [_sample_from(saved, prompt) for saved in item.get("ungraded", [])]
+        groups.append(Group(prompt, samples, ungraded))
     return RolloutBatch(state["step"], state["weight_version"], groups, state["metrics"])
+
+
+def _sample_state(sample: Sample) -> dict[str, Any]:
+    return {
+        "generation": generation_state(sample.generation),
+        "text": sample.text,
+        "scored": sample.scored,
+        "reward": sample.reward,
+        "outcome": sample.outcome,
+        "zc_logprob": sample.zc_logprob,
+    }
+
+
+def _sample_from(state: Mapping[str, Any], prompt: Prompt) -> Sample:
+    values = dict(state)
+    return Sample(prompt_ids=prompt.token_ids, generation=generation_from(values.pop("generation")), **values)

@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass
 
 from megatron_laser.rewards import GradingPool, extract_answer
-from megatron_laser.rollout.engine import RolloutEngine
+from megatron_laser.rollout.engine import RolloutEngine, takes_seeds
 from megatron_laser.testtime.model_folder import ModelFolder
-from megatron_laser.testtime.requests import ChatRequest
+from megatron_laser.testtime.requests import ChatRequest, RequestError
 from megatron_laser.testtime.scoring import Scorer
 from megatron_laser.testtime.voting import Choice, choose
 from megatron_laser.types import SamplingParams
@@ -51,7 +51,16 @@ def answer(
 
     Raises:
         TimeoutError: the deadline passed.
+        RequestError: a seed for servers that ignore seeds.
     """
+    if chat.seed is not None and not takes_seeds(engine):
+        raise RequestError(
+            400,
+            "the servers behind this model ignore seeds (they were started without --enable-deterministic-inference), "
+            "so the same request would not get the same answer; leave `seed` out",
+            "seed",
+            "unsupported_parameter",
+        )
     ends = time.monotonic() + deadline
     sampling = SamplingParams(
         samples_per_prompt=chat.k,

@@ -15,8 +15,8 @@ from megatron_laser.data import build_prompts, read_ids, read_rows, refuse_score
 from megatron_laser.evaluation import evaluate, evaluation_detail, read_records
 from megatron_laser.observability.benchmark_report import write_benchmark_report
 from megatron_laser.observability.plain import write_atomically
-from megatron_laser.rewards import GradingPool, resolve_reward
-from megatron_laser.rollout.engine import RolloutEngine, StopEarly, StoppedEarly
+from megatron_laser.rewards import GradingPool, try_reward
+from megatron_laser.rollout.engine import RolloutEngine, StopEarly, StoppedEarly, takes_seeds
 from megatron_laser.rollout.sglang.errors import ServerError
 from megatron_laser.testtime.engine import EngineChoice
 from megatron_laser.testtime.errors import TestTimeError
@@ -78,7 +78,7 @@ def evaluate_benchmarks(
         TimeoutError: the deadline passed, or a server did not answer; what arrived is kept.
     """
     for benchmark in benchmarks:
-        resolve_reward(benchmark.reward)
+        try_reward(benchmark.reward, deadline=grading_deadline)
     prompts = {benchmark.name: _prompts(model, benchmark) for benchmark in benchmarks}
     output.mkdir(parents=True, exist_ok=True)
     with locked(output):
@@ -91,6 +91,10 @@ def evaluate_benchmarks(
                 if told:
                     say(f"{benchmark.name}: {told}")
             open_ones = [b for b in benchmarks if not _finished(output / b.name, b, len(prompts[b.name]))]
+            if open_ones and not takes_seeds(weights.engine()):
+                say(
+                    "the servers ignore seeds: another evaluation of the same weights samples other responses"
+                )
             for benchmark in open_ones:
                 _run(
                     weights,
@@ -122,6 +126,7 @@ def evaluate_benchmarks(
             "score_token_id": model.score_token_id,
             "ref_logprob": model.ref_logprob,
             "beta": model.beta,
+            "targets": list(model.targets),
             "benchmarks": details,
             "average": _average(details),
         }
@@ -166,6 +171,7 @@ def _run(
                     score_token_id=model.score_token_id,
                     ref_logprob=model.ref_logprob,
                     beta=model.beta,
+                    targets=model.targets,
                     records_path=folder / RECORDS,
                     deadline=max(ends - time.monotonic(), 1e-9),
                     generation_batch=choice.generation_batch,

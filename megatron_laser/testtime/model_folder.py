@@ -34,6 +34,7 @@ class ModelFolder:
         vocab_size: ids that the model has. max_positions: tokens that it can read.
         stop_token_ids: what ends a response; only such a response has a score.
         score_token_id: z_c, None without a score. ref_logprob: c_ref in nats. beta: beta_v.
+        targets: what right and wrong responses were trained towards, the scale of the score.
         from_run: settings that its training run decides, by the names of `config.Benchmark`.
     """
 
@@ -45,6 +46,7 @@ class ModelFolder:
     score_token_id: int | None
     ref_logprob: float | None
     beta: float
+    targets: tuple[float, float] = (1.0, 0.0)
     from_run: dict[str, Any] = field(default_factory=dict)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -73,13 +75,14 @@ def load_model_folder(
     score_token: str | int | None = None,
     ref_logprob: float | None = None,
     beta: float | None = None,
+    targets: tuple[float, float] | None = None,
     stop_token_ids: Sequence[int] = (),
     with_score: bool = True,
 ) -> ModelFolder:
     """Read what is needed of a Hugging Face folder, or of a training run's output folder (its hf/ and config.yaml).
 
     Args:
-        score_token, ref_logprob, beta: in place of the run's `laser` section.
+        score_token, ref_logprob, beta, targets: in place of the run's `laser` section.
         stop_token_ids: in place of the EOS ids of generation_config.json.
         with_score: False: no score, whatever the run says.
 
@@ -109,6 +112,7 @@ def load_model_folder(
         if run is not None and run.laser.enabled:
             score_token = run.laser.score_token if score_token is None else score_token
             ref_logprob = run.laser.ref_logprob if ref_logprob is None else ref_logprob
+            targets = run.laser.targets if targets is None else targets
         beta = run.laser.beta if beta is None and run is not None else beta
         token_id = None if score_token is None else _score_token_id(folder, score_token)
     for name, ids in (("stop token", stops), ("score token", () if token_id is None else (token_id,))):
@@ -133,6 +137,7 @@ def load_model_folder(
         score_token_id=token_id,
         ref_logprob=ref_logprob,
         beta=beta,
+        targets=targets or (1.0, 0.0),
         from_run=_from_run(run),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
-import inspect
+import importlib.util
 import json
 import os
 import uuid
@@ -19,7 +19,7 @@ from megatron_laser import rewards
 from megatron_laser.config import Benchmark
 from megatron_laser.data import fingerprint
 from megatron_laser.observability.plain import plain, write_atomically
-from megatron_laser.rewards import resolve_reward
+from megatron_laser.rewards.registry import is_math_verify, locate_reward
 from megatron_laser.testtime.engine import EngineChoice
 from megatron_laser.testtime.errors import TestTimeError
 from megatron_laser.testtime.model_folder import ModelFolder
@@ -30,7 +30,7 @@ SETTINGS = "settings.json"
 RESPONSES = "responses.jsonl"
 RECORDS = "records.jsonl"
 # These change what the responses are worth, not the responses: the records are made anew from them.
-_JUDGING = ("ref_logprob", "beta", "reward", "grading")
+_JUDGING = ("ref_logprob", "beta", "targets", "reward", "grading")
 # The same model after more training, say: it is answered anew, and the old responses are set aside.
 _OF_THE_MODEL = ("weights", "model_files", "prompts")
 
@@ -60,6 +60,7 @@ def settings_of(
             "score_token_id": model.score_token_id,
             "ref_logprob": model.ref_logprob,
             "beta": model.beta,
+            "targets": list(model.targets),
             "grading": _grading_digest(benchmark.reward),
             **{name: value for name, value in public(benchmark).items() if name not in ("path", "id_key")},
         }
@@ -150,7 +151,10 @@ def _prompts_digest(prompts: Sequence[Prompt]) -> str:
 def _grading_digest(reward: str) -> str:
     """Of the rules by which responses are judged: an edited reward file, or a newer grader, gives other verdicts."""
     files = sorted(Path(rewards.__file__).parent.rglob("*.py"))
-    with suppress(TypeError):  # compiled
-        source = inspect.getsourcefile(inspect.unwrap(resolve_reward(reward)))
-        files += [] if source is None else [Path(source)]
+    if not is_math_verify(reward):
+        place = locate_reward(reward).rpartition(":")[0]
+        with suppress(ImportError, ValueError):  # found, but not run: that is the graders' part
+            found = None if place.endswith(".py") else importlib.util.find_spec(place)
+            place = place if found is None else str(found.origin)
+        files += [Path(place)] if Path(place).is_file() else []
     return f"{files_digest(files)} math-verify {importlib.metadata.version('math-verify')}"

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_laser.algorithms.self_reward import self_reward_scores
 from megatron_laser.files import through_links
 from megatron_laser.observability.plain import plain
 from megatron_laser.rollout.engine import RolloutEngine
@@ -25,7 +28,8 @@ class Scored:
     """The score of one response, all None where it has none: it did not end by itself.
 
     Attributes:
-        score: r_s = beta * (zc_logprob - ref_logprob): about 1 for right, 0 for wrong, not clamped.
+        score: r_s = beta * (zc_logprob - ref_logprob) on the scale of the model's targets: about 1 for right, 0 for
+            wrong, not clamped.
         zc_logprob: log pi(score token | prompt, response, EOS).
         right: score > 0.5.
     """
@@ -99,7 +103,11 @@ class Scorer:
             raise RuntimeError(
                 f"the engine returned log-prob {zc_logprob} for the score token: check the weights"
             )
-        score = self._model.beta * (zc_logprob - self._ref_logprob)
+        model = self._model
+        value = torch.tensor(zc_logprob, dtype=torch.float64)
+        score = float(
+            self_reward_scores(value, ref_logprob=self._ref_logprob, beta=model.beta, targets=model.targets)
+        )
         return Scored(score, zc_logprob, score > THRESHOLD)
 
 

@@ -12,6 +12,7 @@ from megatron_laser.algorithms.policy_loss import importance_weights, policy_los
 from megatron_laser.algorithms.self_reward import self_reward_loss, self_reward_scores
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.trainer.micro_batch import MicroBatch
+from megatron_laser.trainer.reduce import ROWS_KEY
 from megatron_laser.trainer.step_data import MiniBatch
 
 
@@ -50,21 +51,23 @@ class TrainLoss:
     def __call__(
         self, micro_batch: MicroBatch, output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and detached sums from the head's output [1 or 2, rows]."""
+        """Loss and detached sums (see `reduce`) from the head's output [1 or 2, rows]."""
         logprobs = output[0].index_select(0, micro_batch.policy_rows)
         weights = self._minibatch.token_weights[micro_batch.policy_sample]
         total, sums = self._policy_terms(micro_batch, logprobs, weights)
         if output.shape[0] > 1:
-            entropy = (weights * output[1].index_select(0, micro_batch.policy_rows)).sum()
-            sums["entropy"] = entropy
+            entropies = output[1].index_select(0, micro_batch.policy_rows)
+            sums["entropy"] = entropies.sum(dtype=torch.float64)
             if self._policy.entropy_coefficient != 0.0:
-                total = total - self._policy.entropy_coefficient * entropy
+                total = total - self._policy.entropy_coefficient * (weights * entropies).sum()
         if len(micro_batch.score_rows) or self._with_self_reward:
             zc_logprobs = output[0].index_select(0, micro_batch.score_rows)
             self_reward = self._self_reward(micro_batch, zc_logprobs)
-            sums["self_reward_loss"] = self_reward
             if self._with_self_reward:
+                sums["self_reward_loss"] = self_reward
                 total = total + self._laser.alpha * self_reward
+            else:
+                sums["self_reward_error"] = self_reward
         sums["total_loss"] = total
         # Every output row stays in the graph, so that each parameter gets a gradient on every micro-batch.
         total = total + 0.0 * output[0].sum()
@@ -75,7 +78,7 @@ class TrainLoss:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         policy = self._policy
         old = logprobs.detach() if micro_batch.old_logprobs is None else micro_batch.old_logprobs
-        sums = {}
+        sums = {ROWS_KEY: weights.new_tensor(weights.numel(), dtype=torch.float64)}
         importance = None
         if policy.importance_cap is not None:
             importance = importance_weights(old, micro_batch.rollout_logprobs, policy.importance_cap)
@@ -83,8 +86,7 @@ class TrainLoss:
             outside = importance_outside(old, micro_batch.rollout_logprobs, policy.importance_mask)
             importance = torch.ones_like(weights) if importance is None else importance
             importance = torch.where(outside, 0.0, importance)
-            sums["importance_masked"] = outside.sum()
-            sums["importance_rows"] = outside.new_tensor(outside.numel(), dtype=torch.float64)
+            sums["importance_masked_fraction"] = outside.sum()
         terms = policy_loss(
             logprobs,
             old,
@@ -97,7 +99,7 @@ class TrainLoss:
         )
         sums |= {
             "policy_loss": terms.loss,
-            "clip_fraction": terms.clip_fraction,
+            "clip_fraction": terms.clipped,
             "approx_kl": terms.approx_kl,
         }
         if self._fresh:
@@ -109,8 +111,10 @@ class TrainLoss:
             sums["max_mismatch"] = difference.diff_max
         total = terms.loss
         if micro_batch.reference_logprobs is not None and policy.kl_coefficient != 0.0:
-            kl = (weights * kl_penalty(logprobs, micro_batch.reference_logprobs, policy.kl_estimator)).sum()
+            row_kl = kl_penalty(logprobs, micro_batch.reference_logprobs, policy.kl_estimator)
+            kl = (weights * row_kl).sum()
             sums["kl_loss"] = kl
+            sums["reference_kl"] = row_kl.sum(dtype=torch.float64)
             total = total + policy.kl_coefficient * kl
         return total, sums
 

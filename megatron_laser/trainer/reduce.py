@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 
-# Reported as their mean over the optimizer steps of a rollout batch; the other sums are counts and numerators.
-MEAN_KEYS = (
-    "policy_loss",
-    "self_reward_loss",
-    "kl_loss",
-    "entropy",
-    "total_loss",
-    "clip_fraction",
-    "approx_kl",
-)
-SUM_KEYS = (
-    *MEAN_KEYS,
-    "mismatch_count",
-    "mismatch_sum",
-    "mismatch_k3",
-    "importance_masked",
-    "importance_rows",
-)
+# Terms of the loss, weighted as the loss weights them: reported as means over the optimizer steps of a rollout batch.
+MEAN_KEYS = ("policy_loss", "self_reward_loss", "self_reward_error", "kl_loss", "total_loss")
+# Diagnostics, as plain sums over policy rows: reported as means over the response tokens of all optimizer steps, so
+# that they say the same under every `policy.loss_aggregation` and however the batch is cut.
+TOKEN_MEAN_KEYS = ("entropy", "clip_fraction", "approx_kl", "reference_kl", "importance_masked_fraction")
+ROWS_KEY = "policy_rows"
+SUM_KEYS = (*MEAN_KEYS, *TOKEN_MEAN_KEYS, ROWS_KEY, "mismatch_count", "mismatch_sum", "mismatch_k3")
 MAX_KEYS = ("max_mismatch",)
+
+
+def means(totals: Mapping[str, float], *, updates: int) -> dict[str, float]:
+    """What is reported of `reduce_sums`: MEAN_KEYS over the optimizer steps, TOKEN_MEAN_KEYS over their tokens.
+
+    Args:
+        totals: of all ranks, over `updates` optimizer steps. NaN where there was none, or no token.
+    """
+    return {name: ratio(totals[name], updates) for name in MEAN_KEYS} | {
+        name: ratio(totals[name], totals[ROWS_KEY]) for name in TOKEN_MEAN_KEYS
+    }
+
+
+def ratio(total: float, count: float) -> float:
+    """total / count, NaN for a count of 0."""
+    return total / count if count else math.nan
 
 
 def reduce_sums(

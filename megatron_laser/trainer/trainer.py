@@ -26,7 +26,7 @@ from megatron_laser.trainer.bad_steps import BadSteps
 from megatron_laser.trainer.forward import run_forward
 from megatron_laser.trainer.losses import SampleTensors, TrainLoss
 from megatron_laser.trainer.policy import Policy, build_policy, build_reference
-from megatron_laser.trainer.reduce import MEAN_KEYS, reduce_sums
+from megatron_laser.trainer.reduce import means, ratio, reduce_sums
 from megatron_laser.trainer.runtime import Runtime
 from megatron_laser.trainer.step_data import StepData, check_token_ids, prepare_step
 from megatron_laser.trainer.update import Update, update
@@ -115,7 +115,9 @@ class Trainer:
         with self._timers("logprob"):
             zc_logprobs = self._old_policy_pass(data, flat)
             reference_zc = self._reference_pass(data)
-        scores = self_reward_scores(zc_logprobs, ref_logprob=reference_zc, beta=config.laser.beta)
+        scores = self_reward_scores(
+            zc_logprobs, ref_logprob=reference_zc, beta=config.laser.beta, targets=config.laser.targets
+        )
         mixing = self._mixes(step)
         advantages, mixed = self._advantages(data, scores, mixing=mixing)
         device = platform.device()
@@ -131,7 +133,7 @@ class Trainer:
                 updates = (Update(0, 0, math.nan, ("zc_logprob",), []),)
             else:
                 updates = self._optimize(data, samples, step)
-        metrics = self._metrics(updates)
+        metrics = self._metrics(updates, step)
         metrics["advantage_mixed_fraction"] = mixed
         metrics["micro_batches"] = float(len(data.micro_batches))
         return StepResult(metrics, zc_logprobs, scores, advantages, updates)
@@ -217,8 +219,11 @@ class Trainer:
         )
         return adv.mix_advantages(verifier, own, tau=laser.tau), mixed
 
-    def _optimize(self, data: StepData, samples: SampleTensors, step: int) -> tuple[Update, ...]:
+    def _trains_score(self, step: int) -> bool:
         first = self_reward_first_step(self._config)
+        return first is not None and step >= first
+
+    def _optimize(self, data: StepData, samples: SampleTensors, step: int) -> tuple[Update, ...]:
         updates = []
         for epoch in range(self._config.policy.epochs):
             for index, minibatch in enumerate(data.minibatches):
@@ -226,7 +231,7 @@ class Trainer:
                     self._config,
                     minibatch,
                     samples,
-                    with_self_reward=first is not None and step >= first,
+                    with_self_reward=self._trains_score(step),
                     fresh=self._config.policy.old_logprobs == "recompute" or (epoch, index) == (0, 0),
                 )
                 updates.append(
@@ -258,27 +263,35 @@ class Trainer:
                 "and uses rollout.temperature and the same precision; or raise the limit, or null"
             )
 
-    def _metrics(self, updates: tuple[Update, ...]) -> dict[str, float]:
-        """Means over the optimizer steps that were taken; NaN where there was none."""
+    def _metrics(self, updates: tuple[Update, ...], step: int) -> dict[str, float]:
+        """Means over the optimizer steps that were taken, or over their tokens (see `reduce`); NaN without any.
+
+        `self_reward_loss` is there where it is part of the loss; before, the same number is `self_reward_error`.
+        """
         taken = [update for update in updates if not update.bad]
         totals = reduce_sums(
             [entry for update in taken for entry in update.entries],
             contributes=self._runtime.reports_rows,
             group=self._all_ranks,
         )
-        metrics = {name: _ratio(totals[name], len(taken)) for name in MEAN_KEYS}
-        metrics["grad_norm"] = _ratio(sum(update.grad_norm for update in taken), len(taken))
+        unused = self._unused_names(step)
+        metrics = {k: v for k, v in means(totals, updates=len(taken)).items() if k not in unused}
+        metrics["grad_norm"] = ratio(sum(update.grad_norm for update in taken), len(taken))
         metrics["lr"] = self.policy.learning_rate()
         metrics["bad_steps"] = float(len(updates) - len(taken))
-        metrics["logprob_diff_mean"] = _ratio(totals["mismatch_sum"], totals["mismatch_count"])
+        metrics["logprob_diff_mean"] = ratio(totals["mismatch_sum"], totals["mismatch_count"])
         metrics["logprob_diff_max"] = totals["max_mismatch"]
-        metrics["rollout_k3_kl"] = _ratio(totals["mismatch_k3"], totals["mismatch_count"])
-        if self._config.policy.importance_mask is not None:
-            metrics["importance_masked_fraction"] = _ratio(
-                totals["importance_masked"], totals["importance_rows"]
-            )
+        metrics["rollout_k3_kl"] = ratio(totals["mismatch_k3"], totals["mismatch_count"])
         return metrics
 
-
-def _ratio(total: float, count: float) -> float:
-    return total / count if count else math.nan
+    def _unused_names(self, step: int) -> set[str]:
+        """Metrics of what this step does not compute, or does not have in its loss."""
+        policy = self._config.policy
+        unused = {"self_reward_error" if self._trains_score(step) else "self_reward_loss"}
+        if not self._config.laser.enabled:
+            unused.add("self_reward_error")
+        if policy.kl_coefficient == 0.0:
+            unused |= {"kl_loss", "reference_kl"}
+        if policy.importance_mask is None:
+            unused.add("importance_masked_fraction")
+        return unused

@@ -15,7 +15,7 @@ from megatron_laser.trainer.policy import Policy
 
 TOTAL, NORM = "total_loss", "grad_norm"
 #: What is looked at; a step is skipped when TOTAL or NORM is not finite, the others say why.
-TERMS = ("policy_loss", "self_reward_loss", "kl_loss", "entropy", TOTAL, NORM)
+TERMS = ("policy_loss", "self_reward_loss", "self_reward_error", "kl_loss", "entropy", TOTAL, NORM)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import torch
 
 from megatron_laser.batching.flat import FlatBatch
 
+TOKEN_MEANS = ("entropy", "clip_fraction", "approx_kl")
+
 
 @dataclass
 class Plain:
@@ -24,6 +26,7 @@ class Plain:
     score_token: int | None = None
     ref_logprob: float = -6.0
     beta: float = 0.4
+    targets: tuple[float, float] = (1.0, 0.0)
     alpha: float = 0.0
     tau: float = 0.0
     std_threshold: float = 0.0
@@ -73,25 +76,33 @@ class PlainTrainer:
         return policy.gather(1, ids[:, None]).squeeze(1), -(policy.exp() * policy).sum(-1), zc
 
     def step(self, flat: FlatBatch, *, with_loss: bool, with_mixing: bool) -> dict:
-        """One rollout batch; metrics are means over the optimizer steps, as the trainer reports them."""
+        """One rollout batch; losses are means over the optimizer steps, TOKEN_MEANS over all their tokens."""
         s, count = self.settings, flat.num_samples
         with torch.no_grad():
             before = [self.logprobs(self.model, flat, i) for i in range(count)]
             frozen = [self.logprobs(s.reference, flat, i) if s.reference else None for i in range(count)]
         scores = [
-            s.beta * (float(before[i][2]) - s.ref_logprob) if s.score_token and flat.scored[i] else math.nan
+            (s.beta * (float(before[i][2]) - s.ref_logprob) - s.targets[1]) / (s.targets[0] - s.targets[1])
+            if s.score_token and flat.scored[i]
+            else math.nan
             for i in range(count)
         ]
         advantages = self.advantages(flat, scores, with_mixing)
         groups = sorted(set(flat.group_ids.tolist()))
         size = len(groups) // s.minibatches
-        sums = dict.fromkeys(("policy_loss", "self_reward_loss", "kl_loss", "entropy", "grad_norm"), 0.0)
+        sums = dict.fromkeys(("policy_loss", "self_reward_loss", "kl_loss", "grad_norm"), 0.0)
+        token_sums, tokens = dict.fromkeys(TOKEN_MEANS, 0.0), 0
         for m in list(range(s.minibatches)) * s.epochs:
             chosen = groups[m * size : (m + 1) * size]
             members = [i for i in range(count) if flat.group_ids[i] in chosen]
-            for name, value in self.update(flat, members, advantages, before, frozen, with_loss).items():
-                sums[name] += value / (s.minibatches * s.epochs)
-        return sums | {"scores": scores, "advantages": advantages}
+            values = self.update(flat, members, advantages, before, frozen, with_loss)
+            for name in sums:
+                sums[name] += values[name] / (s.minibatches * s.epochs)
+            for name in TOKEN_MEANS:
+                token_sums[name] += values[name]
+            tokens += sum(int(flat.response_lengths[i]) for i in members)
+        token_means = {name: value / tokens for name, value in token_sums.items()}
+        return sums | token_means | {"scores": scores, "advantages": advantages}
 
     def advantages(self, flat: FlatBatch, scores: list[float], with_mixing: bool) -> list[float]:
         s = self.settings
@@ -135,6 +146,7 @@ class PlainTrainer:
         }
         self.optimizer.zero_grad()
         policy_loss = self_reward_loss = kl_loss = entropy = torch.zeros((), dtype=torch.float64)
+        token_sums = dict.fromkeys(TOKEN_MEANS, 0.0)
         for i in members:
             logprobs, entropies, zc = self.logprobs(self.model, flat, i)
             start = flat.response_offsets[i]
@@ -143,9 +155,12 @@ class PlainTrainer:
                 s.old_logprobs
             ]
             ratio = (logprobs - old).exp()
-            surrogate = torch.minimum(
-                ratio * advantages[i], ratio.clamp(1 - s.clip, 1 + s.clip) * advantages[i]
-            )
+            plain, clipped = ratio * advantages[i], ratio.clamp(1 - s.clip, 1 + s.clip) * advantages[i]
+            surrogate = torch.minimum(plain, clipped)
+            # An advantage of 1e-17 is a zero that was rounded.
+            token_sums["clip_fraction"] += float((clipped < plain - 1e-12).sum())
+            token_sums["approx_kl"] += float((ratio - 1 - (logprobs - old)).detach().sum())
+            token_sums["entropy"] += float(entropies.detach().sum())
             if s.importance_cap is not None:
                 surrogate = surrogate * (old - rollout).exp().clamp(max=s.importance_cap)
             policy_loss = policy_loss - surrogate.sum() * row_weight(i)
@@ -154,8 +169,8 @@ class PlainTrainer:
                 log_ratio = frozen[i][0] - logprobs  # k3: pi_ref / pi - 1 - log(pi_ref / pi)
                 kl_loss = kl_loss + (log_ratio.exp() - 1 - log_ratio).sum() * row_weight(i)
             if s.score_token is not None and flat.scored[i]:
-                score = s.beta * (zc - s.ref_logprob)
-                error = (score - float(flat.rewards[i])) ** 2
+                target = s.targets[0] if flat.rewards[i] > 0.5 else s.targets[1]
+                error = (s.beta * (zc - s.ref_logprob) - target) ** 2
                 self_reward_loss = self_reward_loss + class_weight[flat.rewards[i] > 0.5] * error / len(
                     scored
                 )
@@ -169,9 +184,8 @@ class PlainTrainer:
             "policy_loss": policy_loss.item(),
             "self_reward_loss": self_reward_loss.item(),
             "kl_loss": kl_loss.item(),
-            "entropy": entropy.item(),
             "grad_norm": norm.item(),
-        }
+        } | token_sums
 
 
 def unbiased_std(values: list[float]) -> float:

@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from helpers.faulty_server import LENGTH, SCORE, STOP, VOCABULARY, FaultyServer, open_engine
@@ -66,6 +67,20 @@ def generate(engine, *, deadline=20.0, sampling=SAMPLING):
 
 def is_whole(generation):
     return generation.response_ids == [7, 8, 9, STOP] and generation.logprobs == [-0.5] * LENGTH
+
+
+@pytest.mark.parametrize("seed", [5, None])
+def test_a_repeated_request_has_its_seed_again_and_no_two_responses_share_one(seed, servers):
+    server = servers.server()
+    engine = servers.engine(server)
+    server.faults.extend(["500"])
+    generate(engine, sampling=replace(SAMPLING, seed=seed))
+    first = [body["sampling_params"]["sampling_seed"] for body in server.generations]
+    assert (len(first), len(set(first))) == (len(ALL) + 1, len(ALL))
+    generate(engine, sampling=replace(SAMPLING, seed=seed))
+    again = {body["sampling_params"]["sampling_seed"] for body in server.generations[len(first) :]}
+    # Without a seed another call is to be random, also where a server would take one seed for all.
+    assert len(again) == len(ALL) and (again == set(first) if seed else not again & set(first))
 
 
 @pytest.mark.parametrize("fault", [*NO_ANSWERS, *WRONG_ANSWERS, *NOT_NOW])

@@ -155,6 +155,20 @@ def test_scores_returned_with_the_responses_are_used_instead_of_a_second_call(
     assert at_once.records_path.read_text() == asked.records_path.read_text()
 
 
+def test_other_targets_move_the_scale_of_everything_that_reads_a_score(
+    grading: GradingPool, tmp_path: Path
+) -> None:
+    """A run that trains (1, 0) and one that trains (0, -1) and reached its targets as well have the same numbers."""
+    plain = run(FakeEngine(SCRIPT), grading, tmp_path / "plain").metrics
+    moved = [[(generation, zc_logprob - 1.0 / BETA) for generation, zc_logprob in row] for row in SCRIPT]
+    metrics = run(FakeEngine(moved), grading, tmp_path / "moved", targets=(0.0, -1.0)).metrics
+    names = {name for name in plain if not name.startswith("zc_logprob")}
+    assert {"self_reward_ece", "self_reward_f1", "weighted_majority", "score_right_mean"} <= names
+    assert {name: metrics[name] for name in names} == pytest.approx(
+        {name: plain[name] for name in names}, nan_ok=True
+    )
+
+
 def test_summary_has_the_numbers_worked_out_by_hand(grading: GradingPool, tmp_path: Path) -> None:
     metrics = run(FakeEngine(SCRIPT), grading, tmp_path).metrics
     assert metrics["accuracy"] == pytest.approx(4 / 9)

@@ -71,6 +71,13 @@ def test_an_evaluation_is_always_printed() -> None:
     assert "| eval accuracy 0.750" in lines[1]
 
 
+def test_a_step_that_dropped_groups_says_how_often_the_policy_was_right_on_all_that_it_tried() -> None:
+    tried = {"accuracy_tried": 0.25, "groups_dropped_right": 1, "groups_dropped_wrong": 9}
+    line = plain_line(7, 100, METRICS | tried | {"groups_dropped": 10})
+    assert "reward 0.512  of all tried 0.250 (dropped 1 all right, 9 all wrong)  F1 0.610" in line
+    assert plain_line(7, 100, METRICS | tried | {"groups_dropped": 0}) == plain_line(7, 100, METRICS)
+
+
 def test_a_line_names_what_is_there_and_leaves_out_what_is_not() -> None:
     line = plain_line(7, 100, METRICS)
     assert line == (

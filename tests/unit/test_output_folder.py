@@ -97,7 +97,7 @@ def test_other_servers_are_the_same_run_and_so_they_are_to_a_run_that_was_record
     record["settings"]["rollout.sglang"] = {"urls": ["http://10.0.0.5:30000"]}  # as earlier versions did
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     claim_output_folder(config("rollout.sglang.servers=2", "rollout.min_servers=2")).release()
-    assert "rollout.top_p 1.0 there and 0.5 here" in refused(config("rollout.top_p=0.5"))
+    assert "rollout.temperature 1.0 there and 0.5 here" in refused(config("rollout.temperature=0.5"))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"settings": 3}', '{"settings": {"odd": 1}}'])

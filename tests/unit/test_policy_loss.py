@@ -58,7 +58,7 @@ def weights_of(mode, lengths=None, num_samples=None):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dual", [None, 1.3])
-def test_loss_and_clip_fraction_are_the_formula_in_every_aggregation(mode, dual):
+def test_loss_is_the_formula_and_clipped_rows_are_counted_alike_in_every_aggregation(mode, dual):
     logprobs, old, advantages, sample_of_row = random_rows()
     weights = weights_of(mode)[sample_of_row]
     result = policy_loss(logprobs, old, advantages, weights, clip_low=0.2, clip_high=0.28, dual_clip=dual)
@@ -71,7 +71,9 @@ def test_loss_and_clip_fraction_are_the_formula_in_every_aggregation(mode, dual)
         clips[sample].append(float(clipped))
     assert any(any(sample) for sample in clips)
     assert result.loss.item() == pytest.approx(reference_aggregate(losses, mode), rel=1e-6)
-    assert result.clip_fraction.item() == pytest.approx(reference_aggregate(clips, mode), rel=1e-6)
+    assert result.clipped.item() == sum(map(sum, clips))
+    d = (logprobs - old).detach()
+    assert result.approx_kl.item() == pytest.approx((d.exp() - 1 - d).sum().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -127,7 +129,7 @@ def test_on_policy_gradient_is_the_policy_gradient():
     (grad,) = torch.autograd.grad(result.loss, logprobs)
     torch.testing.assert_close(grad, -(weights * advantages).double(), rtol=1e-12, atol=0)
     assert result.loss.item() == pytest.approx(-(weights * advantages).sum().item(), rel=1e-12)
-    assert result.clip_fraction.item() == 0.0 and result.approx_kl.item() == 0.0
+    assert result.clipped.item() == 0.0 and result.approx_kl.item() == 0.0
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.2])
@@ -146,7 +148,7 @@ def test_gradient_stops_where_the_ratio_has_moved_far_enough_the_right_way():
     result = policy_loss(logprobs, torch.zeros(4), advantages, torch.ones(4), clip_low=0.2, clip_high=0.2)
     result.loss.backward()
     torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, -0.5, 1.5, 0.0]))
-    assert result.clip_fraction.item() == 2.0
+    assert result.clipped.item() == 2.0
 
 
 def test_dual_clip_bounds_only_rows_with_a_negative_advantage():
@@ -163,7 +165,7 @@ def test_dual_clip_bounds_only_rows_with_a_negative_advantage():
     result.loss.backward()
     assert result.loss.item() == pytest.approx(3.0 - 1.2)
     assert logprobs.grad.tolist() == [0.0, 0.0]
-    assert result.clip_fraction.item() == 2.0
+    assert result.clipped.item() == 2.0
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
@@ -183,7 +185,7 @@ def test_approx_kl_is_the_k3_estimate_from_the_old_policy():
     weights = torch.full((16,), 1 / 16)
     result = policy_loss(logprobs, old, advantages, weights, clip_low=0.2, clip_high=0.2)
     d = logprobs.detach() - old
-    assert result.approx_kl.item() == pytest.approx((d.exp() - 1 - d).mean().item(), rel=1e-6)
+    assert result.approx_kl.item() == pytest.approx((d.exp() - 1 - d).sum().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("dual", [None, 1.3])
@@ -216,7 +218,7 @@ def test_only_the_trained_policy_gets_a_gradient():
     result.loss.backward()
     assert logprobs.grad is not None
     assert all(tensor.grad is None for tensor in (old, advantages, weights, factors))
-    assert not result.clip_fraction.requires_grad and not result.approx_kl.requires_grad
+    assert not result.clipped.requires_grad and not result.approx_kl.requires_grad
 
 
 def test_a_rank_without_rows_returns_a_zero_that_has_a_gradient():
@@ -245,7 +247,7 @@ def test_importance_weights_multiply_the_rows_of_the_loss_only():
         logprobs, old, advantages, weights, clip_low=0.2, clip_high=0.2, importance_weights=factors
     )
     torch.testing.assert_close(result.loss, plain.loss, rtol=1e-6, atol=0)
-    assert result.clip_fraction == unweighted.clip_fraction and result.approx_kl == unweighted.approx_kl
+    assert result.clipped == unweighted.clipped and result.approx_kl == unweighted.approx_kl
 
 
 def test_errors_name_the_setting_or_the_shapes():

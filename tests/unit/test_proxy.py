@@ -132,6 +132,16 @@ def test_a_request_chooses_k_vote_and_sampling(client, engine):
     assert (sampling.temperature, sampling.top_p, sampling.score_token_id) == (0.5, 0.9, 2)
 
 
+def test_a_seed_that_the_servers_would_ignore_is_refused(client, engine, monkeypatch):
+    monkeypatch.setattr(engine, "takes_seeds", False, raising=False)
+    calls = len(engine.calls)
+    with pytest.raises(openai.BadRequestError, match="ignore seeds") as caught:
+        ask(client, seed=3)
+    assert caught.value.param == "seed" and len(engine.calls) == calls
+    ask(client)
+    assert engine.calls[-1][1].seed is None
+
+
 def test_one_sample_is_simply_answered(client):
     answer = ask(client, extra_body={"k": 1})
     assert answer.choices[0].message.content == "\\boxed{ 7 }" and answer.choices[0].score == pytest.approx(

@@ -251,6 +251,19 @@ def test_report_says_that_runs_differ_in_length(both: Path) -> None:
     assert "laser 200 steps, grpo 120" in both.read_text()
 
 
+def test_the_accuracy_of_a_run_that_drops_groups_is_that_of_all_it_tried(tmp_path: Path) -> None:
+    with MetricsLogger(tmp_path, tensorboard=False) as metrics:
+        for step in range(1, 11):
+            counts = {"prompts_tried": 16, "groups_dropped_right": 1, "groups_dropped_wrong": 11}
+            metrics.log(step, {"reward_mean": 0.5, "accuracy_tried": step / 100} | counts)
+    report = write_report([tmp_path])
+    assert table_row(report, "Accuracy of rollouts") == ["0.010 → 0.100"]
+    text = report.read_text()
+    assert "right 1.0% of the time at first, 10.0% at the end. That is over all 160 prompts" in text
+    assert "10 were dropped because all their responses were right and 110 because all were wrong" in text
+    assert "in the batches that were trained on it was 50.0% at the end" in text
+
+
 def test_one_run_without_evaluation_gives_a_report_without_the_figures_that_need_one(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path / "run", laser=True, steps=3, evaluations=False)
     report = write_report([run])

@@ -64,6 +64,29 @@ def test_combinations_that_work_pass(settings):
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
+        *(
+            (
+                {"rollout": {"engine": engine, "top_p": 0.9}},
+                ["rollout.top_p: 0.9", "nucleus", "evaluation.top_p"],
+            )
+            for engine in ("sglang", "in_process")
+        ),
+        (
+            {"sglang": {"deterministic": True, "device": "cpu"}},
+            ["rollout.sglang.deterministic: true", "device cpu", "in_process"],
+        ),
+        (
+            {"sglang": {"deterministic": True, "tensor": 2}},
+            ["rollout.sglang.deterministic: true", "rollout.sglang.tensor 2", "weight_sync: disk"],
+        ),
+        (
+            {"sglang": {"options": {"preferred_sampling_params": "{}"}}},
+            ["rollout.sglang.options.preferred_sampling_params: cannot be used", "whole distribution"],
+        ),
+        (
+            {"sglang": {"options": {"enable_deterministic_inference": True}}},
+            ["follows from rollout.sglang.deterministic"],
+        ),
         (
             {"sglang": {"urls": URLS, "endpoints": "e.json"}},
             ["rollout.sglang.urls and rollout.sglang.endpoints are both given", "keep one"],
@@ -321,7 +344,7 @@ def test_a_run_goes_on_with_other_servers_and_not_with_another_kind_of_data():
         {"oversample": 2.0},
         {"max_staleness": 5},
         {"samples_per_prompt": 4},
-        {"top_p": 0.9},
+        {"temperature": 0.9},
     ):
         assert identity(config(sglang={"urls": URLS}, rollout=changed)) != identity(first)
 

@@ -1,5 +1,6 @@
 """Groups whose rewards are all equal are dropped and replaced, within a cap, and the cursor stays exact."""
 
+import json
 import logging
 from concurrent.futures import Future
 
@@ -9,6 +10,8 @@ from megatron_laser.data import PromptCursor
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import Grade
 from megatron_laser.rollout.collector import RolloutCollector
+from megatron_laser.rollout.endings import Endings, NothingEnds
+from megatron_laser.rollout.sglang.errors import WeightsNeeded
 from megatron_laser.types import Generation, Prompt, SamplingParams
 
 STOP = 1
@@ -68,14 +71,72 @@ def collector(mixed, *, prompts=20, per_step=4, tries=12, fewest_groups=1, curso
     return made, engine
 
 
+def counts(*, tried, accuracy, right=0, wrong=0, missing=0, failed=0):
+    return {
+        "prompts_tried": tried,
+        "groups_dropped": right + wrong,
+        "groups_dropped_right": right,
+        "groups_dropped_wrong": wrong,
+        "accuracy_tried": pytest.approx(accuracy),
+        "groups_missing": missing,
+        "grading_failed": failed,
+    }
+
+
 def rows(batch):
     return [group.prompt.row for group in batch.groups]
+
+
+@pytest.mark.parametrize("call", [1, 2, 4])
+@pytest.mark.parametrize("again", ["goes on", "is resumed"])
+def test_an_interrupted_step_counts_every_group_once(call, again):
+    made, engine = collector(mixed=(1, 2, 5, 8, 9))
+    before = made.state()
+    generate, calls = engine.generate, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise WeightsNeeded("a server came back")
+        return generate(*arguments, **options)
+
+    engine.generate = interrupted
+    with pytest.raises(WeightsNeeded):
+        made.collect(1)
+    if again == "is resumed":
+        assert made.state() == before
+        made, _ = collector(mixed=(1, 2, 5, 8, 9))
+        made.load_state(before)
+    assert rows(made.collect(1)) == [1, 2, 5, 8]
+    assert made.metrics == counts(tried=9, right=3, wrong=2, accuracy=(4 + 6) / 18)
+
+
+def test_steps_without_any_score_are_counted_across_a_resume_and_the_last_one_is_tried_again():
+    def made_with(count, engine=None):
+        watch = Endings((99,), max_new_tokens=8, steps=50, limit=3)
+        watch.in_a_row = count
+        made, engine = collector(mixed=(), tries=None)
+        made._endings, made._sampling = watch, SamplingParams(2, 8, (99,))
+        return made, engine
+
+    made, engine = made_with(0)
+    for step in (1, 2):
+        made.collect(step)
+        engine.version = step
+    state = made.state()
+    assert state["unscored_steps"] == 2
+    resumed, engine = made_with(0)
+    resumed.load_state(json.loads(json.dumps(state)))
+    engine.version = 2
+    with pytest.raises(NothingEnds, match="3 steps in a row"):
+        resumed.collect(3)
+    assert resumed.state() == state
 
 
 def test_without_dropping_every_group_is_kept():
     made, engine = collector(mixed=(), tries=None)
     assert rows(made.collect(1)) == [0, 1, 2, 3]
-    assert made.metrics == {"prompts_tried": 4, "groups_dropped": 0, "groups_missing": 0}
+    assert made.metrics == counts(tried=4, accuracy=1 / 2)
     assert len(engine.calls) == 1
 
 
@@ -84,7 +145,9 @@ def test_uniform_groups_are_dropped_and_further_prompts_asked_for_until_enough_a
     batch = made.collect(1)
     assert rows(batch) == [1, 2, 5, 8]
     assert [prompts for prompts, _ in engine.calls] == [[100, 101, 102, 103], [104, 105], [106], [107], [108]]
-    assert made.metrics == {"prompts_tried": 9, "groups_dropped": 5, "groups_missing": 0}
+    # Dropped: 0, 4 and 6 are all right, 3 and 7 all wrong.
+    assert made.metrics == counts(tried=9, right=3, wrong=2, accuracy=(4 + 6) / 18)
+    assert batch.metrics == made.metrics
     assert all({sample.reward for sample in group.samples} == {0.0, 1.0} for group in batch.groups)
 
 
@@ -104,7 +167,7 @@ def test_at_the_cap_the_step_uses_what_is_there_and_counts_what_is_missing(caplo
     made, _ = collector(mixed=(1, 7), tries=8)
     with caplog.at_level(logging.WARNING):
         assert rows(made.collect(1)) == [1, 7]
-        assert made.metrics == {"prompts_tried": 8, "groups_dropped": 6, "groups_missing": 2}
+        assert made.metrics == counts(tried=8, right=4, wrong=2, missing=2, accuracy=(2 + 8) / 16)
         made._engine.version = 1
         made.collect(2)
     assert caplog.text.count("rollout.oversampling_cap") == 1
@@ -113,7 +176,8 @@ def test_at_the_cap_the_step_uses_what_is_there_and_counts_what_is_missing(caplo
 def test_a_short_batch_is_filled_up_to_one_group_for_each_optimizer_step():
     made, _ = collector(mixed=(5,), tries=8, fewest_groups=3)
     assert rows(made.collect(1)) == [5, 0, 1]
-    assert made.metrics == {"prompts_tried": 8, "groups_dropped": 5, "groups_missing": 3}
+    # Dropped: 2, 4, 6 and 3, 7; the stand-ins 0 and 1 count once.
+    assert made.metrics == counts(tried=8, right=3, wrong=2, missing=3, accuracy=(1 + 8) / 16)
 
 
 def test_a_step_without_any_unequal_group_runs_on_uniform_ones_and_says_so_once(caplog):
@@ -122,7 +186,7 @@ def test_a_step_without_any_unequal_group_runs_on_uniform_ones_and_says_so_once(
         for step in (1, 2):
             engine.version = step - 1
             assert len(rows(made.collect(step))) == 4
-            assert made.metrics == {"prompts_tried": 8, "groups_dropped": 4, "groups_missing": 4}
+            assert made.metrics == counts(tried=8, right=2, wrong=2, missing=4, accuracy=1 / 2)
     assert caplog.text.count("the verifier's advantages are 0 and only the self-reward learns") == 1
 
 

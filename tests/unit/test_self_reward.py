@@ -46,6 +46,17 @@ def test_score_is_0_at_the_reference_and_1_a_factor_e_to_the_one_over_beta_above
     torch.testing.assert_close(scores, torch.tensor([0.0, 1.0, 0.5]))
 
 
+def test_scores_are_on_the_scale_of_their_targets():
+    """1 is where right responses are trained to, 0 where wrong ones are; (1, 0) leaves the score as it is."""
+    logprobs = torch.tensor([-13.0, -23.0, -28.0, -15.5])
+    raw = self_reward_scores(logprobs, ref_logprob=REF, beta=BETA)
+    assert torch.equal(self_reward_scores(logprobs, ref_logprob=REF, beta=BETA, targets=(1.0, 0.0)), raw)
+    scores = self_reward_scores(logprobs, ref_logprob=REF, beta=BETA, targets=(1.0, -0.5))
+    torch.testing.assert_close(scores, torch.tensor([1.0, 1 / 3, 0.0, 5 / 6]))
+    with pytest.raises(ValueError, match=r"laser\.targets is \[0, 0\]"):
+        self_reward_scores(logprobs, ref_logprob=REF, beta=BETA, targets=(0.0, 0.0))
+
+
 def test_scores_take_a_reference_per_sample():
     reference = torch.tensor([-23.0, -21.0])
     scores = self_reward_scores(torch.tensor([-13.0, -13.0]), ref_logprob=reference, beta=BETA)

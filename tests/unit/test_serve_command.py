@@ -97,6 +97,14 @@ def test_colocated_servers_can_give_back_the_memory_of_their_graphs(config):
     assert variable not in command_of(config()).environment
 
 
+def test_a_deterministic_server_is_started_as_one_and_none_inherits_what_changes_log_probs(config):
+    name = "enable-deterministic-inference"
+    assert name not in command_of(config()).settings
+    assert command_of(config(sglang={"deterministic": True})).settings[name] is True
+    inherited = TRAINER | {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
+    assert "SGLANG_RETURN_ORIGINAL_LOGPROB" not in command_of(config(), environment=inherited).environment
+
+
 def test_a_server_neither_warms_up_nor_captures_prefills(config):
     for device in ("cuda", "cpu"):
         settings = command_of(config(sglang={"device": device}), gpus=None).settings

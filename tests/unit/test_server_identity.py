@@ -4,11 +4,13 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from helpers.plain_http import answering
 
 from megatron_laser.rollout.endpoints import ServerEndpoint
+from megatron_laser.rollout.engine import takes_seeds
 from megatron_laser.rollout.sglang import identify as identity
 from megatron_laser.rollout.sglang.engine import SglangEngine
 from megatron_laser.rollout.sglang.errors import ServerMismatch, ServerRefused, ServersLost
@@ -228,6 +230,35 @@ class TestAModelFolderThatBothSee:
             pytest.raises(ServerMismatch, match=r"smaller than the 153 tokens of model\.path \(it has 152\)"),
         ):
             open_engine(url, expected=Expected(153))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_whether_a_server_takes_seeds_is_asked_and_required_on_request(deterministic, tmp_path):
+    server = {"enable_deterministic_inference": deterministic, "vocab_size": 152}
+    with answering(sglang(server=server)) as url:
+        engine = SglangEngine.connect([url], api_key=None, expected=EXPECTED, deadline=30)
+        assert engine.takes_seeds == takes_seeds(engine) == deterministic
+        engine.close()
+        wanted = replace(EXPECTED, deterministic=True)
+        if deterministic:
+            open_engine(url, expected=wanted)
+        else:
+            with pytest.raises(
+                ServerMismatch, match=r"ignores seeds; start it with .*\(rollout\.sglang\.determ"
+            ):
+                open_engine(url, expected=wanted)
+
+
+def test_a_server_that_samples_otherwise_than_it_is_asked_to_is_refused():
+    with (
+        answering(
+            sglang(info={"preferred_sampling_params": {"top_k": 20}}, server={"vocab_size": 152})
+        ) as url,
+        pytest.raises(
+            ServerMismatch, match=r"--preferred-sampling-params \{'top_k': 20\}, which change what it"
+        ),
+    ):
+        open_engine(url)
 
 
 def test_all_that_differs_is_told_at_once():

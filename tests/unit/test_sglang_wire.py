@@ -2,13 +2,14 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 
 from megatron_laser.rollout.sglang.errors import ServerFault, ServerRefused, ServersLost
 from megatron_laser.rollout.sglang.tasks import retried
 from megatron_laser.rollout.sglang.traffic import Traffic
-from megatron_laser.rollout.sglang.wire import Reply, generate_body, joined, score_body
+from megatron_laser.rollout.sglang.wire import Reply, generate_body, joined, response_seed, score_body
 from megatron_laser.types import Generation, SamplingParams, WeightSpan
 
 STOPS = (1, 4)
@@ -29,6 +30,20 @@ def test_a_generation_is_asked_for_as_it_will_be_trained_on():
         "stop_token_ids": [1, 4],
         "skip_special_tokens": False,
     }
+
+
+def test_each_response_has_a_seed_of_its_own_that_follows_from_the_call():
+    """Equal seeds within a group would be equal responses, and without a seed a server takes 42 for all."""
+
+    def seed_of(seed, place):
+        body = generate_body([7], replace(SAMPLING, seed=seed), max_new_tokens=5, rid="r", place=place)
+        return body["sampling_params"]["sampling_seed"]
+
+    places = [(prompt, sample) for prompt in range(12) for sample in range(12)]
+    seeds = {seed_of(seed, place) for seed in (0, 1, 2**31, 2**62 + 5) for place in places}
+    assert len(seeds) == 4 * len(places) and all(0 <= seed < 2**63 for seed in seeds)
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds)
+    assert seed_of(3, (2, 1)) == seed_of(3, (2, 1)) == response_seed(3, 2, 1)
 
 
 def test_a_score_is_one_position_of_the_raw_logits_and_generates_nothing():

@@ -2,9 +2,11 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from helpers.runs import run_config
 from helpers.tiny_run import write_tiny_run
 from typer.testing import CliRunner
 
@@ -58,6 +60,20 @@ def test_scores_are_those_of_a_plain_forward_at_the_end_token(folder, scorer):
     assert scored.right == (scored.score > 0.5)
     (text,) = scorer.score([("1 + 2 ?", "\\boxed{ 7 }")])
     assert text.score == pytest.approx(scored.score, abs=1e-6)
+
+
+def test_a_trained_runs_targets_are_the_scale_of_its_scores(folder, model, scorer, tmp_path):
+    """Between the targets (0.6, -0.2) lies the decision at 0.2 of beta * (log pi - c_ref)."""
+    (tmp_path / "hf").symlink_to(folder)
+    run_config(tmp_path, folder, laser={"score_token": "<|score|>", "targets": [0.6, -0.2]})
+    trained = load_model_folder(tmp_path)
+    assert trained.targets == (0.6, -0.2) and model.targets == (1.0, 0.0)
+    other = Scorer(scorer._engine, replace(model, targets=trained.targets))
+    for raw in (0.6, -0.2, 0.21, 0.19):
+        zc_logprob = raw / 0.5 - 5.0
+        assert scorer.scored(zc_logprob).score == pytest.approx(raw)
+        assert other.scored(zc_logprob).score == pytest.approx((raw + 0.2) / 0.8)
+        assert other.scored(zc_logprob).right == (raw > 0.2)
 
 
 def test_a_response_that_did_not_end_has_no_score(scorer):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import save_tiny_model, tiny_model
-from helpers.plain_training import Plain, PlainTrainer
+from helpers.plain_training import TOKEN_MEANS, Plain, PlainTrainer
 from helpers.rollouts import Response, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
 
@@ -98,6 +98,11 @@ CASES = {
         policy={"old_logprobs": "on_policy", "importance_cap": 1.2},
         plain=dict(old_logprobs="on_policy", importance_cap=1.2, **PLAIN_LASER),
     ),
+    "laser, other targets": dict(
+        policy={"old_logprobs": "recompute"},
+        laser=LASER | {"targets": [0.7, -0.4]},
+        plain=dict(old_logprobs="recompute", **PLAIN_LASER | {"targets": (0.7, -0.4)}),
+    ),
     "laser, two updates per batch": dict(
         policy={"old_logprobs": "recompute", "minibatches": 2},
         plain=dict(old_logprobs="recompute", minibatches=2, **PLAIN_LASER),
@@ -145,13 +150,23 @@ def test_three_steps_equal_a_plain_implementation(single_process, model_folder, 
             flat, with_loss=laser and step >= FIRST_LOSS, with_mixing=laser and step >= FIRST_MIXING
         )
         result = trainer.train_step(flat, step)
-        for name in ("policy_loss", "self_reward_loss", "kl_loss", "entropy", "grad_norm"):
-            assert result.metrics[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), (step, name)
+        metrics = result.metrics
+        for name in ("policy_loss", "grad_norm", *TOKEN_MEANS):
+            assert metrics[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), (step, name)
+        assert metrics.get("kl_loss", 0.0) == pytest.approx(expected["kl_loss"], rel=1e-5, abs=1e-6)
+        # What the loss does not have is not logged as a part of it.
+        assert ("kl_loss" in metrics) == ("reference_kl" in metrics) == (reference is not None)
+        trained = laser and step >= FIRST_LOSS
+        assert ("self_reward_loss" in metrics, "self_reward_error" in metrics) == (
+            trained,
+            laser and not trained,
+        )
         assert result.scores.tolist() == pytest.approx(expected["scores"], abs=1e-5, nan_ok=True)
         assert result.advantages.tolist() == pytest.approx(expected["advantages"], abs=2e-4)
         assert result.metrics["lr"] == OPTIMIZER["lr"]
         if laser:
-            assert result.metrics["self_reward_loss"] > 0
+            error = metrics["self_reward_loss" if trained else "self_reward_error"]
+            assert error == pytest.approx(expected["self_reward_loss"], rel=1e-5) and error > 0
     trained = dict(trainer.weight_stream())
     start = dict(initial.named_parameters())
     for name, parameter in plain.model.named_parameters():

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.models import save_tiny_model, tiny_model
-from helpers.plain_training import Plain, PlainTrainer
+from helpers.plain_training import TOKEN_MEANS, Plain, PlainTrainer
 from helpers.rollouts import Response, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
 
@@ -70,8 +70,10 @@ def test_two_epochs_of_two_updates_equal_a_plain_implementation(
         flat = rollout_batch(groups, seed=step)
         expected = plain.step(flat, with_loss=laser and step >= 2, with_mixing=laser and step >= 3)
         result = trainer.train_step(flat, step)
-        for name in ("policy_loss", "self_reward_loss", "entropy", "grad_norm"):
+        for name in ("policy_loss", "grad_norm", *TOKEN_MEANS):
             assert result.metrics[name] == pytest.approx(expected[name], rel=2e-5, abs=1e-6), (step, name)
+        error = result.metrics.get("self_reward_loss" if step >= 2 else "self_reward_error", 0.0)
+        assert error == pytest.approx(expected["self_reward_loss"], rel=2e-5, abs=1e-6)
         assert result.advantages.tolist() == pytest.approx(expected["advantages"], abs=2e-4)
         assert len(result.updates) == 4 and result.metrics["bad_steps"] == 0
     trained = dict(trainer.weight_stream())
@@ -103,7 +105,8 @@ def test_equal_rewards_for_a_whole_step_leave_only_the_self_reward_loss(
         start = {name: tensor.clone() for name, tensor in trainer.weight_stream()}
         result = trainer.train_step(rollout_batch(groups), 1)
         assert torch.equal(result.advantages, torch.zeros(6))
-        assert result.metrics["policy_loss"] == 0.0 and result.metrics["self_reward_loss"] > 0.0
+        error = result.metrics["self_reward_loss" if alpha else "self_reward_error"]
+        assert result.metrics["policy_loss"] == 0.0 and error > 0.0
         moved[alpha] = max(float((t - start[name]).abs().max()) for name, t in trainer.weight_stream())
     assert moved[0.0] == 0.0 and moved[0.5] > 1e-4
 

@@ -65,6 +65,7 @@ _DROPPED = frozenset(
         "PYTORCH_CUDA_ALLOC_CONF",  # expandable segments cannot be shared by CUDA IPC
         "PYTORCH_ALLOC_CONF",
         "CUDA_DEVICE_MAX_CONNECTIONS",  # 1 for Megatron; SGLang wants its own
+        "SGLANG_RETURN_ORIGINAL_LOGPROB",  # log-probs are of logits / temperature, as the trainer's are
         "NCCL_ASYNC_ERROR_HANDLING",
         "NCCL_BLOCKING_WAIT",
         "OMP_NUM_THREADS",
@@ -136,6 +137,8 @@ def server_command(
     settings = BASE_OPTIONS | (CPU_OPTIONS if sglang.device == "cpu" else {})
     if sglang.device == "cuda" and config.model.dtype == "bfloat16":
         settings |= BFLOAT16_CUDA_OPTIONS
+    if sglang.deterministic:
+        settings |= {"enable-deterministic-inference": True}
     for name, value in sglang.options.items():
         settings[name.lstrip("-").replace("_", "-")] = value
     settings = {name: value for name, value in settings.items() if value is not None}

@@ -7,13 +7,14 @@ after its request was given up is dropped with its connection. So no response is
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_laser.rollout.engine import StopEarly
+from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.rollout.sglang.errors import ServerError, ServerFault
 from megatron_laser.rollout.sglang.exchange import Exchange
 from megatron_laser.rollout.sglang.fleet import Fleet
@@ -72,6 +73,10 @@ class Driver:
         stop: StopEarly | None,
     ) -> list[list[Generation | None]]:
         """See `SglangEngine.generate`; `ends` by time.monotonic()."""
+        if (
+            sampling.seed is None
+        ):  # a server with deterministic inference would take the same one for every response
+            sampling = replace(sampling, seed=secrets.randbits(62))
         samples = sampling.samples_per_prompt
         results: list[list[Generation | None]] = [[None] * samples for _ in prompts]
         jobs = []
@@ -145,7 +150,8 @@ class Driver:
             # The samples of a prompt go to one server: its prefix cache has the prompt after the first.
             homes[job.prompt] = job.member = member
             job.rid = uuid.uuid4().hex
-            body = generate_body(input_ids, sampling, max_new_tokens=left, rid=job.rid)
+            place = (job.prompt, job.sample)
+            body = generate_body(input_ids, sampling, max_new_tokens=left, rid=job.rid, place=place)
             seconds = min(ends - time.monotonic(), _REQUEST_SECONDS + _TOKEN_SECONDS * left)
             started = time.monotonic()
             try:
@@ -255,3 +261,10 @@ class Driver:
             held = [(job.member, job.rid) for job in jobs if job.rid and job.member is not None]
             await asyncio.gather(*(self._exchange.abort(member, rid) for member, rid in held))
             await asyncio.sleep(0.5)
+
+
+def present(generation: Generation | None) -> Generation:
+    """A whole response. Raises StoppedEarly when it is none, which only happens after somebody has asked to stop."""
+    if generation is None or generation.finish_reason == "abort":
+        raise StoppedEarly("the servers were told to stop generating")
+    return generation

@@ -13,10 +13,10 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_laser.rollout.endpoints import ServerEndpoint
-from megatron_laser.rollout.engine import StopEarly, StoppedEarly
+from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.rollout.open_files import raise_open_files
 from megatron_laser.rollout.sglang.client import ServerClient, Sessions
-from megatron_laser.rollout.sglang.driver import Driver
+from megatron_laser.rollout.sglang.driver import Driver, present
 from megatron_laser.rollout.sglang.errors import ServerError
 from megatron_laser.rollout.sglang.fleet import Fleet
 from megatron_laser.rollout.sglang.health import Limits
@@ -141,6 +141,11 @@ class SglangEngine:
         return self._version
 
     @property
+    def takes_seeds(self) -> bool:
+        """Whether `sampling.seed` decides what is sampled: every server was started with deterministic inference."""
+        return all(member.takes_seeds for member in self.fleet.members if member.device is not None)
+
+    @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop in which all connections live."""
         return self._thread.loop
@@ -167,7 +172,7 @@ class SglangEngine:
 
         Raises also WeightsNeeded and ServersLost (see `Fleet.pick`) and ServerError."""
         found = self.generate_some(prompts, sampling, deadline=deadline, on_finished=on_finished, stop=stop)
-        return [[_whole(generation) for generation in group] for group in found]
+        return [[present(generation) for generation in group] for group in found]
 
     def generate_some(
         self,
@@ -291,9 +296,3 @@ class SglangEngine:
                 raise ValueError(
                     f"sequence {index} has token id {bad}; expected 0 to {limit - 1}, the model's vocabulary"
                 )
-
-
-def _whole(generation: Generation | None) -> Generation:
-    if generation is None or generation.finish_reason == "abort":
-        raise StoppedEarly("the servers were told to stop generating")
-    return generation

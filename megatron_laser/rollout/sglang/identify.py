@@ -48,6 +48,7 @@ class Expected:
         dtype: `model.dtype`; None: any.
         longest: tokens of the longest prompt with its response; None: not checked.
         sizes: of config.json, by name; compared where the server's model folder can be read from here.
+        deterministic: seeds must decide what it samples.
     """
 
     vocab_size: int
@@ -55,6 +56,7 @@ class Expected:
     dtype: str | None = None
     longest: int | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +68,13 @@ class ServerFacts:
     model_path: str
     weight_version: str
     device: str  # "cpu", "cuda"
+    deterministic: bool = False  # whether seeds decide what it samples
 
 
 async def identify_members(
     members: Sequence[Member], expected: Expected, *, deadline: float
 ) -> dict[Member, ServerFacts | ServerError]:
-    """Ask servers at once who they are; notes on each its tensor-parallel size and device."""
+    """Ask servers at once who they are; notes on each its tensor-parallel size, its device, whether it takes seeds."""
 
     async def ask(member: Member) -> ServerFacts | ServerError:
         try:
@@ -79,6 +82,7 @@ async def identify_members(
         except ServerError as error:
             return error
         member.tensor, member.device = facts.tensor, facts.device
+        member.takes_seeds = facts.deterministic
         return facts
 
     return dict(zip(members, await asyncio.gather(*(ask(member) for member in members))))
@@ -111,6 +115,7 @@ async def identify(client: ServerClient, expected: Expected, *, deadline: float)
         str(info.get("model_path")),
         str(info["weight_version"]),
         str(server.get("device") or "cuda"),
+        _deterministic(server),
     )
 
 
@@ -188,10 +193,24 @@ def mismatches(
             "(a response is sent back whole to be scored or resumed); raise its --context-length or "
             "--max-total-tokens, or lower those settings"
         )
+    if expected.deterministic and not _deterministic(server):
+        problems.append(
+            "it was started without --enable-deterministic-inference and ignores seeds; start it with that option "
+            "(rollout.sglang.deterministic: true for megatron-laser serve), or set rollout.sglang.deterministic: false"
+        )
+    if preferred := info.get("preferred_sampling_params"):
+        problems.append(
+            f"it was started with --preferred-sampling-params {preferred}, which change what it samples behind every "
+            "request, while log-probs stay those of the whole distribution; start it without them"
+        )
     vocabulary = (server | dict(folder or {})).get("vocab_size")
     if isinstance(vocabulary, int) and vocabulary < expected.vocab_size:
         problems.append(_smaller_vocabulary(expected, f"it has {vocabulary}"))
     return problems + _size_problems(info, folder or {}, expected)
+
+
+def _deterministic(server: Mapping[str, Any]) -> bool:
+    return bool(server.get("enable_deterministic_inference"))
 
 
 def _size_problems(info: dict[str, Any], folder: Mapping[str, Any], expected: Expected) -> list[str]:

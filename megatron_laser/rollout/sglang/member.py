@@ -18,7 +18,8 @@ class Member:
     """One server as the fleet sees it.
 
     endpoint: what is published of it. tensor, device: its tensor-parallel size and "cpu" or "cuda", once it has been
-    identified (device None: not yet). running: its open requests; they end when it dies.
+    identified (device None: not yet). takes_seeds: it samples by a request's seed. running: its open requests; they
+    end when it dies.
     """
 
     client: ServerClient
@@ -27,6 +28,7 @@ class Member:
     start: int = 0
     tensor: int = 1
     device: str | None = None
+    takes_seeds: bool = False
     running: set[asyncio.Task[Any]] = field(default_factory=set)
     trouble: ServerError | None = None  # the last probe's
     probing: asyncio.Task[None] | None = None

@@ -5,6 +5,7 @@ Shapes as measured on SGLang 0.5.23; a body that differs is a fault of the serve
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,9 +58,22 @@ class ScoreReply:
 
 
 def generate_body(
-    input_ids: Sequence[int], sampling: SamplingParams, *, max_new_tokens: int, rid: str
+    input_ids: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    max_new_tokens: int,
+    rid: str,
+    place: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
-    """The body of a request for one response."""
+    """The body of a request for one response.
+
+    Servers with deterministic inference sample by `sampling_seed`, and where it is missing take one and the same for
+    every request, so that all responses to a prompt were equal; the others ignore it.
+
+    Args:
+        place: (prompt, sample) of the response within its call, for its seed.
+    """
+    seed = {} if sampling.seed is None else {"sampling_seed": response_seed(sampling.seed, *place)}
     return {
         "input_ids": list(input_ids),
         "rid": rid,
@@ -70,8 +84,18 @@ def generate_body(
             "max_new_tokens": max_new_tokens,
             "stop_token_ids": list(sampling.stop_token_ids),
             "skip_special_tokens": False,
+            **seed,
         },
     }
+
+
+def response_seed(seed: int, prompt: int, sample: int) -> int:
+    """The seed of one response, 0 to 2^63 - 1: another one for each (prompt, sample) of a call and each call's `seed`.
+
+    A server makes a token's random numbers of this seed and the token's position alone.
+    """
+    digest = hashlib.blake2b(f"{seed} {prompt} {sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def score_body(input_ids: Sequence[int], token_id: int, *, rid: str) -> dict[str, Any]:

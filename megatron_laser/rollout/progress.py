@@ -1,0 +1,76 @@
+"""How far the collection of one step has come, and what its grading came to."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_laser.rollout.pending import OpenGroup
+from megatron_laser.types import Group
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """What a collector knows of a step before it is complete.
+
+    before: the collector's state before the step. ends: by time.monotonic(). groups: what the step will train on.
+    uniform: complete groups whose rewards are all equal, where those are dropped. lost: groups of which not one
+    response could be graded. tried: prompts begun.
+    """
+
+    step: int
+    before: dict[str, Any]
+    ends: float
+    groups: list[Group] = field(default_factory=list)
+    uniform: list[Group] = field(default_factory=list)
+    lost: list[Group] = field(default_factory=list)
+    open: list[OpenGroup] = field(default_factory=list)
+    tried: int = 0
+    rounds: int = 0
+
+    def failures(self) -> Counter[str]:
+        """Responses that could not be graded, by outcome; asked before a stand-in is in two lists."""
+        return Counter(sample.outcome for group in self.complete() for sample in group.ungraded)
+
+    def complete(self) -> list[Group]:
+        """Every group whose responses have all ended; asked before a stand-in is in two lists."""
+        return [*self.groups, *self.uniform, *self.lost]
+
+    def drop_stale(self, max_staleness: int) -> None:
+        """Have what open groups have of weights that are too old generated anew."""
+        dropped = sum(group.drop_older_than(self.step - 1 - max_staleness) for group in self.open)
+        if dropped:
+            logger.info(
+                "step %d: %d carried responses were older than rollout.max_staleness; generated anew",
+                self.step,
+                dropped,
+            )
+
+    def graded_metrics(self, stand_ins: Sequence[Group]) -> dict[str, float]:
+        """Everything that was graded in this step, in the batch or not; asked before the stand-ins are in two lists.
+
+        Args:
+            stand_ins: those of `uniform` that the step trains on.
+
+        Returns:
+            groups_dropped, and of them groups_dropped_right (all right) and groups_dropped_wrong; accuracy_tried, the
+            share of right responses among all that have a grade, of dropped groups too: the accuracy of the policy on
+            the prompts that it tried, which the batch's own says nothing of where uniform groups are left out.
+        """
+        used = {id(group) for group in stand_ins}
+        dropped = [group for group in self.uniform if id(group) not in used]
+        right = sum(group.samples[0].reward > 0.5 for group in dropped)
+        graded = [sample for group in (*self.groups, *self.uniform) for sample in group.samples]
+        metrics: dict[str, float] = {
+            "groups_dropped": len(dropped),
+            "groups_dropped_right": right,
+            "groups_dropped_wrong": len(dropped) - right,
+        }
+        if graded:
+            metrics["accuracy_tried"] = sum(sample.reward > 0.5 for sample in graded) / len(graded)
+        return metrics
