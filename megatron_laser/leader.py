@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.config import RunConfig, evaluation_max_new_tokens, rollout_tries
+from megatron_laser.config import RunConfig, rollout_tries
 from megatron_laser.data import PromptCursor
 from megatron_laser.engines import await_servers, open_engine, with_servers
-from megatron_laser.evaluation import evaluate, generation_batch
 from megatron_laser.inputs import RunInputs
 from megatron_laser.model import platform
 from megatron_laser.observability.live import LiveView
@@ -26,6 +25,8 @@ from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.ahead import RolloutAhead
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.endings import watch_endings
+from megatron_laser.rollout.engine import StoppedEarly
+from megatron_laser.run_evaluation import RunEvaluation
 from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch, SamplingParams
 
@@ -86,11 +87,16 @@ class Leader:
             self._load_state(resumed["run"])
         self._batch: RolloutBatch | None = None
         self._evaluated: dict[str, float] = {}
+        last_step = -1 if resumed is None else int(resumed["step"])
+        self._last_step = max(0, last_step)
+        self._evaluation = RunEvaluation(
+            config, inputs, self.engine, self._grading, timers, last_step=last_step
+        )
         # A fresh start in a folder without a checkpoint drops what an earlier attempt wrote.
         self._metrics = MetricsLogger(
             self._folder,
             tensorboard=config.logging.tensorboard,
-            last_step=-1 if resumed is None else int(resumed["step"]),
+            last_step=last_step,
             wandb=self._open_wandb() if config.logging.wandb else None,
         )
         self._view = LiveView(config.run.steps, mode=config.logging.live, title=config.run.name)
@@ -139,9 +145,28 @@ class Leader:
         """Evaluate on the validation split; `record` writes what comes out. Returns as `collect` does."""
 
         def work() -> None:
-            self._evaluated = self._evaluate("validation", step) | self._timers.collect()
+            with self._evaluation.left_out_on_stop():
+                self._evaluated = self._evaluation.run("validation", step) | self._timers.collect()
 
         return with_servers(f"evaluation after step {step}", work)
+
+    def evaluate_first(self) -> str:
+        """Before the first step of this start: evaluate the initial model, so that the report can say what training
+        changed, or make up for an evaluation that a stop left out. Returns as `collect` does."""
+        settings, step = self._config.evaluation, self._last_step
+
+        def work() -> None:
+            with self._evaluation.left_out_on_stop():
+                metrics = self._evaluation.run("validation", step) if settings.every else {}
+                if step == 0:
+                    metrics |= self._evaluation.run("test", 0)
+                if metrics:
+                    self._write(step, metrics | self._timers.collect())
+
+        due = settings.baseline if step == 0 else evaluation_due(self._config, step)
+        if not due or (step > 0 and self._evaluation.is_done("validation", step)):
+            return ""
+        return with_servers(f"evaluation of the weights of step {step}", work)
 
     def record(self, step: int, result: StepResult, times: dict[str, float]) -> None:
         """Write one step's metrics, update the view, and dump the rollouts when they are due."""
@@ -182,27 +207,28 @@ class Leader:
             f"stopped after step {step} ({reason}); saved: the same command continues from here"
         )
 
-    def evaluate_baseline(self) -> str:
-        """Evaluate the initial model, so that the report can say what training changed. Returns as `collect` does."""
-
-        def work() -> None:
-            metrics = self._evaluate("validation", 0) if self._config.evaluation.every else {}
-            metrics |= self._evaluate("test", 0)
-            if metrics:
-                self._write(0, metrics | self._timers.collect())
-
-        return (
-            with_servers("evaluation of the initial model", work) if self._config.evaluation.baseline else ""
-        )
+    def stop_evaluating(self, reason: str) -> None:
+        """End the evaluation that runs, and every later one, within seconds; safe in a signal handler."""
+        self._evaluation.stop(reason)
 
     def finish(self, *, complete: bool) -> str:
         """Evaluate the final weights on the test split and write the report. Returns as `collect` does.
+
+        Stopped in the evaluation, it says so: the same command goes on with what has been sampled.
 
         Args: complete: nothing is left to do afterwards; the same command will say so and not start again.
         """
         steps = self._config.run.steps
         metrics: dict[str, float] = {}
-        trouble = with_servers("final evaluation", lambda: metrics.update(self._evaluate("test", steps)))
+
+        def work() -> None:
+            metrics.update(self._evaluation.run("test", steps, resumable=True))
+
+        try:
+            trouble = with_servers("final evaluation", work)
+        except StoppedEarly:
+            self.stopped(steps, self._evaluation.stop_reason)
+            return ""
         if trouble:
             return trouble
         if metrics:
@@ -239,44 +265,6 @@ class Leader:
     def _write(self, step: int, metrics: dict[str, Any]) -> None:
         self._metrics.log(step, metrics)
         self._view.update(step, metrics)
-
-    def _evaluate(self, split: str, step: int) -> dict[str, float]:
-        """Evaluate the engine's current weights on `validation` or `test`; {} when the split is not given.
-
-        Names are eval/<metric> for validation and test/<metric> for test.
-        """
-        config, settings = self._config, self._config.evaluation
-        prompts = self._inputs.validation if split == "validation" else self._inputs.test
-        if not prompts:
-            return {}
-        samples = settings.samples_per_prompt if split == "validation" else settings.final_samples_per_prompt
-        with self._timers("evaluate"):
-            summary = evaluate(
-                self.engine,
-                prompts[: settings.max_prompts],
-                sampling=SamplingParams(
-                    samples_per_prompt=samples,
-                    max_new_tokens=evaluation_max_new_tokens(config),
-                    stop_token_ids=self._inputs.stop_token_ids,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    seed=settings.seed,
-                ),
-                decode=self._decode,
-                grading=self._grading,
-                score_token_id=self._inputs.score_token_id,
-                ref_logprob=config.laser.ref_logprob,
-                beta=config.laser.beta,
-                targets=config.laser.targets,
-                records_path=self._folder / "evaluation" / f"{split}_step_{step}.jsonl",
-                deadline=config.rollout.deadline,
-                generation_batch=generation_batch(
-                    in_process=config.rollout.engine == "in_process",
-                    max_batch_size=config.rollout.max_batch_size,
-                    max_concurrency=config.rollout.max_concurrency,
-                ),
-            )
-        return summary.prefixed("eval/" if split == "validation" else "test/")
 
     def _decode(self, ids: list[int]) -> str:
         return self._inputs.tokenizer.decode(ids, skip_special_tokens=True)

@@ -75,7 +75,7 @@ def _train(config: RunConfig, runtime: Runtime, coordinator: Coordinator, timers
         stragglers = Stragglers(runtime, config.logging.straggler_every)
         ranks = Ranks(config, runtime, coordinator, leader)
         run = _Run(config, ranks, trainer, checkpoints, timers, stragglers, turns)
-        with stop_signals(coordinator.request_stop):
+        with stop_signals(ranks.request_stop):
             run.run(first_step=1 if resumed is None else resumed["step"] + 1, resumed=resumed is not None)
     finally:
         if leader is not None:
@@ -102,15 +102,15 @@ class _Run:
             # A converted checkpoint of step 0 is a resume too: its weights may not be those of model.path.
             if resumed or needs_first_sync(self.config):
                 self._sync(first_step - 1)
-            if first_step == 1:
-                self._led("evaluation before the first step", 0, lambda leader: leader.evaluate_baseline())
-            for step in range(first_step, self.config.run.steps + 1):
-                self.step(step)
-                reason = self.ranks.coordinator.agree_to_stop(step)
-                if reason is not None:
+            for step in range(first_step - 1, self.config.run.steps + 1):
+                if step < first_step:
+                    self._led("first evaluation", step, lambda leader: leader.evaluate_first())
+                else:
+                    self.step(step)
+                if (reason := self.ranks.coordinator.agree_to_stop(step)) is not None:
                     self.stop(step, reason)
                     return
-                if self.checkpoints.due(step):
+                if step >= first_step and self.checkpoints.due(step):
                     self._save(step)
         except CannotGoOn as error:
             self.stop(error.step, error.reason)

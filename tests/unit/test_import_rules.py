@@ -32,6 +32,8 @@ LAYERS = (
     ("weight_sync",),
     (
         "output_folder",
+        "weight_identity",
+        "run_evaluation",
         "tokenizer",
         "inputs",
         "check",

@@ -9,8 +9,10 @@ from helpers.tiny_run import metrics_without_times, write_tiny_run
 
 from megatron_laser.config import load_config
 from megatron_laser.data import DataError
+from megatron_laser.evaluation.arrivals import Arrival, arrivals_path
 from megatron_laser.leader import Leader
 from megatron_laser.loop import train
+from megatron_laser.observability.sinks import read_metrics
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint import sharded
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
@@ -101,6 +103,115 @@ def test_evaluation_moves_nothing_of_training_and_a_resumed_run_evaluates_to_the
         records = [json.loads(line) for line in (tmp_path / "whole" / name).read_text().splitlines()]
         assert [record["row"] for record in records] == [0, 0, 1, 1, 2, 2, 3, 3]
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def on_arrival(monkeypatch, number, action):
+    """Call `action` when the evaluations' response `number`, from 1, comes in."""
+    of, seen = Arrival.of, []
+
+    def patched(*arguments):
+        seen.append(arguments)
+        if len(seen) == number:
+            action()
+        return of(*arguments)
+
+    monkeypatch.setattr(Arrival, "of", staticmethod(patched))
+    return seen
+
+
+def test_a_signal_in_the_final_evaluation_ends_it_at_once_and_the_same_command_goes_on_there(
+    undisturbed, tmp_path, monkeypatch, capsys
+):
+    file, _ = undisturbed
+    problems = tmp_path / "test.jsonl"
+    problems.write_text("".join(f'{{"problem": "{i} + 7 ?", "answer": "{i + 7}"}}\n' for i in range(6)))
+    settings = [f"data.test={problems}", "run.steps=1", "evaluation.final_samples_per_prompt=4"]
+    # three calls of the engine, whose responses do not end all at once
+    settings += ["rollout.max_batch_size=8", "evaluation.max_new_tokens=40"]
+    whole = run(file, tmp_path / "whole", *settings)
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        # the second response of the second call; each of the first call's eight is seen once more at its end
+        on_arrival(patch, 2 * 8 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(file, stopped, *settings)
+    (partial,) = (stopped / "evaluation").glob("test_step_1.*.partial")
+    kept = {(line["row"], line["sample"]) for line in map(json.loads, partial.read_text().splitlines())}
+    assert 10 <= len(kept) < 16
+    assert json.loads((stopped / "STOPPED").read_text()) == {"step": 1, "reason": "SIGTERM"}
+    assert "stopped after step 1 (SIGTERM); saved" in capsys.readouterr().out
+    assert not (stopped / "FINISHED").exists()
+    assert not (stopped / "evaluation" / "test_step_1.json").exists()
+    with monkeypatch.context() as patch:
+        seen = on_arrival(patch, 0, lambda: None)
+        run(file, stopped, *settings)
+        everything = {(row, sample) for row in range(6) for sample in range(4)}
+        assert {(row, sample) for row, sample, _ in seen} == everything - kept
+    for name in ("test_step_1.json", "test_step_1.jsonl"):
+        assert (stopped / "evaluation" / name).read_bytes() == (whole / "evaluation" / name).read_bytes()
+    assert not list((stopped / "evaluation").glob("*.partial")) and (stopped / "FINISHED").exists()
+
+
+def test_responses_of_a_stopped_final_evaluation_are_not_those_of_other_weights(tmp_path):
+    """Kept under the weights' own digest: a run that comes to the same step with other weights answers anew."""
+    ours = arrivals_path(tmp_path / "test_step_4.jsonl", {"weights": "sha256:1"})
+    ours.write_text("")
+    (tmp_path / "test_step_14.0.partial").write_text("")
+    assert arrivals_path(tmp_path / "test_step_4.jsonl", {"weights": "sha256:1"}).exists()
+    assert not arrivals_path(tmp_path / "test_step_4.jsonl", {"weights": "sha256:2"}).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["test_step_14.0.partial"]
+
+
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(undisturbed, tmp_path, monkeypatch):
+    file, _ = undisturbed
+    problems = tmp_path / "validation.jsonl"
+    problems.write_text("".join(f'{{"problem": "{i} + 7 ?", "answer": "{i + 7}"}}\n' for i in range(4)))
+    settings = [f"data.validation={problems}", "evaluation.every=1", "run.steps=2"]
+    run(file, tmp_path / "whole", *settings)
+    with monkeypatch.context() as patch:
+        on_arrival(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(file, tmp_path / "stopped", *settings)
+    assert json.loads((tmp_path / "stopped" / "STOPPED").read_text())["step"] == 1
+    assert not (tmp_path / "stopped" / "evaluation" / "validation_step_1.json").exists()
+    run(file, tmp_path / "stopped", *settings)
+    without_times = [
+        [
+            {name: value for name, value in row.items() if not name.startswith(("time/", "memory/"))}
+            for row in read_metrics(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in ("stopped", "whole")
+    ]
+    assert without_times[0] == without_times[1]
+
+
+def test_a_signal_in_the_evaluation_before_the_first_step_ends_the_run_there(
+    undisturbed, tmp_path, monkeypatch
+):
+    file, _ = undisturbed
+    problems = tmp_path / "test.jsonl"
+    problems.write_text("".join(f'{{"problem": "{i} + 7 ?", "answer": "{i + 7}"}}\n' for i in range(4)))
+    settings = [f"data.test={problems}", "evaluation.baseline=true", "evaluation.every=0", "run.steps=1"]
+    settings += ["evaluation.final_samples_per_prompt=2"]
+    with monkeypatch.context() as patch:
+        on_arrival(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(file, tmp_path / "out", *settings)
+    assert json.loads((tmp_path / "out" / "STOPPED").read_text())["step"] == 0
+    run(file, tmp_path / "out", *settings)
+    found = {path.name for path in (tmp_path / "out" / "evaluation").glob("*.json")}
+    assert found == {"test_step_0.json", "test_step_1.json"}
+    assert [row["step"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [0, 1]
+
+
+def test_evaluations_of_steps_that_are_trained_again_are_dropped(undisturbed, tmp_path, monkeypatch):
+    file, _ = undisturbed
+    after_recording(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run(file, tmp_path / "out")
+    evaluation = tmp_path / "out" / "evaluation"
+    evaluation.mkdir(exist_ok=True)
+    for name in ("validation_step_1.json", "validation_step_3.json", "validation_step_3.jsonl"):
+        (evaluation / name).write_text("{}")
+    after_recording(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run(file, tmp_path / "out")
+    assert [path.name for path in evaluation.iterdir()] == ["validation_step_1.json"]
 
 
 def test_a_run_that_dies_between_two_checkpoints_repeats_the_lost_steps_bitwise(
