@@ -142,8 +142,8 @@ def _grading(run: Run) -> list[str]:
         lost = sum(count for count in counts if math.isfinite(count))
         if lost:
             sentences.append(
-                f"**{run.label}: {lost:.0f} of {run.final.number('num_responses'):.0f} responses of the last evaluation "
-                "could not be graded** and count as wrong."
+                f"**{run.label}: {lost:.0f} of {run.final.number('num_responses'):.0f} responses of the last "
+                "evaluation could not be graded** and count as wrong."
             )
     return sentences
 

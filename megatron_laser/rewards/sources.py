@@ -50,7 +50,7 @@ class SourceKeeper:
                 return original(loader, name)
             return loader.source_to_code(keeper._read(name, loader.path), loader.path)
 
-        SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+        SourceFileLoader.get_code = get_code  # type: ignore[method-assign, assignment]
         sys.meta_path.insert(0, _KeptFinder(self._known))
 
     def take_new(self) -> Sources:
