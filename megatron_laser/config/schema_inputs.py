@@ -78,11 +78,13 @@ class RewardConfig(Section):
 
     function: Text = "math_verify"
     """A registered name, or `package.module:function`, or `path/to/file.py:function`. It returns a number from
-    0 (wrong) to 1 (right); an error or anything else is the outcome `crash` with reward 0."""
+    0 (wrong) to 1 (right); an error or anything else is the outcome `crash`, and such a response is left out of the
+    step. It is tried before the run starts, and a step in which nothing could be graded stops the run."""
     workers: Count = 2
     """Grading processes."""
     deadline: Positive = 5.0
-    """Seconds for one response; a worker that takes longer is killed and the outcome is `timeout`."""
+    """Seconds for one response; a worker that takes longer is killed and the outcome is `timeout`: the
+    response is left out of the step."""
 
     @field_validator("function")
     @classmethod

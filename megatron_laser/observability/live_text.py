@@ -51,7 +51,10 @@ def format_fields(
 
 
 def step_fields(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(label, text) of one step's numbers; with dropped groups also the accuracy over everything that was graded."""
+    """(label, text) of one step's numbers; with dropped groups also the accuracy over everything that was graded.
+
+    Responses that could not be graded are counted where there are any.
+    """
     fields = format_fields(metrics, LINE_FIELDS)
     tried = number(metrics, "accuracy_tried")
     if tried is not None and number(metrics, "groups_dropped"):
@@ -59,6 +62,9 @@ def step_fields(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         fields.insert(
             1, ("of all tried", f"{tried:.3f} (dropped {right:.0f} all right, {wrong:.0f} all wrong)")
         )
+    failed = number(metrics, "grading_failed")
+    if failed:
+        fields.append(("not graded", f"{failed:.0f}"))
     return fields
 
 
@@ -67,9 +73,6 @@ def plain_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:
     width = len(str(total_steps))
     parts = [f"step {step:>{width}}/{total_steps}"]
     parts += [f"{label} {text}" for label, text in step_fields(metrics)]
-    failed = number(metrics, "grading_failed")
-    if failed:
-        parts.append(f"not graded {failed:.0f}")
     rate = number(metrics, "time/tokens_per_second")
     if rate is not None:
         parts.append(f"{format_count(rate)} tok/s")

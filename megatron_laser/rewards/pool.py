@@ -212,7 +212,7 @@ class GradingPool:
         elif isinstance(error, WorkerTimeout):
             trouble, outcome = str(error), TIMEOUT
         elif isinstance(error, WorkerDied):
-            trouble, outcome = f"its process ended ({error})", CRASH
+            trouble, outcome = f"its process ended: {error}", CRASH
         else:
             self._shared.fail(key, error)
             return

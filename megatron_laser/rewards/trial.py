@@ -26,8 +26,9 @@ def trial(
 ) -> list[Finding]:
     """Grade two responses to one reference, one with the reference in a box and one without a box.
 
-    A function that grades neither is an error, one that fails on one of them a warning: a response without a grade
-    teaches nothing. math_verify is not tried here, since each of its workers grades an answer when it starts.
+    A function that grades neither is an error, one that fails on one of them a warning (a response without a grade
+    teaches nothing), and one to which the reference is worth no more a note. math_verify is not tried here, since each
+    of its workers grades an answer when it starts.
 
     Args:
         function: `reward.function`.
@@ -37,28 +38,31 @@ def trial(
     """
     if is_math_verify(function):
         return [Finding(_TOPIC, "ok", "math_verify, built in")]
-    responses = (f"The answer is \\boxed{{{answer}}}.", "I do not know.")
+    responses = {
+        "the reference in a box": f"The answer is \\boxed{{{answer}}}.",
+        "a response without a box": "I do not know.",
+    }
     grades: list[tuple[Grade, float]] = []
     failures: dict[str, list[str]] = {}  # why -> which responses
     try:
         with GradingPool(1, deadline, function, start_deadline=start_deadline, log_failures=False) as pool:
-            for response in responses:
+            for kind, response in responses.items():
                 started = time.monotonic()
                 grade = pool.grade_many([(response, answer)])[0]
                 if grade.failed:
-                    failures.setdefault(pool.last_trouble, []).append(repr(response))
+                    failures.setdefault(pool.last_trouble, []).append(kind)
                 else:
                     grades.append((grade, time.monotonic() - started))
     except (RewardSpecError, GradingPoolError) as error:
         return [Finding(_TOPIC, "error", str(error))]
     cure = _CURE_LATE if any(why.startswith("timeout") for why in failures) else _CURE
-    examples = tuple(f"{why} (response {' and '.join(which)})" for why, which in failures.items())
+    examples = tuple(f"{why} (on {' and '.join(which)})" for why, which in failures.items())
     of = f"reward.function {function!r}"
     if not grades:
-        text = f"{of} graded neither of two trial responses (reference {answer!r})"
+        text = f"{of} graded neither of two trial responses (reference {answer!r:.80})"
         return [Finding(_TOPIC, "error", text, examples, cure)]
     if failures:
-        text = f"{of} failed on one of two trial responses (reference {answer!r}); what it fails on teaches nothing"
+        text = f"{of} failed on one of two trial responses (reference {answer!r:.80}); what it fails on teaches nothing"
         return [Finding(_TOPIC, "warning", text, examples, cure)]
     slowest = max(seconds for _, seconds in grades)
     rewards = " and ".join(f"{grade.reward:g}" for grade, _ in grades)
@@ -68,6 +72,9 @@ def trial(
     if slowest > deadline / 2:
         cure = "raise reward.deadline: a busy machine is slower"
         return [Finding(_TOPIC, "warning", f"{text}, more than half of reward.deadline", cure=cure)]
+    (box, _), (no_box, _) = grades
+    if box.reward <= no_box.reward:
+        return [Finding(_TOPIC, "note", f"{text}: the reference itself is worth no more")]
     return [Finding(_TOPIC, "ok", text)]
 
 

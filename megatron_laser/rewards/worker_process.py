@@ -157,7 +157,8 @@ class WorkerProcess:
         # the child sees the same modules, whatever changed sys.path here; '' is the working directory
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         passed = (theirs.fileno(), lifeline, self._dump.fileno())
-        command = [sys.executable, "-m", "megatron_laser.rewards.worker", *map(str, passed)]
+        # without the working directory in front, where a file may be called like a module of the library
+        command = [sys.executable, "-P", "-m", "megatron_laser.rewards.worker", *map(str, passed)]
         try:
             return subprocess.Popen(
                 command,

@@ -10,7 +10,7 @@ from helpers.faulty_server import HELD, SCORE, STOP, FaultyServer, open_engine
 from megatron_laser.data import PromptCursor
 from megatron_laser.engines import NEEDS_WEIGHTS, with_servers
 from megatron_laser.observability.timers import Timers
-from megatron_laser.rewards import Grade
+from megatron_laser.rewards import Grade, GradingPoolError
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.sglang import fleet
 from megatron_laser.rollout.sglang.errors import ServersLost, WeightsNeeded
@@ -178,7 +178,7 @@ def test_the_run_is_told_what_to_do_about_each_kind_of_trouble(caplog):
     assert with_servers("rollout", lambda: None) == ""
     assert with_servers("rollout", fails(WeightsNeeded("server X"))) == NEEDS_WEIGHTS
     assert "rollout: server X" in caplog.text
-    for error in (ServersLost("server X"), TimeoutError("server X")):
+    for error in (ServersLost("server X"), TimeoutError("server X"), GradingPoolError("server X")):
         assert with_servers("rollout of step 3", fails(error)) == "rollout of step 3: server X"
     with pytest.raises(KeyError):
         with_servers("rollout", fails(KeyError("a fault of ours")))

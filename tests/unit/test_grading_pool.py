@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,38 @@ def act(response, answer):
         os._exit(3)
     if response == "raise":
         raise RuntimeError("no such luck")
+    if response == "segfault":
+        import ctypes
+        ctypes.string_at(0)
+    if response == "recursion":
+        return act(response, answer)
+    if response == "leave":  # one child in the group, one in a session of its own
+        import subprocess
+        for new_session in (False, True):
+            child = subprocess.Popen(["sleep", "600"], start_new_session=new_session)
+            with open(answer, "a") as file:
+                file.write(f"{child.pid} ")
+        return 1
+    if response == "leave and hang":
+        act("leave", answer)
+        time.sleep(600)
+    if response == "fork":  # both sides return
+        return 1 if os.fork() else 0.25
+    if response == "close":
+        os.closerange(3, 64)
+        return 1
+    if response == "kill parent":
+        import signal
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(600)
+    if response == "flood":
+        for _ in range(40):
+            print("x" * 100_000)
+        return 1
+    if response == "files":
+        act.files = getattr(act, "files", [])
+        while True:
+            act.files.append(open("/dev/null"))
     if response == "torch":
         return float("torch" in sys.modules)
     if response == "memory":
@@ -134,6 +167,13 @@ def test_equal_items_in_flight_are_graded_once_and_cancelling_one_spares_the_oth
         ("nan", "crash"),
         ("none", "crash"),
         ("unknown", "crash"),
+        ("segfault", "crash"),
+        ("recursion", "crash"),
+        ("fork", "correct"),
+        ("close", "correct"),
+        ("kill parent", "crash"),
+        ("flood", "correct"),
+        ("files", "crash"),
     ],
 )
 def test_a_custom_function_may_do_anything(custom_pool: GradingPool, response: str, outcome: str) -> None:
@@ -258,7 +298,7 @@ def test_a_pool_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) ->
         f"import os\nif os.getpid() != {os.getpid()}:\n    raise ImportError('not in a worker')\n"
         "def grade(response, answer):\n    return 1.0\n"
     )
-    with pytest.raises(GradingPoolError, match="not in a worker"):
+    with pytest.raises(RewardSpecError, match=rf"not in a worker \({guarded}:3\)"):
         GradingPool(workers=2, function=f"{guarded}:grade")
     slow = tmp_path / "slow_import.py"
     slow.write_text(
@@ -280,3 +320,143 @@ def test_impossible_settings_are_refused(settings: dict[str, float]) -> None:
 def test_an_unknown_function_is_refused_before_any_process_starts() -> None:
     with pytest.raises(RewardSpecError, match="Did you mean 'math_verify'"):
         GradingPool(workers=1, function="math_verfiy")
+
+
+@pytest.mark.parametrize(
+    ("response", "trouble"),
+    [
+        ("hang", r"no answer within 1 s \(.*custom_reward\.py:\d+ in act\)"),
+        ("segfault", r"killed by SIGSEGV \(.*custom_reward\.py:\d+ in act\)"),
+        ("exit", r"exit status 3"),
+        ("files", r"OSError: .*Too many open files.*custom_reward\.py:\d+ in act\)"),
+    ],
+)
+def test_what_ends_a_worker_is_named_with_the_user_s_line(
+    custom_pool: GradingPool, response: str, trouble: str
+) -> None:
+    custom_pool.grade_many([(response, "")])
+    assert re.search(trouble, custom_pool.last_trouble), custom_pool.last_trouble
+
+
+def test_a_forked_child_that_comes_back_does_not_answer_the_next_request(custom_pool: GradingPool) -> None:
+    items = [("fork", ""), ("wrong", ""), ("fork", ""), ("right", "")]
+    assert [grade.reward for grade in custom_pool.grade_many(items)] == [1.0, 0.0, 1.0, 1.0]
+
+
+def test_output_is_passed_on_up_to_a_limit(custom_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with GradingPool(workers=1, deadline=5.0, function=f"{custom_file}:act") as pool:
+        assert pool.grade_many([("flood", "")] * 2) == [Grade(1.0, "correct")] * 2
+    out, err = capfd.readouterr()
+    assert not out
+    assert 10_000 < len(err) < 20_000 and "the rest is dropped" in err
+
+
+def left_behind(file: Path) -> list[int]:
+    pids = [int(pid) for pid in file.read_text().split()] if file.exists() else []
+    return [pid for pid in pids if alive(pid)]
+
+
+@pytest.mark.parametrize("end", ["close", "timeout", "killed grader", "killed guard"])
+def test_children_of_a_grader_end_with_it(custom_file: Path, tmp_path: Path, end: str) -> None:
+    children = tmp_path / "children"
+    with GradingPool(workers=1, deadline=1.0, function=f"{custom_file}:act") as pool:
+        pool.grade_many([("leave and hang" if end == "timeout" else "leave", str(children))])
+        if end == "timeout":
+            assert "timeout" in pool.last_trouble
+        else:
+            assert len(left_behind(children)) == 2
+        if end.startswith("killed"):
+            (pid,) = pool.worker_pids()
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            os.kill(parent if end == "killed guard" else pid, signal.SIGKILL)
+            if end == "killed guard":  # nobody is left who knows the child that has left the group
+                assert wait_until(lambda: not alive(pid))
+                pool.grade_many([("right", "")])
+                in_group, other = (int(child) for child in children.read_text().split())
+                assert wait_until(lambda: not alive(in_group))
+                os.kill(other, signal.SIGKILL)
+    assert wait_until(lambda: not left_behind(children))
+
+
+def test_children_of_a_grader_end_when_the_pool_s_process_is_killed(
+    tmp_path: Path, custom_file: Path
+) -> None:
+    children = tmp_path / "children"
+    script = textwrap.dedent(f"""
+        import time
+        from megatron_laser.rewards import GradingPool
+        pool = GradingPool(2, 600.0, function={str(custom_file) + ":act"!r})
+        pool.submit("leave and hang", {str(children)!r})
+        print(*pool.worker_pids(), flush=True)
+        time.sleep(600)
+    """)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert wait_until(lambda: len(left_behind(children)) == 2)
+        parent.kill()
+    assert wait_until(lambda: not any(alive(pid) for pid in pids) and not left_behind(children))
+
+
+def test_restarted_workers_grade_with_the_code_of_the_start_and_the_edit_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    helper, late, mine = (tmp_path / f"{name}.py" for name in ("snapshot_helper", "snapshot_late", "mine"))
+    helper.write_text("VALUE = 0.25\n")
+    late.write_text("VALUE = 0.125\n")
+    mine.write_text(
+        "import os, sys\nsys.path.insert(0, os.path.dirname(__file__))\nimport snapshot_helper\n"
+        "def grade(response, answer):\n"
+        "    if response == 'exit':\n        os._exit(1)\n"
+        "    if response == 'late':\n        import snapshot_late\n        return snapshot_late.VALUE\n"
+        "    return snapshot_helper.VALUE\n"
+    )
+    with GradingPool(workers=1, deadline=10.0, function=f"{mine}:grade") as pool:
+        start = pool.source_fingerprints()
+        assert set(start) == {str(mine), str(helper)}
+        first = [grade.reward for grade in pool.grade_many([("", ""), ("late", "")])]
+        for file in (helper, late):
+            file.write_text("VALUE = 1.0\n")
+        mine.unlink()  # as when another branch is checked out
+        pool._next_look = 0.0
+        after = [grade.reward for grade in pool.grade_many([("exit", ""), ("", ""), ("late", "")])]
+        pool._next_look = 0.0
+        pool.grade_many([("", "")])
+        assert first == [0.25, 0.125] and after == [0.0, 0.25, 0.125]
+        for file in (helper, late, mine):
+            assert caplog.text.count(f"{file} was edited: this run goes on") == 1
+    mine.write_text("def grade(response, answer):\n    return 1.0\n")
+    with GradingPool(workers=1, deadline=10.0, function=f"{mine}:grade") as resumed:
+        resumed.say_if_edited_since(start)
+        assert f"{mine} was edited since the checkpoint" in caplog.text
+        caplog.clear()
+        resumed.say_if_edited_since(resumed.source_fingerprints())
+        assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys; sys.exit(4)", r"running .*module\.py failed: SystemExit: 4 \(.*module\.py:1\)"),
+        ("import os; os._exit(4)", r"importing it ended the process of a grading worker \(exit status 4\)"),
+        ("import no_such_package", r"ModuleNotFoundError: .*no_such_package.*module\.py:1\)"),
+        ("def grade(r, a) return 1", r"SyntaxError.*module\.py:1\)"),
+    ],
+)
+def test_a_module_that_ends_at_import_ends_a_worker_and_not_the_trainer(
+    tmp_path: Path, code: str, message: str
+) -> None:
+    (tmp_path / "module.py").write_text(code + "\n")
+    with pytest.raises(RewardSpecError, match=message):
+        GradingPool(workers=2, function=f"{tmp_path}/module.py:grade")
+
+
+def test_files_of_the_working_directory_do_not_hide_modules_from_workers(
+    tmp_path: Path, custom_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "socket.py").write_text("raise SystemExit('not the library')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    with GradingPool(workers=1, deadline=5.0, function=f"{custom_file}:act") as pool:
+        assert pool.grade_many([("right", "")]) == [Grade(1.0, "correct")]

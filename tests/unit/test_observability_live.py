@@ -78,6 +78,11 @@ def test_a_step_that_dropped_groups_says_how_often_the_policy_was_right_on_all_t
     assert plain_line(7, 100, METRICS | tried | {"groups_dropped": 0}) == plain_line(7, 100, METRICS)
 
 
+def test_a_step_says_how_many_responses_could_not_be_graded_when_there_are_any() -> None:
+    assert "  not graded 3  " in plain_line(7, 100, METRICS | {"grading_failed": 3})
+    assert plain_line(7, 100, METRICS | {"grading_failed": 0}) == plain_line(7, 100, METRICS)
+
+
 def test_a_line_names_what_is_there_and_leaves_out_what_is_not() -> None:
     line = plain_line(7, 100, METRICS)
     assert line == (

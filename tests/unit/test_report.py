@@ -264,6 +264,13 @@ def test_the_accuracy_of_a_run_that_drops_groups_is_that_of_all_it_tried(tmp_pat
     assert "in the batches that were trained on it was 50.0% at the end" in text
 
 
+def test_a_report_says_how_many_responses_could_not_be_graded(tmp_path: Path) -> None:
+    with MetricsLogger(tmp_path, tensorboard=False) as metrics:
+        for step in range(1, 5):
+            metrics.log(step, {"reward_mean": 0.5, "grading_failed": 3 * (step > 2)})
+    assert "6 responses in 2 of 4 steps could not be graded" in write_report([tmp_path]).read_text()
+
+
 def test_one_run_without_evaluation_gives_a_report_without_the_figures_that_need_one(tmp_path: Path) -> None:
     run = synthetic_run(tmp_path / "run", laser=True, steps=3, evaluations=False)
     report = write_report([run])

@@ -17,7 +17,7 @@ from megatron_laser.rewards import (
     resolve_reward,
 )
 from megatron_laser.rewards.grade import as_grade
-from megatron_laser.rewards.registry import reward_location
+from megatron_laser.rewards.registry import locate_reward, reward_location
 
 
 def test_math_verify_is_registered_by_its_name() -> None:
@@ -61,13 +61,68 @@ def test_a_registered_function_is_found_by_the_workers(
         ("math:", "one side"),
         ("megatron_laser.rewards:nothing", "has no 'nothing'"),
         ("megatron_laser.rewards:OUTCOMES", "not a function"),
-        ("math:sqrt", r"must take \(response, answer\)"),
     ],
 )
 def test_a_bad_spec_says_what_is_wrong_and_what_is_known(spec: str, message: str) -> None:
     with pytest.raises(RewardSpecError, match=message) as error:
         resolve_reward(spec)
     assert repr(spec) in str(error.value) and "math_verify" in str(error.value)
+
+
+SIGNATURES = """
+def one(response): return 1.0
+def keyword(response, answer, *, extra): return 1.0
+def verl(data_source, solution_str, ground_truth, extra_info=None): return 1.0
+def trl(prompts, completions, **kwargs): return [1.0]
+async def coroutine(response, answer): return 1.0
+def generator(response, answer): yield 1.0
+class Judge:
+    def __call__(self, response, answer): return float(response == answer)
+class AsyncJudge:
+    async def __call__(self, response, answer): return 1.0
+judge, async_judge = Judge(), AsyncJudge()
+exact = lambda response, answer: float(response == answer)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("one", r"mine\.py:2\) must take \(response, answer\), two texts: too many positional"),
+        ("keyword", "missing a required argument: 'extra'"),
+        ("verl", r"verl's signature: define `def reward\(response, answer\): return compute_score"),
+        ("trl", r"takes \(prompts, completions, \*\*kwargs\).*TRL's signature"),
+        ("coroutine", "is async and would return a coroutine"),
+        ("async_judge", "is async and would return a coroutine"),
+        ("generator", "is a generator"),
+        ("Judge", r"must take \(response, answer\)"),
+    ],
+)
+def test_a_function_of_another_shape_is_refused_with_what_is_expected(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(SIGNATURES)
+    with pytest.raises(RewardSpecError, match=message):
+        resolve_reward(f"{path}:{name}")
+
+
+def test_callable_objects_and_named_lambdas_of_a_file_grade(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(SIGNATURES)
+    for name in ("judge", "exact"):
+        with GradingPool(workers=1, deadline=10.0, function=f"{path}:{name}") as pool:
+            assert [grade.reward for grade in pool.grade_many([("a", "a"), ("a", "b")])] == [1.0, 0.0]
+
+
+def test_locating_a_function_runs_none_of_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "exits.py"
+    path.write_text("import os\nos._exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert locate_reward(f"{path}:grade") == f"{path}:grade"
+    assert locate_reward("exits:grade") == "exits:grade"
+    with pytest.raises(RewardSpecError, match="there is no file"):
+        locate_reward(f"{tmp_path}/none.py:grade")
 
 
 def test_a_broken_file_is_named_with_its_error(tmp_path: Path) -> None:

@@ -5,12 +5,18 @@ import logging
 from concurrent.futures import Future
 
 import pytest
+import torch
 
+from megatron_laser.algorithms.advantages import grpo_advantages
+from megatron_laser.batching.flat import flatten
 from megatron_laser.data import PromptCursor
+from megatron_laser.observability.rollout_dump import dump_rollouts
+from megatron_laser.observability.rollout_metrics import rollout_metrics
 from megatron_laser.observability.timers import Timers
-from megatron_laser.rewards import Grade
+from megatron_laser.rewards import Grade, GradingPoolError
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.endings import Endings, NothingEnds
+from megatron_laser.rollout.pending import batch_from, batch_state
 from megatron_laser.rollout.sglang.errors import WeightsNeeded
 from megatron_laser.types import Generation, Prompt, SamplingParams
 
@@ -216,3 +222,89 @@ def test_grading_that_passes_the_deadline_names_the_setting():
         TimeoutError, match=r"step 1: responses were not graded within rollout\.deadline 0\.1 s"
     ):
         made.collect(1)
+
+
+class FailingGrading(Grading):
+    """Fails on the (prompt, sample) pairs in `failing`; each prompt's sample 10 is else right and 11 wrong."""
+
+    last_trouble = "crash: ValueError: no (mine.py:2 in grade)"
+
+    def __init__(self, failing):
+        super().__init__({100 + row for row in range(40)})
+        self.failing = failing
+
+    def submit(self, text, answer):
+        if tuple(int(word) for word in text.split()) not in self.failing:
+            return super().submit(text, answer)
+        future = Future()
+        future.set_result(Grade(0.0, "crash"))
+        return future
+
+
+def failing_collector(failing, **settings):
+    made, engine = collector(mixed=(), **settings)
+    made._grading = FailingGrading(failing)
+    made._sampling = SamplingParams(3, 8, (STOP,))
+    return made, engine
+
+
+def test_a_response_that_could_not_be_graded_is_in_neither_baseline_nor_score_labels():
+    made, _ = failing_collector({(101, 12), (102, 10), (102, 11), (102, 12)}, tries=None, per_step=3)
+    batch = made.collect(1)
+    assert made.metrics["grading_failed"] == 4
+    assert [len(group.samples) for group in batch.groups] == [3, 2, 0]
+    flat = flatten(batch)
+    assert flat.rewards.tolist() == [1, 0, 0, 1, 0] and flat.group_ids.tolist() == [0, 0, 0, 1, 1]
+    advantages = grpo_advantages(torch.from_numpy(flat.rewards), torch.from_numpy(flat.group_ids).long())
+    pair = grpo_advantages(torch.tensor([1.0, 0.0]), torch.zeros(2, dtype=torch.int64))
+    assert advantages[3:].tolist() == pair.tolist()  # with a wrong third one: 1.15 and -0.58
+    none = torch.full((5,), float("nan"))
+    metrics = rollout_metrics(batch, none, none)
+    assert metrics["outcome/crash"] == 4 and metrics["outcome/wrong"] == 3
+    assert metrics["reward_mean"] == 2 / 5
+
+
+def test_a_group_in_which_only_equal_rewards_are_left_is_dropped_as_uniform():
+    made, _ = failing_collector({(100, 10), (102, 11)}, per_step=3)
+    batch = made.collect(1)
+    assert rows(batch) == [1, 2, 3]  # 0 has two wrong ones left
+    assert made.metrics["groups_dropped"] == 1 and made.metrics["grading_failed"] == 2
+
+
+def test_groups_without_any_grade_are_replaced_where_groups_are_replaced_and_missing_elsewhere():
+    lost = {(101, sample) for sample in (10, 11, 12)}
+    replaced = failing_collector(lost, per_step=3)[0].collect(1)
+    assert [group.prompt.row for group in replaced.groups if group.samples] == [0, 2, 3]
+    kept = failing_collector(lost, per_step=3, tries=None)[0].collect(1)
+    assert [group.prompt.row for group in kept.groups if group.samples] == [0, 2]
+
+
+def test_a_step_in_which_nothing_could_be_graded_stops_with_the_reason():
+    everything = {(100 + row, sample) for row in range(40) for sample in (10, 11, 12)}
+    for tries in (None, 12):
+        made, engine = failing_collector(everything, tries=tries)
+        before = made.state()
+        with pytest.raises(
+            GradingPoolError, match=r"step 1: not one response.*12 crash.*mine\.py:2 in grade"
+        ):
+            made.collect(1)
+        assert len(engine.calls) == 1  # no further prompts are tried
+        assert made.state() == before  # the checkpoint that is saved now tries the same prompts again
+
+
+def test_too_few_groups_for_the_optimizer_steps_stop_with_the_reason():
+    most = {(100 + row, sample) for row in range(3) for sample in (10, 11, 12)}
+    made, _ = failing_collector(most, tries=None, fewest_groups=2)
+    with pytest.raises(GradingPoolError, match=r"only 1 of 4 groups.*policy\.minibatches needs 2"):
+        made.collect(1)
+
+
+def test_ungraded_responses_are_dumped_without_a_reward_and_kept_in_a_checkpoint(tmp_path):
+    made, _ = failing_collector({(100, 11)}, tries=None, per_step=2)
+    batch = made.collect(1)
+    dump_rollouts(tmp_path / "dump.jsonl", batch, [0.5] * 5, [1.0] * 5)
+    lines = [json.loads(line) for line in (tmp_path / "dump.jsonl").read_text().splitlines()]
+    assert [line["reward"] for line in lines] == [1.0, 0.0, None, 1.0, 0.0, 0.0]
+    assert lines[2]["outcome"] == "crash" and lines[2]["advantage"] is None
+    state = json.loads(json.dumps(batch_state(batch, {0: 0, 1: 1})))
+    assert batch_from(state, made._prompts) == batch

@@ -263,8 +263,8 @@ class Driver:
             await asyncio.sleep(0.5)
 
 
-def present(generation: Generation | None) -> Generation:
-    """A whole response. Raises StoppedEarly when it is none, which only happens after somebody has asked to stop."""
+def whole(generation: Generation | None) -> Generation:
+    """A finished response. Raises StoppedEarly for one that was not begun or was aborted."""
     if generation is None or generation.finish_reason == "abort":
         raise StoppedEarly("the servers were told to stop generating")
     return generation

@@ -16,7 +16,7 @@ from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.rollout.open_files import raise_open_files
 from megatron_laser.rollout.sglang.client import ServerClient, Sessions
-from megatron_laser.rollout.sglang.driver import Driver, present
+from megatron_laser.rollout.sglang.driver import Driver, whole
 from megatron_laser.rollout.sglang.errors import ServerError
 from megatron_laser.rollout.sglang.fleet import Fleet
 from megatron_laser.rollout.sglang.health import Limits
@@ -172,7 +172,7 @@ class SglangEngine:
 
         Raises also WeightsNeeded and ServersLost (see `Fleet.pick`) and ServerError."""
         found = self.generate_some(prompts, sampling, deadline=deadline, on_finished=on_finished, stop=stop)
-        return [[present(generation) for generation in group] for group in found]
+        return [[whole(generation) for generation in group] for group in found]
 
     def generate_some(
         self,
