@@ -83,11 +83,13 @@ def train(
         check_layout(loaded, read_architecture(loaded.model.path), int(os.environ.get("WORLD_SIZE", "1")))
         is_main = os.environ.get("RANK", "0") == "0"
         prepare_process(loaded.logging.level, is_main)
+        from megatron_laser.observability.extras import say
+
         if overwrite and is_main:
             from megatron_laser.overwrite import move_aside
 
             for moved in move_aside(loaded):
-                typer.echo(f"moved the existing {moved.what} to {moved.to}")
+                say(f"moved the existing {moved.what} to {moved.to}")
         from megatron_laser.model.transformer_engine import settle
 
         settle(loaded.model.layers)
@@ -95,8 +97,6 @@ def train(
 
         folder = run(loaded)
         if is_main:
-            from megatron_laser.observability.extras import say
-
             say(f"done: {folder}/report.md")
 
 

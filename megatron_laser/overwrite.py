@@ -17,9 +17,9 @@ from megatron_laser.trainer.checkpoint.owner import OWNER, RUN, Owner, check_own
 
 @dataclass(frozen=True)
 class Moved:
-    """What `--overwrite` moved: a folder, or the checkpoints in one."""
+    """What `--overwrite` moved, in words, and where to."""
 
-    what: Path
+    what: str
     to: Path
 
 
@@ -42,7 +42,7 @@ def move_aside(config: RunConfig) -> list[Moved]:
             real = through_links(folder)  # a link stays where it is, and the new run goes through it
             target = _free_name(real.with_name(f"{real.name}.old-1"))
             os.replace(real, target)
-            moved.append(Moved(folder, target))
+            moved.append(Moved(str(folder), target))
     except OSError as error:
         raise ConfigError(
             [
@@ -73,7 +73,7 @@ def _checkpoints_aside(config: RunConfig, folder: Path, held: ExitStack) -> list
     target.mkdir()
     for path in entries:
         os.replace(path, target / path.name)
-    return [Moved(root, target)]
+    return [Moved(f"checkpoints in {root}", target)]
 
 
 def _run_id(folder: Path) -> str:

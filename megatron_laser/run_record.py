@@ -86,7 +86,7 @@ class RunRecord:
         try:
             self._metrics.log(step, metrics)
         except OSError as error:
-            trouble = f"metrics.jsonl cannot be written ({error}); the checkpoint keeps the line that is missing in it"
+            trouble = f"metrics.jsonl cannot be written ({error})"
         if not self._claimed.intact():
             trouble = (
                 f"run.output_dir {self._folder} was deleted, moved or replaced while the run wrote into it"

@@ -101,8 +101,8 @@ def test_overwriting_moves_the_runs_checkpoints_aside_with_it(of, tmp_path):
     first = start_and_save(of("out", "shared"))
     moved = {entry.what: entry.to for entry in move_aside(of("out", "shared"))}
     assert moved == {
-        tmp_path / "shared": tmp_path / "shared" / "old-1",
-        tmp_path / "out": tmp_path / "out.old-1",
+        f"checkpoints in {tmp_path / 'shared'}": tmp_path / "shared" / "old-1",
+        str(tmp_path / "out"): tmp_path / "out.old-1",
     }
     held = claim_output_folder(of("out", "shared"))
     assert held.owner.id != first.id

@@ -156,7 +156,7 @@ def test_moving_aside_counts_up(config, tmp_path):
     for number in (1, 2):
         (tmp_path / "run").mkdir()
         (moved,) = move_aside(config())
-        assert (moved.what, moved.to) == (tmp_path / "run", tmp_path / f"run.old-{number}")
+        assert (moved.what, moved.to) == (str(tmp_path / "run"), tmp_path / f"run.old-{number}")
     assert move_aside(config()) == []
 
 
