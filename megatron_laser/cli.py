@@ -86,12 +86,13 @@ def train(
     check_layout(loaded, read_architecture(loaded.model.path), place_in_run().world_size)
     is_main = is_main_process()
     prepare_process(loaded.logging.level, is_main)
-    if overwrite and is_main:
-        from megatron_laser.output_folder import move_aside
+    from megatron_laser.observability.extras import say
 
-        moved = move_aside(Path(loaded.run.output_dir))
-        if moved is not None:
-            typer.echo(f"moved the existing {loaded.run.output_dir} to {moved}")
+    if overwrite and is_main:
+        from megatron_laser.overwrite import move_aside
+
+        for moved in move_aside(loaded):
+            say(f"moved the existing {moved.what} to {moved.to}")
     from megatron_laser.model.transformer_engine import settle
 
     settle(loaded.model.layers)
@@ -99,7 +100,7 @@ def train(
 
     folder = run(loaded)
     if is_main:
-        typer.echo(f"done: {folder}/report.md")
+        say(f"done: {folder}/report.md")
 
 
 @app.command()

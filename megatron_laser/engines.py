@@ -106,7 +106,10 @@ def await_servers(config: RunConfig, engine: RolloutEngine) -> None:
 
 
 def with_servers(phase: str, work: Callable[[], None]) -> str:
-    """Do `work`, which uses the engine: "" when it is done, `NEEDS_WEIGHTS`, or why the run has to stop."""
+    """Do `work`, which uses the engine: "" when it is done, `NEEDS_WEIGHTS`, or why the run has to stop.
+
+    An OSError is a reason to stop, too: a full disk, too many open files. The run is saved then.
+    """
     try:
         work()
     except WeightsNeeded as error:
@@ -114,6 +117,8 @@ def with_servers(phase: str, work: Callable[[], None]) -> str:
         return NEEDS_WEIGHTS
     except (ServersLost, ServerError, TimeoutError, GradingPoolError, NothingEnds) as error:
         return f"{phase}: {error}"
+    except OSError as error:
+        return f"{phase}: {type(error).__name__}: {error}"
     return ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,15 +14,25 @@ from megatron_laser.model.dtypes import DTYPES
 from megatron_laser.model.hf_folder import write_hf_folder
 from megatron_laser.weight_sync import sync_weights
 
+logger = logging.getLogger(__name__)
 
-def export_hf(config: RunConfig, stream: Iterator[tuple[str, torch.Tensor]], *, is_main: bool) -> None:
-    """Write `output_dir`/hf on rank 0; the other ranks take part in the stream's collectives."""
+
+def export_hf(config: RunConfig, stream: Iterator[tuple[str, torch.Tensor]], *, is_main: bool) -> str:
+    """Write `output_dir`/hf on rank 0; the other ranks take part in the stream's collectives.
+
+    Returns:
+        "", or on rank 0 why the folder cannot be written; the stream has then been run to its end all the same.
+    """
     if not is_main:
         sync_weights(stream, None, version=config.run.steps)
-        return
-    write_hf_folder(
-        stream,
-        Path(config.run.output_dir) / "hf",
-        source=Path(config.model.path),
-        dtype=DTYPES[config.model.dtype],
-    )
+        return ""
+    target = Path(config.run.output_dir) / "hf"
+    stream = iter(stream)
+    try:
+        write_hf_folder(stream, target, source=Path(config.model.path), dtype=DTYPES[config.model.dtype])
+    except OSError as error:
+        deque(stream, maxlen=0)
+        trouble = f"{target} cannot be written: {error}"
+        logger.error("%s", trouble)
+        return trouble
+    return ""

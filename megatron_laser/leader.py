@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.config import RunConfig, evaluation_max_new_tokens, rollout_tries
+from megatron_laser.config import RunConfig, rollout_tries
 from megatron_laser.data import PromptCursor
 from megatron_laser.engines import await_servers, open_engine, with_servers
-from megatron_laser.evaluation import evaluate, generation_batch
 from megatron_laser.inputs import RunInputs
 from megatron_laser.model import platform
-from megatron_laser.observability.live import LiveView
-from megatron_laser.observability.report import write_report
-from megatron_laser.observability.rollout_dump import dump_rollouts
 from megatron_laser.observability.rollout_metrics import rollout_metrics, scores_by_label
-from megatron_laser.observability.sinks import MetricsLogger
 from megatron_laser.observability.timers import Timers
-from megatron_laser.observability.wandb_sink import WandbSink, open_wandb
-from megatron_laser.output_folder import STOPPED
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.ahead import RolloutAhead
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.endings import watch_endings
+from megatron_laser.rollout.engine import StoppedEarly
+from megatron_laser.run_evaluation import RunEvaluation
+from megatron_laser.run_record import RunRecord
 from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch, SamplingParams
 
@@ -47,13 +44,27 @@ class Leader:
         self._timers = timers
         self._folder = Path(config.run.output_dir)
         self._started = time.monotonic()
+        self._batch: RolloutBatch | None = None
+        self._evaluated: dict[str, float] = {}
+        self._closing = ExitStack()
+        try:
+            self._open(resumed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, resumed: dict[str, Any] | None) -> None:
+        config, inputs = self._config, self._inputs
+        self._closing.callback(inputs.folder.release)
         self._cursor = PromptCursor(
             len(inputs.train), config.run.seed, config.data.shuffle, data_fingerprint=inputs.data_fingerprint
         )
         self.engine = open_engine(config)
+        self._close_later("rollout engine", self.engine.close)
         self._grading = GradingPool(
             workers=config.reward.workers, deadline=config.reward.deadline, function=config.reward.function
         )
+        self._close_later("grading workers", self._grading.close)
         rollout = config.rollout
         engine_scores = config.laser.enabled and config.laser.score_source == "server"
         self._collector = RolloutCollector(
@@ -75,26 +86,35 @@ class Leader:
             decode=self._decode,
             deadline=rollout.deadline,
             seed=config.run.seed,
-            timers=timers,
+            timers=self._timers,
             oversample=rollout.oversample,
             max_staleness=rollout.max_staleness,
             ahead=rollout.ahead,
             endings=watch_endings(config, inputs.stop_token_ids, inputs.tokenizer),
         )
         self._ahead = RolloutAhead(self._collector, inputs.train) if rollout.ahead else None
+        if self._ahead is not None:
+            self._close_later("rollout ahead", self._ahead.close)
         if resumed is not None and resumed["run"] is not None:  # None: converted from a Hugging Face folder
             self._load_state(resumed["run"])
-        self._batch: RolloutBatch | None = None
-        self._evaluated: dict[str, float] = {}
-        # A fresh start in a folder without a checkpoint drops what an earlier attempt wrote.
-        self._metrics = MetricsLogger(
-            self._folder,
-            tensorboard=config.logging.tensorboard,
-            last_step=-1 if resumed is None else int(resumed["step"]),
-            wandb=self._open_wandb() if config.logging.wandb else None,
+        last_step = -1 if resumed is None else int(resumed["step"])
+        self._last_step = max(0, last_step)
+        self._evaluation = RunEvaluation(
+            config, inputs, self.engine, self._grading, self._timers, last_step=last_step
         )
-        self._view = LiveView(config.run.steps, mode=config.logging.live, title=config.run.name)
-        self._view.__enter__()
+        self._record = RunRecord(config, inputs.folder, resumed)
+        self._close_later("metrics", self._record.close)
+
+    def _close_later(self, what: str, close: Callable[[], object]) -> None:
+        """What ends the run is not to be hidden by what fails while it ends."""
+
+        def closing() -> None:
+            try:
+                close()
+            except Exception as error:
+                logger.warning("closing the %s failed: %s: %s", what, type(error).__name__, error)
+
+        self._closing.callback(closing)
 
     def collect(self, step: int) -> str:
         """Get the graded groups of step `step` into `batch`.
@@ -139,12 +159,33 @@ class Leader:
         """Evaluate on the validation split; `record` writes what comes out. Returns as `collect` does."""
 
         def work() -> None:
-            self._evaluated = self._evaluate("validation", step) | self._timers.collect()
+            with self._evaluation.left_out_on_stop():
+                self._evaluated = self._evaluation.run("validation", step) | self._timers.collect()
 
         return with_servers(f"evaluation after step {step}", work)
 
-    def record(self, step: int, result: StepResult, times: dict[str, float]) -> None:
-        """Write one step's metrics, update the view, and dump the rollouts when they are due."""
+    def evaluate_first(self) -> str:
+        """Before the first step of this start: evaluate the initial model, so that the report can say what training
+        changed, or make up for an evaluation that a stop left out. Returns as `collect` does."""
+        settings, step = self._config.evaluation, self._last_step
+
+        metrics: dict[str, float] = {}
+
+        def work() -> None:
+            with self._evaluation.left_out_on_stop():
+                found = self._evaluation.run("validation", step) if settings.every else {}
+                metrics.update(found | (self._evaluation.run("test", 0) if step == 0 else {}))
+
+        due = settings.baseline if step == 0 else evaluation_due(self._config, step)
+        if not due or (step > 0 and self._evaluation.is_done("validation", step)):
+            return ""
+        trouble = with_servers(f"evaluation of the weights of step {step}", work)
+        if trouble or not metrics:
+            return trouble
+        return self._record.write(step, metrics | self._timers.collect())
+
+    def record(self, step: int, result: StepResult, times: dict[str, float]) -> str:
+        """Write down one step. Returns "" or why the run has to stop, as `RunRecord.write`."""
         batch = self.batch
         metrics: dict[str, Any] = rollout_metrics(batch, result.zc_logprobs, result.scores)
         metrics |= batch.metrics | result.metrics | times | platform.memory_gib()
@@ -154,18 +195,16 @@ class Leader:
         metrics["epoch"] = self._cursor.progress
         metrics |= self._evaluated
         self._evaluated = {}
-        self._write(step, metrics)
+        trouble = self._record.write(step, metrics)
         if step % _HISTOGRAM_STEPS == 0:
-            self._metrics.histograms(step, scores_by_label(batch, result.scores))
-        every = self._config.logging.rollouts_every
-        if every and step % every == 0:
-            path = self._folder / "rollouts" / f"step_{step}.jsonl"
-            dump_rollouts(path, batch, result.scores, result.advantages)
+            self._record.histograms(step, scores_by_label(batch, result.scores))
+        self._record.dump(batch, result.scores, result.advantages)
+        return trouble
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of rank 0: the cursor, groups that are begun, and a batch that is ahead."""
+        """What a checkpoint keeps of rank 0: cursor, groups that are begun, a batch that is ahead, whose run it is."""
         state = self._collector.state() if self._ahead is None else self._ahead.state()
-        return state | {"reward_code": self._grading.source_fingerprints()}
+        return state | self._record.state() | {"reward_code": self._grading.source_fingerprints()}
 
     def _load_state(self, state: dict[str, Any]) -> None:
         self._grading.say_if_edited_since(state.get("reward_code", {}))
@@ -176,107 +215,44 @@ class Leader:
 
     def stopped(self, step: int, reason: str) -> None:
         """Say that the run stopped early and can be continued."""
-        note = {"step": step, "reason": reason}
-        (self._folder / STOPPED).write_text(json.dumps(note) + "\n", encoding="utf-8")
-        self._view.message(
-            f"stopped after step {step} ({reason}); saved: the same command continues from here"
-        )
+        self._record.stopped(step, reason)
 
-    def evaluate_baseline(self) -> str:
-        """Evaluate the initial model, so that the report can say what training changed. Returns as `collect` does."""
-
-        def work() -> None:
-            metrics = self._evaluate("validation", 0) if self._config.evaluation.every else {}
-            metrics |= self._evaluate("test", 0)
-            if metrics:
-                self._write(0, metrics | self._timers.collect())
-
-        return (
-            with_servers("evaluation of the initial model", work) if self._config.evaluation.baseline else ""
-        )
+    def stop_evaluating(self, reason: str) -> None:
+        """End the evaluation that runs, and every later one, within seconds; safe in a signal handler."""
+        self._evaluation.stop(reason)
 
     def finish(self, *, complete: bool) -> str:
         """Evaluate the final weights on the test split and write the report. Returns as `collect` does.
+
+        Stopped in the evaluation, it says so: the same command goes on with what has been sampled.
 
         Args: complete: nothing is left to do afterwards; the same command will say so and not start again.
         """
         steps = self._config.run.steps
         metrics: dict[str, float] = {}
-        trouble = with_servers("final evaluation", lambda: metrics.update(self._evaluate("test", steps)))
+
+        def work() -> None:
+            metrics.update(self._evaluation.run("test", steps, resumable=True))
+
+        try:
+            trouble = with_servers("final evaluation", work)
+        except StoppedEarly:
+            self.stopped(steps, self._evaluation.stop_reason)
+            return ""
         if trouble:
             return trouble
         if metrics:
             summary = ", ".join(
                 f"{name} {metrics[key]:.3f}" for name, key in _HEADLINES.items() if key in metrics
             )
-            self._view.message(f"test split after step {steps}: {summary}")
-        self._view.__exit__(None, None, None)
-        path = write_report([self._folder])
-        if complete:
-            self._inputs.folder.mark_finished(steps)
-        logger.info("finished in %.0f s; report: %s", time.monotonic() - self._started, path)
-        return ""
+            self._record.message(f"test split after step {steps}: {summary}")
+        trouble = self._record.finish(steps, complete=complete)
+        logger.info("finished in %.0f s", time.monotonic() - self._started)
+        return trouble
 
     def close(self) -> None:
         """Stop workers and close files; safe after a failure and safe to call twice."""
-        self._view.__exit__(None, None, None)
-        self._metrics.close()
-        if self._ahead is not None:
-            self._ahead.close()
-        self._grading.close()
-        self.engine.close()
-        self._inputs.folder.release()
-
-    def _open_wandb(self) -> WandbSink | None:
-        config = self._config
-        return open_wandb(
-            self._folder,
-            project=config.logging.wandb_project,
-            name=config.run.name,
-            settings=config.model_dump(mode="json"),
-        )
-
-    def _write(self, step: int, metrics: dict[str, Any]) -> None:
-        self._metrics.log(step, metrics)
-        self._view.update(step, metrics)
-
-    def _evaluate(self, split: str, step: int) -> dict[str, float]:
-        """Evaluate the engine's current weights on `validation` or `test`; {} when the split is not given.
-
-        Names are eval/<metric> for validation and test/<metric> for test.
-        """
-        config, settings = self._config, self._config.evaluation
-        prompts = self._inputs.validation if split == "validation" else self._inputs.test
-        if not prompts:
-            return {}
-        samples = settings.samples_per_prompt if split == "validation" else settings.final_samples_per_prompt
-        with self._timers("evaluate"):
-            summary = evaluate(
-                self.engine,
-                prompts[: settings.max_prompts],
-                sampling=SamplingParams(
-                    samples_per_prompt=samples,
-                    max_new_tokens=evaluation_max_new_tokens(config),
-                    stop_token_ids=self._inputs.stop_token_ids,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    seed=settings.seed,
-                ),
-                decode=self._decode,
-                grading=self._grading,
-                score_token_id=self._inputs.score_token_id,
-                ref_logprob=config.laser.ref_logprob,
-                beta=config.laser.beta,
-                targets=config.laser.targets,
-                records_path=self._folder / "evaluation" / f"{split}_step_{step}.jsonl",
-                deadline=config.rollout.deadline,
-                generation_batch=generation_batch(
-                    in_process=config.rollout.engine == "in_process",
-                    max_batch_size=config.rollout.max_batch_size,
-                    max_concurrency=config.rollout.max_concurrency,
-                ),
-            )
-        return summary.prefixed("eval/" if split == "validation" else "test/")
+        self._closing.close()
 
     def _decode(self, ids: list[int]) -> str:
         return self._inputs.tokenizer.decode(ids, skip_special_tokens=True)

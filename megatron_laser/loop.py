@@ -75,7 +75,7 @@ def _train(config: RunConfig, runtime: Runtime, coordinator: Coordinator, timers
         stragglers = Stragglers(runtime, config.logging.straggler_every)
         ranks = Ranks(config, runtime, coordinator, leader)
         run = _Run(config, ranks, trainer, checkpoints, timers, stragglers, turns)
-        with stop_signals(coordinator.request_stop):
+        with stop_signals(ranks.request_stop):
             run.run(first_step=1 if resumed is None else resumed["step"] + 1, resumed=resumed is not None)
     finally:
         if leader is not None:
@@ -102,15 +102,15 @@ class _Run:
             # A converted checkpoint of step 0 is a resume too: its weights may not be those of model.path.
             if resumed or needs_first_sync(self.config):
                 self._sync(first_step - 1)
-            if first_step == 1:
-                self._led("evaluation before the first step", 0, lambda leader: leader.evaluate_baseline())
-            for step in range(first_step, self.config.run.steps + 1):
-                self.step(step)
-                reason = self.ranks.coordinator.agree_to_stop(step)
-                if reason is not None:
+            for step in range(first_step - 1, self.config.run.steps + 1):
+                if step < first_step:
+                    self._led("first evaluation", step, lambda leader: leader.evaluate_first())
+                else:
+                    self.step(step)
+                if (reason := self.ranks.coordinator.agree_to_stop(step)) is not None:
                     self.stop(step, reason)
                     return
-                if self.checkpoints.due(step):
+                if step >= first_step and self.checkpoints.due(step):
                     self._save(step)
         except CannotGoOn as error:
             self.stop(error.step, error.reason)
@@ -143,7 +143,7 @@ class _Run:
                 self._led(f"evaluation after step {step}", step, lambda leader: leader.evaluate(step))
             except CannotGoOn as error:
                 lost = error
-        self.ranks.lead(f"recording step {step}", lambda leader: leader.record(step, result, times))
+        self._led(f"recording step {step}", step, lambda leader: leader.record(step, result, times))
         if lost is not None:
             raise lost
 
@@ -156,17 +156,19 @@ class _Run:
 
     def finish(self) -> None:
         """Export the trained model, evaluate it on the test split, write the report."""
-        saved = self._saved()
+        saved, steps, trouble = self._saved(), self.config.run.steps, ""
         if self.config.checkpoint.export_hf:
             with self.turns.during(Turn.SYNC, self.ranks), self.ranks.coordinator.phase("export"):
-                export_hf(self.config, self.trainer.weight_stream(), is_main=self.ranks.runtime.is_main)
-        steps = self.config.run.steps
+                own = export_hf(self.config, self.trainer.weight_stream(), is_main=self.ranks.runtime.is_main)
+                trouble = self.ranks.tell(own)
         try:
-            self._led("final evaluation", steps, lambda leader: leader.finish(complete=saved))
+            self._led("final evaluation", steps, lambda leader: leader.finish(complete=saved and not trouble))
         except CannotGoOn as error:
-            raise RunEnded(f"all {steps} steps are done: {error}; the same command goes on here") from None
+            trouble = trouble or error.reason
         if not saved:
             raise CheckpointError(f"all steps are done, but the last save failed: {self.checkpoints.trouble}")
+        if trouble:
+            raise RunEnded(f"all {steps} steps are done: {trouble}; the same command goes on here")
 
     def _led(self, phase: str, step: int, work: Callable[[Leader], str]) -> None:
         """Rank 0 works with the engine, which holds the weights of `step` or is given them in between."""
@@ -177,9 +179,7 @@ class _Run:
         trouble = ""
         for _ in range(_SYNC_ATTEMPTS):
             if needs_first_sync(self.config):
-                lost = self.ranks.decide("waiting for servers", lambda leader: leader.await_servers())
-                if lost:
-                    raise CannotGoOn(version, lost)
+                self._led("waiting for servers", version, lambda leader: leader.await_servers())
             self.turns.take(Turn.SYNC, self.ranks)
             with self.timers("sync"), self.ranks.coordinator.phase(f"weight sync of step {version}"):
                 engine = None if self.ranks.leader is None else self.ranks.leader.engine

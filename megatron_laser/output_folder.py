@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import os
-import socket
 import time
+import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_laser.config import ConfigError, RunConfig, resolved_yaml
+from megatron_laser.files import through_links
+from megatron_laser.folder_lock import LOCK, lock_folder
+from megatron_laser.observability.plain import write_atomically
 from megatron_laser.trainer.checkpoint import folder as checkpoints
+from megatron_laser.trainer.checkpoint import owner as owners
+from megatron_laser.trainer.checkpoint.owner import RUN, Owner, same_folder
 
 logger = logging.getLogger(__name__)
 
 STOPPED = "STOPPED"
 FINISHED = "FINISHED"
-_IDENTITY = "run.json"
-_LOCK = "run.lock"
 # What may change between the start of a run and its continuation: it decides where and how fast things run,
 # how long and how talkative, but not what is learned from which data.
 _MAY_CHANGE = {
@@ -53,57 +55,134 @@ class ClaimedFolder:
     """The right to write into `path`; held until `release` or the end of the process.
 
     finished: the run in it has done all of `run.steps`, and there is nothing left to do.
+    owner: the run, for its checkpoints; None when it is finished.
     """
 
-    def __init__(self, path: Path, lock: IO[str], *, finished: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        lock: IO[str],
+        held: ExitStack,
+        *,
+        owner: Owner | None = None,
+        finished: bool = False,
+    ) -> None:
         self.path = path
+        self.owner = owner
         self.finished = finished
         self._lock = lock
+        self._held = held
 
     def mark_finished(self, step: int) -> None:
         """Say that everything is done and written: the same command will not start again."""
         checkpoints.write_synced(self.path / FINISHED, {"step": step})
 
+    def intact(self) -> bool:
+        """Whether the folder is still the one that was claimed, and not deleted, moved or replaced."""
+        try:
+            return os.path.samestat(os.stat(self.path / LOCK), os.fstat(self._lock.fileno()))
+        except OSError:
+            return False
+
+    def restore(self, config: RunConfig) -> None:
+        """Claim the folder's place again, as the same run, so that it can save and go on later.
+
+        Raises:
+            ConfigError: another run is there by now, or it cannot be written.
+        """
+        self.release()
+        again = claim_output_folder(config, again=self.owner)
+        self._lock, self._held = again._lock, again._held
+
     def release(self) -> None:
         """Let go of the folder; safe to call twice."""
-        self._lock.close()
+        self._held.close()
 
 
-def claim_output_folder(config: RunConfig) -> ClaimedFolder:
+def claim_output_folder(config: RunConfig, *, again: Owner | None = None) -> ClaimedFolder:
     """Create `run.output_dir`, lock it, and write the resolved configuration and the run's identity into it.
 
+    The folder of its checkpoints, and one that its weights pass through on the way to servers, are locked as well.
+
+    Args:
+        again: the run, if it had claimed the folder before.
+
     Raises:
-        ConfigError: the folder is in use, belongs to another run, or cannot be written.
+        ConfigError: a folder is in use, belongs to another run, or cannot be written.
+        CheckpointError: the newest checkpoint cannot be read.
     """
     folder = Path(config.run.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
-        _check_same_run(config, folder)
-        finished = _finished_step(folder)
-        if finished is not None and config.run.steps <= finished:
-            logger.warning(
-                "the run in %s has finished its %d steps: nothing to do. Raise run.steps to train on, or choose "
-                "another run.output_dir",
-                folder,
-                finished,
-            )
-            return ClaimedFolder(folder, lock, finished=True)
-        if finished is not None:
-            _check_continues(config, folder, finished)
-            (folder / FINISHED).unlink()
-        (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
-        if not (folder / _IDENTITY).exists():
-            record = {
-                "name": config.run.name,
-                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "settings": identity(config),
-            }
-            (folder / _IDENTITY).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (folder / STOPPED).unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError([f"run.output_dir {folder} cannot be written: {error}"]) from error
-    return ClaimedFolder(folder, lock)
+    setting, path = "run.output_dir", folder
+    with ExitStack() as held:
+        try:
+            through_links(folder).mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(lock_folder(folder, setting))
+            record = _same_run(config, folder, again)
+            finished = _finished_step(folder)
+            if finished is not None and config.run.steps <= finished:
+                logger.warning(
+                    "the run in %s has finished its %d steps: nothing to do. Raise run.steps to train on, or choose "
+                    "another run.output_dir",
+                    folder,
+                    finished,
+                )
+                return ClaimedFolder(folder, lock, held.pop_all(), finished=True)
+            if finished is not None:
+                _check_continues(config, folder, finished)
+            for setting, path in _also_written(config):
+                through_links(path).mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock_folder(path, setting))
+            owner = _claim_checkpoints(config, record, again)
+            if finished is not None:
+                (folder / FINISHED).unlink()
+            (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
+            _write_record(config, folder, record, owner)
+            (folder / STOPPED).unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError([f"{setting} {path} cannot be written: {error}"]) from error
+        return ClaimedFolder(folder, lock, held.pop_all(), owner=owner)
+
+
+def _also_written(config: RunConfig) -> list[tuple[str, Path]]:
+    """(setting, folder) of the folders that two runs must not share, besides the output folder."""
+    found = [("checkpoint.folder", checkpoints.checkpoint_root(config))]
+    rollout = config.rollout
+    if rollout.weight_sync == "disk" and rollout.sync_folder is not None:
+        found.append(("rollout.sync_folder", Path(rollout.sync_folder)))  # a run deletes older weights there
+    seen = {os.path.realpath(config.run.output_dir)}
+    different = []
+    for setting, path in found:
+        if os.path.realpath(path) not in seen:
+            different.append((setting, path))
+        seen.add(os.path.realpath(path))
+    return different
+
+
+def _claim_checkpoints(config: RunConfig, record: dict[str, Any] | None, again: Owner | None) -> Owner:
+    """Check that the checkpoints are this run's, and say so in their folder."""
+    root = checkpoints.checkpoint_root(config)
+    output_dir = str(config.run.output_dir)
+    run_id = again.id if again is not None else None if record is None else record.get("id")
+    if record is not None and run_id is None:  # of an earlier version, which gave runs no id
+        there = owners.read_owner(root)
+        if there is not None and same_folder(there.output_dir, output_dir):
+            run_id = there.id  # a start that was cut off had given it one already
+    owner = Owner(run_id or uuid.uuid4().hex, output_dir, str(root))
+    owners.check_owner(root, owner, earlier=record is not None and "id" not in record)
+    owners.check_left_behind(None if record is None else record.get("checkpoints"), root, owner)
+    owners.write_owner(root, owner)
+    return owner
+
+
+def _write_record(config: RunConfig, folder: Path, record: dict[str, Any] | None, owner: Owner) -> None:
+    if record is None:
+        record = {
+            "name": config.run.name,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "settings": identity(config),
+        }
+    written = {"id": owner.id, **record, "checkpoints": owner.folder}
+    write_atomically(folder / RUN, json.dumps(written, indent=1) + "\n")
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -121,48 +200,6 @@ def _may_change(section: str, key: str) -> bool:
     return free is None or key in free
 
 
-def move_aside(folder: Path) -> Path | None:
-    """Rename an existing output folder to `<folder>.old-N`; returns the new name, None if there was none.
-
-    Raises:
-        ConfigError: a live run writes into it.
-    """
-    if not folder.exists():
-        return None
-    _lock(folder).close()
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    os.replace(folder, target)
-    return target
-
-
-def _lock(folder: Path) -> IO[str]:
-    lock = (folder / _LOCK).open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read().strip()
-        lock.close()
-        raise ConfigError(
-            [
-                f"run.output_dir {folder} is in use by a live run{f' ({owner})' if owner else ''}; stop it or "
-                "choose another run.output_dir"
-            ]
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
-        logger.warning(
-            "run.output_dir %s: no file locks here (%s); never start two runs in it", folder, error
-        )
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
-    return lock
-
-
 def _finished_step(folder: Path) -> int | None:
     file = folder / FINISHED
     if not file.exists():
@@ -175,7 +212,7 @@ def _finished_step(folder: Path) -> int | None:
 
 def _check_continues(config: RunConfig, folder: Path, finished: int) -> None:
     """Without a checkpoint a finished run would begin anew and overwrite what it has measured."""
-    root = Path(config.checkpoint.folder or folder / "checkpoints")
+    root = checkpoints.checkpoint_root(config)
     if not checkpoints.published(root):
         raise ConfigError(
             [
@@ -185,22 +222,20 @@ def _check_continues(config: RunConfig, folder: Path, finished: int) -> None:
         )
 
 
-def _check_same_run(config: RunConfig, folder: Path) -> None:
-    file = folder / _IDENTITY
+def _same_run(config: RunConfig, folder: Path, again: Owner | None) -> dict[str, Any] | None:
+    """The record of the run in `folder`, which is the one of `config`; None when there is none."""
+    file = folder / RUN
     if not file.exists():
         if (folder / "metrics.jsonl").exists():
             raise ConfigError(
-                [f"run.output_dir {folder} holds metrics of an unknown run (no {_IDENTITY}); {_WAYS}"]
+                [f"run.output_dir {folder} holds metrics of an unknown run (no {RUN}); {_WAYS}"]
             )
-        return
-    if config.run.resume == "never":
+        return None
+    if config.run.resume == "never" and again is None:
         raise ConfigError([f"run.output_dir {folder} already holds a run and run.resume is never; {_WAYS}"])
-    try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))["settings"]
-        # What an earlier version wrote down may be free to change by now.
-        theirs = {key: value for key, value in recorded.items() if not _may_change(*key.split(".", 1))}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError([f"{file} cannot be read ({error!r}); {_WAYS}"]) from error
+    record = read_record(folder)
+    # What an earlier version wrote down may be free to change by now.
+    theirs = {key: value for key, value in record["settings"].items() if not _may_change(*key.split(".", 1))}
     ours = identity(config)
     changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
     if changed:
@@ -209,6 +244,27 @@ def _check_same_run(config: RunConfig, folder: Path) -> None:
         )
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise ConfigError([f"run.output_dir {folder} belongs to another run: {listed}{more}; {_WAYS}"])
+    if again is not None and record.get("id") != again.id:
+        raise ConfigError(
+            [f"run.output_dir {folder} was deleted under a live run, and holds another one by now"]
+        )
+    return record
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What an output folder says of its run: name, started, settings, id, checkpoints.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    file = folder / RUN
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        for key in record["settings"]:
+            _section, _key = key.split(".", 1)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError([f"{file} cannot be read ({error!r}); {_WAYS}"]) from error
+    return dict(record)
 
 
 _WAYS = "choose another run.output_dir, or pass --overwrite to move the old folder aside"

@@ -41,6 +41,12 @@ class Ranks:
     coordinator: Coordinator
     leader: Leader | None
 
+    def request_stop(self, reason: str) -> None:
+        """On a signal: stop after the current step; an evaluation does not have to end before that."""
+        self.coordinator.request_stop(reason)
+        if self.leader is not None:
+            self.leader.stop_evaluating(reason)
+
     def lead(self, phase: str, work: Callable[[Leader], T]) -> T | None:
         """Rank 0 works while the others wait on the store."""
         return self.coordinator.lead(phase, lambda: work(only_on_main(self.leader)), deadline=self._patience)

@@ -192,7 +192,7 @@ class Writer:
     """Rows to a .jsonl or .parquet file; `output` appears when `publish` is called."""
 
     def __init__(self, output: Path, stack: ExitStack) -> None:
-        self._output = output
+        self._output = output = output.resolve()  # through a link, which stays
         self._partial = output.with_name(output.name + ".partial")
         self._parquet = output.suffix == ".parquet"
         self._stack = stack

@@ -1,7 +1,8 @@
 """Choosing one of several responses, and how the choice gets better with more of them.
 
 An answer is any hashable key of its equivalence class; None abstains. Votes are compared in sums that do not
-depend on the order of the responses, so a tie is a tie whichever response came first.
+depend on the order of the responses, so a tie is a tie whichever response came first. One rule breaks all ties: the
+first seen wins. Responses are sampled alike, so their order is chance, and `voting_curves` averages over it.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 class VotingCurves(NamedTuple):
     """Accuracy with k responses for k = 1..K, each [problems, K]; average over axis 0 for the curve.
 
-    `average`, `pass_rate` and `best` are exact expectations over all subsets of size k; the two votes are
-    averages over random subsets. `best` picks by score, `pass_rate` is pass@k.
+    `average`, `pass_rate` and `best` are exact expectations over all subsets of size k and all orders of their
+    responses; the two votes are averages over random ones. `best` picks by score, `pass_rate` is pass@k.
     """
 
     average: FloatArray
@@ -160,15 +161,20 @@ def _vote_accuracy(
 def _expected_best(
     classes: NDArray[np.int64], right: FloatArray, rank_scores: FloatArray, max_k: int
 ) -> FloatArray:
-    """`best_of` averaged over all subsets of each size, exactly: [K].
+    """`best_of` averaged over all subsets of each size and all orders of their responses, exactly: [K].
 
     With responses sorted from best to worst, the one at place i is the best of C(n - 1 - i, k - 1) of the
-    C(n, k) subsets.
+    C(n, k) subsets. Of those with equal scores each is as often the first seen as any other, so that each counts
+    with their mean.
     """
     n = right.size
     abstains = classes < 0
-    order = np.lexsort((np.arange(n), -rank_scores, abstains))
-    sorted_right = np.where(abstains, 0.0, right)[order]
+    order = np.lexsort((-rank_scores, abstains))
+    ordered_scores, ordered_abstains = rank_scores[order], abstains[order]
+    differs = (ordered_scores[1:] != ordered_scores[:-1]) | (ordered_abstains[1:] != ordered_abstains[:-1])
+    tied = np.concatenate([[0], differs.cumsum()])  # [n]: number of the group of equal ones
+    sums = np.bincount(tied, weights=np.where(abstains, 0.0, right)[order])
+    sorted_right = (sums / np.bincount(tied))[tied]
     chances = np.array(
         [[math.comb(n - 1 - i, k - 1) / math.comb(n, k) for i in range(n)] for k in range(1, max_k + 1)]
     )

@@ -15,6 +15,7 @@ from megatron_laser.cli_testtime.options import (
     Router,
     StopIds,
     Urls,
+    Wait,
     engine_choice,
     model_folder,
     require_positive,
@@ -53,7 +54,10 @@ def calibrate(
         bool, typer.Option("--chat-template/--no-chat-template", help="As in training.")
     ] = True,
     seed: Annotated[
-        int, typer.Option(help="Of the choice of problems and of sampling.", min=0, max=2**63 - 1)
+        int,
+        typer.Option(
+            help="Of the choice of problems, and of sampling in this process.", min=0, max=2**63 - 1
+        ),
     ] = 1,
     url: Urls = None,
     router: Router = None,
@@ -61,6 +65,7 @@ def calibrate(
     dtype: Dtype = "float32",
     batch: Batch = 256,
     concurrency: Concurrency = 256,
+    wait: Wait = 60.0,
     stop_token_id: StopIds = None,
     deadline: Annotated[
         float, typer.Option(help="Seconds for sampling, and for each token's scores.")
@@ -85,7 +90,7 @@ def calibrate(
             ("--deadline", deadline),
         ):
             require_positive(name, value)
-        choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency)
+        choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
         folder = model_folder(model, None, None, None, stop_token_id, with_score=False)
         from megatron_laser.testtime.calibration import CalibrationSettings, calibrate_model
 

@@ -19,6 +19,7 @@ from megatron_laser.cli_testtime.options import (
     ScoreToken,
     StopIds,
     Urls,
+    Wait,
     engine_choice,
     model_folder,
     require_positive,
@@ -52,6 +53,7 @@ def evaluate(
     dtype: Dtype = "float32",
     batch: Batch = 256,
     concurrency: Concurrency = 256,
+    wait: Wait = 60.0,
     score_token: ScoreToken = None,
     ref_logprob: RefLogprob = None,
     beta: Beta = None,
@@ -76,7 +78,7 @@ def evaluate(
     with user_errors():
         from megatron_laser.config import load_benchmarks
 
-        choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency)
+        choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
         folder = model_folder(model, score_token, ref_logprob, beta, stop_token_id, with_score=not no_score)
         chosen = load_benchmarks(benchmarks, overrides or [], only=only or [], from_run=folder.from_run)
         for name, value in (

@@ -35,6 +35,9 @@ KeyVariable = Annotated[
 Dtype = Annotated[str, typer.Option(help="In this process: float32 or bfloat16.")]
 Batch = Annotated[int, typer.Option(help="In this process: sequences at once.")]
 Concurrency = Annotated[int, typer.Option(help="With servers: requests at once.")]
+Wait = Annotated[
+    float, typer.Option("--wait", help="With servers: seconds until all of them must have answered.")
+]
 ScoreToken = Annotated[
     str | None, typer.Option(help="The score token or its id; by default the training run's.")
 ]
@@ -71,7 +74,13 @@ def model_folder(
 
 
 def engine_choice(
-    urls: list[str] | None, router: str | None, variable: str, dtype: str, batch: int, concurrency: int
+    urls: list[str] | None,
+    router: str | None,
+    variable: str,
+    dtype: str,
+    batch: int,
+    concurrency: int,
+    wait: float,
 ) -> EngineChoice:
     """The engine that the options name."""
     from megatron_laser.testtime import EngineChoice
@@ -84,6 +93,7 @@ def engine_choice(
         dtype=dtype,  # type: ignore[arg-type]
         max_batch_size=batch,
         max_concurrency=concurrency,
+        wait=wait,
     )
 
 

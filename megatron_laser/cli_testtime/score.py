@@ -20,6 +20,7 @@ from megatron_laser.cli_testtime.options import (
     ScoreToken,
     StopIds,
     Urls,
+    Wait,
     engine_choice,
     model_folder,
     require_positive,
@@ -77,6 +78,7 @@ def score(
     dtype: Dtype = "float32",
     batch: Batch = 256,
     concurrency: Concurrency = 256,
+    wait: Wait = 60.0,
     score_token: ScoreToken = None,
     ref_logprob: RefLogprob = None,
     beta: Beta = None,
@@ -94,7 +96,7 @@ def score(
         if serve == (source is not None):
             raise typer.BadParameter("give either a JSON Lines file or --serve")
         require_positive("--deadline", deadline)
-        choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency)
+        choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
         folder = model_folder(model, score_token, ref_logprob, beta, stop_token_id)
         template = (
             folder.from_run.get("apply_chat_template", True) if chat_template is None else chat_template
@@ -118,7 +120,8 @@ def score(
             )
             run_proxy(folder, choice, settings, say=typer.echo)
             return
-        from megatron_laser.testtime import Scorer, open_engine
+        from megatron_laser.testtime import Scorer
+        from megatron_laser.testtime.held_weights import HeldWeights
         from megatron_laser.testtime.scoring import read_answers, score_file
 
         assert source is not None
@@ -126,13 +129,14 @@ def score(
             folder, source, apply_chat_template=template, prompt_suffix=suffix, end_token_id=end_token_id
         )
         target = output or source.with_name(f"{source.stem}.scored{source.suffix}")
-        with open_engine(choice, folder, deadline=deadline) as engine:
+        with HeldWeights(choice, folder, deadline=deadline, identify=False) as weights:
             counts = score_file(
-                Scorer(engine, folder, end_token_id=end_token_id),
+                Scorer(weights.engine(), folder, end_token_id=end_token_id),
                 answers,
                 target,
                 deadline=deadline,
                 batch=batch,
+                check=weights.check,
             )
         typer.echo(
             f"{counts['rows']:.0f} rows, {counts['scored']:.0f} with a score (mean {counts['score_mean']:.3f}), "

@@ -56,7 +56,7 @@ class CheckpointConfig(Section):
     """Seconds that a rank waits for another while a checkpoint is written or read: the slowest rank's files and
     checksums. Apart from `run.deadline`, which need not be raised for a slow file system."""
     folder: FilePath | None = None
-    """Where checkpoints lie; null: `output_dir`/checkpoints."""
+    """Where this run's checkpoints lie, and no other run's; null: `output_dir`/checkpoints."""
     export_hf: bool = True
     """Write a Hugging Face folder to `output_dir`/hf at the end of the run."""
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import threading
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from megatron_laser.types import FinishReason, Generation
 
@@ -48,6 +50,20 @@ class Arrival:
     def is_scored(self, stop_token_ids: tuple[int, ...]) -> bool:
         """See `Generation.is_scored`."""
         return Generation(self.response_ids, [], self.finish_reason, 0).is_scored(stop_token_ids)
+
+
+def arrivals_path(records_path: Path, identity: Mapping[str, Any]) -> Path:
+    """Where an evaluation that keeps its responses only until it is finished has them; drops those of others.
+
+    Args:
+        identity: what the responses depend on, as JSON can hold it; a part of the name.
+    """
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = records_path.with_name(f"{records_path.stem}.{digest}.partial")
+    for other in records_path.parent.glob(f"{records_path.stem}.*.partial"):
+        if other != path:
+            other.unlink(missing_ok=True)
+    return path
 
 
 class ArrivalFile:

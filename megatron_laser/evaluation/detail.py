@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from megatron_laser.algorithms.metrics import auroc, verification_metrics
 from megatron_laser.evaluation.records import EvaluationRecord
-from megatron_laser.evaluation.summary import by_problem, summarize, vote_curves
+from megatron_laser.evaluation.summary import by_problem, no_votes, summarize, vote_curves
 
 FloatArray = NDArray[np.float64]
 
@@ -35,6 +35,7 @@ def evaluation_detail(
 
     Returns:
         summary: see `summarize`.
+        no_votes: why votes are not available, None where they are.
         curves: way -> {"mean", "low", "high"}, lists over k = 1..K; see `vote_curves`. The intervals are 95 %
             bootstraps over problems, with the same resampled problems for every way and every k.
         differences: the same for pairs of ways, whose intervals say whether one is better.
@@ -48,18 +49,18 @@ def evaluation_detail(
     """
     summary = summarize(records, seed=seed, subsets=subsets, num_resamples=num_resamples)
     problems = by_problem(records)
-    has_scores = summary["num_scored"] > 0
-    curves = vote_curves(problems, has_scores=has_scores, seed=seed, subsets=subsets)
+    curves = vote_curves(problems, seed=seed, subsets=subsets)
     picks = np.random.default_rng(seed).integers(len(problems), size=(num_resamples, len(problems)))
     differences = {
         name: curves[first] - curves[second]
         for name, (first, second) in _DIFFERENCES.items()
         if first in curves and second in curves
     }
-    scored = [[record for record in problem if record.score is not None] for problem in problems]
+    scored = [[record for record in problem if record.verifiable] for problem in problems]
     boxed = [[record for record in problem if record.extracted is not None] for problem in scored]
     return {
         "summary": summary,
+        "no_votes": no_votes(records) or None,
         "curves": {name: _with_interval(values, picks) for name, values in curves.items()},
         "differences": {name: _with_interval(values, picks) for name, values in differences.items()},
         "verification": {
@@ -84,7 +85,7 @@ def accuracy_by_length(records: Sequence[EvaluationRecord], bins: int = LENGTH_B
     for index, edge in enumerate(edges):
         above = edges[index - 1] if index else -1
         chosen = [record for record in records if above < record.response_ids_length <= edge]
-        scored = [record for record in chosen if record.score is not None]
+        scored = [record for record in chosen if record.verifiable]
         scores = [r.score for r in scored if r.score is not None]
         labels = [float(r.right) for r in scored]
         groups.append(
@@ -105,7 +106,7 @@ def reliability_bins(
     records: Sequence[EvaluationRecord], bins: int = RELIABILITY_BINS
 ) -> list[dict[str, Any]]:
     """Scored responses by clamp(score, 0, 1) in equal bins (the last one closed): mean score, share right."""
-    scored = [record for record in records if record.score is not None]
+    scored = [record for record in records if record.verifiable]
     scores = np.array([record.score for record in scored], dtype=np.float64).clip(0, 1)
     right = np.array([record.right for record in scored], dtype=np.float64)
     index = np.minimum((scores * bins).astype(int), bins - 1)

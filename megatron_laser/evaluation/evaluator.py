@@ -23,6 +23,7 @@ from megatron_laser.evaluation.sampler import EvaluationEngine, Sampler
 from megatron_laser.evaluation.summary import summarize
 from megatron_laser.observability.plain import plain, write_atomically
 from megatron_laser.rewards import Grade, GradingPool, equivalence_classes, extract_answer
+from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.types import Prompt, SamplingParams
 
 
@@ -56,6 +57,7 @@ def evaluate(
     responses_path: Path | None = None,
     repeatable: bool = True,
     on_response: Callable[[int, bool], None] | None = None,
+    stop: StopEarly | None = None,
 ) -> EvaluationSummary:
     """Answer every prompt `sampling.samples_per_prompt` times and judge the answers and their scores.
 
@@ -76,8 +78,10 @@ def evaluate(
             undisturbed one; otherwise only missing responses are asked for.
         on_response: called with each response's number of tokens, and whether it is new; first with those that were
             there already.
+        stop: set, it ends the evaluation within seconds; what has been sampled by then is in `responses_path`.
 
     Raises:
+        StoppedEarly: `stop` was set.
         ValueError: no prompts, `generation_batch` below 1, or a broken line in a file to go on from.
         TimeoutError: the deadline passed; says how far the evaluation came.
         RuntimeError: the engine returned another number of responses or a log-prob that is not finite.
@@ -98,7 +102,7 @@ def evaluate(
         ArrivalFile(responses_path, skip_rows=known.keys()) as arrivals,
     ):
         ends = time.monotonic() + deadline
-        sampler = Sampler(engine, sampling, score_token_id, arrivals, repeatable, count, ends)
+        sampler = Sampler(engine, sampling, score_token_id, arrivals, repeatable, count, ends, stop)
         job = _Job(engine, sampling, decode, grading, score_token_id, ref_logprob, beta, targets, ends)
         for prompt in prompts:
             for record in known.get(prompt.row, []):
@@ -111,6 +115,8 @@ def evaluate(
             open_prompts = [prompt for prompt in batch if prompt.row not in known]
             try:
                 groups = sampler.run(batch, open_prompts, start)
+                if stop is not None and stop.is_set:
+                    raise StoppedEarly(f"{start} of {len(prompts)} prompts were done")
                 new = job.judge(open_prompts, groups)
             except TimeoutError as error:
                 raise TimeoutError(

@@ -50,6 +50,16 @@ class EvaluationRecord:
         """The verifier's verdict."""
         return self.reward > 0.5
 
+    @property
+    def graded(self) -> bool:
+        """False where grading itself failed: `right` is then no verdict on the response."""
+        return self.outcome not in ("timeout", "crash")
+
+    @property
+    def verifiable(self) -> bool:
+        """Whether it has a score and a verdict to compare it with."""
+        return self.score is not None and self.graded
+
 
 def write_records(file: TextIO, records: Iterable[EvaluationRecord]) -> None:
     """Append one JSON line for each record and flush."""

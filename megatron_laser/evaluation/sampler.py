@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_laser.evaluation.arrivals import Arrival, ArrivalFile
+from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.types import Generation, Prompt, SamplingParams
 
 
@@ -22,6 +23,7 @@ class EvaluationEngine(Protocol):
         *,
         deadline: float,
         on_finished: Callable[[int, int, Generation], None] | None = None,
+        stop: StopEarly | None = None,
     ) -> list[list[Generation]]:
         """`samples_per_prompt` responses for each prompt, in order; `on_finished` hears of each at once."""
         ...
@@ -42,6 +44,7 @@ class Sampler:
     repeatable: bool
     on_response: Callable[[int, bool], None]
     ends: float
+    stop: StopEarly | None = None
 
     def run(self, batch: Sequence[Prompt], open_prompts: Sequence[Prompt], start: int) -> list[list[Arrival]]:
         """All responses to `open_prompts`, sample after sample.
@@ -102,7 +105,11 @@ class Sampler:
         if left <= 0:
             raise TimeoutError("no time was left to generate")
         groups = self.engine.generate(
-            [prompt.token_ids for prompt in prompts], sampling, deadline=left, on_finished=on_finished
+            [prompt.token_ids for prompt in prompts],
+            sampling,
+            deadline=left,
+            on_finished=on_finished,
+            stop=self.stop,
         )
         if failures:
             raise failures[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -20,6 +20,7 @@ _CURVES = {
     "best_of": "best",
 }
 _NEED_SCORES = ("weighted_majority", "best_of")
+_NEED_ANSWERS = ("majority", "weighted_majority", "logprob_majority")
 # What needs no trained score: the same votes with the mean token log-prob in the score's place.
 _LOGPROB_CURVES = {"logprob_majority": "weighted_majority", "best_by_logprob": "best"}
 
@@ -33,8 +34,9 @@ def summarize(
     - `accuracy` (average over responses) with its 95 % interval `accuracy_low`, `accuracy_high`;
     - `<way>_at_<k>` for k = 1..K and `<way>` for k = K, the ways being those of `vote_curves`;
       `weighted_minus_majority` with `_low` and `_high`;
-    - `self_reward_<metric>`: `verification_metrics` over the responses that have a score (their number is
-      `num_scored`), `boxed_self_reward_<metric>` over those that also have a boxed answer
+    - `best_minus_average`, with `_low` and `_high`;
+    - `self_reward_<metric>`: `verification_metrics` over the responses that have a score and a grade (their number
+      is `num_scored`), `boxed_self_reward_<metric>` over those that also have a boxed answer
       (`num_scored_boxed`). A response without a score has no part in them, and weight 0 in votes;
     - `length_auroc` and `mean_logprob_auroc` over the same responses, for comparison with
       `self_reward_auroc`. They are raw: the chance that a right response is the longer (the more probable)
@@ -42,7 +44,8 @@ def summarize(
     - `score_length_spearman`, scores of right and wrong responses, log-probs of the score token, lengths,
       truncation, and `outcome/<name>` counts.
 
-    Weighted votes and best-of are left out where no response has a score; what is undefined is NaN.
+    Weighted votes and best-of are left out where no response has a score, votes where answers cannot be compared
+    (`no_votes`); what is undefined is NaN.
 
     Args:
         seed: of random subsets and of the bootstrap, which resamples problems.
@@ -55,7 +58,7 @@ def summarize(
     if not records:
         raise ValueError("there are no evaluation records to summarize; expected at least one")
     problems = by_problem(records)
-    scored = [record for record in records if record.score is not None]
+    scored = [record for record in records if record.verifiable]
     boxed = [record for record in scored if record.extracted is not None]
     summary: dict[str, float] = {
         "num_problems": len(problems),
@@ -63,7 +66,7 @@ def summarize(
         "num_scored": len(scored),
         "num_scored_boxed": len(boxed),
     }
-    summary |= _voting(problems, has_scores=bool(scored), seed=seed, subsets=subsets, resamples=num_resamples)
+    summary |= _voting(problems, seed=seed, subsets=subsets, resamples=num_resamples)
     summary |= _verification(scored, "")
     summary |= _verification(boxed, "boxed_")
     summary |= _score_statistics(scored)
@@ -80,20 +83,44 @@ def by_problem(records: Sequence[EvaluationRecord]) -> list[list[EvaluationRecor
     return list(problems.values())
 
 
-def vote_curves(
-    problems: list[list[EvaluationRecord]], *, has_scores: bool, seed: int, subsets: int
-) -> dict[str, FloatArray]:
+def no_votes(records: Iterable[EvaluationRecord]) -> str:
+    """Why there can be no votes: answers are the contents of boxes, and what the verifier judges is not in them.
+
+    A response without an answer abstains. Where right responses do, a vote would be counted wrong for what it
+    cannot see.
+
+    Returns:
+        The reason, in words; "" where votes mean what they say.
+    """
+    records = list(records)
+    if all(record.answer_class is None for record in records):
+        return "no response has an answer to compare (the content of its last \\boxed{})"
+    right = [record for record in records if record.right]
+    without = sum(record.answer_class is None for record in right)
+    if without:
+        return (
+            f"{without} of the {len(right)} right responses have no answer to compare (the content of the last "
+            "\\boxed{})"
+        )
+    return ""
+
+
+def vote_curves(problems: list[list[EvaluationRecord]], *, seed: int, subsets: int) -> dict[str, FloatArray]:
     """Way of choosing -> accuracy with k = 1..K responses, each [problems, K]. See `algorithms.voting`.
 
-    average, pass (pass@k) and majority always; weighted_majority (weights clamp(r_s, 0, 1)) and best_of (by raw
-    score) where there are scores; logprob_majority (weights e^(mean token log-prob), as in DeepConf, arXiv
-    2508.15260, with the log-prob of the sampled tokens in place of the top-k confidence) and best_by_logprob,
-    what a user would try without a trained score. All votes are over the same random subsets.
+    average and pass (pass@k) always; majority where answers can be compared (`no_votes`); weighted_majority (weights
+    clamp(r_s, 0, 1)) and best_of (by raw score) where there are scores, too; logprob_majority (weights e^(mean token
+    log-prob), as in DeepConf, arXiv 2508.15260, with the log-prob of the sampled tokens in place of the top-k
+    confidence) and best_by_logprob, what a user would try without a trained score. All votes are over the same random
+    subsets. The best is the best of those with an answer, or of all where answers cannot be compared.
     """
+    everything = [record for problem in problems for record in problem]
+    has_scores = any(record.score is not None for record in everything)
+    can_vote = not no_votes(everything)
 
     def curves_of(weights: list[list[float | None]]) -> VotingCurves:
         return voting_curves(
-            [[record.answer_class for record in problem] for problem in problems],
+            [[record.answer_class if can_vote else 0 for record in problem] for problem in problems],
             [[float(record.right) for record in problem] for problem in problems],
             weights,
             subsets=subsets,
@@ -107,19 +134,20 @@ def vote_curves(
             for problem in problems
         ]
     )
-    curves = {
-        name: getattr(by_score, field)
-        for name, field in _CURVES.items()
-        if has_scores or name not in _NEED_SCORES
+    curves = {name: getattr(by_score, field) for name, field in _CURVES.items()}
+    curves |= {name: getattr(by_logprob, field) for name, field in _LOGPROB_CURVES.items()}
+    return {
+        name: curve
+        for name, curve in curves.items()
+        if (has_scores or name not in _NEED_SCORES) and (can_vote or name not in _NEED_ANSWERS)
     }
-    return curves | {name: getattr(by_logprob, field) for name, field in _LOGPROB_CURVES.items()}
 
 
 def _voting(
-    problems: list[list[EvaluationRecord]], *, has_scores: bool, seed: int, subsets: int, resamples: int
+    problems: list[list[EvaluationRecord]], *, seed: int, subsets: int, resamples: int
 ) -> dict[str, float]:
-    curves = vote_curves(problems, has_scores=has_scores, seed=seed, subsets=subsets)
-    max_k = curves["majority"].shape[1]
+    curves = vote_curves(problems, seed=seed, subsets=subsets)
+    max_k = curves["average"].shape[1]
     per_problem = [float(np.mean([record.right for record in problem])) for problem in problems]
     low, high = bootstrap_interval(per_problem, seed=seed, num_resamples=resamples)
     summary = {
@@ -132,19 +160,20 @@ def _voting(
         values = curve.mean(axis=0)
         summary[name] = float(values[-1])
         summary |= {f"{name}_at_{k}": float(value) for k, value in enumerate(values, start=1)}
-    if has_scores:
-        summary |= _weighted_minus_majority(curves, seed, resamples)
+    for name, first, second in (
+        ("weighted_minus_majority", "weighted_majority", "majority"),
+        ("best_minus_average", "best_of", "average"),
+    ):
+        if first in curves and second in curves:
+            summary |= _difference(name, curves[first] - curves[second], seed, resamples)
     return summary
 
 
-def _weighted_minus_majority(curves: dict[str, FloatArray], seed: int, resamples: int) -> dict[str, float]:
-    differences = (curves["weighted_majority"] - curves["majority"])[:, -1]
-    low, high = bootstrap_interval(differences.tolist(), seed=seed, num_resamples=resamples)
-    return {
-        "weighted_minus_majority": float(differences.mean()),
-        "weighted_minus_majority_low": low,
-        "weighted_minus_majority_high": high,
-    }
+def _difference(name: str, curves: FloatArray, seed: int, resamples: int) -> dict[str, float]:
+    """Of [problems, K] with k = K: the mean and its interval over problems."""
+    last = curves[:, -1]
+    low, high = bootstrap_interval(last.tolist(), seed=seed, num_resamples=resamples)
+    return {name: float(last.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
 def _verification(records: list[EvaluationRecord], prefix: str) -> dict[str, float]:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from megatron_laser.config import Architecture, ModelFolderError
 from megatron_laser.config.safetensors_files import INDEX, WEIGHTS, read_stored_tensors
 from megatron_laser.config.weight_files import refuse, weight_problems
+from megatron_laser.files import replace_folder, take_mode, through_links
 from megatron_laser.finite import is_finite
 
 # What belongs to a model besides its weights: configuration, tokenizer, chat template, licence.
@@ -114,10 +115,30 @@ def write_hf_folder(
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; published by one rename.
 
     Configuration, tokenizer, chat template and licence are copied from `source`. At most one shard of
-    `max_shard_bytes` is held in memory. An existing `target` is replaced only once the new one is complete.
+    `max_shard_bytes` is held in memory. An existing `target` is replaced only once the new one is complete; where
+    it is a link, the folder that it points to is.
+
+    Raises:
+        OSError: it cannot be written, for want of space or permission; what was written of it is deleted.
     """
-    partial = target.with_name(target.name + ".partial")
+    real = through_links(target)
+    partial = real.with_name(real.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _fill(partial, weights, source, dtype, max_shard_bytes)
+        replace_folder(partial, real, aside=real.with_name(real.name + ".old"))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk its bytes are what a checkpoint needs
+    return target
+
+
+def _fill(
+    partial: Path,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    source: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> None:
     partial.mkdir(parents=True)
     for file in source.iterdir():
         if file.is_file() and any(fnmatch(file.name, pattern) for pattern in _COPIED):
@@ -131,7 +152,12 @@ def write_hf_folder(
     shards: list[list[str]] = []
     total = 0
     for shard in _shards(weights, dtype, max_shard_bytes):
-        save_file(shard, partial / f"shard-{len(shards)}", metadata={"format": "pt"})
+        file = partial / f"shard-{len(shards)}"
+        try:
+            save_file(shard, file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{file}: {error}") from error
+        take_mode(file, like=config_file)
         total += sum(tensor.nbytes for tensor in shard.values())
         shards.append(list(shard))
     if len(shards) == 1:
@@ -144,13 +170,6 @@ def write_hf_folder(
             weight_map.update(dict.fromkeys(names, shard_name))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(partial, target)
-    shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def _shards(

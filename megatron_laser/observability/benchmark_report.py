@@ -11,6 +11,8 @@ import numpy as np
 
 from megatron_laser.observability.plain import write_atomically
 
+FEWEST_PROBLEMS = 20
+"""Below it an interval over problems says little, and no claim is made."""
 _WAYS = {
     "average": "average of single responses",
     "pass": "pass@k",
@@ -63,7 +65,12 @@ def write_benchmark_report(
     sections = ["# Evaluation\n", _setting(results), overview(results)]
     for name, detail in results["benchmarks"].items():
         sections += [f"## {name}\n", _facts(detail), *_figures(name, detail, scores[name], output)]
-        sections += ["### Choosing among k responses\n", _curves(detail), _differences(detail)]
+        sections += [
+            "### Choosing among k responses\n",
+            _caveats(detail),
+            _curves(detail),
+            _differences(detail),
+        ]
         if detail["summary"]["num_scored"]:
             sections += ["### The score against the verifier\n", _verification(detail)]
         sections += ["### By length\n", _by_length(detail)]
@@ -80,7 +87,8 @@ def _setting(results: Mapping[str, Any]) -> str:
         score = f"score token {results['score_token_id']}, beta {results['beta']:g}, ref_logprob " + (
             "not given: no scores" if reference is None else f"{reference:g}"
         )
-    return f"Model `{results['model']}`; engine: {results['engine']}; {score}.\n"
+    weights = "" if results["weights"] is None else f" (weights {results['weights']})"
+    return f"Model `{results['model']}`{weights}; engine: {results['engine']}; {score}.\n"
 
 
 def overview(results: Mapping[str, Any]) -> str:
@@ -141,6 +149,19 @@ def _figures(
             plots_benchmark.plot_scores(name, values, right, detail, folder / f"{name}_scores.png"),
         )
     return [f"![{path.stem}](plots/{path.name})\n" for path in drawn if path is not None]
+
+
+def _caveats(detail: Mapping[str, Any]) -> str:
+    """What keeps the tables below from saying what they seem to say; "" where nothing does."""
+    lines = []
+    if detail["no_votes"]:
+        lines.append(
+            f"Votes are not available: {detail['no_votes']}. The best is chosen among all responses.\n"
+        )
+    problems = int(detail["summary"]["num_problems"])
+    if problems < FEWEST_PROBLEMS:
+        lines.append(f"Only {problems} problems: the intervals are too narrow, and differences say little.\n")
+    return "\n".join(lines)
 
 
 def _curves(detail: Mapping[str, Any]) -> str:

@@ -7,11 +7,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TextIO, cast
 
 from rich.console import Console
 from rich.live import Live
 
+from megatron_laser.observability.extras import Output
 from megatron_laser.observability.live_text import format_duration, plain_line
 from megatron_laser.observability.live_view import HISTORY, ViewState, render
 
@@ -46,7 +47,7 @@ class LiveView:
             total_steps: the run's last step.
             mode: auto = live view on a terminal, else lines; on = live view always; off = lines always.
             title: shown above the view.
-            console: where to; default standard output.
+            console: where to; default standard output, which may be closed or full: the view is off then.
             clock: seconds that never go back.
 
         Raises:
@@ -54,7 +55,9 @@ class LiveView:
         """
         if mode not in ("auto", "on", "off"):
             raise ValueError(f"logging.live is {mode!r}; expected auto, on or off")
-        self.console = console or Console(highlight=False, force_terminal=True if mode == "on" else None)
+        self.console = console or Console(
+            file=cast(TextIO, Output()), highlight=False, force_terminal=True if mode == "on" else None
+        )
         live = mode == "on" or (mode == "auto" and self.console.is_terminal)
         self._clock = clock
         self._state = ViewState(title=title, total_steps=total_steps)

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_laser.files import through_links
+
 
 def plain(value: Any) -> Any:
     """`value` as JSON can hold it: numpy and torch become Python numbers or lists, NaN and infinities None.
@@ -26,7 +28,11 @@ def plain(value: Any) -> Any:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 `text` so that `path` is the old file or the complete new one, never a part of it."""
+    """Write UTF-8 `text` so that `path` is the old file or the complete new one, never a part of it.
+
+    A link is kept: the file that it points to is replaced.
+    """
+    path = through_links(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -95,7 +95,7 @@ def plot_scores(
     return save(
         figure,
         path,
-        f"{name}: the score tells right from wrong with AUROC {_value(detail, 'auroc')}, F1 {_value(detail, 'f1')}",
+        f"{name}: AUROC of the score {_value(detail, 'auroc')}, F1 {_value(detail, 'f1')} (95 % intervals)",
         "Left: the histograms should lie apart. Right: on the diagonal the score is a probability; dots by share of "
         "responses.",
     )
@@ -104,8 +104,12 @@ def plot_scores(
 def _votes_finding(name: str, detail: dict[str, Any]) -> str:
     difference = detail["differences"].get("weighted_minus_majority")
     k = len(detail["curves"]["average"]["mean"])
+    if detail["no_votes"]:
+        return f"{name}: choosing among {k} responses; votes are not available"
     if difference is None:
-        return f"{name}: majority of {k} answers {detail['curves']['majority']['mean'][-1]:.3f} right"
+        curve = detail["curves"]["majority"]
+        mean, low, high = (curve[part][-1] for part in ("mean", "low", "high"))
+        return f"{name}: majority of {k} answers {mean:.3f} [{low:.3f}, {high:.3f}] right"
     mean, low, high = (difference[part][-1] for part in ("mean", "low", "high"))
     return (
         f"{name}: weighting by the score changes the majority of {k} by {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
@@ -113,5 +117,7 @@ def _votes_finding(name: str, detail: dict[str, Any]) -> str:
 
 
 def _value(detail: dict[str, Any], metric: str) -> str:
-    value = detail["verification"]["all"][metric]["value"]
-    return "–" if value is None or not math.isfinite(value) else f"{value:.2f}"
+    value, low, high = (detail["verification"]["all"][metric][part] for part in ("value", "low", "high"))
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.2f}" + ("" if low is None or high is None else f" [{low:.2f}, {high:.2f}]")

@@ -76,11 +76,13 @@ def plot_votes(runs: list[Run], path: Path) -> Path | None:
             ncols=2,
             title=f"with k = {evaluation.max_k}",
         )
-        gain = evaluation.number("weighted_minus_majority")
+        gain, low, high = (
+            evaluation.number("weighted_minus_majority" + part) for part in ("", "_low", "_high")
+        )
         if math.isfinite(gain):
-            texts.append(f"{run.label} {gain:+.3f}")
+            texts.append(f"{run.label} {gain:+.3f} [{low:+.3f}, {high:+.3f}]")
     grid[0, 0].set_ylabel("share of problems answered right")
-    finding = "Weighted minus plain majority: " + ", ".join(texts) if texts else "Majority votes"
+    finding = "Weighted minus plain majority: " + ", ".join(texts) if texts else "Choosing among k responses"
     return save(
         figure,
         path,

@@ -6,16 +6,17 @@ import math
 
 import numpy as np
 
+from megatron_laser.observability.benchmark_report import FEWEST_PROBLEMS
 from megatron_laser.observability.report_table import (
     final_number,
     fixed,
     laser_and_grpo,
     seconds_per_step,
 )
-from megatron_laser.observability.run_data import Evaluation, Run
+from megatron_laser.observability.run_data import Evaluation, FloatArray, Run
 
-# AUROCs closer than this are called equal: about one standard error with 1000 responses of each class.
-_SAME_AUROC = 0.01
+_FEWEST_OF_CLASS = 10  # right, and wrong, responses with a score, below which no AUROCs are compared
+_RESAMPLES = 300  # each sorts all scores twice
 
 
 def findings(runs: list[Run]) -> list[str]:
@@ -77,7 +78,8 @@ def _accuracy_difference(laser: Run, grpo: Run, after: Evaluation, other: Evalua
     if first and first.keys() == second.keys():
         low, high = _paired_interval([first[row] - second[row] for row in first])
         return (
-            f"{text}95 % interval [{low:+.3f}, {high:+.3f}] over the same problems): {_verdict(low, high)}."
+            f"{text}95 % interval [{low:+.3f}, {high:+.3f}] over the same problems): "
+            f"{_verdict(low, high, len(first))}."
         )
     return f"{text}not the same problems)."
 
@@ -88,7 +90,9 @@ def _paired_interval(differences: list[float]) -> tuple[float, float]:
     return bootstrap_interval(differences, seed=0)
 
 
-def _verdict(low: float, high: float) -> str:
+def _verdict(low: float, high: float, problems: float) -> str:
+    if problems < FEWEST_PROBLEMS:
+        return f"too few problems ({problems:.0f}) to say"
     if low > 0:
         return "more than chance explains"
     return "less, by more than chance explains" if high < 0 else "no difference beyond chance"
@@ -149,8 +153,8 @@ def _score(run: Run, evaluation: Evaluation) -> list[str]:
     if not scored > 0:
         return [f"{run.label}: no response of the last evaluation has a score."]
     counts = (
-        f"{scored:.0f} of {responses:.0f} responses have a score; the {responses - scored:.0f} others (truncated "
-        "or aborted) are left out of F1, AUROC and ECE and weigh 0 in votes."
+        f"{scored:.0f} of {responses:.0f} responses have a score; the {responses - scored:.0f} others (truncated, "
+        "aborted or not graded) are left out of F1, AUROC and ECE and weigh 0 in votes."
     )
     if not math.isfinite(evaluation.number("self_reward_auroc")):
         return [f"{run.label}: all scored responses are of one class: no F1 and no AUROC. {counts}"]
@@ -165,6 +169,7 @@ def _score(run: Run, evaluation: Evaluation) -> list[str]:
 def _against_baseline(run: Run, evaluation: Evaluation, name: str) -> str:
     """The score against what needs no training; the length in the direction in which it separates."""
     score = evaluation.number("self_reward_auroc")
+    sign, field = 1, "mean_logprob"
     if name == "logprob":
         baseline = evaluation.number("mean_logprob_auroc")
         text = f"the mean token log-prob (AUROC {fixed(baseline)})"
@@ -173,36 +178,77 @@ def _against_baseline(run: Run, evaluation: Evaluation, name: str) -> str:
         baseline = max(raw, 1 - raw)
         direction = "longer" if raw >= 0.5 else "shorter"
         text = f"the length (AUROC {fixed(baseline)}, {direction} responses being right more often)"
+        sign, field = 1 if raw >= 0.5 else -1, "response_ids_length"
     if not math.isfinite(baseline):
         return ""
-    gap = score - baseline
-    if gap > _SAME_AUROC:
-        return f"{run.label}: the score (AUROC {score:.3f}) tells right from wrong better than {text}."
-    if gap < -_SAME_AUROC:
+    both = f"{run.label}: AUROC of the score {score:.3f}, against {text}"
+    interval = _auroc_gap(evaluation, field, sign)
+    if interval is None:
+        return f"{both}: too few responses to say which is better."
+    low, high = interval
+    told = f"{score - baseline:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}] over problems"
+    if low > 0:
         return (
-            f"**{run.label}: {text} tells right from wrong better than the score** (AUROC {score:.3f}), "
-            f"by {-gap:.3f}, and needs no training."
+            f"{run.label}: the score (AUROC {score:.3f}) tells right from wrong better than {text}: {told}."
         )
-    return f"{run.label}: the score (AUROC {score:.3f}) tells right from wrong as well as {text}, no better."
+    if high < 0:
+        return (
+            f"**{run.label}: {text} tells right from wrong better than the score** (AUROC {score:.3f}; {told}), "
+            "and needs no training."
+        )
+    return f"{both}: {told}: no difference beyond chance."
+
+
+def _auroc_gap(evaluation: Evaluation, field: str, sign: int) -> tuple[float, float] | None:
+    """95 % interval of the score's AUROC minus that of a record's number; None where there is too little."""
+    from megatron_laser.algorithms.metrics import auroc, bootstrap_interval  # imports torch
+
+    problems: dict[int, list[tuple[float, float, bool]]] = {}
+    for record in evaluation.scored_records:
+        if record[field] is not None:
+            one = (record["score"], sign * record[field], record["reward"] > 0.5)
+            problems.setdefault(record["row"], []).append(one)
+    entries = [np.array(problem, dtype=np.float64) for problem in problems.values()]
+    right = sum(float(entry[:, 2].sum()) for entry in entries)
+    wrong = sum(map(len, entries)) - right
+    if len(entries) < FEWEST_PROBLEMS or min(right, wrong) < _FEWEST_OF_CLASS:
+        return None
+
+    def gap(chosen: list[FloatArray]) -> float:
+        table = np.concatenate(chosen)
+        return auroc(table[:, 0], table[:, 2]) - auroc(table[:, 1], table[:, 2])
+
+    return bootstrap_interval(entries, seed=0, num_resamples=_RESAMPLES, statistic=gap)
 
 
 def _votes(run: Run, evaluation: Evaluation) -> list[str]:
+    k, problems = evaluation.max_k, evaluation.number("num_problems")
+    if k < 2:
+        return []
+    sentences = []
+    if not math.isfinite(evaluation.number("majority")):
+        sentences.append(
+            f"{run.label}: votes are not available, since not every right response has an answer to compare (the "
+            "content of its last \\boxed{})."
+        )
     gain, low, high = (
         evaluation.number("weighted_minus_majority" + suffix) for suffix in ("", "_low", "_high")
     )
-    k = evaluation.max_k
-    if k < 2 or not np.isfinite([gain, low, high]).all():
-        return []
-    sentences = [
-        f"{run.label}: with {k} responses the weighted vote gives "
-        f"{fixed(evaluation.number('weighted_majority'))}, the plain one "
-        f"{fixed(evaluation.number('majority'))}: {gain:+.3f}, 95 % interval "
-        f"[{low:+.3f}, {high:+.3f}] over problems: {_verdict(low, high)}."
-    ]
-    best, average = evaluation.number("best_of"), evaluation.number("average")
-    if math.isfinite(best) and best <= average < 1 and average > 0:
+    if np.isfinite([gain, low, high]).all():
         sentences.append(
-            f"**{run.label}: picking the best of {k} by score ({best:.3f}) is no better than one response** "
-            f"({average:.3f})."
+            f"{run.label}: with {k} responses the weighted vote gives "
+            f"{fixed(evaluation.number('weighted_majority'))}, the plain one "
+            f"{fixed(evaluation.number('majority'))}: {gain:+.3f}, 95 % interval "
+            f"[{low:+.3f}, {high:+.3f}] over problems: {_verdict(low, high, problems)}."
+        )
+    gain, low, high = (evaluation.number("best_minus_average" + suffix) for suffix in ("", "_low", "_high"))
+    best, average = evaluation.number("best_of"), evaluation.number("average")
+    few = problems < FEWEST_PROBLEMS
+    if np.isfinite([gain, low, high]).all() and low <= 0 and 0 < average < 1 and not few:
+        told = f"({best:.3f} against {average:.3f}: {gain:+.3f} [{low:+.3f}, {high:+.3f}])"
+        sentences.append(
+            f"**{run.label}: picking the best of {k} by score is worse than one response** {told}."
+            if high < 0
+            else f"{run.label}: picking the best of {k} by score is not shown to be better than one response {told}."
         )
     return sentences

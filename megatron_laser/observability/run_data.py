@@ -57,13 +57,19 @@ class Evaluation:
         """The responses without their texts; empty when the file is missing."""
         if not self.records_path.exists():
             return []
-        wanted = ("row", "sample", "reward", "score")
+        wanted = ("row", "sample", "reward", "score", "outcome", "mean_logprob", "response_ids_length")
         with self.records_path.open(encoding="utf-8") as file:
             return [{name: record.get(name) for name in wanted} for record in map(json.loads, file)]
 
+    @property
+    def scored_records(self) -> list[dict[str, Any]]:
+        """Those that have a score and a verdict to compare it with."""
+        failed = ("timeout", "crash")
+        return [r for r in self.records if r["score"] is not None and r["outcome"] not in failed]
+
     def scores(self) -> tuple[FloatArray, NDArray[np.bool_]]:
-        """(scores, right) of the responses that have a score."""
-        scored = [record for record in self.records if record["score"] is not None]
+        """(scores, right) of `scored_records`."""
+        scored = self.scored_records
         return (
             np.array([record["score"] for record in scored], dtype=np.float64),
             np.array([record["reward"] > 0.5 for record in scored], dtype=np.bool_),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from megatron_laser.observability.extras import Extra
 from megatron_laser.observability.plain import plain, write_atomically
 from megatron_laser.observability.wandb_sink import WandbSink
 
@@ -22,6 +25,9 @@ class MetricsLogger:
     """Writes `output_dir`/metrics.jsonl and `output_dir`/tensorboard.
 
     An existing metrics.jsonl is continued, so a resumed run keeps what it had written.
+
+    Attributes:
+        unwritten: lines that could not be written, for the next start to write. TensorBoard that fails is switched off.
     """
 
     def __init__(
@@ -30,6 +36,7 @@ class MetricsLogger:
         tensorboard: bool = True,
         *,
         last_step: int | None = None,
+        unwritten: Sequence[str] = (),
         wandb: WandbSink | None = None,
     ) -> None:
         """Open the files. Without the tensorboard package: one warning, and metrics.jsonl only.
@@ -38,17 +45,30 @@ class MetricsLogger:
             wandb: see `open_wandb`; closed with the files.
             last_step: the step of the checkpoint that is resumed from; lines of later steps are cut off, since
                 the run will write them again.
+            unwritten: lines that an earlier start could not write.
+
+        Raises:
+            OSError: metrics.jsonl cannot be written.
         """
         output_dir.mkdir(parents=True, exist_ok=True)
-        path = output_dir / "metrics.jsonl"
+        self.path = path = output_dir / "metrics.jsonl"
+        self.unwritten: list[str] = []
         if last_step is not None and path.exists():
             _cut_back(path, last_step)
         cut_off = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-        self._file = path.open("a", encoding="utf-8")
+        # Without a buffer: what a full disk did not take must not be tried again when the file is closed.
+        self._file = path.open("ab", buffering=0)
         if cut_off:  # a run that was killed while writing: its last line must not swallow our first
-            self._file.write("\n")
+            self._append("\n")
+        for line in unwritten:
+            self._append(line)
         purge = None if last_step is None else last_step + 1
-        self._writer = _tensorboard_writer(output_dir / "tensorboard", purge) if tensorboard else None
+        self._tensorboard = Extra(
+            "logging.tensorboard", Exception
+        )  # its writing thread passes on whatever it met
+        self._writer: Any = None
+        if tensorboard:
+            self._tensorboard(lambda: self._open_tensorboard(output_dir / "tensorboard", purge))
         self._wandb = wandb
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -60,6 +80,7 @@ class MetricsLogger:
 
         Raises:
             TypeError: a value is something else, such as a nested dict; names the metric.
+            OSError: metrics.jsonl cannot be written; the line is in `unwritten`, the file as before.
         """
         line: dict[str, Any] = {"step": step}
         for name, value in metrics.items():
@@ -67,32 +88,69 @@ class MetricsLogger:
                 line[name] = plain(value)
             except TypeError as error:
                 raise TypeError(f"metric {name!r}: {error}; metrics are flat") from None
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in line.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._writer.add_scalar(name, value, step)
+        self._scalars(step, line)
         if self._wandb is not None:
             self._wandb.log(line)
+        text = json.dumps(line) + "\n"
+        try:
+            if not self._there():
+                raise FileNotFoundError(f"{self.path} was deleted or replaced")
+            self._append(text)
+        except OSError:
+            self.unwritten.append(text)
+            raise
 
     def histograms(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
         """Named distributions, to TensorBoard only; an empty one is left out."""
-        if self._writer is None:
-            return
-        for name, entries in values.items():
-            if len(entries):
-                self._writer.add_histogram(name, np.asarray(entries, dtype=np.float64), step)
+
+        def add() -> None:
+            for name, entries in values.items():
+                if len(entries):
+                    self._writer.add_histogram(name, np.asarray(entries, dtype=np.float64), step)
+
+        if self._writer is not None:
+            self._tensorboard(add)
 
     def close(self) -> None:
         """Close all of them; may be called again."""
         self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            self._tensorboard(self._writer.close)
             self._writer = None
         if self._wandb is not None:
             self._wandb.close()
             self._wandb = None
+
+    def _scalars(self, step: int, line: Mapping[str, Any]) -> None:
+        def add() -> None:
+            for name, value in line.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._writer.add_scalar(name, value, step)
+
+        if self._writer is not None:
+            self._tensorboard(add)
+
+    def _open_tensorboard(self, folder: Path, purge_step: int | None) -> None:
+        self._writer = _tensorboard_writer(folder, purge_step)
+
+    def _append(self, text: str) -> None:
+        """All of `text` at the end of the file and on the disk, or the file as before and OSError."""
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            left = memoryview(text.encode())
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())  # network file systems say only now that they have no room
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), size)
+            raise
+
+    def _there(self) -> bool:
+        """Whether `path` is still the file that is written to."""
+        with suppress(OSError):
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        return False
 
     def __enter__(self) -> MetricsLogger:
         return self

@@ -92,8 +92,8 @@ class Endings:
             for token in set(generation.response_ids)
             if token in self._special and token not in self._stops
         )
-        if others:
-            token, places = others.most_common(1)[0]
+        token, places = others.most_common(1)[0] if others else (0, 0)
+        if 2 * places >= count:  # one that stands in a few is sampled by chance
             return (
                 f"{text}, and {places} of them have {self._name(token)} in them, which is likely what the policy ends "
                 f"with: set rollout.stop_token_ids: {[*self._stops, token]}"

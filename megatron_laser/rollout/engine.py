@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     import torch
 
 
+class StoppedEarly(RuntimeError):
+    """Generation ended because its `stop` was set; `on_finished` has heard of what was complete."""
+
+
 class StopEarly:
-    """Tells an engine, from any thread, that what has finished by now is enough."""
+    """Tells an engine, from any thread or signal handler, that what has finished by now is enough."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come while this thread holds it
         self._set = False
         self._callbacks: list[Callable[[], object]] = []
 
@@ -30,11 +34,16 @@ class StopEarly:
         for callback in callbacks:
             callback()
 
+    @property
+    def is_set(self) -> bool:
+        """Whether somebody has said so."""
+        return self._set
+
     def on_set(self, callback: Callable[[], object]) -> None:
-        """Call `callback` when it is set; at once if it is."""
+        """Call `callback` when it is set; at once if it is (then perhaps twice)."""
         with self._lock:
+            self._callbacks.append(callback)
             if not self._set:
-                self._callbacks.append(callback)
                 return
         callback()
 
@@ -64,11 +73,13 @@ class RolloutEngine(Protocol):
         *,
         deadline: float,
         on_finished: Callable[[int, int, Generation], None] | None = None,
+        stop: StopEarly | None = None,
     ) -> list[list[Generation]]:
         """`samples_per_prompt` responses for each prompt, in order.
 
         `on_finished(prompt index, sample index, generation)` is called as each response ends, so that grading
-        can start before the batch is complete; perhaps from another thread.
+        can start before the batch is complete; perhaps from another thread. Raises StoppedEarly soon after `stop`
+        is set.
         """
         ...
 

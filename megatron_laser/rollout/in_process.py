@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from megatron_laser.finite import log_probs
+from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.rollout.transformers_model import load_model
 from megatron_laser.types import Generation, SamplingParams
 
@@ -56,19 +57,20 @@ class InProcessEngine:
         *,
         deadline: float,
         on_finished: Callable[[int, int, Generation], None] | None = None,
+        stop: StopEarly | None = None,
     ) -> list[list[Generation]]:
         """See `RolloutEngine.generate`. Repeatable: equal prompts, sampling and weights give equal responses."""
         self._check(prompts, sampling.max_new_tokens)
         if sampling.score_token_id is not None:
             self._check_score_token(sampling.score_token_id)
         ends = time.monotonic() + deadline
-        generator = torch.Generator(self._device)
-        generator.manual_seed(sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ())))
+        seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()))
+        generator = torch.Generator(self._device).manual_seed(seed)
         samples = sampling.samples_per_prompt
         results: list[list[Generation]] = []
         per_batch = max(1, self._max_batch_size // samples)
         for start in range(0, len(prompts), per_batch):
-            batch = _Batch(self, prompts[start : start + per_batch], sampling, generator, ends)
+            batch = _Batch(self, prompts[start : start + per_batch], sampling, generator, ends, stop)
             for index, generation in batch.run():
                 if on_finished is not None:
                     on_finished(start + index // samples, index % samples, generation)
@@ -82,8 +84,7 @@ class InProcessEngine:
         self._check_score_token(token_id)
         ends = time.monotonic() + deadline
         scores = [0.0] * len(sequences)
-        # Similar lengths together: less padding.
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # less padding
         for start in range(0, len(order), self._max_batch_size):
             if time.monotonic() > ends:
                 raise TimeoutError(f"scored {start} of {len(sequences)} sequences in {deadline:g} s")
@@ -112,6 +113,10 @@ class InProcessEngine:
         if missing:
             raise KeyError(f"weight sync to version {version}: the stream lacked {sorted(missing)[:5]}")
         self._version = version
+
+    def named_parameters(self) -> dict[str, torch.Tensor]:
+        """The weights that the next call will use."""
+        return self._parameters
 
     def close(self) -> None:
         """Nothing runs outside this process."""
@@ -179,11 +184,12 @@ class _Batch:
         sampling: SamplingParams,
         generator: torch.Generator,
         ends: float,
+        stop: StopEarly | None,
     ) -> None:
         self._engine = engine
         self._sampling = sampling
         self._generator = generator
-        self._ends = ends
+        self._ends, self._stop_early = ends, stop
         self._stop = torch.tensor(sampling.stop_token_ids, device=engine._device)
         self._prompts = prompts
         count = len(prompts) * sampling.samples_per_prompt
@@ -205,6 +211,8 @@ class _Batch:
         ended = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
         positions = mask.sum(1)
         for step in range(sampling.max_new_tokens):
+            if self._stop_early is not None and self._stop_early.is_set:
+                raise StoppedEarly(f"stopped with {len(rows)} of {len(self.done)} responses still running")
             if time.monotonic() > self._ends:
                 raise TimeoutError(
                     f"generation: {len(rows)} of {len(self.done)} responses still running after {step} tokens"

@@ -6,7 +6,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_laser.config.score_token import resolve_score_token
@@ -14,8 +14,9 @@ from megatron_laser.config.spare_tokens import SpareToken, how_to_add_a_token, s
 from megatron_laser.data import Row, build_prompts, read_rows
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.testtime.calibration_result import Calibration, TokenStatistics
-from megatron_laser.testtime.engine import EngineChoice, open_engine
+from megatron_laser.testtime.engine import EngineChoice
 from megatron_laser.testtime.errors import TestTimeError
+from megatron_laser.testtime.held_weights import HeldWeights
 from megatron_laser.testtime.model_folder import ModelFolder
 from megatron_laser.types import Prompt, SamplingParams
 
@@ -63,6 +64,7 @@ def calibrate_model(
         TestTimeError: no token is spare (the message shows how to add one), a named token does not fit, or too few
             responses ended by themselves.
         DataError: the data file does not fit.
+        WeightsChanged: the weights were changed meanwhile.
     """
     rows = read_rows(data, prompt_key=settings.prompt_key, answer_key=settings.answer_key, mathematics=False)
     proposed = _named(model, settings.tokens) if settings.tokens else _proposed(model)
@@ -78,10 +80,10 @@ def calibrate_model(
     say(f"candidates: {', '.join(token.name for token in unused)}")
     picked = random.Random(settings.seed).sample(prompts, min(settings.problems, len(prompts)))
     _check_length(model, picked, settings)
-    if engine is not None:
-        return _measure(engine, model, picked, unused, settings, say)
-    with open_engine(choice, model, deadline=settings.deadline) as opened:
-        return _measure(opened, model, picked, unused, settings, say)
+    with HeldWeights(choice, model, deadline=settings.deadline, engine=engine) as weights:
+        result = _measure(weights.engine(), model, picked, unused, settings, say)
+        weights.check()
+        return replace(result, weights=weights.identity)
 
 
 def _measure(

@@ -98,7 +98,10 @@ class TokenStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """All tokens measured. `responses` of `sampled` ended by themselves and were used."""
+    """All tokens measured. `responses` of `sampled` ended by themselves and were used.
+
+    weights: what the constants are about, by content (see `weight_identity`); None: servers did not tell.
+    """
 
     model: str
     responses: int
@@ -106,6 +109,7 @@ class Calibration:
     beta: float
     max_std: float
     tokens: list[TokenStatistics]
+    weights: str | None = None
 
     @property
     def chosen(self) -> TokenStatistics | None:
@@ -127,6 +131,7 @@ class Calibration:
         head = (
             f"# {self.model}: id {token.id}, log-prob {token.mean:.3f} +- {token.std:.3f} nats behind {self.responses} "
             f"responses; Z - 1 = {_excess(token.mean, beta)}\n"
+            + ("" if self.weights is None else f"# weights {self.weights}\n")
         )
         return head + yaml.safe_dump({"laser": section}, sort_keys=False, allow_unicode=True)
 

@@ -32,6 +32,7 @@ class EngineChoice:
         api_key: that the servers ask for. Never on a command line, where other users could read it.
         dtype: float32 or bfloat16, in this process.
         max_batch_size: sequences at once in this process. max_concurrency: requests at once to servers.
+        wait: seconds until all servers must have answered for the first time.
     """
 
     urls: tuple[str, ...] = ()
@@ -40,6 +41,7 @@ class EngineChoice:
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_batch_size: int = 256
     max_concurrency: int = 256
+    wait: float = 60.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be an engine, before anything is loaded."""
@@ -58,6 +60,8 @@ class EngineChoice:
         for name in ("max_batch_size", "max_concurrency"):
             if getattr(self, name) < 1:
                 raise TestTimeError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if not self.wait > 0:
+            raise TestTimeError(f"wait is {self.wait:g}; expected seconds, more than 0")
 
     @property
     def in_process(self) -> bool:
@@ -94,11 +98,11 @@ def open_engine(choice: EngineChoice, model: ModelFolder, *, deadline: float) ->
     """An engine over `model`, closed at the end.
 
     Args:
-        deadline: seconds within which servers must answer; loading in this process takes what it takes.
+        deadline: seconds within which servers must answer, `choice.wait` at most; loading in this process takes what
+            it takes.
 
     Raises:
-        TimeoutError: a server did not answer.
-        TestTimeError: servers are named, but this installation has no client for them.
+        TestTimeError: a server did not answer; or servers are named, but this installation has no client for them.
     """
     engine = _in_process(choice, model) if choice.in_process else _servers(choice, model, deadline)
     try:
@@ -123,6 +127,7 @@ def _in_process(choice: EngineChoice, model: ModelFolder) -> RolloutEngine:
 def _servers(choice: EngineChoice, model: ModelFolder, deadline: float) -> RolloutEngine:
     try:
         from megatron_laser.rollout.sglang import SglangEngine
+        from megatron_laser.rollout.sglang.errors import ServersLost
         from megatron_laser.rollout.sglang.identify import SIZES, Expected
     except ImportError as error:
         raise TestTimeError(
@@ -130,19 +135,24 @@ def _servers(choice: EngineChoice, model: ModelFolder, deadline: float) -> Rollo
             "the model in this process"
         ) from error
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
-    engine = SglangEngine.connect(
-        list(choice.urls),
-        api_key=choice.api_key,
-        expected=Expected(
-            model.vocab_size,
-            model_type=config.get("model_type"),
-            sizes={name: config[name] for name in SIZES if name in config},
-            tied=bool(config.get("tie_word_embeddings", False)),
-        ),
-        deadline=deadline,
-        max_concurrency=choice.max_concurrency,
-        router_url=choice.router_url,
-    )
+    try:
+        engine = SglangEngine.connect(
+            list(choice.urls),
+            api_key=choice.api_key,
+            expected=Expected(
+                model.vocab_size,
+                model_type=config.get("model_type"),
+                sizes={name: config[name] for name in SIZES if name in config},
+                tied=bool(config.get("tie_word_embeddings", False)),
+            ),
+            deadline=min(deadline, choice.wait),
+            max_concurrency=choice.max_concurrency,
+            router_url=choice.router_url,
+        )
+    except ServersLost as error:
+        raise TestTimeError(
+            f"{error}. Check the URL, or give a server that starts longer with --wait SECONDS"
+        ) from error
     try:
         for url, facts in engine.identify_all().items():
             doubt = other_weights(model.path, Path(facts.model_path), facts.weight_version)

@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_laser.config import Benchmark
-from megatron_laser.data import build_prompts, fingerprint, read_ids, refuse_score_token
+from megatron_laser.data import build_prompts, read_ids, refuse_score_token
 from megatron_laser.evaluation import evaluate, evaluation_detail, read_records
 from megatron_laser.observability.benchmark_report import write_benchmark_report
-from megatron_laser.observability.plain import plain, write_atomically
+from megatron_laser.observability.plain import write_atomically
 from megatron_laser.rewards import GradingPool, try_reward
-from megatron_laser.rollout.engine import RolloutEngine, takes_seeds
+from megatron_laser.rollout.engine import RolloutEngine, StopEarly, StoppedEarly, takes_seeds
+from megatron_laser.rollout.sglang.errors import ServerError
 from megatron_laser.testtime.benchmark_rows import benchmark_rows
-from megatron_laser.testtime.engine import EngineChoice, open_engine
+from megatron_laser.testtime.engine import EngineChoice
 from megatron_laser.testtime.errors import TestTimeError
+from megatron_laser.testtime.held_weights import HeldWeights
 from megatron_laser.testtime.model_folder import ModelFolder
 from megatron_laser.testtime.progress import Progress
+from megatron_laser.testtime.saved_evaluation import (
+    RECORDS,
+    RESPONSES,
+    as_json,
+    claim,
+    locked,
+    public,
+    set_aside,
+    settings_of,
+)
 from megatron_laser.types import Prompt, SamplingParams
+from megatron_laser.weight_identity import WeightsChanged
 
 logger = logging.getLogger(__name__)
 
-_SETTINGS = "settings.json"
-_RESPONSES = "responses.jsonl"
-_RECORDS = "records.jsonl"
-# These change what the responses are worth, not the responses: the records are made anew from them.
-_JUDGING = ("ref_logprob", "beta", "targets", "reward")
+_LOOK_EVERY = 10.0  # seconds between two looks at whether the weights are still the same
+_FINGERPRINTS = ".fingerprints.json"
 
 
 def evaluate_benchmarks(
@@ -51,7 +59,8 @@ def evaluate_benchmarks(
     """Evaluate and write everything to `output`; called again after a kill it goes on where it was.
 
     A benchmark's folder holds responses.jsonl (token ids, as they arrived), records.jsonl (with text, grade and
-    score), problems.jsonl and settings.json. Where all responses are there already, no engine is opened.
+    score), problems.jsonl and settings.json. Responses are reused only if the weights are the same by content; else
+    the folder is set aside. Where all are there already, the model is not loaded.
 
     Args:
         deadline: seconds for one benchmark.
@@ -65,6 +74,7 @@ def evaluate_benchmarks(
 
     Raises:
         TestTimeError: the folder is in use, or holds responses of other settings; the prompts do not fit the model.
+        WeightsChanged: the weights were changed meanwhile.
         DataError, RewardSpecError: a benchmark's file or verifier does not fit.
         TimeoutError: the deadline passed, or a server did not answer; what arrived is kept.
     """
@@ -72,42 +82,47 @@ def evaluate_benchmarks(
         try_reward(benchmark.reward, deadline=grading_deadline)
     prompts = {benchmark.name: _prompts(model, benchmark) for benchmark in benchmarks}
     output.mkdir(parents=True, exist_ok=True)
-    with _locked(output):
-        for benchmark in benchmarks:
-            _claim(output / benchmark.name, _settings(model, benchmark, choice), regrade=regrade)
-        open_ones = [b for b in benchmarks if not _finished(output / b.name, b, len(prompts[b.name]))]
-        if open_ones:
-            with _engine(choice, model, engine, deadline) as running:
-                if not takes_seeds(running):
-                    say(
-                        "the servers ignore seeds: another evaluation of the same weights samples other responses"
-                    )
-                for benchmark in open_ones:
-                    _run(
-                        running,
-                        model,
-                        benchmark,
-                        prompts[benchmark.name],
-                        choice,
-                        output / benchmark.name,
-                        deadline=deadline,
-                        pool=(workers, grading_deadline),
-                    )
+    with locked(output):
+        with HeldWeights(
+            choice, model, deadline=deadline, engine=engine, cache=output / _FINGERPRINTS
+        ) as weights:
+            for benchmark in benchmarks:
+                settings = settings_of(model, benchmark, choice, prompts[benchmark.name], weights.identity)
+                told = claim(output / benchmark.name, settings, regrade=regrade)
+                if told:
+                    say(f"{benchmark.name}: {told}")
+            open_ones = [b for b in benchmarks if not _finished(output / b.name, b, len(prompts[b.name]))]
+            if open_ones and not takes_seeds(weights.engine()):
+                say(
+                    "the servers ignore seeds: another evaluation of the same weights samples other responses"
+                )
+            for benchmark in open_ones:
+                _run(
+                    weights,
+                    model,
+                    benchmark,
+                    prompts[benchmark.name],
+                    choice,
+                    output / benchmark.name,
+                    deadline=deadline,
+                    pool=(workers, grading_deadline),
+                )
         details: dict[str, dict[str, Any]] = {}
         scores: dict[str, list[tuple[float, bool]]] = {}
         for benchmark in benchmarks:
-            file = output / benchmark.name / _RECORDS
+            file = output / benchmark.name / RECORDS
             say(
                 f"{benchmark.name}: {'evaluated' if benchmark in open_ones else 'all responses were there'}, {file}"
             )
             records = read_records(file)
             details[benchmark.name] = {
-                "settings": _public(benchmark),
+                "settings": public(benchmark),
                 **evaluation_detail(records, seed=benchmark.seed),
             }
-            scores[benchmark.name] = [(r.score, r.right) for r in records if r.score is not None]
+            scores[benchmark.name] = [(r.score, r.right) for r in records if r.score is not None and r.graded]
         results = {
             "model": str(model.path),
+            "weights": weights.identity,
             "engine": choice.name,
             "score_token_id": model.score_token_id,
             "ref_logprob": model.ref_logprob,
@@ -116,14 +131,14 @@ def evaluate_benchmarks(
             "benchmarks": details,
             "average": _average(details),
         }
-        write_atomically(output / "results.json", json.dumps(_json(results), indent=1) + "\n")
-        report = write_benchmark_report(_json(results), scores, output)
+        write_atomically(output / "results.json", json.dumps(as_json(results), indent=1) + "\n")
+        report = write_benchmark_report(as_json(results), scores, output)
         say(f"wrote {report}")
         return results
 
 
 def _run(
-    engine: RolloutEngine,
+    weights: HeldWeights,
     model: ModelFolder,
     benchmark: Benchmark,
     prompts: list[Prompt],
@@ -133,33 +148,77 @@ def _run(
     deadline: float,
     pool: tuple[int, float],
 ) -> None:
-    progress = Progress(benchmark.name, len(prompts) * benchmark.samples)
+    """Answer and judge what is missing; sets the folder aside when the weights were not the same all the time."""
+    engine = weights.engine()
+    ends = time.monotonic() + deadline
     with GradingPool(workers=pool[0], deadline=pool[1], function=benchmark.reward) as grading:
-        evaluate(
-            engine,
-            prompts,
-            sampling=SamplingParams(
-                samples_per_prompt=benchmark.samples,
-                max_new_tokens=benchmark.max_new_tokens,
-                stop_token_ids=model.stop_token_ids,
-                temperature=benchmark.temperature,
-                top_p=benchmark.top_p,
-                seed=benchmark.seed,
-            ),
-            decode=model.decode,
-            grading=grading,
-            score_token_id=model.score_token_id,
-            ref_logprob=model.ref_logprob,
-            beta=model.beta,
-            targets=model.targets,
-            records_path=folder / _RECORDS,
-            deadline=deadline,
-            generation_batch=choice.generation_batch,
-            responses_path=folder / _RESPONSES,
-            repeatable=choice.repeatable,
-            on_response=progress.response,
-        )
-    progress.finish()
+        while True:
+            progress = Progress(benchmark.name, len(prompts) * benchmark.samples)
+            watch = _Watch(weights, progress)
+            try:
+                evaluate(
+                    engine,
+                    prompts,
+                    sampling=SamplingParams(
+                        samples_per_prompt=benchmark.samples,
+                        max_new_tokens=benchmark.max_new_tokens,
+                        stop_token_ids=model.stop_token_ids,
+                        temperature=benchmark.temperature,
+                        top_p=benchmark.top_p,
+                        seed=benchmark.seed,
+                    ),
+                    decode=model.decode,
+                    grading=grading,
+                    score_token_id=model.score_token_id,
+                    ref_logprob=model.ref_logprob,
+                    beta=model.beta,
+                    targets=model.targets,
+                    records_path=folder / RECORDS,
+                    deadline=max(ends - time.monotonic(), 1e-9),
+                    generation_batch=choice.generation_batch,
+                    responses_path=folder / RESPONSES,
+                    repeatable=choice.repeatable,
+                    on_response=watch.response,
+                    stop=watch.stop,
+                )
+            except StoppedEarly:
+                _check(weights, folder)  # nothing had changed but a time: go on
+                continue
+            except Exception:
+                with contextlib.suppress(ServerError):  # one that is gone; the next attempt asks again
+                    _check(weights, folder)  # what is kept for that attempt must be of one model
+                raise
+            _check(weights, folder)
+            progress.finish()
+            return
+
+
+class _Watch:
+    """Hears of every response, and stops the evaluation soon after the weights seem to have changed."""
+
+    def __init__(self, weights: HeldWeights, progress: Progress) -> None:
+        self.stop = StopEarly()
+        self._weights = weights
+        self._progress = progress
+        self._next = time.monotonic() + _LOOK_EVERY
+
+    def response(self, tokens: int, new: bool) -> None:
+        """See `evaluate`'s `on_response`."""
+        self._progress.response(tokens, new)
+        if new and time.monotonic() >= self._next:
+            self._next = time.monotonic() + _LOOK_EVERY
+            if self._weights.seem_changed():
+                self.stop.set()
+
+
+def _check(weights: HeldWeights, folder: Path) -> None:
+    try:
+        weights.check()
+    except WeightsChanged as error:
+        raise WeightsChanged(
+            f"{error}. Responses of two models may be mixed in {set_aside(folder)}, which counts for nothing; the "
+            "same command starts anew"
+        ) from None
 
 
 def _prompts(model: ModelFolder, benchmark: Benchmark) -> list[Prompt]:
@@ -195,45 +254,6 @@ def _prompts(model: ModelFolder, benchmark: Benchmark) -> list[Prompt]:
     return prompts
 
 
-def _settings(model: ModelFolder, benchmark: Benchmark, choice: EngineChoice) -> dict[str, Any]:
-    """What responses and records depend on."""
-    weights = sorted((file.name, file.stat().st_size) for file in model.path.glob("*.safetensors"))
-    return _json(
-        {
-            "model": str(model.path),
-            "weights": [list(entry) for entry in weights],
-            "data": fingerprint(benchmark.path, [benchmark.prompt_key, benchmark.answer_key]),
-            "engine": choice.name,
-            "generation_batch": choice.generation_batch if choice.repeatable else None,
-            "stop_token_ids": list(model.stop_token_ids),
-            "score_token_id": model.score_token_id,
-            "ref_logprob": model.ref_logprob,
-            "beta": model.beta,
-            "targets": list(model.targets),
-            **{name: value for name, value in _public(benchmark).items() if name not in ("path", "id_key")},
-        }
-    )
-
-
-def _claim(folder: Path, settings: dict[str, Any], *, regrade: bool) -> None:
-    """Make the folder this evaluation's, or refuse it; drops records that are to be made anew."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / _SETTINGS
-    if file.is_file():
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        differing = [name for name in settings if saved.get(name) != settings[name]]
-        sampled = [name for name in differing if name not in _JUDGING]
-        if sampled:
-            told = "; ".join(f"{name}: saved {saved.get(name)!r}, now {settings[name]!r}" for name in sampled)
-            raise TestTimeError(
-                f"{folder} holds responses of another evaluation ({told}); give another --output, or the same settings"
-            )
-        regrade = regrade or bool(differing)
-    if regrade:
-        (folder / _RECORDS).unlink(missing_ok=True)
-    write_atomically(file, json.dumps(settings, indent=1) + "\n")
-
-
 def _finished(folder: Path, benchmark: Benchmark, problems: int) -> bool:
     """Whether all records are there; writes problems.jsonl beside them."""
     rows = benchmark_rows(benchmark)
@@ -245,14 +265,10 @@ def _finished(folder: Path, benchmark: Benchmark, problems: int) -> bool:
         for row, name in zip(rows, names, strict=True)
     )
     write_atomically(folder / "problems.jsonl", "\n".join(lines) + "\n")
-    records, summary = folder / _RECORDS, (folder / _RECORDS).with_suffix(".json")
+    records, summary = folder / RECORDS, (folder / RECORDS).with_suffix(".json")
     if not (records.is_file() and summary.is_file()):
         return False
     return len(read_records(records)) == problems * benchmark.samples
-
-
-def _public(benchmark: Benchmark) -> dict[str, Any]:
-    return asdict(benchmark) | {"path": str(benchmark.path)}
 
 
 def _average(details: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -264,37 +280,3 @@ def _average(details: dict[str, dict[str, Any]]) -> dict[str, float]:
         for name in names
         if all(name in summary for summary in summaries)
     }
-
-
-def _json(value: Any) -> Any:
-    """Nested dictionaries as JSON can hold them."""
-    if isinstance(value, dict):
-        return {name: _json(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_json(item) for item in value]
-    return plain(value)
-
-
-@contextmanager
-def _engine(
-    choice: EngineChoice, model: ModelFolder, given: RolloutEngine | None, deadline: float
-) -> Iterator[RolloutEngine]:
-    if given is not None:
-        yield given
-        return
-    started = time.monotonic()
-    with open_engine(choice, model, deadline=deadline) as engine:
-        logger.info("the engine (%s) was ready after %.1f s", choice.name, time.monotonic() - started)
-        yield engine
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    with (output / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise TestTimeError(
-                f"{output} is in use by another evaluation; wait, or give another --output"
-            ) from None
-        yield

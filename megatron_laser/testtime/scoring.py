@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from megatron_laser.algorithms.self_reward import self_reward_scores
 from megatron_laser.data import lone_surrogate
+from megatron_laser.files import through_links
 from megatron_laser.observability.plain import plain
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.testtime.errors import TestTimeError
@@ -188,20 +189,28 @@ def read_answers(
 
 
 def score_file(
-    scorer: Scorer, answers: Answers, target: Path, *, deadline: float, batch: int = 256
+    scorer: Scorer,
+    answers: Answers,
+    target: Path,
+    *,
+    deadline: float,
+    batch: int = 256,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Write the rows with `score`, `zc_logprob` and `right` added to each, as JSON Lines.
 
     Args:
         deadline: seconds for one batch.
+        check: called before `target` is written; raises when the scores are not of one model.
 
     Returns:
         rows, scored, right (called so) and score_mean.
 
     Raises:
-        RuntimeError, TimeoutError: as in `Scorer.score_ids`; `target` is then as it was.
+        RuntimeError, TimeoutError: as in `Scorer.score_ids`, and what `check` raises; `target` is then as it was.
     """
     rows, pairs = answers.rows, answers.pairs
+    target = through_links(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     scores: list[float] = []
@@ -217,6 +226,7 @@ def score_file(
                     }
                     file.write(json.dumps(row | added, ensure_ascii=False) + "\n")
                     scores += [] if result.score is None else [result.score]
+        check()
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -20,8 +19,9 @@ from megatron_laser.config.loading import resolved_yaml
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.data.errors import DataError
 from megatron_laser.errors import UserError
+from megatron_laser.files import replace_folder
 from megatron_laser.trainer.arrays import save_arrays
-from megatron_laser.trainer.checkpoint.folder import published
+from megatron_laser.trainer.checkpoint.folder import checkpoint_root, published
 from megatron_laser.trainer.runtime import Runtime
 from megatron_laser.trainer.update import Update
 
@@ -88,8 +88,7 @@ class BadSteps:
         first = bad[0]
         where = f"epoch {first.epoch}, minibatch {first.minibatch}"
         reason = f"{', '.join(first.bad)} not finite ({where}; gradient norm {first.grad_norm:g})"
-        root = self._config.checkpoint.folder or Path(self._config.run.output_dir) / "checkpoints"
-        found = published(Path(root)) if self._runtime.is_main else []
+        found = published(checkpoint_root(self._config)) if self._runtime.is_main else []
         return {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -121,9 +120,8 @@ def write_dump(folder: Path, flat: FlatBatch, config: RunConfig, meta: dict[str,
     save_arrays(partial / _BATCH, flat.to_arrays())
     (partial / _CONFIG).write_text(resolved_yaml(config), encoding="utf-8")
     (partial / _META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    if folder.exists():  # the run was resumed from before this step and met it again
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    # It is there when the run was resumed from before this step and met it again.
+    replace_folder(partial, folder, aside=folder.with_name(folder.name + ".old"))
 
 
 def read_dump(folder: Path) -> Dump:

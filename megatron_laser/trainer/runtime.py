@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,14 +14,10 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_laser.config.process_environment import place_in_run
 from megatron_laser.config.schema import RunConfig
-from megatron_laser.errors import UserError
 from megatron_laser.model import platform
 from megatron_laser.model.hf_config import batches_stage_exchange
 from megatron_laser.trainer.communicators import bring_up
-
-
-class RendezvousError(UserError, RuntimeError):
-    """The processes of a run did not meet: not all were started, or their address cannot be reached."""
+from megatron_laser.trainer.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
@@ -70,8 +66,10 @@ def start(config: RunConfig) -> Runtime:
     """
     platform.install()
     platform.set_local_device(place_in_run().local_rank)
-    store, rank, world_size = _rendezvous(config)
+    store, rank, world_size = rendezvous(config.run.start_grace)
     timeout = timedelta(seconds=config.run.deadline)
+    # A store keeps the timeout it was made with, even through init_process_group: communicators get their ids from it.
+    store.set_timeout(timeout)
     dist.init_process_group(
         platform.collective_backend(),
         store=dist.PrefixStore("process_groups", store),
@@ -84,31 +82,17 @@ def start(config: RunConfig) -> Runtime:
     return runtime
 
 
-def _rendezvous(config: RunConfig) -> tuple[dist.Store, int, int]:
-    place = place_in_run()
-    if place.rank is None:
-        return dist.HashStore(), 0, 1
-    grace = timedelta(seconds=config.run.start_grace)
-    try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=grace))
-    except Exception as error:
-        raise RendezvousError(
-            f"rank {place.rank}: no rendezvous at {os.environ.get('MASTER_ADDR')}:"
-            f"{os.environ.get('MASTER_PORT')} within run.start_grace {config.run.start_grace:g} s: {error}"
-        ) from error
-    # A store keeps the timeout it was made with, even through init_process_group: communicators get their ids from it.
-    store.set_timeout(timedelta(seconds=config.run.deadline))
-    return store, rank, world_size
-
-
 def build_groups(config: RunConfig, store: dist.Store) -> Runtime:
     """Megatron's parallel state and this project's gloo groups, for the layout of `config`.
 
     The default process group must exist. Call `parallel_state.destroy_model_parallel()` before calling this
-    again for another layout in the same processes.
+    again for another layout in the same processes; the groups of the one before are then destroyed here, since
+    Megatron only forgets them, and each keeps the threads and sockets of its backend.
     """
-    parallel = config.parallel
-    timeout = timedelta(seconds=config.run.deadline)
+    if not parallel_state.model_parallel_is_initialized():
+        _destroy_earlier_groups()
+    parallel, seconds = config.parallel, config.run.deadline
+    before = set(_existing_groups())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -121,6 +105,7 @@ def build_groups(config: RunConfig, store: dist.Store) -> Runtime:
         # For Megatron's own optimizer checkpoints only, which are not written here.
         create_gloo_process_groups=False,
     )
+    _made.extend(group for group in _existing_groups() if group not in before)
     seed_everything(config.run.seed)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     data_rank = parallel_state.get_data_parallel_rank()
@@ -129,10 +114,10 @@ def build_groups(config: RunConfig, store: dist.Store) -> Runtime:
     dist.all_gather_object(data_ranks, data_rank)
     replicas = [tuple(r for r in range(world_size) if data_ranks[r] == d) for d in range(data_size)]
     # Every rank creates every group, in the same order: new_group is a collective over all ranks.
-    cpu_group = dist.new_group(backend="gloo", timeout=timeout)
-    groups = [dist.new_group(list(ranks), backend="gloo", timeout=timeout) for ranks in replicas]
+    cpu_group = gloo_group(None, seconds)
+    groups = [gloo_group(ranks, seconds) for ranks in replicas]
     leaders = [ranks[0] for ranks in replicas]
-    leaders_group = dist.new_group(leaders, backend="gloo", timeout=timeout)
+    leaders_group = gloo_group(leaders, seconds)
     return Runtime(
         rank=rank,
         world_size=world_size,
@@ -144,6 +129,36 @@ def build_groups(config: RunConfig, store: dist.Store) -> Runtime:
         data_rank=data_rank,
         data_size=data_size,
     )
+
+
+def gloo_group(ranks: Sequence[int] | None, seconds: float) -> dist.ProcessGroup:
+    """A group over gloo that ends with the layout. A collective over all ranks, also of those that are not in it.
+
+    Args: ranks: None for all. seconds: deadline of its collectives.
+    """
+    group = dist.new_group(
+        None if ranks is None else list(ranks), backend="gloo", timeout=timedelta(seconds=seconds)
+    )
+    _made.append(group)
+    return group
+
+
+_made: list[dist.ProcessGroup] = []  # by `build_groups` and for its layout
+
+
+def _existing_groups() -> list[dist.ProcessGroup]:
+    """All process groups that this rank is in; torch has no public list of them."""
+    return list(dist.distributed_c10d._world.pg_map)
+
+
+def _destroy_earlier_groups() -> None:
+    existing = set(_existing_groups())
+    for group in _made:
+        if (
+            group in existing
+        ):  # a rank is not in all groups that it made, and they may have ended with the default one
+            dist.destroy_process_group(group)
+    _made.clear()
 
 
 def seed_everything(seed: int) -> None:
@@ -158,4 +173,5 @@ def stop() -> None:
     """Leave the process groups; safe to call when they were never joined."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # and with it all others
+        _made.clear()

@@ -32,6 +32,7 @@ def sync_weights(
     Raises:
         RuntimeError: the engine does not report `version` afterwards.
         SyncFailed: what another attempt would not mend.
+        (A folder that cannot be written, with `weight_sync: disk`, is told like a server that died.)
     """
     stream = iter(stream)
     if engine is None:
@@ -39,7 +40,7 @@ def sync_weights(
         return None
     try:
         engine.update_weights(stream, version)
-    except (SyncFailed, ServerError) as error:
+    except (SyncFailed, ServerError, OSError) as error:
         if isinstance(error, SyncFailed) and not error.retry:
             raise
         logger.warning("weight sync of step %d: %s", version, error)

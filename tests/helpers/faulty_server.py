@@ -44,6 +44,7 @@ class FaultyServer:
         flush_refusals: so many times the cache cannot be flushed.
         calls: paths, in their order, but for probes.
         silent: answer nothing at all, as a stopped process.
+        weights: what its weights' checksum is; None: it gives none.
     """
 
     def __init__(self) -> None:
@@ -57,6 +58,7 @@ class FaultyServer:
         self.flush_refusals = 0
         self.calls: list[str] = []
         self.silent = False
+        self.weights: str | None = None
         self.let_go = threading.Event()
         self._changed = threading.Condition()
         self._http: ThreadingHTTPServer | None = None
@@ -145,6 +147,9 @@ class FaultyServer:
             "/model_info": {"weight_version": self.version, "is_generation": True},
             "/server_info": {"version": "0.5.23", "vocab_size": VOCABULARY, "dtype": "float32"},
         }
+        if self.weights is not None:
+            sums = {"checksums": {"all": self.weights}, "per_gpu_checksum": self.weights}
+            known["/weights_checker"] = {"success": True, "ranks": [sums]}
         respond(handler, 200, json.dumps(known.get(path, {"success": True})).encode())
 
     def _generate(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import textwrap
 
 import numpy as np
@@ -15,6 +16,7 @@ from megatron_laser.testtime import EngineChoice, TestTimeError, load_model_fold
 from megatron_laser.testtime.calibration import CalibrationSettings, calibrate_model
 from megatron_laser.testtime.calibration_result import Calibration, TokenStatistics
 from megatron_laser.types import Generation
+from megatron_laser.weight_identity import WeightsChanged
 
 SETTINGS = CalibrationSettings(
     problems=24,
@@ -116,6 +118,8 @@ def test_a_tiny_model_gets_its_unused_token_and_its_constants(folder, tmp_path):
     assert token.quantiles["0.01"] < token.quantiles["0.5"] < token.quantiles["0.99"]
     result.write(tmp_path)
     laser = yaml.safe_load((tmp_path / "laser.yaml").read_text())["laser"]
+    weights = json.loads((tmp_path / "calibration.json").read_text())["weights"]
+    assert weights.startswith("sha256:") and weights in (tmp_path / "laser.yaml").read_text()
     assert laser == {"score_token": "<|score|>", "ref_logprob": round(token.mean, 3), "beta": token.beta(0.1)}
     assert math.exp(token.mean) * math.expm1(1 / laser["beta"]) < 1e-3 * 1.05 or laser["beta"] > 1
     written = json.loads((tmp_path / "calibration.json").read_text())
@@ -189,6 +193,17 @@ def test_a_token_that_varies_by_more_than_a_nat_is_refused_with_the_reason(folde
     assert result.chosen is None
     assert "varies by 1." in result.tokens[0].refused and "at most 1" in result.tokens[0].refused
     assert "No token will do" in result.text() and result.laser_yaml() == ""
+
+
+def test_weights_that_are_overwritten_meanwhile_give_no_constants(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+
+    def overwritten(token, sequence):
+        (copy / "model.safetensors").write_bytes(b"others")
+        return -20.0
+
+    with pytest.raises(WeightsChanged, match="overwritten while they were in use"):
+        measured(copy, FakeEngine(overwritten))
 
 
 def test_a_token_that_the_model_generates_is_refused(folder):

@@ -47,10 +47,11 @@ def test_the_likely_end_is_the_special_token_that_stands_in_the_responses():
     assert "4 of 4 were cut at rollout.max_new_tokens 4; they end at 1 (<eos>)" in text
     assert "2 of them have 2 (<|im_end|>) in them" in text
     assert "set rollout.stop_token_ids: [1, 2]" in text
-    with pytest.raises(
-        NothingEnds, match=r"Raise rollout\.max_new_tokens, or name what the policy really ends with"
-    ):
-        endings(limit=1).note(1, [CUT])
+    for by_chance in ([CUT], [CUT, group([7, 2, 9, 9], [7, 8, 8, 3])]):
+        with pytest.raises(
+            NothingEnds, match=r"Raise rollout\.max_new_tokens, or name what the policy really"
+        ):
+            endings(limit=1).note(1, by_chance)
 
 
 def test_a_short_run_does_not_end_without_any_score_but_one_that_had_some_does():

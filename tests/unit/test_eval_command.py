@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_everything_is_written(whole):
     detail = results["benchmarks"]["problems"]
     assert detail["summary"]["num_responses"] == 160 and 0 < detail["summary"]["num_scored"] < 160
     assert 0 < detail["summary"]["truncated_fraction"] < 1
-    assert len(detail["curves"]["weighted_majority"]["mean"]) == 8
+    assert len(detail["curves"]["best_of"]["mean"]) == 8
     report = (whole / "report.md").read_text()
     for heading in ("## problems", "### Choosing among k responses", "### By length", "## How to read this"):
         assert heading in report
@@ -153,13 +154,27 @@ def test_what_the_model_cannot_read_is_refused_with_the_arithmetic(folder, tmp_p
         run(folder, tmp_path, "problems.max_new_tokens=60")
 
 
-def test_without_a_score_token_there_are_votes_but_no_score(folder, tmp_path):
+def test_without_a_score_token_there_is_no_score(folder, tmp_path):
     model = model_of(folder, score_token=None, ref_logprob=None)
     results = run(folder, tmp_path, "problems.max_problems=3", model=model)
     curves = results["benchmarks"]["problems"]["curves"]
-    assert "majority" in curves and "logprob_majority" in curves and "weighted_majority" not in curves
+    assert "best_by_logprob" in curves and "best_of" not in curves
     report = (tmp_path / "report.md").read_text()
     assert "no scores" in report and "### The score against the verifier" not in report
+
+
+def test_votes_are_not_available_where_the_reward_judges_what_is_in_no_box(whole):
+    """`lucky` calls texts without a box right: a vote among boxes would be 0 and look worse than chance."""
+    results = json.loads((whole / "results.json").read_text())
+    detail = results["benchmarks"]["problems"]
+    assert detail["summary"]["accuracy"] > 0.2
+    assert re.search(r"right responses have no answer to compare", detail["no_votes"])
+    assert not [name for name in detail["summary"] if "majority" in name]
+    assert not [name for name in {**detail["curves"], **detail["differences"]} if "majority" in name]
+    # the best is chosen among all responses: over many subsets of one it is the average
+    assert detail["curves"]["best_of"]["mean"][0] == pytest.approx(detail["summary"]["accuracy"])
+    report = (whole / "report.md").read_text()
+    assert "Votes are not available: " in report and "| majority |" not in report
 
 
 def command(*arguments):

@@ -60,6 +60,7 @@ class FakeEngine:
         *,
         deadline: float,
         on_finished: Any = None,
+        stop: Any = None,
     ) -> list[list[Generation]]:
         assert deadline > 0 and on_finished is not None
         rows = [prompt[0] - 100 for prompt in prompts]

@@ -1,6 +1,7 @@
 """Curves with intervals, baselines and accuracy by length, from records made by hand."""
 
 import math
+from dataclasses import asdict
 from itertools import pairwise
 
 import numpy as np
@@ -167,3 +168,39 @@ def test_reliability_counts_each_scored_response_once_by_its_clamped_score():
         (0.9, 1, 1.0),
     ]
     assert bins[0]["score_mean"] == pytest.approx(0.025)
+
+
+def test_without_answers_there_are_no_votes_and_the_best_is_chosen_among_all():
+    """A reward that judges texts without boxes: votes would be 0, worse than chance."""
+    found = []
+    for row in range(4):
+        found += [record(row, 0, extracted=None, answer_class=None, score=0.2)]
+        found += [right(row, 1, extracted=None, answer_class=None, score=0.9, mean_logprob=-0.1)]
+    detail = evaluation_detail(found)
+    assert "no response has an answer to compare" in detail["no_votes"]
+    assert set(detail["curves"]) == {"average", "pass", "best_of", "best_by_logprob"}
+    assert detail["curves"]["best_of"]["mean"] == detail["curves"]["best_by_logprob"]["mean"] == [0.5, 1.0]
+    assert set(detail["differences"]) == {"best_minus_average"}
+    assert not [name for name in detail["summary"] if "majority" in name]
+
+
+def test_one_right_response_without_an_answer_is_enough_to_give_no_vote_and_a_wrong_one_is_not():
+    answered = [record(0, 0), right(0, 1), record(1, 0, extracted=None, answer_class=None), right(1, 1)]
+    detail = evaluation_detail(answered)
+    assert detail["no_votes"] is None and detail["curves"]["majority"]["mean"][-1] > 0
+    answered[3].extracted = answered[3].answer_class = None
+    assert "1 of the 2 right responses have no answer" in evaluation_detail(answered)["no_votes"]
+
+
+@pytest.mark.parametrize("outcome", ["timeout", "crash"])
+def test_a_response_that_could_not_be_graded_says_nothing_about_the_score(outcome):
+    records = [record(0, 0, score=0.1), right(0, 1, score=0.9)] * 3
+    records = [EvaluationRecord(**{**asdict(one), "row": row}) for row, one in enumerate(records)]
+    graded = evaluation_detail(records)
+    ungraded = [*records, record(6, 0, score=0.95, outcome=outcome)]
+    detail = evaluation_detail(ungraded)
+    assert detail["verification"]["all"]["auroc"]["value"] == 1.0
+    assert detail["reliability"] == graded["reliability"]
+    for name in ("num_scored", "self_reward_ece", "self_reward_f1", "score_wrong_mean"):
+        assert detail["summary"][name] == graded["summary"][name]
+    assert detail["summary"]["num_responses"] == 7 and detail["summary"][f"outcome/{outcome}"] == 1

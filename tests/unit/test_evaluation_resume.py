@@ -24,7 +24,7 @@ class SeededEngine:
         self.responses = 0
         self.dies_after = dies_after
 
-    def generate(self, prompts, sampling, *, deadline, on_finished=None):
+    def generate(self, prompts, sampling, *, deadline, on_finished=None, stop=None):
         self.calls.append(([prompt[0] for prompt in prompts], sampling.samples_per_prompt))
         groups = []
         for index, prompt in enumerate(prompts):

@@ -24,7 +24,7 @@ from helpers.source_tree import (
 
 # A part may import the parts of lower layers, and of its own only what SAME_LAYER says.
 LAYERS = (
-    ("errors", "findings"),
+    ("errors", "findings", "files"),
     ("types", "config", "finite"),
     ("algorithms", "ops", "batching", "data", "rewards"),
     ("observability",),
@@ -32,10 +32,15 @@ LAYERS = (
     ("weight_sync",),
     (
         "output_folder",
+        "weight_identity",
+        "run_evaluation",
+        "folder_lock",
+        "overwrite",
         "tokenizer",
         "inputs",
         "check",
         "leader",
+        "run_record",
         "engines",
         "ranks",
         "export",

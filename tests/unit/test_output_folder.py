@@ -8,8 +8,10 @@ import pytest
 from helpers.runs import run_config
 from helpers.torchrun import worker_environment
 
+from megatron_laser import overwrite
 from megatron_laser.config import ConfigError
-from megatron_laser.output_folder import claim_output_folder, move_aside
+from megatron_laser.output_folder import claim_output_folder
+from megatron_laser.overwrite import move_aside
 from megatron_laser.trainer.checkpoint import folder as checkpoints
 
 HOLD = """
@@ -61,7 +63,7 @@ def test_a_folder_in_use_by_a_live_run_is_refused_and_free_once_that_run_is_kill
         assert f"{tmp_path / 'run'} is in use by a live run (process {holder.pid} on " in message
         assert message.endswith("stop it or choose another run.output_dir")
         with pytest.raises(ConfigError, match="in use by a live run"):
-            move_aside(tmp_path / "run")
+            move_aside(config())
     finally:
         holder.kill()
         holder.communicate()
@@ -150,8 +152,46 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(config, tmp_path):
     assert "cannot be written" in refused(config())
 
 
-def test_moving_aside_counts_up(tmp_path):
+def test_moving_aside_counts_up(config, tmp_path):
     for number in (1, 2):
         (tmp_path / "run").mkdir()
-        assert move_aside(tmp_path / "run") == tmp_path / f"run.old-{number}"
-    assert move_aside(tmp_path / "run") is None
+        (moved,) = move_aside(config())
+        assert (moved.what, moved.to) == (str(tmp_path / "run"), tmp_path / f"run.old-{number}")
+    assert move_aside(config()) == []
+
+
+def test_a_linked_folder_is_claimed_and_moved_aside_where_it_lies(config, tmp_path):
+    """The link leads to a larger disk: the new run must not begin on the small one."""
+    (tmp_path / "run").symlink_to(tmp_path / "large" / "run")  # where nothing is yet
+    claim_output_folder(config()).release()
+    assert (tmp_path / "large" / "run" / "run.json").exists()
+    (moved,) = move_aside(config())
+    assert moved.to == tmp_path / "large" / "run.old-1"
+    claim_output_folder(config()).release()
+    assert (tmp_path / "run").is_symlink()
+    assert (tmp_path / "large" / "run" / "run.json").exists()
+
+
+def test_a_folder_that_cannot_be_moved_aside_is_a_user_error(config, monkeypatch):
+    claim_output_folder(config()).release()
+
+    def busy(*arguments):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(overwrite.os, "replace", busy)
+    with pytest.raises(ConfigError, match=r"cannot be moved aside .*busy"):
+        move_aside(config())
+
+
+def test_two_live_runs_do_not_send_weights_through_one_folder(config, tmp_path):
+    """Each deletes what is not its newest there."""
+    settings = [
+        "rollout.engine=sglang",
+        "rollout.weight_sync=disk",
+        f"rollout.sync_folder={tmp_path / 'sync'}",
+    ]
+    held = claim_output_folder(config(*settings))
+    other = config(*settings, f"run.output_dir={tmp_path / 'other'}")
+    assert f"rollout.sync_folder {tmp_path / 'sync'} is in use by a live run" in refused(other)
+    held.release()
+    claim_output_folder(other).release()

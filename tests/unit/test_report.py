@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -178,6 +179,64 @@ def test_report_says_when_the_score_beats_the_mean_logprob(tmp_path: Path) -> No
     text = write_report([run]).read_text()
     assert "tells right from wrong better than the mean token log-prob" in text
     assert "**run: the mean token log-prob" not in text
+
+
+def run_with(folder: Path, records: list[EvaluationRecord]) -> str:
+    """The report of a run whose last evaluation has these records."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"run": {"name": "run"}, "laser": {}}))
+    with MetricsLogger(folder, tensorboard=False) as metrics:
+        metrics.log(1, {"reward_mean": 0.5})
+    path = folder / "evaluation" / "test_step_1.jsonl"
+    path.parent.mkdir()
+    with path.open("w") as file:
+        write_records(file, records)
+    summary = {name: plain(value) for name, value in summarize(records, subsets=20).items()}
+    path.with_suffix(".json").write_text(json.dumps(summary))
+    return write_report([folder]).read_text()
+
+
+def test_a_handful_of_responses_gives_numbers_but_no_verdict(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    records = synthetic_records(rng, accuracy=0.5, gap=-0.5, logprob_gap=0.6, problems=5, samples=4)
+    text = run_with(tmp_path / "run", records)
+    said = [line for line in text.splitlines() if line.startswith("- ")]
+    assert any("too few problems (5) to say" in line for line in said)
+    assert sum("too few responses to say which is better" in line for line in said) == 2
+    assert not [line for line in said if "**" in line or "better than" in line or "beyond chance" in line]
+
+
+def test_every_claim_in_bold_has_an_interval_that_excludes_zero(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    worse = run_with(
+        tmp_path / "worse",
+        synthetic_records(rng, accuracy=0.5, gap=-0.4, logprob_gap=0.6, problems=60, samples=8),
+    )
+    bold = [line for line in worse.splitlines() if line.startswith("- **")]
+    assert len(bold) == 3  # against the log-prob, against the length, best-of against one response
+    assert any("is worse than one response" in line for line in bold)
+    for line in bold:
+        low, high = re.findall(r"\[([+-][\d.]+), ([+-][\d.]+)\]", line)[0]
+        assert float(low) * float(high) > 0
+    same = run_with(
+        tmp_path / "same",
+        synthetic_records(rng, accuracy=0.5, gap=0.2, logprob_gap=0.15, problems=60, samples=2),
+    )
+    assert not [line for line in same.splitlines() if line.startswith("- **")]
+    assert "no difference beyond chance" in same
+
+
+def test_votes_are_not_available_where_right_responses_have_no_answer(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    records = synthetic_records(rng, accuracy=0.5, gap=0.5, logprob_gap=0.6, problems=30, samples=4)
+    for record in records:
+        record.extracted = record.answer_class = None
+    text = run_with(tmp_path / "run", records)
+    assert "run: votes are not available" in text
+    assert "| Majority of 4 |" not in text and "Weighted majority" not in text
+    right = np.mean([record.right for record in records])
+    best = float(table_row(tmp_path / "run" / "report.md", "Best of 4")[0])
+    assert best > right  # not 0: chosen among all responses
 
 
 def test_length_is_reported_raw_and_read_in_its_direction(both: Path, two_runs: tuple[Path, Path]) -> None:

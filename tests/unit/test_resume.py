@@ -2,15 +2,25 @@
 
 import json
 import os
+import shutil
 import signal
+import sys
 
 import pytest
 from helpers.tiny_run import metrics_without_times, write_tiny_run
 
-from megatron_laser.config import load_config
+from megatron_laser import export, run_evaluation, run_record
+from megatron_laser.config import ConfigError, load_config
 from megatron_laser.data import DataError
+from megatron_laser.evaluation.arrivals import Arrival, arrivals_path
 from megatron_laser.leader import Leader
 from megatron_laser.loop import train
+from megatron_laser.observability import sinks
+from megatron_laser.observability.sinks import MetricsLogger, read_metrics
+from megatron_laser.output_folder import claim_output_folder
+from megatron_laser.ranks import RunEnded
+from megatron_laser.rewards import GradingPool
+from megatron_laser.rollout.in_process import InProcessEngine
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint import sharded
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
@@ -31,8 +41,13 @@ def run(file, output, *overrides):
 
 
 def checkpoint_digests(folder, step):
-    files = folders.digests(folder / "checkpoints" / f"step_{step:08d}", "")
-    return {name: digest for name, digest in files.items() if name not in (".metadata", "manifest.json")}
+    """Of everything but what names the run and torch's random id."""
+    path = folder / "checkpoints" / f"step_{step:08d}"
+    named = (".metadata", "manifest.json", "state.json")
+    files = {name: digest for name, digest in folders.digests(path, "").items() if name not in named}
+    state = folders.read_state(path)
+    state["run"].pop("owner")
+    return files | {"state": state}
 
 
 def contents(folder):
@@ -44,9 +59,21 @@ def after_recording(monkeypatch, step, action):
     record = Leader.record
 
     def patched(self, number, *arguments):
-        record(self, number, *arguments)
+        trouble = record(self, number, *arguments)
         if number == step:
             action()
+        return trouble
+
+    monkeypatch.setattr(Leader, "record", patched)
+
+
+def before_recording(monkeypatch, step, action):
+    record = Leader.record
+
+    def patched(self, number, *arguments):
+        if number == step:
+            action()
+        return record(self, number, *arguments)
 
     monkeypatch.setattr(Leader, "record", patched)
 
@@ -103,6 +130,116 @@ def test_evaluation_moves_nothing_of_training_and_a_resumed_run_evaluates_to_the
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def on_arrival(monkeypatch, number, action):
+    """Call `action` when the evaluations' response `number`, from 1, comes in."""
+    of, seen = Arrival.of, []
+
+    def patched(*arguments):
+        seen.append(arguments)
+        if len(seen) == number:
+            action()
+        return of(*arguments)
+
+    monkeypatch.setattr(Arrival, "of", staticmethod(patched))
+    return seen
+
+
+def test_a_signal_in_the_final_evaluation_ends_it_at_once_and_the_same_command_goes_on_there(
+    undisturbed, tmp_path, monkeypatch, capsys
+):
+    file, _ = undisturbed
+    problems = tmp_path / "test.jsonl"
+    problems.write_text("".join(f'{{"problem": "{i} + 7 ?", "answer": "{i + 7}"}}\n' for i in range(6)))
+    settings = [f"data.test={problems}", "run.steps=1", "evaluation.final_samples_per_prompt=4"]
+    # three calls of the engine, whose responses do not end all at once
+    settings += ["rollout.max_batch_size=8", "evaluation.max_new_tokens=40"]
+    whole = run(file, tmp_path / "whole", *settings)
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        # the second response of the second call; each of the first call's eight is seen once more at its end
+        on_arrival(patch, 2 * 8 + 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(file, stopped, *settings)
+    (partial,) = (stopped / "evaluation").glob("test_step_1.*.partial")
+    kept = {(line["row"], line["sample"]) for line in map(json.loads, partial.read_text().splitlines())}
+    assert 10 <= len(kept) < 16
+    assert json.loads((stopped / "STOPPED").read_text()) == {"step": 1, "reason": "SIGTERM"}
+    assert "stopped after step 1 (SIGTERM); saved" in capsys.readouterr().out
+    assert not (stopped / "FINISHED").exists()
+    assert not (stopped / "evaluation" / "test_step_1.json").exists()
+    with monkeypatch.context() as patch:
+        seen = on_arrival(patch, 0, lambda: None)
+        run(file, stopped, *settings)
+        everything = {(row, sample) for row in range(6) for sample in range(4)}
+        assert {(row, sample) for row, sample, _ in seen} == everything - kept
+    for name in ("test_step_1.json", "test_step_1.jsonl"):
+        assert (stopped / "evaluation" / name).read_bytes() == (whole / "evaluation" / name).read_bytes()
+    assert not list((stopped / "evaluation").glob("*.partial")) and (stopped / "FINISHED").exists()
+
+
+def test_responses_of_a_stopped_final_evaluation_are_not_those_of_other_weights(tmp_path):
+    """Kept under the weights' own digest: a run that comes to the same step with other weights answers anew."""
+    ours = arrivals_path(tmp_path / "test_step_4.jsonl", {"weights": "sha256:1"})
+    ours.write_text("")
+    (tmp_path / "test_step_14.0.partial").write_text("")
+    assert arrivals_path(tmp_path / "test_step_4.jsonl", {"weights": "sha256:1"}).exists()
+    assert not arrivals_path(tmp_path / "test_step_4.jsonl", {"weights": "sha256:2"}).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["test_step_14.0.partial"]
+
+
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(undisturbed, tmp_path, monkeypatch):
+    file, _ = undisturbed
+    problems = tmp_path / "validation.jsonl"
+    problems.write_text("".join(f'{{"problem": "{i} + 7 ?", "answer": "{i + 7}"}}\n' for i in range(4)))
+    settings = [f"data.validation={problems}", "evaluation.every=1", "run.steps=2"]
+    run(file, tmp_path / "whole", *settings)
+    for _ in range(2):  # the second one in the evaluation that makes up for it
+        with monkeypatch.context() as patch:
+            on_arrival(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            run(file, tmp_path / "stopped", *settings)
+        assert json.loads((tmp_path / "stopped" / "STOPPED").read_text())["step"] == 1
+    assert not (tmp_path / "stopped" / "evaluation" / "validation_step_1.json").exists()
+    run(file, tmp_path / "stopped", *settings)
+    without_times = [
+        [
+            {name: value for name, value in row.items() if not name.startswith(("time/", "memory/"))}
+            for row in read_metrics(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in ("stopped", "whole")
+    ]
+    assert without_times[0] == without_times[1]
+
+
+def test_a_signal_in_the_evaluation_before_the_first_step_ends_the_run_there(
+    undisturbed, tmp_path, monkeypatch
+):
+    file, _ = undisturbed
+    problems = tmp_path / "test.jsonl"
+    problems.write_text("".join(f'{{"problem": "{i} + 7 ?", "answer": "{i + 7}"}}\n' for i in range(4)))
+    settings = [f"data.test={problems}", "evaluation.baseline=true", "evaluation.every=0", "run.steps=1"]
+    settings += ["evaluation.final_samples_per_prompt=2"]
+    with monkeypatch.context() as patch:
+        on_arrival(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(file, tmp_path / "out", *settings)
+    assert json.loads((tmp_path / "out" / "STOPPED").read_text())["step"] == 0
+    run(file, tmp_path / "out", *settings)
+    found = {path.name for path in (tmp_path / "out" / "evaluation").glob("*.json")}
+    assert found == {"test_step_0.json", "test_step_1.json"}
+    assert [row["step"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [0, 1]
+
+
+def test_evaluations_of_steps_that_are_trained_again_are_dropped(undisturbed, tmp_path, monkeypatch):
+    file, _ = undisturbed
+    after_recording(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run(file, tmp_path / "out")
+    evaluation = tmp_path / "out" / "evaluation"
+    evaluation.mkdir(exist_ok=True)
+    for name in ("validation_step_1.json", "validation_step_3.json", "validation_step_3.jsonl"):
+        (evaluation / name).write_text("{}")
+    after_recording(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run(file, tmp_path / "out")
+    assert [path.name for path in evaluation.iterdir()] == ["validation_step_1.json"]
+
+
 def test_a_run_that_dies_between_two_checkpoints_repeats_the_lost_steps_bitwise(
     undisturbed, tmp_path, monkeypatch
 ):
@@ -132,6 +269,28 @@ def test_a_finished_run_says_so_and_changes_nothing(undisturbed, caplog):
     assert contents(folder) == before
 
 
+def test_another_run_does_not_take_over_a_shared_folder_of_checkpoints(undisturbed, tmp_path):
+    file, first = undisturbed
+    shared = f"checkpoint.folder={first / 'checkpoints'}"
+    with pytest.raises(ConfigError, match=rf"belongs to another run, that of {first}"):
+        run(file, tmp_path / "second", shared)
+    assert not (tmp_path / "second" / "metrics.jsonl").exists()
+    owner = json.loads((first / "run.json").read_text())["id"]
+    states = [folders.read_state(path) for _, path in folders.published(first / "checkpoints")]
+    assert [state["run"]["owner"]["id"] for state in states] == [owner, owner]
+
+
+def test_everybody_reads_what_a_run_writes_whom_the_umask_lets(undisturbed):
+    _, folder = undisturbed
+    mask = os.umask(0)
+    os.umask(mask)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 15
+    assert {path: oct(path.stat().st_mode & 0o777) for path in files} == dict.fromkeys(
+        files, oct(0o666 & ~mask)
+    )
+
+
 def test_other_data_under_the_same_name_are_refused(tmp_path):
     file = write_tiny_run(tmp_path)
     run(file, tmp_path / "out", "run.steps=2")
@@ -147,12 +306,12 @@ def test_a_failed_save_is_survived_but_a_failed_last_save_is_an_error(
     file, expected = undisturbed
     write = sharded.save_state
 
-    def full(entries, folder, group):
+    def full_at(entries, folder, group):
         if folder.name == broken:
-            raise OSError(28, "No space left on device")
+            full()
         write(entries, folder, group)
 
-    monkeypatch.setattr(sharded, "save_state", full)
+    monkeypatch.setattr(sharded, "save_state", full_at)
     broken = "step_00000002.partial"
     run(file, tmp_path / "out")
     assert (
@@ -168,3 +327,113 @@ def test_a_failed_save_is_survived_but_a_failed_last_save_is_an_error(
     run(file, tmp_path / "last")
     assert (tmp_path / "last" / "FINISHED").exists()
     assert metrics_without_times(tmp_path / "last") == metrics_without_times(expected)
+
+
+def full(*arguments, **settings):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_step_whose_metrics_cannot_be_written_is_saved_with_them_and_the_run_stops(
+    undisturbed, tmp_path, monkeypatch
+):
+    file, expected = undisturbed
+    append = MetricsLogger._append
+
+    def full_at_three(self, text):
+        if '"step": 3' in text:
+            full()
+        append(self, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLogger, "_append", full_at_three)
+        with pytest.raises(
+            RunEnded, match=r"^saved after step 3 and stopped: .*metrics.jsonl cannot be written"
+        ):
+            run(file, tmp_path / "out")
+    assert len(metrics_without_times(tmp_path / "out")) == 2
+    run(file, tmp_path / "out")
+    assert metrics_without_times(tmp_path / "out") == metrics_without_times(expected)
+    assert checkpoint_digests(tmp_path / "out", 4) == checkpoint_digests(expected, 4)
+
+
+def test_what_people_look_at_may_all_fail_and_the_run_is_done_all_the_same(
+    undisturbed, tmp_path, monkeypatch, caplog
+):
+    file, expected = undisturbed
+    for name in ("dump_rollouts", "write_report"):
+        monkeypatch.setattr(run_record, name, full)
+    monkeypatch.setattr(sinks, "_tensorboard_writer", full)
+    monkeypatch.setattr(InProcessEngine, "close", full, raising=False)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        run(file, tmp_path / "out", "logging.tensorboard=true", "logging.rollouts_every=1")
+    for what in ("logging.rollouts_every", "writing report.md", "logging.tensorboard", "standard output"):
+        assert caplog.text.count(f"{what} failed (") == 1
+    assert "closing the rollout engine failed: OSError: [Errno 28] No space left on device" in caplog.text
+    assert metrics_without_times(tmp_path / "out") == metrics_without_times(expected)
+    assert (tmp_path / "out" / "FINISHED").exists()
+
+
+def test_a_deleted_output_folder_is_noticed_in_the_same_step_and_the_weights_are_saved(
+    undisturbed, tmp_path, monkeypatch
+):
+    file, expected = undisturbed
+    with monkeypatch.context() as patch:
+        before_recording(patch, 3, lambda: shutil.rmtree(tmp_path / "out"))
+        with pytest.raises(
+            RunEnded, match=r"^saved after step 3 and stopped: .* was deleted, moved or replaced"
+        ):
+            run(file, tmp_path / "out")
+    run(file, tmp_path / "out")
+    assert metrics_without_times(tmp_path / "out") == metrics_without_times(expected)[2:]
+    assert checkpoint_digests(tmp_path / "out", 4) == checkpoint_digests(expected, 4)
+
+
+def test_a_folder_that_another_run_has_taken_meanwhile_is_left_alone(undisturbed, tmp_path, monkeypatch):
+    file, _ = undisturbed
+
+    def taken():
+        (tmp_path / "out").rename(tmp_path / "moved")
+        claim_output_folder(load_config(file, [f"run.output_dir={tmp_path / 'out'}"])).release()
+
+    before_recording(monkeypatch, 3, taken)
+    with pytest.raises(ConfigError, match="was deleted under a live run, and holds another one by now"):
+        run(file, tmp_path / "out")
+    assert folders.published(tmp_path / "out" / "checkpoints") == []
+    assert [step for step, _ in folders.published(tmp_path / "moved" / "checkpoints")] == [2]
+
+
+def test_an_export_that_fails_leaves_a_run_that_the_same_command_finishes(undisturbed, tmp_path, monkeypatch):
+    file, _ = undisturbed
+    settings = ["checkpoint.export_hf=true", "run.steps=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "write_hf_folder", full)
+        with pytest.raises(RunEnded, match=r"^all 2 steps are done: .*hf cannot be written: .*No space left"):
+            run(file, tmp_path / "out", *settings)
+    assert not (tmp_path / "out" / "FINISHED").exists()
+    assert (tmp_path / "out" / "report.md").exists()
+    run(file, tmp_path / "out", *settings)
+    assert (tmp_path / "out" / "hf" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "FINISHED").exists()
+
+
+def test_a_full_disk_in_an_evaluation_is_a_reason_to_save_and_stop(undisturbed, tmp_path, monkeypatch):
+    file, _ = undisturbed
+    monkeypatch.setattr(run_evaluation, "evaluate", full)
+    with pytest.raises(RunEnded, match=r"^saved after step 2 and stopped: .*No space left on device"):
+        run(file, tmp_path / "out", f"data.validation={file.parent / 'train.jsonl'}", "evaluation.every=2")
+    assert [step for step, _ in folders.published(tmp_path / "out" / "checkpoints")] == [2]
+
+
+def test_a_start_that_fails_late_closes_what_it_has_started(undisturbed, tmp_path, monkeypatch):
+    file, _ = undisturbed
+    closed = []
+    monkeypatch.setattr(
+        GradingPool, "close", lambda self, close=GradingPool.close: (closed.append(1), close(self))
+    )
+    monkeypatch.setattr(run_record, "MetricsLogger", full)
+    with pytest.raises(ConfigError, match=r"run.output_dir .* cannot be written: .*No space left"):
+        run(file, tmp_path / "out")
+    assert closed

@@ -29,24 +29,36 @@ def model(tmp_path_factory):
     return folder
 
 
+class Enough(Exception):
+    pass
+
+
 def test_the_store_waits_as_long_as_a_rank_does_once_all_have_met(model, tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    given = {}
+
+    def note(*_, **arguments):
+        given.update(arguments)
+        raise Enough
+
     names = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     config = run_config(tmp_path, model, "run.start_grace=7", "run.deadline=90")
-    store, rank, world_size = runtime._rendezvous(config)
-    assert (rank, world_size) == (0, 1)
+    monkeypatch.setattr(dist, "init_process_group", note)
+    with pytest.raises(Enough):
+        runtime.start(config)
+    assert (given["rank"], given["world_size"]) == (0, 1)
+    store = given["store"]
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
     assert store.timeout == timedelta(seconds=90)
 
 
 def test_megatrons_groups_get_the_deadline_to_the_second(model, tmp_path, monkeypatch):
-    class Enough(Exception):
-        pass
-
     def note(**arguments):
         given.update(arguments)
         raise Enough

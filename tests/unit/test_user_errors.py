@@ -15,7 +15,7 @@ from megatron_laser.config import ConfigError
 from megatron_laser.errors import UserError
 from megatron_laser.rollout.serving import ServeError
 from megatron_laser.trainer.bad_steps import BadStepsError
-from megatron_laser.trainer.runtime import RendezvousError
+from megatron_laser.trainer.rendezvous import RendezvousError
 from megatron_laser.trainer.trainer import MismatchError
 
 WORDS = ["<unk>", "<eos>", "what", "is", "1", "<|score|>"]

@@ -153,7 +153,7 @@ def test_curves_of_average_pass_and_best_are_exact_over_all_subsets():
     curves = voting_curves(answers, correct, scores, subsets=1)
     for row in range(10):
         for k in range(1, 6):
-            subsets = list(itertools.combinations(range(5), k))
+            subsets = list(itertools.permutations(range(5), k))  # scores tie: the first seen wins
             average = passed = best = 0.0
             for subset in subsets:
                 average += sum(correct[row][i] for i in subset) / k
@@ -163,6 +163,19 @@ def test_curves_of_average_pass_and_best_are_exact_over_all_subsets():
             assert curves.average[row, k - 1] == pytest.approx(average / len(subsets))
             assert curves.pass_rate[row, k - 1] == pytest.approx(passed / len(subsets))
             assert curves.best[row, k - 1] == pytest.approx(best / len(subsets))
+
+
+def test_the_best_of_equal_scores_is_any_of_them_wherever_they_stand():
+    # A position rule would give 1 or 0, by where the right response happens to stand.
+    scores = [[0.5, 0.5, 0.5, 0.5]]
+    for place in range(4):
+        correct = [[float(i == place) for i in range(4)]]
+        curves = voting_curves([["a", "b", "c", "d"]], correct, scores)
+        assert curves.best[0] == pytest.approx([0.25] * 4)
+        assert curves.best[0] == pytest.approx(curves.average[0])
+    # without scores too, and never one that has no answer
+    curves = voting_curves([["a", None, "b"]], [[1.0, 1.0, 0.0]], [[None, None, None]])
+    assert curves.best[0] == pytest.approx([1 / 3, 0.5, 0.5])
 
 
 def test_weighted_curves_call_equal_sums_a_tie():

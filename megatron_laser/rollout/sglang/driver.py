@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_laser.rollout.engine import StopEarly
+from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.rollout.sglang.errors import ServerError, ServerFault
 from megatron_laser.rollout.sglang.exchange import Exchange
 from megatron_laser.rollout.sglang.fleet import Fleet
@@ -263,8 +263,8 @@ class Driver:
             await asyncio.sleep(0.5)
 
 
-def present(generation: Generation | None) -> Generation:
-    """What a call that nobody may stop early has of a response."""
-    if generation is None:
-        raise AssertionError("a response is missing although nobody asked to stop early")
+def whole(generation: Generation | None) -> Generation:
+    """A finished response. Raises StoppedEarly for one that was not begun or was aborted."""
+    if generation is None or generation.finish_reason == "abort":
+        raise StoppedEarly("the servers were told to stop generating")
     return generation

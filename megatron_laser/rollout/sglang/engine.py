@@ -16,13 +16,14 @@ from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.rollout.open_files import raise_open_files
 from megatron_laser.rollout.sglang.client import ServerClient, Sessions
-from megatron_laser.rollout.sglang.driver import Driver, present
+from megatron_laser.rollout.sglang.driver import Driver, whole
 from megatron_laser.rollout.sglang.errors import ServerError
 from megatron_laser.rollout.sglang.fleet import Fleet
 from megatron_laser.rollout.sglang.health import Limits
-from megatron_laser.rollout.sglang.identify import Expected, ServerFacts, identify_members, refuse_strangers
+from megatron_laser.rollout.sglang.identify import Expected, ServerFacts, identify_members
 from megatron_laser.rollout.sglang.loop_thread import SLACK, LoopThread
 from megatron_laser.rollout.sglang.member import Member
+from megatron_laser.rollout.sglang.patience import SayingThatItWaits
 from megatron_laser.rollout.sglang.router import Router
 from megatron_laser.rollout.sglang.traffic import Weights
 from megatron_laser.rollout.sglang.transport import WeightTransport
@@ -103,7 +104,8 @@ class SglangEngine:
 
         self._sessions, self.fleet, self._driver = self.run(connect(), 30.0, "connecting")
         try:
-            up = self.fleet.wait_until_up(min_servers, start_deadline, refuse_strangers)
+            check = SayingThatItWaits(min_servers, start_deadline)
+            up = self.fleet.wait_until_up(min_servers, start_deadline, check)
             self.run(up, start_deadline, "waiting for servers")
             self.identify_all()
         except BaseException:
@@ -164,13 +166,13 @@ class SglangEngine:
         *,
         deadline: float,
         on_finished: Callable[[int, int, Generation], None] | None = None,
+        stop: StopEarly | None = None,
     ) -> list[list[Generation]]:
         """See `RolloutEngine.generate`; `on_finished` is called in the event loop's thread.
 
-        Raises also WeightsNeeded and ServersLost (see `Fleet.pick`) and ServerError.
-        """
-        found = self.generate_some(prompts, sampling, deadline=deadline, on_finished=on_finished)
-        return [[present(generation) for generation in group] for group in found]
+        Raises also WeightsNeeded and ServersLost (see `Fleet.pick`) and ServerError."""
+        found = self.generate_some(prompts, sampling, deadline=deadline, on_finished=on_finished, stop=stop)
+        return [[whole(generation) for generation in group] for group in found]
 
     def generate_some(
         self,

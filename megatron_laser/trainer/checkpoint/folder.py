@@ -13,12 +13,13 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_laser.config.schema import RunConfig
 from megatron_laser.errors import UserError
+from megatron_laser.files import remove, replace_folder
 
 FORMAT_VERSION = 1
 _STATE = "state.json"
@@ -29,6 +30,11 @@ _READ_BYTES = 1 << 22
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be used (of another run, damaged, of a newer format) or could not be written."""
+
+
+def checkpoint_root(config: RunConfig) -> Path:
+    """The folder that a run's checkpoints lie in."""
+    return Path(config.checkpoint.folder or Path(config.run.output_dir) / "checkpoints")
 
 
 def partial_folder(root: Path, step: int) -> Path:
@@ -67,12 +73,10 @@ def publish(partial: Path, state: dict[str, Any], files: dict[str, list[Any]]) -
     _sync_folder(partial)
     target = partial.with_name(partial.name.removesuffix(".partial"))
     replaced = partial.with_name(f"{target.name}.replaced.partial")
-    if target.exists():  # a rerun after an older checkpoint was chosen by hand
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(target, replaced)
-    os.replace(partial, target)
+    replace_folder(
+        partial, target, aside=replaced
+    )  # it is there after an older checkpoint was chosen by hand
     _sync_folder(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
     return target
 
 
@@ -129,9 +133,9 @@ def retain(root: Path, *, keep_last: int, keep_every: int) -> list[Path]:
     for path in doomed:
         # Renamed first: a half-deleted folder must not look published.
         gone = path.with_name(path.name + ".partial")
-        shutil.rmtree(gone, ignore_errors=True)
+        remove(gone)
         os.replace(path, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        remove(gone)
     return doomed
 
 
@@ -139,7 +143,7 @@ def remove_partials(root: Path) -> None:
     """Delete what killed runs left behind."""
     if root.is_dir():
         for path in root.glob("step_*.partial"):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
 
 def _advice(folder: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from megatron_laser.trainer.checkpoint.identity import differences, model_identi
 from megatron_laser.trainer.checkpoint.random_states import collect_random_states, restore_random_states
 from megatron_laser.trainer.checkpoint.together import everywhere, gathered_errors, reason
 from megatron_laser.trainer.policy import Policy
-from megatron_laser.trainer.runtime import Runtime
+from megatron_laser.trainer.runtime import Runtime, gloo_group
 from megatron_laser.trainer.transport import broadcast_arrays
 
 logger = logging.getLogger(__name__)
@@ -34,14 +33,14 @@ class CheckpointManager:
     def __init__(self, config: RunConfig, runtime: Runtime, policy: Policy) -> None:
         self._settings = config.checkpoint
         self._last_step = config.run.steps
-        self._root = Path(config.checkpoint.folder or Path(config.run.output_dir) / "checkpoints")
+        self._root = folders.checkpoint_root(config)
         self._runtime = runtime
         self._policy = policy
         chunks = policy.chunks
         self._identity = model_identity(chunks.hf, chunks.geometry, chunks.config.params_dtype)
         # A group of its own: files take longer than anything that run.deadline is for, and the writing thread's
         # collectives must not mix with the main thread's.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.checkpoint.deadline))
+        self._group = gloo_group(None, config.checkpoint.deadline)
         self._writer: _Writer | None = None
         self._trouble = ""
 
