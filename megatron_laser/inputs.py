@@ -19,6 +19,9 @@ from megatron_laser.data import (
     Row,
     build_prompts,
     fingerprint,
+    grades_mathematics,
+    heed,
+    look_at_references,
     read_rows,
     refuse_score_token,
 )
@@ -91,13 +94,20 @@ def read_inputs(config: RunConfig) -> RunInputs:
                 ]
             )
     data = config.data
+    mathematics = grades_mathematics(config.reward.function)
 
-    def read(paths: Any) -> list[Row] | None:
+    def read(split: str) -> list[Row] | None:
+        paths = getattr(data, split)
         if paths is None:
             return None
-        return read_rows(paths, prompt_key=data.prompt_key, answer_key=data.answer_key)
+        rows = read_rows(
+            paths, prompt_key=data.prompt_key, answer_key=data.answer_key, mathematics=mathematics
+        )
+        if mathematics:
+            heed(look_at_references(rows, name=f"data.{split}"))
+        return rows
 
-    train_rows = read(data.train) or []
+    train_rows = read("train") or []
     reward = config.reward
     try_reward(reward.function, train_rows[0].answer if train_rows else "42", deadline=reward.deadline)
     tokenizer = load_tokenizer(config.model.path, [row.problem for row in train_rows[:_TOKENIZER_PROBES]])
@@ -121,8 +131,8 @@ def read_inputs(config: RunConfig) -> RunInputs:
     return RunInputs(
         tokenizer=tokenizer,
         train=train,
-        validation=prompts(read(data.validation)),
-        test=prompts(read(data.test)),
+        validation=prompts(read("validation")),
+        test=prompts(read("test")),
         score_token_id=score_token_id,
         stop_token_ids=tuple(stop_token_ids),
         data_fingerprint=fingerprint(config.data.train, [config.data.prompt_key, config.data.answer_key]),

@@ -1,18 +1,26 @@
 #!/usr/bin/env python
-"""Turn a data set's files into the ones that data.train, data.validation and data.test read.
+r"""Turn a data set's files into the ones that data.train, data.validation and data.test read.
 
     python tools/prepare_data.py deepmath/*.parquet --output data/train.jsonl --test data/math500.jsonl
     python tools/prepare_data.py aime24.jsonl --output data/aime24.parquet --prompt-key question --answer-key solution
 
 Reads JSON Lines and Parquet (DeepMath-103K, MATH-500, AIME and the like) and writes {problem, answer, id} as JSON
-Lines or Parquet, by the suffix of --output. Rows without a problem or a usable answer (missing, empty, neither text
-nor a number) are dropped, and so are repeated problems; each kind is counted, and the report names the first ones.
+Lines or Parquet, by the suffix of --output. Rows without a problem or a usable answer (missing, empty, several in a
+list, half of an emoji) are dropped, and so are repeated problems; each kind is counted, and the report names the first
+ones.
+
+Answers are taken out of the forms in which data sets have them: worked solutions that end in `#### 827` or hold a
+\boxed{827}, lists of one, numbers (1e-07 is written 0.0000001, 204.0 as 204). Those that no response can equal (prose,
+several lines, braces that do not match) are kept, counted and named; when they are most, nothing is written.
+--answers-as-written leaves them alone, for a reward.function of your own.
 
 With --test, problems that also stand in the test files stop the tool: training on them would make the test
-worthless. --drop-overlap leaves them out instead. Problems are compared without spaces, case, dollar signs and LaTeX
-spacing. Rows are streamed: memory is a short digest and the answer of each problem.
+worthless. --drop-overlap leaves them out instead. Problems are compared without blanks, dollar signs, LaTeX spacing
+and \left and \right (megatron_laser/data/duplicates.py has the rules). Rows are streamed: memory is a short digest and
+the answer of each problem.
 
-Exit status: 0, or 1 when train and test overlap, 2 when a file cannot be used.
+Exit status: 0; 1 when train and test overlap, and for that alone; 2 when a file or its answers cannot be used; 3 when
+the tool itself failed.
 """
 
 from __future__ import annotations
@@ -20,36 +28,40 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
-import re
 import sys
-import unicodedata
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_laser.data import DataError, lone_surrogate, read_records
+from megatron_laser.data.duplicates import comparable
+from megatron_laser.data.readers import import_pyarrow
+from megatron_laser.data.references import Reference, as_written, read_reference, why_unequal
+
 PROMPT_KEYS = ("problem", "question", "prompt", "Problem", "Question")
 ANSWER_KEYS = ("answer", "final_answer", "Answer", "ground_truth", "reward_model.ground_truth")
 ID_KEYS = ("id", "unique_id", "ID")
+OVERLAP = "OVERLAP with the test files"
 _OVERLAP = "problems also stand in the test files; nothing is written. Use --drop-overlap to leave them out"
+_UNEQUAL = (
+    "answers; nothing is written. Name the column with the final answers with --answer-key, or keep them as they are "
+    "with --answers-as-written for a reward.function of your own"
+)
 _NAMED = 10  # rows of each kind that the report names
 _BATCH = 1000  # rows of a Parquet batch
-_SPACING = re.compile(r"\\(?:left|right|displaystyle|quad|qquad|[,;:! ])|[\s$~]")
-
-
-class DataFileError(Exception):
-    """A file that cannot be used."""
 
 
 @dataclass
 class Report:
-    """What happened to the rows; `named` holds the first ones of each kind."""
+    """What happened to the rows; `named` holds the first ones of each kind, `unequal` counts unreachable answers."""
 
     counts: dict[str, int] = field(default_factory=dict)
     named: dict[str, list[str]] = field(default_factory=dict)
+    unequal: int = 0
 
     def count(self, kind: str, where: str = "") -> None:
         self.counts[kind] = self.counts.get(kind, 0) + 1
@@ -65,43 +77,6 @@ class Report:
         return lines
 
 
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line or row, record) of a .jsonl, .ndjson or .parquet file, streamed."""
-    suffix = path.suffix.lower()
-    if not path.is_file():
-        raise DataFileError(f"{path}: no such file")
-    if suffix in (".jsonl", ".ndjson"):
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
-    elif suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            with pyarrow.parquet.ParquetFile(path) as table:
-                number = 0
-                for batch in table.iter_batches(batch_size=_BATCH):
-                    for record in batch.to_pylist():
-                        yield f"{path} row {number}", record
-                        number += 1
-        except pyarrow.ArrowException as error:
-            raise DataFileError(f"{path}: not readable as Parquet: {error}") from error
-    else:
-        raise DataFileError(f"{path}: unknown kind of file {suffix!r}; expected .jsonl, .ndjson or .parquet")
-
-
-def _json_object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
-        raise DataFileError(f"{where}: not JSON: {error}") from error
-    if isinstance(record, dict):
-        return record
-    raise DataFileError(f"{where}: expected a JSON object, found a {type(record).__name__}")
-
-
 def value_at(record: dict[str, Any], key: str) -> Any:
     """record[key]; a dot goes into a nested object (reward_model.ground_truth). None where it is missing."""
     value: Any = record
@@ -110,15 +85,20 @@ def value_at(record: dict[str, Any], key: str) -> Any:
     return value
 
 
-def find_key(record: dict[str, Any], wanted: str | None, known: Sequence[str], what: str, where: str) -> str:
-    """`wanted`, or the first known key that the record has."""
+def find_key(path: Path, wanted: str | None, known: Sequence[str], what: str) -> str:
+    """`wanted`, or the first known key that has a value in the first row that has any of them."""
     candidates = [wanted] if wanted else known
-    for key in candidates:
-        if value_at(record, key) is not None or key in record:
-            return key
-    raise DataFileError(
-        f"{where}: none of {', '.join(map(repr, candidates))} is there for the {what}; it has "
-        f"{', '.join(map(repr, record))}: name one with --{what}-key"
+    first: tuple[str, dict[str, Any]] | None = None
+    for where, record in read_records(path):
+        first = first or (where, record)
+        for key in candidates:
+            if value_at(record, key) is not None:
+                return key
+    if first is None:
+        raise DataError(f"{path}: no rows; a data file needs at least one")
+    raise DataError(
+        f"{path}: no row has a value of {', '.join(map(repr, candidates))} for the {what}; {first[0]} has "
+        f"{', '.join(map(repr, first[1]))}: name one with --{what}-key"
     )
 
 
@@ -132,20 +112,16 @@ def problem_text(value: Any) -> str | None:
     return value.strip() if isinstance(value, str) and value.strip() else None
 
 
-def answer_text(value: Any) -> str | None:
-    """The answer as text: numbers are written out, 204.0 as 204. None when it cannot be used."""
-    if isinstance(value, float) and math.isfinite(value):
-        value = str(int(value) if value.is_integer() else value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    return value.strip() if isinstance(value, str) and value.strip() else None
-
-
 def digest(problem: str) -> bytes:
     """16 bytes that are the same for the same problem, however it is spaced and typeset."""
-    text = unicodedata.normalize("NFKC", problem).casefold()
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    return hashlib.blake2b(_SPACING.sub("", text).encode(), digest_size=16).digest()
+    return hashlib.blake2b(comparable(problem).encode(), digest_size=16).digest()
+
+
+def reference(value: Any, options: argparse.Namespace) -> Reference:
+    """The answer in a row; its text is empty when it cannot be used."""
+    if options.answers_as_written:
+        return Reference(as_written(value) or "")
+    return read_reference(value)
 
 
 def rows(
@@ -153,35 +129,38 @@ def rows(
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """(where, {problem, answer, id}) of the usable rows; the others are counted."""
     for path in paths:
-        keys: tuple[str, str] | None = None
+        prompt_key = find_key(path, options.prompt_key, PROMPT_KEYS, "prompt")
+        answer_key = find_key(path, options.answer_key, ANSWER_KEYS, "answer")
         for where, record in read_records(path):
-            if keys is None:
-                keys = (
-                    find_key(record, options.prompt_key, PROMPT_KEYS, "prompt", where),
-                    find_key(record, options.answer_key, ANSWER_KEYS, "answer", where),
-                )
             report.count("rows read")
-            problem, answer = (value_at(record, key) for key in keys)
-            text, reference = problem_text(problem), answer_text(answer)
+            text = problem_text(value_at(record, prompt_key))
+            value = value_at(record, answer_key)
+            answer = reference(value, options)
+            names = [record[key] for key in ID_KEYS if record.get(key) is not None]
+            row = {"problem": text or "", "answer": answer.text, **({"id": str(names[0])} if names else {})}
             if text is None:
                 report.count("dropped: no problem", where)
-            elif reference is None:
-                report.count("dropped: no usable answer", where)
+            elif not answer.text:
+                several = isinstance(value, list) and len(value) > 1
+                report.count(
+                    f"dropped: {'several answers in a list' if several else 'no usable answer'}", where
+                )
+            elif broken := lone_surrogate(row):
+                report.count("dropped: half of a surrogate pair, which is not text", f"{where}: {broken}")
             else:
-                names = [record[key] for key in ID_KEYS if record.get(key) is not None]
-                extra = {"id": str(names[0])} if names else {}
-                yield where, {"problem": text, "answer": reference, **extra}
+                if answer.taken_from:
+                    report.count(f"answer taken out of {answer.taken_from}", where)
+                yield where, row
 
 
 def digests_of_tests(options: argparse.Namespace) -> dict[bytes, str]:
     """Digest -> where it stands, for every problem of the --test files."""
     found: dict[bytes, str] = {}
     for path in options.test:
-        key = ""
+        key = find_key(path, options.test_prompt_key, PROMPT_KEYS, "test-prompt")
         for where, record in read_records(path):
-            key = key or find_key(record, options.test_prompt_key, PROMPT_KEYS, "test-prompt", where)
             text = problem_text(value_at(record, key))
-            if text is not None:
+            if text is not None and not lone_surrogate(text):
                 found.setdefault(digest(text), where)
     return found
 
@@ -198,10 +177,14 @@ def unique_rows(options: argparse.Namespace, report: Report) -> Iterator[dict[st
             continue
         seen[mark] = row["answer"]
         if mark in tests:
-            kind = "dropped: in the test files" if options.drop_overlap else "OVERLAP with the test files"
+            kind = "dropped: in the test files" if options.drop_overlap else OVERLAP
             report.count(kind, f"{where} = {tests[mark]}")
             continue
         report.count("written")
+        why = "" if options.answers_as_written else why_unequal(row["answer"])
+        if why:
+            report.unequal += 1
+            report.count(f"WARNING, no response can equal the answer: {why}", where)
         yield row
 
 
@@ -217,10 +200,7 @@ class Writer:
         output.parent.mkdir(parents=True, exist_ok=True)
         stack.callback(lambda: self._partial.unlink(missing_ok=True))
         if self._parquet:
-            import pyarrow
-            import pyarrow.parquet
-
-            self._arrow = pyarrow
+            self._arrow = pyarrow = import_pyarrow(output)
             self._schema = pyarrow.schema([(name, pyarrow.string()) for name in ("problem", "answer", "id")])
             self._file = stack.enter_context(pyarrow.parquet.ParquetWriter(self._partial, self._schema))
         else:
@@ -261,8 +241,38 @@ def arguments(values: Sequence[str] | None = None) -> argparse.Namespace:
     add("--test", nargs="+", type=Path, default=[], metavar="FILE", help="test files to stay clear of")
     add("--test-prompt-key", help="as --prompt-key, for the --test files")
     add("--drop-overlap", action="store_true", help="leave out what the test files hold, and go on")
+    add(
+        "--answers-as-written",
+        action="store_true",
+        help="neither extract nor judge answers: for a reward.function of your own",
+    )
     add("--report", type=Path, help="also write the counts and named rows as JSON")
     return parser.parse_args(values)
+
+
+def prepare(options: argparse.Namespace, report: Report) -> str:
+    """Write the file, unless there is a reason not to; returns that reason, "" for none.
+
+    Raises:
+        DataError, OSError: a file cannot be used.
+    """
+    if options.output.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"--output {options.output}: expected a name that ends in .jsonl or .parquet")
+    with ExitStack() as stack:
+        writer = Writer(options.output, stack)
+        for row in unique_rows(options, report):
+            writer.write(row)
+        overlapping, written = (report.counts.get(kind, 0) for kind in (OVERLAP, "written"))
+        reason = ""
+        if overlapping:
+            reason = f"{overlapping} {_OVERLAP}"
+        elif not written:
+            reason = "no rows are left; nothing is written"
+        elif report.unequal > written / 2:
+            reason = f"no response can equal {report.unequal} of {written} {_UNEQUAL}"
+        else:
+            writer.publish()
+    return reason
 
 
 def main(values: Sequence[str] | None = None) -> int:
@@ -270,27 +280,20 @@ def main(values: Sequence[str] | None = None) -> int:
     options = arguments(values)
     report = Report()
     try:
-        if options.output.suffix not in (".jsonl", ".parquet"):
-            raise DataFileError(f"--output {options.output}: expected a name that ends in .jsonl or .parquet")
-        with ExitStack() as stack:
-            writer = Writer(options.output, stack)
-            for row in unique_rows(options, report):
-                writer.write(row)
-            overlapping = report.counts.get("OVERLAP with the test files", 0)
-            written = report.counts.get("written", 0)
-            if written and not overlapping:
-                writer.publish()
-    except (DataFileError, OSError) as error:
+        reason = prepare(options, report)
+        print("\n".join(report.lines()))
+        if options.report is not None:
+            content = {"counts": report.counts, "rows": report.named}
+            options.report.write_text(json.dumps(content, indent=1) + "\n")
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(report.lines()))
-    if options.report is not None:
-        content = {"counts": report.counts, "rows": report.named}
-        options.report.write_text(json.dumps(content, indent=1) + "\n")
-    if overlapping or not written:
-        reason = f"{overlapping} {_OVERLAP}" if overlapping else "no rows are left; nothing is written"
+    except Exception:  # Python's own status is 1, which says overlap
+        traceback.print_exc()
+        return 3
+    if reason:
         print(f"error: {reason}", file=sys.stderr)
-        return 1 if overlapping else 2
+        return 1 if report.counts.get(OVERLAP) else 2
     print(f"wrote {options.output}")
     return 0
 

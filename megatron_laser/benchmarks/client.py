@@ -130,7 +130,7 @@ def bench_client(config: RunConfig, *, rounds: int) -> ClientBenchmarkResult:
 def _prompts(config: RunConfig) -> list[list[int]]:
     """The run's training prompts, as token ids."""
     data = config.data
-    rows = read_rows(data.train, prompt_key=data.prompt_key, answer_key=data.answer_key)
+    rows = read_rows(data.train, prompt_key=data.prompt_key, answer_key=data.answer_key, mathematics=False)
     built, _ = build_prompts(
         rows,
         load_tokenizer(config.model.path),

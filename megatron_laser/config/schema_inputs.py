@@ -61,12 +61,14 @@ class DataConfig(Section):
     prompt_key: Text = "problem"
     """Column that holds the problem."""
     answer_key: Text = "answer"
-    """Column that holds the reference answer."""
+    """Column that holds the reference answer. For `math_verify` the answer is taken out of worked solutions
+    (`#### 827`, a box), lists of one and numbers; a `reward.function` of your own gets text as it stands, the rest as
+    JSON."""
     prompt_suffix: str = " Please reason step by step, and put your final answer within \\boxed{}."
     """Appended to each problem, before the chat template."""
     apply_chat_template: bool = True
     """Send problem and suffix through the tokenizer's chat template as one user message; false: the plain
-    text is the prompt."""
+    text is the prompt. A BOS that a problem brings along is not doubled."""
     max_prompt_tokens: Count = 2048
     """Longest prompt, in tokens. Longer ones are left out and counted."""
     shuffle: bool = True

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_laser.types import Prompt
 
+from .encoding import encode_chats, encode_texts
 from .errors import DataError
 from .readers import Row
+from .text import lone_surrogate
 
 logger = logging.getLogger(__name__)
 
@@ -19,20 +21,24 @@ _NAMED = 5  # dropped rows that the log names
 
 
 @dataclass(frozen=True, slots=True)
-class DroppedPrompts:
-    """The prompts that were longer than the limit.
+class PromptReport:
+    """What became of the rows: the prompts that were longer than the limit, all lengths, repeated BOS.
 
     Attributes:
         total: number of rows there were.
         max_prompt_tokens: the limit.
-        rows: (where the row is, its prompt's length in tokens), in the order of the rows.
+        rows: (where the row is, its prompt's length in tokens) of those that were dropped, in the order of the rows.
         section: of the settings that the limit is one of.
+        lengths: in tokens, of every row's prompt, in the order of the rows.
+        bos_repeated: where the rows are whose text brought a BOS along that was not needed.
     """
 
     total: int
     max_prompt_tokens: int
     rows: tuple[tuple[str, int], ...] = ()
     section: str = "data"
+    lengths: tuple[int, ...] = ()
+    bos_repeated: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         named = ", ".join(f"{source} ({length} tokens)" for source, length in self.rows[:_NAMED])
@@ -52,7 +58,8 @@ def build_prompts(
     max_prompt_tokens: int,
     vocab_size: int,
     section: str = "data",
-) -> tuple[list[Prompt], DroppedPrompts]:
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[Prompt], PromptReport]:
     """Tokenize every row's problem followed by `prompt_suffix`.
 
     Args:
@@ -60,52 +67,62 @@ def build_prompts(
         tokenizer: a Hugging Face tokenizer.
         prompt_suffix: appended to the problem as it is.
         apply_chat_template: one user turn through the tokenizer's template, with the generation prompt; else
-            the text itself, with the special tokens that the tokenizer adds by default (Llama's BOS).
+            the text itself, with the special tokens that the tokenizer adds by default (Llama's BOS). A BOS that
+            the text brings along is not doubled, and named in the log; see `encoding`.
         max_prompt_tokens: longer prompts are dropped, and named in the log.
         vocab_size: number of ids that the model has (before padding).
         section: of the settings that are named in messages.
+        progress: told after each batch how many rows are done.
 
     Raises:
-        DataError: the tokenizer has no chat template, an id is not in the vocabulary, a prompt has no tokens,
-            or no prompt is left.
+        DataError: the tokenizer has no chat template, the suffix is no text, an id is not in the vocabulary, a prompt
+            has no tokens, or no prompt is left.
     """
     if apply_chat_template and not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"{section}.apply_chat_template is true, but the tokenizer has no chat template: set "
             f"{section}.apply_chat_template: false (a base model), or add chat_template.jinja to the model's folder"
         )
+    if broken := lone_surrogate(prompt_suffix):
+        raise DataError(f"{section}.prompt_suffix holds {broken}")
     prompts: list[Prompt] = []
     dropped: list[tuple[str, int]] = []
+    lengths: list[int] = []
+    bos_repeated: list[str] = []
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
         texts = [row.problem + prompt_suffix for row in batch]
-        for row, token_ids in zip(batch, _tokenize(tokenizer, texts, apply_chat_template), strict=True):
+        if apply_chat_template:
+            encoded = encode_chats(tokenizer, [[{"role": "user", "content": text}] for text in texts])
+        else:
+            encoded = encode_texts(tokenizer, texts)
+        for row, one in zip(batch, encoded, strict=True):
+            token_ids = one.token_ids
             _check_ids(token_ids, row, vocab_size)
+            lengths.append(len(token_ids))
+            if one.bos_repeated:
+                bos_repeated.append(row.source)
             if len(token_ids) > max_prompt_tokens:
                 dropped.append((row.source, len(token_ids)))
             else:
                 prompts.append(Prompt(row.row, row.problem, row.answer, token_ids))
-    report = DroppedPrompts(len(rows), max_prompt_tokens, tuple(dropped), section)
+        if progress is not None:
+            progress(len(lengths))
+    report = PromptReport(
+        len(rows), max_prompt_tokens, tuple(dropped), section, tuple(lengths), tuple(bos_repeated)
+    )
     if not prompts:
         raise DataError(f"no prompts are left: {report}" if rows else "no prompts: there are no rows")
     if dropped:
         logger.warning("%s", report)
+    if bos_repeated:
+        logger.warning(
+            "%d of %d prompts bring the BOS along that the tokenizer or its template writes; one is left out: %s",
+            len(bos_repeated),
+            len(rows),
+            ", ".join(bos_repeated[:_NAMED]) + (", ..." if len(bos_repeated) > _NAMED else ""),
+        )
     return prompts, report
-
-
-def _tokenize(tokenizer: Any, texts: list[str], apply_chat_template: bool) -> list[list[int]]:
-    if apply_chat_template:
-        # Rendering and encoding apart: encoding a batch is many times faster, and what
-        # apply_chat_template(tokenize=True) returns changed with transformers 5 (a BatchEncoding).
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-            for text in texts
-        ]
-    # a template writes the special tokens itself
-    encoded = tokenizer(texts, add_special_tokens=not apply_chat_template)["input_ids"]
-    return [[int(token_id) for token_id in token_ids] for token_ids in encoded]
 
 
 def _check_ids(token_ids: list[int], row: Row, vocab_size: int) -> None:

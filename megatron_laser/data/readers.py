@@ -8,16 +8,22 @@ import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .errors import DataError
+from .references import Reference, as_written, read_reference
+from .text import lone_surrogate
 
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _PARQUET_SUFFIXES = (".parquet",)
+_SHORT_FLOATS = {"float": np.float32, "halffloat": np.float16}  # Arrow's names
 _HASH_CHUNK = 1 << 20
 
 
@@ -28,23 +34,28 @@ class Row:
     Attributes:
         row: its number over all files, from 0.
         problem: the prompt column's text.
-        answer: the answer column's text.
+        answer: the reference, as the reward function gets it.
         source: file and line (JSON Lines, from 1) or row (Parquet, from 0), for messages.
+        taken_from: the form that the reference was taken out of, see `references`; "" where it stands as it is.
     """
 
     row: int
     problem: str
     answer: str
     source: str
+    taken_from: str = ""
 
 
-def read_rows(paths: Paths, *, prompt_key: str, answer_key: str) -> list[Row]:
+def read_rows(paths: Paths, *, prompt_key: str, answer_key: str, mathematics: bool = True) -> list[Row]:
     """Read all files, in the order given.
 
     Args:
         paths: one file or several: .jsonl, .ndjson or .parquet.
         prompt_key: field or column with the problem, a non-empty string.
-        answer_key: field or column with the reference answer, a non-empty string or an integer.
+        answer_key: field or column with the reference answer.
+        mathematics: the references are for the mathematical grader (`references.grades_mathematics`): numbers, lists
+            of one and worked solutions give the answer in them. False: they are as written, everything but text as
+            JSON, and may be empty.
 
     Raises:
         DataError: a file is missing, unreadable or without rows, or a row does not fit; names file and line.
@@ -52,27 +63,29 @@ def read_rows(paths: Paths, *, prompt_key: str, answer_key: str) -> list[Row]:
     rows: list[Row] = []
     for path in _as_paths(paths):
         before = len(rows)
-        for source, record in _records(path, (prompt_key, answer_key)):
-            problem = _text(record, prompt_key, "data.prompt_key", source, integers=False)
-            answer = _text(record, answer_key, "data.answer_key", source, integers=True)
-            rows.append(Row(len(rows), problem, answer, source))
+        for source, record in read_records(
+            path, {"data.prompt_key": prompt_key, "data.answer_key": answer_key}
+        ):
+            problem = _problem(record, prompt_key, source)
+            reference = _reference(record, answer_key, source, mathematics)
+            rows.append(Row(len(rows), problem, reference.text, source, reference.taken_from))
         if len(rows) == before:
             raise DataError(f"{path}: no rows; a data file needs at least one")
     return rows
 
 
 def read_ids(path: str | PathLike[str], key: str) -> list[str | None]:
-    """The problems' names in the order of `read_rows`, None for a row without one (or a file without any)."""
-    path = Path(path)
-    if path.suffix.lower() in _PARQUET_SUFFIXES:
-        parquet = _pyarrow(path).parquet
-        with parquet.ParquetFile(path) as file:
-            if key not in file.schema_arrow.names:
-                return [None] * file.metadata.num_rows
-            values = [value for batch in file.iter_batches(columns=[key]) for value in batch[0].to_pylist()]
-    else:
-        values = [record.get(key) for _, record in _records(path, (key, key))]
-    return [None if value is None else str(value) for value in values]
+    """The problems' names in the order of `read_rows`, None for a row without one (or a file without any).
+
+    Raises:
+        DataError: the file is unreadable, or a name is no text; names file and line.
+    """
+    names: list[str | None] = []
+    for source, record in read_records(Path(path), {"id_key": key}, required=False):
+        value = record.get(key)
+        names.append(None if value is None else str(value))
+        _check_text(names[-1] or "", key, "id_key", source)
+    return names
 
 
 def fingerprint(paths: Paths, keys: Sequence[str]) -> str:
@@ -103,7 +116,18 @@ def _as_paths(paths: Paths) -> list[Path]:
     return [Path(path) for path in several]
 
 
-def _records(path: Path, keys: tuple[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def read_records(
+    path: Path, keys: Mapping[str, str] | None = None, *, required: bool = True
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line or row, record) of a file, streamed. Numbers with a point come as Decimal where that is exact.
+
+    Args:
+        keys: setting -> column; of a Parquet file only these are read. None: all of them.
+        required: a Parquet file must have these columns.
+
+    Raises:
+        DataError: see `read_rows`.
+    """
     if not path.exists():
         raise DataError(f"{path}: no such file")
     if not path.is_file():
@@ -112,12 +136,12 @@ def _records(path: Path, keys: tuple[str, str]) -> Iterator[tuple[str, Mapping[s
     if suffix in _JSONL_SUFFIXES:
         return _jsonl_records(path)
     if suffix in _PARQUET_SUFFIXES:
-        return _parquet_records(path, keys)
+        return _parquet_records(path, keys, required)
     known = ", ".join(_JSONL_SUFFIXES + _PARQUET_SUFFIXES)
     raise DataError(f"{path}: unknown kind of file {suffix or '(no suffix)'!r}; expected {known}")
 
 
-def _jsonl_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with path.open("rb") as file:  # bytes: only \n ends a line, a text's U+2028 does not
             for number, line in enumerate(file, start=1):
@@ -127,10 +151,14 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 if not line.strip():
                     continue
                 try:
-                    record = json.loads(line.decode("utf-8"))
+                    record = json.loads(line.decode("utf-8"), parse_float=Decimal)
                 except UnicodeDecodeError as error:
                     raise DataError(f"{source}: not UTF-8: {error.reason} at byte {error.start}") from error
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (
+                    ValueError,
+                    ArithmeticError,
+                    RecursionError,
+                ) as error:  # also numbers of too many digits
                     raise DataError(f"{source}: not JSON: {error}") from error
                 if not isinstance(record, dict):
                     raise DataError(
@@ -141,8 +169,12 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _pyarrow(path: Path) -> Any:
-    """pyarrow with pyarrow.parquet: 0.1 s, and only for Parquet."""
+def import_pyarrow(path: Path) -> Any:
+    """pyarrow with pyarrow.parquet: 0.1 s, and only for Parquet.
+
+    Raises:
+        DataError: it cannot be imported.
+    """
     try:
         import pyarrow.parquet
     except ImportError as error:  # releases from 26 on refuse NumPy 1
@@ -154,35 +186,87 @@ def _pyarrow(path: Path) -> Any:
     return pyarrow
 
 
-def _parquet_records(path: Path, keys: tuple[str, str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    pyarrow = _pyarrow(path)
+def _parquet_records(
+    path: Path, keys: Mapping[str, str] | None, required: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    pyarrow = import_pyarrow(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            for key, setting in zip(keys, ("data.prompt_key", "data.answer_key")):
-                if key not in columns:
+            for setting, key in (keys or {}).items():
+                if required and key not in columns:
                     raise DataError(_missing(key, setting, str(path), columns, "column"))
+            wanted = [key for key in dict.fromkeys((keys or {}).values()) if key in columns]
+            short = [name for name in columns if str(file.schema_arrow.field(name).type) in _SHORT_FLOATS]
+            if keys is not None and not wanted:
+                yield from ((f"{path} row {number}", {}) for number in range(file.metadata.num_rows))
+                return
             number = 0
-            for batch in file.iter_batches(columns=list(dict.fromkeys(keys))):
-                for record in batch.to_pylist():
+            for batch in file.iter_batches(columns=wanted if keys is not None else None):
+                for record in _batch_records(batch, path, number):
+                    for name in short:
+                        if record.get(name) is not None:
+                            record[name] = _shortest(record[name], str(file.schema_arrow.field(name).type))
                     yield f"{path} row {number}", record
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as Parquet: {error}") from error
 
 
-def _text(record: Mapping[str, Any], key: str, setting: str, source: str, *, integers: bool) -> str:
+def _batch_records(batch: Any, path: Path, first: int) -> list[dict[str, Any]]:
+    """The batch's rows; `first` is its first row's number in the file."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError as whole:  # writers need not check what they call text
+        for number in range(batch.num_rows):
+            try:
+                batch.slice(number, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path} row {first + number}: not UTF-8: {error.reason}") from error
+        raise DataError(f"{path}: not UTF-8: {whole.reason}") from whole
+
+
+def _shortest(value: float, kind: str) -> Decimal:
+    """The shortest decimal that reads back as this float32 or float16: as Python floats 0.1 is 0.10000000149011612."""
+    return Decimal(str(_SHORT_FLOATS[kind](value)))
+
+
+def _problem(record: Mapping[str, Any], key: str, source: str) -> str:
+    setting = "data.prompt_key"
     if key not in record:
         raise DataError(_missing(key, setting, source, list(record), "key"))
     value = record[key]
-    if integers and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
     if not isinstance(value, str):
-        expected = "a string or an integer" if integers else "a string"
-        raise DataError(f"{source}: {key!r} ({setting}): expected {expected}, found {value!r:.80}")
+        raise DataError(f"{source}: {key!r} ({setting}): expected a string, found {value!r:.80}")
     if not value.strip():
         raise DataError(f"{source}: {key!r} ({setting}) is empty")
+    _check_text(value, key, setting, source)
     return value
+
+
+def _reference(record: Mapping[str, Any], key: str, source: str, mathematics: bool) -> Reference:
+    setting = "data.answer_key"
+    if key not in record:
+        raise DataError(_missing(key, setting, source, list(record), "key"))
+    value = record[key]
+    if mathematics and isinstance(value, str) and not value.strip():
+        raise DataError(f"{source}: {key!r} ({setting}) is empty")
+    text = None if mathematics else as_written(value)
+    reference = read_reference(value) if text is None else Reference(text)
+    if text is None and not reference.text:
+        raise DataError(
+            f"{source}: {key!r} ({setting}): expected a text, a number or a list of one of them, found {value!r:.80}"
+        )
+    _check_text(reference.text, key, setting, source)
+    return reference
+
+
+def _check_text(text: str, key: str, setting: str, source: str) -> None:
+    broken = lone_surrogate(text)
+    if broken:
+        raise DataError(
+            f"{source}: {key!r} ({setting}) holds {broken}: correct it, or let tools/prepare_data.py drop the row"
+        )
 
 
 def _missing(key: str, setting: str, source: str, found: Sequence[str], kind: str) -> str:

@@ -109,8 +109,19 @@ def extract_answer(response: str) -> str | None:
     return normalize_answer(box.content) or None if box.state == "found" else None
 
 
+def behind_hashes(answer: str) -> str:
+    """What follows a last `####` on the same line, as GSM8K ends its solutions; without one the text as it is.
+
+    A heading is none: behind it other lines follow.
+    """
+    _, hashes, ending = answer.rpartition("####")
+    ending = ending.strip()
+    return ending if hashes and ending and "\n" not in ending else answer
+
+
 def gold_answer(answer: str) -> str:
-    r"""A reference answer, normalised; given plain, in `$...$`, or inside a text with a `\boxed{...}`."""
+    r"""A reference answer, normalised; given plain, in `$...$`, or in a worked solution with a box or `#### ...`."""
+    answer = behind_hashes(answer)
     box = find_last_box(answer)
     return normalize_answer(box.content if box.state == "found" else answer)
 

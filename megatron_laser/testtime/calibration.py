@@ -66,7 +66,7 @@ def calibrate_model(
         DataError: the data file does not fit.
         WeightsChanged: the weights were changed meanwhile.
     """
-    rows = read_rows(data, prompt_key=settings.prompt_key, answer_key=settings.answer_key)
+    rows = read_rows(data, prompt_key=settings.prompt_key, answer_key=settings.answer_key, mathematics=False)
     proposed = _named(model, settings.tokens) if settings.tokens else _proposed(model)
     prompts = _all_prompts(model, rows, settings)
     unused, in_data = _not_in_data(model, proposed, rows, prompts)

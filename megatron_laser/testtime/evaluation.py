@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laser.config import Benchmark
-from megatron_laser.data import build_prompts, read_ids, read_rows, refuse_score_token
+from megatron_laser.data import build_prompts, read_ids, refuse_score_token
 from megatron_laser.evaluation import evaluate, evaluation_detail, read_records
 from megatron_laser.observability.benchmark_report import write_benchmark_report
 from megatron_laser.observability.plain import write_atomically
 from megatron_laser.rewards import GradingPool, try_reward
 from megatron_laser.rollout.engine import RolloutEngine, StopEarly, StoppedEarly, takes_seeds
 from megatron_laser.rollout.sglang.errors import ServerError
+from megatron_laser.testtime.benchmark_rows import benchmark_rows
 from megatron_laser.testtime.engine import EngineChoice
 from megatron_laser.testtime.errors import TestTimeError
 from megatron_laser.testtime.held_weights import HeldWeights
@@ -221,7 +222,7 @@ def _check(weights: HeldWeights, folder: Path) -> None:
 
 
 def _prompts(model: ModelFolder, benchmark: Benchmark) -> list[Prompt]:
-    rows = read_rows(benchmark.path, prompt_key=benchmark.prompt_key, answer_key=benchmark.answer_key)
+    rows = benchmark_rows(benchmark, look=True)
     prompts, dropped = build_prompts(
         rows,
         model.tokenizer,
@@ -255,7 +256,7 @@ def _prompts(model: ModelFolder, benchmark: Benchmark) -> list[Prompt]:
 
 def _finished(folder: Path, benchmark: Benchmark, problems: int) -> bool:
     """Whether all records are there; writes problems.jsonl beside them."""
-    rows = read_rows(benchmark.path, prompt_key=benchmark.prompt_key, answer_key=benchmark.answer_key)
+    rows = benchmark_rows(benchmark)
     names = read_ids(benchmark.path, benchmark.id_key)
     lines = (
         json.dumps(

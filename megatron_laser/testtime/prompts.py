@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
+from megatron_laser.data import encode_chats, encode_texts, lone_surrogate
 from megatron_laser.testtime.errors import TestTimeError
+
+logger = logging.getLogger(__name__)
 
 _ROLES = ("system", "user", "assistant", "developer", "tool")
 
@@ -13,7 +18,7 @@ _ROLES = ("system", "user", "assistant", "developer", "tool")
 def prompt_token_ids(
     row: Mapping[str, Any], tokenizer: Any, *, apply_chat_template: bool, prompt_suffix: str = ""
 ) -> list[int]:
-    """Token ids of the row's `prompt_ids`, `messages` or `prompt`.
+    """Token ids of the row's `prompt_ids` (as they are), `messages` or `prompt` (with one BOS, see `data.encoding`).
 
     Args:
         apply_chat_template: through the tokenizer's template, a plain prompt as one user message; False: the text
@@ -42,19 +47,28 @@ def prompt_token_ids(
             raise TestTimeError("`messages`: the last one is not the user's, so the suffix has no place")
         last = {**messages[-1], "content": messages[-1]["content"] + prompt_suffix}
         messages = [*messages[:-1], last]
+    if broken := lone_surrogate(messages, "messages"):
+        raise TestTimeError(f"the {'prompt' if given[0] == 'prompt' else 'chat'} holds {broken}")
     if not apply_chat_template:
         if len(messages) != 1 or messages[0]["role"] != "user":
             raise TestTimeError("`messages`: without a chat template expected exactly one user message")
-        ids = tokenizer(messages[0]["content"])["input_ids"]
+        (encoded,) = encode_texts(tokenizer, [messages[0]["content"]])
     else:
         if not getattr(tokenizer, "chat_template", None):
             raise TestTimeError("the tokenizer has no chat template; use --no-chat-template (a base model)")
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            (encoded,) = encode_chats(tokenizer, [messages])
         except Exception as error:  # a template raises what it likes about the order of roles
             raise TestTimeError(f"`messages`: the chat template refuses them: {error}") from error
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [int(token_id) for token_id in ids]
+    if encoded.bos_repeated:
+        _say_bos()
+    return encoded.token_ids
+
+
+@lru_cache(maxsize=1)
+def _say_bos() -> None:
+    """Once a process: a proxy's clients may all do it."""
+    logger.warning("a prompt brings the BOS along that the tokenizer or its template writes; one is left out")
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:

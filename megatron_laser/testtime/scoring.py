@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_laser.algorithms.self_reward import self_reward_scores
+from megatron_laser.data import lone_surrogate
 from megatron_laser.files import through_links
 from megatron_laser.observability.plain import plain
 from megatron_laser.rollout.engine import RolloutEngine
@@ -89,11 +90,15 @@ class Scorer:
     def score(self, pairs: Sequence[tuple[str, str]], *, deadline: float = 600.0) -> list[Scored]:
         """Score (prompt, response) texts. The prompt is taken as it stands, with the special tokens that the
         tokenizer adds; for chats build ids with `testtime.prompts.prompt_token_ids`."""
-        encode = self._model.tokenizer
-        return self.score_ids(
-            [(encode(prompt)["input_ids"], self.response_ids(response)) for prompt, response in pairs],
-            deadline=deadline,
-        )
+        encoded = []
+        for place, (prompt, response) in enumerate(pairs):
+            try:
+                row = {"prompt": prompt}
+                prompt_ids = prompt_token_ids(row, self._model.tokenizer, apply_chat_template=False)
+                encoded.append((prompt_ids, self.response_ids(response)))
+            except TestTimeError as error:
+                raise TestTimeError(f"pair {place}: {error}") from None
+        return self.score_ids(encoded, deadline=deadline)
 
     def scored(self, zc_logprob: float | None) -> Scored:
         """The score that follows from log pi(score token)."""
@@ -127,6 +132,8 @@ def response_ids(model: ModelFolder, response: str, end: int) -> list[int]:
 
     Sampled tokens need not be those that the tokenizer makes of their text: where the ids are known they are better.
     """
+    if broken := lone_surrogate(response):
+        raise TestTimeError(f"`response` holds {broken}")
     ids = [int(i) for i in model.tokenizer(response, add_special_tokens=False)["input_ids"]]
     return ids if ids and ids[-1] in model.stop_token_ids else [*ids, end]
 
@@ -245,6 +252,8 @@ def _rows(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise TestTimeError(f"{place}: not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise TestTimeError(f"{place}: expected a JSON object, found a {type(row).__name__}")
+            if broken := lone_surrogate(row):  # anywhere: the row is written again with its score
+                raise TestTimeError(f"{place}: {broken}")
             yield place, row
 
 

@@ -126,7 +126,7 @@ class _Proxy:
         """Sample, score, vote, answer."""
         try:
             body = json.loads(await request.text())
-        except (ValueError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown charset
             raise RequestError(400, f"the body is not JSON: {error}", None, "invalid_json") from None
         chat = parse_chat_request(
             body,
@@ -181,7 +181,7 @@ class _Proxy:
         if not self._settings.api_key:
             return
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self._settings.api_key.encode()):
+        if not hmac.compare_digest(_bytes(given), _bytes(self._settings.api_key)):
             raise RequestError(401, "the API key is missing or wrong", None, "invalid_api_key")
 
     def _check_model(self, name: str) -> None:
@@ -200,6 +200,11 @@ class _Proxy:
             "created": self._started,
             "owned_by": "megatron_laser",
         }
+
+
+def _bytes(key: str) -> bytes:
+    """A header and an environment variable keep bytes that are no UTF-8 as surrogates."""
+    return key.encode("utf-8", "surrogateescape")
 
 
 def _error(status: int, message: str, parameter: str | None, code: str) -> web.Response:

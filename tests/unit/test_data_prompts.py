@@ -6,8 +6,12 @@ import logging
 from typing import Any
 
 import pytest
+import tokenizers
+import transformers
+from tokenizers import processors
 
-from megatron_laser.data import DataError, Row, build_prompts
+from megatron_laser.data import DataError, Row, build_prompts, look_at_prompts
+from megatron_laser.testtime.prompts import prompt_token_ids
 from megatron_laser.types import Prompt
 
 WORDS = ["<unk>", "<bos>", "<user>", "<assistant>", "what", "is", "1", "2", "+", "boxed"]
@@ -19,8 +23,6 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
     model = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>")
     )
@@ -69,6 +71,83 @@ def test_it_gives_the_ids_of_apply_chat_template(tokenizer: Any) -> None:
 def test_plain_text_keeps_the_tokenizer_s_special_tokens(tokenizer: Any) -> None:
     prompts, _ = build([row(0, "1 + 2")], tokenizer, apply_chat_template=False)
     assert words(prompts[0]) == "<bos> 1 + 2 boxed"
+
+
+@pytest.fixture
+def template_with_bos(tokenizer: Any) -> Any:
+    """The tokenizer's template writes BOS itself, as Llama's does."""
+    plain, tokenizer.chat_template = tokenizer.chat_template, "<bos> " + TEMPLATE
+    yield tokenizer
+    tokenizer.chat_template = plain
+
+
+def test_a_text_that_brings_its_bos_gets_no_second_one(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [row(0, "<bos> 1 + 2"), row(1, "2"), row(2, "<bos> <bos> 1")]
+    with caplog.at_level(logging.WARNING):
+        prompts, report = build(rows, tokenizer, apply_chat_template=False)
+    assert [words(prompt) for prompt in prompts] == ["<bos> 1 + 2 boxed", "<bos> 2 boxed", "<bos> 1 boxed"]
+    assert report.bos_repeated == ("train.jsonl:1", "train.jsonl:3")
+    assert (
+        "2 of 3 prompts bring the BOS along" in caplog.text and "train.jsonl:1, train.jsonl:3" in caplog.text
+    )
+
+
+def test_nor_does_one_that_goes_through_a_template_that_writes_it(template_with_bos: Any) -> None:
+    prompts, report = build([row(0, "<bos> 1 + 2"), row(1, "2")], template_with_bos)
+    assert [words(prompt) for prompt in prompts] == [
+        "<bos> <user> 1 + 2 boxed <assistant>",
+        "<bos> <user> 2 boxed <assistant>",
+    ]
+    assert report.bos_repeated == ("train.jsonl:1",)
+
+
+def test_test_time_prompts_have_the_ids_of_training(template_with_bos: Any) -> None:
+    for problem in ("<bos> 1 + 2", "2"):
+        for template in (True, False):
+            (prompt,), _ = build([row(0, problem)], template_with_bos, apply_chat_template=template)
+            given = prompt_token_ids(
+                {"prompt": problem}, template_with_bos, apply_chat_template=template, prompt_suffix=" boxed"
+            )
+            assert given == prompt.token_ids
+
+
+def test_what_a_tokenizer_puts_behind_texts_is_left_out(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = tokenizer.backend_tokenizer
+    before = backend.post_processor
+    ids = [(word, WORDS.index(word)) for word in ("<bos>", "<unk>")]
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A <unk>", special_tokens=ids)
+    try:
+        with caplog.at_level(logging.WARNING):
+            prompts, _ = build([row(0, "<bos> 1")], tokenizer, apply_chat_template=False)
+    finally:
+        backend.post_processor = before
+    assert words(prompts[0]) == "<bos> 1 boxed"
+    assert "the tokenizer puts '<unk>' behind every text" in caplog.text
+
+
+def test_lengths_are_looked_at_with_counts_and_places(tokenizer: Any) -> None:
+    rows = [row(0, "1"), row(1, "<bos> 1 + 2"), *(row(number, "1 + 1 + 1 + 1") for number in range(2, 6))]
+    _, report = build(rows, tokenizer, apply_chat_template=False, max_prompt_tokens=5)
+    assert report.lengths == (3, 5, 9, 9, 9, 9)
+    lengths, bos = look_at_prompts(report, name="data.validation")
+    assert (lengths.topic, lengths.level) == ("prompt lengths", "warning")
+    assert lengths.text == (
+        "data.validation: 6 prompts of 3 to 9 tokens (half have at most 9, 90 % 9, 99 % 9); 4 (66.7%) are over "
+        "data.max_prompt_tokens = 5 and left out"
+    )
+    assert lengths.examples == tuple(f"train.jsonl:{line}: 9 tokens" for line in (3, 4, 5))
+    assert (bos.level, bos.examples) == ("warning", ("train.jsonl:2",))
+    _, fine = build(rows, tokenizer, apply_chat_template=False, max_prompt_tokens=9)
+    assert [finding.level for finding in look_at_prompts(fine)] == ["ok", "warning"]
+
+
+def test_a_suffix_that_is_no_text_is_named(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"data\.prompt_suffix holds half of a surrogate pair"):
+        build([row(0, "1")], tokenizer, prompt_suffix=" \ud83d")
 
 
 def test_without_a_template_the_setting_is_named(tokenizer: Any) -> None:

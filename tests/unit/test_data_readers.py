@@ -79,9 +79,25 @@ def test_only_newlines_end_a_line(tmp_path: Path) -> None:
         (b'{"problem": "x", "answer": ""}', "'answer' .data.answer_key. is empty"),
         (b'{"problem": ["x"], "answer": "1"}', "expected a string, found"),
         (b'{"problem": 5, "answer": "1"}', "expected a string, found 5"),
-        (b'{"problem": "x", "answer": 0.5}', "expected a string or an integer, found 0.5"),
-        (b'{"problem": "x", "answer": true}', "expected a string or an integer, found True"),
-        (b'{"problem": "x", "answer": null}', "expected a string or an integer, found None"),
+        (
+            b'{"problem": "x", "answer": true}',
+            "expected a text, a number or a list of one of them, found True",
+        ),
+        (
+            b'{"problem": "x", "answer": null}',
+            "expected a text, a number or a list of one of them, found None",
+        ),
+        (b'{"problem": "x", "answer": ["1", "2"]}', r"expected a text, .* found \['1', '2'\]"),
+        (b'{"problem": "x", "answer": NaN}', "expected a text, .* found nan"),
+        (b'{"problem": "x", "answer": ' + b"1" * 5000 + b"}", "not JSON: Exceeds the limit"),
+        (
+            b'{"problem": "half \\ud83d", "answer": "1"}',
+            r"'problem' .* half of a surrogate pair \(.ud83d, character 6\)",
+        ),
+        (
+            b'{"problem": "x", "answer": "\\ude00"}',
+            r"'answer' .data.answer_key. holds half of a surrogate pair",
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
@@ -113,6 +129,15 @@ def test_a_bad_parquet_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"no parquet")
     with pytest.raises(DataError, match="not readable as Parquet"):
         read(path)
+
+
+def test_bytes_in_a_parquet_file_that_are_no_text_are_named(tmp_path: Path) -> None:
+    texts = pyarrow.array([b"good", b"half \xed\xa0\xbd"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(
+        pyarrow.table({"problem": texts, "answer": ["1", "2"]}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(DataError, match=r"a\.parquet row 1: not UTF-8"):
+        read(tmp_path / "a.parquet")
 
 
 def test_files_that_give_no_rows_are_refused(tmp_path: Path) -> None:

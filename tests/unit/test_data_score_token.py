@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_laser.config import ConfigError
 from megatron_laser.data import DataError
+from megatron_laser.errors import UserError
 from megatron_laser.inputs import read_inputs
 
 WORDS = ["<unk>", "<eos>", "what", "is", "1", "2", "+", "<|score|>"]
@@ -31,7 +32,7 @@ def model(tmp_path):
     return folder
 
 
-def read(tmp_path, model, *rows, validation=None, score_token="<|score|>", **rollout):
+def read(tmp_path, model, *rows, validation=None, score_token="<|score|>", reward="math_verify", **rollout):
     files = {"train": rows, "validation": validation or [("what is 1", "1")]}
     for name, content in files.items():
         lines = [json.dumps({"problem": problem, "answer": answer}) for problem, answer in content]
@@ -43,6 +44,7 @@ def read(tmp_path, model, *rows, validation=None, score_token="<|score|>", **rol
         data=data | {"apply_chat_template": False, "prompt_suffix": ""},
         laser={"score_token": score_token},
         rollout=rollout,
+        reward={"function": reward},
     )
     inputs = read_inputs(config)
     inputs.folder.release()
@@ -72,6 +74,22 @@ def test_an_answer_with_the_score_token_is_refused_by_its_row(tmp_path, model):
 def test_validation_data_is_checked_too(tmp_path, model):
     with pytest.raises(DataError, match=r"validation\.jsonl:1 \(row 0\): the prompt holds"):
         read(tmp_path, model, GOOD, validation=[("<|score|>", "1")])
+
+
+def test_a_run_whose_references_no_response_can_equal_does_not_start(tmp_path, model):
+    prose = ("what is 1", "one of the many things that are not two")
+    with pytest.raises(UserError, match=r"data\.train: no response can equal 1 of 1 references: prose"):
+        read(tmp_path, model, prose)
+    with pytest.raises(UserError, match=r"data\.validation: no response can equal 1 of 1"):
+        read(tmp_path, model, GOOD, validation=[prose])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_answer_is_taken_out_of_a_worked_solution_for_the_projects_grader_alone(tmp_path, model, own):
+    worked = ("what is 1 + 1", "1 and 1 are two of them, which is what was asked\n#### 2")
+    (tmp_path / "own.py").write_text("def reward(response, answer):\n    return 0.0\n")
+    inputs = read(tmp_path, model, worked, reward=f"{tmp_path}/own.py:reward" if own else "math_verify")
+    assert [prompt.answer for prompt in inputs.train] == [worked[1] if own else "2"]
 
 
 @pytest.mark.parametrize(

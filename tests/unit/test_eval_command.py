@@ -22,6 +22,7 @@ from megatron_laser.testtime.progress import Progress, duration
 
 OVERRIDES = ["problems.samples=8", "problems.max_new_tokens=12", "problems.prompt_suffix=''"]
 OVERRIDES += ["problems.apply_chat_template=false", "problems.max_prompt_tokens=8"]
+PROSE = "Adding the two numbers of the problem gives"
 SCORE = ["--score-token", "<|score|>", "--ref-logprob", "-3.5", "--beta", "0.5"]
 
 
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
     write_tiny_run(folder)
     rows = [
-        {"problem": f"{i} + {j} ?", "answer": str(i + j), "id": f"p{i}{j}"}
+        {"problem": f"{i} + {j} ?", "answer": str(i + j), "id": f"p{i}{j}", "solution": f"{PROSE} {i + j}"}
         for i in range(5)
         for j in range(4)
     ]
@@ -250,6 +251,10 @@ def test_progress_says_speed_and_what_is_left(capsys):
         (
             [f"problems.prompt_suffix=' {'1 ' * 70}'", "problems.max_prompt_tokens=90"],
             r"the longest prompt has 74 tokens, but the model reads 64; set problems\.max_prompt_tokens",
+        ),
+        (
+            ["problems.answer_key=solution", "problems.reward=math_verify"],
+            r"problems: no response can equal 20 of 20 references: prose \(20\) \(.*problems\.jsonl:1",
         ),
     ],
 )

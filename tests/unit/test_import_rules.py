@@ -59,7 +59,7 @@ LAYERS = (
     ),
 )
 TOP = LAYERS[-1]
-SAME_LAYER = {("config", "types"), ("evaluation", "rollout"), ("trainer", "model")}
+SAME_LAYER = {("config", "types"), ("data", "rewards"), ("evaluation", "rollout"), ("trainer", "model")}
 SAME_LAYER |= {(source, target) for source in TOP for target in TOP}
 
 FREE_OF_TORCH = ("config", "rewards", "data")

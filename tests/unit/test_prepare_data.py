@@ -2,6 +2,7 @@
 
 import json
 import sys
+from decimal import Decimal
 
 import pyarrow
 import pyarrow.parquet
@@ -77,7 +78,7 @@ def test_unusable_rows_and_repeats_are_dropped_counted_and_named(tmp_path, capsy
         {"problem": "What is $1 + 1$?", "answer": "2"},
         {"problem": "a", "answer": None},
         {"problem": "b", "answer": "  "},
-        {"problem": "c", "answer": [1]},
+        {"problem": "c", "answer": ["1", "2"]},
         {"problem": "d", "answer": True},
         {"problem": "", "answer": "1"},
         {"problem": "what is 1+1?", "answer": "2"},
@@ -91,7 +92,8 @@ def test_unusable_rows_and_repeats_are_dropped_counted_and_named(tmp_path, capsy
     assert counts == {
         "rows read": 9,
         "written": 2,
-        "dropped: no usable answer": 4,
+        "dropped: no usable answer": 3,
+        "dropped: several answers in a list": 1,
         "dropped: no problem": 1,
         "dropped: repeated": 1,
         "dropped: repeated, with another answer": 1,
@@ -105,7 +107,7 @@ def overlapping(tmp_path):
         {"question": r"Find $\dfrac{1}{2}$ of  X", "final_answer": "1"},
         {"question": "other", "final_answer": "2"},
     )
-    test = jsonl(tmp_path / "test.jsonl", {"problem": r"find \frac{1}{2} of x", "answer": "1"})
+    test = jsonl(tmp_path / "test.jsonl", {"problem": r"find \left.\frac{1}{2}\right. of X", "answer": "1"})
     return train, test
 
 
@@ -132,6 +134,97 @@ def test_problems_that_differ_in_a_sign_are_two(tmp_path):
     )
     assert prepare(source, "--output", tmp_path / "out.jsonl") == 0
     assert len(written(tmp_path / "out.jsonl")) == 2
+
+
+def test_different_problems_are_not_called_repeated(tmp_path):
+    problems = [
+        r"Is A \rightarrow B the arrow meant?",
+        r"Is A \leftarrow B the arrow meant?",
+        "Find N if x = 2N and X = 3",
+        "Find n if X = 2n and x = 3",
+        "Compute 2² + 1",
+        "Compute 22 + 1",
+    ]
+    source = jsonl(tmp_path / "a.jsonl", *({"problem": text, "answer": "1"} for text in problems))
+    assert prepare(source, "--output", tmp_path / "out.jsonl") == 0
+    assert [problem for problem, _ in written(tmp_path / "out.jsonl")] == problems
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out.parquet"])
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([1e-7, 5e-5, 2.5], ["0.0000001", "0.00005", "2.5"]),
+        ([["204"], ["3"]], ["204", "3"]),
+        ([Decimal("2.50"), Decimal("1E+3")], ["2.5", "1000"]),
+        (pyarrow.array([0.1, 204.0], pyarrow.float32()), ["0.1", "204"]),
+        (["Eight, two and seven do.\n#### 827", r"So it is \boxed{\frac{1}{2}}."], ["827", r"\frac{1}{2}"]),
+    ],
+)
+def test_answers_are_taken_out_of_known_forms(tmp_path, output, answers, expected):
+    table = pyarrow.table({"problem": [f"p{i}" for i in range(len(answers))], "answer": answers})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert prepare(tmp_path / "a.parquet", "--output", tmp_path / output) == 0
+    assert [answer for _, answer in written(tmp_path / output)] == expected
+
+
+def test_a_first_row_without_values_decides_no_key(tmp_path):
+    source = jsonl(
+        tmp_path / "a.jsonl",
+        {"question": None, "answer": None, "reward_model": None},
+        {"question": "P", "answer": None, "reward_model": {"ground_truth": "7"}},
+    )
+    assert prepare(source, "--output", tmp_path / "out.jsonl") == 0
+    assert written(tmp_path / "out.jsonl") == [("P", "7")]
+
+
+PROSE = "The function is continuous at every point but one."
+
+
+def test_answers_that_nothing_can_equal_are_counted_and_named(tmp_path, capsys):
+    good = [{"problem": f"p{i}", "answer": str(i)} for i in range(2)]
+    source = jsonl(tmp_path / "a.jsonl", *good, {"problem": "q", "answer": PROSE})
+    assert prepare(source, "--output", tmp_path / "out.jsonl") == 0
+    assert (
+        f"1  WARNING, no response can equal the answer: prose\n            {source}:3"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_file_of_such_answers_is_not_written_unless_they_are_meant(tmp_path, capsys):
+    source = jsonl(
+        tmp_path / "a.jsonl", {"problem": "q", "answer": PROSE}, {"problem": "r", "answer": "a\nb"}
+    )
+    output = tmp_path / "out.jsonl"
+    assert prepare(source, "--output", output) == 2
+    error = capsys.readouterr().err
+    assert "can equal 2 of 2 answers" in error and "--answers-as-written" in error and not output.exists()
+    assert prepare(source, "--output", output, "--answers-as-written") == 0
+    assert [json.loads(line)["answer"] for line in output.read_text().splitlines()] == [PROSE, "a\nb"]
+
+
+def test_half_of_an_emoji_costs_its_row_alone(tmp_path, capsys):
+    source = jsonl(
+        tmp_path / "a.jsonl",
+        {"problem": "half \ud83d", "answer": "1"},
+        {"problem": "p", "answer": "\ude00"},
+        {"problem": "p", "answer": "1"},
+    )
+    test = jsonl(tmp_path / "t.jsonl", {"problem": "half \ud83d", "answer": "1"})
+    assert prepare(source, "--output", tmp_path / "out.jsonl", "--test", test) == 0
+    assert written(tmp_path / "out.jsonl") == [("p", "1")]
+    assert (
+        f"2  dropped: half of a surrogate pair, which is not text\n            {source}:1"
+        in capsys.readouterr().out
+    )
+
+
+def test_status_1_says_overlap_and_nothing_else(tmp_path, capsys, monkeypatch):
+    source = jsonl(tmp_path / "a.jsonl", {"problem": "p", "answer": "1"})
+    assert prepare(source, "--output", tmp_path / "o.jsonl", "--report", tmp_path / "no" / "r.json") == 2
+    monkeypatch.setattr(tool, "unique_rows", lambda options, report: 1 / 0)
+    assert prepare(source, "--output", tmp_path / "out.jsonl") == 3
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_large_parquet_files_are_written_in_batches(tmp_path):

@@ -120,6 +120,40 @@ def test_the_answer_that_the_scores_elect_comes_with_its_score(client, engine):
     assert answer.usage.completion_tokens == 14 and answer.usage.prompt_tokens == 4
 
 
+@pytest.mark.parametrize(
+    ("key", "content_type", "body", "status", "message"),
+    [
+        (
+            KEY.encode(),
+            "application/json",
+            rb'{"model": "tiny", "messages": [%s]}',
+            400,
+            "half of a surrogate pair",
+        ),
+        (
+            KEY.encode(),
+            "application/json; charset=none",
+            rb'{"model": "tiny"}',
+            400,
+            "not JSON: unknown encoding",
+        ),
+        (b"a-key\xff", "application/json", rb"{}", 401, "the API key is missing or wrong"),
+    ],
+)
+def test_bytes_that_are_no_text_are_the_clients_fault(url, key, content_type, body, status, message):
+    body = body.replace(b"%s", rb'{"role": "user", "content": "1 \ud83d"}')
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n"
+        % len(body)
+    )
+    head += b"Content-Type: %s\r\nAuthorization: Bearer %s\r\n\r\n" % (content_type.encode(), key)
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20) as connection:
+        connection.sendall(head + body)
+        with connection.makefile("rb") as answer:
+            text = answer.read().decode()
+    assert text.startswith(f"HTTP/1.1 {status} ") and message in text
+
+
 def test_a_request_chooses_k_vote_and_sampling(client, engine):
     answer = ask(
         client, temperature=0.5, top_p=0.9, seed=3, max_tokens=5, extra_body={"k": 8, "vote": "majority"}

@@ -128,6 +128,8 @@ def test_a_file_gets_scores_beside_its_rows(folder, model, scorer, tmp_path):
         ('{"prompt": "1", "response_ids": ["7"]}', "expected a list of token ids"),
         ('{"prompt_ids": [99], "response": "7"}', "outside the vocabulary"),
         ('{"messages": [], "response": "7"}', "expected a list of one message or more"),
+        (r'{"prompt": "1 \ud83d", "response": "7"}', r"half of a surrogate pair \(.ud83d, .* in `prompt`\)"),
+        (r'{"prompt": "1", "response": "7", "note": {"\ude00": 1}}', r"half of .* in `note`\)"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named(model, tmp_path, row, message):
@@ -135,6 +137,15 @@ def test_a_row_that_does_not_fit_is_named(model, tmp_path, row, message):
     source.write_text('{"prompt": "1 + 2 ?", "response": "3"}\n' + row + "\n")
     with pytest.raises(TestTimeError, match=f"in.jsonl:2: .*{message}"):
         read_answers(model, source, apply_chat_template=False, prompt_suffix="")
+
+
+def test_texts_that_are_none_are_refused_by_their_pair(scorer):
+    for pair, message in (
+        (("1 \ud83d", "7"), "the prompt holds half"),
+        (("1", "\ude00"), "`response` holds half"),
+    ):
+        with pytest.raises(TestTimeError, match=f"pair 1: {message} of a surrogate pair"):
+            scorer.score([("1", "7"), pair])
 
 
 def test_a_file_is_read_before_the_model_is_loaded(folder, tmp_path, monkeypatch):
