@@ -9,7 +9,7 @@ import importlib.util
 import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +30,7 @@ SETTINGS = "settings.json"
 RESPONSES = "responses.jsonl"
 RECORDS = "records.jsonl"
 # These change what the responses are worth, not the responses: the records are made anew from them.
-_JUDGING = ("ref_logprob", "beta", "targets", "reward", "grading")
+_JUDGING = ("ref_logprob", "beta", "targets", "reward", "grading", "answers")
 # The same model after more training, say: it is answered anew, and the old responses are set aside.
 _OF_THE_MODEL = ("weights", "model_files", "prompts")
 
@@ -52,7 +52,8 @@ def settings_of(
             "model": str(model.path),
             "weights": weights or f"unknown {uuid.uuid4().hex}",
             "model_files": small_files_digest(model.path),
-            "prompts": _prompts_digest(prompts),
+            "prompts": _digest([prompt.row, list(prompt.token_ids)] for prompt in prompts),
+            "answers": _digest([prompt.row, prompt.answer] for prompt in prompts),
             "data": fingerprint(benchmark.path, [benchmark.prompt_key, benchmark.answer_key]),
             "engine": choice.name,
             "generation_batch": choice.generation_batch if choice.repeatable else None,
@@ -140,11 +141,11 @@ def as_json(value: Any) -> Any:
     return plain(value)
 
 
-def _prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Of the token ids: template, tokenizer and libraries decide them."""
+def _digest(entries: Iterable[Any]) -> str:
+    """Of what was made of the data file: ids by template, tokenizer and libraries, references by extraction."""
     total = hashlib.sha256()
-    for prompt in prompts:
-        total.update(json.dumps([prompt.row, list(prompt.token_ids)]).encode())
+    for entry in entries:
+        total.update(json.dumps(entry).encode())
     return f"sha256:{total.hexdigest()}"
 
 
