@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -460,3 +461,17 @@ def test_files_of_the_working_directory_do_not_hide_modules_from_workers(
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     with GradingPool(workers=1, deadline=5.0, function=f"{custom_file}:act") as pool:
         assert pool.grade_many([("right", "")]) == [Grade(1.0, "correct")]
+
+
+def test_a_pool_works_in_a_process_with_many_open_files() -> None:
+    """A run with servers has more connections than select() knows numbers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2048)), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with GradingPool(workers=1) as pool:
+            assert pool.grade_many([("\\boxed{1/2}", "0.5")])[0].outcome == "correct"
+    finally:
+        for number in opened:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
