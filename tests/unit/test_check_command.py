@@ -66,7 +66,7 @@ def test_a_run_in_which_all_is_well_has_a_line_for_each_topic_and_nothing_is_wri
         *("weight files", "tied weights", "weight types", "score token", "tokenizer", "chat template"),
         *("end of response", "references", "prompt lengths", "reward function", "servers", "disk space"),
     ):
-        assert f"  ok       {topic} " in done.output, topic
+        assert f"\n  ok       {topic}" in done.output, topic
     assert [line for line in done.output.splitlines() if line and line[0] != " "][:4] == [
         *("Model", "Data", "Reward", "Machine")
     ]

@@ -58,6 +58,8 @@ def act(response, answer):
             print("x" * 100_000)
         return 1
     if response == "files":
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
         act.files = getattr(act, "files", [])
         while True:
             act.files.append(open("/dev/null"))

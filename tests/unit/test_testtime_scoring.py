@@ -282,6 +282,7 @@ def test_urls_open_the_servers_client_with_key_and_model_and_other_weights_are_s
                 "num_hidden_layers": 2,
                 "num_attention_heads": 4,
             },
+            tied=False,
         ),
         "deadline": 5.0,
         "max_concurrency": 256,
