@@ -11,7 +11,7 @@ _INTEGER = re.compile(r"-?\d+")
 _DECIMAL = re.compile(r"-?\d*\.\d+")
 _SIMPLE_FRACTION = re.compile(r"(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
-_LIST = re.compile(r"(-?\d+), ?(-?\d+)")
+_LIST = re.compile(r"(-?\d+), ?(?!\d{3}$)(-?\d+)")  # 58,500 is a number
 _PLACED = {"\\pi": "π", "\\infty": "∞", "\\cup": "∪", "\\pm": "±"}
 
 # how a response ends; the box is what counts
