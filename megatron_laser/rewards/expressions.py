@@ -1,104 +1,31 @@
-r"""Single expressions: reading them with math-verify's LaTeX parser, and deciding whether two are the same.
+"""Whether two expressions are the same, or one a multiple of the other, or smaller. Imports SymPy.
 
 Rational constants are compared exactly, everything else numerically with a tolerance relative to its size, at several
-points where there are variables; where that is impossible, math-verify's own comparison decides. Imports SymPy.
+points where there are variables; where that is impossible, math-verify's own comparison decides.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import re
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 import sympy
-from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify import verify
 from sympy.core.function import AppliedUndef
 
+from .parsing import TAME_BITS, bits, is_constant, is_infinite
+
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-outs are off
 
-# units=False: math-verify's list of units holds t, h, c, l and s, so that 2t would be 2
-_NORMALIZATION = NormalizationConfig(
-    basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none"
-)
-_CONVERSION = ConversionConfig(interpret_contains_as_eq=False, lowercase_symbols=False)  # R is not r
-_DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d+)")
-_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
-_PRIMES = re.compile(r"([a-zA-Z])('+)")
-_DEGREES = re.compile(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
-
 EXACT_BITS = 200_000  # of an integer that is computed; 1/2006! has 19 thousand
-_TAME_BITS = 1_000_000  # logarithm of the largest intermediate value that is evaluated numerically
 _DIGITS = 60
+_MAX_DIGITS = 2000
 _SAME_DIGITS = 35  # equal to so many digits is equal
 # numerators over 911: no simple relation holds between them by chance
 _POINTS = ((1237, 701), (3571, 1409), (-857, 613), (449, -1511))
-
-
-def parse_expression(text: str) -> Any:
-    """The SymPy object of an expression in plain spelling; None where there is none."""
-    if _TRIGONOMETRIC.search(text):
-        text = _DEGREES.sub(r"(\\frac{\1 \\cdot \\pi}{180})", text)
-    text = _DECIMAL.sub(_exact_decimal, text)
-    text = _PRIMES.sub(lambda name: f"{name[1]}_{{{'p' * len(name[2])}}}", text)  # the parser drops them
-    try:
-        latex = normalize_latex(text, config=_NORMALIZATION)
-        value = latex2sympy(latex, is_real=True, normalization_config=None, conversion_config=_CONVERSION)
-    except MemoryError:
-        raise
-    except Exception:  # whatever the parser raises on what is no LaTeX
-        return None
-    return _settle(value)
-
-
-def _exact_decimal(match: re.Match[str]) -> str:
-    if len(match[2]) > 1000:
-        return match.group()
-    fraction = f"\\frac{{{(match[1] + match[2]).lstrip('0') or '0'}}}{{{10 ** len(match[2])}}}"
-    return f"{{{fraction}}}" if match.string[: match.start()].rstrip().endswith(("^", "_")) else fraction
-
-
-def _settle(value: Any) -> Any:
-    """i is the imaginary unit; matrices are computed; None for infinities of no direction and for sets."""
-    if isinstance(value, (sympy.MatrixBase, sympy.MatrixExpr)):
-        return value
-    if not isinstance(value, sympy.Expr) or value.has(sympy.nan, sympy.zoo):
-        return None
-    imaginary = [symbol for symbol in value.free_symbols if str(symbol) == "i"]
-    if imaginary and bits(value) < _TAME_BITS:
-        value = value.xreplace({symbol: sympy.I for symbol in imaginary})
-    return value
-
-
-def is_constant(value: Any) -> bool:
-    """Whether no variable is in it."""
-    return not value.free_symbols and not value.has(AppliedUndef)
-
-
-def bits(value: Any) -> float:
-    """An upper bound of |log2 |x|| over all intermediate values of an expression; variables count as small."""
-    if isinstance(value, sympy.Integer):
-        return float(abs(value.p).bit_length())
-    if isinstance(value, sympy.Rational):
-        return float(abs(value.p).bit_length() + value.q.bit_length())
-    if not value.args:
-        return 3.0
-    inner = [bits(argument) for argument in value.args]
-    if isinstance(value, sympy.Pow):
-        exponent = value.exp
-        if isinstance(exponent, sympy.Integer):
-            return inner[0] * max(1, abs(exponent.p)) if abs(exponent.p).bit_length() < 60 else math.inf
-        if inner[1] < 1000 and is_constant(exponent):
-            power = abs(complex(exponent.evalf(15)))
-            return inner[0] * max(1.0, power) if power < 1e12 else math.inf
-        return math.inf if inner[1] > 30 else max(inner) * 2.0 ** inner[1]
-    if isinstance(value, (sympy.factorial, sympy.gamma, sympy.exp)):
-        return math.inf if inner[0] > 30 else 2.0 ** inner[0] * max(inner[0], 1.5)
-    return sum(inner) + len(inner)
 
 
 def exact_value(value: Any) -> Fraction | None:
@@ -132,16 +59,16 @@ def expressions_equal(left: Any, right: Any) -> bool | None:
     """Whether two expressions are the same; None where it cannot be decided. Symmetric."""
     if left == right:
         return True
-    if left.is_infinite or right.is_infinite:
+    if is_infinite(left) or is_infinite(right):
         return False  # unequal ones, or one of them finite
     exact = [exact_value(side) for side in (left, right)]
     if exact[0] is not None and exact[1] is not None:
         return exact[0] == exact[1]
     size = max(bits(left), bits(right))
-    if size > _TAME_BITS:
+    if size > TAME_BITS:
         return None
     left, right = _computed(_without_functions(left)), _computed(_without_functions(right))
-    digits = int(min(2000, _DIGITS + 0.6 * size if size > 50 else _DIGITS))
+    digits = _DIGITS + int(min(0.6 * size, _MAX_DIGITS))
     agreed = 0
     for point in _points(left, right):
         first, second = (_evaluate(side, point, digits) for side in (left, right))
@@ -151,7 +78,7 @@ def expressions_equal(left: Any, right: Any) -> bool | None:
             return not point and _is_rounded(first, second, exact)
         agreed += 1
         if not point:
-            return True
+            return True if 0.6 * size < _MAX_DIGITS else None  # a difference may be smaller than what is seen
     if agreed >= 2:
         return True
     return True if _math_verify_equal(left, right) else None
@@ -159,7 +86,7 @@ def expressions_equal(left: Any, right: Any) -> bool | None:
 
 def proportional(left: Any, right: Any) -> int | None:
     """The sign of a constant c with left = c * right; 0 where there is none, None where it cannot be decided."""
-    if max(bits(left), bits(right)) > _TAME_BITS:
+    if max(bits(left), bits(right)) > TAME_BITS:
         return None
     ratios = []
     for point in _points(left, right):
@@ -182,7 +109,7 @@ def less(left: Any, right: Any) -> bool | None:
     exact = exact_value(left), exact_value(right)
     if exact[0] is not None and exact[1] is not None:
         return exact[0] < exact[1]
-    if not (is_constant(left) and is_constant(right)) or max(bits(left), bits(right)) > _TAME_BITS:
+    if not (is_constant(left) and is_constant(right)) or max(bits(left), bits(right)) > TAME_BITS:
         return None
     first, second = _evaluate(left, {}, _DIGITS), _evaluate(right, {}, _DIGITS)
     if first is None or second is None or not (first.is_real and second.is_real):

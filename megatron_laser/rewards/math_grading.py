@@ -87,7 +87,12 @@ def compare_answers(left: str, right: str) -> bool | None:
     from .equality import readings_equal  # SymPy takes 0.3 s: only where it is used
     from .reading import read_answer
 
-    return readings_equal(read_answer(left), read_answer(right))
+    try:
+        return readings_equal(read_answer(left), read_answer(right))
+    except MemoryError:
+        raise  # not a verdict on the answer
+    except Exception:  # SymPy raises anything on odd input
+        return None
 
 
 def grade_extracted(extracted: str, gold: str) -> Grade:

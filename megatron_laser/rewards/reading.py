@@ -10,10 +10,10 @@ from functools import lru_cache
 import sympy
 
 from .boxed import MAX_ANSWER_CHARS
-from .expressions import parse_expression
+from .parsing import is_infinite, parse_expression
 from .readings import Items, Numeral, Piece, Point, Reading, Reals, Table, Unread, Value, Words
 from .reals import WHOLE, NotComparedError, complement, intersection, pieces_of, reading_of, union
-from .relations import assigned_name, read_relation, unknown_of
+from .relations import ReadPart, assigned_name, read_relation, unknown_of
 from .spelling import MAX_NESTING, nesting, number_value, plain_spelling
 from .splitting import bracketed, split, split_relations, split_words
 from .units import as_words, without_units
@@ -27,13 +27,18 @@ _BASES = dict(
 )
 _BASE = r"(?:\\text\{\s*(?:base\s*)?(?P<word>[a-z]+|\d+)\s*\}|(?:base\s*)?(?P<number>\d{1,2})|(?P<bare>[a-z]{3,7}))"
 _NUMERAL = re.compile(
-    rf"(?:\\text\{{)?[({{]*(?P<digits>[0-9][0-9A-F]*)\}}?[)}}]*\s*_\s*(?:\{{\s*\(?\s*{_BASE}\s*\)?\s*\}}|(?P<short>\d)|"
+    rf"(?:\\text\{{)?[({{]*(?P<digits>[0-9A-F]+)\}}?[)}}]*\s*_\s*(?:\{{\s*\(?\s*{_BASE}\s*\)?\s*\}}|(?P<short>\d)|"
     r"\\text\{\s*(?P<text>[a-z]+|\d+)\s*\})"
 )
 _SPOKEN_NUMERAL = re.compile(
-    r"(?P<digits>[0-9][0-9A-F]*)\s*\\text\{\s*\(?\s*(?:in\s*)?base(?:[- ]\s*(?P<word>\w+)\s*\)?\s*\}|\s*\}\s*(?P<number>\d+))"
+    r"(?P<digits>[0-9A-F]+)\s*\\text\{\s*\(?\s*(?:in\s*)?base"
+    r"(?:[- ]\s*(?P<word>\w+)\s*\)?\s*\}|\s*\}\s*(?P<number>\d+))"
 )
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}")
+# math-verify's parser would drop a number's subscript or a transpose, and multiply numbers side by side
+_DROPPED = re.compile(r"[\d)]\s*_|(?<![_^])\d\s+\d|\^\s*\{?\s*(?:T|\\top|\\intercal|\*|\\ast)(?![a-zA-Z])")
+# what it computes at once or takes seconds for
+_TOO_MUCH = re.compile(r"\\[dt]?binom\s*\{\s*\d{6,}|(?:[^|]*\|){20}|(?:[^!]*!){20}")
 _MAX_DEPTH = 8
 _MAX_PARTS = 200
 
@@ -43,12 +48,17 @@ def read_answer(answer: str) -> Reading:
     """The reading of an answer (see `extract_answer`); Unread where it is too long or deep, or no mathematics."""
     if len(answer) > MAX_ANSWER_CHARS or nesting(answer) > MAX_NESTING:
         return Unread(answer)
-    return _read(answer, 0)
+    try:
+        return _read(answer, 0)
+    except MemoryError:
+        raise
+    except Exception:  # SymPy raises anything on odd input, a RecursionError on deep expressions
+        return Unread(answer)
 
 
 def _read(text: str, depth: int) -> Reading:
     text = plain_spelling(text)
-    if not text or depth > _MAX_DEPTH:
+    if not text or depth > _MAX_DEPTH or len(text) > MAX_ANSWER_CHARS:
         return Unread(text)
 
     def read(part: str) -> Reading:
@@ -73,7 +83,7 @@ def _read(text: str, depth: int) -> Reading:
     shorter = without_units(text)
     if shorter != text:
         return read(shorter)
-    if "\\text" in text:
+    if "\\text" in text or _DROPPED.search(text) or _TOO_MUCH.search(text) or text.count(":") > 1:
         return Unread(text)
     value = parse_expression(text)
     if isinstance(value, (sympy.MatrixBase, sympy.MatrixExpr)):
@@ -84,7 +94,7 @@ def _read(text: str, depth: int) -> Reading:
     return Unread(text) if value is None else Value(value)
 
 
-def _simple(text: str, read) -> Reading | None:  # type: ignore[no-untyped-def]
+def _simple(text: str, read: ReadPart) -> Reading | None:
     """What is read from the text alone: the empty set, a number, a numeral, words."""
     if text == "\\emptyset":
         return Items(())
@@ -95,27 +105,27 @@ def _simple(text: str, read) -> Reading | None:  # type: ignore[no-untyped-def]
     if match := _NUMERAL.fullmatch(text) or _SPOKEN_NUMERAL.fullmatch(text):
         named = [name for key, name in match.groupdict().items() if key != "digits" and name]
         base = int(named[0]) if named[0].isdigit() else _BASES.get(named[0])
-        if base == 10 and match["digits"].isdigit():
-            return read(match["digits"])
-        return Unread(text) if base is None else Numeral(match["digits"].lstrip("0") or "0", base)
+        digits = match["digits"]
+        if base == 10 and digits.isdigit():
+            return read(digits)
+        if base is not None and (digits.isdigit() or (base > 10 and len(digits) > 1)):  # A_2 is a variable
+            return Numeral(digits.lstrip("0") or "0", base)
     if (words := as_words(text)) is not None:
         if len(words) == 1 or not re.search(r"[a-zA-Z]{2}", words):
             return read(words)
-        return Words(words.lower())
+        words = words.lower()
+        if words in ("all real numbers", "all reals", "the set of all real numbers"):
+            return reading_of([WHOLE])
+        return Items(()) if words in ("empty set", "the empty set") else Words(words)
     return None
 
 
-def _compound(text: str, read) -> Reading | None:  # type: ignore[no-untyped-def]
+def _compound(text: str, read: ReadPart) -> Reading | None:
     """Unions, differences, brackets, matrices and both signs; None for a single expression."""
-    for mark, combine in (
-        ("\\cup", None),
-        ("\\cap", intersection),
-        ("\\setminus", None),
-        ("\\backslash", None),
-    ):
+    for mark in ("\\cup", "\\cap", "\\setminus", "\\backslash"):
         parts = split(text, mark)
         if len(parts) > 1:
-            return _combined(text, mark, [read(part) for part in parts[:_MAX_PARTS]], combine)
+            return _combined(text, mark, [read(part) for part in parts[:_MAX_PARTS]])
     if brackets := bracketed(text):
         return _read_brackets(text, *brackets, read)
     if (matrix := _MATRIX.fullmatch(text)) and "\\begin" not in matrix[2]:
@@ -127,7 +137,8 @@ def _compound(text: str, read) -> Reading | None:  # type: ignore[no-untyped-def
     return None
 
 
-def _combined(text: str, mark: str, readings: list[Reading], combine) -> Reading:  # type: ignore[no-untyped-def]
+def _combined(text: str, mark: str, readings: list[Reading]) -> Reading:
+    """The union, intersection or difference of sets of reals."""
     pieces = [pieces_of(reading) for reading in readings]
     if any(piece is None for piece in pieces):
         return Unread(text)
@@ -138,13 +149,13 @@ def _combined(text: str, mark: str, readings: list[Reading], combine) -> Reading
             if mark == "\\cup":
                 result = union(result + other)
             else:
-                result = intersection(result, other if combine else complement(other))
+                result = intersection(result, other if mark == "\\cap" else complement(other))
         return reading_of(result)
     except NotComparedError:
         return Unread(text)
 
 
-def _read_brackets(text: str, opening: str, content: str, closing: str, read) -> Reading:  # type: ignore[no-untyped-def]
+def _read_brackets(text: str, opening: str, content: str, closing: str, read: ReadPart) -> Reading:
     if opening == "\\{":
         if closing != "\\}":
             return Unread(text)
@@ -168,8 +179,8 @@ def _read_brackets(text: str, opening: str, content: str, closing: str, read) ->
     low, high = items
     if opening not in "([" or closing not in ")]" or not (isinstance(low, Value) and isinstance(high, Value)):
         return Unread(text)
-    low_closed = opening == "[" and not low.expression.is_infinite
-    high_closed = closing == "]" and not high.expression.is_infinite
+    low_closed = opening == "[" and not is_infinite(low.expression)
+    high_closed = closing == "]" and not is_infinite(high.expression)
     if not low_closed and not high_closed:
         return Point(items)
     return Reals((Piece(low.expression, low_closed, high.expression, high_closed),))
@@ -179,7 +190,7 @@ def _items(readings: list[Reading]) -> Reading:
     return readings[0] if len(readings) == 1 else Items(tuple(readings))
 
 
-def _read_list(text: str, parts: list[str], words: set[str], read) -> Reading:  # type: ignore[no-untyped-def]
+def _read_list(text: str, parts: list[str], words: set[str], read: ReadPart) -> Reading:
     """Answers side by side: solutions in any order, values of several names, or conditions on one variable."""
     if len(parts) > _MAX_PARTS:
         return Unread(text)
@@ -189,7 +200,7 @@ def _read_list(text: str, parts: list[str], words: set[str], read) -> Reading:  
     if None not in unknowns or ("or" in words and any(isinstance(reading, Reals) for reading in readings)):
         if len(unknowns) > 1 or any(piece is None for piece in pieces):
             return Unread(text)
-        return _combined(text, "\\cup" if "or" in words else "\\cap", readings, intersection)
+        return _combined(text, "\\cup" if "or" in words else "\\cap", readings)
     names = [assigned_name(part) for part in parts]
     given = [name for name in names if name]
     if len(given) == len(parts) and len({name[0] for name in given}) == len(parts):

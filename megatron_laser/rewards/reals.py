@@ -7,7 +7,8 @@ from typing import Any
 
 import sympy
 
-from .expressions import expressions_equal, is_constant, less
+from .expressions import expressions_equal, less
+from .parsing import is_constant
 from .readings import Items, Piece, Point, Reading, Reals, Value
 
 WHOLE = Piece(-sympy.oo, False, sympy.oo, False)

@@ -1,6 +1,6 @@
 r"""Equations and inequalities: which of them stand for a value or a set of reals, and which for themselves.
 
-- `x = 5`, `f(2) = 5`, `m + n = 5`, `2 + 3 = 5` are 5; `6 = 5` is nothing, and `m + n = 0` and `x + y = 5` are no values.
+- `x = 5`, `f(2) = 5`, `m + n = 5`, `2 + 3 = 5` are 5; `6 = 5` is nothing; `m + n = 0` and `x + y = 5` are no values.
 - An equation is solved for z, else y, else its only variable where it is linear in it: `2x - y + 3 = 0` and
   `y = 2x + 3` are the same as `2x + 3`, and `2x = 10` is 5. Other equations stand for themselves.
 - `x >= 2` is the set of its solutions.
@@ -14,9 +14,10 @@ from typing import Any
 
 import sympy
 
-from .expressions import bits, exact_value, expressions_equal, is_constant, parse_expression
+from .expressions import exact_value, expressions_equal
+from .parsing import bits, is_constant, is_infinite, parse_expression
 from .readings import Equation, Inequality, Piece, Reading, Statement, Unread, Value
-from .reals import NotComparedError, complement, intersection, pieces_of, reading_of
+from .reals import WHOLE, NotComparedError, complement, intersection, pieces_of, reading_of
 from .splitting import bracketed, split, split_relations
 from .units import without_units
 
@@ -186,6 +187,8 @@ def _read_inequalities(text: str, sides: list[str], relations: list[str]) -> Rea
 
 
 def _read_inequality(left: Any, relation: str, right: Any) -> Reading:
+    if is_infinite(left) or is_infinite(right):  # -oo < x
+        return reading_of([WHOLE])
     positive = left - right if relation.startswith(">") else right - left
     symbols = positive.free_symbols
     strict = not relation.endswith("=") or relation == "!="
