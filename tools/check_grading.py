@@ -47,7 +47,7 @@ HOSTILE = {
     "1900 dollars": "\\boxed{" + "$" * 1900 + "}",
     "a million boxes": "\\boxed{1}" * 10**6,
 }
-UNITS = re.compile(r"\\circ|\\\$|\\mbox|\\text|_\{?\d+\}?$|\\%|\\!|,")
+UNITS = re.compile(r"\\circ|\\\$|\\mbox|\\text|\\%|\\!|\{,\}|,")
 
 
 def reason(left: str, right: str) -> str:
@@ -55,12 +55,14 @@ def reason(left: str, right: str) -> str:
     plain = [re.sub(r"[\s{}]|\\[!,;]", "", text) for text in (left, right)]
     if plain[0] == plain[1]:
         return "spelling"
-    if all("," in text and not re.search(r"\d,\d{3}\b", text) for text in (left, right)):
-        return "a list without brackets is a set, whatever its order and the other's brackets"
+    if all(
+        "," in text and text[0] not in "([" and not re.search(r"\d,\d{3}\b", text) for text in (left, right)
+    ):
+        return "a list of solutions has no order"
     if "=" in left or "=" in right:
         return "an assignment stands for its right side"
     if UNITS.search(left) or UNITS.search(right):
-        return "units, bases and thousands separators do not count"
+        return "units and thousands separators do not count"
     return ""
 
 

@@ -78,6 +78,7 @@ def test_a_reference_that_nothing_equals_is_named():
 def test_known_reasons_are_told_apart():
     assert tool.reason("\\frac14", "\\frac{1}{4}") == "spelling"
     assert "units" in tool.reason("36", "36^\\circ")
-    assert "set" in tool.reason("1,-2", "-2,1")
+    assert "order" in tool.reason("1,-2", "-2,1")
+    assert tool.reason("(-2,1)", "-2,1") == tool.reason("204_5", "204") == ""
     assert "right side" in tool.reason("x=5", "5")
     assert tool.reason("0.5", "1/2") == ""
