@@ -30,7 +30,9 @@ def readings_equal(left: Reading, right: Reading) -> bool | None:
     match left, right:
         case (Unread(), _) | (_, Unread()):
             return None
-        case Value(first), Value(second):
+        case Value(first, unit), Value(second, other_unit):
+            if unit and other_unit and unit != other_unit:
+                return False
             return expressions_equal(first, second)
         case Point(first), Point(second):
             return _all_equal(first, second)

@@ -72,8 +72,8 @@ def quick_equal(left: str, right: str) -> bool | None:
 def compare_answers(left: str, right: str) -> bool | None:
     """The relation behind grades and votes: the same answer, another one, or None where that is undecided.
 
-    Symmetric. It is an equivalence but for one thing: a decimal that rounds an irrational number (to its last digit
-    and to 1e-6 of it) is equal to that number, while two such decimals differ.
+    Symmetric. It is an equivalence but for what says less: 12 is equal to 12 cm and to 12 m, which differ, and an
+    irrational number to every decimal that rounds it (to its last digit and to 1e-6 of it).
 
     Args:
         left, right: normalised answers.

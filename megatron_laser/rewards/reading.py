@@ -16,7 +16,7 @@ from .reals import WHOLE, NotComparedError, complement, intersection, pieces_of,
 from .relations import ReadPart, assigned_name, read_relation, unknown_of
 from .spelling import MAX_NESTING, nesting, number_value, plain_spelling
 from .splitting import bracketed, split, split_relations, split_words
-from .units import as_words, without_units
+from .units import as_words, split_units
 
 _BASES = dict(
     zip(["two", "three", "four", "five", "six", "seven", "eight", "nine"], range(2, 10), strict=True),
@@ -80,9 +80,10 @@ def _read(text: str, depth: int) -> Reading:
     compound = _compound(text, read)
     if compound is not None:
         return compound
-    shorter = without_units(text)
+    shorter, unit = split_units(text)
     if shorter != text:
-        return read(shorter)
+        reading = read(shorter)
+        return Value(reading.expression, unit) if unit and isinstance(reading, Value) else reading
     if "\\text" in text or _DROPPED.search(text) or _TOO_MUCH.search(text) or text.count(":") > 1:
         return Unread(text)
     value = parse_expression(text)

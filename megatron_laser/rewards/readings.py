@@ -8,9 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A number or an expression (SymPy)."""
+    """A number or an expression (SymPy), and the unit behind it where there is one that is known."""
 
     expression: Any
+    unit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from .parsing import bits, is_constant, is_infinite, parse_expression
 from .readings import Equation, Inequality, Piece, Reading, Statement, Unread, Value
 from .reals import WHOLE, NotComparedError, complement, intersection, pieces_of, reading_of
 from .splitting import bracketed, split, split_relations
-from .units import without_units
+from .units import split_units
 
 _SUBSCRIPT = r"(?:_(?:\{[^{}]*\}|\\text\{[^{}]*\}|[a-zA-Z0-9]))?"
 _NAME = re.compile(
@@ -165,7 +165,7 @@ def _solved(zero: Any) -> Reading:
 
 
 def _read_inequalities(text: str, sides: list[str], relations: list[str]) -> Reading:
-    values = [parse_expression(without_units(side)) for side in sides]
+    values = [parse_expression(split_units(side)[0]) for side in sides]
     if any(value is None for value in values):
         return Unread(text)
     if all(is_constant(value) for value in values):

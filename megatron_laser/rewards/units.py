@@ -1,6 +1,6 @@
 r"""What stands beside a number and is no part of it: units, currencies, degrees; and words. Strings only.
 
-Units do not count: 12 cm, 12 and 12 m are one answer. Votes are classes: what equals 12 equals all that 12 does.
+12 cm is 12, and so is 12 m; but where both sides have a unit that is known, it has to be the same.
 """
 
 from __future__ import annotations
@@ -27,6 +27,39 @@ _NOT_UNITS = re.compile(
     r"\b(?:and|or|not|no|if|for|when|where|with|except|more|less|fewer|least|most|mod|modulo|base|otherwise|undefined|"
     r"only|than|to|from|is|are|all|any|infinitely|approximately|about)\b"
 )
+_CURRENCY_SIGN = re.compile(r"[$€£¥₹]")
+_SAME_UNITS = (
+    ("cm", "centimeter", "centimeters", "centimetre", "centimetres"),
+    ("m", "meter", "meters", "metre", "metres"),
+    ("km", "kilometer", "kilometers", "kilometre", "kilometres"),
+    ("mm", "millimeter", "millimeters"),
+    ("in", "inch", "inches"),
+    ("ft", "foot", "feet"),
+    ("yd", "yard", "yards"),
+    ("mi", "mile", "miles"),
+    ("s", "sec", "second", "seconds"),
+    ("min", "minute", "minutes"),
+    ("h", "hr", "hour", "hours"),
+    ("day", "days"),
+    ("week", "weeks"),
+    ("month", "months"),
+    ("year", "years"),
+    ("g", "gram", "grams"),
+    ("kg", "kilogram", "kilograms"),
+    ("mg", "milligram", "milligrams"),
+    ("lb", "pound", "pounds"),
+    ("L", "l", "liter", "liters", "litre", "litres"),
+    ("mL", "ml", "milliliter", "milliliters"),
+    ("$", "dollar", "dollars", "usd"),
+    ("cent", "cents"),
+    ("€", "euro", "euros"),
+    ("£",),
+    ("°", "degree", "degrees", "deg"),
+    ("rad", "radian", "radians"),
+    ("%", "percent"),
+)
+_UNITS = {name: names[0] for names in _SAME_UNITS for name in names}
+_POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
 _SCALES = {"hundred": "100", "dozen": "12", "thousand": "1000", "million": "10^{6}", "billion": "10^{9}"}
 _SCALES["trillion"] = "10^{12}"
 
@@ -56,24 +89,61 @@ _SHORT_WORDS = frozenset(
 _NOT_WORDS = re.compile(r"(?:sin|cos|tan|cot|sec|csc|arc|log|ln|sqrt|exp|pi|inf|alpha|beta|theta|lambda)")
 
 
-def without_units(text: str) -> str:
-    """The text without the units behind it and currencies beside it; as it is where there are none."""
-    for pattern in (_PERCENT, _BARE_UNIT):
-        if (shorter := pattern.sub("", text)) != text and _ends_a_value(shorter):
-            return shorter
+def split_units(text: str) -> tuple[str, str | None]:
+    r"""The text without the units behind it and currencies beside it, and the unit in one spelling.
+
+    The unit is None where there is none or it is not known: (12, cm^2) for `12 \text{ square cm}`, and (5, None) for
+    `5 \text{ apples}`.
+    """
+    written = ""
+    while True:
+        shorter, unit = _strip_one(text)
+        if shorter == text:
+            return text, unit_of(written)
+        text, written = shorter, unit + written
+
+
+def unit_of(written: str) -> str | None:
+    """A known unit in one spelling, with its power; None for any other text."""
+    words = " ".join(re.sub(r"\\text|\\cdot|[{}()]", " ", written).split())
+    words = re.sub(r"\bper\b", "/", re.sub(r"\s*\^\s*", "^", words))
+    parts = []
+    for part in words.split("/"):
+        power = 1
+        tokens = part.split()
+        if tokens and tokens[0].lower() in _POWERS:
+            power = _POWERS[tokens.pop(0).lower()]
+        if len(tokens) == 2 and tokens[1].lower() in _POWERS:
+            power = _POWERS[tokens.pop().lower()]
+        name, _, exponent = (tokens[0] if len(tokens) == 1 else "").partition("^")
+        unit = _UNITS.get(name) or _UNITS.get(name.lower())
+        if unit is None or (exponent and not exponent.lstrip("-").isdigit()):
+            return None
+        power *= int(exponent or 1)
+        parts.append(unit if power == 1 else f"{unit}^{power}")
+    return "/".join(parts)
+
+
+def _strip_one(text: str) -> tuple[str, str]:
+    """The text without its last unit, and that; the text itself and "" where there is none."""
+    for pattern, unit in ((_PERCENT, "%"), (_BARE_UNIT, "")):
+        if (match := pattern.search(text)) and _ends_a_value(text[: match.start()]):
+            return text[: match.start()].strip(), unit or f" {match.group()} "
     if (shorter := _CURRENCY.sub(r"\1", text)) != text and shorter.strip():
-        return shorter.strip()
+        return shorter.strip(), _CURRENCY_SIGN.search(text)[0] if _CURRENCY_SIGN.search(text) else ""
     if not _TRIGONOMETRIC.search(text) and (match := _DEGREE_SIGN.search(text)):
-        return text[: match.start()].strip()
+        temperature = match.group().rstrip("} ")[-1:] in ("C", "F")
+        return text[: match.start()].strip(), "" if temperature else "°"
     if match := _TEXT_UNIT.search(text):
-        core, words = text[: match.start()].strip(), match[1].strip().lower()
-        if not _ends_a_value(core) or not _UNIT_WORDS.fullmatch(words) or _NOT_UNITS.search(words):
-            return text
-        first, _, rest = words.partition(" ")
+        core, words = text[: match.start()].strip(), match[1].strip()
+        plain = words.lower()
+        if not _ends_a_value(core) or not _UNIT_WORDS.fullmatch(words) or _NOT_UNITS.search(plain):
+            return text, ""
+        first, _, rest = plain.partition(" ")
         if first in _SCALES:
-            return f"{core} \\cdot {_SCALES[first]}" + (f" \\text{{{rest}}}" if rest else "")
-        return core
-    return text
+            return f"{core} \\cdot {_SCALES[first]}" + (f" \\text{{{rest}}}" if rest else ""), ""
+        return core, match.group()
+    return text, ""
 
 
 def _ends_a_value(core: str) -> bool:
