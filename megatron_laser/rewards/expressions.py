@@ -178,6 +178,9 @@ def _is_rounded(first: Any, second: Any, exact: list[Fraction | None]) -> bool:
         return False
     value, decimal = (first, exact[1]) if exact[0] is None else (second, exact[0])
     assert decimal is not None
+    nearest = Fraction(str(value)).limit_denominator(10**6)
+    if _close(value, sympy.Rational(nearest.numerator, nearest.denominator), _DIGITS):
+        return False  # it is rational: the square root of 16, the cosine of 60 degrees
     places = _decimal_places(decimal.denominator)
     difference = abs(value - sympy.Rational(decimal.numerator, decimal.denominator))
     return places > 0 and bool(

@@ -130,7 +130,8 @@ def _strip_one(text: str) -> tuple[str, str]:
         if (match := pattern.search(text)) and _ends_a_value(text[: match.start()]):
             return text[: match.start()].strip(), unit or f" {match.group()} "
     if (shorter := _CURRENCY.sub(r"\1", text)) != text and shorter.strip():
-        return shorter.strip(), _CURRENCY_SIGN.search(text)[0] if _CURRENCY_SIGN.search(text) else ""
+        sign = _CURRENCY_SIGN.search(text)
+        return shorter.strip(), sign[0] if sign else ""
     if not _TRIGONOMETRIC.search(text) and (match := _DEGREE_SIGN.search(text)):
         temperature = match.group().rstrip("} ")[-1:] in ("C", "F")
         return text[: match.start()].strip(), "" if temperature else "°"
