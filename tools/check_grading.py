@@ -1,39 +1,38 @@
 #!/usr/bin/env python
-"""Grades reference answers against themselves and against each other: the figures of docs/measurements/grading.md.
+"""Measures the grader: false right, false wrong and undecided. The figures of docs/measurements/grading.md.
 
     python tools/check_grading.py data/math500.jsonl data/aime24.jsonl
     python tools/check_grading.py data/*.jsonl --all-pairs --output docs/measurements/grading.md   # minutes
 
-Five questions: is every answer right about itself, in the wrapping that the paper asks the model for; is it so by
-math-verify alone, without the shortcut for equal strings; is any answer right about another problem (each against
-seeded shuffles, or all pairs); how long do 1000 grades take; and how do hostile answers end.
-Exit status 1 where an answer is wrong about itself, a shuffled one is right without a reason, or a hostile one does
-not end.
+Five questions: are pairs whose sameness is known graded so, form by form (tools/spellings, seeded), and do votes agree;
+is each reference right when a model writes it, respelt and in a sentence; is any answer right about another problem
+(seeded shuffles, or all pairs); how long do 1000 grades take; and how do hostile answers end.
+Exit status 1 where a pair of different values is right, more than 2 % of the same values are wrong, grades and
+votes disagree, a reference has no spelling that is right, or a hostile answer does not end.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import random
 import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from datetime import date
+from importlib.metadata import version
 from itertools import permutations
 from pathlib import Path
 
-from megatron_laser.data import read_rows
-from megatron_laser.rewards import GradingPool, grade_math
-from megatron_laser.rewards.boxed import gold_answer
-from megatron_laser.rewards.math_grading import grade_extracted
+from spellings import Pair, table
+from spellings.respell import as_a_model, respellings
 
-WRAPPINGS = {
-    "boxed": "So the answer is $\\boxed{%s}$.",
-    "boxed, sentence before and box inside display math": "First \\boxed{wrong}, then\n\\[\\boxed{%s}\\]\n",
-    "boxed with its own dollars": "\\boxed{$%s$}",
-    "fbox": "\\fbox{%s}",
-}
+from megatron_laser.data import read_rows
+from megatron_laser.rewards import GradingPool, equivalence_classes
+from megatron_laser.rewards.boxed import gold_answer
+
 HOSTILE = {
     "10^6 nested braces": "\\boxed{" + "{" * 10**6 + "5" + "}" * 10**6 + "}",
     "1900 nested braces (short enough to be parsed)": "\\boxed{" + "{" * 900 + "5" + "}" * 900 + "}",
@@ -48,7 +47,7 @@ HOSTILE = {
     "1900 dollars": "\\boxed{" + "$" * 1900 + "}",
     "a million boxes": "\\boxed{1}" * 10**6,
 }
-UNITS = re.compile(r"\\circ|\\\$|\\mbox|\\text|_\{?\d+\}?$|\\%|\\!|,")
+UNITS = re.compile(r"\\circ|\\\$|\\mbox|\\text|\\%|\\!|\{,\}|,")
 
 
 def reason(left: str, right: str) -> str:
@@ -56,33 +55,96 @@ def reason(left: str, right: str) -> str:
     plain = [re.sub(r"[\s{}]|\\[!,;]", "", text) for text in (left, right)]
     if plain[0] == plain[1]:
         return "spelling"
-    if all("," in text and not re.search(r"\d,\d{3}\b", text) for text in (left, right)):
-        return "a list without brackets is a set, whatever its order and the other's brackets"
+    if all(
+        "," in text and text[0] not in "([" and not re.search(r"\d,\d{3}\b", text) for text in (left, right)
+    ):
+        return "a list of solutions has no order"
     if "=" in left or "=" in right:
         return "an assignment stands for its right side"
     if UNITS.search(left) or UNITS.search(right):
-        return "units, bases and thousands separators do not count"
+        return "units and thousands separators do not count"
     return ""
 
 
-def self_grades(golds: Sequence[str]) -> tuple[list[str], bool]:
-    """Lines of the report, and whether all are right."""
-    lines, fine = [], True
-    for name, wrapping in WRAPPINGS.items():
-        wrong = [(gold, grade_math(wrapping % gold, gold).outcome) for gold in golds]
-        wrong = [entry for entry in wrong if entry[1] != "correct"]
-        fine &= not wrong
-        lines.append(f"| {name} | {len(golds) - len(wrong)} of {len(golds)} |")
-        lines += [f"| not right: `{gold}` | {outcome} |" for gold, outcome in wrong]
-    alone = [
-        gold for gold in sorted({gold_answer(g) for g in golds}) if grade_extracted(gold, gold).reward != 1.0
+class Count:
+    """Grades of pairs whose sameness is known."""
+
+    def __init__(self) -> None:
+        self.same = self.other = self.false_wrong = self.false_right = self.undecided = 0
+        self.names: list[str] = []
+
+    def add(self, answer: str, gold: str, same: bool, outcome: str) -> None:
+        """Count one grade; what is neither right nor wrong is undecided."""
+        self.same += same
+        self.other += not same
+        if outcome not in ("correct", "wrong"):
+            self.undecided += 1
+        elif (outcome == "correct") != same:
+            self.false_wrong += same
+            self.false_right += not same
+        else:
+            return
+        self.names.append(f"`{answer}` for `{gold}`: {outcome}")
+
+    def row(self, name: str) -> str:
+        """A row of the table below `HEAD`."""
+        figures = (self.same, self.false_wrong, self.other, self.false_right, self.undecided)
+        return f"| {name} | {' | '.join(map(str, figures))} |"
+
+
+NAMED = 4  # of each form
+HEAD = [
+    "| form | same | of them wrong | different | of them right | undecided |",
+    "|---|---|---|---|---|---|",
+]
+
+
+def spelt_grades(pool: GradingPool, pairs: Sequence[Pair]) -> tuple[dict[str, Count], list[str]]:
+    """Counts by form, both ways round, and the pairs where grades and votes disagree."""
+    counts: dict[str, Count] = {}
+    split: list[str] = []
+    both = [(pair, *side) for pair in pairs for side in ((pair.answer, pair.gold), (pair.gold, pair.answer))]
+    grades = pool.grade_many([(f"\\boxed{{{answer}}}", gold) for _, answer, gold in both])
+    for (pair, answer, gold), grade in zip(both, grades, strict=True):
+        counts.setdefault(pair.form, Count()).add(answer, gold, pair.same, grade.outcome)
+        first, second = equivalence_classes([answer, gold], pool=pool)
+        if (first == second) != (grade.outcome == "correct"):
+            split.append(f"`{answer}`, `{gold}`: graded {grade.outcome}")
+    return counts, split
+
+
+def respelt_grades(pool: GradingPool, golds: Sequence[str]) -> tuple[dict[str, Count], list[str]]:
+    """Counts by respelling of every reference as a model would write it, and references that none of them equals."""
+    counts: dict[str, Count] = {}
+    items = [
+        (name, text, gold, as_a_model(text, number))
+        for number, gold in enumerate(dict.fromkeys(golds))
+        for name, text in respellings(gold_answer(gold)).items()
     ]
-    distinct = len({gold_answer(gold) for gold in golds})
-    lines.append(
-        f"| by math-verify alone, no string shortcut | {distinct - len(alone)} of {distinct} distinct |"
-    )
-    lines += [f"| only by the string: `{gold}` | handled by the shortcut |" for gold in alone]
-    return lines, fine
+    grades = pool.grade_many([(response, gold) for _, _, gold, response in items])
+    right = {gold: 0 for _, _, gold, _ in items}
+    for (name, text, gold, _), grade in zip(items, grades, strict=True):
+        counts.setdefault(name, Count()).add(text, gold, True, grade.outcome)
+        right[gold] += grade.outcome == "correct"
+    return counts, [gold for gold, times in right.items() if times == 0]
+
+
+def table_of(counts: dict[str, Count]) -> list[str]:
+    """The rows, their sum, and the first pairs of each that are not what they should be."""
+    total = Count()
+    for count in counts.values():
+        for name in ("same", "other", "false_wrong", "false_right", "undecided"):
+            setattr(total, name, getattr(total, name) + getattr(count, name))
+    lines = [*HEAD, *(count.row(name) for name, count in counts.items()), total.row("**all**"), ""]
+    return lines + [f"- {line}" for count in counts.values() for line in count.names[:NAMED]] + [""]
+
+
+def limits_kept(counts: Iterable[Count]) -> bool:
+    """No false right, and at most 2 % false wrong."""
+    counts = list(counts)
+    return not sum(count.false_right for count in counts) and sum(
+        count.false_wrong for count in counts
+    ) <= 0.02 * sum(count.same for count in counts)
 
 
 def shuffled_pairs(golds: Sequence[str], shuffles: int) -> list[tuple[str, str]]:
@@ -148,6 +210,7 @@ def main(values: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path, help=".jsonl or .parquet with `problem` and `answer`")
+    parser.add_argument("--seed", type=int, default=0, help="of the generated pairs")
     parser.add_argument("--shuffles", type=int, default=5, help="seeded shuffles of all answers")
     parser.add_argument(
         "--all-pairs", action="store_true", help="every answer against every other, both ways"
@@ -160,8 +223,9 @@ def main(values: Sequence[str] | None = None) -> int:
         for file in options.files
         for row in read_rows(file, prompt_key="problem", answer_key="answer")
     ]
-    own, own_fine = self_grades(golds)
     with GradingPool(workers=2, deadline=options.deadline) as pool:
+        spelt, split = spelt_grades(pool, table(options.seed))
+        respelt, unreachable = respelt_grades(pool, golds)
         pairs = shuffled_pairs(golds, options.shuffles)
         shuffled, unexplained, count = false_rights(pool, pairs)
         every, every_unexplained, every_count = [], 0, 0
@@ -172,31 +236,39 @@ def main(values: Sequence[str] | None = None) -> int:
             )
     ends, ends_fine = hostile(options.deadline)
     text, _ = speed(golds)
-    table = ["| answer | reference | why they are equal |", "|---|---|---|"]
+    head = ["| answer | reference | why they are equal |", "|---|---|---|"]
     lines = [
-        "# Grading: reference answers against themselves and each other",
+        "# Grading: false right, false wrong, undecided",
         "",
         f"    python tools/check_grading.py {' '.join(file.name for file in options.files)}"
         + (" --all-pairs" if options.all_pairs else ""),
         "",
+        f"- {date.today()}; Python {platform.python_version()}, math-verify {version('math-verify')}, "
+        f"SymPy {version('sympy')}",
         f"- {len(golds)} answers of {', '.join(file.stem for file in options.files)}; {os.cpu_count()} CPU cores, "
         "shared with other jobs; two workers",
         f"- 1000 answers of 1 kB, half of them right, none settled by equal strings: {text}",
         "",
-        "## Against themselves",
+        f"## Generated pairs (seed {options.seed}), each both ways round",
         "",
-        "| wrapping | right |",
-        "|---|---|",
-        *own,
+        *table_of(spelt),
+        f"Grade and vote disagree on {len(split)} pairs.",
+        *(f"- {line}" for line in split),
+        "",
+        f"## {len(set(golds))} different references as a model writes them",
+        "",
+        *table_of(respelt),
+        f"References that no spelling equals: {len(unreachable)}",
+        *(f"- `{gold}`" for gold in unreachable),
         "",
         f"## Against {options.shuffles} shuffles: {count} pairs of different answers, {len(shuffled)} right, "
         f"{unexplained} of them without a reason",
         "",
-        *([*table, *shuffled, ""] if shuffled else []),
+        *([*head, *shuffled, ""] if shuffled else []),
     ]
     if options.all_pairs:
-        head = f"{every_count} ordered pairs of different answers, {len(every)} right"
-        lines += [f"## All pairs: {head}, {every_unexplained} without a reason", "", *table, *every, ""]
+        title = f"{every_count} ordered pairs of different answers, {len(every)} right"
+        lines += [f"## All pairs: {title}, {every_unexplained} without a reason", "", *head, *every, ""]
     lines += [
         f"## Hostile answers, deadline {options.deadline:g} s",
         "",
@@ -207,7 +279,13 @@ def main(values: Sequence[str] | None = None) -> int:
     print(report)
     if options.output is not None:
         options.output.write_text(report, encoding="utf-8")
-    return 0 if own_fine and ends_fine and not unexplained and not every_unexplained else 1
+    wrong = [
+        not limits_kept(spelt.values()),
+        not limits_kept(respelt.values()),
+        bool(split or unreachable or unexplained or every_unexplained),
+        not ends_fine,
+    ]
+    return 1 if any(wrong) else 0
 
 
 if __name__ == "__main__":

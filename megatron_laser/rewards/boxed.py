@@ -15,6 +15,7 @@ _BRACE_OR_ESCAPE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace, \{, i
 _BARE = re.compile(r"[^\s$]+")
 _SIZED_DELIMITER = re.compile(r"\\(?:left|right)(?=[()\[\]|]|\\[{}|])")
 _SIZED_FRACTION = re.compile(r"\\[dt]frac(?![a-zA-Z])")
+_GROUP_COMMA = re.compile(r",\s*\\!\s*(?=[0-9]{3}(?![0-9]))")  # 10,\!080 is one number, and 10, 080 a list
 _BLANKS = re.compile(r"\s+")
 
 
@@ -82,6 +83,7 @@ def normalize_answer(answer: str) -> str:
     previous = None
     while previous != answer:
         previous = answer
+        answer = _GROUP_COMMA.sub("{,}", answer)
         answer = _SIZED_FRACTION.sub(r"\\frac", _SIZED_DELIMITER.sub("", answer.replace("\\!", "")))
         answer = _strip_math_delimiters(_BLANKS.sub(" ", answer).strip())
     return answer

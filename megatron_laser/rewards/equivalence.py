@@ -13,9 +13,10 @@ from .pool import GradingPool
 def equivalence_classes(
     answers: Sequence[str | None], deadline: float | None = None, *, pool: GradingPool | None = None
 ) -> list[int | None]:
-    """Group extracted answers by equality of strings and integers, else by math-verify in either direction.
+    """Group extracted answers by the relation that grades too: one class where one would be right for the other.
 
-    The classes are the connected components over all pairs, hence independent of the answers' order.
+    The classes are the connected components over all pairs, hence independent of the answers' order (see
+    `math_grading.compare_answers`; what it cannot decide stands apart).
 
     Args:
         answers: one per response (see `extract_answer`); None abstains.

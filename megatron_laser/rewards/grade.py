@@ -26,9 +26,10 @@ class Grade:
 
     Attributes:
         reward: the verifier's label r_v, 1.0 right and 0.0 wrong; from 0 to 1 for a custom function.
-        outcome: correct, wrong, no_answer (no box), unparsable (a box that is unclosed, empty, too long or
-            not mathematics), timeout (the deadline passed) or crash (the function raised, returned nonsense,
-            or its process died). Only the first four say something about the response.
+        outcome: correct, wrong, no_answer (no box), unparsable (a box that is unclosed, empty, too long, no
+            mathematics, or undecided against the reference), timeout (the deadline passed) or crash (the function
+            raised, returned nonsense, or its process died). Only the first four say
+            something about the response.
     """
 
     reward: float

@@ -1,18 +1,19 @@
-"""Mathematical answers against references: quick decisions on strings and integers, the rest by math-verify.
+"""Mathematical answers against references: plain numbers and spelling at once, the rest with math-verify and SymPy.
 
-The rules are those of LaSeR (arXiv 2510.14943): 1 if the last box equals the reference, else 0.
+The rules are those of LaSeR (arXiv 2510.14943): 1 if the last box equals the reference, else 0. An answer is brought to
+one spelling (`spelling`), read (`reading`; single expressions by math-verify's parser) and compared (`equality`).
 Nothing here has a deadline; `GradingPool` runs it in processes that it can kill.
 """
 
 from __future__ import annotations
 
-import logging
 import re
+from fractions import Fraction
 from functools import lru_cache
-from typing import Any
 
-from .boxed import MAX_ANSWER_CHARS, extract_answer, find_last_box, gold_answer, normalize_answer
+from .boxed import extract_answer, find_last_box, gold_answer, normalize_answer
 from .grade import Grade
+from .spelling import number_value, plain_spelling
 
 CORRECT = Grade(1.0, "correct")
 WRONG = Grade(0.0, "wrong")
@@ -52,99 +53,69 @@ def quick_grade(response: str, answer: str) -> Grade | None:
 
 
 def quick_equal(left: str, right: str) -> bool | None:
-    """Whether two normalised answers are equal, None where strings and integers do not settle it."""
+    """Whether two normalised answers are equal, None where spelling and plain numbers do not settle it.
+
+    What is settled here is what `compare_answers` says as well.
+    """
     if left == right:
         return True
+    (first, first_value), (second, second_value) = _spelt(left), _spelt(right)
+    if first == second:
+        return True
+    if first_value is not None and second_value is not None:
+        return first_value == second_value
     if _INTEGER.fullmatch(left) and _INTEGER.fullmatch(right):
-        if len(left) > MAX_ANSWER_CHARS or len(right) > MAX_ANSWER_CHARS:
-            return False  # beyond Python's digit limit, and no prediction is this long
-        return int(left) == int(right)
+        return False  # longer than what is read as a number, and no prediction is this long
     return None
 
 
-def grade_extracted(extracted: str, gold: str) -> Grade:
-    """math-verify's verdict on two normalised answers.
+def compare_answers(left: str, right: str) -> bool | None:
+    """The relation behind grades and votes: the same answer, another one, or None where that is undecided.
+
+    Symmetric. It is an equivalence but for what says less: 12 is equal to 12 cm and to 12 m, which differ, and an
+    irrational number to every decimal that rounds it (to its last digit and to 1e-6 of it).
+
+    Args:
+        left, right: normalised answers.
 
     Raises:
         MemoryError: see `grade_math`.
     """
-    target = _parse(extracted)
-    if _verify(_parse(gold), target):
-        return CORRECT
-    return WRONG if any(not isinstance(value, str) for value in target) else UNPARSABLE
-
-
-def answers_equal(left: str, right: str) -> bool:
-    """Symmetric equality of two normalised answers: math-verify in either direction.
-
-    math-verify alone is not symmetric (assignments and relations take the reference's form).
-    """
     quick = quick_equal(left, right)
     if quick is not None:
         return quick
-    first, second = _parse(left), _parse(right)
-    return _verify(first, second) or _verify(second, first)
+    from .equality import readings_equal  # SymPy takes 0.3 s: only where it is used
+    from .reading import read_answer
+
+    try:
+        return readings_equal(read_answer(left), read_answer(right))
+    except MemoryError:
+        raise  # not a verdict on the answer
+    except Exception:  # SymPy raises anything on odd input
+        return None
+
+
+def grade_extracted(extracted: str, gold: str) -> Grade:
+    """The grade of a normalised answer against a normalised reference; unparsable where `compare_answers` is undecided.
+
+    Raises:
+        MemoryError: see `grade_math`.
+    """
+    equal = compare_answers(extracted, gold)
+    return UNPARSABLE if equal is None else CORRECT if equal else WRONG
+
+
+def answers_equal(left: str, right: str) -> bool:
+    """Whether two normalised answers are known to be equal: `grade_extracted` gives correct, either way round."""
+    return compare_answers(left, right) is True
 
 
 def warm_up() -> None:
     """Import math-verify and build its regular expressions and parser tables (0.4 s)."""
-    grade_extracted(r"\frac{1}{2}", "0.5")
+    compare_answers(r"\sqrt{2}", "x+1")
 
 
-@lru_cache(maxsize=2048)  # references repeat over a group, and answers over the pairs of a vote
-def _parse(answer: str) -> list[Any]:
-    """math-verify's readings of one answer: SymPy objects and, last, the string; [] when it has none."""
-    if len(answer) > MAX_ANSWER_CHARS:
-        return []
-    library = _math_verify()
-    # None: the library's own time-outs are SIGALRM, which only a main thread can use and C code defies
-    return library.parse(
-        f"\\boxed{{{answer}}}",
-        extraction_config=[library.LatexExtractionConfig(boxed_match_priority=0)],
-        parsing_timeout=None,
-    )
-
-
-def _verify(gold: list[Any], target: list[Any]) -> bool:
-    library = _math_verify()
-    for left in gold:
-        for right in target:
-            if _is_equation_for_zero(left, right) or _is_equation_for_zero(right, left):
-                continue
-            try:
-                if library.verify(left, right, timeout_seconds=None, raise_on_error=True):
-                    return True
-            except MemoryError:
-                raise  # not a verdict on the answer
-            except Exception:  # SymPy raises anything on odd input; math-verify counts that as unequal too
-                continue
-    return False
-
-
-def _is_equation_for_zero(value: Any, equation: Any) -> bool:
-    """Whether `equation` is one like 5x - 7y + 4 = 0 and `value` is none.
-
-    math-verify reads an equation as its right side where the other answer is none, which is right for x = 5 and
-    m + n = 25. But an equation in standard form (a constant on the left, 0 on the right) is not the answer 0.
-    """
-    from sympy import Add, Eq
-    from sympy.core.relational import Relational
-
-    if not isinstance(equation, Eq) or isinstance(value, (str, Relational)):
-        return False
-    terms = Add.make_args(equation.lhs)
-    return (
-        equation.rhs == 0
-        and len(terms) > 1
-        and any(term.is_number for term in terms)
-        and not equation.lhs.is_number
-    )
-
-
-@lru_cache(maxsize=1)
-def _math_verify() -> Any:
-    import math_verify  # 0.3 s with SymPy: only where it is used
-
-    # its loggers warn, once a process, that the time-outs are off
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    return math_verify
+@lru_cache(maxsize=8192)
+def _spelt(answer: str) -> tuple[str, Fraction | None]:
+    spelling = plain_spelling(answer)
+    return spelling, number_value(spelling)

@@ -38,8 +38,8 @@ class GradingPool:
 
     A bad item costs its own grade only: one that hangs ends at its deadline as `timeout`, one that raises,
     returns nonsense or kills its process as `crash`, and the worker is replaced. math_verify's quick
-    decisions (no box, equal strings, integers) and repeated pairs are settled in the calling thread within
-    microseconds. Methods may be called from any thread; the workers end with this process.
+    decisions (no box, one spelling, plain numbers) and repeated pairs are settled in the calling thread within a
+    fraction of a millisecond. Methods may be called from any thread; the workers end with this process.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class GradingPool:
         return self._collect(futures, deadline, TIMEOUT)
 
     def equal_many(self, pairs: Iterable[tuple[str, str]], deadline: float | None = None) -> list[bool]:
-        """Symmetric math-verify equality of normalised answers, whatever the pool's own function is.
+        """Equality of normalised answers as `grade_math` decides it, whatever the pool's own function is.
 
         Args:
             deadline: as in `grade_many`. What cannot be compared in time is unequal.

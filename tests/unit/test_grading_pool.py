@@ -119,7 +119,8 @@ def test_grades_come_in_order_and_equal_those_of_grade_math(pool: GradingPool) -
 
 
 HOSTILE = [
-    (r"\boxed{9^{9^{9^9}}}", {"timeout", "crash"}),
+    (r"\boxed{9^{9^{9^9}}}", {"unparsable"}),
+    (r"\boxed{\int_0^\infty e^{-x^2}\sin(x^3) dx}", {"timeout"}),
     (r"\boxed{" + "{" * 10**6 + "5" + "}" * 10**6 + "}", {"unparsable"}),
     (r"\boxed{" + "{" * 900 + "5" + "}" * 900 + "}", {"timeout", "unparsable", "correct"}),
     (r"\boxed{\frac{1}{\sqrt{", {"unparsable"}),

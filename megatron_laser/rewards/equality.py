@@ -1,0 +1,121 @@
+"""Whether two readings are the same answer: the one relation behind grades and votes. Symmetric, in three values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .expressions import expressions_equal, proportional
+from .readings import (
+    Equation,
+    Inequality,
+    Items,
+    Numeral,
+    Piece,
+    Point,
+    Reading,
+    Reals,
+    Statement,
+    Table,
+    Unread,
+    Value,
+    Words,
+)
+
+
+def readings_equal(left: Reading, right: Reading) -> bool | None:
+    """True, False, or None where it cannot be decided."""
+    if left == right:
+        return True
+    match left, right:
+        case (Unread(), _) | (_, Unread()):
+            return None
+        case Value(first, unit), Value(second, other_unit):
+            if unit and other_unit and unit != other_unit:
+                return False
+            return expressions_equal(first, second)
+        case Point(first), Point(second):
+            return _all_equal(first, second)
+        case Items(first), Items(second):
+            return _same_items(first, second)
+        case Reals(first), Reals(second):
+            return _same_pieces(first, second)
+        case Table(first), Table(second):
+            if [len(row) for row in first] != [len(row) for row in second]:
+                return False
+            return _all_equal(
+                [cell for row in first for cell in row], [cell for row in second for cell in row]
+            )
+        case Equation(first), Equation(second):
+            return _multiples(first, second, both_signs=True)
+        case Inequality(first, strict), Inequality(second, other_strict):
+            return False if strict != other_strict else _multiples(first, second, both_signs=False)
+        case (Words() | Numeral() | Statement(), _) | (_, Words() | Numeral() | Statement()):
+            return False
+        case (Equation(zero), _) | (_, Equation(zero)):
+            # one variable: its solutions may be the other answer
+            return None if len(zero.free_symbols) < 2 else False
+        case (Inequality(positive, _), _) | (_, Inequality(positive, _)):
+            return None if len(positive.free_symbols) < 2 else False
+        case (Table(), Point()) | (Point(), Table()):
+            return None  # a vector, or not
+    return False
+
+
+def _all_equal(first: Sequence[Reading], second: Sequence[Reading]) -> bool | None:
+    if len(first) != len(second):
+        return False
+    return _conjunction(readings_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _conjunction(verdicts: Iterable[bool | None]) -> bool | None:
+    decided: bool | None = True
+    for verdict in verdicts:
+        if verdict is False:
+            return False
+        if verdict is None:
+            decided = None
+    return decided
+
+
+def _same_items(first: Sequence[Reading], second: Sequence[Reading]) -> bool | None:
+    """Each item with one of its own on the other side."""
+    if len(first) != len(second):
+        return False
+    rest, undecided = list(second), False
+    for item in first:
+        verdicts = [readings_equal(item, other) for other in rest]
+        if True in verdicts:
+            del rest[verdicts.index(True)]
+        elif None in verdicts:
+            undecided = True
+        else:
+            return False
+    # an item that no other one of the second list can be
+    for other in rest:
+        if all(readings_equal(item, other) is False for item in first):
+            return False
+    return None if undecided else True
+
+
+def _same_pieces(first: Sequence[Piece], second: Sequence[Piece]) -> bool | None:
+    if [(a.low_closed, a.high_closed) for a in first] != [(b.low_closed, b.high_closed) for b in second]:
+        return False
+    return _conjunction(
+        expressions_equal(*ends)
+        for a, b in zip(first, second, strict=True)
+        for ends in ((a.low, b.low), (a.high, b.high))
+    )
+
+
+def _multiples(first: Any, second: Any, *, both_signs: bool) -> bool | None:
+    """Whether two left sides of `... = 0` are multiples of one another; polynomials that are none differ."""
+    if first.free_symbols != second.free_symbols:
+        return False
+    sign = proportional(first, second)
+    if sign is None:
+        return None
+    if sign != 0:
+        return both_signs or sign > 0
+    symbols = first.free_symbols
+    return False if first.is_polynomial(*symbols) and second.is_polynomial(*symbols) else None

@@ -1,0 +1,181 @@
+r"""What stands beside a number and is no part of it: units, currencies, degrees; and words. Strings only.
+
+12 cm is 12, and so is 12 m; but where both sides have a unit that is known, it has to be the same.
+"""
+
+from __future__ import annotations
+
+import re
+
+_TEXT_UNIT = re.compile(
+    r"(?:\s*(?:/|\\cdot|\\times)?\s*\\text\{([^{}]*)\}\s*(?:\^\s*(?:\{\s*-?\d+\s*\}|\d))?)$"
+)
+_BARE_UNIT = re.compile(
+    r"(?<=[\d})\s])\s*(?:(?:sq(?:uare)?|cubic)\s+)?(?:cm|mm|km|kg|mg|ml|mL|ft|mph|km/h|cm\^?2|"
+    r"(?:inch|mile|meter|metre|centimeter|kilometer|gram|kilogram|liter|litre|degree|dollar|cent|unit|hour|minute|"
+    r"second|day|week|month|year|square|pound|point|percent)(?:s|es)?|feet|inches)\s*(?:\^\s*\{?\s*[23]\s*\}?)?$"
+)
+_DEGREE_SIGN = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)\s*(?:\\text\{\s*[CF]\s*\}|[CF])?$")
+_PERCENT = re.compile(r"\s*\\?%$")
+_CURRENCY = re.compile(
+    r"^([+-]?)\s*(?:\\\$|\$|€|£|¥|₹|\\text\{\s*(?:USD|Rs)\.?\s*\})\s*|\s*(?:\\\$|€|£|¥|₹)$"
+)
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
+_UNIT_WORDS = re.compile(r"[a-zA-Z°µ/^\d\s.\-·()]*")
+# words behind a number that are no unit: they change what is said
+_NOT_UNITS = re.compile(
+    r"\b(?:and|or|not|no|if|for|when|where|with|except|more|less|fewer|least|most|mod|modulo|base|otherwise|undefined|"
+    r"only|than|to|from|is|are|all|any|infinitely|approximately|about)\b"
+)
+_CURRENCY_SIGN = re.compile(r"[$€£¥₹]")
+_SAME_UNITS = (
+    ("cm", "centimeter", "centimeters", "centimetre", "centimetres"),
+    ("m", "meter", "meters", "metre", "metres"),
+    ("km", "kilometer", "kilometers", "kilometre", "kilometres"),
+    ("mm", "millimeter", "millimeters"),
+    ("in", "inch", "inches"),
+    ("ft", "foot", "feet"),
+    ("yd", "yard", "yards"),
+    ("mi", "mile", "miles"),
+    ("s", "sec", "second", "seconds"),
+    ("min", "minute", "minutes"),
+    ("h", "hr", "hour", "hours"),
+    ("day", "days"),
+    ("week", "weeks"),
+    ("month", "months"),
+    ("year", "years"),
+    ("g", "gram", "grams"),
+    ("kg", "kilogram", "kilograms"),
+    ("mg", "milligram", "milligrams"),
+    ("lb", "pound", "pounds"),
+    ("L", "l", "liter", "liters", "litre", "litres"),
+    ("mL", "ml", "milliliter", "milliliters"),
+    ("$", "dollar", "dollars", "usd"),
+    ("cent", "cents"),
+    ("€", "euro", "euros"),
+    ("£",),
+    ("°", "degree", "degrees", "deg"),
+    ("rad", "radian", "radians"),
+    ("%", "percent"),
+)
+_UNITS = {name: names[0] for names in _SAME_UNITS for name in names}
+_POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
+_SCALES = {"hundred": "100", "dozen": "12", "thousand": "1000", "million": "10^{6}", "billion": "10^{9}"}
+_SCALES["trillion"] = "10^{12}"
+
+_TEXTS = re.compile(r"(?:\\text\{[^{}]*\}\s*)+")
+_LETTERS = re.compile(r"[a-zA-Z][a-zA-Z'\- ]*")
+_SHORT_WORDS = frozenset(
+    [
+        *(
+            "yes",
+            "no",
+            "odd",
+            "one",
+            "two",
+            "six",
+            "ten",
+            "red",
+            "all",
+            "any",
+            "none",
+            "both",
+            "never",
+            "true",
+        ),
+        *("false", "up", "down", "left", "right", "day", "even", "east", "west"),
+    ]
+)
+_NOT_WORDS = re.compile(r"(?:sin|cos|tan|cot|sec|csc|arc|log|ln|sqrt|exp|pi|inf|alpha|beta|theta|lambda)")
+
+
+def split_units(text: str) -> tuple[str, str | None]:
+    r"""The text without the units behind it and currencies beside it, and the unit in one spelling.
+
+    The unit is None where there is none or it is not known: (12, cm^2) for `12 \text{ square cm}`, and (5, None) for
+    `5 \text{ apples}`.
+    """
+    written = ""
+    while True:
+        shorter, unit = _strip_one(text)
+        if shorter == text:
+            return text, unit_of(written)
+        text, written = shorter, unit + written
+
+
+def unit_of(written: str) -> str | None:
+    """A known unit in one spelling, with its power; None for any other text."""
+    words = " ".join(re.sub(r"\\text|\\cdot|[{}()]", " ", written).split())
+    words = re.sub(r"\bper\b", "/", re.sub(r"\s*\^\s*", "^", words))
+    parts = []
+    for part in words.split("/"):
+        power = 1
+        tokens = part.split()
+        if tokens and tokens[0].lower() in _POWERS:
+            power = _POWERS[tokens.pop(0).lower()]
+        if len(tokens) == 2 and tokens[1].lower() in _POWERS:
+            power = _POWERS[tokens.pop().lower()]
+        name, _, exponent = (tokens[0] if len(tokens) == 1 else "").partition("^")
+        unit = _UNITS.get(name) or _UNITS.get(name.lower())
+        if unit is None or (exponent and not exponent.lstrip("-").isdigit()):
+            return None
+        power *= int(exponent or 1)
+        parts.append(unit if power == 1 else f"{unit}^{power}")
+    return "/".join(parts)
+
+
+def _strip_one(text: str) -> tuple[str, str]:
+    """The text without its last unit, and that; the text itself and "" where there is none."""
+    for pattern, unit in ((_PERCENT, "%"), (_BARE_UNIT, "")):
+        if (match := pattern.search(text)) and _ends_a_value(text[: match.start()]):
+            return text[: match.start()].strip(), unit or f" {match.group()} "
+    if (shorter := _CURRENCY.sub(r"\1", text)) != text and shorter.strip():
+        sign = _CURRENCY_SIGN.search(text)
+        return shorter.strip(), sign[0] if sign else ""
+    if not _TRIGONOMETRIC.search(text) and (match := _DEGREE_SIGN.search(text)):
+        temperature = match.group().rstrip("} ")[-1:] in ("C", "F")
+        return text[: match.start()].strip(), "" if temperature else "°"
+    if match := _TEXT_UNIT.search(text):
+        core, words = text[: match.start()].strip(), match[1].strip()
+        plain = words.lower()
+        if not _ends_a_value(core) or not _UNIT_WORDS.fullmatch(words) or _NOT_UNITS.search(plain):
+            return text, ""
+        first, _, rest = plain.partition(" ")
+        if first in _SCALES:
+            return f"{core} \\cdot {_SCALES[first]}" + (f" \\text{{{rest}}}" if rest else ""), ""
+        return core, match.group()
+    return text, ""
+
+
+def _ends_a_value(core: str) -> bool:
+    return core != "" and (core[-1].isalnum() or core[-1] in ")]}!%$|")
+
+
+def as_words(text: str) -> str | None:
+    r"""The words of an answer that is words: `\text{Monday}`, `Monday`; None for anything else.
+
+    Letters alone are a word where they look like one; `xy` and `abc` are products. What stands in `\text` is
+    returned whatever it is, also a number or a single letter.
+    """
+    if _TEXTS.fullmatch(text):
+        words = " ".join(re.findall(r"\\text\{([^{}]*)\}", text))
+    elif _LETTERS.fullmatch(text) and _looks_like_words(text):
+        words = text
+    else:
+        return None
+    words = " ".join(words.replace('"', " ").split()).strip(" .,;:!'")
+    if words.startswith("(") and words.endswith(")"):
+        words = words[1:-1].strip()
+    return words or None
+
+
+def _looks_like_words(text: str) -> bool:
+    tokens = text.split()
+    if len(tokens) > 1:
+        return any(len(token) > 2 for token in tokens)
+    if _NOT_WORDS.match(text):
+        return False
+    is_name = len(text) > 1 and text[0].isupper() and text[1:].islower()
+    if len(text) > 2 and text.isupper():
+        return True
+    return text.lower() in _SHORT_WORDS or is_name or (len(text) > 3 and bool(set(text) & set("eiouyEIOUY")))
