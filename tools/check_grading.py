@@ -47,7 +47,7 @@ HOSTILE = {
     "1900 dollars": "\\boxed{" + "$" * 1900 + "}",
     "a million boxes": "\\boxed{1}" * 10**6,
 }
-UNITS = re.compile(r"\\circ|\\\$|\\mbox|\\text|\\%|\\!|\{,\}|,")
+UNITS = re.compile(r"\\circ|\\\$|\\mbox|\\text|\\%|\\!|\{,\}|\d,\d{3}\b")
 
 
 def reason(left: str, right: str) -> str:
@@ -108,7 +108,8 @@ def spelt_grades(pool: GradingPool, pairs: Sequence[Pair]) -> tuple[dict[str, Co
     for (pair, answer, gold), grade in zip(both, grades, strict=True):
         counts.setdefault(pair.form, Count()).add(answer, gold, pair.same, grade.outcome)
         first, second = equivalence_classes([answer, gold], pool=pool)
-        if (first == second) != (grade.outcome == "correct"):
+        in_time = grade.outcome not in ("timeout", "crash")  # a busy machine's are no verdict
+        if in_time and (first == second) != (grade.outcome == "correct"):
             split.append(f"`{answer}`, `{gold}`: graded {grade.outcome}")
     return counts, split
 
