@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from megatron_laser import cli_bench, cli_serve, cli_testtime
-from megatron_laser.errors import UserError
+from megatron_laser import cli_bench, cli_check, cli_serve, cli_testtime
+from megatron_laser.cli_errors import Commands, user_errors
+
+__all__ = ["app", "main", "prepare_process", "user_errors"]
 
 app = typer.Typer(
+    cls=Commands,
     name="megatron-laser",
     help="LaSeR training on Megatron-Core: RL in which the model also learns to judge its own answers.",
     no_args_is_help=True,
@@ -23,6 +24,8 @@ app = typer.Typer(
 )
 app.add_typer(cli_bench.app, name="bench")
 cli_testtime.register(app)
+app.command("check")(cli_check.check)
+app.command("serve")(cli_serve.serve)
 
 Overrides = Annotated[
     list[str] | None,
@@ -61,43 +64,43 @@ def train(
     Several:       torchrun --nproc-per-node 8 -m megatron_laser train RUN.yaml parallel.tensor=4
     """
     from megatron_laser.config import check_layout, load_config, read_architecture, resolve_plan
+    from megatron_laser.config.process_environment import is_main_process, place_in_run
 
-    with user_errors():
-        loaded = load_config(config, overrides or [])
-        if dry_run:
-            from rich.console import Console
+    loaded = load_config(config, overrides or [])
+    if dry_run:
+        from rich.console import Console
 
-            from megatron_laser.config.memory import GPU_MEMORY_GIB
+        from megatron_laser.config.memory import GPU_MEMORY_GIB
 
-            available = GPU_MEMORY_GIB if gpu_memory_gib is None else gpu_memory_gib
-            if not available > 0:
-                raise typer.BadParameter(f"--gpu-memory-gib {available:g}: expected more than 0")
-            plan = resolve_plan(loaded, world_size, available)
-            Console(soft_wrap=not sys.stdout.isatty()).print(plan.render())
-            plan.memory.check(available * 2**30)
-            return
-        if gpu_memory_gib is not None:
-            raise typer.BadParameter("--gpu-memory-gib goes with --dry-run; a run asks its own GPUs")
-        if world_size is not None:
-            raise typer.BadParameter("--world-size goes with --dry-run; torchrun sets the real one")
-        check_layout(loaded, read_architecture(loaded.model.path), int(os.environ.get("WORLD_SIZE", "1")))
-        is_main = os.environ.get("RANK", "0") == "0"
-        prepare_process(loaded.logging.level, is_main)
-        from megatron_laser.observability.extras import say
+        available = GPU_MEMORY_GIB if gpu_memory_gib is None else gpu_memory_gib
+        if not available > 0:
+            raise typer.BadParameter(f"--gpu-memory-gib {available:g}: expected more than 0")
+        plan = resolve_plan(loaded, world_size, available)
+        Console(soft_wrap=not sys.stdout.isatty()).print(plan.render())
+        plan.memory.check(available * 2**30)
+        return
+    if gpu_memory_gib is not None:
+        raise typer.BadParameter("--gpu-memory-gib goes with --dry-run; a run asks its own GPUs")
+    if world_size is not None:
+        raise typer.BadParameter("--world-size goes with --dry-run; torchrun sets the real one")
+    check_layout(loaded, read_architecture(loaded.model.path), place_in_run().world_size)
+    is_main = is_main_process()
+    prepare_process(loaded.logging.level, is_main)
+    from megatron_laser.observability.extras import say
 
-        if overwrite and is_main:
-            from megatron_laser.overwrite import move_aside
+    if overwrite and is_main:
+        from megatron_laser.overwrite import move_aside
 
-            for moved in move_aside(loaded):
-                say(f"moved the existing {moved.what} to {moved.to}")
-        from megatron_laser.model.transformer_engine import settle
+        for moved in move_aside(loaded):
+            say(f"moved the existing {moved.what} to {moved.to}")
+    from megatron_laser.model.transformer_engine import settle
 
-        settle(loaded.model.layers)
-        from megatron_laser.loop import train as run
+    settle(loaded.model.layers)
+    from megatron_laser.loop import train as run
 
-        folder = run(loaded)
-        if is_main:
-            say(f"done: {folder}/report.md")
+    folder = run(loaded)
+    if is_main:
+        say(f"done: {folder}/report.md")
 
 
 @app.command()
@@ -112,8 +115,7 @@ def report(
     """Write report.md with plots for one or more runs, beside each other."""
     from megatron_laser.observability.report import write_report
 
-    with user_errors():
-        typer.echo(f"wrote {write_report(runs, output)}")
+    typer.echo(f"wrote {write_report(runs, output)}")
 
 
 @app.command()
@@ -134,8 +136,7 @@ def replay(
     settle("torch")  # a run that asks for Transformer Engine is still refused with the reason
     from megatron_laser.replay import replay as run
 
-    with user_errors():
-        result = run(dump, weights)
+    result = run(dump, weights)
     typer.echo("\n".join(result.lines))
     raise typer.Exit(1 if result.bad else 0)
 
@@ -172,23 +173,15 @@ def convert(
     Both ways on CPU, in one process and tensor by tensor. A run starts from a converted checkpoint (step 0, fresh
     optimizer) as it would resume.
     """
-    with user_errors():
-        if dtype not in (None, "float32", "bfloat16"):
-            raise typer.BadParameter(f"--dtype {dtype}: expected float32 or bfloat16")
-        prepare_process("WARNING", is_main=True)
-        from megatron_laser.model.transformer_engine import settle
+    if dtype not in (None, "float32", "bfloat16"):
+        raise typer.BadParameter(f"--dtype {dtype}: expected float32 or bfloat16")
+    prepare_process("WARNING", is_main=True)
+    from megatron_laser.model.transformer_engine import settle
 
-        settle("torch")
-        from megatron_laser.conversion import convert as run
+    settle("torch")
+    from megatron_laser.conversion import convert as run
 
-        typer.echo(f"wrote {run(source, target, model=model, dtype=dtype, verify=verify)}")
-
-
-@app.command("serve")
-@functools.wraps(cli_serve.serve)
-def serve(**arguments: Any) -> None:
-    with user_errors():
-        cli_serve.serve(**arguments)
+    typer.echo(f"wrote {run(source, target, model=model, dtype=dtype, verify=verify)}")
 
 
 @app.command()
@@ -205,31 +198,6 @@ def env(
         typer.echo(f"{name:28s} {value}")
 
 
-class user_errors:
-    """Turn errors about the user's input into one readable message and exit status 2."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if "megatron_laser.trainer.coordinator" in sys.modules:
-            from megatron_laser.trainer.coordinator import HEARD_WITHIN, RankZeroFailed
-
-            if isinstance(error, RankZeroFailed):
-                # Rank 0 says what is wrong. It ends first, so that torchrun names it as the one that failed.
-                time.sleep(HEARD_WITHIN + 1.0)
-                raise typer.Exit(2) from None
-        expected: tuple[type[BaseException], ...] = (UserError, FileNotFoundError)
-        if "megatron_laser.testtime" in sys.modules:
-            expected += (TimeoutError,)
-        if isinstance(error, expected):
-            if os.environ.get("RANK", "0") != "0":
-                time.sleep(3.0)  # the same error on every rank: rank 0 says it, and ends first
-                raise typer.Exit(2) from None
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
-
-
 def prepare_process(level: str, is_main: bool) -> None:
     """Logging of this process; quiets import-time remarks of libraries about what is optional here."""
     import logging
@@ -241,10 +209,14 @@ def prepare_process(level: str, is_main: bool) -> None:
     for noisy in ("megatron.core", "torch.distributed", "httpx"):
         logging.getLogger(noisy).setLevel("ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from megatron_laser.config.process_environment import drop_empty_numbers, openmp_threads
+
+    drop_empty_numbers()
+    threads = openmp_threads()
     import torch
 
-    if "OMP_NUM_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if threads is not None:
+        torch.set_num_threads(threads)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

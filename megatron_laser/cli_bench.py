@@ -104,10 +104,9 @@ def bench_client(
 
     On a machine without a GPU: megatron-laser bench client examples/tiny_sum/laser_sglang.yaml
     """
-    from megatron_laser.cli import user_errors
     from megatron_laser.config import ConfigError, load_config
 
-    with user_errors(), tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         loaded = load_config(config, [*(overrides or []), f"run.output_dir={scratch}"])
         if loaded.rollout.engine != "sglang":
             raise ConfigError([f"{config}: rollout.engine is {loaded.rollout.engine}; expected sglang"])

@@ -66,18 +66,13 @@ def serve(
     """
     from megatron_laser.config import load_config
     from megatron_laser.rollout.serving.fleet_plan import endpoints_file
-    from megatron_laser.rollout.serving.process import ServeError
     from megatron_laser.rollout.serving.waiting import wait_for_servers
 
     loaded = load_config(config, overrides or [])
-    try:
-        if wait is not None:
-            wait_for_servers(loaded, wait, _say)
-            return
-        _serve(loaded, endpoints_file(loaded, endpoints), outlive_parent)
-    except ServeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    if wait is not None:
+        wait_for_servers(loaded, wait, _say)
+        return
+    _serve(loaded, endpoints_file(loaded, endpoints), outlive_parent)
 
 
 def _serve(loaded: RunConfig, file: Path, outlive_parent: bool) -> None:

@@ -136,6 +136,7 @@ def _expected(config: RunConfig) -> Expected:
         dtype=config.model.dtype,
         longest=longest_sequence(config),
         sizes={name: folder[name] for name in SIZES if name in folder},
+        tied=architecture.tied_embeddings,
         deterministic=config.rollout.sglang.deterministic,
     )
 

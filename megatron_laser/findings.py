@@ -26,3 +26,9 @@ class Finding:
     text: str
     examples: tuple[str, ...] = ()
     cure: str = ""
+
+    @property
+    def line(self) -> str:
+        """Text, examples and cure in one line, for a log or an error's message."""
+        examples = f" ({'; '.join(self.examples)})" if self.examples else ""
+        return f"{self.text}{examples}{'; ' if self.cure else ''}{self.cure}"

@@ -8,33 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_laser.config import (
-    ConfigError,
-    RunConfig,
-    read_architecture,
-    read_stop_token_ids,
-    resolve_score_token,
-)
-from megatron_laser.data import (
-    Row,
-    build_prompts,
-    fingerprint,
-    grades_mathematics,
-    heed,
-    look_at_references,
-    read_rows,
-    refuse_score_token,
-)
+from megatron_laser.check import Ledger, look
+from megatron_laser.check.ledger import one_line
+from megatron_laser.config import RunConfig
+from megatron_laser.data import fingerprint
+from megatron_laser.findings import Finding
 from megatron_laser.output_folder import ClaimedFolder, claim_output_folder
-from megatron_laser.rewards import try_reward
-from megatron_laser.rollout.serving.start_checks import check_start
-from megatron_laser.tokenizer import load_tokenizer
 from megatron_laser.types import Prompt
-from megatron_laser.weight_sync.feasibility import check_servers
 
 logger = logging.getLogger(__name__)
-
-_TOKENIZER_PROBES = 16
 
 
 @dataclass(frozen=True)
@@ -58,93 +40,28 @@ class RunInputs:
 
 
 def read_inputs(config: RunConfig) -> RunInputs:
-    """Read tokenizer and data, resolve score token and reward function, and claim the output folder.
+    """Look at everything that the run starts from, as `megatron-laser check` does, and claim the output folder.
+
+    Warnings are logged.
 
     Raises:
-        ConfigError, DataError, RewardSpecError: with the setting or the file and line that is wrong.
+        UserError: the first error, with the setting or the file and line that is wrong.
     """
-    check_start(config)
-    check_servers(config)
-    architecture = read_architecture(config.model.path)
-    stop_token_ids = config.rollout.stop_token_ids or read_stop_token_ids(config.model.path)
-    if not stop_token_ids:
-        raise ConfigError(
-            [f"model.path {config.model.path} names no eos_token_id; set rollout.stop_token_ids"]
-        )
-    score_token_id = None
-    if config.laser.score_token is not None:
-        token = resolve_score_token(config.model.path, config.laser.score_token)
-        score_token_id = token.id
-        if not token.verified:
-            logger.warning("laser.score_token %r is unverified: %s", config.laser.score_token, token.note)
-    if config.laser.enabled and score_token_id is None:
-        raise ConfigError(
-            [
-                f"laser.score_token {config.laser.score_token!r} has no id in the tokenizer of {config.model.path}"
-            ]
-        )
-    _check_vocabulary("rollout.stop_token_ids", stop_token_ids, architecture.vocab_size)
-    if score_token_id is not None:
-        _check_vocabulary("laser.score_token", (score_token_id,), architecture.vocab_size)
-        if score_token_id in stop_token_ids:
-            raise ConfigError(
-                [
-                    f"laser.score_token {config.laser.score_token!r} is id {score_token_id}, which also ends a "
-                    f"response (rollout.stop_token_ids {list(stop_token_ids)}); choose an unused special token"
-                ]
-            )
-    data = config.data
-    mathematics = grades_mathematics(config.reward.function)
-
-    def read(split: str) -> list[Row] | None:
-        paths = getattr(data, split)
-        if paths is None:
-            return None
-        rows = read_rows(
-            paths, prompt_key=data.prompt_key, answer_key=data.answer_key, mathematics=mathematics
-        )
-        if mathematics:
-            heed(look_at_references(rows, name=f"data.{split}"))
-        return rows
-
-    train_rows = read("train") or []
-    reward = config.reward
-    try_reward(reward.function, train_rows[0].answer if train_rows else "42", deadline=reward.deadline)
-    tokenizer = load_tokenizer(config.model.path, [row.problem for row in train_rows[:_TOKENIZER_PROBES]])
-
-    def prompts(rows: list[Row] | None) -> list[Prompt] | None:
-        if rows is None:
-            return None
-        built = build_prompts(
-            rows,
-            tokenizer,
-            prompt_suffix=data.prompt_suffix,
-            apply_chat_template=data.apply_chat_template,
-            max_prompt_tokens=data.max_prompt_tokens,
-            vocab_size=architecture.vocab_size,
-        )[0]
-        if score_token_id is not None:
-            refuse_score_token(rows, built, tokenizer, score_token_id)
-        return built
-
-    train = prompts(train_rows) or []
+    looked = look(config, Ledger(stop_at_errors=True, hear=_warn))
+    model, prompts = looked.model, looked.data.prompts
+    assert model.special is not None  # errors have ended this by now
     return RunInputs(
-        tokenizer=tokenizer,
-        train=train,
-        validation=prompts(read("validation")),
-        test=prompts(read("test")),
-        score_token_id=score_token_id,
-        stop_token_ids=tuple(stop_token_ids),
+        tokenizer=model.tokenizer,
+        train=prompts["train"],
+        validation=prompts.get("validation"),
+        test=prompts.get("test"),
+        score_token_id=model.special.score_token_id,
+        stop_token_ids=model.special.stop_token_ids,
         data_fingerprint=fingerprint(config.data.train, [config.data.prompt_key, config.data.answer_key]),
         folder=claim_output_folder(config),
     )
 
 
-def _check_vocabulary(setting: str, ids: tuple[int, ...], vocab_size: int) -> None:
-    outside = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
-    if outside:
-        raise ConfigError(
-            [
-                f"{setting}: token id {outside[0]} is not in the model's vocabulary; expected 0 to {vocab_size - 1}"
-            ]
-        )
+def _warn(finding: Finding) -> None:
+    if finding.level == "warning":
+        logger.warning("%s", one_line(finding))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.config import RunConfig, load_config, needs_reference_model
+from megatron_laser.config.process_environment import read_place
 from megatron_laser.data import DataError
 from megatron_laser.model.hf_folder import HfFolder
 from megatron_laser.model.weights import load_weights
@@ -52,7 +52,7 @@ def replay(folder: Path, weights: Path | None = None) -> Replay:
     Raises:
         DataError, CheckpointError: the dump or the weights cannot be used.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if read_place().world_size > 1:
         raise DataError("replay runs on one process: start it without torchrun")
     dump = read_dump(folder)
     weights = _weights(dump, weights)

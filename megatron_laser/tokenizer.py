@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_laser.config.errors import ConfigError
+
 logger = logging.getLogger(__name__)
+
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
 
 
 def load_tokenizer(folder: str | Path, probes: Sequence[str] = ()) -> Any:
@@ -20,16 +24,38 @@ def load_tokenizer(folder: str | Path, probes: Sequence[str] = ()) -> Any:
 
     Args:
         probes: texts to compare on, for example the first problems of the data.
+
+    Raises:
+        ConfigError: its files are missing, damaged or of an unknown kind.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     file = Path(folder) / "tokenizer.json"
-    if not file.is_file():
-        return tokenizer
-    from tokenizers import Tokenizer
+    if not any(entry for pattern in _VOCABULARIES for entry in Path(folder).glob(pattern)):
+        # transformers makes one up, of one token, for the types of models that it knows.
+        raise ConfigError(
+            [
+                f"model.path: {folder} has no tokenizer ({', '.join(_VOCABULARIES)}); copy tokenizer.json and "
+                "tokenizer_config.json from the model's origin"
+            ]
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        if not file.is_file():
+            return tokenizer
+        from tokenizers import Tokenizer
 
-    written = Tokenizer.from_file(str(file))
+        written = Tokenizer.from_file(str(file))
+    except (
+        Exception
+    ) as error:  # of any kind: the files are parsed in Python, in Rust and by code of the model's type
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            [
+                f"model.path: the tokenizer of {folder} cannot be loaded: {type(error).__name__}: {reason:.300}; copy "
+                "tokenizer.json and tokenizer_config.json from the model's origin"
+            ]
+        ) from error
     for text in probes:
         expected = written.encode(text, add_special_tokens=False).ids
         given = tokenizer(text, add_special_tokens=False)["input_ids"]

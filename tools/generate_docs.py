@@ -124,7 +124,7 @@ def _limits(metadata: Iterable[Any]) -> str:
     for item in metadata:
         flat += item.metadata if isinstance(item, FieldInfo) else [item]
     found = [
-        f"{sign} {value:g}"
+        f"{sign} {value:{'d' if isinstance(value, int) else 'g'}}"
         for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
         for value in (getattr(item, attribute, None) for item in flat)
         if value is not None

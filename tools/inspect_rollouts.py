@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -230,7 +231,7 @@ def main(values: Sequence[str] | None = None, console: Console | None = None) ->
     """Print what was asked for; exit status 2 when the file cannot be shown."""
     options = arguments(values)
     if console is None:
-        width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", _PIPED_WIDTH))
+        width = None if sys.stdout.isatty() else shutil.get_terminal_size((_PIPED_WIDTH, 24)).columns
         console = Console(width=width, highlight=False)
     try:
         _check_file(options.file)

@@ -54,7 +54,10 @@ def calibrate(
         bool, typer.Option("--chat-template/--no-chat-template", help="As in training.")
     ] = True,
     seed: Annotated[
-        int, typer.Option(help="Of the choice of problems, and of sampling in this process.")
+        int,
+        typer.Option(
+            help="Of the choice of problems, and of sampling in this process.", min=0, max=2**63 - 1
+        ),
     ] = 1,
     url: Urls = None,
     router: Router = None,

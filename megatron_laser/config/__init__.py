@@ -17,12 +17,13 @@ from megatron_laser.config.derived import (
     rollout_tries,
     self_reward_first_step,
 )
-from megatron_laser.config.errors import ConfigError
+from megatron_laser.config.errors import ConfigError, ModelFolderError
 from megatron_laser.config.loading import load_config, resolved_yaml
 from megatron_laser.config.parameters import Layout, count_parameters, padded_vocab_size, stage_parameters
 from megatron_laser.config.plan import Plan, resolve_plan
 from megatron_laser.config.schema import RunConfig, key_paths
 from megatron_laser.config.score_token import ScoreToken, read_stop_token_ids, resolve_score_token
+from megatron_laser.config.weight_files import check_model_folder, look_at_model_folder
 
 __all__ = [
     "SUPPORTED_MODEL_TYPES",
@@ -30,10 +31,12 @@ __all__ = [
     "Benchmark",
     "ConfigError",
     "Layout",
+    "ModelFolderError",
     "Plan",
     "RunConfig",
     "ScoreToken",
     "check_layout",
+    "check_model_folder",
     "check_structure",
     "count_parameters",
     "evaluation_max_new_tokens",
@@ -41,6 +44,7 @@ __all__ = [
     "load_benchmarks",
     "load_config",
     "longest_sequence",
+    "look_at_model_folder",
     "mixing_first_step",
     "needs_reference_model",
     "old_policy_pass",

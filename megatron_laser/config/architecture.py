@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,15 @@ from typing import Any
 from megatron_laser.config.errors import ConfigError
 
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
-# Frequencies that depend neither on the sequence's length nor on a scaled attention.
-_ROPE_TYPES = ("default", "linear", "llama3")
+# Frequencies that depend neither on the sequence's length nor on a scaled attention, and the numbers that each needs.
+_ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 # What transformers takes for keys that a config.json leaves out.
 _ROPE_THETA = 10000.0
+_RMS_NORM_EPS = 1e-6
 _MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
 _QWEN3_HEAD_DIM = 128
 
@@ -81,13 +87,22 @@ def architecture_from_dict(raw: dict[str, Any], source: str = "config.json") -> 
     if raw.get("num_key_value_heads") is not None:
         kv_heads = _positive(raw, "num_key_value_heads", problems)
     head_dim = _QWEN3_HEAD_DIM if model_type == "qwen3" else shape["hidden_size"] // heads
-    if raw.get("head_dim") is not None:
-        head_dim = _positive(raw, "head_dim", problems)
+    if raw.get("head_dim") is not None or ("head_dim" in raw and model_type != "llama"):
+        head_dim = _positive(raw, "head_dim", problems)  # only Llama's classes read null as left out
     elif model_type != "qwen3" and shape["hidden_size"] % heads:
         problems.append(f"hidden_size {shape['hidden_size']} is not divisible by num_attention_heads {heads}")
+    if head_dim % 2:
+        problems.append(f"head_dim {head_dim} is odd, and rotary positions turn pairs of elements")
     if heads % kv_heads:
         problems.append(f"num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}")
     rope = _rope(raw, problems)
+    tied = raw.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        problems.append(f"tie_word_embeddings: expected true or false, got {tied!r}")
+    eps = _number(raw, "rms_norm_eps", problems, default=_RMS_NORM_EPS)
+    positions = _MAX_POSITIONS[model_type]
+    if raw.get("max_position_embeddings") is not None:
+        positions = _positive(raw, "max_position_embeddings", problems)
     if problems:
         raise ConfigError(problems, source)
     return Architecture(
@@ -99,9 +114,9 @@ def architecture_from_dict(raw: dict[str, Any], source: str = "config.json") -> 
         head_dim=head_dim,
         intermediate_size=shape["intermediate_size"],
         vocab_size=shape["vocab_size"],
-        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        max_position_embeddings=int(raw.get("max_position_embeddings") or _MAX_POSITIONS[model_type]),
+        tied_embeddings=tied,
+        rms_norm_eps=eps,
+        max_position_embeddings=positions,
         qkv_bias=model_type == "qwen2",
         qk_norm=model_type == "qwen3",
         rope_theta=rope[0],
@@ -117,28 +132,56 @@ def _positive(raw: dict[str, Any], key: str, problems: list[str]) -> int:
     return 1
 
 
+def _number(
+    raw: dict[str, Any], key: str, problems: list[str], *, default: float | None = None, inside: str = ""
+) -> float:
+    value = raw.get(key, default)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return float(value)
+    problems.append(f"{inside}{key}: expected a number above 0, got {value!r}")
+    return 1.0
+
+
 def _unsupported(raw: dict[str, Any]) -> list[str]:
     """Switches of these model types that would change the model and that nothing here builds."""
     problems = []
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        # Qwen2 has biases on queries, keys and values, whatever this key says.
         if raw.get(key) and not (key == "attention_bias" and raw["model_type"] == "qwen2"):
             problems.append(f"{key}: {raw[key]!r} is not supported, expected false")
+    kinds = raw.get("layer_types") or []
+    if any(kind != "full_attention" for kind in kinds):
+        problems.append(f"layer_types: {kinds!r} is not supported, expected full_attention for every layer")
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         problems.append(f"hidden_act: {activation!r} is not supported, expected 'silu'")
+    for key in ("quantization_config", "compression_config"):
+        if raw.get(key):
+            method = raw[key].get("quant_method") if isinstance(raw[key], dict) else raw[key]
+            problems.append(
+                f"{key}: weights quantized with {method or 'an unnamed method'} cannot be trained: a cast would take "
+                "their codes for numbers; use the model's original weights, or write dequantized ones and remove the "
+                "key"
+            )
     return problems
 
 
 def _rope(raw: dict[str, Any], problems: list[str]) -> tuple[float, str]:
     """Base and kind of scaling: `rope_parameters` holds both in transformers 5, `rope_theta` and
-    `rope_scaling` do before."""
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    `rope_scaling` do before. Where a file has several, transformers' order counts."""
+    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    parameters = raw.get(name) or {}
     if not isinstance(parameters, dict):
-        problems.append(f"rope_parameters: expected an object, got {parameters!r}")
+        problems.append(f"{name}: expected an object, got {parameters!r}")
         return _ROPE_THETA, "default"
-    theta = parameters.get("rope_theta", raw.get("rope_theta"))
-    theta = _ROPE_THETA if theta is None else float(theta)
+    source = parameters if "rope_theta" in parameters else raw
+    theta = _number(source, "rope_theta", problems, default=_ROPE_THETA)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in _ROPE_TYPES:
-        problems.append(f"rope_type: {kind!r} is not supported, expected {', '.join(_ROPE_TYPES)}")
+    if str(kind) not in _ROPE_NUMBERS:
+        problems.append(f"rope_type: {kind!r} is not supported, expected {', '.join(_ROPE_NUMBERS)}")
+    for key in _ROPE_NUMBERS.get(str(kind), ()):
+        _number(parameters, key, problems, inside=f"{name}, rope_type {kind}: ")
+    partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        problems.append(f"partial_rotary_factor: {partial!r} is not supported, expected 1")
     return theta, str(kind)

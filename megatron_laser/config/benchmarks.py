@@ -13,8 +13,8 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_laser.config.errors import ConfigError
-from megatron_laser.config.fields import Count, CountOrZero, FilePath, NonNegative, Section, Text, TopP
-from megatron_laser.config.yaml_source import read_yaml
+from megatron_laser.config.fields import Count, FilePath, NonNegative, Section, Seed, Text, TopP
+from megatron_laser.config.yaml_source import read_yaml, syntax_problem
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
@@ -51,7 +51,7 @@ class BenchmarkSettings(Section):
     """false: the plain text is the prompt."""
     reward: Text | None = None
     """The verifier: math_verify, or as `reward.function` of a run."""
-    seed: CountOrZero | None = None
+    seed: Seed | None = None
     """Of sampling, of the votes' random subsets and of the bootstrap."""
 
 
@@ -175,7 +175,7 @@ def _apply(override: str, sections: dict[str, dict[str, Any]]) -> list[str]:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        return [f"{override!r}: the value is not valid YAML ({getattr(error, 'problem', error)})"]
+        return [f"{override!r}: the value is not valid YAML ({syntax_problem(error)})"]
     if key == "path" and isinstance(value, str):
         value = str(Path(value).expanduser().absolute())
     sections[name] = {**sections[name], key: value}

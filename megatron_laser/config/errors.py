@@ -1,4 +1,4 @@
-"""The one error that configuration raises."""
+"""The errors that configuration and its model folder raise."""
 
 from __future__ import annotations
 
@@ -23,3 +23,7 @@ class ConfigError(UserError, ValueError):
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         head = f"{source}: {count} in the configuration" if source else f"{count} in the configuration"
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in problems)]))
+
+
+class ModelFolderError(UserError, ValueError):
+    """A model folder whose files cannot be trained or run as they are; one line that names file or tensor."""

@@ -15,7 +15,7 @@ from megatron_laser.config.errors import ConfigError
 from megatron_laser.config.paths import absolute
 from megatron_laser.config.schema import RunConfig, key_paths, nested_sections
 from megatron_laser.config.suggestions import suggest_key
-from megatron_laser.config.yaml_source import KeyPath, read_yaml
+from megatron_laser.config.yaml_source import KeyPath, read_yaml, syntax_problem
 
 _EXPECTED = {
     "float_type": "a number",
@@ -113,8 +113,8 @@ def _apply_override(override: str, values: dict[KeyPath, Any], origin: dict[KeyP
         return [f"{where}expected section.key=value"]
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or error
+    except (yaml.YAMLError, RecursionError) as error:
+        problem = syntax_problem(error) if isinstance(error, yaml.YAMLError) else "nested too deeply"
         return [f"{where}the value is not valid YAML ({problem}); quote it, for example '{name}=\"...\"'"]
     if len(path) == 1 and isinstance(value, dict):
         content = {path[0]: value}

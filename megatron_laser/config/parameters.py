@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_laser.config.architecture import Architecture
 
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -46,11 +49,45 @@ def padded_vocab_size(vocab_size: int, tensor: int, multiple: int) -> int:
     return -(-vocab_size // unit) * unit
 
 
+def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model's Hugging Face folder, by name, in the order of an export; no padding.
+
+    `lm_head.weight` is one of them only where embeddings are not tied.
+    """
+    arch = architecture
+    table = (arch.vocab_size, arch.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table}
+    layer = _layer_shapes(arch)
+    for number in range(arch.num_layers):
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (arch.hidden_size,)
+    if not arch.tied_embeddings:
+        shapes[HEAD] = table
+    return shapes
+
+
+def _layer_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    hidden, ffn = arch.hidden_size, arch.intermediate_size
+    query, key = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+    for name, rows in (("q", query), ("k", key), ("v", key)):
+        shapes[f"self_attn.{name}_proj.weight"] = (rows, hidden)
+        if arch.qkv_bias:
+            shapes[f"self_attn.{name}_proj.bias"] = (rows,)
+    if arch.qk_norm:
+        shapes |= {f"self_attn.{name}_norm.weight": (arch.head_dim,) for name in "qk"}
+    return shapes | {
+        "self_attn.o_proj.weight": (hidden, query),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+    }
+
+
 def count_parameters(architecture: Architecture) -> int:
     """Parameters of the whole model as transformers counts them: no padding, tied embeddings once."""
-    arch = architecture
-    embeddings = (1 if arch.tied_embeddings else 2) * arch.vocab_size * arch.hidden_size
-    return embeddings + arch.num_layers * sum(_layer(arch)) + arch.hidden_size
+    return sum(math.prod(shape) for shape in tensor_shapes(architecture).values())
 
 
 def stage_parameters(architecture: Architecture, layout: Layout, vocab_multiple: int) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import RenderableType
 
@@ -18,7 +17,6 @@ from megatron_laser.config.derived import (
     reference_model_reasons,
     self_reward_first_step,
 )
-from megatron_laser.config.errors import ConfigError
 from megatron_laser.config.memory import GPU_MEMORY_GIB, memory_sum
 from megatron_laser.config.memory_lines import MemorySum
 from megatron_laser.config.parameters import (
@@ -31,8 +29,11 @@ from megatron_laser.config.parameters import (
 )
 from megatron_laser.config.rollout_checks import colocated_gpus
 from megatron_laser.config.rollout_plan import rollout_features
+from megatron_laser.config.safetensors_files import has_weight_files
 from megatron_laser.config.schema import RunConfig
-from megatron_laser.config.score_token import ScoreToken, read_stop_token_ids, resolve_score_token
+from megatron_laser.config.score_token import ScoreToken
+from megatron_laser.config.special_tokens import resolve_special_tokens
+from megatron_laser.config.weight_files import check_model_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ def resolve_plan(
 ) -> Plan:
     """Checks `config` against the model folder and `world_size` ranks and works out what will run.
 
-    Needs only config.json in the folder; tokenizer files are used where they are.
+    Needs only config.json in the folder; tokenizer files and the headers of weight files are read where they are.
 
     Args:
         config: the run.
@@ -97,9 +98,12 @@ def resolve_plan(
 
     Raises:
         ConfigError: no such model, an impossible layout, or a score token that cannot be one.
+        ModelFolderError: the folder's weights are not those of its config.json, or cannot be used.
     """
     check_structure(config)
     architecture = read_architecture(config.model.path)
+    if has_weight_files(config.model.path):
+        check_model_folder(config.model.path)
     if world_size is None:
         parallel = config.parallel
         world_size = colocated_gpus(config.rollout) or parallel.tensor * parallel.pipeline * parallel.context
@@ -255,26 +259,5 @@ def _coefficient(value: float, kind: str = "") -> str:
 
 
 def _score_token(config: RunConfig, architecture: Architecture) -> ScoreToken | None:
-    setting = config.laser.score_token
-    if not config.laser.enabled or setting is None:
-        return None
-    folder = Path(config.model.path)
-    token = resolve_score_token(folder, setting)
-    stop_ids = config.rollout.stop_token_ids or read_stop_token_ids(folder)
-    if token.id is not None and token.id >= architecture.vocab_size:
-        raise ConfigError(
-            [
-                f"laser.score_token: {setting!r} has id {token.id}, but the model's vocab_size is "
-                f"{architecture.vocab_size}; expected an id below it"
-            ],
-            str(folder),
-        )
-    if token.id in stop_ids:
-        raise ConfigError(
-            [
-                f"laser.score_token: {setting!r} (id {token.id}) is a stop token {list(stop_ids)}; expected "
-                "a token that no response contains"
-            ],
-            str(folder),
-        )
-    return token
+    tokens = resolve_special_tokens(config, architecture, complete=False)
+    return tokens.score_token if config.laser.enabled else None

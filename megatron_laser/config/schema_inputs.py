@@ -15,6 +15,7 @@ from megatron_laser.config.fields import (
     OptionalFilePaths,
     Positive,
     Section,
+    Seed,
     Text,
     TopP,
 )
@@ -118,5 +119,5 @@ class EvaluationConfig(Section):
     """Longest response, in tokens; null: `rollout.max_new_tokens`."""
     final_samples_per_prompt: Count = 8
     """Responses per problem on `data.test` after the last step."""
-    seed: CountOrZero = 1234
+    seed: Seed = 1234
     """Seed of evaluation sampling, apart from training's; servers take it as they take `run.seed`."""

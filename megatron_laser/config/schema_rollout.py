@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from megatron_laser.config.addresses import host_and_port
 from megatron_laser.config.fields import (
     AtLeastOne,
     Count,
@@ -21,8 +22,7 @@ from megatron_laser.config.fields import (
 
 
 def _http_url(value: str) -> str:
-    if not value.startswith(("http://", "https://")) or len(value.split("://", 1)[1].strip("/")) == 0:
-        raise ValueError("expected an address such as http://10.0.0.5:30000")
+    host_and_port(value)
     return value.rstrip("/")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from megatron_laser.config.fields import Count, CountOrZero, FilePath, Positive, Section, Switch, Text
+from megatron_laser.config.fields import Count, CountOrZero, FilePath, Positive, Section, Seed, Switch, Text
 
 
 class ParallelConfig(Section):
@@ -88,7 +88,7 @@ class RunSettings(Section):
     """Name in logs and reports; null: the name of `output_dir`."""
     steps: Count
     """Training steps; one step is one rollout batch."""
-    seed: CountOrZero = 1
+    seed: Seed = 1
     """Seed of data order, of what the in-process engine samples and of random states. Servers sample by it only with
     `rollout.sglang.deterministic`."""
     output_dir: FilePath

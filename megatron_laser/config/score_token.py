@@ -66,14 +66,32 @@ def resolve_score_token(folder: str | Path, token: str | int) -> ScoreToken:
 
 def read_stop_token_ids(folder: str | Path) -> tuple[int, ...]:
     """The EOS ids of generation_config.json, else of config.json; empty when neither names any."""
+    return next(iter(named_eos_ids(folder).values()), ())
+
+
+def named_eos_ids(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """The EOS ids that each file names, by its name, in the order in which they count; files without any are left out.
+
+    Raises:
+        ConfigError: one is no valid JSON, or names something that is no token id.
+    """
+    found = {}
     for name in ("generation_config.json", "config.json"):
         value = _read_json(Path(folder) / name)
-        eos = value.get("eos_token_id") if isinstance(value, dict) else None
-        if isinstance(eos, int):
-            return (eos,)
-        if isinstance(eos, list) and eos:
-            return tuple(int(item) for item in eos)
-    return ()
+        if value is None:
+            continue
+        if not isinstance(value, dict):
+            raise ConfigError([f"expected an object, got {type(value).__name__}"], str(Path(folder) / name))
+        eos = value.get("eos_token_id")
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
+            raise ConfigError(
+                [f"eos_token_id: expected a token id or a list of them, got {eos!r}"],
+                str(Path(folder) / name),
+            )
+        if ids:
+            found[name] = tuple(ids)
+    return found
 
 
 def _missing(token: str, vocabulary: Vocabulary) -> str:

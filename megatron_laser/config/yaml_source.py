@@ -35,8 +35,9 @@ def read_yaml(path: Path) -> YamlSource:
         raise ConfigError(["no such file; expected a run configuration in YAML"], str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"cannot be read: {error}"], str(path)) from error
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return YamlSource({})
@@ -46,8 +47,11 @@ def read_yaml(path: Path) -> YamlSource:
         data = loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ConfigError([_syntax(error)], str(path)) from error
+    except RecursionError as error:
+        raise ConfigError(["not valid YAML: nested too deeply"], str(path)) from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if not isinstance(data, dict):
         raise ConfigError(
             [f"expected sections (model:, data:, run:, ...) at the top, got {type(data).__name__}"], str(path)
@@ -73,7 +77,12 @@ def _walk(node: yaml.MappingNode, prefix: KeyPath, source: YamlSource) -> None:
             _walk(value, path, source)
 
 
+def syntax_problem(error: yaml.YAMLError) -> str:
+    """What is wrong with a text, in one line."""
+    return " ".join(str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).split())
+
+
 def _syntax(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-    return f"{where}not valid YAML: {getattr(error, 'problem', None) or error}"
+    return f"{where}not valid YAML: {syntax_problem(error)}"

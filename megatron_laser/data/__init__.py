@@ -7,7 +7,7 @@ from .looks import heed, look_at_prompts, look_at_references
 from .prompts import PromptReport, build_prompts
 from .readers import Row, fingerprint, read_ids, read_records, read_rows
 from .references import grades_mathematics
-from .score_token import refuse_score_token
+from .score_token import look_for_score_token, refuse_score_token
 from .text import lone_surrogate
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "lone_surrogate",
     "look_at_prompts",
     "look_at_references",
+    "look_for_score_token",
     "read_ids",
     "read_records",
     "read_rows",

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from .template import render_chat
+
 logger = logging.getLogger(__name__)
 
 Chat = Sequence[Mapping[str, Any]]
@@ -41,7 +43,7 @@ def encode_chats(tokenizer: Any, chats: Sequence[Chat]) -> list[EncodedPrompt]:
     A message that begins with the BOS that the template writes, too, loses its own.
 
     Raises:
-        Exception: whatever the template raises.
+        DataError: the template does not parse, or refuses a chat.
     """
     # Rendering and encoding apart: encoding a batch is many times faster, and what
     # apply_chat_template(tokenize=True) returns changed with transformers 5 (a BatchEncoding).
@@ -85,7 +87,7 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list
 
 
 def _render(tokenizer: Any, chat: Chat) -> str:
-    return str(tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True))
+    return render_chat(tokenizer, chat)
 
 
 def _without(message: Mapping[str, Any], bos: str) -> Mapping[str, Any]:

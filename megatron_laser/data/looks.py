@@ -127,12 +127,10 @@ def heed(findings: Iterable[Finding]) -> None:
         DataError: an error is among them.
     """
     for finding in findings:
-        examples = f" ({'; '.join(finding.examples)})" if finding.examples else ""
-        text = f"{finding.text}{examples}{'; ' if finding.cure else ''}{finding.cure}"
         if finding.level == "error":
-            raise DataError(text)
+            raise DataError(finding.line)
         if finding.level == "warning":
-            logger.warning("%s", text)
+            logger.warning("%s", finding.line)
 
 
 def _unread(rows: Sequence[Row], name: str, deadline: float) -> list[Finding]:

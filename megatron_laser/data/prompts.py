@@ -59,6 +59,7 @@ def build_prompts(
     vocab_size: int,
     section: str = "data",
     progress: Callable[[int], None] | None = None,
+    log: bool = True,
 ) -> tuple[list[Prompt], PromptReport]:
     """Tokenize every row's problem followed by `prompt_suffix`.
 
@@ -73,6 +74,7 @@ def build_prompts(
         vocab_size: number of ids that the model has (before padding).
         section: of the settings that are named in messages.
         progress: told after each batch how many rows are done.
+        log: warn of prompts that are left out or mended; False where somebody looks at the report.
 
     Raises:
         DataError: the tokenizer has no chat template, the suffix is no text, an id is not in the vocabulary, a prompt
@@ -113,9 +115,9 @@ def build_prompts(
     )
     if not prompts:
         raise DataError(f"no prompts are left: {report}" if rows else "no prompts: there are no rows")
-    if dropped:
+    if dropped and log:
         logger.warning("%s", report)
-    if bos_repeated:
+    if bos_repeated and log:
         logger.warning(
             "%d of %d prompts bring the BOS along that the tokenizer or its template writes; one is left out: %s",
             len(bos_repeated),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +12,42 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 
+from megatron_laser.config import Architecture, ModelFolderError, read_architecture
+from megatron_laser.config.architecture import architecture_from_dict
 from megatron_laser.model import platform
 from megatron_laser.model.transformer_engine import Attention, Layers, use_transformer_engine
 
-SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama")
-
 
 def read_hf_config(path: str | Path) -> PretrainedConfig:
-    """Read `config.json` of a local Hugging Face folder and refuse what the mapping does not cover."""
-    config = AutoConfig.from_pretrained(str(path), local_files_only=True)
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(
-            f"model.path {path}: model_type {config.model_type!r} is not supported; "
-            f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    if getattr(config, "use_sliding_window", False):
-        raise ValueError(
-            f"model.path {path}: use_sliding_window is not supported; set it to false in config.json"
-        )
-    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
-        raise ValueError(
-            f"model.path {path}: attention_bias or mlp_bias is not supported for {config.model_type}"
-        )
-    if config.hidden_act not in ("silu", "swish"):
-        raise ValueError(
-            f"model.path {path}: hidden_act {config.hidden_act!r} is not supported; expected 'silu' (swish)"
+    """transformers' reading of a local folder's config.json, once `read_architecture` has taken it.
+
+    Raises:
+        ConfigError: the model is not supported, or the file is incomplete: what the dry run refuses.
+        ModelFolderError: transformers cannot read the file, or reads another model in it than the dry run.
+    """
+    ours = read_architecture(path)
+    file = Path(path) / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # of many kinds: its validation has classes of its own
+        reason = " ".join(str(error).split())
+        raise ModelFolderError(f"{file}: transformers cannot read it: {reason}") from error
+    theirs = architecture_of(config)
+    differing = [
+        f"{field.name} {getattr(theirs, field.name)!r} instead of {getattr(ours, field.name)!r}"
+        for field in fields(ours)
+        if getattr(theirs, field.name) != getattr(ours, field.name)
+    ]
+    if differing:
+        raise ModelFolderError(
+            f"{file}: transformers reads {', '.join(differing)}; write these keys into the file as they are meant"
         )
     return config
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """The architecture that transformers' configuration describes."""
+    return architecture_from_dict(config.to_dict())
 
 
 def head_dim(config: PretrainedConfig) -> int:

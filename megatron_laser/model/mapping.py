@@ -16,8 +16,10 @@ import torch
 from transformers import PretrainedConfig
 
 from megatron_laser.config import padded_vocab_size
+from megatron_laser.config.parameters import EMBEDDING, HEAD
 from megatron_laser.model.hf_config import head_dim
 
+OUTPUT_LAYER = "output_layer.weight"
 # Transformer Engine name -> the table's name.
 ALIASES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -208,7 +210,7 @@ LAYER_TABLES: dict[str, tuple[Rule, ...]] = {
 
 def rules(config: PretrainedConfig) -> list[Rule]:
     """All rules of a model in export order: embedding, layers, final norm, output layer."""
-    embedding = ("model.embed_tokens.weight",)
+    embedding = (EMBEDDING,)
     tied = bool(config.tie_word_embeddings)
     return [
         Rule("embedding.word_embeddings.weight", embedding, Vocabulary()),
@@ -219,9 +221,7 @@ def rules(config: PretrainedConfig) -> list[Rule]:
         ),
         Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated()),
         # A tied last pipeline stage holds a copy of the embedding, which is loaded but not exported again.
-        Rule(
-            "output_layer.weight", embedding if tied else ("lm_head.weight",), Vocabulary(), exported=not tied
-        ),
+        Rule(OUTPUT_LAYER, embedding if tied else (HEAD,), Vocabulary(), exported=not tied),
     ]
 
 

@@ -9,9 +9,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from transformers import PretrainedConfig
 
+from megatron_laser.config import ModelFolderError
 from megatron_laser.model import platform
+from megatron_laser.model.hf_config import architecture_of
 from megatron_laser.model.hf_folder import HfFolder
-from megatron_laser.model.mapping import Geometry, Rule, global_names, rules
+from megatron_laser.model.mapping import OUTPUT_LAYER, Geometry, Rule, global_names, rules
 
 _PACE = 8  # parameters that a rank may gather ahead of the first one
 
@@ -20,31 +22,37 @@ _PACE = 8  # parameters that a rank may gather ahead of the first one
 def load_weights(
     chunks: Sequence[torch.nn.Module], folder: HfFolder, config: PretrainedConfig, geometry: Geometry
 ) -> None:
-    """Copy this rank's shards from `folder`; every parameter must be covered by a rule.
+    """Copy this rank's shards from `folder`; every parameter must be covered by a rule. Call on all ranks.
 
-    Raises KeyError when a tensor is missing and ValueError when a shape differs.
+    Raises ModelFolderError, on every rank, when the folder's tensors are not all, or not only, those of `config`, when
+    a shape differs, or when a rank has read NaN or infinity.
     """
+    folder.require(architecture_of(config))
     parameters = global_names(chunks)
     rank = parallel_state.get_tensor_model_parallel_rank()
+    trouble = ""
     for rule in rules(config):
         parameter = parameters.pop(rule.megatron, None)
         if parameter is None:
             continue  # on another pipeline stage
-        _check_shapes(folder, rule, parameter, geometry)
-        parameter.copy_(rule.layout.load(folder, rule.hf, geometry, rank))
+        try:
+            parameter.copy_(rule.layout.load(folder, rule.hf, geometry, rank))
+        except ModelFolderError as error:  # perhaps of this rank's part alone
+            trouble = trouble or str(error)
     if parameters:
         raise KeyError(f"no rule for {config.model_type} parameters {sorted(parameters)}")
+    _agree(trouble)
 
 
-def _check_shapes(folder: HfFolder, rule: Rule, parameter: torch.Tensor, geometry: Geometry) -> None:
-    # On whole tensors: a shard cut out of a larger tensor would fit, and be the wrong rows.
-    whole = rule.layout.export([parameter.to("meta")] * geometry.tensor, geometry)
-    for name, tensor in zip(rule.hf, whole, strict=True):
-        if folder.shape(name) != tuple(tensor.shape):
-            raise ValueError(
-                f"{name} in {folder.path} is {folder.shape(name)}, expected {tuple(tensor.shape)} for "
-                f"{rule.megatron}: config.json and weights disagree"
-            )
+def _agree(trouble: str) -> None:
+    """Raises ModelFolderError on every rank when one of them has `trouble`."""
+    all_trouble: list[str | None] = [trouble]
+    if dist.get_world_size() > 1:
+        all_trouble = [None] * dist.get_world_size()
+        dist.all_gather_object(all_trouble, trouble)
+    if found := list(dict.fromkeys(filter(None, all_trouble))):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise ModelFolderError(found[0] + more)
 
 
 class WeightExporter:
@@ -64,6 +72,12 @@ class WeightExporter:
         self._tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self._pp_rank = parallel_state.get_pipeline_model_parallel_rank()
         self._owners = self._find_owners()
+        exported = {rule.megatron for rule in self._rules}
+        forgotten = self._owners.keys() ^ exported
+        if config.tie_word_embeddings:
+            forgotten.discard(OUTPUT_LAYER)
+        if forgotten:
+            raise KeyError(f"{config.model_type} parameters and rules disagree about {sorted(forgotten)}")
 
     def _find_owners(self) -> dict[str, int]:
         """Which pipeline rank holds each parameter (the first one, for a tied embedding)."""

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
+from megatron_laser.config import ConfigError
+from megatron_laser.config.yaml_source import read_yaml
 from megatron_laser.observability.sinks import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -179,8 +180,7 @@ def _load(folder: Path) -> Run:
     if not metrics.exists():
         raise FileNotFoundError(f"{metrics} does not exist; expected the output_dir of a run")
     path = folder / "config.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-    config = config if isinstance(config, dict) else {}
+    config = read_yaml(path).data if path.exists() else {}
     run = Run(
         folder=folder,
         label=str((config.get("run") or {}).get("name") or folder.resolve().name),
@@ -191,7 +191,12 @@ def _load(folder: Path) -> Run:
     for path in sorted((folder / "evaluation").glob("*.json")):
         match = _SUMMARY_NAME.fullmatch(path.name)
         if match:
-            summary = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                summary = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConfigError(
+                    [f"cannot be read as JSON: {error}; delete it to report without it"], str(path)
+                ) from error
             evaluation = Evaluation(match["split"], int(match["step"]), summary, path.with_suffix(".jsonl"))
             run.evaluations.setdefault(match["split"], []).append(evaluation)
     for evaluations in run.evaluations.values():

@@ -85,8 +85,7 @@ def try_reward(function: str, answer: str = "42", *, deadline: float = 5.0) -> N
         RewardSpecError: the function cannot be imported or called, or graded neither trial response.
     """
     for finding in trial(function, answer, deadline=deadline):
-        text = "; ".join((finding.text, *finding.examples, *([finding.cure] if finding.cure else [])))
         if finding.level == "error":
-            raise RewardSpecError(text)
+            raise RewardSpecError(finding.line)
         if finding.level == "warning":
-            logger.warning("%s", text)
+            logger.warning("%s", finding.line)

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
+from megatron_laser.finite import log_probs
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
+from megatron_laser.rollout.transformers_model import load_model
 from megatron_laser.types import Generation, SamplingParams
 
 # Rows that are done leave the batch once they make up this share of it.
@@ -33,10 +35,8 @@ class InProcessEngine:
         device: torch.device,
         max_batch_size: int = 256,
     ) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(
-            str(model_path), dtype=dtype, local_files_only=True, attn_implementation="sdpa"
-        ).to(device)
-        self._model.eval().requires_grad_(False)
+        """Load the folder's weights; raises as `load_model` does."""
+        self._model = load_model(model_path, dtype).to(device)
         self._parameters = dict(self._model.named_parameters())
         self._device = device
         self._max_batch_size = max_batch_size
@@ -90,7 +90,7 @@ class InProcessEngine:
                 raise TimeoutError(f"scored {start} of {len(sequences)} sequences in {deadline:g} s")
             chunk = order[start : start + self._max_batch_size]
             logits, _ = self.prefill([sequences[i] for i in chunk], None)
-            logprobs = torch.log_softmax(logits.float(), dim=-1)[:, token_id]
+            logprobs = log_probs(logits)[:, token_id]
             for i, value in zip(chunk, logprobs.tolist()):
                 scores[i] = value
         return scores
@@ -239,17 +239,17 @@ class _Batch:
             logits = engine.decode(tokens, mask, positions, cache)
             positions = positions + 1
             if bool(newly.any()):
-                scores = torch.log_softmax(logits[newly].float(), dim=-1)[:, sampling.score_token_id]
+                scores = log_probs(logits[newly])[:, sampling.score_token_id]
                 yield from self._finish(rows[newly], step, "stop", scores)
 
     def _sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Token [rows] and its log-prob [rows] under logits / temperature, before top-p."""
         temperature = self._sampling.temperature
         if temperature == 0.0:
-            logprobs = torch.log_softmax(logits.float(), dim=-1)
+            logprobs = log_probs(logits)
             tokens = logprobs.argmax(dim=-1)
         else:
-            logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+            logprobs = log_probs(logits, temperature)
             probabilities = logprobs.exp()
             if self._sampling.top_p < 1.0:
                 probabilities = _nucleus(probabilities, self._sampling.top_p)

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
+from megatron_laser.config.addresses import host_and_port
 from megatron_laser.evaluation import generation_batch
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.testtime.errors import TestTimeError
@@ -46,9 +46,10 @@ class EngineChoice:
     def __post_init__(self) -> None:
         """Refuse what cannot be an engine, before anything is loaded."""
         for url in (*self.urls, *([self.router_url] if self.router_url else [])):
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise TestTimeError(f"{url!r} is not a server's URL; expected http://HOST:PORT")
+            try:
+                host_and_port(url)
+            except ValueError as error:
+                raise TestTimeError(f"{url!r} is not a server's URL; {error}") from None
         if self.router_url and not self.urls:
             raise TestTimeError(
                 f"--router {self.router_url} without --url: control calls and health checks go to the servers "
@@ -142,6 +143,7 @@ def _servers(choice: EngineChoice, model: ModelFolder, deadline: float) -> Rollo
                 model.vocab_size,
                 model_type=config.get("model_type"),
                 sizes={name: config[name] for name in SIZES if name in config},
+                tied=bool(config.get("tie_word_embeddings", False)),
             ),
             deadline=min(deadline, choice.wait),
             max_concurrency=choice.max_concurrency,

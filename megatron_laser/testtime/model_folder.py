@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_laser.check.end_of_response import check_end_of_response, end_sources
 from megatron_laser.config import (
     ConfigError,
     RunConfig,
@@ -102,9 +103,8 @@ def load_model_folder(
             )
         folder = folder / _EXPORT
     architecture = read_architecture(folder)
-    stops = (
-        tuple(stop_token_ids) or (run.rollout.stop_token_ids if run else None) or read_stop_token_ids(folder)
-    )
+    setting = tuple(stop_token_ids) or (run.rollout.stop_token_ids if run else None) or ()
+    stops = setting or read_stop_token_ids(folder)
     if not stops:
         raise TestTimeError(f"{folder} names no eos_token_id; give --stop-token-id")
     token_id = None
@@ -128,9 +128,16 @@ def load_model_folder(
     beta = 0.1 if beta is None else beta
     if not beta > 0:
         raise TestTimeError(f"--beta {beta:g}: expected a number above 0 (the paper: 0.1)")
+    tokenizer = load_tokenizer(folder, ["Is 12 + 35 = 47? \\boxed{1}"])
+    through_template = run is not None and run.data.apply_chat_template
+    ends = end_sources(
+        folder, tokenizer, setting=setting, template_used=through_template, name="--stop-token-id"
+    )
+    if (finding := check_end_of_response(ends, tokenizer)).level == "warning":
+        logger.warning("%s", finding.line)
     return ModelFolder(
         path=folder.absolute(),
-        tokenizer=load_tokenizer(folder, ["Is 12 + 35 = 47? \\boxed{1}"]),
+        tokenizer=tokenizer,
         vocab_size=architecture.vocab_size,
         max_positions=architecture.max_position_embeddings,
         stop_token_ids=tuple(stops),

@@ -50,6 +50,7 @@ class ProxySettings:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0: a free one. Raises TestTimeError when it cannot be had."""
+    host = host.strip("[]")  # as in an address
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
@@ -63,6 +64,6 @@ def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False

@@ -18,6 +18,7 @@ from typing import Any
 
 from aiohttp import web
 
+from megatron_laser.config.addresses import http_url
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.testtime.answering import Answer, answer
@@ -53,7 +54,7 @@ def run_proxy(
         pool = stack.enter_context(GradingPool(workers=2))
         application = make_application(model, engines, pool, settings)
         port = listener.getsockname()[1]
-        say(f"{settings.model_name}: http://{settings.host}:{port}/v1 (k = {settings.k}); Ctrl-C ends it")
+        say(f"{settings.model_name}: {http_url(settings.host, port)}/v1 (k = {settings.k}); Ctrl-C ends it")
         web.run_app(application, sock=listener, print=None, access_log=None)
 
 

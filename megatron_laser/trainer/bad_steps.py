@@ -18,6 +18,7 @@ from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.config.loading import resolved_yaml
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.data.errors import DataError
+from megatron_laser.errors import UserError
 from megatron_laser.files import replace_folder
 from megatron_laser.trainer.arrays import save_arrays
 from megatron_laser.trainer.checkpoint.folder import checkpoint_root, published
@@ -30,7 +31,7 @@ FORMAT_VERSION = 1
 _BATCH, _CONFIG, _META = "batch.npz", "config.yaml", "meta.json"
 
 
-class BadStepsError(RuntimeError):
+class BadStepsError(UserError, RuntimeError):
     """`run.max_bad_steps` steps in a row had a loss or gradient that is not finite."""
 
 

@@ -14,7 +14,14 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megatron_laser.config.process_environment import place_in_run
+from megatron_laser.errors import UserError
+
 _POLL = 0.01  # seconds
+
+
+class RendezvousError(UserError, RuntimeError):
+    """The processes of a run did not meet: not all were started, or their address cannot be reached."""
 
 
 def rendezvous(grace: float) -> tuple[dist.Store, int, int]:
@@ -27,16 +34,17 @@ def rendezvous(grace: float) -> tuple[dist.Store, int, int]:
         (store, rank, world size); the store has no keys yet but those of this start.
 
     Raises:
-        RuntimeError: they do not come in time.
+        RendezvousError: they do not come in time.
     """
-    if "RANK" not in os.environ:
+    place = place_in_run()
+    if place.rank is None:
         return dist.HashStore(), 0, 1
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=grace)))
         life = agree_on_life(store, rank, world_size, grace)
     except Exception as error:
-        raise RuntimeError(
-            f"rank {os.environ['RANK']}: no rendezvous at {os.environ.get('MASTER_ADDR')}:"
+        raise RendezvousError(
+            f"rank {place.rank}: no rendezvous at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')} within run.start_grace {grace:g} s: {error}"
         ) from error
     return dist.PrefixStore(life, store), rank, world_size

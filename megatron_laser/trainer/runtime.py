@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_laser.config.process_environment import place_in_run
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.model.hf_config import batches_stage_exchange
@@ -58,19 +58,14 @@ class Runtime:
         )
 
 
-def torchrun_world_size() -> int:
-    """World size that torchrun announces; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start(config: RunConfig) -> Runtime:
     """Join the process groups, set up Megatron's parallel state and its communicators, and seed every generator.
 
-    Raises RuntimeError when the other ranks do not come within `run.start_grace` seconds, or a group's communicator
-    not within `run.deadline`.
+    Raises RendezvousError when the other ranks do not come within `run.start_grace` seconds, and RuntimeError when a
+    group's communicator does not within `run.deadline`.
     """
     platform.install()
-    platform.set_local_device(int(os.environ.get("LOCAL_RANK", "0")))
+    platform.set_local_device(place_in_run().local_rank)
     store, rank, world_size = rendezvous(config.run.start_grace)
     timeout = timedelta(seconds=config.run.deadline)
     # A store keeps the timeout it was made with, even through init_process_group: communicators get their ids from it.

@@ -20,6 +20,7 @@ from megatron_laser.config.derived import (
     self_reward_first_step,
 )
 from megatron_laser.config.schema import RunConfig
+from megatron_laser.errors import UserError
 from megatron_laser.model import platform
 from megatron_laser.observability.timers import Timers
 from megatron_laser.trainer.bad_steps import BadSteps
@@ -32,7 +33,7 @@ from megatron_laser.trainer.step_data import StepData, check_token_ids, prepare_
 from megatron_laser.trainer.update import Update, update
 
 
-class MismatchError(RuntimeError):
+class MismatchError(UserError, RuntimeError):
     """Trainer and rollout engine disagree by more than `policy.mismatch_abort`."""
 
 

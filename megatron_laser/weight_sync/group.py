@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from megatron_laser.config.addresses import host_and_port
 from megatron_laser.rollout.sglang.member import Member
 from megatron_laser.weight_sync.control import SyncFailed, Update
 
@@ -35,7 +36,11 @@ class UpdateGroup:
         seconds = min(_JOIN_SECONDS, update.left())
         self._timeout = timedelta(seconds=timeout)
         self._store = dist.TCPStore(
-            "0.0.0.0" if address not in ("127.0.0.1", "localhost") else address,
+            address
+            if address in ("127.0.0.1", "::1", "localhost")
+            else "::"
+            if ":" in address
+            else "0.0.0.0",
             0,
             is_master=True,
             wait_for_workers=False,
@@ -138,7 +143,7 @@ def _make_group(store: dist.Store, name: str, world: int, backend: str, timeout:
 
 def reachable_address(url: str) -> str:
     """The address of this machine from which it reaches `url`: loopback for a server on loopback."""
-    host, _, port = url.split("://", 1)[1].partition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, int(port.split("/")[0] or 80)))  # sends nothing
+    family, kind, _, _, address = socket.getaddrinfo(*host_and_port(url), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing
         return str(probe.getsockname()[0])

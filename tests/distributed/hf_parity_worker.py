@@ -19,6 +19,7 @@ from helpers.torchrun import run_worker
 from megatron.core import parallel_state
 from transformers import AutoModelForCausalLM
 
+from megatron_laser.config import ModelFolderError
 from megatron_laser.model.hf_config import read_hf_config
 from megatron_laser.model.hf_folder import HfFolder, write_hf_folder
 from megatron_laser.model.weights import WeightExporter
@@ -167,6 +168,33 @@ def compare_export(folder, export_to, reference, flat):
     return {"names": names, "changed": changed, "shards": shards, "transformers_logits_equal": equal}
 
 
+def refusals(config, source, copy):
+    """What each rank says of weights with NaN in what the last rank alone reads."""
+    hf = read_hf_config(source)
+    name = f"model.layers.{hf.num_hidden_layers - 1}.mlp.down_proj.weight"  # last stage, or last columns
+
+    def spoilt(folder):
+        for one in folder.names():
+            tensor = folder.full(one).clone()
+            if one == name:
+                tensor[-1, -1] = math.nan
+            yield one, tensor
+
+    if dist.get_rank() == 0:
+        with HfFolder(source) as folder:
+            write_hf_folder(spoilt(folder), copy, source=source, dtype=torch.float32)
+    dist.barrier()
+    said = ""
+    with HfFolder(copy) as folder:
+        try:
+            build_chunks(config, hf, folder)
+        except ModelFolderError as error:
+            said = str(error)
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, said)
+    return everywhere
+
+
 def main():
     models, output = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
@@ -184,8 +212,10 @@ def main():
             results[f"{family}, {layout}"] = check(config, source, reference, models / "exported")
             dist.barrier()
     assert all(math.isfinite(result["logits"]) for result in results.values())
+    everywhere = refusals(config, source, models / "spoilt")
     if runtime.is_main:
         output.write_text(json.dumps(results))
+        (models / "refusals.json").write_text(json.dumps(everywhere))
     runtimes.stop()
 
 

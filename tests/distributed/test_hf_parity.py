@@ -64,3 +64,8 @@ def test_transformers_loads_the_sharded_export_and_computes_the_same(results, fa
     result = results[f"{family}, {layout}"]
     assert result["shards"] > 1
     assert result["transformers_logits_equal"]
+
+
+def test_every_rank_refuses_what_one_has_found_in_its_part(models, results):
+    first, second = json.loads((models / "refusals.json").read_text())
+    assert first == second and "mlp.down_proj.weight' holds NaN or infinity" in first

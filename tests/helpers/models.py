@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -66,3 +68,12 @@ def save_tiny_model(
     model = tiny_model(family, **changes)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model
+
+
+def save_word_tokenizer(folder: Path, words: list[str]) -> None:
+    """A tokenizer whose tokens are `words`, split at spaces: with <unk>, <eos>, and <|score|> as a special token."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": [word for word in words if word.startswith("<|")]})
+    fast.save_pretrained(folder)

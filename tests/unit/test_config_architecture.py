@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from megatron_laser.config import ConfigError, Layout, count_parameters, read_architecture, stage_parameters
+from megatron_laser.config import (
+    ConfigError,
+    Layout,
+    ModelFolderError,
+    count_parameters,
+    read_architecture,
+    stage_parameters,
+)
+from megatron_laser.config import architecture as architecture_module
 from megatron_laser.config.architecture import architecture_from_dict
 from megatron_laser.config.parameters import padded_vocab_size, rank_bytes
 
@@ -19,6 +27,7 @@ SHAPE: dict[str, Any] = {
     "intermediate_size": 80,
     "vocab_size": 101,
 }
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def raw(model_type: str = "qwen2", **changes: Any) -> dict[str, Any]:
@@ -53,9 +62,7 @@ def test_old_and_new_rope_keys_are_read():
     assert architecture_from_dict(raw(rope_theta=1e6)).rope_theta == 1e6
     new = architecture_from_dict(raw(rope_parameters={"rope_theta": 5e5, "rope_type": "default"}))
     assert (new.rope_theta, new.rope_type) == (5e5, "default")
-    scaled = architecture_from_dict(
-        raw("llama", rope_theta=5e5, rope_scaling={"rope_type": "llama3", "factor": 32.0})
-    )
+    scaled = architecture_from_dict(raw("llama", rope_theta=5e5, rope_scaling=LLAMA3))
     assert (scaled.rope_theta, scaled.rope_type) == (5e5, "llama3")
     assert architecture_from_dict(raw()).rope_theta == 10000.0
 
@@ -93,6 +100,19 @@ def test_biases_and_norms_follow_the_model_type():
         (raw("llama", attention_bias=True), "attention_bias"),
         (raw("llama", mlp_bias=True), "mlp_bias"),
         (raw(rope_scaling={"type": "yarn", "factor": 4}), "rope_type: 'yarn' is not supported"),
+        (
+            raw(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+            "low_freq_factor: expected a number above 0",
+        ),
+        (raw(rope_scaling={"rope_type": "linear"}), "rope_type linear: factor: expected a number"),
+        (raw(rope_theta="1e6"), "rope_theta: expected a number above 0, got '1e6'"),
+        (raw(partial_rotary_factor=0.5), "partial_rotary_factor: 0.5"),
+        (raw(tie_word_embeddings="false"), "tie_word_embeddings: expected true or false, got 'false'"),
+        (raw(rms_norm_eps="1e-6"), "rms_norm_eps: expected a number above 0"),
+        (raw(max_position_embeddings="4096"), "max_position_embeddings: expected a positive integer"),
+        (raw(head_dim=None), "head_dim: expected a positive integer, got None"),
+        (raw(head_dim=7), "head_dim 7 is odd"),
+        (raw(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
     ],
 )
 def test_models_that_cannot_be_built_are_refused(contents, expected):
@@ -101,11 +121,89 @@ def test_models_that_cannot_be_built_are_refused(contents, expected):
     assert expected in str(error.value)
 
 
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4"])
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_quantized_models_are_refused_by_their_method(key, method):
+    with pytest.raises(ConfigError, match=f"{key}: weights quantized with {method} cannot be trained"):
+        architecture_from_dict(raw(**{key: {"quant_method": method, "bits": 4}}))
+    assert architecture_from_dict(raw(**{key: None})) == architecture_from_dict(raw())
+
+
 def test_qwen_needs_its_key_value_heads_said():
     contents = raw()
     del contents["num_key_value_heads"]
     with pytest.raises(ConfigError, match="num_key_value_heads: required"):
         architecture_from_dict(contents)
+
+
+# Every key that the two sides could read differently, with values that users have and values that nobody should.
+SPELLINGS = [
+    {},
+    {"attention_bias": True},
+    {"attention_bias": False},
+    {"mlp_bias": True},
+    {"tie_word_embeddings": True},
+    {"hidden_act": "swish"},
+    {"hidden_act": "gelu"},
+    {"head_dim": 16},
+    {"head_dim": None},
+    {"num_key_value_heads": None},
+    {"num_key_value_heads": 3},
+    {"rms_norm_eps": 1e-5},
+    {"max_position_embeddings": 4096},
+    {"rope_theta": 1e6},
+    {"rope_theta": 500000},
+    {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+    {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 3e5, "rope_type": "default"}},
+    {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+    {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    {"use_sliding_window": True},
+    {"layer_types": ["full_attention"] * 4},
+    {"layer_types": ["sliding_attention"] * 4},
+    {"partial_rotary_factor": 0.5},
+    {"partial_rotary_factor": 1.0},
+    {"quantization_config": {"quant_method": "fp8"}},
+]
+
+
+@pytest.mark.parametrize("change", SPELLINGS, ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_the_dry_run_and_the_trainer_take_the_same_folders_and_read_the_same_in_them(
+    tmp_path, model_type, change
+):
+    hf_config = pytest.importorskip("megatron_laser.model.hf_config")
+    (tmp_path / "config.json").write_text(json.dumps(raw(model_type, **change)))
+    try:
+        expected = read_architecture(tmp_path)
+    except ConfigError as error:
+        with pytest.raises(ConfigError) as again:
+            hf_config.read_hf_config(tmp_path)
+        assert str(again.value) == str(error)
+        return
+    config = hf_config.read_hf_config(tmp_path)  # compares what transformers reads with what we read
+    assert hf_config.architecture_of(config) == expected
+    assert len(hf_config.rope_inverse_frequencies(config)) == expected.head_dim // 2
+
+
+def test_what_only_transformers_refuses_is_said_with_the_file(tmp_path):
+    hf_config = pytest.importorskip("megatron_laser.model.hf_config")
+    (tmp_path / "config.json").write_text(json.dumps(raw(use_cache=[1])))
+    with pytest.raises(
+        ModelFolderError, match=r"config\.json: transformers cannot read it: .*use_cache"
+    ) as error:
+        hf_config.read_hf_config(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_default_of_transformers_that_is_not_ours_is_named(tmp_path, monkeypatch):
+    hf_config = pytest.importorskip("megatron_laser.model.hf_config")
+    (tmp_path / "config.json").write_text(json.dumps(raw()))
+    monkeypatch.setattr(architecture_module, "_RMS_NORM_EPS", 1e-5)
+    with pytest.raises(ModelFolderError, match="transformers reads rms_norm_eps 1e-06 instead of 1e-05"):
+        hf_config.read_hf_config(tmp_path)
 
 
 def test_a_folder_without_a_readable_config_is_refused(tmp_path):

@@ -186,7 +186,7 @@ def test_the_sum_of_a_toy_fits_anything(tmp_path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps(
             json.loads((EXAMPLES / "qwen2.5_7b/config.json").read_text())
-            | {"num_hidden_layers": 2, "vocab_size": 512}
+            | {"num_hidden_layers": 2, "vocab_size": 512, "eos_token_id": 1}
         )
     )
     config = run_config(tmp_path, tmp_path, laser={"enabled": False})

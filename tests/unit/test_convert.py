@@ -9,6 +9,7 @@ from helpers.models import VOCAB_SIZE, save_tiny_model
 from helpers.rollouts import Response, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from megatron_laser.cli import app
 from megatron_laser.config import read_architecture, resolved_yaml
 from megatron_laser.conversion import convert
 from megatron_laser.model.hf_folder import HfFolder
+from megatron_laser.trainer.checkpoint import convert as conversion_work
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint.convert import checkpoint_to_hf, hf_to_checkpoint
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
@@ -210,7 +212,9 @@ def test_a_dtype_that_no_run_has_must_be_named(untied):
 def test_weights_that_do_not_fit_their_config_leave_nothing_behind(untied):
     file = untied / "model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 300}))
-    assert "has 250 rows and config.json says vocab_size 300" in refused(untied / "model", untied / "x")
+    message = refused(untied / "model", untied / "x")
+    assert "model.embed_tokens.weight is [250, 64], expected [300, 64]" in message
+    assert "lm_head.weight" in message and "config.json and weights disagree" in message
     assert list((untied / "x").iterdir()) == []
 
 
@@ -222,3 +226,46 @@ def test_the_command_says_what_it_wrote_and_exits_with_2_on_bad_folders(untied):
     failed = runner.invoke(app, ["convert", str(untied / "nothing"), str(untied / "hf")])
     assert failed.exit_code == 2
     assert "error:" in failed.output and "neither a checkpoint's step folder" in failed.output
+
+
+def rewrite(folder, **changes):
+    """Some tensors of a folder replaced, or added; None takes one away."""
+    tensors = {name: tensor for name, tensor in (load_file(folder / "model.safetensors") | changes).items()}
+    save_file({name: t for name, t in tensors.items() if t is not None}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model.norm.weight": None}, "1 tensor missing"),
+        ({"model.norm.bias": torch.zeros(64)}, "model.norm.bias"),
+        ({"model.norm.weight": torch.full((64,), torch.nan)}, "'model.norm.weight' holds NaN"),
+        ({"model.norm.weight": torch.ones(64, dtype=torch.int8)}, "quantized"),
+        ({"lm_head.weight": None}, "set tie_word_embeddings to true"),
+    ],
+)
+def test_a_folder_that_no_run_could_load_becomes_no_checkpoint(untied, change, named):
+    rewrite(untied / "model", **change)
+    assert named in refused(untied / "model", untied / "x")
+    assert list((untied / "x").iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_checkpoint_of_numbers_that_are_none_becomes_no_model(single_process, untied, value):
+    run = Run(single_process, untied)
+    with torch.no_grad():
+        next(run.trainer.policy.chunks.models[0].parameters())[3, 3] = value
+    message = refused(run.saved(), untied / "hf")
+    assert "'model.embed_tokens.weight' holds NaN or infinity; convert an earlier checkpoint" in message
+    assert not (untied / "hf").exists()
+
+
+def test_tensors_of_a_checkpoint_that_the_model_has_no_use_for_are_named(untied, monkeypatch):
+    source = convert(untied / "model", untied / "checkpoints")
+    vocabulary_rows = conversion_work._vocabulary_rows
+
+    def without_norm(config):
+        return {name: rows for name, rows in vocabulary_rows(config).items() if name != "model.norm.weight"}
+
+    monkeypatch.setattr(conversion_work, "_vocabulary_rows", without_norm)
+    assert "1 tensors that a model of" in refused(source, untied / "hf", model=untied / "model")

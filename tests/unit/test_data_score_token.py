@@ -3,13 +3,11 @@
 import json
 
 import pytest
-from helpers.models import tiny_config
+from helpers.models import save_tiny_model, save_word_tokenizer
 from helpers.runs import run_config
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
+from megatron_laser.check import CheckFailed
 from megatron_laser.config import ConfigError
-from megatron_laser.data import DataError
 from megatron_laser.errors import UserError
 from megatron_laser.inputs import read_inputs
 
@@ -20,15 +18,9 @@ SCORE = WORDS.index("<|score|>")
 @pytest.fixture
 def model(tmp_path):
     folder = tmp_path / "model"
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
-    fast.add_special_tokens({"additional_special_tokens": ["<|score|>"]})
-    fast.save_pretrained(folder)
+    save_word_tokenizer(folder, WORDS)
     # Of type llama: its tokenizer class takes tokenizer.json as it is.
-    (folder / "config.json").write_text(
-        json.dumps(tiny_config("llama3-rope", vocab_size=len(WORDS)).to_dict())
-    )
+    save_tiny_model(folder, "llama3-rope", vocab_size=len(WORDS))
     return folder
 
 
@@ -61,18 +53,19 @@ def test_data_without_the_score_token_is_read(tmp_path, model):
 
 def test_a_prompt_with_the_score_token_is_refused_by_its_row(tmp_path, model):
     with pytest.raises(
-        DataError, match=r"train\.jsonl:2 \(row 1\): the prompt holds the score token '<\|score\|>'"
+        CheckFailed,
+        match=r"answers of 2 rows hold the score token '<\|score\|>' \(id 7\) \(.*train\.jsonl:2: the prompt",
     ):
         read(tmp_path, model, GOOD, ("what is <|score|>", "2"))
 
 
 def test_an_answer_with_the_score_token_is_refused_by_its_row(tmp_path, model):
-    with pytest.raises(DataError, match=r"train\.jsonl:3 \(row 2\): the answer holds the score token"):
+    with pytest.raises(CheckFailed, match=r"train\.jsonl:3: the answer\); choose a token"):
         read(tmp_path, model, GOOD, GOOD, ("what is 2", "2 <|score|>"))
 
 
 def test_validation_data_is_checked_too(tmp_path, model):
-    with pytest.raises(DataError, match=r"validation\.jsonl:1 \(row 0\): the prompt holds"):
+    with pytest.raises(CheckFailed, match=r"data\.validation: 1 .*validation\.jsonl:1: the prompt"):
         read(tmp_path, model, GOOD, validation=[("<|score|>", "1")])
 
 

@@ -8,6 +8,8 @@ from helpers.models import save_tiny_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_laser.config import ModelFolderError
+from megatron_laser.finite import is_finite
 from megatron_laser.model.hf_folder import HfFolder, write_hf_folder
 
 
@@ -121,11 +123,36 @@ def test_shared_memory_and_views_are_written_as_they_are_at_that_moment(tmp_path
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"model\.path .*model\.safetensors"):
+    with pytest.raises(ModelFolderError, match=r"model\.path .*model\.safetensors"):
         HfFolder(tmp_path)
 
 
 def test_an_unknown_tensor_is_named(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
-    with HfFolder(tmp_path) as folder, pytest.raises(KeyError, match="'b' is missing"):
+    with HfFolder(tmp_path) as folder, pytest.raises(ModelFolderError, match="'b' is missing"):
         folder.full("b")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("place", [0, 50, 999, 1000])
+def test_nan_and_infinity_are_seen_wherever_they_are(dtype, place):
+    tensor = torch.randn(1001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert is_finite(tensor) and is_finite(tensor[:0]) and is_finite(tensor.reshape(7, 143)[:, 3:5])
+    for value in ("nan", "inf", "-inf"):
+        tensor[place] = float(value)
+        assert not is_finite(tensor), value
+
+
+def test_only_what_is_read_is_looked_through(tmp_path):
+    tensor = torch.ones(4, 4)
+    tensor[3, 0] = torch.nan
+    save_file({"a": tensor}, tmp_path / "model.safetensors")
+    with HfFolder(tmp_path) as folder:
+        assert folder.rows("a", 0, 3).sum() == 12 and folder.columns("a", 1, 4).sum() == 12
+        for read in (
+            lambda: folder.full("a"),
+            lambda: folder.rows("a", 3, 4),
+            lambda: folder.columns("a", 0, 1),
+        ):
+            with pytest.raises(ModelFolderError, match=r"model\.safetensors: tensor 'a' holds NaN"):
+                read()

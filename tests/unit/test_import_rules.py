@@ -25,7 +25,7 @@ from helpers.source_tree import (
 # A part may import the parts of lower layers, and of its own only what SAME_LAYER says.
 LAYERS = (
     ("errors", "findings", "files"),
-    ("types", "config"),
+    ("types", "config", "finite"),
     ("algorithms", "ops", "batching", "data", "rewards"),
     ("observability",),
     ("rollout", "evaluation", "model", "trainer"),
@@ -54,6 +54,8 @@ LAYERS = (
         "cli",
         "cli_bench",
         "cli_serve",
+        "cli_check",
+        "cli_errors",
         "cli_testtime",
         "__main__",
     ),

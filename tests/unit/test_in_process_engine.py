@@ -1,12 +1,15 @@
 """The in-process engine against plain transformers forwards."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers.models import save_tiny_model, tiny_model
+from safetensors.torch import load_file, save_file
 
+from megatron_laser.config import ModelFolderError
 from megatron_laser.rollout import RolloutEngine
 from megatron_laser.rollout.in_process import InProcessEngine
 from megatron_laser.types import SamplingParams
@@ -316,3 +319,25 @@ def test_closing_twice_is_safe(folder):
     engine = make_engine(folder)
     engine.close()
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"lm_head.weight": None}, "lm_head.weight is missing"),  # transformers would make one up
+        ({"model.layers.0.mlp.up_proj.bias": torch.zeros(96)}, "up_proj.bias"),
+        ({"model.norm.weight": torch.ones(65)}, r"\[65\], expected \[64\]"),
+        (
+            {"model.norm.weight": torch.full((64,), -math.inf)},
+            r"model.norm.weight\); use weights from before",
+        ),
+    ],
+)
+def test_weights_that_are_not_those_of_config_json_are_refused(folder, tmp_path, change, named):
+    shutil.copytree(folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors") | change
+    save_file(
+        {name: t for name, t in tensors.items() if t is not None}, tmp_path / "model" / "model.safetensors"
+    )
+    with pytest.raises(ModelFolderError, match=named):
+        make_engine(tmp_path / "model")

@@ -4,17 +4,19 @@ import pytest
 import torch
 from helpers.models import FAMILIES, save_tiny_model, tiny_config, tiny_model
 
-from megatron_laser.config import padded_vocab_size
+from megatron_laser.config import ConfigError, ModelFolderError, padded_vocab_size
+from megatron_laser.config.parameters import tensor_shapes
 from megatron_laser.model import platform
 
 platform.install()
 
 from megatron_laser.model.hf_config import (  # noqa: E402
+    architecture_of,
     read_hf_config,
     rope_inverse_frequencies,
     transformer_config,
 )
-from megatron_laser.model.hf_folder import HfFolder  # noqa: E402
+from megatron_laser.model.hf_folder import HfFolder, write_hf_folder  # noqa: E402
 from megatron_laser.model.mapping import ALIASES, Geometry, global_names, rules  # noqa: E402
 from megatron_laser.model.policy_model import PolicyModel  # noqa: E402
 from megatron_laser.model.weights import WeightExporter, load_weights  # noqa: E402
@@ -60,6 +62,14 @@ def test_shards_put_together_again_are_bit_identical(family, tensor):
     expected = set(tensors) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     assert set(exported) == expected
     assert all(torch.equal(value, tensors[name]) for name, value in exported.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rules_and_the_check_of_a_folder_know_the_tensors_that_transformers_has(family):
+    config = tiny_config(family)
+    shapes = tensor_shapes(architecture_of(config))
+    assert set(shapes) == {name for rule in rules(config) for name in rule.hf}
+    assert shapes == {name: tuple(p.shape) for name, p in tiny_model(family).named_parameters()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,7 +178,7 @@ def test_rope_types_that_are_not_covered_are_refused(rope_type):
 )
 def test_architectures_that_are_not_covered_are_refused_by_their_setting(tmp_path, family, change, named):
     tiny_config(family, **change).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ConfigError, match=named):
         read_hf_config(tmp_path)
 
 
@@ -176,7 +186,7 @@ def test_unsupported_model_type_is_refused_with_the_supported_ones(tmp_path):
     from transformers import GPT2Config
 
     GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"gpt2.*qwen2, qwen3, llama"):
+    with pytest.raises(ConfigError, match=r"gpt2.*llama, qwen2, qwen3"):
         read_hf_config(tmp_path)
 
 
@@ -206,7 +216,7 @@ def test_a_missing_tensor_is_named(single_process, tmp_path):
     del state["model.layers.2.mlp.up_proj.weight"]
     model.save_pretrained(tmp_path, state_dict=state)
     config = read_hf_config(tmp_path)
-    with HfFolder(tmp_path) as folder, pytest.raises(KeyError, match=r"layers\.2\.mlp\.up_proj"):
+    with HfFolder(tmp_path) as folder, pytest.raises(ModelFolderError, match=r"layers\.2\.mlp\.up_proj"):
         load_weights([build(config)], folder, config, Geometry.of(config, tensor=1, vocab_multiple=16))
 
 
@@ -223,3 +233,63 @@ def test_weights_taller_than_config_json_says_are_refused(single_process, tmp_pa
     config = tiny_config("qwen2")  # 96 rows of the 128 would fit the parameter
     with HfFolder(tmp_path) as folder, pytest.raises(ValueError, match=r"config\.json"):
         load_weights([build(config)], folder, config, Geometry.of(config, tensor=1, vocab_multiple=16))
+
+
+def save_changed(folder, family, change):
+    """A tiny model's folder whose tensors have been through `change`."""
+    model = save_tiny_model(folder, family)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    change(state)
+    write_hf_folder(state.items(), folder, source=folder, dtype=torch.float32)
+
+
+def load(folder):
+    config = read_hf_config(folder)
+    geometry = Geometry.of(config, tensor=1, vocab_multiple=16)
+    model = build(config)
+    with HfFolder(folder) as reader:
+        load_weights([model], reader, config, geometry)
+    return dict(WeightExporter([model], config, geometry).stream())
+
+
+def test_tensors_that_no_rule_uses_are_named(single_process, tmp_path):
+    bias = "model.layers.3.self_attn.q_proj.bias"
+    save_changed(tmp_path / "model", "qwen3", lambda state: state.update({bias: torch.zeros(128)}))
+    with pytest.raises(
+        ModelFolderError, match=r"1 tensor that a qwen3 model .*layers\.3\.self_attn\.q_proj\.bias"
+    ):
+        load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_none_are_named_with_their_file(single_process, tmp_path, value):
+    name = "model.layers.1.self_attn.v_proj.weight"
+    save_changed(tmp_path / "model", "qwen2", lambda state: state[name].view(-1)[-1:].fill_(value))
+    with pytest.raises(ModelFolderError, match=rf"model\.safetensors: tensor '{name}' holds NaN or infinity"):
+        load(tmp_path / "model")
+
+
+def test_a_head_that_is_the_embedding_is_taken_and_not_exported_where_they_are_tied(single_process, tmp_path):
+    embedding = "model.embed_tokens.weight"
+    save_changed(
+        tmp_path / "model",
+        "qwen2-tied",
+        lambda state: state.update({"lm_head.weight": state[embedding].clone()}),
+    )
+    exported = load(tmp_path / "model")
+    assert "lm_head.weight" not in exported and embedding in exported
+    save_changed(
+        tmp_path / "other", "qwen2-tied", lambda state: state.update({"lm_head.weight": 2 * state[embedding]})
+    )
+    with pytest.raises(ModelFolderError, match="another lm_head"):
+        load(tmp_path / "other")
+
+
+def test_a_parameter_that_no_rule_exports_is_not_left_out_in_silence(single_process):
+    config = tiny_config("qwen2")
+    model = build(config)
+    model.extra = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(KeyError, match="extra"):
+        WeightExporter([model], config, Geometry.of(config, tensor=1, vocab_multiple=16))

@@ -10,6 +10,7 @@ from helpers.runs import SCORE_TOKEN, run_config
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
+from megatron_laser.config import ModelFolderError
 from megatron_laser.data import DataError
 from megatron_laser.model import platform
 
@@ -81,17 +82,27 @@ def test_a_batch_that_was_bad_because_of_the_weights_is_fine_with_others(run, we
     assert any(str(folder) in line for line in result.lines)
 
 
-def test_weights_that_are_not_finite_show_in_every_samples_first_logprob_and_score(run, tmp_path):
+def test_weights_that_overflow_show_in_every_samples_first_logprob_and_score(run, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(run.parent / "model")
-    model.model.norm.weight.data[3] = math.nan
+    model.model.norm.weight.data[:] = 3e38  # finite, and infinity minus infinity in every logit
     model.save_pretrained(tmp_path / "spoilt")
     result = replay(run / "bad_steps" / "step_3", tmp_path / "spoilt")
     faults = [line for line in result.lines if line.startswith("  sample ")]
     assert result.bad and len(faults) == 4
     assert all("the log-prob is nan at response token 0" in line for line in faults)
     assert sum("the score token's log-prob is nan" in line for line in faults) == 3  # one is truncated
+
+
+def test_weights_that_are_not_finite_are_refused_by_their_name(run, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(run.parent / "model")
+    model.model.norm.weight.data[3] = math.nan
+    model.save_pretrained(tmp_path / "spoilt")
+    with pytest.raises(ModelFolderError, match=r"'model\.norm\.weight' holds NaN"):
+        replay(run / "bad_steps" / "step_3", tmp_path / "spoilt")
 
 
 def test_the_command_exits_with_1_when_the_batch_is_bad_again_and_2_for_what_is_no_dump(run, tmp_path):

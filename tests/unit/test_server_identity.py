@@ -207,6 +207,25 @@ class TestAModelFolderThatBothSee:
             error.value
         )
 
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_ties_that_are_not_the_trainers_are_refused(self, tmp_path, tied):
+        expected = replace(EXPECTED, tied=tied)
+        with answering(sglang(info=self.info(tmp_path, tie_word_embeddings=tied))) as url:
+            open_engine(url, expected=expected)
+        other = self.info(tmp_path, **({} if tied else {"tie_word_embeddings": True}))
+        with (
+            answering(sglang(info=other)) as url,
+            pytest.raises(ServerMismatch, match=f"says tie_word_embeddings {str(not tied).lower()}"),
+        ):
+            open_engine(url, expected=expected)
+
+    def test_quantized_weights_take_no_plain_ones(self, tmp_path):
+        info = self.info(tmp_path, quantization_config={"quant_method": "fp8"})
+        with answering(sglang(info=info)) as url:
+            open_engine(url, expected=replace(EXPECTED, dtype=None))  # who sends no weights may ask it
+            with pytest.raises(ServerMismatch, match="has a quantization_config"):
+                open_engine(url)
+
     def test_it_tells_the_vocabulary_so_that_no_request_is_needed(self, tmp_path):
         seen = []
         with answering(sglang(info=self.info(tmp_path), seen=seen)) as url:

@@ -47,7 +47,7 @@ run: {{steps: 1000, output_dir: {folder}/run}}
 
 
 def write_config(folder: Path, shape: dict[str, int], layers: int) -> None:
-    """config.json for the first `layers` of the layers that are there."""
+    """The config.json alone, which is all that a prediction needs."""
     config = Qwen2Config(
         **shape, num_hidden_layers=layers, max_position_embeddings=32768, rope_theta=1e6, eos_token_id=1,
         tie_word_embeddings=False, architectures=["Qwen2ForCausalLM"],
@@ -56,8 +56,9 @@ def write_config(folder: Path, shape: dict[str, int], layers: int) -> None:
     config.save_pretrained(folder)
 
 
-def write_weights(folder: Path, shape: dict[str, int], layers: int) -> None:
-    """Random bf16 weights of as many layers as `layers`, whatever the config.json that is there will ask for."""
+def write_model(folder: Path, shape: dict[str, int], layers: int) -> None:
+    """config.json and random bf16 weights of `layers` layers, in place of the weights that are there."""
+    write_config(folder, shape, layers)
     torch.manual_seed(0)
     write_hf_folder(
         _weights(shape, layers), folder, source=folder, dtype=torch.bfloat16, max_shard_bytes=2**30

@@ -25,8 +25,7 @@ def run(stage: Stage) -> None:
     )
     folder = stage.work / "qwen_residency"
     shutil.rmtree(folder, ignore_errors=True)
-    qwen.write_config(folder, shape, 2)
-    qwen.write_weights(folder, shape, 2)
+    qwen.write_model(folder, shape, 2)
     config = qwen.run_config(folder, sizes)
     flat = qwen.rollouts(shape, 2, sizes)
     trainer = Trainer(config, runtimes.start(config), score_token_id=2)

@@ -37,12 +37,10 @@ def run(stage: Stage) -> None:
     folder = stage.work / "qwen"
     shutil.rmtree(folder, ignore_errors=True)
     layers = 2 if stage.rehearse else _fitting_layers(folder, shape, sizes)
-    started = time.monotonic()
-    qwen.write_config(folder, shape, layers)
-    qwen.write_weights(folder, shape, layers)
-    stage.note("weights", layers=layers, seconds=time.monotonic() - started)
     while True:
-        qwen.write_config(folder, shape, layers)
+        started = time.monotonic()
+        qwen.write_model(folder, shape, layers)
+        stage.note("weights", layers=layers, seconds=time.monotonic() - started)
         try:
             _interleave(stage, qwen.run_config(folder, sizes), shape, sizes, layers)
             break

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_laser.config import ConfigError, RunConfig
+from megatron_laser.config.process_environment import read_place
 from megatron_laser.config.rollout_checks import colocated_gpus
 from megatron_laser.rollout.serving.command import find_python
 from megatron_laser.rollout.serving.installed import ask_installed
@@ -43,8 +44,8 @@ def expandable_segments(environment: Mapping[str, str]) -> list[str]:
 
 def several_nodes(environment: Mapping[str, str]) -> list[str]:
     """Memory is handed over within a node: torchrun's WORLD_SIZE ranks must all be local ones."""
-    ranks = int(environment.get("WORLD_SIZE", "1"))
-    local = int(environment.get("LOCAL_WORLD_SIZE", str(ranks)))
+    place = read_place(environment)
+    ranks, local = place.world_size, place.local_world_size
     if ranks == local:
         return []
     return [

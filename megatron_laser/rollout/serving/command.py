@@ -217,9 +217,9 @@ def child_environment(environment: Mapping[str, str], *, python: str, mark: str)
         "SPT_NOENV": "1",  # process titles must not overwrite the mark
         "PYTHONSAFEPATH": "1",  # nor the working directory's modules shadow SGLang's
         "PYTHONUNBUFFERED": "1",
-        "HF_HUB_OFFLINE": environment.get("HF_HUB_OFFLINE", "1"),  # model.path is a folder
+        "HF_HUB_OFFLINE": environment.get("HF_HUB_OFFLINE") or "1",  # model.path is a folder
         # Seconds; SGLang's 5 end connections that a busy trainer is about to use again.
-        "SGLANG_TIMEOUT_KEEP_ALIVE": environment.get("SGLANG_TIMEOUT_KEEP_ALIVE", "120"),
+        "SGLANG_TIMEOUT_KEEP_ALIVE": environment.get("SGLANG_TIMEOUT_KEEP_ALIVE") or "120",
     }
     return child
 

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from megatron_laser.config import ConfigError, RunConfig
+from megatron_laser.config import ConfigError, RunConfig, check_model_folder
+from megatron_laser.config.addresses import http_url
+from megatron_laser.config.safetensors_files import has_weight_files
 from megatron_laser.config.schema_rollout import SglangConfig
 from megatron_laser.rollout.open_files import raise_open_files
 from megatron_laser.rollout.serving.command import assign_gpus, find_python
@@ -58,8 +60,7 @@ class FleetPlan:
 
     def url(self, port: int) -> str:
         """Address of a server on this node."""
-        host = self.config.rollout.sglang.host
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return http_url(self.config.rollout.sglang.host, port)
 
     def settings_file(self, number: int) -> Path:
         """Where the options of a server are while it runs; the key is among them."""
@@ -74,6 +75,7 @@ def plan_fleet(config: RunConfig, endpoints: Path) -> FleetPlan:
     """Settle what will be started; nothing runs yet.
 
     Raises:
+        ModelFolderError: the model folder's weights are not those of its config.json, or cannot be used.
         ConfigError: no SGLang, too few GPUs or open files, a taken port, or a folder that cannot be written.
     """
     sglang = config.rollout.sglang
@@ -91,6 +93,8 @@ def plan_fleet(config: RunConfig, endpoints: Path) -> FleetPlan:
         raise ConfigError(
             [f"model.path: {config.model.path} has no config.json; expected a Hugging Face model folder"]
         )
+    if has_weight_files(config.model.path):  # servers may be told to make them up
+        check_model_folder(config.model.path)
     raise_open_files(config.rollout.max_concurrency)  # servers and router inherit it
     python = find_python(sglang, Path.cwd())
     installed = check_sglang(python, router=sglang.router, cuda=sglang.device == "cuda")

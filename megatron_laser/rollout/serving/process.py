@@ -10,13 +10,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_laser.errors import UserError
 from megatron_laser.rollout.serving import guard
 
 _SCRIPT = str(Path(guard.__file__).resolve())
 _REAP_DEADLINE = 10.0  # seconds for the kernel to bury a killed process
 
 
-class ServeError(RuntimeError):
+class ServeError(UserError, RuntimeError):
     """Servers could not be started or kept alive; the message names server, reason and log."""
 
 

@@ -48,6 +48,7 @@ class Expected:
         dtype: `model.dtype`; None: any.
         longest: tokens of the longest prompt with its response; None: not checked.
         sizes: of config.json, by name; compared where the server's model folder can be read from here.
+        tied: whether the output layer is the embedding, compared there, too; None: not compared.
         deterministic: seeds must decide what it samples.
     """
 
@@ -56,6 +57,7 @@ class Expected:
     dtype: str | None = None
     longest: int | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
+    tied: bool | None = None
     deterministic: bool = False
 
 
@@ -206,7 +208,9 @@ def mismatches(
     vocabulary = (server | dict(folder or {})).get("vocab_size")
     if isinstance(vocabulary, int) and vocabulary < expected.vocab_size:
         problems.append(_smaller_vocabulary(expected, f"it has {vocabulary}"))
-    return problems + _size_problems(info, folder or {}, expected)
+    found = folder or {}
+    problems += _size_problems(info, found, expected) + _tie_problems(info, found, expected)
+    return problems + _code_problems(info, found, expected)
 
 
 def _deterministic(server: Mapping[str, Any]) -> bool:
@@ -224,6 +228,27 @@ def _size_problems(info: dict[str, Any], folder: Mapping[str, Any], expected: Ex
         return []
     return [
         f"its model {info.get('model_path')} has {', '.join(differing)}; start it with the trainer's model.path"
+    ]
+
+
+def _tie_problems(info: dict[str, Any], folder: Mapping[str, Any], expected: Expected) -> list[str]:
+    """A server with tied embeddings drops the output layer that it is sent; one without keeps its own."""
+    tied = bool(folder.get("tie_word_embeddings", False))
+    if not folder or expected.tied is None or tied == expected.tied:
+        return []
+    return [
+        f"the config.json of its model {info.get('model_path')} says tie_word_embeddings {str(tied).lower()}, that of "
+        f"model.path {str(expected.tied).lower()}; start it with the trainer's model.path"
+    ]
+
+
+def _code_problems(info: dict[str, Any], folder: Mapping[str, Any], expected: Expected) -> list[str]:
+    """A server of quantized weights would keep its scales beside the plain weights that a run sends."""
+    if expected.dtype is None or not folder.get("quantization_config"):
+        return []
+    return [
+        f"the config.json of its model {info.get('model_path')} has a quantization_config, and a run sends plain "
+        "weights; start it with the trainer's model.path"
     ]
 
 

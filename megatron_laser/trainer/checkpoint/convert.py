@@ -7,7 +7,6 @@ undone: whole tensors are read from one side and written to the other, one at a 
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,15 +16,16 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from transformers import PretrainedConfig
 
+from megatron_laser.finite import is_finite
 from megatron_laser.model.dtypes import DTYPES
-from megatron_laser.model.hf_config import read_hf_config
+from megatron_laser.model.hf_config import architecture_of, read_hf_config
 from megatron_laser.model.hf_folder import MAX_SHARD_BYTES, HfFolder, write_hf_folder
 from megatron_laser.model.mapping import Geometry, Vocabulary, rules
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint import optimizer_state
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.identity import differences, model_identity
-from megatron_laser.trainer.checkpoint.reading import IndexedReader, quiet_reading
+from megatron_laser.trainer.checkpoint.reading import IndexedReader, without_collectives
 from megatron_laser.trainer.checkpoint.staging import WEIGHTS
 
 # (bytes done, bytes in all) after each tensor
@@ -67,9 +67,14 @@ def checkpoint_to_hf(
     if verify:
         folders.verify(source)
     stored = _Stored(source)
-    names = list(_vocabulary_rows(config))
-    total = sum(stored.bytes(name) for name in names)
     real_rows = _vocabulary_rows(config)
+    names = list(real_rows)
+    total = sum(stored.bytes(name) for name in names)
+    if unused := [name for name in stored.names() if name not in real_rows]:
+        raise CheckpointError(
+            f"checkpoint {source}: {len(unused)} tensors that a model of {model} has no use for "
+            f"({', '.join(unused[:3])}); name the folder that the run started from"
+        )
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         done = 0
@@ -98,7 +103,8 @@ def hf_to_checkpoint(
         dtype: the run's `model.dtype`.
 
     Raises:
-        CheckpointError: `root` holds a checkpoint already, or config.json and weights of `source` disagree.
+        CheckpointError: `root` holds a checkpoint already.
+        ModelFolderError: config.json and weights of `source` disagree, or a tensor holds NaN or infinity.
     """
     existing = folders.published(root)
     if existing:
@@ -113,7 +119,7 @@ def hf_to_checkpoint(
     partial.mkdir(parents=True)
     try:
         with HfFolder(source) as reader:
-            _check_tensors(reader, config)
+            reader.require(architecture_of(config))
             _write(partial, _Tensors(reader, list(_vocabulary_rows(config)), dtype, progress))
         folders.sync_files(path for path in partial.iterdir() if path.is_file())
         state = {
@@ -147,6 +153,9 @@ class _Stored:
             raise CheckpointError(f"checkpoint {self._folder}: tensor {name!r} is missing from it")
         return self._tensors[f"{WEIGHTS}.{name}"]
 
+    def names(self) -> list[str]:
+        return [key.removeprefix(f"{WEIGHTS}.") for key in self._tensors if key.startswith(f"{WEIGHTS}.")]
+
     def bytes(self, name: str) -> int:
         entry = self._entry(name)
         return int(entry.size.numel() * entry.properties.dtype.itemsize)
@@ -154,8 +163,12 @@ class _Stored:
     def read(self, name: str) -> torch.Tensor:
         entry = self._entry(name)
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        with quiet_reading():
+        with without_collectives():
             dcp.load({f"{WEIGHTS}.{name}": tensor}, storage_reader=self._reader, no_dist=True)
+        if not is_finite(tensor):
+            raise CheckpointError(
+                f"checkpoint {self._folder}: tensor {name!r} holds NaN or infinity; convert an earlier checkpoint"
+            )
         return tensor
 
 
@@ -214,8 +227,7 @@ def _write(folder: Path, tensors: _Tensors) -> None:
     """The same files as `sharded.save_state` on one rank."""
     torch.save({}, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    with without_collectives():
         dcp.save(
             tensors.placeholders(),
             storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
@@ -236,21 +248,6 @@ def _vocabulary_rows(config: PretrainedConfig) -> dict[str, int | None]:
         if rule.exported
         for name in rule.hf
     }
-
-
-def _check_tensors(reader: HfFolder, config: PretrainedConfig) -> None:
-    there = set(reader.names())
-    for name, rows in _vocabulary_rows(config).items():
-        if name not in there:
-            raise CheckpointError(
-                f"{reader.path}: tensor {name!r} is missing from its safetensors files: config.json and weights "
-                "disagree"
-            )
-        if rows is not None and reader.shape(name)[0] != rows:
-            raise CheckpointError(
-                f"{reader.path}: {name} has {reader.shape(name)[0]} rows and config.json says vocab_size {rows}: "
-                "config.json and weights disagree"
-            )
 
 
 def _refuse_existing(target: Path) -> None:

@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_laser.errors import UserError
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.together import reason
 
@@ -28,12 +29,14 @@ class IndexedReader(dcp.FileSystemReader):
 
 
 @contextmanager
-def quiet_reading() -> Iterator[None]:
-    """torch warns that it reads without collectives, and its error is no `Exception`."""
+def without_collectives() -> Iterator[None]:
+    """torch warns that it reads or writes without collectives, and its error is no `Exception`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             yield
         except CheckpointException as error:
             inner = next(iter(error.failures.values()))[0]
+            if isinstance(inner, UserError):
+                raise inner from error
             raise CheckpointError(reason(inner)) from error

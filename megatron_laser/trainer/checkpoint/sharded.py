@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategie
 
 from megatron_laser.model.mapping import Geometry, Replicated, Row, Rule, Vocabulary, global_names, rules
 from megatron_laser.trainer.checkpoint import optimizer_state
-from megatron_laser.trainer.checkpoint.reading import IndexedReader, quiet_reading
+from megatron_laser.trainer.checkpoint.reading import IndexedReader, without_collectives
 from megatron_laser.trainer.checkpoint.staging import WEIGHTS, Block, Stager
 from megatron_laser.trainer.checkpoint.together import everywhere, readable_errors
 from megatron_laser.trainer.policy import Policy
@@ -87,7 +87,7 @@ def load_state(policy: Policy, folder: Path, optimizer_step: int) -> None:
 
 def _read(reader: IndexedReader, wanted: dict[str, ShardedTensor]) -> None:
     """Fill the tensors of `wanted`; rows that the checkpoint does not have (vocabulary padding) become zeros."""
-    with quiet_reading():
+    with without_collectives():
         dcp.load(
             torch_strategies.mcore_to_pyt_state_dict({key: [entry] for key, entry in wanted.items()}, True),
             storage_reader=reader,

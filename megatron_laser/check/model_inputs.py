@@ -1,0 +1,152 @@
+"""The model folder: its shape, tokenizer, chat template, what ends a response, and the score token."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_laser.check.end_of_response import check_end_of_response, end_sources
+from megatron_laser.check.ledger import Ledger, needed
+from megatron_laser.config import ConfigError, RunConfig, look_at_model_folder, read_architecture
+from megatron_laser.config.architecture import Architecture
+from megatron_laser.config.special_tokens import SpecialTokens, resolve_special_tokens
+from megatron_laser.data.template import render_chat
+from megatron_laser.findings import Finding
+
+GROUP = "Model"
+_QUESTION = "Which 3 digits of 8271 add up to 17?"
+_SHOWN = 200  # characters of a rendered prompt
+
+
+@dataclass
+class ModelInputs:
+    """What was read of `model.path`; None where it could not be."""
+
+    architecture: Architecture | None = None
+    special: SpecialTokens | None = None
+    tokenizer: Any = None
+
+
+def look_at_model(config: RunConfig, ledger: Ledger) -> ModelInputs:
+    """Shape, weights and special tokens, from config.json, the tokenizer's files and the weight files' headers."""
+    found = ModelInputs()
+    with ledger.topic(GROUP, "model"):
+        ledger.add(GROUP, look_at_model_folder(config.model.path, dtype=config.model.dtype))
+        with suppress(ConfigError):  # said by now
+            found.architecture = read_architecture(config.model.path)
+    with ledger.topic(GROUP, "score token"):
+        found.special = resolve_special_tokens(config, needed(found.architecture, "config.json"))
+        ledger.add(GROUP, [score_token_finding(config, found.special)])
+    return found
+
+
+def look_at_tokenizer(config: RunConfig, found: ModelInputs, ledger: Ledger) -> None:
+    """Its vocabulary, the chat template, and what ends a response; needs `found.tokenizer`."""
+    with ledger.topic(GROUP, "tokenizer"):
+        tokenizer = needed(found.tokenizer, "the tokenizer")
+        ledger.add(
+            GROUP, [vocabulary_finding(tokenizer, needed(found.architecture, "config.json").vocab_size)]
+        )
+    with ledger.topic(GROUP, "chat template"):
+        tokenizer = needed(found.tokenizer, "the tokenizer")
+        ledger.add(GROUP, [template_finding(config, tokenizer)])
+    with ledger.topic(GROUP, "end of response"):
+        tokenizer = needed(found.tokenizer, "the tokenizer")
+        needed(found.special, "the ids that end a response")
+        sources = end_sources(
+            config.model.path,
+            tokenizer,
+            setting=config.rollout.stop_token_ids or (),
+            template_used=config.data.apply_chat_template,
+        )
+        ledger.add(GROUP, [check_end_of_response(sources, tokenizer)])
+
+
+def vocabulary_finding(tokenizer: Any, vocab_size: int) -> Finding:
+    """Whether the model has a row for every token.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        vocab_size: rows of the model's embedding.
+    """
+    vocabulary = tokenizer.get_vocab()
+    beyond = sorted((token_id, text) for text, token_id in vocabulary.items() if token_id >= vocab_size)
+    roles = {
+        role: token_id
+        for role in ("bos", "eos", "pad", "unk")
+        if (token_id := getattr(tokenizer, f"{role}_token_id", None)) is not None
+    }
+    special = ", ".join(
+        f"{role} {token_id} {getattr(tokenizer, f'{role}_token')!r}" for role, token_id in roles.items()
+    )
+    text = f"{len(vocabulary):,} tokens for {vocab_size:,} rows; {special or 'no special tokens'}"
+    if not beyond:
+        return Finding("tokenizer", "ok", text)
+    roles_beyond = [role for role, token_id in roles.items() if token_id >= vocab_size]
+    return Finding(
+        "tokenizer",
+        "error" if "bos" in roles_beyond or "eos" in roles_beyond else "warning",
+        f"{len(beyond):,} tokens are beyond the model's vocabulary of {vocab_size:,}"
+        + (
+            f", {' and '.join(roles_beyond)} among them"
+            if roles_beyond
+            else "; a prompt with one of them is refused"
+        ),
+        tuple(f"{token_id} {token!r}" for token_id, token in beyond[:5]),
+        "copy the tokenizer's files from the model's origin",
+    )
+
+
+def template_finding(config: RunConfig, tokenizer: Any) -> Finding:
+    """Whether the chat template makes a prompt of a problem.
+
+    Raises:
+        DataError: it does not parse, or refuses a user's message.
+    """
+    topic = "chat template"
+    has = bool(getattr(tokenizer, "chat_template", None))
+    if not config.data.apply_chat_template:
+        there = "; the tokenizer has one" if has else ""
+        return Finding(topic, "ok", f"not used (data.apply_chat_template is false){there}")
+    if not has:
+        return Finding(
+            topic,
+            "error",
+            "data.apply_chat_template is true, but the tokenizer has no chat template",
+            cure="set data.apply_chat_template: false (a base model), or add chat_template.jinja to the model's folder",
+        )
+    chat = [{"role": "user", "content": _QUESTION}]
+    text = render_chat(tokenizer, chat)
+    if _QUESTION not in text:
+        return Finding(
+            topic, "error", "the problem's text is not in what the template renders", (repr(text[:_SHOWN]),),
+            "mend chat_template.jinja, or set data.apply_chat_template: false",
+        )  # fmt: skip
+    if text == render_chat(tokenizer, chat, generation=False):
+        return Finding(
+            topic, "warning", "a prompt does not open the assistant's turn: the template ignores add_generation_prompt",
+            (repr(text[:_SHOWN]),), "mend chat_template.jinja, so that the model answers and does not go on asking",
+        )  # fmt: skip
+    return Finding(topic, "ok", f"a prompt is {text[:_SHOWN]!r}")
+
+
+def score_token_finding(config: RunConfig, special: SpecialTokens) -> Finding:
+    """What the score token came to; that it can be used is known by now."""
+    topic, token = "score token", special.score_token
+    if not config.laser.enabled:
+        return Finding(topic, "ok", "none is needed (laser.enabled is false)")
+    if token is None:
+        return Finding(topic, "error", "laser.score_token is null", cure="name an unused special token")
+    text = f"{token.text!r}, id {token.id}" if token.text is not None else f"id {token.id}"
+    if not token.verified:
+        return Finding(
+            topic, "warning", f"{text} is unverified: {token.note}",
+            cure="look whether the model's folder is complete; `megatron-laser calibrate` proposes tokens",
+        )  # fmt: skip
+    if token.note:
+        return Finding(
+            topic, "warning", f"{text} is {token.note}",
+            cure="take a special token that nothing uses; `megatron-laser calibrate` proposes some",
+        )  # fmt: skip
+    return Finding(topic, "ok", f"{text}, a special token that ends no response")

@@ -1,0 +1,73 @@
+"""Token ids with a part in the algorithm: what ends a response, and the score token; one rule for dry run and run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_laser.config.architecture import Architecture
+from megatron_laser.config.errors import ConfigError
+from megatron_laser.config.schema import RunConfig
+from megatron_laser.config.score_token import ScoreToken, read_stop_token_ids, resolve_score_token
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """stop_token_ids: what ends a response. score_token: z_c, None where `laser.score_token` names none."""
+
+    stop_token_ids: tuple[int, ...]
+    score_token: ScoreToken | None
+
+    @property
+    def score_token_id(self) -> int | None:
+        """Its id, where it is known."""
+        return None if self.score_token is None else self.score_token.id
+
+
+def resolve_special_tokens(
+    config: RunConfig, architecture: Architecture, *, complete: bool = True
+) -> SpecialTokens:
+    """What `rollout.stop_token_ids` and `laser.score_token` come to with the files of `model.path`.
+
+    Args:
+        complete: the folder is whole, so that what its files do not say is an error; a dry run needs only config.json.
+
+    Raises:
+        ConfigError: an id is missing or not in the vocabulary, or the score token ends responses.
+    """
+    stops = tuple(config.rollout.stop_token_ids or read_stop_token_ids(config.model.path))
+    if not stops and complete:
+        raise ConfigError(
+            [f"model.path {config.model.path} names no eos_token_id; set rollout.stop_token_ids"]
+        )
+    _check_vocabulary("rollout.stop_token_ids", stops, architecture.vocab_size)
+    setting = config.laser.score_token
+    if setting is None:
+        return SpecialTokens(stops, None)
+    token = resolve_score_token(config.model.path, setting)
+    if token.id is None:
+        if config.laser.enabled and complete:
+            raise ConfigError(
+                [
+                    f"laser.score_token {setting!r} has no id in the tokenizer of {config.model.path}: {token.note}"
+                ]
+            )
+        return SpecialTokens(stops, token)
+    _check_vocabulary("laser.score_token", (token.id,), architecture.vocab_size)
+    if token.id in stops:
+        raise ConfigError(
+            [
+                f"laser.score_token {setting!r} is id {token.id}, which also ends a response (rollout.stop_token_ids "
+                f"{list(stops)}); choose an unused special token"
+            ]
+        )
+    return SpecialTokens(stops, token)
+
+
+def _check_vocabulary(setting: str, ids: tuple[int, ...], vocab_size: int) -> None:
+    outside = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
+    if outside:
+        raise ConfigError(
+            [
+                f"{setting}: token id {outside[0]} is not in the model's vocabulary; expected 0 to {vocab_size - 1}"
+            ]
+        )

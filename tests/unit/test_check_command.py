@@ -1,0 +1,169 @@
+"""`megatron-laser check`: one line a topic, everything that is wrong at once; and train, which looks at the same."""
+
+import json
+import logging
+
+import pytest
+import yaml
+from click import unstyle
+from helpers.models import save_tiny_model, save_word_tokenizer
+from typer.testing import CliRunner
+
+from megatron_laser import inputs
+from megatron_laser.check import CheckFailed, Ledger, look
+from megatron_laser.check.ledger import Skipped
+from megatron_laser.check.view import lines, summary
+from megatron_laser.cli import app
+from megatron_laser.config import ConfigError, load_config
+from megatron_laser.findings import Finding
+
+WORDS = ["<unk>", "<eos>", "what", "is", "1", "2", "+", "<|score|>"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("check") / "model"
+    # Of type llama: its tokenizer class takes tokenizer.json as it is.
+    save_tiny_model(folder, "llama3-rope", vocab_size=len(WORDS))
+    save_word_tokenizer(folder, WORDS)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, base):
+    """The YAML file of a run in which all is well."""
+    rows = [{"problem": "what is 1 + 1", "answer": "2"}, {"problem": "what is 1", "answer": "1"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    content = {
+        "model": {"path": str(base), "dtype": "float32", "vocab_multiple": 2},
+        "data": {
+            "train": "train.jsonl",
+            "prompt_suffix": "",
+            "apply_chat_template": False,
+            "max_prompt_tokens": 8,
+        },
+        "rollout": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 8},
+        "laser": {"score_token": "<|score|>", "ref_logprob": -6.0, "beta": 0.5},
+        "batching": {"tokens_per_micro_batch": 64},
+        "run": {"steps": 2, "output_dir": "run"},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def check(*arguments):
+    return CliRunner().invoke(app, ["check", *map(str, arguments)])
+
+
+def test_a_run_in_which_all_is_well_has_a_line_for_each_topic_and_nothing_is_written(run, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    done = check(run)
+    assert done.exit_code == 0, done.output
+    assert done.output.rstrip().endswith("no error and no warning")
+    assert sorted(tmp_path.iterdir()) == before
+    for topic in (
+        *("weight files", "tied weights", "weight types", "score token", "tokenizer", "chat template"),
+        *("end of response", "references", "prompt lengths", "reward function", "servers", "disk space"),
+    ):
+        assert f"  ok       {topic} " in done.output, topic
+    assert [line for line in done.output.splitlines() if line and line[0] != " "][:4] == [
+        *("Model", "Data", "Reward", "Machine")
+    ]
+
+
+def test_everything_that_is_wrong_is_said_at_once(run, tmp_path, base):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for file in base.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "tokenizer.json").write_text("{")
+    done = check(run, f"model.path={folder}", "reward.function=nothing", "run.output_dir=/dev/null/x")
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
+    for word in (
+        "tokenizer.json",
+        "no reward of this name",
+        "/dev/null is a file",
+        "not looked at: it needs the",
+    ):
+        assert word in " ".join(done.output.split()), word
+    assert ": the run would not start" in done.output.splitlines()[-1]
+
+
+def test_as_json_for_programs(run):
+    done = check(run, "--json", "data.max_prompt_tokens=3", "batching.tokens_per_micro_batch=64")
+    found = json.loads(done.output)
+    assert done.exit_code == 0 and (found["errors"], found["warnings"]) == (0, 1)
+    (warning,) = [one for one in found["findings"] if one["level"] == "warning"]
+    assert warning["group"] == "Data" and warning["topic"] == "prompt lengths"
+    assert warning["examples"] and warning["cure"]
+
+
+def test_a_configuration_that_cannot_be_read_is_one_message(run):
+    done = check(run, "run.steps=none")
+    assert done.exit_code == 2 and done.output.startswith("error: ") and "run.steps" in done.output
+
+
+def test_a_start_logs_warnings_alone_and_reads_everything_once(run, monkeypatch, caplog):
+    reads = []
+    real = inputs.look
+
+    def watched(config, ledger):
+        from megatron_laser.check import data_inputs
+
+        read = data_inputs.read_rows
+        monkeypatch.setattr(data_inputs, "read_rows", lambda *a, **k: reads.append(a) or read(*a, **k))
+        return real(config, ledger)
+
+    monkeypatch.setattr(inputs, "look", watched)
+    with caplog.at_level(logging.INFO):
+        found = inputs.read_inputs(load_config(run, ["data.max_prompt_tokens=3"]))
+    found.folder.release()
+    assert len(reads) == 1 and len(found.train) == 1
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(said) == 1 and said[0].startswith("prompt lengths: data.train") and "train.jsonl:1" in said[0]
+
+
+def test_a_start_ends_at_an_error_before_the_output_folder_is_made(run, tmp_path):
+    with pytest.raises(CheckFailed, match=r"score token: data\.train: 1 prompts or answers"):
+        (tmp_path / "train.jsonl").write_text('{"problem": "what is <|score|>", "answer": "1"}')
+        inputs.read_inputs(load_config(run))
+    assert not (tmp_path / "run").exists()
+
+
+def test_progress_is_told_batch_by_batch(run, monkeypatch):
+    monkeypatch.setattr("megatron_laser.data.prompts._BATCH", 1)
+    told = []
+    look(load_config(run), Ledger(), lambda *now: told.append(now))
+    assert told == [("train", 1, 2), ("train", 2, 2)]
+
+
+def test_a_ledger_that_does_not_stop_turns_what_a_user_can_mend_into_findings():
+    ledger = Ledger(stop_at_errors=False)
+    with ledger.topic("Group", "one"):
+        raise ConfigError(["a: wrong", "b: wrong"], "file.yaml")
+    with ledger.topic("Group", "two"):
+        raise PermissionError(13, "Permission denied", "/secret")
+    with ledger.topic("Group", "three"):
+        raise Skipped("the tokenizer")
+    texts = [(one.topic, one.level, one.text) for one in ledger.findings]
+    assert texts == [
+        ("one", "error", "file.yaml; a: wrong; b: wrong"),
+        ("two", "error", "/secret: Permission denied"),
+        ("three", "note", "not looked at: it needs the tokenizer"),
+    ]
+    with pytest.raises(KeyError), ledger.topic("Group", "a crash stays one"):
+        raise KeyError("x")
+
+
+def test_long_texts_are_wrapped_and_no_word_is_cut():
+    ledger = Ledger(stop_at_errors=False)
+    path = "/a/very/long/path/" + "x" * 60
+    finding = Finding("topic", "error", f"{'word ' * 20}{path}", (f"{path}: here",), "do this\nand that")
+    ledger.add("Group", [finding])
+    shown = [unstyle(line) for line in lines(ledger, [], 70)]
+    assert sum(path in line for line in shown) == 2
+    assert all(len(line) <= 70 or path in line for line in shown[:-1])
+    assert "-> do this and that" in "\n".join(shown)
+    assert shown[-1] == summary(ledger) == "1 error, 0 warnings: the run would not start"
