@@ -109,9 +109,8 @@ class WorkerProcess:
         """Whether the grader runs."""
         if self._process.poll() is not None:
             return False
-        watch = (
-            select.poll()
-        )  # select() knows no file beyond number 1023, and a run with servers has many connections
+        # select() knows no file beyond number 1023, and a run with servers has many connections
+        watch = select.poll()
         watch.register(self._connection, select.POLLIN)
         readable = watch.poll(0)
         try:

@@ -233,6 +233,21 @@ def test_a_worker_killed_in_the_middle_of_an_item_costs_that_item_only(custom_fi
         assert after.result(timeout=30) == Grade(1.0, "correct")
 
 
+def test_a_process_with_more_open_files_than_select_takes_can_grade() -> None:
+    """A rollout has a connection for each open request."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with GradingPool(workers=1) as pool:
+            assert pool.grade_many([("\\boxed{x+y}", "y+x")])[0].reward == 1.0
+            assert len(pool.worker_pids()) == 1
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_a_worker_killed_while_idle_costs_nothing(custom_file: Path) -> None:
     with GradingPool(workers=1, deadline=30.0, function=f"{custom_file}:act") as pool:
         (pid,) = pool.worker_pids()
