@@ -1,10 +1,14 @@
 """IPv6 in addresses: in brackets wherever a client reads them, without where a socket does."""
 
 import socket
+from contextlib import nullcontext
 
 import pytest
 
 from megatron_laser.config.addresses import host_and_port, http_url
+from megatron_laser.testtime import serving
+from megatron_laser.testtime.engine import EngineChoice
+from megatron_laser.testtime.proxy_settings import ProxySettings
 from megatron_laser.weight_sync.group import reachable_address
 
 
@@ -48,3 +52,19 @@ def test_the_trainers_address_towards_a_server_by_ipv6():
     except OSError:
         pytest.skip("no IPv6 loopback here")
     assert reachable_address("http://[::1]:30000") == "::1"
+
+
+def test_the_proxy_prints_an_address_that_clients_accept(monkeypatch):
+    class Listener:
+        def getsockname(self):
+            return ("::1", 8124, 0, 0)
+
+    said = []
+    monkeypatch.setattr(serving, "listen", lambda host, port: nullcontext(Listener()))
+    monkeypatch.setattr(serving, "open_engine", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(serving, "GradingPool", lambda **_: nullcontext())
+    monkeypatch.setattr(serving, "make_application", lambda *_: None)
+    monkeypatch.setattr(serving.web, "run_app", lambda *_, **__: None)
+    settings = ProxySettings(model_name="model", host="::1", port=8124)
+    serving.run_proxy(None, EngineChoice(), settings, say=said.append)
+    assert said == ["model: http://[::1]:8124/v1 (k = 8); Ctrl-C ends it"]
