@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from megatron_laser import cli_bench, cli_check, cli_serve, cli_testtime
-from megatron_laser.cli_errors import Commands, user_errors
+from megatron_laser.cli_errors import Commands
 
-__all__ = ["app", "main", "prepare_process", "user_errors"]
+__all__ = ["app", "main", "prepare_process"]
 
 app = typer.Typer(
     cls=Commands,

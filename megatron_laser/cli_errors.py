@@ -27,6 +27,7 @@ _FILE_ERRORS = frozenset(
         *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENOTEMPTY, errno.EEXIST),
     }
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class user_errors:
@@ -67,6 +68,8 @@ def user_message(error: BaseException) -> str:
         return str(error)
     if isinstance(error, OSError) and error.errno in _FILE_ERRORS and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in _FULL:  # writing to an open file names none
+        return str(error)
     if isinstance(error, FileNotFoundError):
         return str(error)
     if isinstance(error, TimeoutError) and "megatron_laser.testtime" in sys.modules:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
-from megatron_laser.config import ConfigError, read_architecture
+from megatron_laser.config import ConfigError, check_model_folder, read_architecture
 from megatron_laser.config.yaml_source import read_yaml
 from megatron_laser.model.dtypes import DTYPES
 from megatron_laser.trainer.checkpoint import folder as folders
@@ -40,7 +42,7 @@ def convert(
     Raises:
         CheckpointError, ConfigError: the message says what is wrong with the folders and what to do.
     """
-    with _bar(console or Console(stderr=True)) as bar:
+    with _bar(console or Console(stderr=True)) as bar, _writing(target):
         task = bar.add_task("converting", total=None)
 
         def progress(done: int, total: int) -> None:
@@ -66,8 +68,18 @@ def convert(
             raise CheckpointError(
                 f"{target}: a converted model is step 0; name {root}, or step_00000000 in it"
             )
-        read_architecture(source)
+        check_model_folder(source)
         return hf_to_checkpoint(source, root, dtype=DTYPES[dtype or _stated_dtype(source)], progress=progress)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{target} is not complete: {error}") from error
 
 
 def _bar(console: Console) -> Progress:

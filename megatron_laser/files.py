@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -15,7 +16,8 @@ def through_links(path: str | Path) -> Path:
 def remove(path: Path) -> None:
     """Delete a file, a folder or a link, but not what the link points to; what cannot be deleted stays."""
     if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
 

@@ -17,16 +17,17 @@ logger = logging.getLogger(__name__)
 LOCK = "run.lock"
 
 
-def lock_folder(folder: Path, setting: str) -> IO[str]:
+def lock_folder(folder: Path, setting: str, *, name: str = LOCK) -> IO[str]:
     """Take the lock of an existing folder; it is held until the file is closed or the process ends.
 
     Args:
         setting: what names the folder, for messages: "run.output_dir".
+        name: of the file in it that is locked.
 
     Raises:
         ConfigError: a live process holds it. OSError: the folder cannot be written.
     """
-    lock = (folder / LOCK).open("a+", encoding="utf-8")
+    lock = (folder / name).open("a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -42,12 +42,12 @@ class RunInputs:
 def read_inputs(config: RunConfig) -> RunInputs:
     """Look at everything that the run starts from, as `megatron-laser check` does, and claim the output folder.
 
-    Warnings are logged.
+    Warnings and notes are logged.
 
     Raises:
         UserError: the first error, with the setting or the file and line that is wrong.
     """
-    looked = look(config, Ledger(stop_at_errors=True, hear=_warn))
+    looked = look(config, Ledger(stop_at_errors=True, hear=_log))
     model, prompts = looked.model, looked.data.prompts
     assert model.special is not None  # errors have ended this by now
     return RunInputs(
@@ -62,6 +62,8 @@ def read_inputs(config: RunConfig) -> RunInputs:
     )
 
 
-def _warn(finding: Finding) -> None:
+def _log(finding: Finding) -> None:
     if finding.level == "warning":
         logger.warning("%s", one_line(finding))
+    elif finding.level == "note":
+        logger.info("%s", one_line(finding))

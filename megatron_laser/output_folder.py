@@ -163,9 +163,10 @@ def _claim_checkpoints(config: RunConfig, record: dict[str, Any] | None, again: 
     root = checkpoints.checkpoint_root(config)
     output_dir = str(config.run.output_dir)
     run_id = again.id if again is not None else None if record is None else record.get("id")
-    if record is not None and run_id is None:  # of an earlier version, which gave runs no id
+    if run_id is None:  # a new run, or one of an earlier version, which gave runs no id
         there = owners.read_owner(root)
-        if there is not None and same_folder(there.output_dir, output_dir):
+        nothing_to_lose = record is not None or not checkpoints.published(root)
+        if there is not None and same_folder(there.output_dir, output_dir) and nothing_to_lose:
             run_id = there.id  # a start that was cut off had given it one already
     owner = Owner(run_id or uuid.uuid4().hex, output_dir, str(root))
     owners.check_owner(root, owner, earlier=record is not None and "id" not in record)

@@ -63,7 +63,7 @@ def _checkpoints_aside(config: RunConfig, folder: Path, held: ExitStack) -> list
     if there is None and not (folder / RUN).exists():
         return []  # of nobody that is known: the claim says what to do about them
     run_id = _run_id(folder)
-    own = there is None or there.id == run_id or (not run_id and same_folder(there.output_dir, folder))
+    own = there is None or there.id == run_id or same_folder(there.output_dir, folder)
     if not own:
         check_owner(root, Owner(run_id, str(folder), str(root)), earlier=False)
     entries = [path for path in root.iterdir() if path.name.startswith("step_") or path.name == OWNER]

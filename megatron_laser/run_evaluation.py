@@ -16,6 +16,7 @@ from megatron_laser.inputs import RunInputs
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.engine import RolloutEngine, StopEarly, StoppedEarly
+from megatron_laser.rollout.sglang.errors import ServerGone
 from megatron_laser.types import Prompt, SamplingParams
 from megatron_laser.weight_identity import engine_digest
 
@@ -128,7 +129,10 @@ class RunEvaluation:
         self, records: Path, prompts: Sequence[Prompt], sampling: SamplingParams, batch: int
     ) -> Path | None:
         """Where responses of just these weights are kept; None where the engine does not tell them from others."""
-        weights = engine_digest(self._engine)
+        try:
+            weights = engine_digest(self._engine)
+        except ServerGone:  # the others will answer, but nothing is kept for a later attempt
+            return None
         if weights is None:
             return None
         identity: dict[str, Any] = {

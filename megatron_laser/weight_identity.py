@@ -23,7 +23,7 @@ import torch
 from megatron_laser.errors import UserError
 from megatron_laser.observability.plain import write_atomically
 from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.errors import ServerError, ServerMismatch
+from megatron_laser.rollout.sglang.errors import ServerError, ServerGone, ServerMismatch
 from megatron_laser.weight_sync.checksums import fingerprint, no_checksums
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class FolderWeights:
         """Raises WeightsChanged when somebody has written into the files."""
         if not self.changed():
             return
-        if self._digest(None) != self.identity:
+        if self.identity is None or self._digest(None) != self.identity:
             raise WeightsChanged(f"{self._folder}: its weights were overwritten while they were in use")
         self._states = {path: _state(number) for path, number in self._files.items()}  # touched, no more
 
@@ -212,6 +212,8 @@ def _servers_digest(engine: SglangEngine) -> str | None:
                 phase,
                 f"its weights are not those of {first[1]}: numbers would be of two models; give both the same weights",
             )
+    if not sums:
+        raise ServerGone("of this engine", phase, "none can be asked at the moment")
     text = json.dumps(sorted((size, found) for size, (found, _) in sums.items()))
     return f"checksums:{hashlib.sha256(text.encode()).hexdigest()}"
 

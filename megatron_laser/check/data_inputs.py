@@ -11,12 +11,12 @@ from megatron_laser.config import RunConfig
 from megatron_laser.data import (
     Row,
     build_prompts,
-    grades_mathematics,
     look_at_prompts,
     look_at_references,
     look_for_score_token,
     read_rows,
 )
+from megatron_laser.rewards import is_math_verify
 from megatron_laser.types import Prompt
 
 GROUP = "Data"
@@ -39,7 +39,7 @@ def read_data(config: RunConfig, ledger: Ledger) -> DataInputs:
     found = DataInputs()
     data = config.data
     # A function of the user's gets the column as it is written, and may mean anything by it.
-    mathematics = grades_mathematics(config.reward.function)
+    mathematics = is_math_verify(config.reward.function)
     for split in SPLITS:
         paths = getattr(data, split)
         if paths is None:

@@ -9,14 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_laser.config import RunConfig, count_parameters, read_architecture
-from megatron_laser.config.parameters import DTYPE_BYTES
+from megatron_laser.config.parameters import rank_bytes
 from megatron_laser.findings import Finding
 
 TOPIC = "disk space"
-_STATE_BYTES = {
-    "float32": 8,
-    "bfloat16": 12,
-}  # of the optimizer: moments, and with bfloat16 weights a float32 copy
 _TEXT_BYTES = 4  # of a token as text, about
 _SPARE = 0.02  # of the need: folders, metrics, logs
 
@@ -48,8 +44,8 @@ def disk_needs(config: RunConfig) -> Iterator[Need]:
     """What the run writes: checkpoints, the export, weights for servers, responses."""
     output = Path(config.run.output_dir)
     parameters = count_parameters(read_architecture(config.model.path))
-    weights = parameters * DTYPE_BYTES[config.model.dtype]
-    checkpoint = weights + parameters * _STATE_BYTES[config.model.dtype]
+    whole = rank_bytes(parameters, config.model.dtype, shards=1, reference_model=False)
+    weights, checkpoint = whole.weights, whole.weights + whole.optimizer
     settings, steps = config.checkpoint, config.run.steps
     if settings.every:
         root = Path(settings.folder or output / "checkpoints")
@@ -69,7 +65,9 @@ def disk_needs(config: RunConfig) -> Iterator[Need]:
         yield Need(output, f"the export to hf/ of {_size(weights)}", weights, weights)
     if config.rollout.engine == "sglang" and config.rollout.weight_sync == "disk":
         folder = Path(config.rollout.sync_folder or output / "weights")
-        yield Need(folder, f"weights for servers, twice {_size(weights)}", 2 * weights, 2 * weights)
+        left = sum(_folder_bytes(old) for old in folder.glob("weights-*"))  # the first new ones replace them
+        need = max(0, 2 * weights - left)
+        yield Need(folder, f"weights for servers, twice {_size(weights)}", need, need)
     if config.logging.rollouts_every:
         rollout = config.rollout
         responses = rollout.prompts_per_step * rollout.samples_per_prompt

@@ -19,7 +19,6 @@ from megatron_laser.cli_testtime.options import (
     engine_choice,
     model_folder,
     require_positive,
-    user_errors,
 )
 
 
@@ -79,39 +78,38 @@ def calibrate(
 
     megatron-laser calibrate models/Qwen2.5-7B data/train.parquet --output runs/calibration
     """
-    with user_errors():
-        for name, value in (
-            ("--candidates", candidates),
-            ("--problems", problems),
-            ("--samples", samples),
-            ("--max-new-tokens", max_new_tokens),
-            ("--max-std", max_std),
-            ("--beta", beta),
-            ("--deadline", deadline),
-        ):
-            require_positive(name, value)
-        choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
-        folder = model_folder(model, None, None, None, stop_token_id, with_score=False)
-        from megatron_laser.testtime.calibration import CalibrationSettings, calibrate_model
+    for name, value in (
+        ("--candidates", candidates),
+        ("--problems", problems),
+        ("--samples", samples),
+        ("--max-new-tokens", max_new_tokens),
+        ("--max-std", max_std),
+        ("--beta", beta),
+        ("--deadline", deadline),
+    ):
+        require_positive(name, value)
+    choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
+    folder = model_folder(model, None, None, None, stop_token_id, with_score=False)
+    from megatron_laser.testtime.calibration import CalibrationSettings, calibrate_model
 
-        settings = CalibrationSettings(
-            tokens=tuple(token or ()),
-            candidates=candidates,
-            problems=problems,
-            samples=samples,
-            max_new_tokens=max_new_tokens,
-            max_std=max_std,
-            beta=beta,
-            prompt_key=prompt_key,
-            answer_key=answer_key,
-            prompt_suffix=prompt_suffix,
-            apply_chat_template=chat_template,
-            seed=seed,
-            deadline=deadline,
-        )
-        result = calibrate_model(folder, data, choice, settings, say=typer.echo)
-        typer.echo(result.text())
-        result.write(output)
-        if result.chosen is None:
-            raise typer.Exit(1)
-        typer.echo(f"wrote {output / 'laser.yaml'} and {output / 'calibration.json'}")
+    settings = CalibrationSettings(
+        tokens=tuple(token or ()),
+        candidates=candidates,
+        problems=problems,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        max_std=max_std,
+        beta=beta,
+        prompt_key=prompt_key,
+        answer_key=answer_key,
+        prompt_suffix=prompt_suffix,
+        apply_chat_template=chat_template,
+        seed=seed,
+        deadline=deadline,
+    )
+    result = calibrate_model(folder, data, choice, settings, say=typer.echo)
+    typer.echo(result.text())
+    result.write(output)
+    if result.chosen is None:
+        raise typer.Exit(1)
+    typer.echo(f"wrote {output / 'laser.yaml'} and {output / 'calibration.json'}")

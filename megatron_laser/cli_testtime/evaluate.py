@@ -23,7 +23,6 @@ from megatron_laser.cli_testtime.options import (
     engine_choice,
     model_folder,
     require_positive,
-    user_errors,
 )
 
 
@@ -75,31 +74,30 @@ def evaluate(
 
     The paper's five:   megatron-laser eval MODEL examples/benchmarks.yaml --url http://127.0.0.1:30000
     """
-    with user_errors():
-        from megatron_laser.config import load_benchmarks
+    from megatron_laser.config import load_benchmarks
 
-        choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
-        folder = model_folder(model, score_token, ref_logprob, beta, stop_token_id, with_score=not no_score)
-        chosen = load_benchmarks(benchmarks, overrides or [], only=only or [], from_run=folder.from_run)
-        for name, value in (
-            ("--workers", workers),
-            ("--grading-deadline", grading_deadline),
-            ("--deadline", deadline),
-        ):
-            require_positive(name, value)
-        from megatron_laser.testtime.evaluation import evaluate_benchmarks
+    choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
+    folder = model_folder(model, score_token, ref_logprob, beta, stop_token_id, with_score=not no_score)
+    chosen = load_benchmarks(benchmarks, overrides or [], only=only or [], from_run=folder.from_run)
+    for name, value in (
+        ("--workers", workers),
+        ("--grading-deadline", grading_deadline),
+        ("--deadline", deadline),
+    ):
+        require_positive(name, value)
+    from megatron_laser.testtime.evaluation import evaluate_benchmarks
 
-        results = evaluate_benchmarks(
-            folder,
-            chosen,
-            choice,
-            output,
-            deadline=deadline,
-            workers=workers,
-            grading_deadline=grading_deadline,
-            regrade=regrade,
-            say=typer.echo,
-        )
-        from megatron_laser.observability.benchmark_report import overview
+    results = evaluate_benchmarks(
+        folder,
+        chosen,
+        choice,
+        output,
+        deadline=deadline,
+        workers=workers,
+        grading_deadline=grading_deadline,
+        regrade=regrade,
+        say=typer.echo,
+    )
+    from megatron_laser.observability.benchmark_report import overview
 
-        typer.echo(overview(results))
+    typer.echo(overview(results))

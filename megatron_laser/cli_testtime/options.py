@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -101,10 +100,3 @@ def require_positive(name: str, value: float) -> None:
     """Refuse 0 and less as a usage error."""
     if not value > 0:
         raise typer.BadParameter(f"{name} {value}: expected a number above 0")
-
-
-def user_errors() -> AbstractContextManager[Any]:
-    """Errors about the user's input end in one message and status 2, as in `cli`."""
-    from megatron_laser import cli
-
-    return cli.user_errors()

@@ -24,7 +24,6 @@ from megatron_laser.cli_testtime.options import (
     engine_choice,
     model_folder,
     require_positive,
-    user_errors,
 )
 
 
@@ -92,53 +91,50 @@ def score(
     A server:  megatron-laser score runs/tiny_sum/laser --serve --port 8100, then any OpenAI client with base_url
     http://127.0.0.1:8100/v1; extra_body={"k": 16} asks for 16 samples. The answer's score is in choices[0].score.
     """
-    with user_errors():
-        if serve == (source is not None):
-            raise typer.BadParameter("give either a JSON Lines file or --serve")
-        require_positive("--deadline", deadline)
-        choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
-        folder = model_folder(model, score_token, ref_logprob, beta, stop_token_id)
-        template = (
-            folder.from_run.get("apply_chat_template", True) if chat_template is None else chat_template
-        )
-        suffix = folder.from_run.get("prompt_suffix", "") if prompt_suffix is None else prompt_suffix
-        folder.require_score()
-        if serve:
-            from megatron_laser.testtime.serving import ProxySettings, run_proxy
+    if serve == (source is not None):
+        raise typer.BadParameter("give either a JSON Lines file or --serve")
+    require_positive("--deadline", deadline)
+    choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
+    folder = model_folder(model, score_token, ref_logprob, beta, stop_token_id)
+    template = folder.from_run.get("apply_chat_template", True) if chat_template is None else chat_template
+    suffix = folder.from_run.get("prompt_suffix", "") if prompt_suffix is None else prompt_suffix
+    folder.require_score()
+    if serve:
+        from megatron_laser.testtime.serving import ProxySettings, run_proxy
 
-            settings = ProxySettings(
-                model_name=model_name or (model.absolute().name),
-                host=host,
-                port=port,
-                api_key=os.environ.get(serve_key_env) or None,
-                k=k,
-                max_k=max_k,
-                max_new_tokens=max_new_tokens or folder.from_run.get("max_new_tokens", 8192),
-                apply_chat_template=template,
-                prompt_suffix=suffix,
-                deadline=deadline,
-            )
-            run_proxy(folder, choice, settings, say=typer.echo)
-            return
-        from megatron_laser.testtime import Scorer
-        from megatron_laser.testtime.held_weights import HeldWeights
-        from megatron_laser.testtime.scoring import read_answers, score_file
+        settings = ProxySettings(
+            model_name=model_name or (model.absolute().name),
+            host=host,
+            port=port,
+            api_key=os.environ.get(serve_key_env) or None,
+            k=k,
+            max_k=max_k,
+            max_new_tokens=max_new_tokens or folder.from_run.get("max_new_tokens", 8192),
+            apply_chat_template=template,
+            prompt_suffix=suffix,
+            deadline=deadline,
+        )
+        run_proxy(folder, choice, settings, say=typer.echo)
+        return
+    from megatron_laser.testtime import Scorer
+    from megatron_laser.testtime.held_weights import HeldWeights
+    from megatron_laser.testtime.scoring import read_answers, score_file
 
-        assert source is not None
-        answers = read_answers(
-            folder, source, apply_chat_template=template, prompt_suffix=suffix, end_token_id=end_token_id
+    assert source is not None
+    answers = read_answers(
+        folder, source, apply_chat_template=template, prompt_suffix=suffix, end_token_id=end_token_id
+    )
+    target = output or source.with_name(f"{source.stem}.scored{source.suffix}")
+    with HeldWeights(choice, folder, deadline=deadline, identify=False) as weights:
+        counts = score_file(
+            Scorer(weights.engine(), folder, end_token_id=end_token_id),
+            answers,
+            target,
+            deadline=deadline,
+            batch=batch,
+            check=weights.check,
         )
-        target = output or source.with_name(f"{source.stem}.scored{source.suffix}")
-        with HeldWeights(choice, folder, deadline=deadline, identify=False) as weights:
-            counts = score_file(
-                Scorer(weights.engine(), folder, end_token_id=end_token_id),
-                answers,
-                target,
-                deadline=deadline,
-                batch=batch,
-                check=weights.check,
-            )
-        typer.echo(
-            f"{counts['rows']:.0f} rows, {counts['scored']:.0f} with a score (mean {counts['score_mean']:.3f}), "
-            f"{counts['right']:.0f} called right; wrote {target}"
-        )
+    typer.echo(
+        f"{counts['rows']:.0f} rows, {counts['scored']:.0f} with a score (mean {counts['score_mean']:.3f}), "
+        f"{counts['right']:.0f} called right; wrote {target}"
+    )

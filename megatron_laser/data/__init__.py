@@ -6,7 +6,6 @@ from .errors import DataError
 from .looks import heed, look_at_prompts, look_at_references
 from .prompts import PromptReport, build_prompts
 from .readers import Row, fingerprint, read_ids, read_records, read_rows
-from .references import grades_mathematics
 from .score_token import look_for_score_token, refuse_score_token
 from .text import lone_surrogate
 
@@ -19,7 +18,6 @@ __all__ = [
     "encode_chats",
     "encode_texts",
     "fingerprint",
-    "grades_mathematics",
     "heed",
     "lone_surrogate",
     "look_at_prompts",

@@ -24,6 +24,7 @@ Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _PARQUET_SUFFIXES = (".parquet",)
 _SHORT_FLOATS = {"float": np.float32, "halffloat": np.float16}  # Arrow's names
+_PARQUET_BATCH = 1000  # rows in memory at once; worked solutions are long
 _HASH_CHUNK = 1 << 20
 
 
@@ -53,7 +54,7 @@ def read_rows(paths: Paths, *, prompt_key: str, answer_key: str, mathematics: bo
         paths: one file or several: .jsonl, .ndjson or .parquet.
         prompt_key: field or column with the problem, a non-empty string.
         answer_key: field or column with the reference answer.
-        mathematics: the references are for the mathematical grader (`references.grades_mathematics`): numbers, lists
+        mathematics: the references are for the mathematical grader (`rewards.is_math_verify`): numbers, lists
             of one and worked solutions give the answer in them. False: they are as written, everything but text as
             JSON, and may be empty.
 
@@ -202,7 +203,7 @@ def _parquet_records(
                 yield from ((f"{path} row {number}", {}) for number in range(file.metadata.num_rows))
                 return
             number = 0
-            for batch in file.iter_batches(columns=wanted if keys is not None else None):
+            for batch in file.iter_batches(_PARQUET_BATCH, columns=wanted if keys is not None else None):
                 for record in _batch_records(batch, path, number):
                     for name in short:
                         if record.get(name) is not None:

@@ -19,11 +19,6 @@ BOX = r"a worked solution's \boxed{}"
 LIST = "a list of one answer"
 EXPONENT = "a number written with an exponent"
 
-_MATH_REWARDS = (
-    "math_verify",
-    "megatron_laser.rewards:grade_math",
-    "megatron_laser.rewards.math_grading:grade_math",
-)
 _EXPONENT = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]{1,9}")
 _LONGEST_NUMBER = 60  # digits; longer ones are written as m \times 10^{e}
 _COMMAND = re.compile(r"\\(?:begin|end)\{[a-z*]+\}|\\[a-zA-Z]+")
@@ -44,11 +39,6 @@ class Reference:
 
     text: str
     taken_from: str = ""
-
-
-def grades_mathematics(function: str) -> bool:
-    """Whether `reward.function` is the project's mathematical grader, whose references may be extracted."""
-    return function in _MATH_REWARDS
 
 
 def read_reference(value: Any) -> Reference:

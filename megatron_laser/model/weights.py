@@ -27,10 +27,14 @@ def load_weights(
     Raises ModelFolderError, on every rank, when the folder's tensors are not all, or not only, those of `config`, when
     a shape differs, or when a rank has read NaN or infinity.
     """
-    folder.require(architecture_of(config))
+    trouble = ""
+    try:
+        folder.require(architecture_of(config))
+    except ModelFolderError as error:  # perhaps of this node's copy alone
+        trouble = str(error)
+    _agree(trouble)
     parameters = global_names(chunks)
     rank = parallel_state.get_tensor_model_parallel_rank()
-    trouble = ""
     for rule in rules(config):
         parameter = parameters.pop(rule.megatron, None)
         if parameter is None:

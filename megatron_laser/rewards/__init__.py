@@ -5,7 +5,7 @@ from .equivalence import equivalence_classes
 from .grade import OUTCOMES, Grade, GradingPoolError, Outcome, RewardSpecError
 from .math_grading import answers_equal, grade_math
 from .pool import GradingPool
-from .registry import known_rewards, register_reward, resolve_reward
+from .registry import is_math_verify, known_rewards, register_reward, resolve_reward
 from .trial import trial, try_reward
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "find_last_box",
     "grade_math",
     "has_exactly_one_box",
+    "is_math_verify",
     "known_rewards",
     "normalize_answer",
     "register_reward",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from .expressions import expressions_equal, proportional
@@ -31,7 +32,7 @@ def readings_equal(left: Reading, right: Reading) -> bool | None:
         case (Unread(), _) | (_, Unread()):
             return None
         case Value(first, unit), Value(second, other_unit):
-            if unit and other_unit and unit != other_unit:
+            if unit and other_unit and unit != other_unit and not _is_scale_left_out(unit, other_unit):
                 return False
             return expressions_equal(first, second)
         case Point(first), Point(second):
@@ -59,7 +60,16 @@ def readings_equal(left: Reading, right: Reading) -> bool | None:
             return None if len(positive.free_symbols) < 2 else False
         case (Table(), Point()) | (Point(), Table()):
             return None  # a vector, or not
+        case (Items(items), Reals()) | (Reals(), Items(items)) if any(
+            isinstance(item, (Reals, Point)) for item in items
+        ):
+            return None  # intervals side by side may be their union
     return False
+
+
+def _is_scale_left_out(unit: str, other: str) -> bool:
+    """Degrees of a temperature, where only one side says of which scale."""
+    return "°" in (unit, other) and unit[0] == other[0]
 
 
 def _all_equal(first: Sequence[Reading], second: Sequence[Reading]) -> bool | None:
@@ -79,23 +89,29 @@ def _conjunction(verdicts: Iterable[bool | None]) -> bool | None:
 
 
 def _same_items(first: Sequence[Reading], second: Sequence[Reading]) -> bool | None:
-    """Each item with one of its own on the other side."""
+    """Each item with one of its own on the other side, in any order."""
     if len(first) != len(second):
         return False
-    rest, undecided = list(second), False
-    for item in first:
-        verdicts = [readings_equal(item, other) for other in rest]
-        if True in verdicts:
-            del rest[verdicts.index(True)]
-        elif None in verdicts:
-            undecided = True
-        else:
-            return False
-    # an item that no other one of the second list can be
-    for other in rest:
-        if all(readings_equal(item, other) is False for item in first):
-            return False
-    return None if undecided else True
+    verdict = cache(lambda i, j: readings_equal(first[i], second[j]))
+    if _can_be_paired(len(first), lambda i, j: verdict(i, j) is True):
+        return True
+    return None if _can_be_paired(len(first), lambda i, j: verdict(i, j) is not False) else False
+
+
+def _can_be_paired(count: int, fits: Callable[[int, int], bool]) -> bool:
+    """Whether each of `count` items has one of its own among as many others (augmenting paths)."""
+    partners: dict[int, int] = {}
+
+    def place(item: int, tried: set[int]) -> bool:
+        for other in (*range(item, count), *range(item)):  # most lists have the same order
+            if other not in tried and fits(item, other):
+                tried.add(other)
+                if other not in partners or place(partners[other], tried):
+                    partners[other] = item
+                    return True
+        return False
+
+    return all(place(item, set()) for item in range(count))
 
 
 def _same_pieces(first: Sequence[Piece], second: Sequence[Piece]) -> bool | None:

@@ -40,6 +40,7 @@ _DROPPED = re.compile(r"[\d)]\s*_|(?<![_^])\d\s+\d|\^\s*\{?\s*(?:T|\\top|\\inter
 # what it computes at once or takes seconds for
 _TOO_MUCH = re.compile(r"\\[dt]?binom\s*\{\s*\d{6,}|(?:[^|]*\|){20}|(?:[^!]*!){20}")
 _MAX_DEPTH = 8
+_INDEX = re.compile(r"_(?:\d|\{\d+\})$")  # of one of several values of a quantity: x_1
 _MAX_PARTS = 200
 
 
@@ -125,8 +126,10 @@ def _compound(text: str, read: ReadPart) -> Reading | None:
     """Unions, differences, brackets, matrices and both signs; None for a single expression."""
     for mark in ("\\cup", "\\cap", "\\setminus", "\\backslash"):
         parts = split(text, mark)
+        if len(parts) > _MAX_PARTS:
+            return Unread(text)
         if len(parts) > 1:
-            return _combined(text, mark, [read(part) for part in parts[:_MAX_PARTS]])
+            return _combined(text, mark, [read(part) for part in parts])
     if brackets := bracketed(text):
         return _read_brackets(text, *brackets, read)
     if (matrix := _MATRIX.fullmatch(text)) and "\\begin" not in matrix[2]:
@@ -191,6 +194,13 @@ def _items(readings: list[Reading]) -> Reading:
     return readings[0] if len(readings) == 1 else Items(tuple(readings))
 
 
+def _is_interval(reading: Reading) -> bool:
+    """A set of reals, and no point: an open interval without end is read as a pair."""
+    if isinstance(reading, Point):
+        return any(isinstance(end, Value) and is_infinite(end.expression) for end in reading.items)
+    return isinstance(reading, Reals)
+
+
 def _read_list(text: str, parts: list[str], words: set[str], read: ReadPart) -> Reading:
     """Answers side by side: solutions in any order, values of several names, or conditions on one variable."""
     if len(parts) > _MAX_PARTS:
@@ -198,17 +208,20 @@ def _read_list(text: str, parts: list[str], words: set[str], read: ReadPart) -> 
     readings = [read(part) for part in parts]
     unknowns = {unknown_of(part) for part in parts}
     pieces = [pieces_of(reading) for reading in readings]
-    if None not in unknowns or ("or" in words and any(isinstance(reading, Reals) for reading in readings)):
+    if None not in unknowns or ("or" in words and any(_is_interval(reading) for reading in readings)):
         if len(unknowns) > 1 or any(piece is None for piece in pieces):
             return Unread(text)
-        return _combined(text, "\\cup" if "or" in words else "\\cap", readings)
+        found = _combined(text, "\\cup" if "or" in words else "\\cap", readings)
+        # x < -2, x > 2: hardly the empty set
+        return Unread(text) if found == Items(()) else found
     names = [assigned_name(part) for part in parts]
     given = [name for name in names if name]
-    if len(given) == len(parts) and len({name[0] for name in given}) == len(parts):
+    quantities = {_INDEX.sub("", name) for name in given}
+    if len(given) == len(parts) == len(quantities):
         # x = 1, y = 2: the point of the values in the order of their names
         ordered = sorted(zip(given, readings, strict=True), key=lambda pair: pair[0])
         return Point(tuple(reading for _, reading in ordered))
-    if len(set(given)) > 1 and len({name[0] for name in given}) > 1:
+    if len(quantities) > 1:
         return Unread(text)
     flat: list[Reading] = []
     for part, reading in zip(parts, readings, strict=True):

@@ -115,7 +115,12 @@ def _split(spec: str) -> tuple[str, str]:
 
 def is_math_verify(spec: str | RewardFunction) -> bool:
     """Whether this is the built-in verifier, which needs no code of the user."""
-    return spec is grade_math or spec in ("math_verify", f"{grade_math.__module__}:{grade_math.__name__}")
+    name = grade_math.__name__
+    return spec is grade_math or spec in (
+        "math_verify",
+        f"{__package__}:{name}",
+        f"{grade_math.__module__}:{name}",
+    )
 
 
 def reward_location(function: RewardFunction) -> str:

@@ -32,6 +32,8 @@ _NAME = re.compile(
 _NO_NAMES = frozenset(["e", "i", "\\pi", "\\infty", "\\emptyset"])
 _VARIABLE = re.compile(rf"\\?[a-zA-Z]+{_SUBSCRIPT}'*")
 _PLANE = ("x", "y", "z")
+_CALL = re.compile(r"([a-zA-Z]+)[^()\\]*\((.*)\)")
+_ARGUMENT = re.compile(r"[a-zA-Z]|-?\d+(?:\.\d+)?")
 _SOLVABLE_BITS = 3000  # larger equations (high powers) are not expanded
 
 ReadPart = Callable[[str], Reading]
@@ -39,9 +41,18 @@ ReadPart = Callable[[str], Reading]
 
 def name_of(text: str) -> str | None:
     """The text, if it only names a quantity."""
-    named = _NAME.fullmatch(text) and text not in _NO_NAMES
+    named = _NAME.fullmatch(text) and text not in _NO_NAMES and not _is_product(text)
     # sine and its like begin with a backslash too, but have no subscript or end
     return text if named and not re.match(r"\\(?:sin|cos|tan|log|ln|frac|sqrt)(?![a-zA-Z])", text) else None
+
+
+def _is_product(text: str) -> bool:
+    """n(n + 1) and x(y + 1), which look like calls."""
+    call = _CALL.fullmatch(text)
+    if call is None or call[1] in ("f", "g"):
+        return False
+    of_itself = set(call[1]) & set(re.findall("[a-zA-Z]", call[2]))
+    return bool(of_itself) or (call[1] in _PLANE and not _ARGUMENT.fullmatch(call[2].strip()))
 
 
 def assigned_name(text: str) -> str | None:

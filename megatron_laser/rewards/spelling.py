@@ -9,6 +9,7 @@ import re
 from fractions import Fraction
 
 from .boxed import MAX_ANSWER_CHARS, normalize_answer
+from .splitting import tokens
 from .symbols import CHARACTERS, FRACTIONS, SUBSCRIPTS, SUPERSCRIPTS
 
 MAX_NESTING = 40  # references stay below 10; parsers and regular expressions are super-linear in it
@@ -169,9 +170,12 @@ def closing_bracket(text: str, opening: int) -> int | None:
 
 def _comma_groups(text: str) -> str:
     r"""`10,080` as one number outside brackets; inside them, or beside a comma and a blank, it is a list."""
-    if "," not in text or re.search(r",\s", text) or any(mark in text for mark in "([{"):
+    if "," not in text or re.search(r",\s", text):
         return text
-    return _COMMA_GROUPS.sub(lambda groups: groups.group().replace(",", ""), text)
+    outside = {position for _, position, free in tokens(text) if free}
+    return _COMMA_GROUPS.sub(
+        lambda groups: groups.group().replace(",", "") if groups.start() in outside else groups.group(), text
+    )
 
 
 def _repeating_fraction(match: re.Match[str]) -> str:

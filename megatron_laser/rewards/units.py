@@ -25,7 +25,9 @@ _UNIT_WORDS = re.compile(r"[a-zA-Z°µ/^\d\s.\-·()]*")
 # words behind a number that are no unit: they change what is said
 _NOT_UNITS = re.compile(
     r"\b(?:and|or|not|no|if|for|when|where|with|except|more|less|fewer|least|most|mod|modulo|base|otherwise|undefined|"
-    r"only|than|to|from|is|are|all|any|infinitely|approximately|about)\b"
+    r"only|than|to|from|is|are|all|any|infinitely|approximately|about|"
+    r"am|pm|[ap]\.\s?m|left|right|up|down|north|south|east|west|above|below|"
+    r"half|halves|thirds?|fourths?|quarters?|fifths?|sixths?|eighths?|tenths?|hundredths?|thousandths?)\b"
 )
 _CURRENCY_SIGN = re.compile(r"[$€£¥₹]")
 _SAME_UNITS = (
@@ -55,6 +57,8 @@ _SAME_UNITS = (
     ("€", "euro", "euros"),
     ("£",),
     ("°", "degree", "degrees", "deg"),
+    ("°C",),
+    ("°F",),
     ("rad", "radian", "radians"),
     ("%", "percent"),
 )
@@ -133,8 +137,8 @@ def _strip_one(text: str) -> tuple[str, str]:
         sign = _CURRENCY_SIGN.search(text)
         return shorter.strip(), sign[0] if sign else ""
     if not _TRIGONOMETRIC.search(text) and (match := _DEGREE_SIGN.search(text)):
-        temperature = match.group().rstrip("} ")[-1:] in ("C", "F")
-        return text[: match.start()].strip(), "" if temperature else "°"
+        scale = match.group().rstrip("} ")[-1:]
+        return text[: match.start()].strip(), f"°{scale}" if scale in ("C", "F") else "°"
     if match := _TEXT_UNIT.search(text):
         core, words = text[: match.start()].strip(), match[1].strip()
         plain = words.lower()

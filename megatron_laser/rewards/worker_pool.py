@@ -115,14 +115,14 @@ class WorkerPool:
                 if process is None or not process.alive():  # it was killed while idle
                     process = self._restart(index, process)
                 reply = process.ask(request, self._deadline)
-                future.set_result(reply)
-                if reply.get("spent"):  # out of memory, threads or files: a new process has them again
-                    process.kill()
-                    process = self._replace(index)
             except Exception as error:
                 future.set_exception(GradingPoolError(_CLOSED) if self._closed else error)
                 lost = isinstance(error, (WorkerTimeout, WorkerDied))
                 process = self._replace(index) if lost else None
+                continue
+            future.set_result(reply)
+            if reply.get("spent"):  # out of memory, threads or files: a new process has them again
+                process = self._replace(index, process)
         if process is not None:
             process.kill()
 
@@ -147,11 +147,13 @@ class WorkerPool:
                 logger.error("restarting a grading worker failed: %s", error)
         return self._start(index)
 
-    def _replace(self, index: int) -> WorkerProcess | None:
+    def _replace(self, index: int, spent: WorkerProcess | None = None) -> WorkerProcess | None:
         """A new worker before the next request needs it; None leaves a failure to that request."""
         if self._closed:
             return None
         try:
+            if spent is not None:
+                spent.kill()
             return self._start(index)
         except (GradingPoolError, RewardSpecError) as error:
             if not self._closed:  # closed while it started

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,30 +154,33 @@ class WorkerProcess:
         self._wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self._connection, theirs = socket.socketpair()
-        lifeline, self._lifeline = os.pipe()
-        self._dump = tempfile.TemporaryFile()  # noqa: SIM115
         environment = dict(os.environ)
         # the child sees the same modules, whatever changed sys.path here; '' is the working directory
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        passed = (theirs.fileno(), lifeline, self._dump.fileno())
-        # without the working directory in front, where a file may be called like a module of the library
-        command = [sys.executable, "-P", "-m", "megatron_laser.rewards.worker", *map(str, passed)]
-        try:
-            return subprocess.Popen(
-                command,
-                pass_fds=passed,
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # prints of a custom function go to stderr, away from the run's output
-                env=environment,
-                start_new_session=True,
-            )
-        except OSError as error:
-            self._close()
-            raise GradingPoolError(f"a grading worker could not be started: {error}") from error
-        finally:
-            theirs.close()
-            os.close(lifeline)
+        with ExitStack() as ours, ExitStack() as theirs:
+            try:
+                connection, other = socket.socketpair()
+                ours.callback(connection.close)
+                theirs.callback(other.close)
+                lifeline, own_end = os.pipe()
+                ours.callback(os.close, own_end)
+                theirs.callback(os.close, lifeline)
+                dump = ours.enter_context(tempfile.TemporaryFile())
+                passed = (other.fileno(), lifeline, dump.fileno())
+                process = subprocess.Popen(
+                    # -P: without the working directory, where a file may be called like a module of the library
+                    [sys.executable, "-P", "-m", "megatron_laser.rewards.worker", *map(str, passed)],
+                    pass_fds=passed,
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,  # prints of a custom function go to stderr, away from the run's output
+                    env=environment,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise GradingPoolError(f"a grading worker could not be started: {error}") from error
+            self._connection, self._lifeline, self._dump = connection, own_end, dump
+            ours.pop_all()
+            return process
 
     def _bury(self) -> str:
         """How the process ended by itself; it is given a moment to have done so."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megatron_laser.config import Benchmark
-from megatron_laser.data import Row, grades_mathematics, heed, look_at_references, read_rows
+from megatron_laser.data import Row, heed, look_at_references, read_rows
+from megatron_laser.rewards import is_math_verify
 
 
 def benchmark_rows(benchmark: Benchmark, *, look: bool = False) -> list[Row]:
@@ -15,7 +16,7 @@ def benchmark_rows(benchmark: Benchmark, *, look: bool = False) -> list[Row]:
     Raises:
         DataError: the file does not fit, or (`look`) no response can equal most references.
     """
-    mathematics = grades_mathematics(benchmark.reward)
+    mathematics = is_math_verify(benchmark.reward)
     rows = read_rows(
         benchmark.path,
         prompt_key=benchmark.prompt_key,

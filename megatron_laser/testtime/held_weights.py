@@ -49,7 +49,7 @@ class HeldWeights:
         self._cache = cache
         self._identify = identify
         self._folder: FolderWeights | None = None
-        self._versions: dict[str, str | None] = {}
+        self._versions: dict[str, str] = {}
         self._stack = ExitStack()
         self.identity: str | None = None
 
@@ -93,7 +93,7 @@ class HeldWeights:
         """Whether the weights seem to be others by now; asks nobody, so it may be asked often, from any thread."""
         if self._folder is not None:
             return self._folder.changed()
-        return self._server_versions() != self._versions
+        return self._servers_differ(self._server_versions())
 
     def check(self) -> None:
         """Are they what they were?
@@ -113,17 +113,22 @@ class HeldWeights:
                 )
             return
         versions = self._server_versions()
-        if versions != self._versions or engine_digest(self.engine()) != self.identity:
+        if self._servers_differ(versions) or engine_digest(self.engine()) != self.identity:
             raise WeightsChanged(
                 f"the engine's weights were changed while they were in use (their names: {_told(self._versions)} "
                 f"before, {_told(versions)} now); use servers that nobody else gives weights to"
             )
 
-    def _server_versions(self) -> dict[str, str | None]:
-        """URL -> the server's name of its weights, by its last probe."""
+    def _server_versions(self) -> dict[str, str]:
+        """URL -> the server's name of its weights, by its last probe; without servers that are gone."""
         fleet = getattr(self._engine, "fleet", None)
-        return {} if fleet is None else {member.url: member.health.version for member in fleet.members}
+        members = [] if fleet is None else fleet.members
+        return {member.url: member.health.version for member in members if member.health.version is not None}
+
+    def _servers_differ(self, versions: dict[str, str]) -> bool:
+        # One that is gone has not changed: it will be asked again when it is back.
+        return any(self._versions.get(url, version) != version for url, version in versions.items())
 
 
-def _told(versions: dict[str, str | None]) -> str:
-    return ", ".join(sorted({str(version) for version in versions.values()})) or "none"
+def _told(versions: dict[str, str]) -> str:
+    return ", ".join(sorted(set(versions.values()))) or "none"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laser import rewards
-from megatron_laser.config import Benchmark
+from megatron_laser.config import Benchmark, ConfigError
 from megatron_laser.data import fingerprint
+from megatron_laser.folder_lock import lock_folder
 from megatron_laser.observability.plain import plain, write_atomically
 from megatron_laser.rewards.registry import is_math_verify, locate_reward
 from megatron_laser.testtime.engine import EngineChoice
@@ -117,13 +117,13 @@ def set_aside(folder: Path) -> Path:
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
     """Nobody else evaluates into `output` meanwhile. Raises TestTimeError where somebody does."""
-    with (output / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise TestTimeError(
-                f"{output} is in use by another evaluation; wait, or give another --output"
-            ) from None
+    try:
+        lock = lock_folder(output, "--output", name=".lock")
+    except ConfigError:
+        raise TestTimeError(
+            f"{output} is in use by another evaluation; wait, or give another --output"
+        ) from None
+    with lock:
         yield
 
 

@@ -113,6 +113,23 @@ def test_overwriting_moves_the_runs_checkpoints_aside_with_it(of, tmp_path):
     again.release()
 
 
+def test_overwriting_moves_checkpoints_of_an_earlier_run_of_the_same_output_folder(of, tmp_path):
+    start_and_save(of("out", "shared"))
+    shutil.rmtree(tmp_path / "out")
+    claim_output_folder(of("out")).release()  # another run, with its checkpoints in the folder
+    assert "pass --overwrite" in refused(of("out", "shared"))
+    move_aside(of("out", "shared"))
+    claim_output_folder(of("out", "shared")).release()
+
+
+@pytest.mark.parametrize("checkpoints", [None, "shared"])
+def test_a_first_start_that_was_cut_off_between_its_files_can_be_repeated(of, tmp_path, checkpoints):
+    claim_output_folder(of("out", checkpoints)).release()
+    for name in ("run.json", "config.yaml"):
+        (tmp_path / "out" / name).unlink()
+    claim_output_folder(of("out", checkpoints)).release()
+
+
 def test_overwriting_leaves_another_runs_checkpoints_and_moves_nothing(of, tmp_path):
     start_and_save(of("first", "shared"))
     claim_output_folder(of("second", "own")).release()

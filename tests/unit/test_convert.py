@@ -215,7 +215,7 @@ def test_weights_that_do_not_fit_their_config_leave_nothing_behind(untied):
     message = refused(untied / "model", untied / "x")
     assert "model.embed_tokens.weight is [250, 64], expected [300, 64]" in message
     assert "lm_head.weight" in message and "config.json and weights disagree" in message
-    assert list((untied / "x").iterdir()) == []
+    assert list(untied.glob("x/*")) == []
 
 
 def test_the_command_says_what_it_wrote_and_exits_with_2_on_bad_folders(untied):
@@ -247,7 +247,7 @@ def rewrite(folder, **changes):
 def test_a_folder_that_no_run_could_load_becomes_no_checkpoint(untied, change, named):
     rewrite(untied / "model", **change)
     assert named in refused(untied / "model", untied / "x")
-    assert list((untied / "x").iterdir()) == []
+    assert list(untied.glob("x/*")) == []
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

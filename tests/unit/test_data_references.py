@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_laser.data import DataError, Row, grades_mathematics, look_at_references, read_rows
+from megatron_laser.data import DataError, Row, look_at_references, read_rows
 from megatron_laser.data.looks import heed
 from megatron_laser.data.references import (
     BOX,
@@ -21,7 +21,7 @@ from megatron_laser.data.references import (
     read_reference,
     why_unequal,
 )
-from megatron_laser.rewards import grade_math
+from megatron_laser.rewards import grade_math, is_math_verify
 
 PROSE = "The function is continuous at every point but one."
 
@@ -119,7 +119,7 @@ def test_a_reward_function_of_the_users_own_gets_the_column_as_it_is(tmp_path: P
     path.write_text('{"problem": "p", "answer": null}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:1: 'answer'"):
         read_rows(path, prompt_key="problem", answer_key="answer", mathematics=False)
-    assert grades_mathematics("math_verify") and not grades_mathematics("my_rewards:grade")
+    assert is_math_verify("megatron_laser.rewards:grade_math") and not is_math_verify("my_rewards:grade")
 
 
 @pytest.mark.parametrize(

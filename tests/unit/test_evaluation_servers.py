@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from helpers.faulty_server import SCORE, STOP, FaultyServer, open_engine
@@ -14,7 +15,8 @@ from megatron_laser.cli import app
 from megatron_laser.config import load_benchmarks
 from megatron_laser.observability import benchmark_report
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
-from megatron_laser.rollout.sglang.errors import ServerMismatch
+from megatron_laser.rollout.sglang.errors import ServerGone, ServerMismatch
+from megatron_laser.rollout.sglang.health import State
 from megatron_laser.testtime import EngineChoice, TestTimeError, load_model_folder
 from megatron_laser.testtime.evaluation import evaluate_benchmarks
 from megatron_laser.testtime.held_weights import HeldWeights
@@ -87,6 +89,25 @@ def test_weights_that_a_server_gets_under_an_evaluation_are_noticed(server, eval
     assert not (tmp_path / "eval" / "results.json").exists()
     found, _ = evaluate(server)
     assert found["benchmarks"]["problems"]["summary"]["num_responses"] == 4
+
+
+def test_a_server_that_is_gone_has_not_changed_its_weights(server, folder):
+    other = FaultyServer()
+    other.weights = server.weights
+    choice = EngineChoice(urls=(server.url, other.url), wait=20.0)
+    try:
+        with HeldWeights(choice, model_of(folder), deadline=30.0) as weights:
+            first, second = weights.engine().fleet.members
+            second.health = replace(second.health, state=State.DEAD, version=None)
+            assert not weights.seem_changed()
+            weights.check()
+            first.health = replace(first.health, state=State.SUSPECT)
+            with pytest.raises(ServerGone, match="none can be asked"):
+                weights.check()
+            first.health = replace(first.health, version="other")
+            assert weights.seem_changed()
+    finally:
+        other.stop()
 
 
 def test_responses_of_a_server_that_does_not_tell_its_weights_are_not_reused(server, evaluate, caplog):

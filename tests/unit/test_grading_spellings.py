@@ -87,6 +87,13 @@ REPORTED_DIFFERENT = [
     ("1.00000001", "1"),
     ("4.0000001", r"\sqrt{16}"),
     ("0.5000001", r"\cos 60^\circ"),
+    (r"\alpha=1, \beta=2", r"\alpha=2, \beta=1"),
+    ("AB=3, AC=4", "AB=4, AC=3"),
+    ("f(1)=2, f(2)=3", "f(1)=3, f(2)=2"),
+    (r"30^\circ C", r"30^\circ F"),
+    (r"1,000\text{ cm}", "1"),
+    (r"12, 12\text{ cm}", r"12\text{ m}, 12\text{ m}"),
+    ("x(x+1)=6", "x(x+2)=6"),
 ]
 REPORTED_SAME = [
     (r"x \ge 2", r"[2,\infty)"),
@@ -138,6 +145,15 @@ REPORTED_SAME = [
     (r"2516 \text{ base } 8", "2516_8"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2.0\end{bmatrix}"),
     (r"\text{No solution.}", r"\text{no solution}"),
+    (r"1,000\text{ dollars}", "1000"),
+    (r"2,500~\mathrm{m}", "2500"),
+    (r"1,234\sqrt{2}", r"1234\sqrt{2}"),
+    (r"(-\infty,1)\text{ or }(3,\infty)", r"(-\infty,1)\cup(3,\infty)"),
+    (r"30^\circ C", r"30^\circ"),
+    ("a_1=1, b_1=2", "b_1=2, a_1=1"),
+    (r"12, 12\text{ cm}", r"12, 12\text{ m}"),
+    ("a(b+c)=5", "5"),
+    ("x_1=2, x_2=3", "3,2"),
 ]
 UNDECIDED = [
     ("9^{9^{9^9}}", "5"),
@@ -150,6 +166,11 @@ UNDECIDED = [
     (r"0.333\ldots", r"\frac{1}{3}"),
     ("x^2=4", "2"),
     ("x>1 \\text{ and } y<3", "(1,3)"),
+    ("n(n+1)=6", "6"),
+    ("x<-2, x>2", r"\emptyset"),
+    (r"3\text{ p.m.}", r"3\text{ a.m.}"),
+    (r"7\text{ tenths}", "7"),
+    (r"\cup".join(["1"] * 210 + ["2"]), "1"),
 ]
 
 
