@@ -131,7 +131,7 @@ def main():
             runtime = runtimes.start(config)
         else:
             parallel_state.destroy_model_parallel()
-            runtimes.build_groups(config, runtime.store)
+            runtime = runtimes.build_groups(config, runtime.store)
         for sync in SYNCS:
             engine = None
             if runtime.is_main:
