@@ -224,4 +224,7 @@ def prepare_process(level: str, is_main: bool) -> None:
 
 def main() -> None:
     """Entry point of `megatron-laser` and `python -m megatron_laser`."""
+    from megatron_laser.observability.extras import open_standard_streams
+
+    open_standard_streams()
     app()

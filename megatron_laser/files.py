@@ -22,6 +22,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def replace_file(complete: Path, target: Path) -> None:
+    """Rename the file `complete` to `target`; a device or a pipe keeps its name and is written into."""
+    if not target.exists() or target.is_file() or target.is_dir():
+        os.replace(complete, target)
+        return
+    with complete.open("rb") as source, target.open("wb") as file:
+        shutil.copyfileobj(source, file)
+    complete.unlink()
+
+
 def replace_folder(partial: Path, target: Path, *, aside: Path) -> None:
     """Rename the complete folder `partial` to `target`; an existing one is moved to `aside` and deleted.
 

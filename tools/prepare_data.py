@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -41,6 +40,7 @@ from megatron_laser.data import DataError, lone_surrogate, read_records
 from megatron_laser.data.duplicates import comparable
 from megatron_laser.data.readers import import_pyarrow
 from megatron_laser.data.references import Reference, as_written, read_reference, why_unequal
+from megatron_laser.files import replace_file
 
 PROMPT_KEYS = ("problem", "question", "prompt", "Problem", "Question")
 ANSWER_KEYS = ("answer", "final_answer", "Answer", "ground_truth", "reward_model.ground_truth")
@@ -225,7 +225,7 @@ class Writer:
             self._file.close()
         else:
             self._text.close()
-        os.replace(self._partial, self._output)
+        replace_file(self._partial, self._output)
 
 
 def arguments(values: Sequence[str] | None = None) -> argparse.Namespace:

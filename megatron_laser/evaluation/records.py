@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
+from megatron_laser.data import DataError
 from megatron_laser.observability.plain import plain, write_atomically
 
 
@@ -106,7 +107,7 @@ def read_records(path: Path) -> list[EvaluationRecord]:
     """The records of a file that `write_records` wrote.
 
     Raises:
-        ValueError: a line is not a record; names it.
+        DataError: a line is not a record; names it.
     """
     records: list[EvaluationRecord] = []
     with path.open(encoding="utf-8") as file:
@@ -114,5 +115,8 @@ def read_records(path: Path) -> list[EvaluationRecord]:
             try:
                 records.append(EvaluationRecord(**json.loads(line)))
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{path} line {number} is not an evaluation record: {error}") from error
+                raise DataError(
+                    f"{path} line {number} is not an evaluation record: {error}; delete the file to have its responses "
+                    "judged again"
+                ) from error
     return records

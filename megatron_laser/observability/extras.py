@@ -67,6 +67,21 @@ class Output:
             _to_nowhere(self._stream)
 
 
+def open_standard_streams() -> None:
+    """Give a process that was started without stdin, stdout or stderr (`>&-`) empty ones.
+
+    Otherwise `sys.stdout` is None, and the next files that are opened get the numbers that libraries print to.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            if os.open(os.devnull, os.O_RDWR) != number:
+                raise
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def say(text: str) -> None:
     """Print one line on standard output, if that is still possible."""
     output = Output()

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.files import through_links
+from megatron_laser.files import replace_file, through_links
 
 
 def plain(value: Any) -> Any:
@@ -37,6 +37,6 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        replace_file(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -6,8 +6,10 @@ import json
 import logging
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -168,7 +170,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     checkpoint. A line that a killed run left incomplete is skipped with a warning.
     """
     rows: dict[int, dict[str, Any]] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         if not text.strip():
             continue
         try:
@@ -185,7 +187,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _cut_back(path: Path, last_step: int) -> None:
     """Keep the lines up to `last_step`; what a killed run left incomplete goes too."""
     kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             step = int(json.loads(text)["step"])
         except (ValueError, KeyError, TypeError):
@@ -205,4 +207,17 @@ def _tensorboard_writer(folder: Path, purge_step: int | None) -> Any | None:
             error,
         )
         return None
+    _quiet_writer_threads()
     return SummaryWriter(log_dir=str(folder), purge_step=purge_step)
+
+
+@cache
+def _quiet_writer_threads() -> None:
+    """TensorBoard's thread dies of a full disk with a traceback; the next write hears of it and says it in a line."""
+    earlier = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard"):
+            earlier(arguments)
+
+    threading.excepthook = hook

@@ -21,6 +21,10 @@ def load_model(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=dtype, local_files_only=True, attn_implementation="sdpa"
     )
+    for parameter in model.parameters():
+        parameter.data = (
+            parameter.data.clone()
+        )  # the file is mapped, and whoever cuts it off would end the process
     if bad := [name for name, parameter in model.named_parameters() if not is_finite(parameter)]:
         raise ModelFolderError(
             f"{folder}: {len(bad)} tensors hold NaN or infinity ({', '.join(bad[:3])}); use weights from before that, "

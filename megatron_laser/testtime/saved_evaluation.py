@@ -78,8 +78,13 @@ def claim(folder: Path, settings: dict[str, Any], *, regrade: bool) -> str:
     """
     folder.mkdir(parents=True, exist_ok=True)
     file, told = folder / SETTINGS, ""
-    if file.is_file():
-        saved = json.loads(file.read_text(encoding="utf-8"))
+    saved = _saved_settings(file)
+    if saved is None and any((folder / name).exists() for name in (RESPONSES, RECORDS)):
+        told = (
+            f"{file} is missing or damaged, so nobody knows which model answered: answering anew; the old responses "
+            f"are in {set_aside(folder)}"
+        )
+    elif saved is not None:
         differing = [name for name in settings if saved.get(name) != settings[name]]
         sampled = [name for name in differing if name not in _JUDGING]
         if set(sampled) - set(_OF_THE_MODEL):
@@ -102,6 +107,14 @@ def claim(folder: Path, settings: dict[str, Any], *, regrade: bool) -> str:
         (folder / RECORDS).unlink(missing_ok=True)
     write_atomically(file, json.dumps(settings, indent=1) + "\n")
     return told
+
+
+def _saved_settings(file: Path) -> dict[str, Any] | None:
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return saved if isinstance(saved, dict) else None
 
 
 def set_aside(folder: Path) -> Path:

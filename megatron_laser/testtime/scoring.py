@@ -14,7 +14,7 @@ import torch
 
 from megatron_laser.algorithms.self_reward import self_reward_scores
 from megatron_laser.data import lone_surrogate
-from megatron_laser.files import through_links
+from megatron_laser.files import replace_file, through_links
 from megatron_laser.observability.plain import plain
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.testtime.errors import TestTimeError
@@ -227,7 +227,7 @@ def score_file(
                     file.write(json.dumps(row | added, ensure_ascii=False) + "\n")
                     scores += [] if result.score is None else [result.score]
         check()
-        os.replace(partial, target)
+        replace_file(partial, target)
     finally:
         partial.unlink(missing_ok=True)
     return {

@@ -244,7 +244,8 @@ def test_a_disk_that_fills_up_inside_torchs_writer_is_told_in_one_line(start, mo
 
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data", full)
     assert not run.save(1)
-    assert run.checkpoints.trouble == "rank 0: OSError: [Errno 28] No space left on device"
+    assert run.checkpoints.trouble.startswith("rank 0: OSError: [Errno 28] No space left on device (/")
+    assert "checkpoints: " in run.checkpoints.trouble and run.checkpoints.trouble.endswith(" GiB free)")
     assert run.published() == []
 
 

@@ -111,6 +111,22 @@ def test_other_weights_of_the_same_name_and_size_are_answered_anew(folder, model
     assert kept["zc_logprob_mean"] == first["benchmarks"]["problems"]["summary"]["zc_logprob_mean"]
 
 
+@pytest.mark.parametrize("settings", [None, "{", "[]"])
+def test_responses_without_the_settings_they_were_made_with_are_not_taken(
+    folder, model_copy, tmp_path, settings
+):
+    output = tmp_path / "eval"
+    whole = evaluate(folder, model_copy, output)[1]
+    file = output / "problems" / "settings.json"
+    file.unlink()
+    if settings is not None:
+        file.write_text(settings)
+    save_other_weights(folder, model_copy, seed=1)
+    _, second_bytes, said = evaluate(folder, model_copy, output)
+    assert "missing or damaged" in said and "problems.old-1" in said
+    assert second_bytes != whole
+
+
 def test_an_interrupted_evaluation_never_goes_on_with_other_weights(folder, model_copy, tmp_path):
     output = tmp_path / "eval"
     whole = evaluate(folder, model_copy, output)[1]

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 
 import pytest
 from helpers.torchrun import worker_environment
@@ -14,7 +15,7 @@ from megatron_laser.model.hf_folder import write_hf_folder
 from megatron_laser.observability import sinks
 from megatron_laser.observability.extras import Extra, Output
 from megatron_laser.observability.live import LiveView
-from megatron_laser.observability.sinks import MetricsLogger
+from megatron_laser.observability.sinks import MetricsLogger, _quiet_writer_threads
 from megatron_laser.weight_sync import sync_weights
 
 
@@ -146,6 +147,32 @@ def test_a_process_ends_well_although_nobody_reads_what_it_says(target):
     os.close(writing)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1 and "writing to standard output failed" in done.stderr
+
+
+def test_a_process_without_standard_streams_gets_empty_ones(tmp_path):
+    script = (
+        "import sys; from megatron_laser.observability.extras import open_standard_streams, say\n"
+        "open_standard_streams(); file = open(sys.argv[1], 'w'); say('one'); print('two', file=sys.stderr)\n"
+        "file.write(str(file.fileno() > 2))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "out")]
+    subprocess.run(["sh", "-c", '"$@" <&- >&- 2>&-', "sh", *command], env=worker_environment(), check=True)
+    assert (tmp_path / "out").read_text() == "True"
+
+
+def test_a_full_disk_under_tensorboard_is_no_traceback(monkeypatch):
+    told = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    _quiet_writer_threads.__wrapped__()
+
+    class Writer(threading.Thread):
+        __module__ = "tensorboard.summary"
+
+    for kind in (Writer, threading.Thread):
+        thread = kind(target=lambda: [][1])
+        thread.start()
+        thread.join()
+    assert [arguments.thread for arguments in told] == [thread]
 
 
 def weights():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_laser.files import remove, replace_folder, through_links
+from megatron_laser.files import remove, replace_file, replace_folder, through_links
 from megatron_laser.model.hf_folder import write_hf_folder
 from megatron_laser.observability.plain import write_atomically
 from megatron_laser.trainer.checkpoint import folder as folders
@@ -113,3 +113,14 @@ def test_removing_a_link_leaves_what_it_points_to(tmp_path):
     remove(tmp_path / "not there")
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert through_links(tmp_path / "kept") == tmp_path.resolve() / "kept"
+
+
+def test_a_pipe_is_written_into_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    (tmp_path / "complete").write_text("text")
+    replace_file(tmp_path / "complete", pipe)
+    assert os.read(reading, 100) == b"text" and pipe.is_fifo()
+    assert not (tmp_path / "complete").exists()
+    os.close(reading)

@@ -3,6 +3,7 @@
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -313,6 +314,13 @@ def test_updates_with_missing_unknown_or_misshapen_tensors_are_refused_and_keep_
     with pytest.raises(ValueError, match=r"version 3.*up_proj.*\(1, 64\).*\(96, 64\)"):
         engine.update_weights((good | {name: good[name][:1]}).items(), 3)  # would broadcast
     assert engine.version == 0
+
+
+def test_the_weights_are_not_mapped_from_the_file_that_somebody_may_cut_off(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    engine = make_engine(copy)
+    assert str(copy) not in Path("/proc/self/maps").read_text()
+    engine.close()
 
 
 def test_closing_twice_is_safe(folder):

@@ -93,7 +93,7 @@ class CheckpointManager:
 
     def _failed(self, trouble: str) -> None:
         """Keep and log `trouble`; "" is success."""
-        self._trouble = trouble
+        self._trouble = trouble = f"{trouble} ({_room(self._root)})" if trouble else ""
         if trouble and self._runtime.is_main:
             logger.error("the checkpoint was not saved, the last published one stays valid: %s", trouble)
 
@@ -238,3 +238,11 @@ class _Writer:
 
 def _random_file(rank: int) -> str:
     return f"rng_{rank:05d}.pt"
+
+
+def _room(root: Path) -> str:
+    """Where checkpoints go and how much fits there: torch's writer says "iostream error" of a full disk."""
+    try:
+        return f"{root}: {shutil.disk_usage(root).free / 2**30:.2f} GiB free"
+    except OSError:
+        return str(root)
