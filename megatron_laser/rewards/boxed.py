@@ -79,7 +79,13 @@ def normalize_answer(answer: str) -> str:
     r"""Spelling that carries no meaning removed: outer `$`, `\(`, blanks, `\left`, `\dfrac`, `\!`.
 
     Equal results mean equal answers; different results mean nothing. Normalising twice changes nothing.
+    What is longer than MAX_ANSWER_CHARS is only stripped.
     """
+    answer = answer.strip()
+    if (
+        len(answer) > MAX_ANSWER_CHARS
+    ):  # it is not read (see `read_answer`), and each pass may undo one mark only
+        return answer
     previous = None
     while previous != answer:
         previous = answer

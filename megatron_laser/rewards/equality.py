@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
+import sympy
+
 from .expressions import expressions_equal, proportional
 from .readings import (
+    Clock,
     Equation,
     Inequality,
     Items,
+    Letters,
     Numeral,
     Piece,
     Point,
@@ -32,9 +36,14 @@ def readings_equal(left: Reading, right: Reading) -> bool | None:
         case (Unread(), _) | (_, Unread()):
             return None
         case Value(first, unit), Value(second, other_unit):
-            if unit and other_unit and unit != other_unit and not _is_scale_left_out(unit, other_unit):
-                return False
-            return expressions_equal(first, second)
+            same = expressions_equal(first, second, (left.is_decimal, right.is_decimal))
+            if not unit or not other_unit or unit == other_unit or _is_scale_left_out(unit, other_unit):
+                return same
+            return None if same is not False and "?" in (unit[0], other_unit[0]) else False
+        case (Letters(), _) | (_, Letters()):
+            return _letters_equal(left, right)
+        case (Clock(), _) | (_, Clock()):
+            return _clocks_equal(left, right)
         case Point(first), Point(second):
             return _all_equal(first, second)
         case Items(first), Items(second):
@@ -65,6 +74,31 @@ def readings_equal(left: Reading, right: Reading) -> bool | None:
         ):
             return None  # intervals side by side may be their union
     return False
+
+
+def _letters_equal(left: Reading, right: Reading) -> bool | None:
+    """Two texts of capitals: the same letters in another order may be a product, a line or another name."""
+    if isinstance(left, Letters) and isinstance(right, Letters):
+        return None if sorted(left.text) == sorted(right.text) else False
+    values = (Value(side.product) if isinstance(side, Letters) else side for side in (left, right))
+    return readings_equal(*values)
+
+
+def _clocks_equal(left: Reading, right: Reading) -> bool | None:
+    """Times are the same or not; what only their ratios have in common is undecided, and so is a time in words."""
+    if isinstance(left, Words) or isinstance(right, Words):
+        return None
+    if isinstance(left, Clock) and isinstance(right, Clock):
+        if (left.hour, left.minute) == (right.hour, right.minute):
+            return None if "" in (left.half, right.half) else left.half == right.half
+        if left.half or right.half:
+            return False
+    first, second = (_ratio(side) if isinstance(side, Clock) else side for side in (left, right))
+    return None if readings_equal(first, second) is not False else False
+
+
+def _ratio(time: Clock) -> Reading:
+    return Value(sympy.Rational(time.hour, time.minute)) if time.minute else Unread(f"{time.hour}:00")
 
 
 def _is_scale_left_out(unit: str, other: str) -> bool:

@@ -55,8 +55,15 @@ def exact_value(value: Any) -> Fraction | None:
     return base ** int(exponent)
 
 
-def expressions_equal(left: Any, right: Any) -> bool | None:
-    """Whether two expressions are the same; None where it cannot be decided. Symmetric."""
+def expressions_equal(
+    left: Any, right: Any, decimals: tuple[bool | None, bool | None] = (None, None)
+) -> bool | None:
+    """Whether two expressions are the same; None where it cannot be decided. Symmetric.
+
+    Args:
+        left, right: SymPy expressions.
+        decimals: whether each is written as a decimal, hence may be rounded; None where that is not known.
+    """
     if left == right:
         return True
     if is_infinite(left) or is_infinite(right):
@@ -75,7 +82,7 @@ def expressions_equal(left: Any, right: Any) -> bool | None:
         if first is None or second is None:
             continue
         if not _close(first, second, digits):
-            return not point and _is_rounded(first, second, exact)
+            return not point and _is_rounded(first, second, exact, decimals)
         agreed += 1
         if not point:
             return True if 0.6 * size < _MAX_DIGITS else None  # a difference may be smaller than what is seen
@@ -125,8 +132,8 @@ def _without_functions(value: Any) -> Any:
 
 
 def _computed(value: Any) -> Any:
-    """Sums, integrals and derivatives with variables carried out, where SymPy can: numerically they take seconds."""
-    if not value.free_symbols or not value.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.Derivative):
+    """Sums, products and integrals with variables carried out, where SymPy can: numerically they take seconds."""
+    if not value.free_symbols or not value.has(sympy.Sum, sympy.Product, sympy.Integral):
         return value
     try:
         return value.doit()
@@ -172,19 +179,23 @@ def _close(first: Any, second: Any, digits: int) -> bool:
     return bool(abs(first - second) <= tolerance * max(abs(first), abs(second)))
 
 
-def _is_rounded(first: Any, second: Any, exact: list[Fraction | None]) -> bool:
-    """Whether one side is a decimal that rounds the irrational other, to its last digit and to 1e-6 of it."""
+def _is_rounded(
+    first: Any, second: Any, exact: list[Fraction | None], decimals: tuple[bool | None, bool | None]
+) -> bool:
+    """Whether one side is a decimal that rounds the irrational other: to half of its last digit and 1e-6 of it."""
     if (exact[0] is None) == (exact[1] is None) or not (first.is_real and second.is_real):
         return False
     value, decimal = (first, exact[1]) if exact[0] is None else (second, exact[0])
     assert decimal is not None
+    if decimals[0 if exact[0] is not None else 1] is False:
+        return False
     nearest = Fraction(str(value)).limit_denominator(10**6)
     if _close(value, sympy.Rational(nearest.numerator, nearest.denominator), _DIGITS):
         return False  # it is rational: the square root of 16, the cosine of 60 degrees
     places = _decimal_places(decimal.denominator)
     difference = abs(value - sympy.Rational(decimal.numerator, decimal.denominator))
     return places > 0 and bool(
-        difference <= abs(value) / 10**6 and difference <= sympy.Rational(1, 10**places)
+        difference <= abs(value) / 10**6 and difference <= sympy.Rational(1, 2 * 10**places)
     )
 
 

@@ -21,6 +21,10 @@ _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _DECIMAL_LOGARITHM = re.compile(r"\\lg(?![a-zA-Z])")
 _PRIMES = re.compile(r"([a-zA-Z])('+)")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
+# the parser takes 3(\frac{1}{2}) for 3\frac{1}{2}, and the \pi of 2\frac{1}{2}\pi for a factor of the fraction alone
+_BEFORE_BRACKET = re.compile(r"((?<![\d.^_])(?:\d+(?:\.\d+)?|\.\d+)|\))\s*(?=\()")
+_MIXED = re.compile(r"(?<![\d.^_}])(\d+)\s*(\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})")
+_CAPITAL_I = re.compile(r"(?<![\\a-zA-Z_])(?<!_\{)((?:[a-zA-Z]*I)+[a-zA-Z]*)")
 TAME_BITS = 1_000_000  # logarithm of the largest intermediate value that is evaluated numerically
 _MAX_TERMS = 10_000  # of a sum that is added up
 
@@ -29,6 +33,8 @@ def parse_expression(text: str) -> Any:
     """The SymPy object of an expression in plain spelling; None where there is none."""
     if _TRIGONOMETRIC.search(text):
         text = _DEGREES.sub(r"(\\frac{\1 \\cdot \\pi}{180})", text)
+    text = _MIXED.sub(r"(\1+\2)", _BEFORE_BRACKET.sub(r"\1 \\cdot ", text))
+    text = _CAPITAL_I.sub(lambda letters: letters[1].replace("I", r" \iota_{cap} "), text)  # it is not i
     text = _DECIMAL.sub(_exact_decimal, _DECIMAL_LOGARITHM.sub(r"\\log_{10}", text))
     text = _PRIMES.sub(lambda name: f"{name[1]}_{{{'p' * len(name[2])}}}", text)  # the parser drops them
     try:
@@ -52,7 +58,8 @@ def _settle(value: Any) -> Any:
     """i is the imaginary unit; matrices are computed; None for infinities of no direction and for sets."""
     if isinstance(value, (sympy.MatrixBase, sympy.MatrixExpr)):
         return value
-    if not isinstance(value, sympy.Expr) or value.has(sympy.nan, sympy.zoo):
+    # a derivative of a function that is not known is no 0
+    if not isinstance(value, sympy.Expr) or value.has(sympy.nan, sympy.zoo, sympy.Derivative):
         return None
     if bits(value) >= TAME_BITS:
         return value

@@ -5,13 +5,27 @@ single expressions by math-verify's LaTeX parser.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import lru_cache
 
 import sympy
 
 from .boxed import MAX_ANSWER_CHARS
 from .parsing import is_infinite, parse_expression
-from .readings import Items, Numeral, Piece, Point, Reading, Reals, Table, Unread, Value, Words
+from .readings import (
+    Clock,
+    Items,
+    Letters,
+    Numeral,
+    Piece,
+    Point,
+    Reading,
+    Reals,
+    Table,
+    Unread,
+    Value,
+    Words,
+)
 from .reals import WHOLE, NotComparedError, complement, intersection, pieces_of, reading_of, union
 from .relations import ReadPart, assigned_name, read_relation, unknown_of
 from .spelling import MAX_NESTING, nesting, number_value, plain_spelling
@@ -39,6 +53,9 @@ _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end
 _DROPPED = re.compile(r"[\d)]\s*_|(?<![_^])\d\s+\d|\^\s*\{?\s*(?:T|\\top|\\intercal|\*|\\ast)(?![a-zA-Z])")
 # what it computes at once or takes seconds for
 _TOO_MUCH = re.compile(r"\\[dt]?binom\s*\{\s*\d{6,}|(?:[^|]*\|){20}|(?:[^!]*!){20}")
+_POINT = re.compile(r"\d\.\d|(?<!\d)\.\d")
+_CLOCK = re.compile(r"([01]?\d|2[0-4]):([0-5]\d)\s*(?:\\text\{\s*)?(?:([apAP])\.?\s?[mM]\.?)?\s*\}?")
+_CAPITALS = re.compile(r"[A-Z]{2}|\\(?:angle|triangle)\s*\{?\s*[A-Z]{2,3}\s*\}?")
 _MAX_DEPTH = 8
 _INDEX = re.compile(r"_(?:\d|\{\d+\})$")  # of one of several values of a quantity: x_1
 _MAX_PARTS = 200
@@ -84,7 +101,7 @@ def _read(text: str, depth: int) -> Reading:
     shorter, unit = split_units(text)
     if shorter != text:
         reading = read(shorter)
-        return Value(reading.expression, unit) if unit and isinstance(reading, Value) else reading
+        return replace(reading, unit=unit) if unit and isinstance(reading, Value) else reading
     if "\\text" in text or _DROPPED.search(text) or _TOO_MUCH.search(text) or text.count(":") > 1:
         return Unread(text)
     value = parse_expression(text)
@@ -93,7 +110,14 @@ def _read(text: str, depth: int) -> Reading:
         if isinstance(matrix, sympy.MatrixBase):
             return Table(tuple(tuple(Value(entry) for entry in row) for row in matrix.tolist()))
         return Unread(text)
-    return Unread(text) if value is None else Value(value)
+    if value is not None and _CAPITALS.fullmatch(text):
+        return Letters(text, value)
+    return Unread(text) if value is None else Value(value, is_decimal=_is_decimal(text))
+
+
+def _is_decimal(text: str) -> bool:
+    """Whether it has a decimal point and is no quotient: it may be rounded."""
+    return _POINT.search(text) is not None and "\\frac" not in text and "/" not in text
 
 
 def _simple(text: str, read: ReadPart) -> Reading | None:
@@ -103,7 +127,9 @@ def _simple(text: str, read: ReadPart) -> Reading | None:
     if text in ("\\mathbb{R}", "\\mathbf{R}"):
         return reading_of([WHOLE])
     if (number := number_value(text)) is not None:
-        return Value(sympy.Rational(number.numerator, number.denominator))
+        return Value(sympy.Rational(number.numerator, number.denominator), is_decimal=_is_decimal(text))
+    if match := _CLOCK.fullmatch(text):
+        return Clock(int(match[1]), int(match[2]), (match[3] or "").lower())
     if match := _NUMERAL.fullmatch(text) or _SPOKEN_NUMERAL.fullmatch(text):
         named = [name for key, name in match.groupdict().items() if key != "digits" and name]
         base = int(named[0]) if named[0].isdigit() else _BASES.get(named[0])
@@ -161,17 +187,7 @@ def _combined(text: str, mark: str, readings: list[Reading]) -> Reading:
 
 def _read_brackets(text: str, opening: str, content: str, closing: str, read: ReadPart) -> Reading:
     if opening == "\\{":
-        if closing != "\\}":
-            return Unread(text)
-        for mark in ("\\mid", ":", "|"):
-            condition = split(content, mark)
-            if len(condition) == 2:
-                return read(condition[1])
-        found = read(content)
-        is_list = isinstance(found, Items) and (len(split(content, ",", ";")) > 1 or "\\pm" in content)
-        if is_list:
-            return found
-        return Items((found,)) if isinstance(found, (Items, Point, Reals)) else found
+        return _read_braces(text, content, closing, read)
     parts = split(content, ",")
     if len(parts) == 1 or len(parts) > _MAX_PARTS or not all(parts):
         plain = (opening, closing) in (("(", ")"), ("[", "]"))
@@ -188,6 +204,30 @@ def _read_brackets(text: str, opening: str, content: str, closing: str, read: Re
     if not low_closed and not high_closed:
         return Point(items)
     return Reals((Piece(low.expression, low_closed, high.expression, high_closed),))
+
+
+def _read_braces(text: str, content: str, closing: str, read: ReadPart) -> Reading:
+    """A set: its elements (one alone stands for itself), or the condition on them."""
+    if closing != "\\}":
+        return Unread(text)
+    for mark in ("\\mid", ":", "|"):
+        condition = split(content, mark)
+        if len(condition) == 2:
+            return read(condition[1])
+
+    def element(part: str) -> Reading:
+        found = read(part)
+        is_set = part.startswith("\\{") and bracketed(part) is not None
+        return Items((found,)) if is_set and not isinstance(found, Items) else found
+
+    parts = [part for part in split(content, ",", ";") if part]  # not read as one: 1,234 are two here
+    if len(parts) > 1:
+        found = _read_list(text, parts, {"and"}, element)
+        return Items((found,)) if isinstance(found, (Point, Reals)) else found
+    found = element(content)
+    if isinstance(found, Items) and ("\\pm" in content or len(split_words(content)[0]) > 1):
+        return found
+    return Items((found,)) if isinstance(found, (Items, Point, Reals)) else found
 
 
 def _items(readings: list[Reading]) -> Reading:

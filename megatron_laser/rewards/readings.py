@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A number or an expression (SymPy), and the unit behind it where there is one that is known."""
+    """A number or an expression (SymPy), and the unit behind it, with a ? in front where that is not known."""
 
     expression: Any
     unit: str | None = None
+    is_decimal: bool | None = field(default=None, compare=False)  # written as one; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,23 @@ class Numeral:
 
     digits: str
     base: int
+
+
+@dataclass(frozen=True, slots=True)
+class Letters:
+    """Two capitals, or those of an angle: a name, a Roman numeral, or the product of their values (SymPy)."""
+
+    text: str
+    product: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """3:30: a time, or the ratio of 3 to 30; `half` is am, pm or empty."""
+
+    hour: int
+    minute: int
+    half: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,4 +114,18 @@ class Unread:
     text: str
 
 
-Reading = Value | Numeral | Words | Point | Items | Reals | Table | Equation | Inequality | Statement | Unread
+Reading = (
+    Value
+    | Numeral
+    | Letters
+    | Clock
+    | Words
+    | Point
+    | Items
+    | Reals
+    | Table
+    | Equation
+    | Inequality
+    | Statement
+    | Unread
+)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import sympy
+from sympy.core.function import AppliedUndef
+from sympy.functions.elementary.trigonometric import TrigonometricFunction
 
 from .expressions import exact_value, expressions_equal
 from .parsing import bits, is_constant, is_infinite, parse_expression
@@ -27,11 +29,13 @@ _NAME = re.compile(
     r"|\\text\{[^{}]*\}(?:_(?:\{[^{}]*\}|\w))?(?:\s*\([^()]*\))?"  # \text{Area}
     r"|[a-zA-Z]+'*(?:\^\{-1\})?(?:_\{?\w\}?)?\s*\([^()]*(?:\([^()]*\)[^()]*)*\)"  # f(2), P(X = 1)
     r"|(?:m\s*)?\\(?:angle|overline|vec|hat|bar|overrightarrow|widehat|triangle)\s*\{?[a-zA-Z ]{1,5}\}?"
+    r"|\\frac\{d[a-zA-Z]?\}\{d[a-zA-Z]\}"
     r"|[A-Z]{2,4}|\|[A-Z]{2}\||\[[A-Z]{3,6}\]"  # AB, |AB|, [ABC]
 )
 _NO_NAMES = frozenset(["e", "i", "\\pi", "\\infty", "\\emptyset"])
 _VARIABLE = re.compile(rf"\\?[a-zA-Z]+{_SUBSCRIPT}'*")
 _PLANE = ("x", "y", "z")
+_FUNCTIONS = ("f", "g", "h", "p", "q", "u", "v")
 _CALL = re.compile(r"([a-zA-Z]+)[^()\\]*\((.*)\)")
 _ARGUMENT = re.compile(r"[a-zA-Z]|-?\d+(?:\.\d+)?")
 _SOLVABLE_BITS = 3000  # larger equations (high powers) are not expanded
@@ -43,16 +47,21 @@ def name_of(text: str) -> str | None:
     """The text, if it only names a quantity."""
     named = _NAME.fullmatch(text) and text not in _NO_NAMES and not _is_product(text)
     # sine and its like begin with a backslash too, but have no subscript or end
-    return text if named and not re.match(r"\\(?:sin|cos|tan|log|ln|frac|sqrt)(?![a-zA-Z])", text) else None
+    return (
+        text
+        if named and not re.match(r"\\(?:sin|cos|tan|log|ln|frac(?!\{d)|sqrt)(?![a-zA-Z])", text)
+        else None
+    )
 
 
 def _is_product(text: str) -> bool:
-    """n(n + 1) and x(y + 1), which look like calls."""
+    """n(n + 1) and a(b + 1), which look like calls."""
     call = _CALL.fullmatch(text)
-    if call is None or call[1] in ("f", "g"):
+    if call is None or call[1] in _FUNCTIONS[:2]:
         return False
     of_itself = set(call[1]) & set(re.findall("[a-zA-Z]", call[2]))
-    return bool(of_itself) or (call[1] in _PLANE and not _ARGUMENT.fullmatch(call[2].strip()))
+    is_factor = len(call[1]) == 1 and call[1].islower() and call[1] not in _FUNCTIONS
+    return bool(of_itself) or (is_factor and not _ARGUMENT.fullmatch(call[2].strip()))
 
 
 def assigned_name(text: str) -> str | None:
@@ -152,8 +161,10 @@ def _solved_name(name: str, value: Reading) -> Reading:
 def _is_quantity(left: Any) -> bool:
     """Whether `left = constant` tells that constant, as m + n = 25 does, and is no line or curve, as x + y = 5."""
     names = {str(symbol) for symbol in left.free_symbols}
-    if len(names) < 2:
-        return not names or not left.is_polynomial(*left.free_symbols)
+    if len(names) == 1:  # f(n), \cos\theta, \sin A; 2^x = 8 and |x| = 5 are to be solved
+        (name,) = names
+        of_angle = isinstance(left, TrigonometricFunction) and (len(name) > 1 or name.isupper())
+        return of_angle or isinstance(left, AppliedUndef)
     return not names & set(_PLANE)
 
 
@@ -172,6 +183,8 @@ def _solved(zero: Any) -> Reading:
     if polynomial.degree() != 1:
         return Equation(numerator)
     slope, constant = polynomial.all_coeffs()
+    if slope.free_symbols and sympy.gcd(slope, constant).free_symbols:  # xy = 0, x(y - 1) = 0
+        return Equation(numerator)
     return Value(-constant / slope)
 
 

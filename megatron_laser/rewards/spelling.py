@@ -69,6 +69,7 @@ _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 _SHORT_ARGUMENT = re.compile(r"\\frac\s*(?:(\d|[a-zA-Z])|(?=\{))\s*")
 _LONG_POWER = re.compile(r"\^\s*(\d{2,}|-\d+)")
 _BLANKS = re.compile(r"\s+")
+_ELLIPSIS = re.compile(r"\.(?:\s?\.)+")  # 0.333... has more digits than 0.333
 _END = re.compile(r"(?:[.,;:\s]|\\\\)+$")
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -110,6 +111,7 @@ def _pass(text: str) -> str:
     text = _SIZES.sub("", text)
     text = _TEXT.sub(r"\\text", text)
     text = _EMPTY_TEXT.sub(" ", _ONE_LETTER.sub(_bare_letter, text))
+    text = _ELLIPSIS.sub(r"\\ldots ", text)
     for pattern, replacement in _SYNONYMS:
         text = pattern.sub(replacement, text)
     text = _OTHER_EMPTY_SET.sub(r"\\emptyset ", text)

@@ -27,8 +27,13 @@ _NOT_UNITS = re.compile(
     r"\b(?:and|or|not|no|if|for|when|where|with|except|more|less|fewer|least|most|mod|modulo|base|otherwise|undefined|"
     r"only|than|to|from|is|are|all|any|infinitely|approximately|about|"
     r"am|pm|[ap]\.\s?m|left|right|up|down|north|south|east|west|above|below|"
-    r"half|halves|thirds?|fourths?|quarters?|fifths?|sixths?|eighths?|tenths?|hundredths?|thousandths?)\b"
+    r"half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|"
+    r"\w+teen|\w+tie|hundred|\w+sand|\w+llion)ths?|times|plus|minus|negative|positive|squared|"
+    r"cubed|factorial|doubled|tripled|inverse|reciprocal|repeating|recurring|repeated|score|gross|pi|r|remainder|bc|ad|"
+    r"bce|ce|over|by|o'?clock)\b"
 )
+_NUMBER_INSIDE = re.compile(r"(?<![\^\d])(?<!\^-)\d")  # other than a power: feet 6 inches
+_SHORT_SCALES = frozenset(["k", "K", "M", "B"])  # 5K, but 300 K
 _CURRENCY_SIGN = re.compile(r"[$€£¥₹]")
 _SAME_UNITS = (
     ("cm", "centimeter", "centimeters", "centimetre", "centimetres"),
@@ -59,6 +64,13 @@ _SAME_UNITS = (
     ("°", "degree", "degrees", "deg"),
     ("°C",),
     ("°F",),
+    ("mi/h", "mph"),
+    ("km/h", "kph", "kmh"),
+    ("N", "newton", "newtons"),
+    ("J", "joule", "joules"),
+    ("oz", "ounce", "ounces"),
+    ("qt", "quart", "quarts"),
+    ("gal", "gallon", "gallons"),
     ("rad", "radian", "radians"),
     ("%", "percent"),
 )
@@ -66,6 +78,7 @@ _UNITS = {name: names[0] for names in _SAME_UNITS for name in names}
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
 _SCALES = {"hundred": "100", "dozen": "12", "thousand": "1000", "million": "10^{6}", "billion": "10^{9}"}
 _SCALES["trillion"] = "10^{12}"
+_SCALES |= {f"{name}s": value for name, value in _SCALES.items()} | {"dozens": "12"}
 
 _TEXTS = re.compile(r"(?:\\text\{[^{}]*\}\s*)+")
 _LETTERS = re.compile(r"[a-zA-Z][a-zA-Z'\- ]*")
@@ -96,21 +109,26 @@ _NOT_WORDS = re.compile(r"(?:sin|cos|tan|cot|sec|csc|arc|log|ln|sqrt|exp|pi|inf|
 def split_units(text: str) -> tuple[str, str | None]:
     r"""The text without the units behind it and currencies beside it, and the unit in one spelling.
 
-    The unit is None where there is none or it is not known: (12, cm^2) for `12 \text{ square cm}`, and (5, None) for
-    `5 \text{ apples}`.
+    The unit is None where there is none, and has a ? in front where it is not known: (12, cm^2) for
+    `12 \text{ square cm}`, and (5, ?apple) for `5 \text{ apples}`.
     """
     written = ""
     while True:
         shorter, unit = _strip_one(text)
         if shorter == text:
-            return text, unit_of(written)
+            return text, (
+                unit_of(written) or f"?{_plain_words(written).lower().rstrip('s')}"
+            ) if written else None
         text, written = shorter, unit + written
+
+
+def _plain_words(written: str) -> str:
+    return " ".join(re.sub(r"\\text|\\cdot|[{}()]", " ", written).split())
 
 
 def unit_of(written: str) -> str | None:
     """A known unit in one spelling, with its power; None for any other text."""
-    words = " ".join(re.sub(r"\\text|\\cdot|[{}()]", " ", written).split())
-    words = re.sub(r"\bper\b", "/", re.sub(r"\s*\^\s*", "^", words))
+    words = re.sub(r"\bper\b", "/", re.sub(r"\s*\^\s*", "^", _plain_words(written)))
     parts = []
     for part in words.split("/"):
         power = 1
@@ -142,13 +160,23 @@ def _strip_one(text: str) -> tuple[str, str]:
     if match := _TEXT_UNIT.search(text):
         core, words = text[: match.start()].strip(), match[1].strip()
         plain = words.lower()
-        if not _ends_a_value(core) or not _UNIT_WORDS.fullmatch(words) or _NOT_UNITS.search(plain):
+        if not _ends_a_value(core) or not _UNIT_WORDS.fullmatch(words) or _says_more(match[1]):
             return text, ""
         first, _, rest = plain.partition(" ")
         if first in _SCALES:
             return f"{core} \\cdot {_SCALES[first]}" + (f" \\text{{{rest}}}" if rest else ""), ""
         return core, match.group()
     return text, ""
+
+
+def _says_more(words: str) -> bool:
+    """Whether words behind a number change its value, so that they are no unit."""
+    plain = words.strip().lower()
+    power = re.fullmatch(r"(?:\S+ )?(?:squared|cubed)", plain)  # meters squared, but 5 squared
+    named = unit_of(words) is not None and power is not None and " " in plain
+    return words in _SHORT_SCALES or bool(
+        _NUMBER_INSIDE.search(words) or (_NOT_UNITS.search(plain) and not named)
+    )
 
 
 def _ends_a_value(core: str) -> bool:
