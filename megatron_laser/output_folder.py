@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -117,8 +118,8 @@ def claim_output_folder(config: RunConfig, *, again: Owner | None = None) -> Cla
         try:
             through_links(folder).mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(lock_folder(folder, setting))
-            record = _same_run(config, folder, again)
-            finished = _finished_step(folder)
+            standing = check_output_folder(config, again)
+            finished = standing.finished
             if finished is not None and config.run.steps <= finished:
                 logger.warning(
                     "the run in %s has finished its %d steps: nothing to do. Raise run.steps to train on, or choose "
@@ -127,23 +128,71 @@ def claim_output_folder(config: RunConfig, *, again: Owner | None = None) -> Cla
                     finished,
                 )
                 return ClaimedFolder(folder, lock, held.pop_all(), finished=True)
-            if finished is not None:
-                _check_continues(config, folder, finished)
-            for setting, path in _also_written(config):
+            for setting, path in also_written(config):
                 through_links(path).mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock_folder(path, setting))
-            owner = _claim_checkpoints(config, record, again)
+            owner = check_checkpoints(config, standing, again)
+            owners.write_owner(checkpoints.checkpoint_root(config), owner)
             if finished is not None:
                 (folder / FINISHED).unlink()
             (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
-            _write_record(config, folder, record, owner)
+            _write_record(config, folder, standing.record, owner)
             (folder / STOPPED).unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError([f"{setting} {path} cannot be written: {error}"]) from error
         return ClaimedFolder(folder, lock, held.pop_all(), owner=owner)
 
 
-def _also_written(config: RunConfig) -> list[tuple[str, Path]]:
+@dataclass(frozen=True)
+class Standing:
+    """What an output folder holds of the run that is to write into it.
+
+    record: of the run, None for a new one. finished: the steps after which it has finished, None if it has not.
+    """
+
+    record: dict[str, Any] | None
+    finished: int | None
+
+
+def check_output_folder(config: RunConfig, again: Owner | None = None) -> Standing:
+    """Compare `run.output_dir`, which need not exist, with the run. Writes nothing.
+
+    Args:
+        again: the run, if it had claimed the folder before.
+
+    Raises:
+        ConfigError: it belongs to another run, or holds a finished one that cannot go on.
+    """
+    folder = Path(config.run.output_dir)
+    record = _same_run(config, folder, again)
+    finished = _finished_step(folder)
+    if finished is not None and config.run.steps > finished:
+        _check_continues(config, folder, finished)
+    return Standing(record, finished)
+
+
+def check_checkpoints(config: RunConfig, standing: Standing, again: Owner | None = None) -> Owner:
+    """The run as its checkpoints name it, once the folder of its checkpoints is known to be its own. Writes nothing.
+
+    Raises:
+        ConfigError: the folder is another run's. CheckpointError: the newest checkpoint cannot be read.
+    """
+    record = standing.record
+    root = checkpoints.checkpoint_root(config)
+    output_dir = str(config.run.output_dir)
+    run_id = again.id if again is not None else None if record is None else record.get("id")
+    if run_id is None:  # a new run, or one of an earlier version, which gave runs no id
+        there = owners.read_owner(root)
+        nothing_to_lose = record is not None or not checkpoints.published(root)
+        if there is not None and same_folder(there.output_dir, output_dir) and nothing_to_lose:
+            run_id = there.id  # a start that was cut off had given it one already
+    owner = Owner(run_id or uuid.uuid4().hex, output_dir, str(root))
+    owners.check_owner(root, owner, earlier=record is not None and "id" not in record)
+    owners.check_left_behind(None if record is None else record.get("checkpoints"), root, owner)
+    return owner
+
+
+def also_written(config: RunConfig) -> list[tuple[str, Path]]:
     """(setting, folder) of the folders that two runs must not share, besides the output folder."""
     found = [("checkpoint.folder", checkpoints.checkpoint_root(config))]
     rollout = config.rollout
@@ -156,23 +205,6 @@ def _also_written(config: RunConfig) -> list[tuple[str, Path]]:
             different.append((setting, path))
         seen.add(os.path.realpath(path))
     return different
-
-
-def _claim_checkpoints(config: RunConfig, record: dict[str, Any] | None, again: Owner | None) -> Owner:
-    """Check that the checkpoints are this run's, and say so in their folder."""
-    root = checkpoints.checkpoint_root(config)
-    output_dir = str(config.run.output_dir)
-    run_id = again.id if again is not None else None if record is None else record.get("id")
-    if run_id is None:  # a new run, or one of an earlier version, which gave runs no id
-        there = owners.read_owner(root)
-        nothing_to_lose = record is not None or not checkpoints.published(root)
-        if there is not None and same_folder(there.output_dir, output_dir) and nothing_to_lose:
-            run_id = there.id  # a start that was cut off had given it one already
-    owner = Owner(run_id or uuid.uuid4().hex, output_dir, str(root))
-    owners.check_owner(root, owner, earlier=record is not None and "id" not in record)
-    owners.check_left_behind(None if record is None else record.get("checkpoints"), root, owner)
-    owners.write_owner(root, owner)
-    return owner
 
 
 def _write_record(config: RunConfig, folder: Path, record: dict[str, Any] | None, owner: Owner) -> None:

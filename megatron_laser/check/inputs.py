@@ -8,7 +8,7 @@ from megatron_laser.check.data_inputs import GROUP as DATA
 from megatron_laser.check.data_inputs import DataInputs, Progress, look_at_data, read_data
 from megatron_laser.check.ledger import Ledger
 from megatron_laser.check.machine import GROUP as MACHINE
-from megatron_laser.check.machine import look_at_disks, look_at_folders, look_at_servers
+from megatron_laser.check.machine import look_at_disks, look_at_folders, look_at_layers, look_at_servers
 from megatron_laser.check.model_inputs import GROUP as MODEL
 from megatron_laser.check.model_inputs import ModelInputs, look_at_model, look_at_tokenizer
 from megatron_laser.config import RunConfig
@@ -27,17 +27,27 @@ class Looked:
     data: DataInputs
 
 
-def look(config: RunConfig, ledger: Ledger, progress: Progress = lambda split, done, total: None) -> Looked:
+def look(
+    config: RunConfig,
+    ledger: Ledger,
+    progress: Progress = lambda split, done, total: None,
+    *,
+    overwrite: bool = False,
+) -> Looked:
     """Look at everything; what was found goes into `ledger`.
 
     Reads, and writes nothing. Quick looks come first, so that a run that cannot start says so soon.
+
+    Args:
+        overwrite: a run that is in the output folder will be moved aside, and may be any.
 
     Raises:
         UserError: the first error, where `ledger.stop_at_errors`.
     """
     look_at_servers(config, ledger)
     model = look_at_model(config, ledger)
-    look_at_folders(config, ledger)
+    look_at_layers(config, ledger)
+    look_at_folders(config, ledger, overwrite=overwrite)
     look_at_disks(config, ledger)
     data = read_data(config, ledger)
     with ledger.topic(REWARD, "reward function"):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from megatron_laser.check.disk import disk_findings, existing_part
 from megatron_laser.check.ledger import Ledger
-from megatron_laser.config import RunConfig
+from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.findings import Finding
+from megatron_laser.output_folder import Standing, also_written, check_checkpoints, check_output_folder
 from megatron_laser.rollout.serving.start_checks import check_start
 from megatron_laser.weight_sync.feasibility import check_servers
 
@@ -29,17 +30,55 @@ def look_at_disks(config: RunConfig, ledger: Ledger) -> None:
         ledger.add(GROUP, disk_findings(config))
 
 
-def look_at_folders(config: RunConfig, ledger: Ledger) -> None:
-    """Whether the run can write where it is told to. Creates nothing."""
-    output = Path(config.run.output_dir)
-    places = {"run.output_dir": output}
-    if config.checkpoint.every and config.checkpoint.folder is not None:
-        places["checkpoint.folder"] = Path(config.checkpoint.folder)
-    if config.rollout.engine == "sglang" and config.rollout.sync_folder is not None:
-        places["rollout.sync_folder"] = Path(config.rollout.sync_folder)
-    for setting, folder in places.items():
+def look_at_layers(config: RunConfig, ledger: Ledger) -> None:
+    """Whether this machine can build the layers of `model.layers`; a warning, since the run may have another one."""
+    from megatron_laser.model.transformer_engine import use_transformer_engine
+
+    topic = "layers"
+    with ledger.topic(GROUP, topic):
+        try:
+            with_engine = use_transformer_engine(config.model.layers)
+        except ConfigError as error:
+            ledger.add(GROUP, [Finding(topic, "warning", f"on this machine {'; '.join(error.problems)}")])
+            return
+        text = "of Transformer Engine" if with_engine else "of torch"
+        ledger.add(GROUP, [Finding(topic, "ok", f"{text} (model.layers is {config.model.layers})")])
+
+
+def look_at_folders(config: RunConfig, ledger: Ledger, *, overwrite: bool = False) -> None:
+    """Whether the run can write where it is told to, and no other run is there. Creates nothing.
+
+    Args:
+        overwrite: a run that is there will be moved aside, and may be any.
+    """
+    standing: Standing | None = None
+    with ledger.topic(GROUP, "run.output_dir"):
+        output = Path(config.run.output_dir)
+        finding = folder_finding("run.output_dir", output)
+        if finding.level != "error" and not overwrite:
+            standing = check_output_folder(config)
+            finding = _standing_finding(config, standing) or finding
+        ledger.add(GROUP, [finding])
+    named = {"checkpoint.folder": config.checkpoint.folder, "rollout.sync_folder": config.rollout.sync_folder}
+    for setting, folder in also_written(config):
         with ledger.topic(GROUP, setting):
-            ledger.add(GROUP, [folder_finding(setting, folder)])
+            finding = folder_finding(setting, folder)
+            if setting == "checkpoint.folder" and finding.level != "error" and standing is not None:
+                check_checkpoints(config, standing)
+            if finding.level == "error" or named[setting] is not None:
+                ledger.add(GROUP, [finding])
+
+
+def _standing_finding(config: RunConfig, standing: Standing) -> Finding | None:
+    topic, folder = "run.output_dir", config.run.output_dir
+    if standing.record is None:
+        return None
+    if standing.finished is not None and config.run.steps <= standing.finished:
+        text = f"{folder} holds this run, which has finished its {standing.finished} steps: nothing is left to do"
+        return Finding(
+            topic, "note", text, (), "raise run.steps to train on, or choose another run.output_dir"
+        )
+    return Finding(topic, "note", f"{folder} holds this run, which goes on")
 
 
 def folder_finding(setting: str, folder: Path) -> Finding:
@@ -56,8 +95,6 @@ def folder_finding(setting: str, folder: Path) -> Finding:
         )
     if place != folder.absolute():
         return Finding(setting, "ok", f"{folder} will be made")
-    if (folder / "run.json").is_file():
-        return Finding(setting, "note", f"{folder} holds a run, which the same settings go on with")
     return Finding(setting, "ok", f"{folder} is there")
 
 

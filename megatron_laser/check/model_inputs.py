@@ -10,6 +10,8 @@ from megatron_laser.check.end_of_response import check_end_of_response, end_sour
 from megatron_laser.check.ledger import Ledger, needed
 from megatron_laser.config import ConfigError, RunConfig, look_at_model_folder, read_architecture
 from megatron_laser.config.architecture import Architecture
+from megatron_laser.config.checks import position_problems, split_problems
+from megatron_laser.config.derived import longest_sequence
 from megatron_laser.config.special_tokens import SpecialTokens, resolve_special_tokens
 from megatron_laser.data.template import render_chat
 from megatron_laser.findings import Finding
@@ -35,10 +37,30 @@ def look_at_model(config: RunConfig, ledger: Ledger) -> ModelInputs:
         ledger.add(GROUP, look_at_model_folder(config.model.path, dtype=config.model.dtype))
         with suppress(ConfigError):  # said by now
             found.architecture = read_architecture(config.model.path)
+    look_at_sizes(config, found, ledger)
     with ledger.topic(GROUP, "score token"):
         found.special = resolve_special_tokens(config, needed(found.architecture, "config.json"))
         ledger.add(GROUP, [score_token_finding(config, found.special)])
     return found
+
+
+def look_at_sizes(config: RunConfig, found: ModelInputs, ledger: Ledger) -> None:
+    """Whether the model has positions for the longest sequence, and can be split as `parallel` says."""
+    with ledger.topic(GROUP, "lengths"):
+        architecture = needed(found.architecture, "config.json")
+        if problems := position_problems(config, architecture):
+            raise ConfigError(problems)
+        longest, limit = longest_sequence(config), architecture.max_position_embeddings
+        text = (
+            f"a prompt and its response are at most {longest:,} tokens, and the model has {limit:,} positions"
+        )
+        ledger.add(GROUP, [Finding("lengths", "ok", text)])
+    with ledger.topic(GROUP, "layout"):
+        parallel = config.parallel
+        if problems := split_problems(config, needed(found.architecture, "config.json")):
+            raise ConfigError(problems)
+        text = f"parallel.tensor {parallel.tensor} and parallel.pipeline {parallel.pipeline} divide the model"
+        ledger.add(GROUP, [Finding("layout", "ok", text)])
 
 
 def look_at_tokenizer(config: RunConfig, found: ModelInputs, ledger: Ledger) -> None:

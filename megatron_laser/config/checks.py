@@ -50,6 +50,24 @@ def structure_problems(config: RunConfig) -> list[str]:
 def layout_problems(config: RunConfig, architecture: Architecture, world_size: int) -> list[str]:
     """Problems of this model on this many ranks; one line each, with the arithmetic."""
     parallel = config.parallel
+    problems = split_problems(config, architecture)
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    label = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} ="
+    if world_size < 1:
+        problems.append(f"world size {world_size}: expected 1 or more")
+    elif world_size % model_ranks:
+        problems += _divisible("world size", world_size, label, model_ranks)
+    else:
+        problems += _share_problems(config, world_size // model_ranks)
+        problems += colocated_layout_problems(config.rollout, world_size)
+        problems += deadline_problems(config, world_size)
+    problems += position_problems(config, architecture)
+    return problems
+
+
+def split_problems(config: RunConfig, architecture: Architecture) -> list[str]:
+    """Parts of this model that `parallel.tensor` and the pipeline do not divide, on any number of ranks."""
+    parallel = config.parallel
     problems = []
     for name, value in (
         ("num_attention_heads", architecture.num_attention_heads),
@@ -63,18 +81,6 @@ def layout_problems(config: RunConfig, architecture: Architecture, world_size: i
     if parallel.virtual_pipeline > 1:
         label = f"parallel.pipeline {parallel.pipeline} x virtual_pipeline {parallel.virtual_pipeline} ="
     problems += _divisible("num_hidden_layers", architecture.num_layers, label, chunks)
-
-    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    label = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} ="
-    if world_size < 1:
-        problems.append(f"world size {world_size}: expected 1 or more")
-    elif world_size % model_ranks:
-        problems += _divisible("world size", world_size, label, model_ranks)
-    else:
-        problems += _share_problems(config, world_size // model_ranks)
-        problems += colocated_layout_problems(config.rollout, world_size)
-        problems += deadline_problems(config, world_size)
-    problems += _position_problems(config, architecture)
     return problems
 
 
@@ -269,7 +275,8 @@ def _share_problems(config: RunConfig, data_parallel: int) -> list[str]:
     ]
 
 
-def _position_problems(config: RunConfig, architecture: Architecture) -> list[str]:
+def position_problems(config: RunConfig, architecture: Architecture) -> list[str]:
+    """Longest sequences for which the model has no positions; one line each, with the arithmetic."""
     limit = architecture.max_position_embeddings
     problems = []
     prompt = config.data.max_prompt_tokens

@@ -16,6 +16,7 @@ from megatron_laser.check.view import lines, summary
 from megatron_laser.cli import app
 from megatron_laser.config import ConfigError, load_config
 from megatron_laser.findings import Finding
+from megatron_laser.output_folder import claim_output_folder
 
 WORDS = ["<unk>", "<eos>", "what", "is", "1", "2", "+", "<|score|>"]
 
@@ -167,3 +168,46 @@ def test_long_texts_are_wrapped_and_no_word_is_cut():
     assert all(len(line) <= 70 or path in line for line in shown[:-1])
     assert "-> do this and that" in "\n".join(shown)
     assert shown[-1] == summary(ledger) == "1 error, 0 warnings: the run would not start"
+
+
+def said(done, topic):
+    """(level, text) of what `check --json` found about `topic`."""
+    return [
+        (one["level"], one["text"]) for one in json.loads(done.output)["findings"] if one["topic"] == topic
+    ]
+
+
+def assert_error(done, topic, *words):
+    (level, text), *more = said(done, topic)
+    assert done.exit_code == 2 and level == "error" and not more, done.output
+    for word in words:
+        assert word in text
+
+
+def test_lengths_and_layouts_that_train_refuses(run):
+    done = check(run, "--json", "data.max_prompt_tokens=4000", "batching.tokens_per_micro_batch=5000")
+    assert_error(done, "lengths", "data.max_prompt_tokens 4000 + rollout.max_new_tokens 8 = 4008")
+    done = check(run, "--json", "parallel.tensor=64")
+    assert_error(done, "layout", "is not divisible by parallel.tensor 64")
+
+
+def test_an_output_folder_and_checkpoints_of_another_run(run, tmp_path):
+    first = load_config(run, [f"checkpoint.folder={tmp_path / 'shared'}"])
+    claim_output_folder(first).release()
+    before = sorted(tmp_path.rglob("*"))
+    same = check(run, "--json", f"checkpoint.folder={tmp_path / 'shared'}")
+    assert same.exit_code == 0
+    assert said(same, "run.output_dir") == [("note", f"{tmp_path / 'run'} holds this run, which goes on")]
+    other_lr = check(run, "--json", f"checkpoint.folder={tmp_path / 'shared'}", "optimizer.lr=1.0")
+    assert_error(other_lr, "run.output_dir", "belongs to another run: optimizer.lr")
+    elsewhere = check(run, "--json", f"checkpoint.folder={tmp_path / 'shared'}", "run.output_dir=other")
+    assert_error(elsewhere, "checkpoint.folder", f"belongs to another run, that of {tmp_path / 'run'}")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_layers_that_this_machine_cannot_build_are_a_warning(run, monkeypatch):
+    monkeypatch.setattr("megatron_laser.model.transformer_engine._problem", lambda: "needs what is not here")
+    done = check(run, "--json", "model.layers=transformer_engine")
+    assert done.exit_code == 0
+    ((level, text),) = said(done, "layers")
+    assert level == "warning" and "model.layers: transformer_engine needs what is not here" in text
