@@ -53,7 +53,11 @@ _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end
 # math-verify's parser would drop a number's subscript or a transpose, and multiply numbers side by side
 _DROPPED = re.compile(r"[\d)]\s*_|(?<![_^])\d\s+\d|\^\s*\{?\s*(?:T|\\top|\\intercal|\*|\\ast)(?![a-zA-Z])")
 # what it computes at once or takes seconds for
-_TOO_MUCH = re.compile(r"\\[dt]?binom\s*\{\s*\d{6,}|(?:[^|]*\|){20}|(?:[^!]*!){20}")
+_TOO_MUCH = re.compile(
+    r"\\[dt]?binom\s*\{\s*\d{6,}|(?:[^|]*\|){20}|(?:[^!]*!){20}|(?:[^']*'){40}|\\prod.*\\infty"
+    r"|\\(?:sum|prod|i*int)(?![a-zA-Z]).*\\(?:sum|prod|int)(?![a-zA-Z])"  # a sum of sums
+    r"|(?:\\det(?![a-zA-Z])|\{[vV]matrix\})(?:[^&]*&){15}"
+)
 _POINT = re.compile(r"\d\.\d|(?<!\d)\.\d")
 _CLOCK = re.compile(
     r"(?:\\text\{\s*)?([01]?\d|2[0-4]):([0-5]\d)\s*(?:\\text\{\s*)?(?:([apAP])\.?\s?[mM]\.?)?\s*\}?"
