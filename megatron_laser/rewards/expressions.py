@@ -74,6 +74,8 @@ def expressions_equal(
     size = max(bits(left), bits(right))
     if size > TAME_BITS:
         return None
+    if any(side.free_symbols and side.has(sympy.Integral) for side in (left, right)):
+        return None  # SymPy may search for minutes
     left, right = _computed(_without_functions(left)), _computed(_without_functions(right))
     digits = _DIGITS + int(min(0.6 * size, _MAX_DIGITS))
     agreed = 0
@@ -132,8 +134,8 @@ def _without_functions(value: Any) -> Any:
 
 
 def _computed(value: Any) -> Any:
-    """Sums, products and integrals with variables carried out, where SymPy can: numerically they take seconds."""
-    if not value.free_symbols or not value.has(sympy.Sum, sympy.Product, sympy.Integral):
+    """Sums and products with variables carried out, where SymPy can: numerically they take seconds."""
+    if not value.free_symbols or not value.has(sympy.Sum, sympy.Product):
         return value
     try:
         return value.doit()
@@ -156,7 +158,8 @@ def _points(left: Any, right: Any) -> list[dict[Any, Any]]:
 def _evaluate(value: Any, point: dict[Any, Any], digits: int) -> Any:
     """The value to so many digits, None where it has none (a pole, a sum that does not end, no accuracy)."""
     try:
-        number = value.evalf(digits, subs=point or None, maxn=3 * digits + 200)
+        # with `subs`, even of variables that it does not hold, a nested fraction takes exponential time
+        number = value.evalf(digits, subs=point if value.free_symbols else None, maxn=3 * digits + 200)
     except MemoryError:
         raise
     except Exception:  # SymPy raises anything on odd input

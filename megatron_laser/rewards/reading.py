@@ -30,7 +30,7 @@ from .reals import WHOLE, NotComparedError, complement, intersection, pieces_of,
 from .relations import ReadPart, assigned_name, read_relation, unknown_of
 from .spelling import MAX_NESTING, nesting, number_value, plain_spelling
 from .splitting import bracketed, split, split_relations, split_words
-from .units import as_words, split_units
+from .units import as_words, split_units, with_text_unit
 
 _BASES = dict(
     zip(["two", "three", "four", "five", "six", "seven", "eight", "nine"], range(2, 10), strict=True),
@@ -48,13 +48,24 @@ _SPOKEN_NUMERAL = re.compile(
     r"(?P<digits>[0-9A-F]+)\s*\\text\{\s*\(?\s*(?:in\s*)?base"
     r"(?:[- ]\s*(?P<word>\w+)\s*\)?\s*\}|\s*\}\s*(?P<number>\d+))"
 )
+_BARE_NUMERAL = re.compile(r"(?P<digits>[0-9]+) (?:in )?base[ -](?P<word>\w+)")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}")
 # math-verify's parser would drop a number's subscript or a transpose, and multiply numbers side by side
 _DROPPED = re.compile(r"[\d)]\s*_|(?<![_^])\d\s+\d|\^\s*\{?\s*(?:T|\\top|\\intercal|\*|\\ast)(?![a-zA-Z])")
 # what it computes at once or takes seconds for
-_TOO_MUCH = re.compile(r"\\[dt]?binom\s*\{\s*\d{6,}|(?:[^|]*\|){20}|(?:[^!]*!){20}")
+_TOO_MUCH = re.compile(
+    r"\\[dt]?binom\s*\{\s*\d{6,}|(?:[^|]*\|){20}|(?:[^!]*!){20}|(?:[^']*'){40}|\\prod.*\\infty"
+    r"|\\(?:sum|prod|i*int)(?![a-zA-Z]).*\\(?:sum|prod|int)(?![a-zA-Z])"  # a sum of sums
+    r"|(?:\\det(?![a-zA-Z])|\{[vV]matrix\})(?:[^&]*&){15}"
+)
 _POINT = re.compile(r"\d\.\d|(?<!\d)\.\d")
-_CLOCK = re.compile(r"([01]?\d|2[0-4]):([0-5]\d)\s*(?:\\text\{\s*)?(?:([apAP])\.?\s?[mM]\.?)?\s*\}?")
+_CLOCK = re.compile(
+    r"(?:\\text\{\s*)?([01]?\d|2[0-4]):([0-5]\d)\s*(?:\\text\{\s*)?(?:([apAP])\.?\s?[mM]\.?)?\s*\}?"
+)
+_DATE = re.compile(r"[A-Z][a-z]{2,} \d{1,2}(?:,? \d{4})?")
+_AMBIGUOUS = re.compile(r"-?\d*\.\d+\(\d+\)|[A-Z]\(\d+, ?\d+\)")  # a period or a factor; \binom or a point
+_CHOICE = re.compile(r"(?:option|answer|choice) \(?([A-Za-z])\)?", re.IGNORECASE)
+_ENUMERATION = re.compile(r",\s*(?:and\s+)?|\s+and\s+")
 _CAPITALS = re.compile(r"[A-Z]{2}|\\(?:angle|triangle)\s*\{?\s*[A-Z]{2,3}\s*\}?")
 _MAX_DEPTH = 8
 _INDEX = re.compile(r"_(?:\d|\{\d+\})$")  # of one of several values of a quantity: x_1
@@ -98,7 +109,9 @@ def _read(text: str, depth: int) -> Reading:
     compound = _compound(text, read)
     if compound is not None:
         return compound
-    shorter, unit = split_units(text)
+    if (with_unit := with_text_unit(text)) is None or _AMBIGUOUS.fullmatch(text):
+        return Unread(text)
+    shorter, unit = split_units(with_unit)
     if shorter != text:
         reading = read(shorter)
         return replace(reading, unit=unit) if unit and isinstance(reading, Value) else reading
@@ -130,7 +143,7 @@ def _simple(text: str, read: ReadPart) -> Reading | None:
         return Value(sympy.Rational(number.numerator, number.denominator), is_decimal=_is_decimal(text))
     if match := _CLOCK.fullmatch(text):
         return Clock(int(match[1]), int(match[2]), (match[3] or "").lower())
-    if match := _NUMERAL.fullmatch(text) or _SPOKEN_NUMERAL.fullmatch(text):
+    if match := _NUMERAL.fullmatch(text) or _SPOKEN_NUMERAL.fullmatch(text) or _BARE_NUMERAL.fullmatch(text):
         named = [name for key, name in match.groupdict().items() if key != "digits" and name]
         base = int(named[0]) if named[0].isdigit() else _BASES.get(named[0])
         digits = match["digits"]
@@ -138,14 +151,27 @@ def _simple(text: str, read: ReadPart) -> Reading | None:
             return read(digits)
         if base is not None and (digits.isdigit() or (base > 10 and len(digits) > 1)):  # A_2 is a variable
             return Numeral(digits.lstrip("0") or "0", base)
-    if (words := as_words(text)) is not None:
-        if len(words) == 1 or not re.search(r"[a-zA-Z]{2}", words):
-            return read(words)
-        words = words.lower()
-        if words in ("all real numbers", "all reals", "the set of all real numbers"):
-            return reading_of([WHOLE])
-        return Items(()) if words in ("empty set", "the empty set") else Words(words)
-    return None
+    if _DATE.fullmatch(text):
+        return Words(text.lower())
+    words = as_words(text)
+    return None if words is None or with_text_unit(text) != text else _read_words(words, read)
+
+
+def _read_words(words: str, read: ReadPart) -> Reading:
+    """A single letter, the reals, the empty set, a choice, names side by side, or other words."""
+    if len(words) == 1 or not re.search(r"[a-zA-Z]{2}", words):
+        return read(words)
+    if choice := _CHOICE.fullmatch(words):
+        return read(choice[1])
+    parts = _ENUMERATION.split(words)
+    if len(parts) > 1 and all(part and len(part.split()) <= 2 and part.isascii() for part in parts):
+        return Items(tuple(read(f"\\text{{{part}}}") for part in parts))
+    words = words.lower()
+    if words in ("all real numbers", "all reals", "the set of all real numbers"):
+        return reading_of([WHOLE])
+    if words.startswith("no "):
+        words = words.rstrip("s")  # solution, or solutions
+    return Items(()) if words in ("empty set", "the empty set") else Words(words)
 
 
 def _compound(text: str, read: ReadPart) -> Reading | None:

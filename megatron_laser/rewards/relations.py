@@ -8,6 +8,7 @@ r"""Equations and inequalities: which of them stand for a value or a set of real
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,7 @@ _FUNCTIONS = ("f", "g", "h", "p", "q", "u", "v")
 _CALL = re.compile(r"([a-zA-Z]+)[^()\\]*\((.*)\)")
 _ARGUMENT = re.compile(r"[a-zA-Z]|-?\d+(?:\.\d+)?")
 _SOLVABLE_BITS = 3000  # larger equations (high powers) are not expanded
+_SOLVABLE_TERMS = 3000  # nor those of more terms
 
 ReadPart = Callable[[str], Reading]
 
@@ -168,9 +170,25 @@ def _is_quantity(left: Any) -> bool:
     return not names & set(_PLANE)
 
 
+def _expanded_terms(value: Any) -> float:
+    """An upper bound of the terms when products, powers and common denominators are multiplied out."""
+    if not value.args:
+        return 1.0
+    inner = [_expanded_terms(argument) for argument in value.args]
+    if isinstance(value, sympy.Pow) and isinstance(value.exp, sympy.Integer):
+        count, power = inner[0], min(abs(int(value.exp)), 10**6)
+        return math.exp(math.lgamma(count + power) - math.lgamma(power + 1) - math.lgamma(count))
+    if isinstance(value, sympy.Mul):
+        return math.prod(inner)
+    if not isinstance(value, sympy.Add):
+        return max(inner)
+    below = [_expanded_terms(sympy.fraction(term)[1]) for term in value.args]
+    return sum(inner) * math.prod(below)
+
+
 def _solved(zero: Any) -> Reading:
     """`zero = 0`, solved for the last of z and y or for the only variable, where it is linear in it."""
-    if bits(zero) > _SOLVABLE_BITS:
+    if bits(zero) > _SOLVABLE_BITS or _expanded_terms(zero) > _SOLVABLE_TERMS:
         return Equation(zero)
     names = {str(symbol): symbol for symbol in zero.free_symbols}
     chosen = next((names[name] for name in ("z", "y") if name in names), None)

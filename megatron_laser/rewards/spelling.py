@@ -62,11 +62,23 @@ _GROUPS = re.compile(rf"(?<![\d.])([1-9]\d{{0,2}})((?:{_THIN}+\d{{3}})+)(?![\d]|
 _COMMA_GROUPS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _BLANK_COMMAND = re.compile(r"(?<!\\)\\[,;:! ]|~")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))")
+_DOTTED = re.compile(r"(\.\d*)\\dot\s*\{?\s*(\d)\s*\}?\s*(\d*)\s*\\dot\s*\{?\s*(\d)\s*\}?")
+_BRACKETED_PERIOD = re.compile(r"(\d*\.)\((\d+)\)$")  # 0.(3); the brackets of 0.1(6) may hold a factor
+_REWRITTEN = [
+    (re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in)\s*\]"), r"\\\\ "),  # a line's distance
+    (re.compile(r"(?<=\d)\s*\^\s*(?:\{\s*o\s*\}|o)(?![a-zA-Z])"), r"^\\circ "),
+    (re.compile(r"\{\s*([^{}]+?)\s*\\choose\s*([^{}]+?)\s*\}"), r"\\binom{\1}{\2}"),
+    (re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)"), r" \\times "),
+]
+_ARGUMENT_GROUPS = re.compile(r"(?:(?<=frac\{)|(?<=sqrt\{)|(?<=\}\{))[1-9]\d{0,2}(?:,\d{3})+(?=\})")
+_ROOT_OF_FRACTION = re.compile(r"\\sqrt\s*(\\frac\s*\{[^{}]*\}\s*\{[^{}]*\})")
 _E_NOTATION = re.compile(r"(?<![\w.}])((?:\d+\.?\d*|\.\d+))[eE](?:\{?)([+-]?\d{1,6})(?:\}?)(?![\w.])")
 _ROOT = re.compile(r"([√∛∜])\s*(?:(\d+(?:\.\d+)?|\\[a-zA-Z]+|[a-zA-Z])|(?=[({]))")
 _PLAIN_ROOT = re.compile(r"(?<![\\a-zA-Z])sqrt(?=\s*[({])")
 _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
-_SHORT_ARGUMENT = re.compile(r"\\frac\s*(?:(\d|[a-zA-Z])|(?=\{))\s*")
+_COMMAND = r"\\(?!frac|sqrt|text|left|math)[a-zA-Z]+"
+_SHORT_ARGUMENT = re.compile(rf"\\frac\s*(?:(\d|[a-zA-Z]|{_COMMAND})|(?=\{{))\s*")
+_SHORT_DENOMINATOR = re.compile(rf"\d|[a-zA-Z]|{_COMMAND}")
 _LONG_POWER = re.compile(r"\^\s*(\d{2,}|-\d+)")
 _BLANKS = re.compile(r"\s+")
 _ELLIPSIS = re.compile(r"\.(?:\s?\.)+")  # 0.333... has more digits than 0.333
@@ -116,11 +128,16 @@ def _pass(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = _OTHER_EMPTY_SET.sub(r"\\emptyset ", text)
     text = _GROUPS.sub(lambda groups: re.sub(r"\D", "", groups.group()), text)
-    text = _comma_groups(text)
+    for pattern, replacement in _REWRITTEN:
+        text = pattern.sub(replacement, text)
+    text = _ARGUMENT_GROUPS.sub(lambda groups: groups.group().replace(",", ""), _comma_groups(text))
     text = _BLANK_COMMAND.sub(" ", text)
+    text = _DOTTED.sub(r"\1\\overline{\2\3\4}", text)
+    text = _BRACKETED_PERIOD.sub(r"\1\\overline{\2}", text)
     text = _REPEATING.sub(_repeating_fraction, text)
     text = _E_NOTATION.sub(r"\1 \\times 10^{\2}", text)
-    text = _LONG_POWER.sub(r"^{\1}", _braced_fractions(text))
+    text = _ROOT_OF_FRACTION.sub(r"\\sqrt{\1}", _braced_fractions(text))
+    text = _LONG_POWER.sub(r"^{\1}", text)
     text = _END.sub("", _BLANKS.sub(" ", text).strip())
     return _without_outer_braces(text)
 
@@ -190,7 +207,7 @@ def _repeating_fraction(match: re.Match[str]) -> str:
 
 
 def _braced_fractions(text: str) -> str:
-    r"""`\frac12` and `\frac{1}2` as `\frac{1}{2}`."""
+    r"""`\frac12`, `\frac\pi2` and `\frac{1}2` as `\frac{1}{2}`."""
     if "\\frac" not in text:
         return text
     pieces, position = [], 0
@@ -207,9 +224,9 @@ def _braced_fractions(text: str) -> str:
             above, end = text[end + 1 : closing], closing + 1
             while end < len(text) and text[end] == " ":
                 end += 1
-        if end < len(text) and text[end].isalnum():
-            pieces += [text[position : match.start()], f"\\frac{{{above}}}{{{text[end]}}}"]
-            position = end + 1
+        if below := _SHORT_DENOMINATOR.match(text, end):
+            pieces += [text[position : match.start()], f"\\frac{{{above}}}{{{below.group()}}}"]
+            position = below.end()
         elif match[1]:
             pieces += [text[position : match.start()], f"\\frac{{{above}}}"]
             position = end

@@ -91,6 +91,7 @@ CHARACTERS: dict[int, str] = {
     ord("ℝ"): "\\mathbb{R}",
     ord("，"): ",",
     ord("、"): ",",
+    ord("。"): ".",
     ord("＊"): "*",
     ord("％"): "%",
 }

@@ -30,7 +30,7 @@ _NOT_UNITS = re.compile(
     r"half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|"
     r"\w+teen|\w+tie|hundred|\w+sand|\w+llion)ths?|times|plus|minus|negative|positive|squared|"
     r"cubed|factorial|doubled|tripled|inverse|reciprocal|repeating|recurring|repeated|score|gross|pi|r|remainder|bc|ad|"
-    r"bce|ce|over|by|o'?clock)\b"
+    r"bce|ce|over|by|even|odd|prime|o'?clock)\b"
 )
 _NUMBER_INSIDE = re.compile(r"(?<![\^\d])(?<!\^-)\d")  # other than a power: feet 6 inches
 _SHORT_SCALES = frozenset(["k", "K", "M", "B"])  # 5K, but 300 K
@@ -81,6 +81,12 @@ _SCALES["trillion"] = "10^{12}"
 _SCALES |= {f"{name}s": value for name, value in _SCALES.items()} | {"dozens": "12"}
 
 _TEXTS = re.compile(r"(?:\\text\{[^{}]*\}\s*)+")
+_NUMBER_IN_TEXT = re.compile(
+    r"\\text\{\s*([+-]?\d[\d,./]*)\s+([a-zA-Z][a-zA-Z /^]*[a-zA-Z.]\^?[23]?|[a-zA-Z])\s*\}"
+)
+_WORDS_BEHIND = re.compile(
+    r"([+-]?(?:\d[\d./]*|\\frac\{\d+\}\{\d+\})) ([a-zA-Z]+(?: [a-zA-Z]+)*)((?:\s?\^\s?\{?[23]\}?)?)"
+)
 _LETTERS = re.compile(r"[a-zA-Z][a-zA-Z'\- ]*")
 _SHORT_WORDS = frozenset(
     [
@@ -167,6 +173,25 @@ def _strip_one(text: str) -> tuple[str, str]:
             return f"{core} \\cdot {_SCALES[first]}" + (f" \\text{{{rest}}}" if rest else ""), ""
         return core, match.group()
     return text, ""
+
+
+def with_text_unit(text: str) -> str | None:
+    r"""`5 people` and `\text{3 hours}` as a number and a text behind it; the text itself where there is no such word.
+
+    None where the letters behind a number can be a unit as well as a product: `5 m`, `5 cat`.
+    """
+    if match := _NUMBER_IN_TEXT.fullmatch(text):
+        return f"{match[1]} \\text{{{match[2]}}}"
+    match = _WORDS_BEHIND.fullmatch(text)
+    if match is None or _NOT_WORDS.match(match[2]):
+        return text
+    first, is_one = match[2].split()[0], " " not in match[2]
+    if is_one and len(first) == 1:
+        return None if first in _UNITS else text
+    if first in _UNITS or _looks_like_words(match[2]):
+        return f"{match[1]} \\text{{{match[2]}}}{match[3]}"
+    is_word = len(first) > 2 and set(first.lower()) & set("aeiou") and list(first) != sorted(first)
+    return None if is_word else text
 
 
 def _says_more(words: str) -> bool:

@@ -263,6 +263,15 @@ HOSTILE = [
     r"\{" * 38 + "1" + r"\}" * 38,
     "1 and " * 300 + "2",
     "1{,}000" * 250,
+    "(x+y+z+1)^{60}=0",
+    r"+".join(rf"\frac{{1}}{{y+{k}x}}" for k in range(1, 40)) + "=0",
+    r"\sum_{k=1}^{n}\sum_{j=1}^{k}\frac{j}{k+n}",
+    r"\prod_{k=2}^{\infty}(1-\frac{1}{k^2})",
+    r"\int \frac{1}{x^{5}+x+1}dx",
+    r"\det\begin{pmatrix}"
+    + r"\\".join("&".join(f"a_{{{i}{j}}}" for j in range(8)) for i in range(8))
+    + r"\end{pmatrix}",
+    "x'" * 995,
     "\ud800" * 1000,
     "\x00" * 1000,
 ]
