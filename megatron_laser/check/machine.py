@@ -9,7 +9,8 @@ from megatron_laser.check.disk import disk_findings, existing_part
 from megatron_laser.check.ledger import Ledger
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.findings import Finding
-from megatron_laser.output_folder import Standing, also_written, check_checkpoints, check_output_folder
+from megatron_laser.output_checks import Standing, check_checkpoints, check_output_folder
+from megatron_laser.output_folder import also_written
 from megatron_laser.rollout.serving.start_checks import check_start
 from megatron_laser.weight_sync.feasibility import check_servers
 

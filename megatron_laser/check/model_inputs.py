@@ -10,8 +10,8 @@ from megatron_laser.check.end_of_response import check_end_of_response, end_sour
 from megatron_laser.check.ledger import Ledger, needed
 from megatron_laser.config import ConfigError, RunConfig, look_at_model_folder, read_architecture
 from megatron_laser.config.architecture import Architecture
-from megatron_laser.config.checks import position_problems, split_problems
 from megatron_laser.config.derived import longest_sequence
+from megatron_laser.config.model_checks import position_problems, split_problems
 from megatron_laser.config.special_tokens import SpecialTokens, resolve_special_tokens
 from megatron_laser.data.template import render_chat
 from megatron_laser.findings import Finding

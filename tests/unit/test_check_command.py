@@ -15,6 +15,7 @@ from megatron_laser.check.ledger import Skipped
 from megatron_laser.check.view import lines, summary
 from megatron_laser.cli import app
 from megatron_laser.config import ConfigError, load_config
+from megatron_laser.errors import UserError
 from megatron_laser.findings import Finding
 from megatron_laser.output_folder import claim_output_folder
 
@@ -110,12 +111,12 @@ def test_a_start_logs_warnings_alone_and_reads_everything_once(run, monkeypatch,
     reads = []
     real = inputs.look
 
-    def watched(config, ledger):
+    def watched(config, ledger, **options):
         from megatron_laser.check import data_inputs
 
         read = data_inputs.read_rows
         monkeypatch.setattr(data_inputs, "read_rows", lambda *a, **k: reads.append(a) or read(*a, **k))
-        return real(config, ledger)
+        return real(config, ledger, **options)
 
     monkeypatch.setattr(inputs, "look", watched)
     with caplog.at_level(logging.INFO):
@@ -211,3 +212,23 @@ def test_layers_that_this_machine_cannot_build_are_a_warning(run, monkeypatch):
     assert done.exit_code == 0
     ((level, text),) = said(done, "layers")
     assert level == "warning" and "model.layers: transformer_engine needs what is not here" in text
+
+
+def test_overwriting_moves_nothing_until_all_inputs_are_in_order(run, tmp_path, capsys):
+    claim_output_folder(load_config(run)).release()
+    with pytest.raises(ConfigError, match=r"optimizer\.lr"):  # without it the other run is left alone
+        inputs.read_inputs(load_config(run, ["optimizer.lr=1.0"]))
+    for wrong in ("data.train=nope.jsonl", "reward.function=nothing", "laser.score_token=nope"):
+        with pytest.raises(UserError):
+            inputs.read_inputs(load_config(run, [wrong]), overwrite=True)
+        assert not (tmp_path / "run.old-1").exists() and "moved" not in capsys.readouterr().out
+    inputs.read_inputs(load_config(run, ["optimizer.lr=1.0"]), overwrite=True).folder.release()
+    assert (tmp_path / "run.old-1" / "run.json").exists() and (tmp_path / "run" / "run.json").exists()
+    assert f"moved the existing {tmp_path / 'run'} to" in capsys.readouterr().out
+
+
+def test_train_tells_the_reading_of_the_inputs_to_overwrite(run, tmp_path):
+    claim_output_folder(load_config(run)).release()
+    done = CliRunner().invoke(app, ["train", str(run), "--overwrite", "data.train=nope.jsonl"])
+    assert done.exit_code == 2 and "nope.jsonl" in done.output
+    assert "moved" not in done.output and not (tmp_path / "run.old-1").exists()
