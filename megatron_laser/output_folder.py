@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -86,34 +87,44 @@ def claim_output_folder(config: RunConfig, *, again: Owner | None = None) -> Cla
         CheckpointError: the newest checkpoint cannot be read.
     """
     folder = Path(config.run.output_dir)
-    setting, path = "run.output_dir", folder
+    root = checkpoints.checkpoint_root(config)
     with ExitStack() as held:
-        try:
+        with _writing("run.output_dir", folder):
             through_links(folder).mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context(lock_folder(folder, setting))
+            lock = held.enter_context(lock_folder(folder, "run.output_dir"))
             standing = check_output_folder(config, again)
-            finished = standing.finished
-            if finished is not None and config.run.steps <= finished:
-                logger.warning(
-                    "the run in %s has finished its %d steps: nothing to do. Raise run.steps to train on, or choose "
-                    "another run.output_dir",
-                    folder,
-                    finished,
-                )
-                return ClaimedFolder(folder, lock, held.pop_all(), finished=True)
-            for setting, path in also_written(config):
+        finished = standing.finished
+        if finished is not None and config.run.steps <= finished:
+            logger.warning(
+                "the run in %s has finished its %d steps: nothing to do. Raise run.steps to train on, or choose "
+                "another run.output_dir",
+                folder,
+                finished,
+            )
+            return ClaimedFolder(folder, lock, held.pop_all(), finished=True)
+        for setting, path in also_written(config):
+            with _writing(setting, path):
                 through_links(path).mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock_folder(path, setting))
+        with _writing("checkpoint.folder", root):
             owner = check_checkpoints(config, standing, again)
-            owners.write_owner(checkpoints.checkpoint_root(config), owner)
+            owners.write_owner(root, owner)
+        with _writing("run.output_dir", folder):
             if finished is not None:
                 (folder / FINISHED).unlink()
             (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
             _write_record(config, folder, standing.record, owner)
             (folder / STOPPED).unlink(missing_ok=True)
-        except OSError as error:
-            raise ConfigError([f"{setting} {path} cannot be written: {error}"]) from error
         return ClaimedFolder(folder, lock, held.pop_all(), owner=owner)
+
+
+@contextmanager
+def _writing(setting: str, path: Path) -> Iterator[None]:
+    """An OSError inside is said of the folder that `setting` names."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError([f"{setting} {path} cannot be written: {error}"]) from error
 
 
 def also_written(config: RunConfig) -> list[tuple[str, Path]]:

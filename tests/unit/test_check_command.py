@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import yaml
@@ -232,3 +233,75 @@ def test_train_tells_the_reading_of_the_inputs_to_overwrite(run, tmp_path):
     done = CliRunner().invoke(app, ["train", str(run), "--overwrite", "data.train=nope.jsonl"])
     assert done.exit_code == 2 and "nope.jsonl" in done.output
     assert "moved" not in done.output and not (tmp_path / "run.old-1").exists()
+
+
+@pytest.fixture
+def model(base, tmp_path):
+    """A copy that a test may break, as an override."""
+    shutil.copytree(base, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def errors(run, *overrides):
+    """{topic: text} of the errors, each topic once."""
+    done = check(run, "--json", f"model.path={run.parent / 'model'}", *overrides)
+    found = [one for one in json.loads(done.output)["findings"] if one["level"] == "error"]
+    assert done.exit_code == 2 and len({one["topic"] for one in found}) == len(found), found
+    return {one["topic"]: one["text"] for one in found}
+
+
+@pytest.mark.parametrize("token_id", [4000, -1])
+def test_an_eos_id_outside_of_the_vocabulary_is_the_files(run, model, token_id):
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": token_id}))
+    (topic, text), *more = errors(run).items()
+    assert topic == "end of response" and not more
+    assert f"{model / 'generation_config.json'}; eos_token_id: token id {token_id} is not in" in text
+    (topic, text), *more = errors(run, "rollout.stop_token_ids=[4000]").items()
+    assert (
+        topic == "end of response" and text.startswith("rollout.stop_token_ids: token id 4000") and not more
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "topic"),
+    [
+        ("generation_config.json", "{", "end of response"),
+        ("tokenizer.json", "{", "tokenizer"),
+        ("tokenizer.json", "{}", "tokenizer"),
+        ("tokenizer.json", "[]", "tokenizer"),
+        ("tokenizer.json", '{"added_tokens": [1]}', "tokenizer"),
+        ("tokenizer.json", None, "tokenizer"),
+        ("tokenizer_config.json", "[]", "tokenizer"),
+        ("config.json", "{", "model"),
+        ("config.json", None, "model"),
+        ("", None, "model"),
+    ],
+)
+def test_a_broken_file_is_one_error_of_the_topic_that_it_belongs_to(run, model, file, content, topic):
+    if content is not None:
+        (model / file).write_text(content)
+    elif file:
+        (model / file).unlink()
+    else:
+        shutil.rmtree(model)
+    assert list(errors(run)) == [topic]
+
+
+def test_a_folder_in_place_of_a_tokenizer_is_called_one(run, model):
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.json").mkdir()
+    assert "Is a directory" in errors(run)["tokenizer"]
+
+
+def test_a_broken_template_is_one_error(run, model):
+    for template in ("{% for m in messages %}{{ m", "no problem in it"):
+        (model / "chat_template.jinja").write_text(template)
+        assert list(errors(run, "data.apply_chat_template=true")) == ["chat template"]
+    (model / "chat_template.jinja").unlink()
+    assert list(errors(run, "data.apply_chat_template=true")) == ["chat template"]
+
+
+def test_what_is_skipped_is_said_once(run):
+    done = check(run, "--json", "model.path=nothing")
+    notes = [one["topic"] for one in json.loads(done.output)["findings"] if one["level"] == "note"]
+    assert len(notes) == len(set(notes)) and {"tokenizer", "disk space", "data.train"} <= set(notes)
