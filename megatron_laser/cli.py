@@ -86,20 +86,15 @@ def train(
     check_layout(loaded, read_architecture(loaded.model.path), place_in_run().world_size)
     is_main = is_main_process()
     prepare_process(loaded.logging.level, is_main)
-    from megatron_laser.observability.extras import say
-
-    if overwrite and is_main:
-        from megatron_laser.overwrite import move_aside
-
-        for moved in move_aside(loaded):
-            say(f"moved the existing {moved.what} to {moved.to}")
     from megatron_laser.model.transformer_engine import settle
 
     settle(loaded.model.layers)
     from megatron_laser.loop import train as run
 
-    folder = run(loaded)
+    folder = run(loaded, overwrite=overwrite)
     if is_main:
+        from megatron_laser.observability.extras import say
+
         say(f"done: {folder}/report.md")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -31,7 +32,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class user_errors:
-    """Turn errors about the user's input into one readable message and exit status 2."""
+    """Turn errors about the user's input into one readable message and exit status 2.
+
+    several: asked whether the command is one that several processes run together, of which one is to speak. Alone
+    a process always speaks, whatever launcher's variables it has inherited.
+    """
+
+    def __init__(self, several: Callable[[], bool] = lambda: False) -> None:
+        self._several = several
 
     def __enter__(self) -> None:
         return None
@@ -47,7 +55,7 @@ class user_errors:
         if isinstance(error, BaseException) and (message := user_message(error)):
             from megatron_laser.config.process_environment import is_main_process
 
-            if not is_main_process():
+            if self._several() and not is_main_process():
                 time.sleep(3.0)  # the same error on every rank: rank 0 says it, and ends first
                 raise typer.Exit(2) from None
             typer.echo(f"error: {message}", err=True)
@@ -57,8 +65,11 @@ class user_errors:
 class Commands(TyperGroup):
     """The command line with `user_errors` around every command, those of groups within it too."""
 
+    several = frozenset({"train"})
+    """Commands that torchrun may start several times."""
+
     def invoke(self, ctx: Any) -> Any:
-        with user_errors():
+        with user_errors(lambda: ctx.invoked_subcommand in self.several):
             return super().invoke(ctx)
 
 

@@ -13,7 +13,9 @@ from megatron_laser.check.ledger import one_line
 from megatron_laser.config import RunConfig
 from megatron_laser.data import fingerprint
 from megatron_laser.findings import Finding
+from megatron_laser.observability.extras import say
 from megatron_laser.output_folder import ClaimedFolder, claim_output_folder
+from megatron_laser.overwrite import move_aside
 from megatron_laser.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -39,17 +41,24 @@ class RunInputs:
         return {"score_token_id": np.array(score, dtype=np.int64), "finished": finished}
 
 
-def read_inputs(config: RunConfig) -> RunInputs:
+def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
     """Look at everything that the run starts from, as `megatron-laser check` does, and claim the output folder.
 
     Warnings and notes are logged.
 
+    Args:
+        overwrite: move a run that is in the output folder aside, once nothing else stops this one.
+
     Raises:
         UserError: the first error, with the setting or the file and line that is wrong.
     """
-    looked = look(config, Ledger(stop_at_errors=True, hear=_log))
+    looked = look(config, Ledger(stop_at_errors=True, hear=_log), overwrite=overwrite)
     model, prompts = looked.model, looked.data.prompts
     assert model.special is not None  # errors have ended this by now
+    data_fingerprint = fingerprint(config.data.train, [config.data.prompt_key, config.data.answer_key])
+    if overwrite:
+        for moved in move_aside(config):
+            say(f"moved the existing {moved.what} to {moved.to}")
     return RunInputs(
         tokenizer=model.tokenizer,
         train=prompts["train"],
@@ -57,7 +66,7 @@ def read_inputs(config: RunConfig) -> RunInputs:
         test=prompts.get("test"),
         score_token_id=model.special.score_token_id,
         stop_token_ids=model.special.stop_token_ids,
-        data_fingerprint=fingerprint(config.data.train, [config.data.prompt_key, config.data.answer_key]),
+        data_fingerprint=data_fingerprint,
         folder=claim_output_folder(config),
     )
 

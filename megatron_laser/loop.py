@@ -43,17 +43,18 @@ from megatron_laser.weight_sync import sync_weights
 _SYNC_ATTEMPTS = 3
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, *, overwrite: bool = False) -> Path:
     """Run `config` from its first step to its last; returns the output folder. Call on every rank."""
     timers = Timers()
     with session(config, timers) as (runtime, coordinator):
-        _train(config, runtime, coordinator, timers)
+        _train(config, runtime, coordinator, timers, overwrite)
     return Path(config.run.output_dir)
 
 
-def _train(config: RunConfig, runtime: Runtime, coordinator: Coordinator, timers: Timers) -> None:
-    # Everything that can be wrong with the user's files is found before a model is built.
-    inputs = coordinator.lead("reading inputs", lambda: read_inputs(config), deadline=config.run.deadline)
+def _train(config: RunConfig, runtime: Runtime, coordinator: Coordinator, timers: Timers, anew: bool) -> None:
+    inputs = coordinator.lead(  # finds everything that can be wrong with the user's files
+        "reading inputs", lambda: read_inputs(config, overwrite=anew), deadline=config.run.deadline
+    )
     with coordinator.phase("sharing the inputs"):
         shared = broadcast_arrays(None if inputs is None else inputs.shared_arrays(), runtime)
     leader: Leader | None = None
@@ -99,8 +100,7 @@ class _Run:
     def run(self, first_step: int, *, resumed: bool) -> None:
         """All steps from `first_step`, or as many as until somebody asks to stop or the servers are lost."""
         try:
-            # A converted checkpoint of step 0 is a resume too: its weights may not be those of model.path.
-            if resumed or needs_first_sync(self.config):
+            if resumed or needs_first_sync(self.config):  # resumed at step 0: from a converted checkpoint
                 self._sync(first_step - 1)
             for step in range(first_step - 1, self.config.run.steps + 1):
                 if step < first_step:

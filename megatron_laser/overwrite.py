@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.files import through_links
 from megatron_laser.folder_lock import lock_folder
-from megatron_laser.output_folder import read_record
+from megatron_laser.output_checks import read_record
 from megatron_laser.trainer.checkpoint.folder import checkpoint_root
 from megatron_laser.trainer.checkpoint.owner import OWNER, RUN, Owner, check_owner, read_owner, same_folder
 

@@ -14,6 +14,21 @@ logger = logging.getLogger(__name__)
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
 
 
+def check_tokenizer_files(folder: str | Path) -> None:
+    """Refuse a folder without a tokenizer; transformers makes one up, of one token, for types of models it knows.
+
+    Raises:
+        ConfigError: says what to do.
+    """
+    if not any(entry for pattern in _VOCABULARIES for entry in Path(folder).glob(pattern)):
+        raise ConfigError(
+            [
+                f"model.path: {folder} has no tokenizer ({', '.join(_VOCABULARIES)}); copy tokenizer.json and "
+                "tokenizer_config.json from the model's origin"
+            ]
+        )
+
+
 def load_tokenizer(folder: str | Path, probes: Sequence[str] = ()) -> Any:
     """The tokenizer of a Hugging Face folder.
 
@@ -28,17 +43,10 @@ def load_tokenizer(folder: str | Path, probes: Sequence[str] = ()) -> Any:
     Raises:
         ConfigError: its files are missing, damaged or of an unknown kind.
     """
+    check_tokenizer_files(folder)
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     file = Path(folder) / "tokenizer.json"
-    if not any(entry for pattern in _VOCABULARIES for entry in Path(folder).glob(pattern)):
-        # transformers makes one up, of one token, for the types of models that it knows.
-        raise ConfigError(
-            [
-                f"model.path: {folder} has no tokenizer ({', '.join(_VOCABULARIES)}); copy tokenizer.json and "
-                "tokenizer_config.json from the model's origin"
-            ]
-        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         if not file.is_file():

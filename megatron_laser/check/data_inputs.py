@@ -61,7 +61,7 @@ def look_at_data(
     for split, rows in found.rows.items():
         with ledger.topic(GROUP, f"data.{split}"):
             _tokenize(config, model, found, split, ledger, progress)
-        score = None if model.special is None else model.special.score_token_id
+        score = None if model.score_token is None else model.score_token.id
         if score is not None and split in found.prompts:
             prompts = found.prompts[split]
             with ledger.topic(GROUP, "score token"):
@@ -73,9 +73,11 @@ def _tokenize(
     config: RunConfig, model: ModelInputs, found: DataInputs, split: str, ledger: Ledger, progress: Progress
 ) -> None:
     rows, data = found.rows[split], config.data
+    tokenizer = needed(model.tokenizer, "the tokenizer")
+    needed(model.template or None, "the chat template")
     built, report = build_prompts(
         rows,
-        needed(model.tokenizer, "the tokenizer"),
+        tokenizer,
         prompt_suffix=data.prompt_suffix,
         apply_chat_template=data.apply_chat_template,
         max_prompt_tokens=data.max_prompt_tokens,

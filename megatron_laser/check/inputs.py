@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_laser.check.data_inputs import GROUP as DATA
 from megatron_laser.check.data_inputs import DataInputs, Progress, look_at_data, read_data
-from megatron_laser.check.ledger import Ledger
+from megatron_laser.check.ledger import Ledger, needed
 from megatron_laser.check.machine import GROUP as MACHINE
 from megatron_laser.check.machine import look_at_disks, look_at_folders, look_at_layers, look_at_servers
 from megatron_laser.check.model_inputs import GROUP as MODEL
@@ -48,12 +48,13 @@ def look(
     model = look_at_model(config, ledger)
     look_at_layers(config, ledger)
     look_at_folders(config, ledger, overwrite=overwrite)
-    look_at_disks(config, ledger)
+    look_at_disks(config, model, ledger)
     data = read_data(config, ledger)
     with ledger.topic(REWARD, "reward function"):
         answers = [row.answer for row in data.rows.get("train", [])[:1]]
         ledger.add(REWARD, trial(config.reward.function, *answers, deadline=config.reward.deadline))
     with ledger.topic(MODEL, "tokenizer"):
+        needed(model.vocabulary, "config.json")  # without it, or with a broken file, that is said by now
         probes = [row.problem for row in data.rows.get("train", [])[:_TOKENIZER_PROBES]]
         model.tokenizer = load_tokenizer(config.model.path, probes)
     look_at_tokenizer(config, model, ledger)

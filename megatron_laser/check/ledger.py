@@ -12,6 +12,7 @@ from megatron_laser.errors import UserError
 from megatron_laser.findings import Finding
 
 T = TypeVar("T")
+_SKIPPED = "not looked at: it needs"
 
 
 class CheckFailed(UserError, ValueError):
@@ -52,11 +53,16 @@ class Ledger:
 
     @contextmanager
     def topic(self, group: str, name: str) -> Iterator[None]:
-        """Look at one thing: an error that the user can put right is a finding where errors do not stop."""
+        """Look at one thing: an error that the user can put right is a finding where errors do not stop.
+
+        What is skipped is said once, and not where the topic has an error already.
+        """
         try:
             yield
         except Skipped as missing:
-            self.add(group, [Finding(name, "note", f"not looked at: it needs {missing}")])
+            said = [one for one in self.findings if one.topic == name]
+            if not any(one.level == "error" or one.text.startswith(_SKIPPED) for one in said):
+                self.add(group, [Finding(name, "note", f"{_SKIPPED} {missing}")])
         except (UserError, OSError) as error:
             if self.stop_at_errors:
                 raise

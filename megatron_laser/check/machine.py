@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 
 from megatron_laser.check.disk import disk_findings, existing_part
-from megatron_laser.check.ledger import Ledger
+from megatron_laser.check.ledger import Ledger, needed
+from megatron_laser.check.model_inputs import ModelInputs
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.findings import Finding
-from megatron_laser.output_folder import Standing, also_written, check_checkpoints, check_output_folder
+from megatron_laser.output_checks import Standing, check_checkpoints, check_output_folder
+from megatron_laser.output_folder import also_written
 from megatron_laser.rollout.serving.start_checks import check_start
 from megatron_laser.weight_sync.feasibility import check_servers
 
@@ -24,9 +26,10 @@ def look_at_servers(config: RunConfig, ledger: Ledger) -> None:
         ledger.add(GROUP, [Finding("servers", "ok", _servers(config))])
 
 
-def look_at_disks(config: RunConfig, ledger: Ledger) -> None:
+def look_at_disks(config: RunConfig, model: ModelInputs, ledger: Ledger) -> None:
     """Whether what the run writes has room."""
     with ledger.topic(GROUP, "disk space"):
+        needed(model.architecture, "config.json")
         ledger.add(GROUP, disk_findings(config))
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_laser.check.end_of_response import check_end_of_response, end_sources
 from megatron_laser.check.ledger import Ledger, needed
 from megatron_laser.config import ConfigError, RunConfig, look_at_model_folder, read_architecture
 from megatron_laser.config.architecture import Architecture
-from megatron_laser.config.checks import position_problems, split_problems
 from megatron_laser.config.derived import longest_sequence
-from megatron_laser.config.special_tokens import SpecialTokens, resolve_special_tokens
+from megatron_laser.config.model_checks import position_problems, split_problems
+from megatron_laser.config.score_token import ScoreToken, Vocabulary, read_vocabulary
+from megatron_laser.config.special_tokens import SpecialTokens, resolve_score, resolve_stops
 from megatron_laser.data.template import render_chat
 from megatron_laser.findings import Finding
+from megatron_laser.tokenizer import check_tokenizer_files
 
 GROUP = "Model"
 _QUESTION = "Which 3 digits of 8271 add up to 17?"
@@ -26,8 +29,11 @@ class ModelInputs:
     """What was read of `model.path`; None where it could not be."""
 
     architecture: Architecture | None = None
+    vocabulary: Vocabulary | None = None
+    score_token: ScoreToken | None = None
     special: SpecialTokens | None = None
     tokenizer: Any = None
+    template: bool = False  # it can be used, or is not
 
 
 def look_at_model(config: RunConfig, ledger: Ledger) -> ModelInputs:
@@ -38,9 +44,19 @@ def look_at_model(config: RunConfig, ledger: Ledger) -> ModelInputs:
         with suppress(ConfigError):  # said by now
             found.architecture = read_architecture(config.model.path)
     look_at_sizes(config, found, ledger)
+    stops: tuple[int, ...] | None = None
+    with ledger.topic(GROUP, "end of response"):  # whether they end what the model writes is seen later
+        stops = resolve_stops(config, needed(found.architecture, "config.json"))
+    with ledger.topic(GROUP, "tokenizer"):
+        needed(found.architecture, "config.json")
+        check_tokenizer_files(config.model.path)
+        found.vocabulary = read_vocabulary(Path(config.model.path))
     with ledger.topic(GROUP, "score token"):
-        found.special = resolve_special_tokens(config, needed(found.architecture, "config.json"))
-        ledger.add(GROUP, [score_token_finding(config, found.special)])
+        architecture = needed(found.architecture, "config.json")
+        vocabulary = needed(found.vocabulary, "the tokenizer")
+        found.score_token = resolve_score(config, architecture, stops or (), vocabulary=vocabulary)
+        ledger.add(GROUP, [score_token_finding(config, found.score_token)])
+        found.special = None if stops is None else SpecialTokens(stops, found.score_token)
     return found
 
 
@@ -72,10 +88,13 @@ def look_at_tokenizer(config: RunConfig, found: ModelInputs, ledger: Ledger) -> 
         )
     with ledger.topic(GROUP, "chat template"):
         tokenizer = needed(found.tokenizer, "the tokenizer")
-        ledger.add(GROUP, [template_finding(config, tokenizer)])
+        finding = template_finding(config, tokenizer)
+        found.template = finding.level != "error"
+        ledger.add(GROUP, [finding])
     with ledger.topic(GROUP, "end of response"):
         tokenizer = needed(found.tokenizer, "the tokenizer")
         needed(found.special, "the ids that end a response")
+        needed(found.template or None, "the chat template")
         sources = end_sources(
             config.model.path,
             tokenizer,
@@ -153,9 +172,9 @@ def template_finding(config: RunConfig, tokenizer: Any) -> Finding:
     return Finding(topic, "ok", f"a prompt is {text[:_SHOWN]!r}")
 
 
-def score_token_finding(config: RunConfig, special: SpecialTokens) -> Finding:
+def score_token_finding(config: RunConfig, token: ScoreToken | None) -> Finding:
     """What the score token came to; that it can be used is known by now."""
-    topic, token = "score token", special.score_token
+    topic = "score token"
     if not config.laser.enabled:
         return Finding(topic, "ok", "none is needed (laser.enabled is false)")
     if token is None:

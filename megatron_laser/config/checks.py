@@ -6,12 +6,12 @@ import math
 
 from megatron_laser.config.architecture import Architecture
 from megatron_laser.config.derived import (
-    evaluation_max_new_tokens,
     longest_sequence,
     needed_pad_multiple,
     optimizer_steps,
 )
 from megatron_laser.config.errors import ConfigError
+from megatron_laser.config.model_checks import divisible, position_problems, split_problems
 from megatron_laser.config.partition import EXCESS_LIMIT, log_partition_excess, round_up, smallest_beta
 from megatron_laser.config.rollout_checks import (
     colocated_layout_problems,
@@ -56,31 +56,12 @@ def layout_problems(config: RunConfig, architecture: Architecture, world_size: i
     if world_size < 1:
         problems.append(f"world size {world_size}: expected 1 or more")
     elif world_size % model_ranks:
-        problems += _divisible("world size", world_size, label, model_ranks)
+        problems += divisible("world size", world_size, label, model_ranks)
     else:
         problems += _share_problems(config, world_size // model_ranks)
         problems += colocated_layout_problems(config.rollout, world_size)
         problems += deadline_problems(config, world_size)
     problems += position_problems(config, architecture)
-    return problems
-
-
-def split_problems(config: RunConfig, architecture: Architecture) -> list[str]:
-    """Parts of this model that `parallel.tensor` and the pipeline do not divide, on any number of ranks."""
-    parallel = config.parallel
-    problems = []
-    for name, value in (
-        ("num_attention_heads", architecture.num_attention_heads),
-        ("num_key_value_heads", architecture.num_key_value_heads),
-        ("hidden_size", architecture.hidden_size),
-        ("intermediate_size", architecture.intermediate_size),
-    ):
-        problems += _divisible(name, value, "parallel.tensor", parallel.tensor)
-    chunks = parallel.pipeline * parallel.virtual_pipeline
-    label = "parallel.pipeline"
-    if parallel.virtual_pipeline > 1:
-        label = f"parallel.pipeline {parallel.pipeline} x virtual_pipeline {parallel.virtual_pipeline} ="
-    problems += _divisible("num_hidden_layers", architecture.num_layers, label, chunks)
     return problems
 
 
@@ -174,7 +155,7 @@ def _policy_problems(config: RunConfig) -> list[str]:
             "is pi / pi_rollout already and would be corrected twice. Use recompute or on_policy, or null"
         )
     problems += _mask_problems(policy)
-    problems += _divisible(
+    problems += divisible(
         "rollout.prompts_per_step", rollout.prompts_per_step, "policy.minibatches", policy.minibatches
     )
     if config.evaluation.every and config.data.validation is None:
@@ -273,29 +254,3 @@ def _share_problems(config: RunConfig, data_parallel: int) -> list[str]:
         f"{rollout.samples_per_prompt} / policy.minibatches {policy.minibatches} = {sequences} sequences per "
         f"optimizer step, fewer than the data-parallel size {data_parallel}: some ranks would never train"
     ]
-
-
-def position_problems(config: RunConfig, architecture: Architecture) -> list[str]:
-    """Longest sequences for which the model has no positions; one line each, with the arithmetic."""
-    limit = architecture.max_position_embeddings
-    problems = []
-    prompt = config.data.max_prompt_tokens
-    for name, new in (
-        ("rollout.max_new_tokens", config.rollout.max_new_tokens),
-        ("evaluation.max_new_tokens", evaluation_max_new_tokens(config)),
-    ):
-        if name.startswith("evaluation") and config.evaluation.max_new_tokens is None:
-            continue  # the rollout's, said already
-        if prompt + new > limit:
-            problems.append(
-                f"data.max_prompt_tokens {prompt} + {name} {new} = {prompt + new} is more than the model's "
-                f"max_position_embeddings {limit}"
-            )
-    return problems
-
-
-def _divisible(name: str, value: int, divisor_name: str, divisor: int) -> list[str]:
-    rest = value % divisor
-    if rest == 0:
-        return []
-    return [f"{name} {value} is not divisible by {divisor_name} {divisor}: {value} % {divisor} = {rest}"]

@@ -95,9 +95,16 @@ def place_in_run() -> Place:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that prints; asked where nothing may be raised."""
-    rank = os.environ.get("RANK", "").strip()
-    return not rank.isdecimal() or int(rank) == 0
+    """Whether this process of a run of one or several is the one that prints; asked where nothing may be raised.
+
+    In an environment that is broken everybody is: there may be no rank 0.
+    """
+    try:
+        place = place_in_run()
+        openmp_threads()
+    except ConfigError:
+        return True
+    return not place.rank
 
 
 def drop_empty_numbers() -> None:

@@ -38,14 +38,19 @@ class Vocabulary:
     files: list[str] = field(default_factory=list)
 
 
-def resolve_score_token(folder: str | Path, token: str | int) -> ScoreToken:
+def resolve_score_token(
+    folder: str | Path, token: str | int, vocabulary: Vocabulary | None = None
+) -> ScoreToken:
     """Looks `token` up in tokenizer.json, added_tokens.json, tokenizer_config.json and vocab.json.
+
+    Args:
+        vocabulary: what `read_vocabulary` gave for the folder, if it was read already.
 
     Raises:
         ConfigError: the files name the tokens and this string is none of them (near special tokens are
             listed), or one of the files is no valid JSON.
     """
-    vocabulary = read_vocabulary(Path(folder))
+    vocabulary = vocabulary or read_vocabulary(Path(folder))
     if not vocabulary.files:
         note = "the model folder has no tokenizer files"
         if isinstance(token, int):
@@ -112,32 +117,63 @@ def _listed(tokens: Iterable[str]) -> str:
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
-    """Merges the files, those that say which tokens are special first."""
+    """Merges the files, those that say which tokens are special first.
+
+    Raises:
+        ConfigError: one of them is damaged, or they name no token.
+    """
     vocabulary = Vocabulary()
-    tokenizer = _read_json(folder / "tokenizer.json")
-    if isinstance(tokenizer, dict):
-        vocabulary.files.append("tokenizer.json")
-        for entry in tokenizer.get("added_tokens") or []:
-            _add(vocabulary, entry.get("content"), entry.get("id"), bool(entry.get("special")))
-        vocab = (tokenizer.get("model") or {}).get("vocab")
-        if isinstance(vocab, dict):  # BPE, WordPiece, WordLevel
-            for text, token_id in vocab.items():
-                _add(vocabulary, text, token_id, False)
-        elif isinstance(vocab, list):  # Unigram: [[text, score], ...]
-            for token_id, (text, _) in enumerate(vocab):
-                _add(vocabulary, text, token_id, False)
-    settings = _read_json(folder / "tokenizer_config.json")
-    if isinstance(settings, dict) and isinstance(settings.get("added_tokens_decoder"), dict):
-        vocabulary.files.append("tokenizer_config.json")
-        for token_id, entry in settings["added_tokens_decoder"].items():
-            _add(vocabulary, entry.get("content"), int(token_id), bool(entry.get("special")))
-    for name in ("added_tokens.json", "vocab.json"):
-        tokens = _read_json(folder / name)
-        if isinstance(tokens, dict):
+    for name, take in _TOKENS.items():
+        content = _read_json(folder / name)
+        if content is None:
+            continue
+        if not isinstance(content, dict):
+            raise ConfigError([f"expected an object, got {type(content).__name__}"], str(folder / name))
+        try:
+            known = take(vocabulary, content)
+        except (AttributeError, TypeError, ValueError) as error:
+            reason = f"names its tokens in no form that is known ({type(error).__name__}: {error})"
+            raise ConfigError([reason], str(folder / name)) from error
+        if known:
             vocabulary.files.append(name)
-            for text, token_id in tokens.items():
-                _add(vocabulary, text, token_id, False)
+    if vocabulary.files and not vocabulary.ids:
+        raise ConfigError(["names no token"], str(folder / vocabulary.files[0]))
     return vocabulary
+
+
+def _take_tokenizer(vocabulary: Vocabulary, content: dict[str, Any]) -> bool:
+    for entry in content.get("added_tokens") or []:
+        _add(vocabulary, entry.get("content"), entry.get("id"), bool(entry.get("special")))
+    vocab = (content.get("model") or {}).get("vocab")
+    if isinstance(vocab, dict):  # BPE, WordPiece, WordLevel
+        _take_plain(vocabulary, vocab)
+    elif isinstance(vocab, list):  # Unigram: [[text, score], ...]
+        for token_id, (text, _) in enumerate(vocab):
+            _add(vocabulary, text, token_id, False)
+    return True
+
+
+def _take_settings(vocabulary: Vocabulary, content: dict[str, Any]) -> bool:
+    added = content.get("added_tokens_decoder")
+    if not isinstance(added, dict):
+        return False
+    for token_id, entry in added.items():
+        _add(vocabulary, entry.get("content"), int(token_id), bool(entry.get("special")))
+    return bool(added)
+
+
+def _take_plain(vocabulary: Vocabulary, content: dict[str, Any]) -> bool:
+    for text, token_id in content.items():
+        _add(vocabulary, text, token_id, False)
+    return True
+
+
+_TOKENS = {
+    "tokenizer.json": _take_tokenizer,
+    "tokenizer_config.json": _take_settings,
+    "added_tokens.json": _take_plain,
+    "vocab.json": _take_plain,
+}
 
 
 def _add(vocabulary: Vocabulary, text: Any, token_id: Any, special: bool) -> None:
@@ -148,7 +184,7 @@ def _add(vocabulary: Vocabulary, text: Any, token_id: Any, special: bool) -> Non
 
 
 def _read_json(file: Path) -> Any:
-    if not file.is_file():
+    if not file.exists():
         return None
     try:
         return json.loads(file.read_text(encoding="utf-8"))

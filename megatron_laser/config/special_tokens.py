@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_laser.config.architecture import Architecture
 from megatron_laser.config.errors import ConfigError
 from megatron_laser.config.schema import RunConfig
-from megatron_laser.config.score_token import ScoreToken, read_stop_token_ids, resolve_score_token
+from megatron_laser.config.score_token import ScoreToken, Vocabulary, named_eos_ids, resolve_score_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +35,52 @@ def resolve_special_tokens(
     Raises:
         ConfigError: an id is missing or not in the vocabulary, or the score token ends responses.
     """
-    stops = tuple(config.rollout.stop_token_ids or read_stop_token_ids(config.model.path))
-    if not stops and complete:
+    stops = resolve_stops(config, architecture, complete=complete)
+    return SpecialTokens(stops, resolve_score(config, architecture, stops, complete=complete))
+
+
+def resolve_stops(config: RunConfig, architecture: Architecture, *, complete: bool = True) -> tuple[int, ...]:
+    """What ends a response: `rollout.stop_token_ids`, else what the model's files name.
+
+    Raises:
+        ConfigError: none is named where the folder is `complete`, or one is not in the vocabulary; has where it stands.
+    """
+    if config.rollout.stop_token_ids:
+        stops = tuple(config.rollout.stop_token_ids)
+        _check_vocabulary("rollout.stop_token_ids", stops, architecture.vocab_size)
+        return stops
+    for name, stops in named_eos_ids(config.model.path).items():
+        file = Path(config.model.path) / name
+        cure = "; correct it, or set rollout.stop_token_ids"
+        _check_vocabulary("eos_token_id", stops, architecture.vocab_size, cure, source=str(file))
+        return stops
+    if complete:
         raise ConfigError(
             [f"model.path {config.model.path} names no eos_token_id; set rollout.stop_token_ids"]
         )
-    _check_vocabulary("rollout.stop_token_ids", stops, architecture.vocab_size)
+    return ()
+
+
+def resolve_score(
+    config: RunConfig,
+    architecture: Architecture,
+    stops: tuple[int, ...],
+    *,
+    vocabulary: Vocabulary | None = None,
+    complete: bool = True,
+) -> ScoreToken | None:
+    """What `laser.score_token` names; None where it names none.
+
+    Args:
+        stops: what ends a response. vocabulary: of the folder's files; read here where it is not given.
+
+    Raises:
+        ConfigError: it has no id, one that is not in the vocabulary, or one of `stops`.
+    """
     setting = config.laser.score_token
     if setting is None:
-        return SpecialTokens(stops, None)
-    token = resolve_score_token(config.model.path, setting)
+        return None
+    token = resolve_score_token(config.model.path, setting, vocabulary)
     if token.id is None:
         if config.laser.enabled and complete:
             raise ConfigError(
@@ -51,7 +88,7 @@ def resolve_special_tokens(
                     f"laser.score_token {setting!r} has no id in the tokenizer of {config.model.path}: {token.note}"
                 ]
             )
-        return SpecialTokens(stops, token)
+        return token
     _check_vocabulary("laser.score_token", (token.id,), architecture.vocab_size)
     if token.id in stops:
         raise ConfigError(
@@ -60,14 +97,18 @@ def resolve_special_tokens(
                 f"{list(stops)}); choose an unused special token"
             ]
         )
-    return SpecialTokens(stops, token)
+    return token
 
 
-def _check_vocabulary(setting: str, ids: tuple[int, ...], vocab_size: int) -> None:
+def _check_vocabulary(
+    setting: str, ids: tuple[int, ...], vocab_size: int, cure: str = "", *, source: str | None = None
+) -> None:
     outside = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
     if outside:
         raise ConfigError(
             [
                 f"{setting}: token id {outside[0]} is not in the model's vocabulary; expected 0 to {vocab_size - 1}"
-            ]
+                f"{cure}"
+            ],
+            source,
         )

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from megatron_laser.check.ledger import Skipped
 from megatron_laser.check.view import lines, summary
 from megatron_laser.cli import app
 from megatron_laser.config import ConfigError, load_config
+from megatron_laser.errors import UserError
 from megatron_laser.findings import Finding
 from megatron_laser.output_folder import claim_output_folder
 
@@ -110,12 +112,12 @@ def test_a_start_logs_warnings_alone_and_reads_everything_once(run, monkeypatch,
     reads = []
     real = inputs.look
 
-    def watched(config, ledger):
+    def watched(config, ledger, **options):
         from megatron_laser.check import data_inputs
 
         read = data_inputs.read_rows
         monkeypatch.setattr(data_inputs, "read_rows", lambda *a, **k: reads.append(a) or read(*a, **k))
-        return real(config, ledger)
+        return real(config, ledger, **options)
 
     monkeypatch.setattr(inputs, "look", watched)
     with caplog.at_level(logging.INFO):
@@ -211,3 +213,95 @@ def test_layers_that_this_machine_cannot_build_are_a_warning(run, monkeypatch):
     assert done.exit_code == 0
     ((level, text),) = said(done, "layers")
     assert level == "warning" and "model.layers: transformer_engine needs what is not here" in text
+
+
+def test_overwriting_moves_nothing_until_all_inputs_are_in_order(run, tmp_path, capsys):
+    claim_output_folder(load_config(run)).release()
+    with pytest.raises(ConfigError, match=r"optimizer\.lr"):  # without it the other run is left alone
+        inputs.read_inputs(load_config(run, ["optimizer.lr=1.0"]))
+    for wrong in ("data.train=nope.jsonl", "reward.function=nothing", "laser.score_token=nope"):
+        with pytest.raises(UserError):
+            inputs.read_inputs(load_config(run, [wrong]), overwrite=True)
+        assert not (tmp_path / "run.old-1").exists() and "moved" not in capsys.readouterr().out
+    inputs.read_inputs(load_config(run, ["optimizer.lr=1.0"]), overwrite=True).folder.release()
+    assert (tmp_path / "run.old-1" / "run.json").exists() and (tmp_path / "run" / "run.json").exists()
+    assert f"moved the existing {tmp_path / 'run'} to" in capsys.readouterr().out
+
+
+def test_train_tells_the_reading_of_the_inputs_to_overwrite(run, tmp_path):
+    claim_output_folder(load_config(run)).release()
+    done = CliRunner().invoke(app, ["train", str(run), "--overwrite", "data.train=nope.jsonl"])
+    assert done.exit_code == 2 and "nope.jsonl" in done.output
+    assert "moved" not in done.output and not (tmp_path / "run.old-1").exists()
+
+
+@pytest.fixture
+def model(base, tmp_path):
+    """A copy that a test may break, as an override."""
+    shutil.copytree(base, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def errors(run, *overrides):
+    """{topic: text} of the errors, each topic once."""
+    done = check(run, "--json", f"model.path={run.parent / 'model'}", *overrides)
+    found = [one for one in json.loads(done.output)["findings"] if one["level"] == "error"]
+    assert done.exit_code == 2 and len({one["topic"] for one in found}) == len(found), found
+    return {one["topic"]: one["text"] for one in found}
+
+
+@pytest.mark.parametrize("token_id", [4000, -1])
+def test_an_eos_id_outside_of_the_vocabulary_is_the_files(run, model, token_id):
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": token_id}))
+    (topic, text), *more = errors(run).items()
+    assert topic == "end of response" and not more
+    assert f"{model / 'generation_config.json'}; eos_token_id: token id {token_id} is not in" in text
+    (topic, text), *more = errors(run, "rollout.stop_token_ids=[4000]").items()
+    assert (
+        topic == "end of response" and text.startswith("rollout.stop_token_ids: token id 4000") and not more
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "topic"),
+    [
+        ("generation_config.json", "{", "end of response"),
+        ("tokenizer.json", "{", "tokenizer"),
+        ("tokenizer.json", "{}", "tokenizer"),
+        ("tokenizer.json", "[]", "tokenizer"),
+        ("tokenizer.json", '{"added_tokens": [1]}', "tokenizer"),
+        ("tokenizer.json", None, "tokenizer"),
+        ("tokenizer_config.json", "[]", "tokenizer"),
+        ("config.json", "{", "model"),
+        ("config.json", None, "model"),
+        ("", None, "model"),
+    ],
+)
+def test_a_broken_file_is_one_error_of_the_topic_that_it_belongs_to(run, model, file, content, topic):
+    if content is not None:
+        (model / file).write_text(content)
+    elif file:
+        (model / file).unlink()
+    else:
+        shutil.rmtree(model)
+    assert list(errors(run)) == [topic]
+
+
+def test_a_folder_in_place_of_a_tokenizer_is_called_one(run, model):
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.json").mkdir()
+    assert "Is a directory" in errors(run)["tokenizer"]
+
+
+def test_a_broken_template_is_one_error(run, model):
+    for template in ("{% for m in messages %}{{ m", "no problem in it"):
+        (model / "chat_template.jinja").write_text(template)
+        assert list(errors(run, "data.apply_chat_template=true")) == ["chat template"]
+    (model / "chat_template.jinja").unlink()
+    assert list(errors(run, "data.apply_chat_template=true")) == ["chat template"]
+
+
+def test_what_is_skipped_is_said_once(run):
+    done = check(run, "--json", "model.path=nothing")
+    notes = [one["topic"] for one in json.loads(done.output)["findings"] if one["level"] == "note"]
+    assert len(notes) == len(set(notes)) and {"tokenizer", "disk space", "data.train"} <= set(notes)

@@ -10,7 +10,6 @@ from megatron_laser.check.end_of_response import EndSources, TurnEnd, check_end_
 from megatron_laser.check.model_inputs import score_token_finding, template_finding, vocabulary_finding
 from megatron_laser.config import ConfigError
 from megatron_laser.config.score_token import ScoreToken, named_eos_ids, read_stop_token_ids
-from megatron_laser.config.special_tokens import SpecialTokens
 from megatron_laser.data import DataError
 from megatron_laser.testtime.model_folder import load_model_folder
 from megatron_laser.tokenizer import load_tokenizer
@@ -221,7 +220,7 @@ def test_a_token_without_a_row_in_the_model_is_found(tokenizer):
     ],
 )
 def test_what_the_score_token_came_to(config, token, level, words):
-    finding = score_token_finding(config(), SpecialTokens((EOS,), token))
+    finding = score_token_finding(config(), token)
     assert finding.level == level and words in finding.text
 
 

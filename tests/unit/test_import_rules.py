@@ -31,6 +31,7 @@ LAYERS = (
     ("rollout", "evaluation", "model", "trainer"),
     ("weight_sync",),
     (
+        "output_checks",
         "output_folder",
         "weight_identity",
         "run_evaluation",

@@ -8,11 +8,12 @@ import pytest
 from helpers.runs import run_config
 from helpers.torchrun import worker_environment
 
-from megatron_laser import overwrite
+from megatron_laser import output_folder, overwrite
 from megatron_laser.config import ConfigError
 from megatron_laser.output_folder import claim_output_folder
 from megatron_laser.overwrite import move_aside
 from megatron_laser.trainer.checkpoint import folder as checkpoints
+from megatron_laser.trainer.checkpoint import owner as owners
 
 HOLD = """
 import sys, time
@@ -195,3 +196,30 @@ def test_two_live_runs_do_not_send_weights_through_one_folder(config, tmp_path):
     assert f"rollout.sync_folder {tmp_path / 'sync'} is in use by a live run" in refused(other)
     held.release()
     claim_output_folder(other).release()
+
+
+@pytest.mark.parametrize(
+    ("file", "setting"),
+    [
+        ("run/config.yaml", "run.output_dir {0}/run"),
+        ("run/run.json", "run.output_dir {0}/run"),
+        ("shared/owner.json", "checkpoint.folder {0}/shared"),
+    ],
+)
+def test_a_write_that_fails_is_said_of_the_folder_that_it_was_for(
+    config, tmp_path, monkeypatch, file, setting
+):
+    where = tmp_path / file
+    for module in (output_folder, owners):
+        real = module.write_atomically
+
+        def write(path, text, real=real):
+            if path == where:
+                raise OSError(28, "No space left on device")
+            real(path, text)
+
+        monkeypatch.setattr(module, "write_atomically", write)
+    if file == "run/config.yaml":
+        where.mkdir(parents=True)
+    message = refused(config(f"checkpoint.folder={tmp_path / 'shared'}"))
+    assert f"- {setting.format(tmp_path)} cannot be written" in message

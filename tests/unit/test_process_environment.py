@@ -95,10 +95,23 @@ def test_empty_numbers_are_unset_before_libraries_read_them(variables, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("rank", "main"), [("", True), ("0", True), ("x", True), ("1", False), ("12", False)]
+    ("given", "main"),
+    [
+        ({"RANK": ""}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+        ({"RANK": "12", "WORLD_SIZE": "16"}, False),
+        # An environment that is broken: there may be no rank 0 that says so.
+        ({"RANK": "x", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "5"}, True),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "two"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "x"}, True),
+    ],
 )
-def test_who_says_what_is_wrong(variables, rank, main):
-    variables(RANK=rank)
+def test_who_says_what_is_wrong(variables, given, main):
+    variables(**given)
     assert is_main_process() is main
 
 

@@ -176,6 +176,7 @@ def commands():
         raise raised[0]
 
     app.command("one")(fail)
+    app.command("train")(fail)
     app.command("other")(lambda: None)
     group.command("inner")(fail)
     group.command("other")(lambda: None)
@@ -198,8 +199,27 @@ def test_other_ranks_leave_the_word_to_rank_0(commands, monkeypatch):
     slept = []
     monkeypatch.setattr(cli_errors.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", "3")
-    done = CliRunner().invoke(app, ["one"])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    done = CliRunner().invoke(app, ["train"])
     assert done.exit_code == 2 and done.output == "" and slept == [3.0]
+    # Commands of one process speak, whatever they have inherited; and a rank without a run is no other rank.
+    assert_one_message(CliRunner().invoke(app, ["one"]), "a: wrong")
+    assert_one_message(CliRunner().invoke(app, ["group", "inner"]), "a: wrong")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert_one_message(CliRunner().invoke(app, ["train"]), "a: wrong")
+    assert slept == [3.0]
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["train"], ["eval", "nope"]])
+def test_an_inherited_rank_hides_no_error(run, monkeypatch, arguments):
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert_one_message(invoke(*arguments, run.with_name("nope.yaml")), "nope")
+
+
+def test_a_rank_without_a_world_is_named(run, model, monkeypatch):
+    monkeypatch.setenv("RANK", "5")
+    assert_one_message(invoke("train", run), "environment variables RANK=5 and WORLD_SIZE=1")
 
 
 def test_help_names_every_command():
