@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -60,6 +61,8 @@ def readings_equal(left: Reading, right: Reading) -> bool | None:
             return _multiples(first, second, both_signs=True)
         case Inequality(first, strict), Inequality(second, other_strict):
             return False if strict != other_strict else _multiples(first, second, both_signs=False)
+        case (Words(text), Items(())) | (Items(()), Words(text)) if re.match(r"no(?:ne)?\b", text):
+            return None  # no solution: the empty set?
         case (Words() | Numeral() | Statement(), _) | (_, Words() | Numeral() | Statement()):
             return False
         case (Equation(zero), _) | (_, Equation(zero)):
@@ -128,7 +131,11 @@ def _same_items(first: Sequence[Reading], second: Sequence[Reading]) -> bool | N
         return False
     verdict = cache(lambda i, j: readings_equal(first[i], second[j]))
     if _can_be_paired(len(first), lambda i, j: verdict(i, j) is True):
-        return True
+        in_order = all(verdict(place, place) for place in range(len(first)))
+        # names in a row may be a ranking
+        return (
+            True if in_order or len(first) < 3 or not all(isinstance(item, Words) for item in first) else None
+        )
     return None if _can_be_paired(len(first), lambda i, j: verdict(i, j) is not False) else False
 
 

@@ -73,7 +73,7 @@ def compare_answers(left: str, right: str) -> bool | None:
     """The relation behind grades and votes: the same answer, another one, or None where that is undecided.
 
     Symmetric. It is an equivalence but for what says less: 12 is equal to 12 cm and to 12 m, which differ, and an
-    irrational number to every decimal that rounds it (to its last digit and to 1e-6 of it).
+    irrational number to every decimal that rounds it (to half of its last digit and to 1e-6 of it).
 
     Args:
         left, right: normalised answers.

@@ -23,6 +23,7 @@ _PRIMES = re.compile(r"([a-zA-Z])('+)")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
 # the parser takes 3(\frac{1}{2}) for 3\frac{1}{2}, and the \pi of 2\frac{1}{2}\pi for a factor of the fraction alone
 _BEFORE_BRACKET = re.compile(r"((?<![\d.^_])(?:\d+(?:\.\d+)?|\.\d+)|\))\s*(?=\()")
+_FACTOR = re.compile(r"(\\frac\{[^{}]*\}\{[^{}]*\}|(?<![\^_a-zA-Z}\]])\{\s*\d+\s*\})\s*(?=\()")
 _MIXED = re.compile(r"(?<![\d.^_}])(\d+)\s*(\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})")
 _CAPITAL_I = re.compile(r"(?<![\\a-zA-Z_])(?<!_\{)((?:[a-zA-Z]*I)+[a-zA-Z]*)")
 TAME_BITS = 1_000_000  # logarithm of the largest intermediate value that is evaluated numerically
@@ -33,7 +34,7 @@ def parse_expression(text: str) -> Any:
     """The SymPy object of an expression in plain spelling; None where there is none."""
     if _TRIGONOMETRIC.search(text):
         text = _DEGREES.sub(r"(\\frac{\1 \\cdot \\pi}{180})", text)
-    text = _MIXED.sub(r"(\1+\2)", _BEFORE_BRACKET.sub(r"\1 \\cdot ", text))
+    text = _MIXED.sub(r"(\1+\2)", _BEFORE_BRACKET.sub(r"\1 \\cdot ", _FACTOR.sub(r"\1 \\cdot ", text)))
     text = _CAPITAL_I.sub(lambda letters: letters[1].replace("I", r" \iota_{cap} "), text)  # it is not i
     text = _DECIMAL.sub(_exact_decimal, _DECIMAL_LOGARITHM.sub(r"\\log_{10}", text))
     text = _PRIMES.sub(lambda name: f"{name[1]}_{{{'p' * len(name[2])}}}", text)  # the parser drops them

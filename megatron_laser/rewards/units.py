@@ -84,6 +84,7 @@ _TEXTS = re.compile(r"(?:\\text\{[^{}]*\}\s*)+")
 _NUMBER_IN_TEXT = re.compile(
     r"\\text\{\s*([+-]?\d[\d,./]*)\s+([a-zA-Z][a-zA-Z /^]*[a-zA-Z.]\^?[23]?|[a-zA-Z])\s*\}"
 )
+_UNIT_QUOTIENT = re.compile(r"[+-]?\d[\d.]* ([a-zA-Z]+) ?/ ?([a-zA-Z]+)(?:\^\{?2\}?)?")
 _WORDS_BEHIND = re.compile(
     r"([+-]?(?:\d[\d./]*|\\frac\{\d+\}\{\d+\})) ([a-zA-Z]+(?: [a-zA-Z]+)*)((?:\s?\^\s?\{?[23]\}?)?)"
 )
@@ -182,6 +183,8 @@ def with_text_unit(text: str) -> str | None:
     """
     if match := _NUMBER_IN_TEXT.fullmatch(text):
         return f"{match[1]} \\text{{{match[2]}}}"
+    if (quotient := _UNIT_QUOTIENT.fullmatch(text)) and {quotient[1], quotient[2]} <= _UNITS.keys():
+        return None
     match = _WORDS_BEHIND.fullmatch(text)
     if match is None or _NOT_WORDS.match(match[2]):
         return text

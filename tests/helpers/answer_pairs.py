@@ -59,6 +59,8 @@ DIFFERENT = [
     (r"\text{3 hours and 5 minutes}", "3"),
     (r"\text{4 to 5}", "4"),
     (r"\text{4 or 5}", "4"),
+    ("{3}(1/2)", "3.5"),
+    (r"\text{No solution}", r"\{1\}"),
 ]
 
 SAME = [
@@ -144,6 +146,13 @@ SAME = [
     ("5。", "5"),
     (r"{10\choose3}", "120"),
     (r"\frac{1,000}{3}", r"\frac{1000}{3}"),
+    ("{3}(1/2)", "1.5"),
+    (r"\frac{4}{2}(1/2)", "1"),
+    (r"\frac{x}{2}(x+1)", r"\frac{x^2+x}{2}"),
+    ("2^{3}(5)", "40"),
+    (r"\sin^{2}(x)", r"\sin^2 x"),
+    (r"\text{Amy, Bob, Carl}", "Amy, Bob, Carl"),
+    (r"\text{Amy, Bob and Carl}", "Amy, Bob, and Carl"),
 ]
 
 UNDECIDED = [
@@ -196,4 +205,7 @@ UNDECIDED = [
     ("0.1(6)", r"\frac16"),
     ("C(10,3)", "120"),
     (r"7\text{ even}", "7"),
+    (r"\text{No solution}", r"\emptyset"),
+    ("5 m/s", "5"),
+    (r"\text{Amy, Bob, Carl}", r"\text{Carl, Bob, Amy}"),
 ]
