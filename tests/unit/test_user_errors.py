@@ -220,7 +220,7 @@ def test_an_inherited_rank_hides_no_error(run, monkeypatch, arguments):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_output_that_cannot_be_written_is_not_said_of_the_runs_disk():
-    full = open("/dev/full", "w")  # noqa: SIM115: closing it fails as well
+    full = open("/dev/full", "w")  # noqa: SIM115 - closing it fails as well
     with pytest.raises(OSError) as caught:
         typer.echo("text", file=full)
     with pytest.raises(OSError):
