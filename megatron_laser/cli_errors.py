@@ -80,9 +80,19 @@ def user_message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in _FILE_ERRORS and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in _FULL:  # writing to an open file names none
-        return str(error)
+        return (
+            f"what the command prints cannot be written: {error.strerror}" if _printing(error) else str(error)
+        )
     if isinstance(error, FileNotFoundError):
         return str(error)
     if isinstance(error, TimeoutError) and "megatron_laser.testtime" in sys.modules:
         return str(error)
     return ""
+
+
+def _printing(error: BaseException) -> bool:
+    """Whether typer's `echo` raised it: standard output, and no file of a run."""
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    return innermost is not None and innermost.tb_frame.f_code is typer.echo.__code__

@@ -101,7 +101,7 @@ def resolve_score(
 
 
 def _check_vocabulary(
-    setting: str, ids: tuple[int, ...], vocab_size: int, cure: str = "", *, source: str | None = None
+    setting: str, ids: tuple[int, ...], vocab_size: int, cure: str = "", *, source: str = ""
 ) -> None:
     outside = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
     if outside:

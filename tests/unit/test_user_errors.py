@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import typer
@@ -215,6 +216,20 @@ def test_an_inherited_rank_hides_no_error(run, monkeypatch, arguments):
     monkeypatch.setenv("RANK", "5")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert_one_message(invoke(*arguments, run.with_name("nope.yaml")), "nope")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_that_cannot_be_written_is_not_said_of_the_runs_disk():
+    full = open("/dev/full", "w")  # noqa: SIM115 - closing it fails as well
+    with pytest.raises(OSError) as caught:
+        typer.echo("text", file=full)
+    with pytest.raises(OSError):
+        full.close()
+    assert user_message(caught.value) == "what the command prints cannot be written: No space left on device"
+    with pytest.raises(OSError) as caught, open("/dev/full", "w") as full:
+        full.write("text")
+        full.flush()
+    assert user_message(caught.value) == "[Errno 28] No space left on device"
 
 
 def test_a_rank_without_a_world_is_named(run, model, monkeypatch):
