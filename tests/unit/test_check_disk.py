@@ -108,7 +108,6 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     assert folder_finding("run.output_dir", file / "run").text == f"{file / 'run'}: {file} is a file"
     assert folder_finding("run.output_dir", file).level == "error"
     assert folder_finding("run.output_dir", tmp_path / "a" / "b").text.endswith("will be made")
-    (tmp_path / "run.json").write_text("{}")
-    assert folder_finding("run.output_dir", tmp_path).level == "note"
+    assert folder_finding("run.output_dir", tmp_path).text.endswith("is there")
     monkeypatch.setattr("os.access", lambda *_: False)
     assert "cannot be written by this user" in folder_finding("run.output_dir", Path("/nowhere/x")).text

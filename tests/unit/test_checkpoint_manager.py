@@ -244,9 +244,21 @@ def test_a_disk_that_fills_up_inside_torchs_writer_is_told_in_one_line(start, mo
 
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data", full)
     assert not run.save(1)
-    assert run.checkpoints.trouble.startswith("rank 0: OSError: [Errno 28] No space left on device (/")
-    assert "checkpoints: " in run.checkpoints.trouble and run.checkpoints.trouble.endswith(" GiB free)")
+    assert run.checkpoints.trouble == "rank 0: OSError: [Errno 28] No space left on device"
     assert run.published() == []
+
+
+def test_a_full_disk_is_told_by_its_free_space_where_torchs_writer_does_not_name_it(start, monkeypatch):
+    run = start()
+    run.train(1)
+
+    def full(*arguments, **settings):
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data", full)
+    assert not run.save(1)
+    assert f"iostream error ({run.root}: " in run.checkpoints.trouble
+    assert run.checkpoints.trouble.endswith(" GiB free)")
 
 
 def test_a_folder_that_cannot_be_written_fails_the_save_and_not_the_run(start, folder):

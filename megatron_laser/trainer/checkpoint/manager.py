@@ -93,7 +93,9 @@ class CheckpointManager:
 
     def _failed(self, trouble: str) -> None:
         """Keep and log `trouble`; "" is success."""
-        self._trouble = trouble = f"{trouble} ({_room(self._root)})" if trouble else ""
+        if "iostream error" in trouble:  # all that torch's writer says of a full disk
+            trouble += f" ({_room(self._root)})"
+        self._trouble = trouble
         if trouble and self._runtime.is_main:
             logger.error("the checkpoint was not saved, the last published one stays valid: %s", trouble)
 
@@ -241,7 +243,7 @@ def _random_file(rank: int) -> str:
 
 
 def _room(root: Path) -> str:
-    """Where checkpoints go and how much fits there: torch's writer says "iostream error" of a full disk."""
+    """Where checkpoints go, and how much fits there."""
     try:
         return f"{root}: {shutil.disk_usage(root).free / 2**30:.2f} GiB free"
     except OSError:
