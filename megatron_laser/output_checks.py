@@ -52,6 +52,10 @@ class Standing:
     record: dict[str, Any] | None
     finished: int | None
 
+    def is_done(self, steps: int) -> bool:
+        """Whether the run has finished its `steps`, and nothing is left to do."""
+        return self.finished is not None and steps <= self.finished
+
 
 def check_output_folder(config: RunConfig, again: Owner | None = None) -> Standing:
     """Compare `run.output_dir`, which need not exist, with the run. Writes nothing.

@@ -94,7 +94,7 @@ def claim_output_folder(config: RunConfig, *, again: Owner | None = None) -> Cla
             lock = held.enter_context(lock_folder(folder, "run.output_dir"))
             standing = check_output_folder(config, again)
         finished = standing.finished
-        if finished is not None and config.run.steps <= finished:
+        if standing.is_done(config.run.steps):
             logger.warning(
                 "the run in %s has finished its %d steps: nothing to do. Raise run.steps to train on, or choose "
                 "another run.output_dir",

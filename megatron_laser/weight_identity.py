@@ -187,7 +187,8 @@ def _tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 def _servers_digest(engine: SglangEngine) -> str | None:
     phase = "asking for checksums of weights"
     sums: dict[int, tuple[tuple[str, ...], str]] = {}  # tensor-parallel size -> (checksums, a server's URL)
-    for member in engine.fleet.updatable():
+    members = engine.fleet.updatable()
+    for member in members:
         body = {"action": "checksum"}
         work = member.client.post("/weights_checker", body, deadline=_CHECKSUM_SECONDS, phase=phase)
         try:
@@ -212,7 +213,9 @@ def _servers_digest(engine: SglangEngine) -> str | None:
                 phase,
                 f"its weights are not those of {first[1]}: numbers would be of two models; give both the same weights",
             )
-    if not sums:
+    # Checksums are of shards: without a server of its size a part of the identity would be missing.
+    sizes = {member.tensor for member in engine.fleet.members if member.device is not None}
+    if not sums or sizes - {member.tensor for member in members}:
         raise ServerGone("of this engine", phase, "none can be asked at the moment")
     text = json.dumps(sorted((size, found) for size, (found, _) in sums.items()))
     return f"checksums:{hashlib.sha256(text.encode()).hexdigest()}"

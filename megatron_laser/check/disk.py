@@ -32,16 +32,20 @@ class Need:
     certain: bool = True
 
 
-def disk_findings(config: RunConfig) -> list[Finding]:
+def disk_findings(config: RunConfig, *, overwrite: bool = False) -> list[Finding]:
     """One finding for each file system that the run writes to."""
     by_device: dict[int, list[Need]] = {}
-    for need in disk_needs(config):
+    for need in disk_needs(config, overwrite=overwrite):
         by_device.setdefault(existing_part(need.folder).stat().st_dev, []).append(need)
     return [_finding(needs) for needs in by_device.values()]
 
 
-def disk_needs(config: RunConfig) -> Iterator[Need]:
-    """What the run writes: checkpoints, the export, weights for servers, responses."""
+def disk_needs(config: RunConfig, *, overwrite: bool = False) -> Iterator[Need]:
+    """What the run writes: checkpoints, the export, weights for servers, responses.
+
+    Args:
+        overwrite: an earlier run is renamed, so that what it has written stays on the disk.
+    """
     output = Path(config.run.output_dir)
     parameters = count_parameters(read_architecture(config.model.path))
     whole = rank_bytes(parameters, config.model.dtype, shards=1, reference_model=False)
@@ -49,6 +53,7 @@ def disk_needs(config: RunConfig) -> Iterator[Need]:
     settings, steps = config.checkpoint, config.run.steps
     if settings.every:
         root = Path(settings.folder or output / "checkpoints")
+        there = [] if overwrite else list(root.glob("step_*"))
         saved = steps // settings.every + bool(steps % settings.every)
         for_good = steps // settings.keep_every if settings.keep_every else 0
         # A new one is complete before the oldest is deleted.
@@ -58,14 +63,16 @@ def disk_needs(config: RunConfig) -> Iterator[Need]:
             f"{kept} checkpoints of {_size(checkpoint)}"
             if kept > 1
             else f"a checkpoint of {_size(checkpoint)}",
-            max(0, kept * checkpoint - _folder_bytes(root)),
-            0 if root.is_dir() and any(root.glob("step_*")) else checkpoint,
+            max(0, kept * checkpoint - sum(map(_folder_bytes, there))),
+            0 if there else checkpoint,
         )
     if settings.export_hf:
         yield Need(output, f"the export to hf/ of {_size(weights)}", weights, weights)
     if config.rollout.engine == "sglang" and config.rollout.weight_sync == "disk":
         folder = Path(config.rollout.sync_folder or output / "weights")
-        left = sum(_folder_bytes(old) for old in folder.glob("weights-*"))  # the first new ones replace them
+        moved = overwrite and config.rollout.sync_folder is None
+        # the first new ones replace them
+        left = 0 if moved else sum(_folder_bytes(old) for old in folder.glob("weights-*"))
         need = max(0, 2 * weights - left)
         yield Need(folder, f"weights for servers, twice {_size(weights)}", need, need)
     if config.logging.rollouts_every:

@@ -47,8 +47,8 @@ def look(
     look_at_servers(config, ledger)
     model = look_at_model(config, ledger)
     look_at_layers(config, ledger)
-    look_at_folders(config, ledger, overwrite=overwrite)
-    look_at_disks(config, model, ledger)
+    if not look_at_folders(config, ledger, overwrite=overwrite):
+        look_at_disks(config, model, ledger, overwrite=overwrite)
     data = read_data(config, ledger)
     with ledger.topic(REWARD, "reward function"):
         answers = [row.answer for row in data.rows.get("train", [])[:1]]

@@ -26,11 +26,11 @@ def look_at_servers(config: RunConfig, ledger: Ledger) -> None:
         ledger.add(GROUP, [Finding("servers", "ok", _servers(config))])
 
 
-def look_at_disks(config: RunConfig, model: ModelInputs, ledger: Ledger) -> None:
+def look_at_disks(config: RunConfig, model: ModelInputs, ledger: Ledger, *, overwrite: bool = False) -> None:
     """Whether what the run writes has room."""
     with ledger.topic(GROUP, "disk space"):
         needed(model.architecture, "config.json")
-        ledger.add(GROUP, disk_findings(config))
+        ledger.add(GROUP, disk_findings(config, overwrite=overwrite))
 
 
 def look_at_layers(config: RunConfig, ledger: Ledger) -> None:
@@ -48,11 +48,14 @@ def look_at_layers(config: RunConfig, ledger: Ledger) -> None:
         ledger.add(GROUP, [Finding(topic, "ok", f"{text} (model.layers is {config.model.layers})")])
 
 
-def look_at_folders(config: RunConfig, ledger: Ledger, *, overwrite: bool = False) -> None:
+def look_at_folders(config: RunConfig, ledger: Ledger, *, overwrite: bool = False) -> bool:
     """Whether the run can write where it is told to, and no other run is there. Creates nothing.
 
     Args:
         overwrite: a run that is there will be moved aside, and may be any.
+
+    Returns:
+        Whether this run is there and has finished, so that it will write nothing.
     """
     standing: Standing | None = None
     with ledger.topic(GROUP, "run.output_dir"):
@@ -62,21 +65,23 @@ def look_at_folders(config: RunConfig, ledger: Ledger, *, overwrite: bool = Fals
             standing = check_output_folder(config)
             finding = _standing_finding(config, standing) or finding
         ledger.add(GROUP, [finding])
+    done = standing is not None and standing.is_done(config.run.steps)
     named = {"checkpoint.folder": config.checkpoint.folder, "rollout.sync_folder": config.rollout.sync_folder}
     for setting, folder in also_written(config):
         with ledger.topic(GROUP, setting):
             finding = folder_finding(setting, folder)
-            if setting == "checkpoint.folder" and finding.level != "error" and standing is not None:
+            if setting == "checkpoint.folder" and finding.level != "error" and standing and not done:
                 check_checkpoints(config, standing)
             if finding.level == "error" or named[setting] is not None:
                 ledger.add(GROUP, [finding])
+    return done
 
 
 def _standing_finding(config: RunConfig, standing: Standing) -> Finding | None:
     topic, folder = "run.output_dir", config.run.output_dir
     if standing.record is None:
         return None
-    if standing.finished is not None and config.run.steps <= standing.finished:
+    if standing.is_done(config.run.steps):
         text = f"{folder} holds this run, which has finished its {standing.finished} steps: nothing is left to do"
         return Finding(
             topic, "note", text, (), "raise run.steps to train on, or choose another run.output_dir"

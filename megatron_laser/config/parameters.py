@@ -139,7 +139,6 @@ def rank_bytes(
 
 def _layer(arch: Architecture) -> tuple[int, int]:
     """Parameters of one layer: (those that tensor parallelism splits, those on every rank)."""
-    query = arch.num_attention_heads * arch.head_dim
-    qkv = query + 2 * arch.num_key_value_heads * arch.head_dim
-    split = arch.hidden_size * (qkv + query + 3 * arch.intermediate_size) + (qkv if arch.qkv_bias else 0)
-    return split, 2 * arch.hidden_size + (2 * arch.head_dim if arch.qk_norm else 0)
+    sizes = {name: math.prod(shape) for name, shape in _layer_shapes(arch).items()}
+    replicated = sum(size for name, size in sizes.items() if "norm" in name)
+    return sum(sizes.values()) - replicated, replicated

@@ -32,7 +32,7 @@ from megatron_laser.config.rollout_plan import rollout_features
 from megatron_laser.config.safetensors_files import has_weight_files
 from megatron_laser.config.schema import RunConfig
 from megatron_laser.config.score_token import ScoreToken
-from megatron_laser.config.special_tokens import resolve_special_tokens
+from megatron_laser.config.special_tokens import resolve_score, resolve_stops
 from megatron_laser.config.weight_files import check_model_folder
 
 
@@ -259,5 +259,6 @@ def _coefficient(value: float, kind: str = "") -> str:
 
 
 def _score_token(config: RunConfig, architecture: Architecture) -> ScoreToken | None:
-    tokens = resolve_special_tokens(config, architecture, complete=False)
-    return tokens.score_token if config.laser.enabled else None
+    stops = resolve_stops(config, architecture, complete=False)
+    token = resolve_score(config, architecture, stops, complete=False)
+    return token if config.laser.enabled else None

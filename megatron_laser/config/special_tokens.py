@@ -24,23 +24,11 @@ class SpecialTokens:
         return None if self.score_token is None else self.score_token.id
 
 
-def resolve_special_tokens(
-    config: RunConfig, architecture: Architecture, *, complete: bool = True
-) -> SpecialTokens:
-    """What `rollout.stop_token_ids` and `laser.score_token` come to with the files of `model.path`.
+def resolve_stops(config: RunConfig, architecture: Architecture, *, complete: bool = True) -> tuple[int, ...]:
+    """What ends a response: `rollout.stop_token_ids`, else what the model's files name.
 
     Args:
         complete: the folder is whole, so that what its files do not say is an error; a dry run needs only config.json.
-
-    Raises:
-        ConfigError: an id is missing or not in the vocabulary, or the score token ends responses.
-    """
-    stops = resolve_stops(config, architecture, complete=complete)
-    return SpecialTokens(stops, resolve_score(config, architecture, stops, complete=complete))
-
-
-def resolve_stops(config: RunConfig, architecture: Architecture, *, complete: bool = True) -> tuple[int, ...]:
-    """What ends a response: `rollout.stop_token_ids`, else what the model's files name.
 
     Raises:
         ConfigError: none is named where the folder is `complete`, or one is not in the vocabulary; has where it stands.

@@ -78,6 +78,7 @@ def open_standard_streams() -> None:
         except OSError:
             if os.open(os.devnull, os.O_RDWR) != number:
                 raise
+            os.set_inheritable(number, True)  # workers and servers have them, too
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 

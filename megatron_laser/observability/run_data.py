@@ -59,7 +59,11 @@ class Evaluation:
             return []
         wanted = ("row", "sample", "reward", "score", "outcome", "mean_logprob", "response_ids_length")
         with self.records_path.open(encoding="utf-8") as file:
-            return [{name: record.get(name) for name in wanted} for record in map(json.loads, file)]
+            try:
+                return [{name: record.get(name) for name in wanted} for record in map(json.loads, file)]
+            except ValueError as error:
+                problem = f"cannot be read as JSON: {error}; delete it to report without it"
+                raise ConfigError([problem], str(self.records_path)) from error
 
     @property
     def scored_records(self) -> list[dict[str, Any]]:

@@ -18,11 +18,10 @@ from sympy.core.function import AppliedUndef
 from sympy.functions.elementary.trigonometric import TrigonometricFunction
 
 from .expressions import exact_value, expressions_equal
-from .parsing import bits, is_constant, is_infinite, parse_expression
-from .readings import Equation, Inequality, Piece, Reading, Statement, Unread, Value
+from .parsing import bits, is_constant, is_infinite
+from .readings import Equation, Inequality, Letters, Piece, Reading, Statement, Unread, Value
 from .reals import WHOLE, NotComparedError, complement, intersection, pieces_of, reading_of
 from .splitting import bracketed, split, split_relations
-from .units import split_units
 
 _SUBSCRIPT = r"(?:_(?:\{[^{}]*\}|\\text\{[^{}]*\}|[a-zA-Z0-9]))?"
 _NAME = re.compile(
@@ -96,7 +95,7 @@ def read_relation(text: str, read: ReadPart) -> Reading:
     if kinds == {"="}:
         return _read_equation(text, sides, read)
     if kinds <= {"<", "<=", ">", ">=", "!="}:
-        return _read_inequalities(text, sides, relations)
+        return _read_inequalities(text, sides, relations, read)
     return Unread(text)
 
 
@@ -206,9 +205,14 @@ def _solved(zero: Any) -> Reading:
     return Value(-constant / slope)
 
 
-def _read_inequalities(text: str, sides: list[str], relations: list[str]) -> Reading:
-    values = [parse_expression(split_units(side)[0]) for side in sides]
-    if any(value is None for value in values):
+def _read_inequalities(text: str, sides: list[str], relations: list[str], read: ReadPart) -> Reading:
+    readings = [read(side) for side in sides]
+    values = [
+        reading.product if isinstance(reading, Letters) else reading.expression
+        for reading in readings
+        if isinstance(reading, (Letters, Value))
+    ]
+    if len(values) < len(sides):
         return Unread(text)
     if all(is_constant(value) for value in values):
         return Statement(text)

@@ -149,12 +149,10 @@ class WorkerPool:
 
     def _replace(self, index: int, spent: WorkerProcess | None = None) -> WorkerProcess | None:
         """A new worker before the next request needs it; None leaves a failure to that request."""
-        if self._closed:
-            return None
         try:
             if spent is not None:
                 spent.kill()
-            return self._start(index)
+            return None if self._closed else self._start(index)
         except (GradingPoolError, RewardSpecError) as error:
             if not self._closed:  # closed while it started
                 logger.error("replacing a grading worker failed: %s", error)

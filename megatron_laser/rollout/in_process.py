@@ -36,7 +36,7 @@ class InProcessEngine:
         max_batch_size: int = 256,
     ) -> None:
         """Load the folder's weights; raises as `load_model` does."""
-        self._model = load_model(model_path, dtype).to(device)
+        self._model = load_model(model_path, dtype, device)
         self._parameters = dict(self._model.named_parameters())
         self._device = device
         self._max_batch_size = max_batch_size

@@ -102,6 +102,15 @@ def test_a_bound_that_responses_may_reach_is_only_a_note(tmp_path, model, parame
     assert finding.level == "note" and "if every response is the longest" in finding.text
 
 
+def test_checkpoints_that_are_moved_aside_make_no_room(tmp_path, model, parameters, monkeypatch):
+    old = tmp_path / "run" / "checkpoints" / "step_00000010"
+    old.mkdir(parents=True)
+    (old / "weights").write_bytes(bytes(40 * parameters))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 6 * parameters))
+    settings = config(tmp_path, model, checkpoint={"every": 10, "keep_last": 1})
+    assert [disk_findings(settings, overwrite=o)[0].level for o in (False, True)] == ["ok", "error"]
+
+
 def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("x")

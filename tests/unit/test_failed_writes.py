@@ -153,7 +153,8 @@ def test_a_process_without_standard_streams_gets_empty_ones(tmp_path):
     script = (
         "import sys; from megatron_laser.observability.extras import open_standard_streams, say\n"
         "open_standard_streams(); file = open(sys.argv[1], 'w'); say('one'); print('two', file=sys.stderr)\n"
-        "file.write(str(file.fileno() > 2))"
+        "import subprocess; child = subprocess.run(['sh', '-c', 'echo one; echo two >&2'])\n"
+        "file.write(str(file.fileno() > 2 and child.returncode == 0))"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "out")]
     subprocess.run(["sh", "-c", '"$@" <&- >&- 2>&-', "sh", *command], env=worker_environment(), check=True)

@@ -156,6 +156,7 @@ REPORTED_SAME = [
     ("a(b+c)=5", "5"),
     ("x_1=2, x_2=3", "3,2"),
     *answer_pairs.SAME,
+    ("x > 1 1/2", "x > 1.5"),
 ]
 UNDECIDED = [
     ("9^{9^{9^9}}", "5"),
@@ -174,6 +175,8 @@ UNDECIDED = [
     (r"7\text{ tenths}", "7"),
     (r"\cup".join(["1"] * 210 + ["2"]), "1"),
     *answer_pairs.UNDECIDED,
+    ("x > 12_7", r"(12,\infty)"),
+    (r"x > 5\text{ or more}", r"(5,\infty)"),
 ]
 
 

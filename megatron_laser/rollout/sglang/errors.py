@@ -23,7 +23,7 @@ class ServerError(RuntimeError):
         self.message = message
 
 
-class ServerGone(ServerError):
+class ServerGone(UserError, ServerError):
     """Nobody listens, or the connection broke before a whole answer came."""
 
     gone = True
