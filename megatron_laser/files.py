@@ -1,11 +1,19 @@
-"""Publishing files and folders: through links, readable for whom the umask says, the old or the new but no part."""
+"""Files and folders: published whole or not at all, through links; plain JSON in them; one live writer a folder."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
+import math
 import os
 import shutil
+import socket
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any
+
+from megatron_laser.errors import ConfigError
 
 
 def through_links(path: str | Path) -> Path:
@@ -57,3 +65,74 @@ def take_mode(path: Path, like: Path) -> None:
     safetensors writes through a temporary file that only its owner may read.
     """
     os.chmod(path, like.stat().st_mode & 0o777)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numpy and torch become Python numbers or lists, NaN and infinities None.
+
+    Raises:
+        TypeError: neither a number, text, None, nor an array or list of these.
+    """
+    if hasattr(value, "tolist"):  # numpy and torch, scalars too
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise TypeError(f"{type(value).__name__} is neither a number, text nor a list of these: {value!r:.80}")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write UTF-8 `text` so that `path` is the old file or the complete new one, never a part of it.
+
+    A link is kept: the file that it points to is replaced.
+    """
+    path = through_links(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        replace_file(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+logger = logging.getLogger(__name__)
+
+LOCK = "run.lock"
+
+
+def lock_folder(folder: Path, setting: str, *, name: str = LOCK) -> IO[str]:
+    """Take the lock of an existing folder; it is held until the file is closed or the process ends.
+
+    Args:
+        setting: what names the folder, for messages: "run.output_dir".
+        name: of the file in it that is locked.
+
+    Raises:
+        ConfigError: a live process holds it. OSError: the folder cannot be written.
+    """
+    lock = (folder / name).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip()
+        lock.close()
+        raise ConfigError(
+            [
+                f"{setting} {folder} is in use by a live run{f' ({owner})' if owner else ''}; stop it or "
+                f"choose another {setting}"
+            ]
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            lock.close()
+            raise
+        logger.warning("%s %s: no file locks here (%s); never start two runs in it", setting, folder, error)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock

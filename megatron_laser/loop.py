@@ -19,25 +19,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_laser.config.schema import RunConfig
-from megatron_laser.engines import needs_first_sync
-from megatron_laser.export import export_hf
-from megatron_laser.inputs import read_inputs
-from megatron_laser.leader import Leader, evaluation_due
+from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.distributed.coordinator import Coordinator
+from megatron_laser.distributed.runtime import Runtime
+from megatron_laser.distributed.transport import broadcast_arrays
 from megatron_laser.model import platform
-from megatron_laser.observability.host_memory import trim_host_memory
+from megatron_laser.model.platform import trim_host_memory
 from megatron_laser.observability.timers import Timers
-from megatron_laser.ranks import CannotGoOn, Ranks, RunEnded, only_on_main
+from megatron_laser.run.colocation import Turn, Turns, open_turns
+from megatron_laser.run.controller import Leader, evaluation_due
+from megatron_laser.run.engines import needs_first_sync
+from megatron_laser.run.export import export_hf
+from megatron_laser.run.inputs import read_inputs
+from megatron_laser.run.ranks import CannotGoOn, Ranks, RunEnded, only_on_main
+from megatron_laser.run.session import session, stop_signals
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
-from megatron_laser.trainer.coordinator import Coordinator
-from megatron_laser.trainer.runtime import Runtime
-from megatron_laser.trainer.session import session
-from megatron_laser.trainer.signals import stop_signals
 from megatron_laser.trainer.stragglers import Stragglers, time_reductions
 from megatron_laser.trainer.trainer import Trainer
-from megatron_laser.trainer.transport import broadcast_arrays
-from megatron_laser.turns import Turn, Turns, open_turns
 from megatron_laser.weight_sync import sync_weights
 
 _SYNC_ATTEMPTS = 3

@@ -37,7 +37,7 @@ def single_process(tmp_path_factory):
     from helpers.models import save_tiny_model
     from helpers.runs import run_config
 
-    from megatron_laser.trainer import runtime
+    from megatron_laser.distributed import runtime
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("single_process")

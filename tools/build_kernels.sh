@@ -6,4 +6,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
-exec "$python" -m megatron_laser.ops.cuda_build
+exec "$python" -m megatron_laser.ops.cuda.build

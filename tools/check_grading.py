@@ -31,7 +31,7 @@ from spellings.respell import as_a_model, respellings
 
 from megatron_laser.data import read_rows
 from megatron_laser.rewards import GradingPool, equivalence_classes
-from megatron_laser.rewards.boxed import gold_answer
+from megatron_laser.rewards.mathematics.boxed import gold_answer
 
 HOSTILE = {
     "10^6 nested braces": "\\boxed{" + "{" * 10**6 + "5" + "}" * 10**6 + "}",

@@ -136,7 +136,7 @@ def run_worker(model: Path, names: list[str], output: Path) -> None:
     from megatron.core import parallel_state
 
     from megatron_laser.config import load_config
-    from megatron_laser.trainer import runtime as runtimes
+    from megatron_laser.distributed import runtime as runtimes
     from megatron_laser.trainer.trainer import Trainer
 
     torch.set_num_threads(1)

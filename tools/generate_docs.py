@@ -19,8 +19,8 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron_laser.config.fields import Section  # noqa: E402
-from megatron_laser.config.schema import RunConfig  # noqa: E402
+from megatron_laser.config.schema.fields import Section  # noqa: E402
+from megatron_laser.config.schema.root import RunConfig  # noqa: E402
 
 TARGET = ROOT / "docs" / "configuration.md"
 COMMAND = "python tools/generate_docs.py"

@@ -59,7 +59,9 @@ class Report:
 
 def triton_kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int], bool]]:
     """(variant, kernel, types of arguments, constants, launch options, has a product), at the production tiles."""
-    from megatron_laser.ops import triton_few_rows, triton_fused, triton_tiles
+    from megatron_laser.ops.triton import few_rows as triton_few_rows
+    from megatron_laser.ops.triton import fused as triton_fused
+    from megatron_laser.ops.triton import tiles as triton_tiles
 
     pointers = {"labels": "*i64", "kept": "*bf16"}
     options = {"num_warps": triton_tiles.WARPS}
@@ -165,8 +167,8 @@ def inspect_triton() -> Iterator[Report]:
 
 def inspect_cuda() -> Iterator[Report]:
     """One report per CUDA C++ kernel. Raises BuildError without a compiler."""
-    from megatron_laser.ops.cuda_build import compile_kernel
-    from megatron_laser.ops.cuda_few_rows import ROWS, shared_bytes
+    from megatron_laser.ops.cuda.build import compile_kernel
+    from megatron_laser.ops.cuda.few_rows import ROWS, shared_bytes
 
     with tempfile.TemporaryDirectory() as scratch:
         cubin = Path(scratch) / "kernel.cubin"
@@ -213,7 +215,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     as_json = parser.parse_args().json
-    from megatron_laser.ops.cuda_build import BuildError
+    from megatron_laser.ops.cuda.build import BuildError
 
     reports = list(inspect_triton())
     try:

@@ -46,9 +46,9 @@ class Reading:
 def soak(run: Path, steps: int, overrides: list[str]) -> list[Reading]:
     """Train and read after every step."""
     from megatron_laser.config import load_config
-    from megatron_laser.leader import Leader
     from megatron_laser.loop import train
-    from megatron_laser.observability.host_memory import trim_host_memory
+    from megatron_laser.model.platform import trim_host_memory
+    from megatron_laser.run.controller import Leader
 
     readings: list[Reading] = []
     process = psutil.Process()

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import transformers
 
-from megatron_laser import leader as leader_module
 from megatron_laser import loop
 from megatron_laser.config import load_config
 from megatron_laser.rewards import Grade, GradingPool
+from megatron_laser.run import controller as leader_module
 from megatron_laser.types import RolloutBatch
 from peer.turns import Turns
 

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_laser.config import RunConfig, load_config
 from megatron_laser.config.loading import resolved_yaml
 from megatron_laser.data import PromptCursor
-from megatron_laser.inputs import read_inputs
+from megatron_laser.run.inputs import read_inputs
 
 # GRPO without LaSeR, one optimizer step per rollout batch, and nothing written that TRL does not write.
 _COMMON = (

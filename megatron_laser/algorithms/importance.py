@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from megatron_laser.algorithms.precision import at_least_float32
+from megatron_laser.algorithms.numerics import at_least_float32
 
 
 def importance_outside(old_logprobs: Tensor, rollout_logprobs: Tensor, bounds: tuple[float, float]) -> Tensor:

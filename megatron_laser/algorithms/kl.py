@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_laser.algorithms.precision import at_least_float32
+from megatron_laser.algorithms.numerics import at_least_float32
 
 KLEstimator = Literal["k1", "k2", "k3"]
 

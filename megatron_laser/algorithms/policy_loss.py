@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_laser.algorithms.precision import at_least_float32
+from megatron_laser.algorithms.numerics import at_least_float32
 
 LossAggregation = Literal[
     "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length"

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_laser.algorithms.precision import at_least_float32
+from megatron_laser.algorithms.numerics import at_least_float32
 
 SelfRewardLossKind = Literal["mse", "bce"]
 

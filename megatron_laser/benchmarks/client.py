@@ -22,13 +22,13 @@ from pathlib import Path
 import aiohttp
 import orjson
 
-from megatron_laser.benchmarks.ratios import median_ratio
+from megatron_laser.benchmarks.measure import median_ratio
 from megatron_laser.config import RunConfig, read_architecture, read_stop_token_ids, resolve_score_token
 from megatron_laser.data import build_prompts, read_rows
-from megatron_laser.engines import open_engine
-from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.wire import generate_body
-from megatron_laser.tokenizer import load_tokenizer
+from megatron_laser.data.tokenizer import load_tokenizer
+from megatron_laser.rollout.client.engine import SglangEngine
+from megatron_laser.rollout.client.wire import generate_body
+from megatron_laser.run.engines import open_engine
 from megatron_laser.types import SamplingParams
 
 BARE, OURS, SCORED = "bare asyncio loop", "our client", "our client, with scores"

@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from megatron_laser.benchmarks.ceilings import Ceilings, measure_ceilings, seconds_per_call
 from megatron_laser.benchmarks.logprob_ops import Implementation, score_ops, training_ops
 from megatron_laser.benchmarks.logprob_report import Measurement, Report, Shape
-from megatron_laser.benchmarks.memory import peak_allocated_bytes
+from megatron_laser.benchmarks.measure import (
+    Ceilings,
+    measure_ceilings,
+    peak_allocated_bytes,
+    seconds_per_call,
+)
 from megatron_laser.model import platform
 from megatron_laser.ops import IGNORE_LABEL, add_weight_gradient_to_main_grad
 

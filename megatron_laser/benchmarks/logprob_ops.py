@@ -8,14 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_laser.ops import (
-    IGNORE_LABEL,
-    configure,
-    few_row_logprob,
-    linear_logprob,
-    torch_reference,
-    triton_device,
-)
+from megatron_laser.ops import IGNORE_LABEL, configure, few_row_logprob, linear_logprob
+from megatron_laser.ops import device as triton_device
+from megatron_laser.ops import reference as torch_reference
 from megatron_laser.ops.tiles import accumulation_dtype
 
 Op = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -56,7 +51,7 @@ def training_ops(device: torch.device) -> Iterator[Implementation]:
         main_grad=True,
     )
     if device.type == "cuda" and triton_device.unavailable(device) is None:
-        from megatron_laser.ops import triton_backend
+        from megatron_laser.ops import gpu_backend as triton_backend
 
         for name, engine in triton_backend.FORWARD_ENGINES.items():
             yield Implementation(f"megatron_laser: {name}", _with_engine(engine), ours=True)
@@ -77,7 +72,7 @@ def score_ops(device: torch.device) -> Iterator[Implementation]:
     """Contenders for few rows, without gradient."""
     yield Implementation("megatron_laser", few_row_logprob, ours=True, remark=_few_row_choice)
     if device.type == "cuda" and triton_device.unavailable(device) is None:
-        from megatron_laser.ops import triton_backend
+        from megatron_laser.ops import gpu_backend as triton_backend
 
         for name, engine in triton_backend.FEW_ROW_ENGINES.items():
             yield Implementation(f"megatron_laser: {name}", _few_with_engine(engine), ours=True)
@@ -88,7 +83,7 @@ def score_ops(device: torch.device) -> Iterator[Implementation]:
 def _forward_choice(hidden: torch.Tensor, weight: torch.Tensor) -> str:
     if hidden.device.type != "cuda" or triton_device.unavailable(hidden.device) is not None:
         return ""
-    from megatron_laser.ops import triton_backend
+    from megatron_laser.ops import gpu_backend as triton_backend
 
     return f"uses {triton_backend.forward_choice(hidden, weight, 1, weight.shape[0]).name}"
 
@@ -96,7 +91,7 @@ def _forward_choice(hidden: torch.Tensor, weight: torch.Tensor) -> str:
 def _few_row_choice(hidden: torch.Tensor, weight: torch.Tensor) -> str:
     if hidden.device.type != "cuda" or triton_device.unavailable(hidden.device) is not None:
         return ""
-    from megatron_laser.ops import triton_backend
+    from megatron_laser.ops import gpu_backend as triton_backend
 
     return f"uses {triton_backend.few_row_choice(hidden, weight, weight.shape[0]).name}"
 
@@ -106,14 +101,14 @@ def _forward_has_the_backward(hidden: torch.Tensor, weight: torch.Tensor) -> str
 
 
 def _with_engine(engine: type) -> Op:
-    from megatron_laser.ops import triton_backend
+    from megatron_laser.ops import gpu_backend as triton_backend
 
     return lambda *inputs: triton_backend.linear_logprob(*inputs, engine=engine()).logprobs
 
 
 def _kept(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """All probabilities are kept for the backward, which then makes two products, not three."""
-    from megatron_laser.ops import triton_backend
+    from megatron_laser.ops import gpu_backend as triton_backend
 
     before = configure(keep_logits_bytes=2 * (hidden.shape[0] + 16) * (weight.shape[0] + 16))
     try:
@@ -124,7 +119,7 @@ def _kept(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> t
 
 
 def _few_with_engine(engine: type) -> Op:
-    from megatron_laser.ops import triton_backend
+    from megatron_laser.ops import gpu_backend as triton_backend
 
     return lambda *inputs: triton_backend.few_row_logprob(*inputs, engine=engine())
 

@@ -1,4 +1,4 @@
-"""What `bench logprob` and `bench score` found: measurements, their table and their files."""
+"""What `bench logprob` and `bench score` found: measurements, their table, their figure and their files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_laser.benchmarks.ceilings import Ceilings
+from megatron_laser.benchmarks.measure import Ceilings
 from megatron_laser.model import platform
+from megatron_laser.report.plots.style import new_figure, save, styled
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,48 @@ class Report:
 
     def write(self, folder: Path, name: str) -> list[Path]:
         """Write NAME.json and NAME.png."""
-        from megatron_laser.benchmarks.logprob_plot import plot
-
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{name}.json"
         file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         return [file, plot(self, folder / f"{name}.png")]
+
+
+_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#8C6D1F", "#E69F00", "#D55E00", "#AA3377", "#000000", "#999999")
+
+
+def plot(report: Report, path: Path) -> Path:
+    """Write the figure; contenders without a time are left out."""
+    shapes = list(dict.fromkeys(one.shape for one in report.measurements))
+    names = list(dict.fromkeys(one.implementation for one in report.measurements))
+    panels = [("forward", "forward_floor")]
+    if any(one.backward is not None for one in report.measurements):
+        panels.append(("backward", "backward_floor"))
+    width = 0.8 / len(names)
+    with styled():
+        figure, axes = new_figure(len(panels), 1, height=3.4 * len(panels) + 0.8)
+        for panel, (field, floor) in zip(axes[:, 0], panels):
+            for index, name in enumerate(names):
+                found = [
+                    (position, getattr(one, field) / getattr(one, floor))
+                    for position, shape in enumerate(shapes)
+                    for one in report.measurements
+                    if one.shape == shape and one.implementation == name and getattr(one, field) is not None
+                ]
+                panel.bar(
+                    [position + (index - (len(names) - 1) / 2) * width for position, _ in found],
+                    [ratio for _, ratio in found],
+                    width,
+                    label=name,
+                    color=_COLOURS[index % len(_COLOURS)],
+                )
+            panel.axhline(1.0, color="black", linewidth=1.0)
+            panel.set_yscale("log")
+            panel.set_xticks(range(len(shapes)), [str(shape).replace(" (", "\n(") for shape in shapes])
+            panel.set_ylabel(f"{field}: time / floor")
+        axes[0, 0].legend(ncols=3, loc="upper left", bbox_to_anchor=(0, 1.28), fontsize=8)
+        return save(
+            figure,
+            path,
+            f"{report.title} on {report.ceilings.device}",
+            "Lower is better; 1 is the floor at the device's measured ceilings. Groups: rows x hidden x columns.",
+        )

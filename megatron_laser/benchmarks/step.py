@@ -22,11 +22,10 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_laser.batching.flat import FlatBatch, flatten
-from megatron_laser.benchmarks.memory import peak_allocated_bytes
-from megatron_laser.benchmarks.ratios import median_ratio
+from megatron_laser.benchmarks.measure import median_ratio, peak_allocated_bytes
 from megatron_laser.config import load_config
+from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.model import platform
-from megatron_laser.trainer import runtime as runtimes
 from megatron_laser.trainer.trainer import Trainer
 from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample
 

@@ -1,12 +1,6 @@
 """Run configuration: schema, loading, checks and the dry run's plan. Imports neither torch nor Megatron."""
 
-from megatron_laser.config.architecture import (
-    SUPPORTED_MODEL_TYPES,
-    Architecture,
-    read_architecture,
-)
-from megatron_laser.config.benchmarks import Benchmark, load_benchmarks
-from megatron_laser.config.checks import check_layout, check_structure
+from megatron_laser.config.checks.structure import check_layout, check_structure
 from megatron_laser.config.derived import (
     evaluation_max_new_tokens,
     longest_sequence,
@@ -17,18 +11,31 @@ from megatron_laser.config.derived import (
     rollout_tries,
     self_reward_first_step,
 )
-from megatron_laser.config.errors import ConfigError, ModelFolderError
 from megatron_laser.config.loading import load_config, resolved_yaml
-from megatron_laser.config.parameters import Layout, count_parameters, padded_vocab_size, stage_parameters
-from megatron_laser.config.plan import Plan, resolve_plan
-from megatron_laser.config.schema import RunConfig, key_paths
-from megatron_laser.config.score_token import ScoreToken, read_stop_token_ids, resolve_score_token
-from megatron_laser.config.weight_files import check_model_folder, look_at_model_folder
+from megatron_laser.config.model_folder.architecture import (
+    SUPPORTED_MODEL_TYPES,
+    Architecture,
+    read_architecture,
+)
+from megatron_laser.config.model_folder.parameters import (
+    Layout,
+    count_parameters,
+    padded_vocab_size,
+    stage_parameters,
+)
+from megatron_laser.config.model_folder.score_token import (
+    ScoreToken,
+    read_stop_token_ids,
+    resolve_score_token,
+)
+from megatron_laser.config.model_folder.weight_files import check_model_folder, look_at_model_folder
+from megatron_laser.config.plan.resolve import Plan, resolve_plan
+from megatron_laser.config.schema.root import RunConfig, key_paths
+from megatron_laser.errors import ConfigError, ModelFolderError
 
 __all__ = [
     "SUPPORTED_MODEL_TYPES",
     "Architecture",
-    "Benchmark",
     "ConfigError",
     "Layout",
     "ModelFolderError",
@@ -41,7 +48,6 @@ __all__ = [
     "count_parameters",
     "evaluation_max_new_tokens",
     "key_paths",
-    "load_benchmarks",
     "load_config",
     "longest_sequence",
     "look_at_model_folder",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from megatron_laser.config.schema import RunConfig
-from megatron_laser.config.schema_system import ParallelConfig
+from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.config.schema.system import ParallelConfig
 
 OldPolicyPass = Literal["full", "score_rows", "none"]
 

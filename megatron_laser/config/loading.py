@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,10 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from megatron_laser.config.checks import structure_problems
-from megatron_laser.config.errors import ConfigError
-from megatron_laser.config.paths import absolute
-from megatron_laser.config.schema import RunConfig, key_paths, nested_sections
-from megatron_laser.config.suggestions import suggest_key
+from megatron_laser.config.checks.structure import structure_problems
+from megatron_laser.config.schema.root import RunConfig, key_paths, nested_sections
 from megatron_laser.config.yaml_source import KeyPath, read_yaml, syntax_problem
+from megatron_laser.errors import ConfigError
 
 _EXPECTED = {
     "float_type": "a number",
@@ -202,3 +202,90 @@ def _reason(path: KeyPath, detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     message = message if message.startswith("expected") else f"expected {message}"
     return f"{message}, got {value!r}"
+
+
+PATH_KEYS = frozenset(
+    {
+        ("model", "path"),
+        ("data", "train"),
+        ("data", "validation"),
+        ("data", "test"),
+        ("run", "output_dir"),
+        ("checkpoint", "folder"),
+        ("rollout", "sync_folder"),
+        ("rollout", "sglang.endpoints"),
+    }
+)
+FUNCTION_KEY = ("reward", "function")
+PROGRAM_KEY = ("rollout", "sglang.python")
+
+
+def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
+    """`value` with its relative paths made absolute against `base`.
+
+    Only the settings that hold paths are touched, and only strings in them: whatever else is wrong with the
+    value is the schema's to say.
+    """
+    if key in PATH_KEYS:
+        if isinstance(value, list):
+            return [_join(item, base) for item in value]
+        return _join(value, base)
+    if key == PROGRAM_KEY and isinstance(value, str) and "/" in value:  # a bare name is looked up on PATH
+        return _join(value, base)
+    if key == FUNCTION_KEY and isinstance(value, str):
+        file, colon, function = value.rpartition(":")
+        if colon and file.endswith(".py"):
+            return f"{_join(file, base)}:{function}"
+    return value
+
+
+def _join(value: Any, base: Path) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        return value
+    return os.path.normpath(base.absolute() / Path(value).expanduser())
+
+
+def suggest_key(path: Sequence[str]) -> str:
+    """A hint for the unknown key `path`, such as "did you mean `optimizer.lr`?".
+
+    Looks for the same name in another section, then for a similar name in the same section, then for a
+    similar name anywhere; lists the section's keys when nothing is near.
+    """
+    sections = key_paths()
+    if path[0] not in sections:
+        near = difflib.get_close_matches(path[0], sections, n=1, cutoff=0.6)
+        if near and (len(path) == 1 or path[1] in sections[near[0]]):
+            return _did_you_mean([".".join([near[0], *path[1:]])])
+        return _elsewhere(path[-1]) or (
+            _did_you_mean(near) if near else f"the sections are {', '.join(sections)}"
+        )
+    if len(path) == 1:
+        return f"the keys of {path[0]} are {', '.join(sections[path[0]])}"
+    section, key = path[0], path[1]
+    if len(path) > 2:
+        if key in sections[section]:
+            return f"{section}.{key} is a setting, not a section; did you mean `{section}.{key}`?"
+        return f"keys have the form section.key; {suggest_key(path[:2])}"
+    exact = [f"{other}.{key}" for other, keys in sections.items() if key in keys]
+    if exact:
+        return _did_you_mean(exact)
+    near = difflib.get_close_matches(key, sections[section], n=1, cutoff=0.6)
+    part = [name for name in sections[section] if len(key) >= 3 and (key in name or name in key)]
+    begun = [name for name in part if name.startswith(key)]  # `samples` is the start of samples_per_prompt
+    if begun or near or part:
+        return _did_you_mean([f"{section}.{name}" for name in begun or near or part])
+    return _elsewhere(key) or f"the keys of {section} are {', '.join(sections[section])}"
+
+
+def _elsewhere(key: str) -> str:
+    """A hint to the nearest key of any section, or "" when none is near."""
+    owners: dict[str, list[str]] = {}
+    for section, keys in key_paths().items():
+        for name in keys:
+            owners.setdefault(name, []).append(f"{section}.{name}")
+    near = difflib.get_close_matches(key, owners, n=1, cutoff=0.7)
+    return _did_you_mean(owners[near[0]]) if near else ""
+
+
+def _did_you_mean(names: Sequence[str]) -> str:
+    return "did you mean " + " or ".join(f"`{name}`" for name in names) + "?"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from megatron_laser.config.errors import ConfigError
+from megatron_laser.errors import ConfigError
 
 T = TypeVar("T")
 

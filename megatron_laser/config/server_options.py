@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_laser.config.schema_rollout import RolloutConfig
+from megatron_laser.config.schema.rollout import RolloutConfig
 
 # Given twice, one of the two would be ignored.
 OWN_OPTIONS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_laser.config.errors import ConfigError
+from megatron_laser.errors import ConfigError
 
 KeyPath = tuple[str, ...]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from .template import render_chat
+from megatron_laser.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -104,3 +104,27 @@ def _once(token_ids: list[int], prefix: list[int]) -> EncodedPrompt:
     ):
         start += width
     return EncodedPrompt(token_ids[start:], start > 0)
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generation: bool = True) -> str:
+    """The text of a chat, with its special tokens.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        messages: {"role", "content"} each.
+        generation: end with what opens the assistant's answer.
+
+    Raises:
+        DataError: the template does not parse, or refuses the messages; with the template's own reason and line.
+    """
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
+    except Exception as error:  # a template may raise anything: it is a program of its own
+        where = f" (line {line})" if (line := getattr(error, "lineno", None)) else ""
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise DataError(
+            f"the chat template of {getattr(tokenizer, 'name_or_path', '') or 'the tokenizer'} cannot render a chat: "
+            f"{type(error).__name__}: {reason}{where}; mend chat_template.jinja (or chat_template in "
+            "tokenizer_config.json), or set apply_chat_template to false"
+        ) from error
+    return str(text)

@@ -7,13 +7,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from megatron_laser.findings import Finding, Level
+from megatron_laser.data.prompts import PromptReport
+from megatron_laser.data.readers import Row
+from megatron_laser.data.references import why_unequal
+from megatron_laser.errors import DataError, Finding, Level
 from megatron_laser.rewards import GradingPool
-
-from .errors import DataError
-from .prompts import PromptReport
-from .readers import Row
-from .references import why_unequal
 
 logger = logging.getLogger(__name__)
 

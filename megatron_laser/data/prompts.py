@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_laser.data.encoding import encode_chats, encode_texts
+from megatron_laser.data.readers import Row
+from megatron_laser.data.text import lone_surrogate
+from megatron_laser.errors import DataError
 from megatron_laser.types import Prompt
-
-from .encoding import encode_chats, encode_texts
-from .errors import DataError
-from .readers import Row
-from .text import lone_surrogate
 
 logger = logging.getLogger(__name__)
 

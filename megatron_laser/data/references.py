@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from megatron_laser.rewards.boxed import behind_hashes, extract_answer, find_last_box, normalize_answer
+from megatron_laser.rewards.mathematics.boxed import (
+    behind_hashes,
+    extract_answer,
+    find_last_box,
+    normalize_answer,
+)
 
 HASHES = "a worked solution's end (####)"
 BOX = r"a worked solution's \boxed{}"

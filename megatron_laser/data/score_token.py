@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_laser.findings import Finding
+from megatron_laser.data.readers import Row
+from megatron_laser.errors import DataError, Finding
 from megatron_laser.types import Prompt
-
-from .errors import DataError
-from .readers import Row
 
 _BATCH = 1000  # texts for one call of the tokenizer
 _NAMED = 3

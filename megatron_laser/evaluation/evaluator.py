@@ -21,7 +21,7 @@ from megatron_laser.evaluation.records import (
 )
 from megatron_laser.evaluation.sampler import EvaluationEngine, Sampler
 from megatron_laser.evaluation.summary import summarize
-from megatron_laser.observability.plain import plain, write_atomically
+from megatron_laser.files import plain, write_atomically
 from megatron_laser.rewards import Grade, GradingPool, equivalence_classes, extract_answer
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.types import Prompt, SamplingParams

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_laser.data import DataError
-from megatron_laser.observability.plain import plain, write_atomically
+from megatron_laser.files import plain, write_atomically
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from megatron.core.tensor_parallel import layers as megatron_layers
 
-from megatron_laser.config.errors import ConfigError
+from megatron_laser.errors import ConfigError
 from megatron_laser.model import platform
 
 Fusion = Literal["auto", "on", "off"]

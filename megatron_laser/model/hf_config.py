@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_laser.config import Architecture, ModelFolderError, read_architecture
-from megatron_laser.config.architecture import architecture_from_dict
+from megatron_laser.config.model_folder.architecture import architecture_from_dict
 from megatron_laser.model import platform
 from megatron_laser.model.transformer_engine import Attention, Layers, use_transformer_engine
 

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_laser.algorithms.numerics import is_finite
 from megatron_laser.config import Architecture, ModelFolderError
-from megatron_laser.config.safetensors_files import INDEX, WEIGHTS, read_stored_tensors
-from megatron_laser.config.weight_files import refuse, weight_problems
+from megatron_laser.config.model_folder.safetensors_files import INDEX, WEIGHTS, read_stored_tensors
+from megatron_laser.config.model_folder.weight_files import refuse, weight_problems
 from megatron_laser.files import replace_folder, take_mode, through_links
-from megatron_laser.finite import is_finite
 
 # What belongs to a model besides its weights: configuration, tokenizer, chat template, licence.
 _COPIED = (

@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig
 
 from megatron_laser.config import padded_vocab_size
-from megatron_laser.config.parameters import EMBEDDING, HEAD
+from megatron_laser.config.model_folder.parameters import EMBEDDING, HEAD
 from megatron_laser.model.hf_config import head_dim
 
 OUTPUT_LAYER = "output_layer.weight"

@@ -18,13 +18,14 @@ Code outside this module never names `torch.cuda`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import os
 import resource
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -293,3 +294,29 @@ def _patch_rng() -> None:
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+_STEPS_BETWEEN = 10
+
+
+def trim_host_memory(step: int) -> None:
+    """Every few steps, give pages that are free inside the C heap back to the system.
+
+    Tensors of ever different sizes leave holes in glibc's heap, which it does not return by itself: a run on a
+    CPU grew by 20 MiB in 250 steps without holding anything more. Costs milliseconds. A no-op with another libc.
+    """
+    if step % _STEPS_BETWEEN == 0:
+        trim = _malloc_trim()
+        if trim is not None:
+            trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None

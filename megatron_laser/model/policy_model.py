@@ -22,8 +22,7 @@ from transformers import PretrainedConfig
 
 from megatron_laser.config import padded_vocab_size
 from megatron_laser.model import hf_config
-from megatron_laser.model.attention import PackedSdpaAttention
-from megatron_laser.model.norm import RMSNorm
+from megatron_laser.model.torch_layers import PackedSdpaAttention, RMSNorm
 from megatron_laser.model.transformer_engine import clear_backend_variables
 from megatron_laser.model.upstream import patch_upstream
 from megatron_laser.ops import add_weight_gradient_to_main_grad, few_row_logprob, linear_logprob

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from megatron_laser.config.errors import ConfigError
+from megatron_laser.errors import ConfigError
 from megatron_laser.model import platform
 
 logger = logging.getLogger(__name__)

@@ -5,16 +5,239 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Literal, TextIO, cast
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from megatron_laser.observability.extras import Output
-from megatron_laser.observability.live_text import format_duration, plain_line
-from megatron_laser.observability.live_view import HISTORY, ViewState, render
+
+PHASES = ("generate", "grade", "logprob", "train", "sync")
+
+# label, metric, format; in the order in which a person looks
+LINE_FIELDS = (
+    ("reward", "reward_mean", ".3f"),
+    ("F1", "self_reward_f1", ".3f"),
+    ("AUROC", "self_reward_auroc", ".3f"),
+    ("policy", "policy_loss", ".4f"),
+    ("self", "self_reward_loss", ".4f"),
+    ("grad", "grad_norm", ".2f"),
+    ("len", "response_length_mean", ".0f"),
+)
+EVALUATION_FIELDS = tuple(
+    (prefix + label, f"{split}/{name}", ".3f")
+    for split, prefix in (("eval", ""), ("test", "test "))
+    for label, name in (
+        ("accuracy", "accuracy"),
+        ("F1", "self_reward_f1"),
+        ("AUROC", "self_reward_auroc"),
+        ("majority", "majority"),
+        ("weighted", "weighted_majority"),
+    )
+)
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_ASCII_BLOCKS = "_.-:=+*#"
+
+
+def number(metrics: Mapping[str, Any], name: str) -> float | None:
+    """The metric as a finite float, or None where it is missing, null or NaN."""
+    value = metrics.get(name)
+    if value is None or isinstance(value, (str, list)) or not math.isfinite(float(value)):
+        return None
+    return float(value)
+
+
+def format_fields(
+    metrics: Mapping[str, Any], fields: Sequence[tuple[str, str, str]]
+) -> list[tuple[str, str]]:
+    """(label, text) of those fields that are there."""
+    values = ((label, number(metrics, name), spec) for label, name, spec in fields)
+    return [(label, format(value, spec)) for label, value, spec in values if value is not None]
+
+
+def step_fields(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(label, text) of one step's numbers; with dropped groups also the accuracy over everything that was graded.
+
+    Responses that could not be graded are counted where there are any.
+    """
+    fields = format_fields(metrics, LINE_FIELDS)
+    tried = number(metrics, "accuracy_tried")
+    if tried is not None and number(metrics, "groups_dropped"):
+        right, wrong = (number(metrics, f"groups_dropped_{name}") or 0 for name in ("right", "wrong"))
+        fields.insert(
+            1, ("of all tried", f"{tried:.3f} (dropped {right:.0f} all right, {wrong:.0f} all wrong)")
+        )
+    failed = number(metrics, "grading_failed")
+    if failed:
+        fields.append(("not graded", f"{failed:.0f}"))
+    return fields
+
+
+def plain_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:
+    """One step as one line of a log."""
+    width = len(str(total_steps))
+    parts = [f"step {step:>{width}}/{total_steps}"]
+    parts += [f"{label} {text}" for label, text in step_fields(metrics)]
+    rate = number(metrics, "time/tokens_per_second")
+    if rate is not None:
+        parts.append(f"{format_count(rate)} tok/s")
+    total = number(metrics, "time/total")
+    if total is not None:
+        split = [f"{name} {share:.0%}" for name, share in time_shares(metrics) if share >= 0.05]
+        scores = number(metrics, "rollout/score_time_fraction")
+        if scores:
+            split.append(f"scores {scores:.1%} of the requests' time")
+        parts.append(f"{total:.2f} s" + (f" ({', '.join(split)})" if split else ""))
+    evaluation = format_fields(metrics, EVALUATION_FIELDS)
+    if evaluation:
+        parts.append("| eval " + " ".join(f"{label} {text}" for label, text in evaluation))
+    return "  ".join(parts)
+
+
+def time_shares(metrics: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Each phase's share of the phases' sum."""
+    seconds = [(phase, number(metrics, f"time/{phase}") or 0.0) for phase in PHASES]
+    total = sum(value for _, value in seconds)
+    return [(phase, value / total) for phase, value in seconds] if total > 0 else []
+
+
+def format_duration(seconds: float) -> str:
+    """42s, 3m12s, 2h05m or 3d04h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def format_count(value: float) -> str:
+    """842, 12.3k, 4.56M."""
+    if abs(value) < 1e3:
+        return f"{value:.0f}"
+    return f"{value / 1e3:.1f}k" if abs(value) < 1e6 else f"{value / 1e6:.2f}M"
+
+
+def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) -> str:
+    """At most `width` characters, each the mean of its share of `values`, from lowest to highest."""
+    if not values or width < 1:
+        return ""
+    count = min(width, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    blocks = _ASCII_BLOCKS if ascii_only else _BLOCKS
+    if high - low < 1e-12:
+        return blocks[0] * count
+    return "".join(blocks[round((mean - low) / (high - low) * (len(blocks) - 1))] for mean in means)
+
+
+HISTORY = 2048  # steps that a sparkline covers
+_SPARK_WIDTH = 48
+_BAR_WIDTH = 40
+_PHASE_STYLES = {
+    "generate": "blue",
+    "grade": "yellow",
+    "logprob": "magenta",
+    "train": "green",
+    "sync": "cyan",
+}
+
+
+@dataclass(slots=True)
+class ViewState:
+    """What is shown. The training thread writes it, the refresh thread reads it."""
+
+    title: str
+    total_steps: int
+    step: int = 0
+    eta: float | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    history: dict[str, deque[float]] = field(default_factory=dict)
+
+
+def render(state: ViewState, console: Console) -> RenderableType:
+    """Progress, numbers, time split and sparklines in one panel."""
+    ascii_only = console.options.ascii_only
+    body = Table.grid(padding=(0, 2))
+    body.add_column(style="dim", no_wrap=True)
+    body.add_column()
+    for label, content in (
+        ("step", _progress(state)),
+        ("now", _numbers(step_fields(state.metrics))),
+        ("eval", _numbers(format_fields(state.evaluation, EVALUATION_FIELDS))),
+        ("time", _time_split(state.metrics, ascii_only)),
+        ("reward", _spark(state, "reward_mean", "blue", ascii_only)),
+        ("F1", _spark(state, "self_reward_f1", "green", ascii_only)),
+    ):
+        if content is not None:
+            body.add_row(label, content)
+    return Panel(Group(body), title=state.title, title_align="left", border_style="dim", expand=False)
+
+
+def _progress(state: ViewState) -> RenderableType:
+    row = Table.grid(padding=(0, 1))
+    left = "" if state.eta is None else f"eta {format_duration(state.eta)}"
+    row.add_row(
+        f"{state.step}/{state.total_steps}",
+        ProgressBar(total=max(1, state.total_steps), completed=state.step, width=_BAR_WIDTH),
+        f"{state.step / max(1, state.total_steps):.0%}",
+        left,
+    )
+    return row
+
+
+def _numbers(pairs: list[tuple[str, str]]) -> RenderableType | None:
+    if not pairs:
+        return None
+    text = Text()
+    for label, value in pairs:
+        text.append(f"{label} ", style="dim").append(f"{value}  ")
+    return text
+
+
+def _time_split(metrics: dict[str, Any], ascii_only: bool) -> RenderableType | None:
+    total = number(metrics, "time/total")
+    shares = time_shares(metrics)
+    if total is None and not shares:
+        return None
+    text = Text()
+    if total is not None:
+        text.append(f"{total:.2f} s ")
+    rate = number(metrics, "time/tokens_per_second")
+    if rate is not None:
+        text.append(f"{format_count(rate)} tok/s ", style="dim")
+    done = 0
+    reached = 0.0
+    for phase, share in shares:
+        reached += share
+        cells = round(reached * _BAR_WIDTH / 2) - done
+        done += cells
+        text.append((phase[0] if ascii_only else "█") * cells, style=_PHASE_STYLES[phase])
+    for phase, share in shares:
+        if share >= 0.05:
+            text.append(f" {phase} {share:.0%}", style=_PHASE_STYLES[phase])
+    return text
+
+
+def _spark(state: ViewState, name: str, style: str, ascii_only: bool) -> RenderableType | None:
+    values = list(state.history.get(name, ()))
+    if len(values) < 2:
+        return None
+    text = Text(sparkline(values, _SPARK_WIDTH, ascii_only=ascii_only), style=style)
+    return text.append(f"  {min(values):.2f} to {max(values):.2f}", style="dim")
+
 
 LiveMode = Literal["auto", "on", "off"]
 

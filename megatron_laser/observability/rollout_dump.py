@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.observability.plain import plain, write_atomically
+from megatron_laser.files import plain, write_atomically
 from megatron_laser.types import RolloutBatch
 
 

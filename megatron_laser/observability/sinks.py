@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_laser.files import plain, write_atomically
 from megatron_laser.observability.extras import Extra
-from megatron_laser.observability.plain import plain, write_atomically
 from megatron_laser.observability.wandb_sink import WandbSink
 
 logger = logging.getLogger(__name__)

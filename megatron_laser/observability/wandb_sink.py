@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.observability.plain import write_atomically
+from megatron_laser.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

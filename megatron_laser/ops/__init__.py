@@ -2,9 +2,8 @@
 
 from megatron_laser.ops.api import few_row_logprob, linear_logprob
 from megatron_laser.ops.backends import available_backends
-from megatron_laser.ops.labels import IGNORE_LABEL, check_labels
-from megatron_laser.ops.results import LogProbs
 from megatron_laser.ops.settings import Settings, configure, settings
+from megatron_laser.ops.types import IGNORE_LABEL, LogProbs, check_labels
 from megatron_laser.ops.weight_gradient import add_weight_gradient_to_main_grad
 
 __all__ = [

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_laser.ops.backends import resolve_backend
 from megatron_laser.ops.collectives import group_size
-from megatron_laser.ops.results import LogProbs
+from megatron_laser.ops.types import LogProbs
 
 
 def linear_logprob(

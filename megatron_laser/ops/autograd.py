@@ -22,10 +22,9 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megatron_laser.ops.collectives import group_size, reduce_max, reduce_sum_, start_reduction
-from megatron_laser.ops.labels import IGNORE_LABEL
-from megatron_laser.ops.results import LogProbs
 from megatron_laser.ops.rows import GatheredRows
 from megatron_laser.ops.tiles import Shard, accumulation_dtype, add_mm_, has_label, vocabulary_shard
+from megatron_laser.ops.types import IGNORE_LABEL, LogProbs
 from megatron_laser.ops.weight_gradient import WeightGradient, main_grad_of
 
 # exp of it is 0 in float32 and float64, and unlike -inf it may be multiplied with a sum that is 0.

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from megatron_laser.ops import torch_reference, triton_device
-from megatron_laser.ops.results import LogProbs
+from megatron_laser.ops import device as triton_device
+from megatron_laser.ops import reference as torch_reference
+from megatron_laser.ops.types import LogProbs
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class Backend:
 
 def _triton_linear_logprob(*args: Any, **kwargs: Any) -> LogProbs:
     # Imported at the first call: the kernels need the package triton, which a CPU installation may lack.
-    from megatron_laser.ops import triton_backend
+    from megatron_laser.ops import gpu_backend as triton_backend
 
     return triton_backend.linear_logprob(*args, **kwargs)
 
 
 def _triton_few_row_logprob(*args: Any, **kwargs: Any) -> torch.Tensor:
-    from megatron_laser.ops import triton_backend
+    from megatron_laser.ops import gpu_backend as triton_backend
 
     return triton_backend.few_row_logprob(*args, **kwargs)
 

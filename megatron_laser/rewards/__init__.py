@@ -1,12 +1,17 @@
 """Rewards: grading responses in killable worker processes, by math-verify or a custom function. No torch."""
 
-from .boxed import extract_answer, find_last_box, has_exactly_one_box, normalize_answer
-from .equivalence import equivalence_classes
-from .grade import OUTCOMES, Grade, GradingPoolError, Outcome, RewardSpecError
-from .math_grading import answers_equal, grade_math
-from .pool import GradingPool
-from .registry import is_math_verify, known_rewards, register_reward, resolve_reward
-from .trial import trial, try_reward
+from megatron_laser.rewards.equivalence import equivalence_classes
+from megatron_laser.rewards.grade import OUTCOMES, Grade, GradingPoolError, Outcome, RewardSpecError
+from megatron_laser.rewards.mathematics.boxed import (
+    extract_answer,
+    find_last_box,
+    has_exactly_one_box,
+    normalize_answer,
+)
+from megatron_laser.rewards.mathematics.grading import answers_equal, grade_math
+from megatron_laser.rewards.registry import is_math_verify, known_rewards, register_reward, resolve_reward
+from megatron_laser.rewards.trial import trial, try_reward
+from megatron_laser.rewards.workers.pool import GradingPool
 
 __all__ = [
     "OUTCOMES",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-from .boxed import normalize_answer
-from .math_grading import quick_equal
-from .pool import GradingPool
+from megatron_laser.rewards.mathematics.boxed import normalize_answer
+from megatron_laser.rewards.mathematics.grading import quick_equal
+from megatron_laser.rewards.workers.pool import GradingPool
 
 
 def equivalence_classes(

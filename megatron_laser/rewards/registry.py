@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from .grade import Grade, RewardSpecError
-from .math_grading import grade_math
-from .place import definition, described
+from megatron_laser.rewards.grade import Grade, RewardSpecError
+from megatron_laser.rewards.mathematics.grading import grade_math
+from megatron_laser.rewards.workers.place import definition, described
 
 RewardFunction = Callable[[str, str], "float | Grade"]
 

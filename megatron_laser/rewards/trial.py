@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import time
 
-from megatron_laser.findings import Finding
-
-from .grade import Grade, GradingPoolError, RewardSpecError
-from .pool import GradingPool
-from .registry import is_math_verify
+from megatron_laser.errors import Finding
+from megatron_laser.rewards.grade import Grade, GradingPoolError, RewardSpecError
+from megatron_laser.rewards.registry import is_math_verify
+from megatron_laser.rewards.workers.pool import GradingPool
 
 logger = logging.getLogger(__name__)
 

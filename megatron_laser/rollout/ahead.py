@@ -9,9 +9,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_laser.rollout.client.errors import WeightsNeeded
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.pending import batch_from, batch_state
-from megatron_laser.rollout.sglang.errors import WeightsNeeded
 from megatron_laser.types import Prompt, RolloutBatch
 
 

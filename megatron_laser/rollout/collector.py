@@ -16,8 +16,7 @@ from megatron_laser.rewards import GradingPool, GradingPoolError
 from megatron_laser.rollout.endings import Endings
 from megatron_laser.rollout.engine import ResumableEngine, RolloutEngine, StopEarly
 from megatron_laser.rollout.pending import OpenGroup, restore
-from megatron_laser.rollout.progress import Progress
-from megatron_laser.rollout.staleness import staleness_metrics
+from megatron_laser.rollout.progress import Progress, staleness_metrics
 from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, SamplingParams
 
 logger = logging.getLogger(__name__)

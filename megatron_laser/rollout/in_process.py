@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from megatron_laser.finite import log_probs
+from megatron_laser.algorithms.numerics import is_finite, log_probs
+from megatron_laser.config import ModelFolderError, check_model_folder
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
-from megatron_laser.rollout.transformers_model import load_model
 from megatron_laser.types import Generation, SamplingParams
 
 # Rows that are done leave the batch once they make up this share of it.
@@ -297,3 +297,24 @@ def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     ordered, index = probabilities.sort(dim=-1, descending=True)
     outside = ordered.cumsum(dim=-1) - ordered >= top_p
     return torch.zeros_like(probabilities).scatter(1, index, ordered.masked_fill(outside, 0.0))
+
+
+def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The folder's model in `dtype` on `device`, for inference.
+
+    Raises:
+        ConfigError, ModelFolderError: its weights are not those of its config.json, or are not all finite.
+    """
+    check_model_folder(folder)  # transformers loads what is there and makes up the rest
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=dtype, local_files_only=True, attn_implementation="sdpa"
+    )
+    for parameter in model.parameters():
+        # A copy: the file is mapped, and whoever cuts it off would end the process.
+        parameter.data = parameter.data.to(device, copy=True)
+    if bad := [name for name, parameter in model.named_parameters() if not is_finite(parameter)]:
+        raise ModelFolderError(
+            f"{folder}: {len(bad)} tensors hold NaN or infinity ({', '.join(bad[:3])}); use weights from before that, "
+            "or download the files again"
+        )
+    return model.to(device).eval().requires_grad_(False)

@@ -1,15 +1,15 @@
-"""How far the collection of one step has come, and what its grading came to."""
+"""How far the collection of one step has come, what its grading came to, and how old its weights were."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_laser.rollout.pending import OpenGroup
-from megatron_laser.types import Group
+from megatron_laser.types import Generation, Group, WeightSpan
 
 logger = logging.getLogger(__name__)
 
@@ -74,3 +74,24 @@ class Progress:
         if graded:
             metrics["accuracy_tried"] = sum(sample.reward > 0.5 for sample in graded) / len(graded)
         return metrics
+
+
+def token_ages(generation: Generation, trained_version: int) -> list[tuple[int, int]]:
+    """(steps behind `trained_version`, tokens) for each span of a response."""
+    spans = generation.spans or (WeightSpan(generation.weight_version, len(generation.response_ids)),)
+    return [(trained_version - span.version, span.tokens) for span in spans]
+
+
+def staleness_metrics(groups: Iterable[Group], *, trained_version: int) -> dict[str, float]:
+    """Mean and largest age of the tokens of a batch, in steps; 0 is on-policy."""
+    ages = [
+        age
+        for group in groups
+        for sample in group.samples
+        for age in token_ages(sample.generation, trained_version)
+    ]
+    tokens = sum(count for _, count in ages)
+    return {
+        "staleness_mean": sum(age * count for age, count in ages) / max(1, tokens),
+        "staleness_max": float(max((age for age, count in ages if count), default=0)),
+    }

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.rewards import GradingPool, extract_answer
 from megatron_laser.rollout.engine import RolloutEngine, takes_seeds
-from megatron_laser.testtime.model_folder import ModelFolder
 from megatron_laser.testtime.requests import ChatRequest, RequestError
 from megatron_laser.testtime.scoring import Scorer
 from megatron_laser.testtime.voting import Choice, choose

@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_laser.config.score_token import resolve_score_token
-from megatron_laser.config.spare_tokens import SpareToken, how_to_add_a_token, spare_tokens
+from megatron_laser.config.model_folder.score_token import resolve_score_token
+from megatron_laser.config.model_folder.spare_tokens import SpareToken, how_to_add_a_token, spare_tokens
 from megatron_laser.data import Row, build_prompts, read_rows
+from megatron_laser.errors import TestTimeError
+from megatron_laser.evaluation.engine import EngineChoice
+from megatron_laser.evaluation.held_weights import HeldWeights
+from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.testtime.calibration_result import Calibration, TokenStatistics
-from megatron_laser.testtime.engine import EngineChoice
-from megatron_laser.testtime.errors import TestTimeError
-from megatron_laser.testtime.held_weights import HeldWeights
-from megatron_laser.testtime.model_folder import ModelFolder
 from megatron_laser.types import Prompt, SamplingParams
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from megatron_laser.config.partition import EXCESS_LIMIT, log_partition_excess, round_up, smallest_beta
-from megatron_laser.config.spare_tokens import SpareToken
-from megatron_laser.observability.plain import plain, write_atomically
+from megatron_laser.config.checks.partition import EXCESS_LIMIT, log_partition_excess, round_up, smallest_beta
+from megatron_laser.config.model_folder.spare_tokens import SpareToken
+from megatron_laser.files import plain, write_atomically
 
 BETAS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)

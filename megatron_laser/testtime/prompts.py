@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_laser.data import encode_chats, encode_texts, lone_surrogate
-from megatron_laser.testtime.errors import TestTimeError
+from megatron_laser.errors import TestTimeError
 
 logger = logging.getLogger(__name__)
 

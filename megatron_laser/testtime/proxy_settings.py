@@ -6,7 +6,7 @@ import ipaddress
 import socket
 from dataclasses import dataclass
 
-from megatron_laser.testtime.errors import TestTimeError
+from megatron_laser.errors import TestTimeError
 
 
 @dataclass(frozen=True, slots=True)

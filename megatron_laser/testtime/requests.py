@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_laser.testtime.errors import TestTimeError
-from megatron_laser.testtime.model_folder import ModelFolder
+from megatron_laser.errors import TestTimeError
+from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.testtime.prompts import prompt_token_ids
 from megatron_laser.testtime.voting import VOTES
 

@@ -14,11 +14,10 @@ import torch
 
 from megatron_laser.algorithms.self_reward import self_reward_scores
 from megatron_laser.data import lone_surrogate
-from megatron_laser.files import replace_file, through_links
-from megatron_laser.observability.plain import plain
+from megatron_laser.errors import TestTimeError
+from megatron_laser.evaluation.model_folder import ModelFolder
+from megatron_laser.files import plain, replace_file, through_links
 from megatron_laser.rollout.engine import RolloutEngine
-from megatron_laser.testtime.errors import TestTimeError
-from megatron_laser.testtime.model_folder import ModelFolder
 from megatron_laser.testtime.prompts import prompt_token_ids
 
 THRESHOLD = 0.5  # a response is called right above it

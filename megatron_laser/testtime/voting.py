@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from megatron_laser.algorithms.voting import best_of, majority_vote
+from megatron_laser.errors import TestTimeError
 from megatron_laser.rewards import GradingPool, equivalence_classes, extract_answer
-from megatron_laser.testtime.errors import TestTimeError
 
 Vote = Literal["weighted_majority", "majority", "best_of"]
 VOTES: tuple[str, ...] = get_args(Vote)

@@ -26,13 +26,13 @@ from transformers import PretrainedConfig
 
 from megatron_laser.config import ConfigError
 from megatron_laser.config.derived import optimizer_steps
-from megatron_laser.config.schema import RunConfig
+from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.model import platform
-from megatron_laser.model.dtypes import DTYPES
 from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
 from megatron_laser.model.hf_config import read_hf_config, transformer_config
 from megatron_laser.model.hf_folder import HfFolder
 from megatron_laser.model.mapping import Geometry
+from megatron_laser.model.platform import DTYPES
 from megatron_laser.model.policy_model import PolicyModel
 from megatron_laser.model.transformer_engine import backend_variable_problems, use_transformer_engine
 from megatron_laser.model.weights import WeightExporter, load_weights

@@ -13,7 +13,7 @@ from megatron_laser.algorithms.self_reward import class_weights
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.batching.schedule import build_schedule
 from megatron_laser.config.derived import gpu_pad_multiple, needed_pad_multiple
-from megatron_laser.config.schema import RunConfig
+from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.trainer.micro_batch import MicroBatch, make_micro_batch
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_laser.distributed.runtime import Runtime
 from megatron_laser.model import platform
 from megatron_laser.observability.timers import Timers
 from megatron_laser.trainer.policy import Policy
-from megatron_laser.trainer.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from megatron_laser.config.derived import (
     old_policy_pass,
     self_reward_first_step,
 )
-from megatron_laser.config.schema import RunConfig
+from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.distributed.runtime import Runtime
 from megatron_laser.errors import UserError
 from megatron_laser.model import platform
 from megatron_laser.observability.timers import Timers
@@ -28,7 +29,6 @@ from megatron_laser.trainer.forward import run_forward
 from megatron_laser.trainer.losses import SampleTensors, TrainLoss
 from megatron_laser.trainer.policy import Policy, build_policy, build_reference
 from megatron_laser.trainer.reduce import means, ratio, reduce_sums
-from megatron_laser.trainer.runtime import Runtime
 from megatron_laser.trainer.step_data import StepData, check_token_ids, prepare_step
 from megatron_laser.trainer.update import Update, update
 

@@ -17,7 +17,7 @@ import torch
 import torch.multiprocessing
 
 from megatron_laser.model import platform
-from megatron_laser.rollout.sglang.engine import SglangEngine
+from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.weight_sync.buckets import Bucket, buckets
 from megatron_laser.weight_sync.checksums import ServerLayout
 from megatron_laser.weight_sync.control import Update

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.errors import ServerError, ServerFault, ServerRefused, StaleServer
-from megatron_laser.rollout.sglang.health import UpdateBegan, UpdateDone, UpdateFailed
-from megatron_laser.rollout.sglang.member import Member
+from megatron_laser.rollout.client.engine import SglangEngine
+from megatron_laser.rollout.client.errors import ServerError, ServerFault, ServerRefused, StaleServer
+from megatron_laser.rollout.client.health import UpdateBegan, UpdateDone, UpdateFailed
+from megatron_laser.rollout.client.member import Member
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from megatron_laser.model.hf_folder import write_hf_folder
-from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.errors import StaleServer
-from megatron_laser.rollout.sglang.member import Member
+from megatron_laser.rollout.client.engine import SglangEngine
+from megatron_laser.rollout.client.errors import StaleServer
+from megatron_laser.rollout.client.member import Member
 from megatron_laser.weight_sync.checksums import ServerLayout
 from megatron_laser.weight_sync.control import Update, quiet
 from megatron_laser.weight_sync.verify import Checks

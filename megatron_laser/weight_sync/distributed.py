@@ -19,15 +19,14 @@ from typing import Any
 
 import torch
 
-from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.errors import ServerError, ServerFault, ServerTimeout
-from megatron_laser.rollout.sglang.member import Member
+from megatron_laser.rollout.client.engine import SglangEngine
+from megatron_laser.rollout.client.errors import ServerError, ServerFault, ServerTimeout
+from megatron_laser.rollout.client.member import Member
 from megatron_laser.weight_sync.broadcast import Broadcast
 from megatron_laser.weight_sync.buckets import Bucket, buckets
 from megatron_laser.weight_sync.checksums import ServerLayout
 from megatron_laser.weight_sync.control import SyncFailed, Update
-from megatron_laser.weight_sync.group import UpdateGroup, reachable_address
-from megatron_laser.weight_sync.past_groups import PastGroups
+from megatron_laser.weight_sync.group import PastGroups, UpdateGroup, reachable_address
 from megatron_laser.weight_sync.peers import Peers
 from megatron_laser.weight_sync.verify import Checks
 

@@ -6,9 +6,12 @@ own. The servers join through `/init_weights_update_group`, which makes the same
 
 from __future__ import annotations
 
+import json
+import logging
 import socket
 import threading
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +19,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from megatron_laser.config.addresses import host_and_port
-from megatron_laser.rollout.sglang.member import Member
+from megatron_laser.rollout.client.member import Member
+from megatron_laser.rollout.endpoints import write_private
 from megatron_laser.weight_sync.control import SyncFailed, Update
 
 _JOIN_SECONDS = 120.0
@@ -147,3 +151,44 @@ def reachable_address(url: str) -> str:
     with socket.socket(family, kind) as probe:
         probe.connect(address)  # sends nothing
         return str(probe.getsockname()[0])
+
+
+logger = logging.getLogger(__name__)
+
+
+class PastGroups:
+    """What `file` knows; None: nothing is remembered, since the servers end with the run."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._names: list[str] = []
+        if file is not None and file.exists():
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+                self._names = [name for name in found if isinstance(name, str)]
+            except (OSError, ValueError, TypeError) as error:
+                logger.warning("%s cannot be read, weight groups of an earlier run stay: %s", file, error)
+
+    def of_other_sessions(self, session: str) -> list[str]:
+        """Names of groups that no transport of `session` has made."""
+        return [name for name in self._names if not name.startswith(f"laser-{session}-")]
+
+    def add(self, name: str) -> None:
+        """Before servers join it."""
+        self._write([*self._names, name])
+
+    def remove(self, names: list[str]) -> None:
+        """Servers have been told to leave these."""
+        self._write([name for name in self._names if name not in names])
+
+    def _write(self, names: list[str]) -> None:
+        if names == self._names:
+            return
+        self._names = names
+        if self._file is None:
+            return
+        try:
+            write_private(self._file, json.dumps(names) + "\n")
+        except OSError as error:  # only a later run's tidying depends on it
+            logger.warning("%s cannot be written, weight groups will outlive this run: %s", self._file, error)
+            self._file = None

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import torch
 
+from megatron_laser.rollout.client.errors import ServerError
 from megatron_laser.rollout.engine import RolloutEngine
-from megatron_laser.rollout.sglang.errors import ServerError
 from megatron_laser.weight_sync.control import SyncFailed
 
 logger = logging.getLogger(__name__)

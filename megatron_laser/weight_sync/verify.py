@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from megatron_laser.rollout.sglang.errors import ServerFault, StaleServer
-from megatron_laser.rollout.sglang.member import Member
+from megatron_laser.rollout.client.errors import ServerFault, StaleServer
+from megatron_laser.rollout.client.member import Member
 from megatron_laser.weight_sync.checksums import (
     ServerLayout,
     StreamDigest,

@@ -16,7 +16,7 @@ from helpers.runs import SCORE_TOKEN, run_config
 from helpers.torchrun import run_worker
 from megatron.core import parallel_state
 
-from megatron_laser.trainer import runtime as runtimes
+from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.trainer.bad_steps import BadStepsError
 from megatron_laser.trainer.trainer import Trainer
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_laser.trainer.coordinator import Coordinator
+from megatron_laser.distributed.coordinator import Coordinator
 
 
 def busy(seconds):

@@ -20,10 +20,10 @@ from megatron.core import parallel_state
 from transformers import AutoModelForCausalLM
 
 from megatron_laser.config import ModelFolderError
+from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.model.hf_config import read_hf_config
 from megatron_laser.model.hf_folder import HfFolder, write_hf_folder
 from megatron_laser.model.weights import WeightExporter
-from megatron_laser.trainer import runtime as runtimes
 from megatron_laser.trainer.forward import run_forward
 from megatron_laser.trainer.micro_batch import make_micro_batch
 from megatron_laser.trainer.policy import build_chunks

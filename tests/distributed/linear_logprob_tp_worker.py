@@ -16,8 +16,8 @@ from megatron_laser.ops import (
     configure,
     few_row_logprob,
     linear_logprob,
-    torch_reference,
 )
+from megatron_laser.ops import reference as torch_reference
 
 ROWS, HIDDEN, COLUMNS = 22, 12, 40
 

@@ -5,8 +5,8 @@ import torch
 from test_checkpoint_layouts import entry, prepared, run
 from transformers import AutoModelForCausalLM
 
+from megatron_laser.cli.conversion import convert
 from megatron_laser.config import load_config
-from megatron_laser.conversion import convert
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
 from megatron_laser.trainer.trainer import Trainer
 

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 from helpers.torchrun import worker_environment
 
-from megatron_laser.trainer.coordinator import Coordinator, RankZeroFailed
+from megatron_laser.distributed.coordinator import Coordinator, RankZeroFailed
 
 pytestmark = pytest.mark.distributed
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from helpers.ranks import run_ranks
 from helpers.tiny_run import end_session, metrics_without_times, start_run, write_tiny_run
 
+from megatron_laser.distributed.coordinator import Coordinator
 from megatron_laser.trainer.checkpoint import folder as folders
-from megatron_laser.trainer.coordinator import Coordinator
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -18,7 +18,7 @@ def test_arrays_sums_and_weights_reach_the_right_ranks_under_every_layout(tmp_pa
 
 
 def test_one_process_keeps_its_arrays(single_process):
-    from megatron_laser.trainer.transport import broadcast_arrays
+    from megatron_laser.distributed.transport import broadcast_arrays
 
     arrays = {"a": np.arange(3)}
     assert broadcast_arrays(arrays, single_process) is arrays

@@ -12,11 +12,12 @@ pytestmark = [
 ]
 
 if torch.cuda.is_available():
-    from megatron_laser.ops import cuda_few_rows, triton_backend
-    from megatron_laser.ops.triton_device import capability
-    from megatron_laser.ops.triton_engine import ChunkedEngine
-    from megatron_laser.ops.triton_few_rows import FewRowEngine
-    from megatron_laser.ops.triton_fused import FusedEngine
+    from megatron_laser.ops import gpu_backend as triton_backend
+    from megatron_laser.ops.cuda import few_rows as cuda_few_rows
+    from megatron_laser.ops.device import capability
+    from megatron_laser.ops.triton.engine import ChunkedEngine
+    from megatron_laser.ops.triton.few_rows import FewRowEngine
+    from megatron_laser.ops.triton.fused import FusedEngine
 
     HOPPER = capability(torch.device("cuda", torch.cuda.current_device())) >= (9, 0)
     ENGINES = {"chunked": ChunkedEngine, **({"fused": FusedEngine} if HOPPER else {})}

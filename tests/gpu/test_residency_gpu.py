@@ -18,7 +18,7 @@ def state_of(model, adam, buffer):
 
 def test_memory_is_free_while_the_state_is_away():
     from megatron_laser.model import platform
-    from megatron_laser.trainer.residency import ALL_PARTS, Residency
+    from megatron_laser.trainer.offload import ALL_PARTS, Residency
 
     torch.manual_seed(0)
     model = torch.nn.Linear(4096, 4096, bias=False, device="cuda")

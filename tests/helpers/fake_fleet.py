@@ -9,11 +9,11 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from megatron_laser.rollout.client.errors import ServerError, ServerFault
+from megatron_laser.rollout.client.fleet import Fleet
+from megatron_laser.rollout.client.health import Answered, Limits
+from megatron_laser.rollout.client.member import Member
 from megatron_laser.rollout.endpoints import ServerEndpoint
-from megatron_laser.rollout.sglang.errors import ServerError, ServerFault
-from megatron_laser.rollout.sglang.fleet import Fleet
-from megatron_laser.rollout.sglang.health import Answered, Limits
-from megatron_laser.rollout.sglang.member import Member
 
 
 class FakeServer:

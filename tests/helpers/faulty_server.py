@@ -12,9 +12,9 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from megatron_laser.rollout.client.engine import SglangEngine
+from megatron_laser.rollout.client.identify import Expected
 from megatron_laser.rollout.endpoints import ServerEndpoint
-from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.identify import Expected
 from megatron_laser.weight_sync.control import Update
 
 VOCABULARY, STOP, SCORE = 28, 1, 2

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from megatron_laser.config import load_config
-from megatron_laser.config.schema import RunConfig
+from megatron_laser.config.schema.root import RunConfig
 
 SCORE_TOKEN = 249
 

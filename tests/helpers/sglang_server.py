@@ -19,7 +19,7 @@ from helpers.source_tree import ROOT
 from helpers.tiny_run import write_tiny_run
 from megatron_laser.config import RunConfig, load_config
 from megatron_laser.rollout.endpoints import EndpointsError, read_endpoints
-from megatron_laser.rollout.serving import ServeError, ServeProcess, guard
+from megatron_laser.rollout.servers import ServeError, ServeProcess, guard
 
 START_DEADLINE = 280.0  # seconds; 20 on an idle machine
 # A port is taken only once a server has imported everything: each worker of pytest-xdist, and each test session on this
@@ -115,7 +115,7 @@ def serve_config(folder: Path, *overrides: str, **rollout: Any) -> RunConfig:
 
 def free_port() -> int:
     """A port on loopback that nobody listens on, and that no other worker of this test session is given."""
-    from megatron_laser.rollout.serving.ports import PortFinder
+    from megatron_laser.rollout.servers.ports import PortFinder
 
     return PortFinder("127.0.0.1", _FIRST_PORT).take()
 
@@ -138,8 +138,8 @@ class RunningRouter:
 @contextlib.contextmanager
 def router_before(server: SharedServer, log: Path) -> Iterator[RunningRouter]:
     """Start sglang-router before the server, as `serve` would, and end it; it writes to `log`."""
-    from megatron_laser.rollout.serving.command import router_command
-    from megatron_laser.rollout.serving.ports import PortFinder
+    from megatron_laser.rollout.servers.command import router_command
+    from megatron_laser.rollout.servers.ports import PortFinder
 
     ports = PortFinder("127.0.0.1", _FIRST_PORT + 50)
     router = RunningRouter(f"http://127.0.0.1:{ports.take()}", f"http://127.0.0.1:{ports.take()}/metrics")

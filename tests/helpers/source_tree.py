@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,7 +36,7 @@ def module_name(file: Path) -> str:
 
 
 def part_of(module: str) -> str:
-    """`megatron_laser.config.schema` -> `config`; `megatron_laser` itself -> ``."""
+    """`megatron_laser.config.schema.root` -> `config`; `megatron_laser` itself -> ``."""
     return [*module.split("."), ""][1]
 
 
@@ -103,6 +103,41 @@ def own_modules(target: str) -> list[str]:
 
 def is_under(target: str, root: str) -> bool:
     return target == root or target.startswith(root + ".")
+
+
+def folder_of(module: str) -> str:
+    """The package that a module lies in; a package lies in itself."""
+    return module if modules()[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
+def beside(source: str, target: str) -> tuple[str, str]:
+    """The first two folders on the ways to `source` and `target` that differ; one lying in the other: the same twice.
+
+    `a.b.c`, `a.d` -> `a.b`, `a.d`.
+    """
+    ways = source.split("."), target.split(".")
+    depth = next((index for index, (one, other) in enumerate(zip(*ways)) if one != other), None)
+    if depth is None:
+        return source, source
+    return ".".join(ways[0][: depth + 1]), ".".join(ways[1][: depth + 1])
+
+
+def circles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
+    """The circles that a walk along all edges closes, each once, with its first node again at the end."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def walk(node: str, way: list[str]) -> None:
+        if node in way:
+            found.append([*way[way.index(node) :], node])
+        elif node not in done:
+            for following in sorted(graph[node]):
+                walk(following, [*way, node])
+            done.add(node)
+
+    for node in sorted(graph):
+        walk(node, [])
+    return found
 
 
 def reach(part: str) -> Iterator[tuple[list[Import], Import]]:

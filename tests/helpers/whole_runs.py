@@ -1,8 +1,8 @@
 """Whole runs in this process: what a test does to them, and what is left of them to compare."""
 
 from megatron_laser.config import load_config
-from megatron_laser.leader import Leader
 from megatron_laser.loop import train
+from megatron_laser.run.controller import Leader
 from megatron_laser.trainer.checkpoint import folder as folders
 
 

@@ -12,7 +12,7 @@ import pytest
 from helpers.sglang_server import START_DEADLINE, call, mark_of, serve_config, wait_for
 
 from megatron_laser.rollout.endpoints import read_endpoints
-from megatron_laser.rollout.serving import ServeProcess, guard
+from megatron_laser.rollout.servers import ServeProcess, guard
 
 pytestmark = [pytest.mark.long, pytest.mark.sglang, pytest.mark.timeout(1200)]
 PROMPT = {"input_ids": [5, 24, 6, 27], "sampling_params": {"max_new_tokens": 4, "temperature": 1.0}}

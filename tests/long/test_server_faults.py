@@ -24,11 +24,11 @@ from helpers.tiny_run import end_session, start_run
 from helpers.torchrun import worker_environment
 from transformers import AutoModelForCausalLM
 
+from megatron_laser.rollout.client.engine import SglangEngine
+from megatron_laser.rollout.client.errors import ServersLost, WeightsNeeded
+from megatron_laser.rollout.client.identify import Expected
 from megatron_laser.rollout.endpoints import read_endpoints
-from megatron_laser.rollout.serving import ServeProcess, guard
-from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.errors import ServersLost, WeightsNeeded
-from megatron_laser.rollout.sglang.identify import Expected
+from megatron_laser.rollout.servers import ServeProcess, guard
 from megatron_laser.types import SamplingParams
 from megatron_laser.weight_sync import disk, sync_weights
 from megatron_laser.weight_sync.disk import DiskTransport

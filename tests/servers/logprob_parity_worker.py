@@ -17,17 +17,17 @@ from helpers.torchrun import run_worker
 from megatron.core import parallel_state
 
 from megatron_laser.batching.flat import FlatBatch, flatten
+from megatron_laser.distributed import runtime as runtimes
+from megatron_laser.distributed.transport import broadcast_arrays
 from megatron_laser.model.hf_config import read_hf_config
 from megatron_laser.model.hf_folder import HfFolder
 from megatron_laser.model.weights import WeightExporter
+from megatron_laser.rollout.client.engine import SglangEngine
+from megatron_laser.rollout.client.identify import Expected
 from megatron_laser.rollout.endpoints import ServerEndpoint
-from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.identify import Expected
-from megatron_laser.trainer import runtime as runtimes
 from megatron_laser.trainer.forward import run_forward
 from megatron_laser.trainer.micro_batch import make_micro_batch
 from megatron_laser.trainer.policy import build_chunks
-from megatron_laser.trainer.transport import broadcast_arrays
 from megatron_laser.types import Group, Prompt, RolloutBatch, Sample, SamplingParams
 from megatron_laser.weight_sync import sync_weights
 from megatron_laser.weight_sync.disk import DiskTransport

@@ -2,11 +2,11 @@
 
 import pytest
 
+from megatron_laser.rollout.client import identify as identity
+from megatron_laser.rollout.client.engine import SglangEngine
+from megatron_laser.rollout.client.errors import ServerMismatch, ServerRefused
+from megatron_laser.rollout.client.identify import Expected
 from megatron_laser.rollout.endpoints import ServerEndpoint
-from megatron_laser.rollout.sglang import identify as identity
-from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.errors import ServerMismatch, ServerRefused
-from megatron_laser.rollout.sglang.identify import Expected
 
 pytestmark = pytest.mark.sglang
 

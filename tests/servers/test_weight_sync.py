@@ -4,18 +4,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_laser.rollout.client.engine import SglangEngine
+from megatron_laser.rollout.client.errors import WeightsNeeded
+from megatron_laser.rollout.client.identify import Expected
 from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.engine import StopEarly
-from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.errors import WeightsNeeded
-from megatron_laser.rollout.sglang.identify import Expected
 from megatron_laser.types import SamplingParams
 from megatron_laser.weight_sync import disk, sync_weights
 from megatron_laser.weight_sync.colocated import ColocatedTransport
 from megatron_laser.weight_sync.disk import DiskTransport
 from megatron_laser.weight_sync.distributed import DistributedTransport
-from megatron_laser.weight_sync.occupation import ALL_TAGS, WEIGHTS, Occupation
 from megatron_laser.weight_sync.peers import Peers
+from megatron_laser.weight_sync.server_memory import ALL_TAGS, WEIGHTS, Occupation
 
 pytestmark = pytest.mark.sglang
 

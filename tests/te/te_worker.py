@@ -20,7 +20,7 @@ def main():
     from te_breaks import broken, spoil_unread_gradients
     from te_cases import BROKEN_CASES, CASES
 
-    from megatron_laser.trainer import runtime as runtimes
+    from megatron_laser.distributed import runtime as runtimes
 
     torch.set_num_threads(1)
     spoil_unread_gradients()
@@ -45,7 +45,7 @@ def begin(folder, name, case):
     from megatron.core import parallel_state
     from te_cases import config_of, objective_of
 
-    from megatron_laser.trainer import runtime as runtimes
+    from megatron_laser.distributed import runtime as runtimes
 
     config = config_of(folder, name, case["family"], [*objective_of(name), *case["settings"]])
     if not parallel_state.is_initialized():
@@ -62,7 +62,7 @@ def rehearse(config, runtime):
     from helpers.runs import SCORE_TOKEN, torch_optimizers
     from te_cases import GROUPS, STEPS, metrics_of
 
-    from megatron_laser.export import export_hf
+    from megatron_laser.run.export import export_hf
     from megatron_laser.trainer.checkpoint.manager import CheckpointManager
     from megatron_laser.trainer.trainer import Trainer
 

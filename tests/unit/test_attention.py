@@ -14,9 +14,9 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 
-from megatron_laser.model.attention import PackedSdpaAttention, padded_layout, repeat_heads  # noqa: E402
 from megatron_laser.model.hf_config import transformer_config  # noqa: E402
 from megatron_laser.model.policy_model import PolicyModel  # noqa: E402
+from megatron_laser.model.torch_layers import PackedSdpaAttention, padded_layout, repeat_heads  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 # Longest first, last and in between; ones; equal lengths; a padding sequence at the end.

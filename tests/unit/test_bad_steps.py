@@ -180,7 +180,7 @@ def test_a_dump_that_cannot_be_written_does_not_stop_the_run(single_process, mod
 
 def test_nothing_but_arrays_is_given_to_savez(tmp_path, monkeypatch):
     """Before NumPy 2.2 it takes no options: one more keyword is one more array, and the batch cannot be read."""
-    from megatron_laser.trainer import transport
+    from megatron_laser.distributed import transport
 
     flat = batch(1)
     given = []

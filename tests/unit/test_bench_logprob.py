@@ -125,7 +125,7 @@ def test_the_command_prints_the_table_and_writes_both_files(name, monkeypatch, t
 
 
 def test_ceilings_are_measured_on_this_device():
-    from megatron_laser.benchmarks.ceilings import measure_ceilings
+    from megatron_laser.benchmarks.measure import measure_ceilings
 
     ceilings = measure_ceilings(torch.float32)
     assert 1e8 < ceilings.flops < 1e15 and 1e7 < ceilings.bytes < 1e13

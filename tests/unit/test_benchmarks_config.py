@@ -6,7 +6,8 @@ import pytest
 import yaml
 from helpers.source_tree import ROOT
 
-from megatron_laser.config import ConfigError, load_benchmarks
+from megatron_laser.config import ConfigError
+from megatron_laser.evaluation.benchmarks import load_benchmarks
 
 EXAMPLE = ROOT / "examples" / "benchmarks.yaml"
 # samples and lengths of the paper (arXiv 2510.14943)

@@ -11,12 +11,12 @@ import pytest
 import yaml
 from helpers.tiny_run import write_tiny_run
 
-from megatron_laser.config.spare_tokens import SpareToken, how_to_add_a_token, spare_tokens
+from megatron_laser.config.model_folder.spare_tokens import SpareToken, how_to_add_a_token, spare_tokens
+from megatron_laser.evaluation.weight_identity import WeightsChanged
 from megatron_laser.testtime import EngineChoice, TestTimeError, load_model_folder
 from megatron_laser.testtime.calibration import CalibrationSettings, calibrate_model
 from megatron_laser.testtime.calibration_result import Calibration, TokenStatistics
 from megatron_laser.types import Generation
-from megatron_laser.weight_identity import WeightsChanged
 
 SETTINGS = CalibrationSettings(
     problems=24,

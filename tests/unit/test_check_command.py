@@ -10,15 +10,14 @@ from click import unstyle
 from helpers.models import save_tiny_model, save_word_tokenizer
 from typer.testing import CliRunner
 
-from megatron_laser import inputs
-from megatron_laser.check import CheckFailed, Ledger, look
-from megatron_laser.check.ledger import Skipped
-from megatron_laser.check.view import lines, summary
 from megatron_laser.cli import app
 from megatron_laser.config import ConfigError, load_config
-from megatron_laser.errors import UserError
-from megatron_laser.findings import Finding
-from megatron_laser.output_folder import claim_output_folder
+from megatron_laser.errors import Finding, UserError
+from megatron_laser.run import inputs
+from megatron_laser.run.output_folder import claim_output_folder
+from megatron_laser.run.preflight import CheckFailed, Ledger, look
+from megatron_laser.run.preflight.ledger import Skipped
+from megatron_laser.run.preflight.view import lines, summary
 
 WORDS = ["<unk>", "<eos>", "what", "is", "1", "2", "+", "<|score|>"]
 
@@ -113,7 +112,7 @@ def test_a_start_logs_warnings_alone_and_reads_everything_once(run, monkeypatch,
     real = inputs.look
 
     def watched(config, ledger, **options):
-        from megatron_laser.check import data_inputs
+        from megatron_laser.run.preflight import data_inputs
 
         read = data_inputs.read_rows
         monkeypatch.setattr(data_inputs, "read_rows", lambda *a, **k: reads.append(a) or read(*a, **k))

@@ -8,8 +8,7 @@ import pytest
 from helpers.runs import run_config
 
 from megatron_laser.config import ConfigError
-from megatron_laser.output_folder import claim_output_folder
-from megatron_laser.overwrite import move_aside
+from megatron_laser.run.output_folder import claim_output_folder, move_aside
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint.owner import read_owner
 

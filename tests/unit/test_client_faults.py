@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from helpers.faulty_server import LENGTH, SCORE, STOP, VOCABULARY, FaultyServer, open_engine
 
-from megatron_laser.rollout.sglang import driver, fleet, router
-from megatron_laser.rollout.sglang.errors import ServerRefused, ServersLost
-from megatron_laser.rollout.sglang.health import State
+from megatron_laser.rollout.client import driver, fleet, router
+from megatron_laser.rollout.client.errors import ServerRefused, ServersLost
+from megatron_laser.rollout.client.health import State
 from megatron_laser.types import SamplingParams
 
 PROMPTS = [[4, 5], [4, 6], [5, 6]]

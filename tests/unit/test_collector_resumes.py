@@ -8,12 +8,12 @@ import pytest
 from helpers.faulty_server import HELD, SCORE, STOP, FaultyServer, open_engine
 
 from megatron_laser.data import PromptCursor
-from megatron_laser.engines import NEEDS_WEIGHTS, with_servers
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import Grade, GradingPoolError
+from megatron_laser.rollout.client import fleet
+from megatron_laser.rollout.client.errors import ServersLost, WeightsNeeded
 from megatron_laser.rollout.collector import RolloutCollector
-from megatron_laser.rollout.sglang import fleet
-from megatron_laser.rollout.sglang.errors import ServersLost, WeightsNeeded
+from megatron_laser.run.engines import NEEDS_WEIGHTS, with_servers
 from megatron_laser.types import Prompt, SamplingParams, WeightSpan
 
 PROMPTS = [Prompt(row, "", str(row), [4, 2 + row % 3, 3 + row // 3]) for row in range(9)]

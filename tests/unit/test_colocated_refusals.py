@@ -7,14 +7,14 @@ from helpers.models import save_tiny_model
 from helpers.runs import run_config
 
 from megatron_laser.config import ConfigError, check_structure, resolve_plan
-from megatron_laser.config.rollout_checks import colocated_layout_problems
-from megatron_laser.inputs import read_inputs
-from megatron_laser.rollout.serving.colocated import (
+from megatron_laser.config.checks.rollout import colocated_layout_problems
+from megatron_laser.rollout.servers.start_checks import (
     different_torch,
     expandable_segments,
     refuse_colocated,
     several_nodes,
 )
+from megatron_laser.run.inputs import read_inputs
 
 OURS = torch.__version__
 

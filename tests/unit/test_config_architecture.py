@@ -15,9 +15,9 @@ from megatron_laser.config import (
     read_architecture,
     stage_parameters,
 )
-from megatron_laser.config import architecture as architecture_module
-from megatron_laser.config.architecture import architecture_from_dict
-from megatron_laser.config.parameters import padded_vocab_size, rank_bytes
+from megatron_laser.config.model_folder import architecture as architecture_module
+from megatron_laser.config.model_folder.architecture import architecture_from_dict
+from megatron_laser.config.model_folder.parameters import padded_vocab_size, rank_bytes
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 48,

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from megatron_laser.config import ConfigError, RunConfig, check_layout, check_structure
-from megatron_laser.config.architecture import Architecture, architecture_from_dict
-from megatron_laser.config.partition import log_partition_excess, smallest_beta
+from megatron_laser.config.checks.partition import log_partition_excess, smallest_beta
+from megatron_laser.config.model_folder.architecture import Architecture, architecture_from_dict
 
 
 def config(**sections: dict[str, object]) -> RunConfig:

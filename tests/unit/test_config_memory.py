@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 
 from megatron_laser.cli import app
 from megatron_laser.config import ConfigError, load_config, resolve_plan
-from megatron_laser.config.architecture import read_architecture
-from megatron_laser.config.memory import layer_activation_bytes
-from megatron_laser.config.memory_lines import GIB, MemorySum
+from megatron_laser.config.model_folder.architecture import read_architecture
+from megatron_laser.config.plan.memory import GIB, MemorySum, layer_activation_bytes
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

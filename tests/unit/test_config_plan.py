@@ -20,6 +20,7 @@ from megatron_laser.config import (
     resolve_plan,
     resolve_score_token,
 )
+from megatron_laser.config.plan.view import render_plan
 
 MODEL = {
     "model_type": "qwen2",
@@ -72,7 +73,7 @@ def feature(plan: Plan, name: str) -> tuple[bool, str]:
 
 def text(plan: Plan) -> str:
     console = Console(file=io.StringIO(), width=160)
-    console.print(plan.render())
+    console.print(render_plan(plan))
     return console.file.getvalue()
 
 

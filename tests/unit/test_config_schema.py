@@ -188,7 +188,7 @@ def build(section: str, **values: object) -> RunConfig:
 
 def test_importing_the_configuration_imports_neither_torch_nor_megatron_core_nor_transformers():
     code = (
-        "import sys, megatron_laser.config, megatron_laser.config.plan_view; "
+        "import sys, megatron_laser.config, megatron_laser.config.plan.view; "
         "heavy = {'torch', 'megatron', 'transformers'} & set(sys.modules); "
         "sys.exit(repr(heavy) if heavy else 0)"
     )

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
+from megatron_laser.cli.conversion import convert
 from megatron_laser.config import read_architecture, resolved_yaml
-from megatron_laser.conversion import convert
 from megatron_laser.model.hf_folder import HfFolder
 from megatron_laser.trainer.checkpoint import convert as conversion_work
 from megatron_laser.trainer.checkpoint import folder as folders

@@ -6,10 +6,10 @@ import pytest
 from helpers.models import save_tiny_model, save_word_tokenizer
 from helpers.runs import run_config
 
-from megatron_laser.check import CheckFailed
 from megatron_laser.config import ConfigError
 from megatron_laser.errors import UserError
-from megatron_laser.inputs import read_inputs
+from megatron_laser.run.inputs import read_inputs
+from megatron_laser.run.preflight import CheckFailed
 
 WORDS = ["<unk>", "<eos>", "what", "is", "1", "2", "+", "<|score|>"]
 SCORE = WORDS.index("<|score|>")

@@ -110,7 +110,7 @@ def test_the_steps_install_what_is_pinned_and_the_link_names_one_interpreter_for
     assert shell(the("ln -s /opt/megatron-laser"), tmp_path).returncode == 0
     from helpers.runs import run_config
 
-    from megatron_laser.rollout.serving.command import find_python
+    from megatron_laser.rollout.servers.command import find_python
 
     config = run_config(tmp_path, tmp_path, rollout={"engine": "sglang"})
     assert find_python(config.rollout.sglang, tmp_path) == str(tmp_path / ".venv-sglang" / "bin" / "python")

@@ -8,7 +8,7 @@ import pytest
 from helpers.source_tree import ROOT
 
 from megatron_laser.config import key_paths
-from megatron_laser.config.fields import Count, DecayPair, FilePaths, Fraction, LogProb, Positive
+from megatron_laser.config.schema.fields import Count, DecayPair, FilePaths, Fraction, LogProb, Positive
 
 sys.path.insert(0, str(ROOT / "tools"))
 import generate_docs as tool

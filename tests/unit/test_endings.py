@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from megatron_laser.engines import with_servers
 from megatron_laser.rollout.endings import Endings, NothingEnds
+from megatron_laser.run.engines import with_servers
 from megatron_laser.types import Generation, Group, Prompt, Sample
 
 STOP, LIMIT = 1, 4

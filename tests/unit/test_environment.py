@@ -7,9 +7,8 @@ import sys
 import pytest
 from helpers.source_tree import ROOT
 
-from megatron_laser.environment import ask as asking
-from megatron_laser.environment import verdicts
-from megatron_laser.environment.facts import IMPORTED, collect
+from megatron_laser.cli import environment
+from megatron_laser.cli.environment_facts import IMPORTED, collect
 
 GPU = {
     "torch": "2.14.1+cu130",
@@ -21,8 +20,8 @@ GPU = {
 ALIKE = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 
 
-def syncs(ours, theirs, environment=ALIKE, gpus=True):
-    return verdicts.weight_syncs(ours, theirs, environment, "/opt/x/bin/python", gpus=gpus)
+def syncs(ours, theirs, variables=ALIKE, gpus=True):
+    return environment.weight_syncs(ours, theirs, variables, "/opt/x/bin/python", gpus=gpus)
 
 
 def script(folder, text):
@@ -34,7 +33,7 @@ def script(folder, text):
 
 def test_one_environment_can_sync_in_every_way():
     assert syncs(GPU, GPU) == dict.fromkeys(("distributed", "colocated", "disk"), "can work")
-    assert verdicts.differences(GPU, GPU) == {}
+    assert environment.differences(GPU, GPU) == {}
 
 
 def test_two_environments_say_which_kinds_are_left_and_why():
@@ -43,7 +42,7 @@ def test_two_environments_say_which_kinds_are_left_and_why():
     assert found["disk"] == "can work"
     assert "2.30.4 in the servers and 2.30.7 in the trainer" in found["distributed"]
     assert found["colocated"].startswith("cannot work: ") and "2.9.0a0+abc" in found["colocated"]
-    assert set(verdicts.differences(GPU, theirs)) == {"torch", "nccl"}
+    assert set(environment.differences(GPU, theirs)) == {"torch", "nccl"}
 
 
 @pytest.mark.parametrize("theirs", [GPU | {"sglang": "not installed"}, {"error": "python does not run: no"}])
@@ -66,7 +65,7 @@ def test_the_version_of_nccl_is_found_where_this_package_is_not_installed(tmp_pa
 
 
 def test_a_variable_that_the_trainer_refuses_is_named_with_its_setting():
-    found = verdicts.variables({"NVTE_FUSED_ATTN": "0", "NCCL_DEBUG": "INFO", "HOME": "/"})
+    found = environment.variables({"NVTE_FUSED_ATTN": "0", "NCCL_DEBUG": "INFO", "HOME": "/"})
     assert found["NCCL_DEBUG"] == "INFO" and "HOME" not in found
     assert "model.attention" in found["NVTE_FUSED_ATTN"]
 
@@ -80,11 +79,11 @@ def test_a_package_that_fails_to_import_says_why(monkeypatch):
 
 
 def test_an_interpreter_that_fails_says_so_within_its_deadline(tmp_path):
-    assert "does not run" in asking.ask(str(tmp_path / "none"), os.environ)["error"]
-    assert "not here" in asking.ask(script(tmp_path, "echo not here >&2; exit 3"), os.environ)["error"]
-    assert "exit status 1" in asking.ask("/bin/false", os.environ)["error"]
-    assert "signal 11" in asking.ask(script(tmp_path, "kill -SEGV $$"), os.environ)["error"]
-    slow = asking.ask(script(tmp_path, "exec sleep 60"), os.environ, deadline=0.2)
+    assert "does not run" in environment.ask(str(tmp_path / "none"), os.environ)["error"]
+    assert "not here" in environment.ask(script(tmp_path, "echo not here >&2; exit 3"), os.environ)["error"]
+    assert "exit status 1" in environment.ask("/bin/false", os.environ)["error"]
+    assert "signal 11" in environment.ask(script(tmp_path, "kill -SEGV $$"), os.environ)["error"]
+    slow = environment.ask(script(tmp_path, "exec sleep 60"), os.environ, deadline=0.2)
     assert "has not answered within 0.2 s" in slow["error"]
 
 
@@ -93,7 +92,7 @@ def test_gpus_are_those_of_nvidia_smi(tmp_path, monkeypatch):
     file.write_text("#!/bin/sh\necho '0, NVIDIA H100 80GB HBM3, 81559 MiB, 580.95.05'\n")
     file.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert asking.gpus() == {"driver": "580.95.05", "GPU 0": "NVIDIA H100 80GB HBM3, 81559 MiB"}
+    assert environment.gpus() == {"driver": "580.95.05", "GPU 0": "NVIDIA H100 80GB HBM3, 81559 MiB"}
 
 
 def test_the_command_prints_both_sides_and_every_kind_of_sync(tmp_path):

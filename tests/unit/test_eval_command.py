@@ -14,11 +14,11 @@ from helpers.torchrun import worker_environment
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
-from megatron_laser.config import load_benchmarks
 from megatron_laser.data import DataError
+from megatron_laser.evaluation.benchmark_run import evaluate_benchmarks
+from megatron_laser.evaluation.benchmarks import load_benchmarks
+from megatron_laser.evaluation.progress import Progress, duration
 from megatron_laser.testtime import EngineChoice, TestTimeError, load_model_folder
-from megatron_laser.testtime.evaluation import evaluate_benchmarks
-from megatron_laser.testtime.progress import Progress, duration
 
 OVERRIDES = ["problems.samples=8", "problems.max_new_tokens=12", "problems.prompt_suffix=''"]
 OVERRIDES += ["problems.apply_chat_template=false", "problems.max_prompt_tokens=8"]

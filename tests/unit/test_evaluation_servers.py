@@ -12,16 +12,16 @@ from helpers.tiny_run import write_tiny_run
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
-from megatron_laser.config import load_benchmarks
-from megatron_laser.observability import benchmark_report
+from megatron_laser.evaluation.benchmark_run import evaluate_benchmarks
+from megatron_laser.evaluation.benchmarks import load_benchmarks
+from megatron_laser.evaluation.held_weights import HeldWeights
+from megatron_laser.evaluation.weight_identity import WeightsChanged
+from megatron_laser.report import benchmark_report
+from megatron_laser.rollout.client.errors import ServerGone, ServerMismatch
+from megatron_laser.rollout.client.health import State
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
-from megatron_laser.rollout.sglang.errors import ServerGone, ServerMismatch
-from megatron_laser.rollout.sglang.health import State
 from megatron_laser.testtime import EngineChoice, TestTimeError, load_model_folder
-from megatron_laser.testtime.evaluation import evaluate_benchmarks
-from megatron_laser.testtime.held_weights import HeldWeights
 from megatron_laser.types import SamplingParams
-from megatron_laser.weight_identity import WeightsChanged
 
 SETTINGS = ["problems.samples=4", "problems.max_new_tokens=8", "problems.prompt_suffix=''"]
 SETTINGS += ["problems.apply_chat_template=false", "problems.max_prompt_tokens=8"]

@@ -9,13 +9,14 @@ from helpers.tiny_run import write_tiny_run
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
-from megatron_laser.config import load_benchmarks, load_config
+from megatron_laser.config import load_config
 from megatron_laser.evaluation.arrivals import ArrivalFile
+from megatron_laser.evaluation.benchmark_run import evaluate_benchmarks
+from megatron_laser.evaluation.benchmarks import load_benchmarks
+from megatron_laser.evaluation.weight_identity import FolderWeights, WeightsChanged
 from megatron_laser.loop import train
-from megatron_laser.observability import benchmark_report
+from megatron_laser.report import benchmark_report
 from megatron_laser.testtime import EngineChoice, load_model_folder
-from megatron_laser.testtime.evaluation import evaluate_benchmarks
-from megatron_laser.weight_identity import FolderWeights, WeightsChanged
 
 OVERRIDES = ["problems.max_problems=3", "problems.samples=4", "problems.max_new_tokens=8"]
 OVERRIDES += ["problems.prompt_suffix=''", "problems.apply_chat_template=false"]
@@ -227,7 +228,7 @@ def test_an_edited_reward_judges_the_saved_responses_anew(folder, tmp_path):
 
 
 def test_a_files_digest_is_kept_by_inode_size_and_times_and_covers_every_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_laser.weight_identity._BLOCK", 1000)  # several blocks and a rest
+    monkeypatch.setattr("megatron_laser.evaluation.weight_identity._BLOCK", 1000)  # several blocks and a rest
     file, cache = tmp_path / "model.safetensors", tmp_path / "cache.json"
     content = bytearray(os.urandom(3500))
 
@@ -239,7 +240,7 @@ def test_a_files_digest_is_kept_by_inode_size_and_times_and_covers_every_byte(tm
     def write(age):
         file.write_bytes(content)
         # what changed a moment ago may change again within the same tick of the file system's clock
-        monkeypatch.setattr("megatron_laser.weight_identity._SETTLED", -1.0 if age else 3600.0)
+        monkeypatch.setattr("megatron_laser.evaluation.weight_identity._SETTLED", -1.0 if age else 3600.0)
 
     write(age=0)
     first = identity()
@@ -253,7 +254,7 @@ def test_a_files_digest_is_kept_by_inode_size_and_times_and_covers_every_byte(tm
     assert len(found) == 6
     known = identity()
     monkeypatch.setattr(
-        "megatron_laser.weight_identity._file_digest", lambda *_: pytest.fail("was read again")
+        "megatron_laser.evaluation.weight_identity._file_digest", lambda *_: pytest.fail("was read again")
     )
     assert identity() == known
 
@@ -266,7 +267,7 @@ def test_a_file_that_is_being_written_has_no_identity_yet(tmp_path, monkeypatch)
         file.write_bytes(b"other bytes")
         return "0" * 64
 
-    monkeypatch.setattr("megatron_laser.weight_identity._file_digest", meanwhile)
+    monkeypatch.setattr("megatron_laser.evaluation.weight_identity._file_digest", meanwhile)
     with pytest.raises(WeightsChanged, match="is being written"):
         FolderWeights(tmp_path)
 

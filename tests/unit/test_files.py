@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_laser.files import remove, replace_file, replace_folder, through_links
+from megatron_laser.files import remove, replace_file, replace_folder, through_links, write_atomically
 from megatron_laser.model.hf_folder import write_hf_folder
-from megatron_laser.observability.plain import write_atomically
 from megatron_laser.trainer.checkpoint import folder as folders
 
 

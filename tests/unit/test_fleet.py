@@ -5,10 +5,9 @@ import asyncio
 import pytest
 from helpers.fake_fleet import FakeEngine
 
-from megatron_laser.rollout.endpoints import EndpointsError, ServerEndpoint
-from megatron_laser.rollout.sglang.errors import ServerFault, ServerGone, ServersLost
-from megatron_laser.rollout.sglang.fleet import Fleet
-from megatron_laser.rollout.sglang.health import (
+from megatron_laser.rollout.client.errors import ServerFault, ServerGone, ServersLost
+from megatron_laser.rollout.client.fleet import Fleet
+from megatron_laser.rollout.client.health import (
     Answered,
     DrainBegan,
     Limits,
@@ -17,6 +16,7 @@ from megatron_laser.rollout.sglang.health import (
     UpdateBegan,
     UpdateDone,
 )
+from megatron_laser.rollout.endpoints import EndpointsError, ServerEndpoint
 
 LIMITS = Limits(start=60.0, update=60.0, silence=30.0)
 

@@ -12,8 +12,8 @@ import pytest
 from math_verify import LatexExtractionConfig, parse, verify
 
 from megatron_laser.rewards import Grade, answers_equal, grade_math
-from megatron_laser.rewards.boxed import normalize_answer
-from megatron_laser.rewards.math_grading import quick_equal
+from megatron_laser.rewards.mathematics.boxed import normalize_answer
+from megatron_laser.rewards.mathematics.grading import quick_equal
 
 
 def reference_equal(gold: str, target: str) -> bool:
@@ -113,7 +113,7 @@ def test_grading_works_in_a_thread_and_leaves_the_alarm_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["megatron_laser.rewards", "megatron_laser.rewards.worker", "megatron_laser.data"]
+    "module", ["megatron_laser.rewards", "megatron_laser.rewards.workers.worker", "megatron_laser.data"]
 )
 def test_importing_does_not_import_torch_or_math_verify(module: str) -> None:
     code = f"import {module}, sys; print([m for m in ('torch', 'sympy', 'pyarrow') if m in sys.modules])"

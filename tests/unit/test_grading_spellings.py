@@ -12,7 +12,7 @@ from helpers import answer_pairs
 from helpers.source_tree import ROOT
 
 from megatron_laser.rewards import answers_equal, equivalence_classes, grade_math, normalize_answer
-from megatron_laser.rewards.math_grading import compare_answers
+from megatron_laser.rewards.mathematics.grading import compare_answers
 
 sys.path.insert(0, str(ROOT / "tools"))
 from spellings import FORMS, Pair, table

@@ -8,7 +8,7 @@ from helpers.models import save_tiny_model
 from helpers.runs import SCORE_TOKEN, run_config
 from megatron.core import parallel_state
 
-from megatron_laser.trainer import runtime
+from megatron_laser.distributed import runtime
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
 from megatron_laser.trainer.trainer import Trainer
 

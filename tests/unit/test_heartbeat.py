@@ -6,8 +6,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from megatron_laser.trainer.coordinator import Coordinator
-from megatron_laser.trainer.heartbeat import Heartbeats
+from megatron_laser.distributed.coordinator import Coordinator
+from megatron_laser.distributed.heartbeat import Heartbeats
 
 
 @pytest.fixture

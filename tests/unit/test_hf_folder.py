@@ -8,8 +8,8 @@ from helpers.models import save_tiny_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_laser.algorithms.numerics import is_finite
 from megatron_laser.config import ModelFolderError
-from megatron_laser.finite import is_finite
 from megatron_laser.model.hf_folder import HfFolder, write_hf_folder
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laser.ops import cuda_build, cuda_few_rows, cuda_nvrtc, dispatch
+from megatron_laser.ops import dispatch
+from megatron_laser.ops.cuda import build as cuda_build
+from megatron_laser.ops.cuda import few_rows as cuda_few_rows
+from megatron_laser.ops.cuda import nvrtc as cuda_nvrtc
 from megatron_laser.ops.dispatch import Shape
 
 ROOT = Path(__file__).parents[2]

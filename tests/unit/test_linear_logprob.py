@@ -5,14 +5,8 @@ import torch
 from helpers.logprob import gradients, inputs, reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_laser.ops import (
-    IGNORE_LABEL,
-    available_backends,
-    check_labels,
-    few_row_logprob,
-    linear_logprob,
-    torch_reference,
-)
+from megatron_laser.ops import IGNORE_LABEL, available_backends, check_labels, few_row_logprob, linear_logprob
+from megatron_laser.ops import reference as torch_reference
 from megatron_laser.ops.tiles import tile_shape
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers.logprob import gradients, inputs
 
-from megatron_laser.ops import add_weight_gradient_to_main_grad, linear_logprob, torch_reference
+from megatron_laser.ops import add_weight_gradient_to_main_grad, linear_logprob
+from megatron_laser.ops import reference as torch_reference
 
 
 def parameter(weight, main_dtype=torch.float32, zero_out=False):

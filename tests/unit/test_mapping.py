@@ -5,7 +5,7 @@ import torch
 from helpers.models import FAMILIES, save_tiny_model, tiny_config, tiny_model
 
 from megatron_laser.config import ConfigError, ModelFolderError, padded_vocab_size
-from megatron_laser.config.parameters import tensor_shapes
+from megatron_laser.config.model_folder.parameters import tensor_shapes
 from megatron_laser.model import platform
 
 platform.install()

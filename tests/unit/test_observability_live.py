@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron_laser.observability.live import LiveView
-from megatron_laser.observability.live_text import (
+from megatron_laser.observability.live import (
+    LiveView,
     format_count,
     format_duration,
     plain_line,

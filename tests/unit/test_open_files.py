@@ -8,9 +8,9 @@ import pytest
 from helpers.faulty_server import FaultyServer, open_engine
 
 from megatron_laser.config import ConfigError
+from megatron_laser.rollout.client.errors import OutOfFiles
+from megatron_laser.rollout.client.http import ServerClient, Sessions
 from megatron_laser.rollout.open_files import raise_open_files
-from megatron_laser.rollout.sglang.client import ServerClient, Sessions
-from megatron_laser.rollout.sglang.errors import OutOfFiles
 
 
 @pytest.fixture

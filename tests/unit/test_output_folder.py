@@ -8,10 +8,10 @@ import pytest
 from helpers.runs import run_config
 from helpers.torchrun import worker_environment
 
-from megatron_laser import output_folder, overwrite
 from megatron_laser.config import ConfigError
-from megatron_laser.output_folder import claim_output_folder
-from megatron_laser.overwrite import move_aside
+from megatron_laser.run import output_folder
+from megatron_laser.run import output_folder as overwrite
+from megatron_laser.run.output_folder import claim_output_folder, move_aside
 from megatron_laser.trainer.checkpoint import folder as checkpoints
 from megatron_laser.trainer.checkpoint import owner as owners
 
@@ -19,7 +19,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from megatron_laser.config import load_config
-from megatron_laser.output_folder import claim_output_folder
+from megatron_laser.run.output_folder import claim_output_folder
 held = claim_output_folder(load_config(Path(sys.argv[1]), []))
 print("claimed", flush=True)
 sys.stdin.read()

@@ -10,10 +10,10 @@ from helpers.models import save_tiny_model
 from helpers.runs import run_config
 
 from megatron_laser.config import ConfigError
-from megatron_laser.engines import open_engine
+from megatron_laser.rollout.client.engine import SglangEngine
+from megatron_laser.rollout.client.identify import Expected
 from megatron_laser.rollout.endpoints import ServerEndpoint
-from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.identify import Expected
+from megatron_laser.run.engines import open_engine
 from megatron_laser.weight_sync import sync_weights
 from megatron_laser.weight_sync.distributed import DistributedTransport
 from megatron_laser.weight_sync.peers import Peers

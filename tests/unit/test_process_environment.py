@@ -11,7 +11,7 @@ from megatron_laser.config.process_environment import (
     place_in_run,
     read_place,
 )
-from megatron_laser.rollout.serving.command import child_environment
+from megatron_laser.rollout.servers.command import child_environment
 
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "OMP_NUM_THREADS")
 

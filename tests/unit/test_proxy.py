@@ -14,7 +14,7 @@ from helpers.tiny_run import write_tiny_run
 
 from megatron_laser.rewards import GradingPool
 from megatron_laser.testtime import TestTimeError, load_model_folder
-from megatron_laser.testtime.serving import ProxySettings, make_application, run_proxy
+from megatron_laser.testtime.proxy import ProxySettings, make_application, run_proxy
 from megatron_laser.types import Generation
 
 KEY = "a-key"

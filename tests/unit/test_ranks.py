@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_laser.engines import NEEDS_WEIGHTS
-from megatron_laser.ranks import CannotGoOn, Ranks
+from megatron_laser.run.engines import NEEDS_WEIGHTS
+from megatron_laser.run.ranks import CannotGoOn, Ranks
 
 
 class Scripted(Ranks):

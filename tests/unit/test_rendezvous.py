@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from megatron_laser.trainer.rendezvous import agree_on_life
+from megatron_laser.distributed.rendezvous import agree_on_life
 
 
 def start(store, ranks, grace=20.0):

@@ -16,8 +16,8 @@ from megatron_laser.model import platform
 
 platform.install()
 
-from megatron_laser.replay import replay  # noqa: E402
-from megatron_laser.trainer import runtime  # noqa: E402
+from megatron_laser.distributed import runtime  # noqa: E402
+from megatron_laser.run.replay import replay  # noqa: E402
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 

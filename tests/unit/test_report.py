@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from megatron_laser.evaluation import EvaluationRecord, summarize, write_records
-from megatron_laser.observability.plain import plain
-from megatron_laser.observability.report import write_report
+from megatron_laser.files import plain
 from megatron_laser.observability.sinks import MetricsLogger
+from megatron_laser.report.run_report import write_report
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 FIGURES = {"accuracy", "self_reward", "scores", "calibration", "votes", "time"}

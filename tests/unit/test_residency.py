@@ -11,7 +11,7 @@ from megatron_laser.model import platform
 platform.install()
 
 from megatron_laser.trainer.checkpoint import sharded  # noqa: E402
-from megatron_laser.trainer.residency import ALL_PARTS, Part, Residency, host_pieces  # noqa: E402
+from megatron_laser.trainer.offload import ALL_PARTS, Part, Residency, host_pieces  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 
 R, W = Response(5, True), Response(7, False)

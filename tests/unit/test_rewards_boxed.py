@@ -7,7 +7,7 @@ import time
 import pytest
 
 from megatron_laser.rewards import extract_answer, find_last_box, has_exactly_one_box, normalize_answer
-from megatron_laser.rewards.boxed import MAX_ANSWER_CHARS, gold_answer
+from megatron_laser.rewards.mathematics.boxed import MAX_ANSWER_CHARS, gold_answer
 
 
 @pytest.mark.parametrize(

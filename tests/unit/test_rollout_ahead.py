@@ -9,7 +9,7 @@ from helpers.collecting import PROMPTS, collector, rows, spans_of, varied
 from helpers.stepping_engine import Grading, SteppingEngine
 
 from megatron_laser.rollout.ahead import RolloutAhead
-from megatron_laser.rollout.sglang.errors import ServersLost, WeightsNeeded
+from megatron_laser.rollout.client.errors import ServersLost, WeightsNeeded
 
 
 def ahead(engine=None, grading=None, **settings):

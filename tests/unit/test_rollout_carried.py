@@ -9,9 +9,9 @@ from helpers.collecting import PROMPTS, collector, rows, spans_of, varied
 from helpers.stepping_engine import STOP, Grading, SteppingEngine
 
 from megatron_laser.data import PromptCursor
+from megatron_laser.rollout.client.errors import ServersLost, WeightsNeeded
 from megatron_laser.rollout.engine import ResumableEngine, StopEarly
-from megatron_laser.rollout.sglang.errors import ServersLost, WeightsNeeded
-from megatron_laser.rollout.staleness import staleness_metrics, token_ages
+from megatron_laser.rollout.progress import staleness_metrics, token_ages
 from megatron_laser.types import Generation, Group, Sample, WeightSpan
 
 

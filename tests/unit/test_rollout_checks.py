@@ -6,10 +6,10 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_laser.config import ConfigError, RunConfig, check_structure
-from megatron_laser.config.rollout_checks import deadline_problems
+from megatron_laser.config.checks.rollout import deadline_problems
 from megatron_laser.config.server_options import OWN_OPTIONS
-from megatron_laser.output_checks import identity
-from megatron_laser.rollout.serving.command import server_command
+from megatron_laser.rollout.servers.command import server_command
+from megatron_laser.run.output_checks import identity
 
 URLS = ["http://10.0.0.5:30000", "http://10.0.0.6:30000"]
 

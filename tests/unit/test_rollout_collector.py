@@ -14,10 +14,10 @@ from megatron_laser.observability.rollout_dump import dump_rollouts
 from megatron_laser.observability.rollout_metrics import rollout_metrics
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import Grade, GradingPoolError
+from megatron_laser.rollout.client.errors import WeightsNeeded
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.endings import Endings, NothingEnds
 from megatron_laser.rollout.pending import batch_from, batch_state
-from megatron_laser.rollout.sglang.errors import WeightsNeeded
 from megatron_laser.types import Generation, Prompt, SamplingParams
 
 STOP = 1

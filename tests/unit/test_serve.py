@@ -19,15 +19,15 @@ from helpers.torchrun import worker_environment
 
 from megatron_laser.config import ConfigError, load_config
 from megatron_laser.rollout.endpoints import EndpointsError, read_endpoints
-from megatron_laser.rollout.serving import ServeError, ServeProcess, guard
-from megatron_laser.rollout.serving.fleet_plan import (
+from megatron_laser.rollout.servers import ServeError, ServeProcess, guard
+from megatron_laser.rollout.servers.fleet_plan import (
     check_sglang,
     claim,
     endpoints_file,
     plan_fleet,
     shared_key,
 )
-from megatron_laser.rollout.serving.installed import ask_installed
+from megatron_laser.rollout.servers.installed import ask_installed
 
 PATIENCE = 60.0  # seconds; everything here takes a fraction of it on an idle machine
 
@@ -250,7 +250,7 @@ def test_one_endpoints_file_belongs_to_one_serve(tmp_path):
 def test_a_port_that_the_user_named_and_somebody_has_is_an_error_and_a_default_gives_way(
     tmp_path, monkeypatch
 ):
-    from megatron_laser.rollout.serving import ports
+    from megatron_laser.rollout.servers import ports
 
     taken = {30000, 30001, 31000}
     monkeypatch.setattr(ports, "is_free", lambda host, port: port not in taken)
@@ -270,7 +270,7 @@ def test_a_port_that_the_user_named_and_somebody_has_is_an_error_and_a_default_g
 def test_a_port_with_a_listener_is_taken():
     import socket
 
-    from megatron_laser.rollout.serving.ports import PortFinder, is_free
+    from megatron_laser.rollout.servers.ports import PortFinder, is_free
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -341,7 +341,7 @@ def test_serves_of_one_folder_share_a_key(tmp_path):
 
 def test_waiting_for_servers_ends_when_all_of_all_nodes_answer_or_at_the_deadline(tmp_path):
     from megatron_laser.rollout.endpoints import Endpoints, ServerEndpoint, publish
-    from megatron_laser.rollout.serving.waiting import wait_for_servers
+    from megatron_laser.rollout.servers.waiting import wait_for_servers
 
     folder = tmp_path / "servers"
     config = load_config(write_run(tmp_path, servers=2, start_deadline=1, endpoints=str(folder)))
@@ -360,7 +360,7 @@ def test_waiting_for_servers_ends_when_all_of_all_nodes_answer_or_at_the_deadlin
 
 def test_waiting_for_servers_does_not_count_the_file_of_a_node_that_went_down(tmp_path):
     from megatron_laser.rollout.endpoints import Endpoints, ServerEndpoint, publish
-    from megatron_laser.rollout.serving.waiting import wait_for_servers
+    from megatron_laser.rollout.servers.waiting import wait_for_servers
 
     folder = tmp_path / "servers"
     config = load_config(write_run(tmp_path, start_deadline=1, endpoints=str(folder)))

@@ -7,7 +7,7 @@ import pytest
 from helpers.runs import run_config
 
 from megatron_laser.config import ConfigError
-from megatron_laser.rollout.serving.command import (
+from megatron_laser.rollout.servers.command import (
     PYTHON_VARIABLE,
     ROUTER_KEY,
     assign_gpus,
@@ -18,7 +18,7 @@ from megatron_laser.rollout.serving.command import (
     server_command,
     warms_up,
 )
-from megatron_laser.rollout.serving.guard import MARK
+from megatron_laser.rollout.servers.guard import MARK
 
 TRAINER = {
     "PATH": "/usr/bin",

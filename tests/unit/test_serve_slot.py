@@ -1,6 +1,6 @@
 """The states of a server's slot, driven by a clock."""
 
-from megatron_laser.rollout.serving.slot import MAX_RESTARTS, WINDOW, Slot
+from megatron_laser.rollout.servers.slot import MAX_RESTARTS, WINDOW, Slot
 
 
 def running(now=0.0):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_laser.rollout.sglang.health import (
+from megatron_laser.rollout.client.health import (
     Answered,
     DrainBegan,
     Health,
@@ -15,8 +15,8 @@ from megatron_laser.rollout.sglang.health import (
     UpdateDone,
     UpdateFailed,
 )
-from megatron_laser.rollout.sglang.identify import Expected, mismatches, parse_version
-from megatron_laser.rollout.sglang.wire import WireError, parse_generate, parse_score
+from megatron_laser.rollout.client.identify import Expected, mismatches, parse_version
+from megatron_laser.rollout.client.wire import WireError, parse_generate, parse_score
 
 LIMITS = Limits(start=100.0, update=60.0, silence=30.0)
 

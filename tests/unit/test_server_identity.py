@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 from helpers.plain_http import answering
 
+from megatron_laser.rollout.client import identify as identity
+from megatron_laser.rollout.client.engine import SglangEngine
+from megatron_laser.rollout.client.errors import ServerMismatch, ServerRefused, ServersLost
+from megatron_laser.rollout.client.identify import MIN_SGLANG, Expected, mismatches
 from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.engine import takes_seeds
-from megatron_laser.rollout.sglang import identify as identity
-from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.errors import ServerMismatch, ServerRefused, ServersLost
-from megatron_laser.rollout.sglang.identify import MIN_SGLANG, Expected, mismatches
 
 EXPECTED = Expected(
     152, model_type="qwen2", dtype="bfloat16", longest=100, sizes={"vocab_size": 152, "hidden_size": 64}

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_laser.rollout.sglang.errors import ServerFault, ServerRefused, ServersLost
-from megatron_laser.rollout.sglang.tasks import retried
-from megatron_laser.rollout.sglang.traffic import Traffic
-from megatron_laser.rollout.sglang.wire import Reply, generate_body, joined, response_seed, score_body
+from megatron_laser.rollout.client.errors import ServerFault, ServerRefused, ServersLost
+from megatron_laser.rollout.client.event_loop import retried
+from megatron_laser.rollout.client.traffic import Traffic
+from megatron_laser.rollout.client.wire import Reply, generate_body, joined, response_seed, score_body
 from megatron_laser.types import Generation, SamplingParams, WeightSpan
 
 STOPS = (1, 4)

@@ -18,8 +18,9 @@ from megatron.core import parallel_state  # noqa: E402
 
 from megatron_laser import loop  # noqa: E402
 from megatron_laser.config import ConfigError, resolve_plan  # noqa: E402
-from megatron_laser.trainer import communicators, machine, runtime  # noqa: E402
-from megatron_laser.trainer.machine import check_machine, machine_problems  # noqa: E402
+from megatron_laser.distributed import communicators, runtime  # noqa: E402
+from megatron_laser.run import session as machine  # noqa: E402
+from megatron_laser.run.session import check_machine, machine_problems  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 from helpers.runs import run_config
 
 from megatron_laser.config import ConfigError
-from megatron_laser.rollout.serving.start_checks import check_start
+from megatron_laser.rollout.servers.start_checks import check_start
 
 DEBUG = "TORCH_DISTRIBUTED_DEBUG"
 

@@ -8,10 +8,10 @@ from megatron_laser.model import platform
 
 platform.install()
 
-from megatron_laser.benchmarks.memory import peak_allocated_bytes  # noqa: E402
+from megatron_laser.benchmarks.measure import peak_allocated_bytes  # noqa: E402
 from megatron_laser.benchmarks.step import LASER, StepBenchmark  # noqa: E402
+from megatron_laser.distributed import runtime  # noqa: E402
 from megatron_laser.ops import configure  # noqa: E402
-from megatron_laser.trainer import runtime  # noqa: E402
 
 # 2056 labelled rows in one micro-batch, times 16384 columns of float32: 135 MB. One tile of the op is 64 MiB.
 SHAPE = dict(prompts=2, samples=4, response_length=256, hidden=32, layers=1, vocabulary=16384)

@@ -12,8 +12,8 @@ from helpers.runs import run_config
 from megatron_laser.config import ConfigError
 from megatron_laser.rollout.endpoints import Endpoints, ServerEndpoint, publish
 from megatron_laser.rollout.nccl import loaded_version, server_settings, setting_problems, trainer_settings
-from megatron_laser.rollout.serving import installed
-from megatron_laser.rollout.serving.installed import Installed
+from megatron_laser.rollout.servers import installed
+from megatron_laser.rollout.servers.installed import Installed
 from megatron_laser.weight_sync import feasibility
 from megatron_laser.weight_sync.feasibility import SyncSide, check_servers, sync_feasibility
 

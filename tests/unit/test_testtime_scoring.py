@@ -11,8 +11,9 @@ from helpers.tiny_run import write_tiny_run
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
+from megatron_laser.evaluation.engine import other_weights
 from megatron_laser.rewards import GradingPool
-from megatron_laser.rollout.sglang.identify import Expected, ServerFacts
+from megatron_laser.rollout.client.identify import Expected, ServerFacts
 from megatron_laser.testtime import (
     EngineChoice,
     Scorer,
@@ -21,7 +22,6 @@ from megatron_laser.testtime import (
     load_model_folder,
     open_engine,
 )
-from megatron_laser.testtime.engine import other_weights
 from megatron_laser.testtime.prompts import check_messages, prompt_token_ids
 from megatron_laser.testtime.scoring import read_answers, score_file
 
@@ -265,7 +265,7 @@ def test_urls_open_the_servers_client_with_key_and_model_and_other_weights_are_s
         def close(self):
             seen["closed"] = True
 
-    monkeypatch.setattr("megatron_laser.rollout.sglang.SglangEngine", Client)
+    monkeypatch.setattr("megatron_laser.rollout.client.SglangEngine", Client)
     choice = EngineChoice(urls=("http://127.0.0.1:1",), api_key="secret", router_url="http://127.0.0.1:2")
     with open_engine(choice, model, deadline=5.0) as engine:
         assert isinstance(engine, Client)

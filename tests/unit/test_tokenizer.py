@@ -6,7 +6,7 @@ import logging
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-from megatron_laser.tokenizer import load_tokenizer
+from megatron_laser.data.tokenizer import load_tokenizer
 
 WORDS = ["<eos>", "<unk>", "two ", "plus ", "three"]
 TEXT = "two plus three"

@@ -12,7 +12,7 @@ from helpers.runs import SCORE_TOKEN, run_config
 
 from megatron_laser.model import platform
 from megatron_laser.ops import settings
-from megatron_laser.ops.torch_reference import TorchEngine
+from megatron_laser.ops.reference import TorchEngine
 
 platform.install()
 

@@ -18,9 +18,9 @@ from megatron.core.extensions import transformer_engine as megatron_extension  #
 from megatron.core.tensor_parallel import RowParallelLinear  # noqa: E402
 
 from megatron_laser.model import gradient_fusion, policy_model, transformer_engine  # noqa: E402
-from megatron_laser.model.attention import PackedSdpaAttention  # noqa: E402
 from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation  # noqa: E402
 from megatron_laser.model.hf_config import transformer_config  # noqa: E402
+from megatron_laser.model.torch_layers import PackedSdpaAttention  # noqa: E402
 from megatron_laser.model.transformer_engine import (  # noqa: E402
     backend_variable_problems,
     settle,

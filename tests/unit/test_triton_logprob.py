@@ -11,22 +11,16 @@ from helpers.logprob import gradients, inputs, reference
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from megatron_laser.ops import (
-    IGNORE_LABEL,
-    available_backends,
-    configure,
-    few_row_logprob,
-    linear_logprob,
-    triton_backend,
-    triton_device,
-    triton_tiles,
-)
+from megatron_laser.ops import IGNORE_LABEL, available_backends, configure, few_row_logprob, linear_logprob
+from megatron_laser.ops import device as triton_device
+from megatron_laser.ops import gpu_backend as triton_backend
 from megatron_laser.ops.autograd import Problem, Statistics, finish
 from megatron_laser.ops.rows import GatheredRows
 from megatron_laser.ops.tiles import Shard
-from megatron_laser.ops.triton_engine import ChunkedEngine, TilePlan
-from megatron_laser.ops.triton_few_rows import FewRowEngine, FewRowTile
-from megatron_laser.ops.triton_fused import FusedEngine, FusedTile, best_splits
+from megatron_laser.ops.triton import tiles as triton_tiles
+from megatron_laser.ops.triton.engine import ChunkedEngine, TilePlan
+from megatron_laser.ops.triton.few_rows import FewRowEngine, FewRowTile
+from megatron_laser.ops.triton.fused import FusedEngine, FusedTile, best_splits
 
 pytestmark = pytest.mark.skipif(
     not triton_device.interpreted(), reason="these tests want Triton's interpreter: TRITON_INTERPRET=1"

@@ -13,16 +13,16 @@ from helpers.fake_memory import FakeMemory, running
 
 from megatron_laser.model import platform
 from megatron_laser.observability.timers import Timers
+from megatron_laser.rollout.client.engine import SglangEngine
+from megatron_laser.rollout.client.health import State
+from megatron_laser.rollout.client.identify import Expected
 from megatron_laser.rollout.endpoints import ServerEndpoint
-from megatron_laser.rollout.sglang.engine import SglangEngine
-from megatron_laser.rollout.sglang.health import State
-from megatron_laser.rollout.sglang.identify import Expected
-from megatron_laser.trainer.residency import ALL_PARTS, Part
-from megatron_laser.turns import SERVERS_HOLD, TRAINER_HOLDS, Turn, Turns
+from megatron_laser.run.colocation import SERVERS_HOLD, TRAINER_HOLDS, Turn, Turns
+from megatron_laser.trainer.offload import ALL_PARTS, Part
 from megatron_laser.weight_sync import sync_weights
 from megatron_laser.weight_sync.checksums import StreamDigest
 from megatron_laser.weight_sync.colocated import ColocatedTransport
-from megatron_laser.weight_sync.occupation import ALL_TAGS, CACHE, WEIGHTS, Occupation
+from megatron_laser.weight_sync.server_memory import ALL_TAGS, CACHE, WEIGHTS, Occupation
 
 WEIGHT_STREAM = [("a", torch.arange(6.0).reshape(2, 3)), ("b", torch.ones(4))]
 

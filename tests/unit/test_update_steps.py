@@ -3,7 +3,7 @@
 import pytest
 from helpers.faulty_server import STOP, FaultyServer, open_engine
 
-from megatron_laser.rollout.sglang import fleet
+from megatron_laser.rollout.client import fleet
 from megatron_laser.types import SamplingParams
 from megatron_laser.weight_sync import control, sync_weights
 

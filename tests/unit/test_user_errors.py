@@ -9,14 +9,14 @@ import typer
 from helpers.models import save_tiny_model, save_word_tokenizer
 from typer.testing import CliRunner
 
-from megatron_laser import cli_errors
 from megatron_laser.cli import app
-from megatron_laser.cli_errors import Commands, user_message
+from megatron_laser.cli import errors as cli_errors
+from megatron_laser.cli.errors import Commands, user_message
 from megatron_laser.config import ConfigError
+from megatron_laser.distributed.rendezvous import RendezvousError
 from megatron_laser.errors import UserError
-from megatron_laser.rollout.serving import ServeError
+from megatron_laser.rollout.servers import ServeError
 from megatron_laser.trainer.bad_steps import BadStepsError
-from megatron_laser.trainer.rendezvous import RendezvousError
 from megatron_laser.trainer.trainer import MismatchError
 
 WORDS = ["<unk>", "<eos>", "what", "is", "1", "<|score|>"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers.fake_fleet import FakeEngine
 
-from megatron_laser.rollout.sglang.errors import ServerRefused, ServerTimeout
-from megatron_laser.rollout.sglang.health import Restarted, State
+from megatron_laser.rollout.client.errors import ServerRefused, ServerTimeout
+from megatron_laser.rollout.client.health import Restarted, State
 from megatron_laser.weight_sync import distributed
 from megatron_laser.weight_sync.broadcast import Broadcast
 from megatron_laser.weight_sync.control import SyncFailed

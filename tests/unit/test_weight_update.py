@@ -9,8 +9,8 @@ import torch
 from helpers.fake_fleet import FakeEngine
 from safetensors.torch import load_file
 
-from megatron_laser.rollout.sglang.errors import ServerFault, ServerGone, ServerRefused, ServerTimeout
-from megatron_laser.rollout.sglang.health import Answered, Restarted, State
+from megatron_laser.rollout.client.errors import ServerFault, ServerGone, ServerRefused, ServerTimeout
+from megatron_laser.rollout.client.health import Answered, Restarted, State
 from megatron_laser.weight_sync import control, sync_weights
 from megatron_laser.weight_sync.checksums import ServerLayout, StreamDigest
 from megatron_laser.weight_sync.control import SyncFailed, Update

@@ -23,7 +23,7 @@ def problems(facts: Mapping[str, str], constraints: Mapping[str, str], nccl: Map
     """What is not as pinned.
 
     Args:
-        facts: of `megatron_laser.environment.facts.collect`.
+        facts: of `megatron_laser.cli.environment_facts.collect`.
         constraints: package -> version, of constraints.txt.
         nccl: the installed nvidia-nccl packages, with their versions.
     """

@@ -8,7 +8,7 @@ import time
 import torch
 
 from gpu_day_one.stage import Stage
-from megatron_laser.benchmarks.ceilings import measure_ceilings, seconds_per_call
+from megatron_laser.benchmarks.measure import measure_ceilings, seconds_per_call
 from megatron_laser.model import platform
 
 _QUERY = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.mem"
@@ -17,7 +17,7 @@ _QUERY = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.
 def run(stage: Stage) -> None:
     """Versions, then products and copies."""
     try:
-        from megatron_laser.environment import describe
+        from megatron_laser.cli.environment import describe
 
         stage.note("versions", found=describe())
     except Exception as error:  # a report must not stop the measurements

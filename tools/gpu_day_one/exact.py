@@ -7,14 +7,15 @@ from helpers.logprob import gradients, inputs, largest_logit, reference, tensor_
 
 from gpu_day_one.stage import Stage
 from megatron_laser.model import platform
-from megatron_laser.ops import IGNORE_LABEL, configure, cuda_few_rows, tiles
+from megatron_laser.ops import IGNORE_LABEL, configure, tiles
+from megatron_laser.ops.cuda import few_rows as cuda_few_rows
 
 
 def engines(stage: Stage) -> None:
     """Rounding of the products, then the Triton engines: log-probs, entropies, dX, dW, same bits twice."""
     if not stage.rehearse:
         _rounding(stage)
-    from megatron_laser.ops import triton_backend
+    from megatron_laser.ops import gpu_backend as triton_backend
 
     dtype = torch.float32 if stage.rehearse else torch.bfloat16
     configure(tile_bytes=stage.size(8 * 2**20, 4096))
@@ -73,7 +74,7 @@ def cuda_kernel(stage: Stage) -> None:
         if stage.rehearse:
             return
         raise SystemExit(f"the CUDA C++ kernel cannot run: {reason}")
-    from megatron_laser.ops import triton_backend
+    from megatron_laser.ops import gpu_backend as triton_backend
 
     wrong = False
     for shape in (

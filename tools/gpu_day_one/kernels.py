@@ -8,8 +8,8 @@ import torch
 
 from gpu_day_one.stage import Stage
 from megatron_laser.benchmarks import logprob
-from megatron_laser.benchmarks.ceilings import seconds_per_call
 from megatron_laser.benchmarks.logprob_report import Measurement, Report, Shape
+from megatron_laser.benchmarks.measure import seconds_per_call
 from megatron_laser.model import platform
 from megatron_laser.ops import configure
 
@@ -77,7 +77,7 @@ def _head(
     backward: bool = True,
     **settings: int,
 ) -> None:
-    from megatron_laser.ops import triton_backend
+    from megatron_laser.ops import gpu_backend as triton_backend
 
     before = configure(**settings)
     try:

@@ -10,9 +10,9 @@ from helpers.runs import state_of
 
 from gpu_day_one import qwen
 from gpu_day_one.stage import Stage
+from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.model import platform
-from megatron_laser.trainer import runtime as runtimes
-from megatron_laser.trainer.residency import ALL_PARTS, Part, Residency
+from megatron_laser.trainer.offload import ALL_PARTS, Part, Residency
 from megatron_laser.trainer.trainer import Trainer
 
 

@@ -48,7 +48,7 @@ def run(stage: Stage) -> None:
     from helpers.tiny_run import write_tiny_run
 
     from megatron_laser.config import load_config
-    from megatron_laser.rollout.serving import ServeError, ServeProcess
+    from megatron_laser.rollout.servers import ServeError, ServeProcess
 
     folder = stage.work / "server"
     file = write_tiny_run(folder)

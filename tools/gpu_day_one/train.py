@@ -12,12 +12,12 @@ import torch
 
 from gpu_day_one import qwen
 from gpu_day_one.stage import Stage
-from megatron_laser.benchmarks.ratios import median_ratio
+from megatron_laser.benchmarks.measure import median_ratio
 from megatron_laser.config import RunConfig
-from megatron_laser.config.memory import STATE, UPDATE
-from megatron_laser.config.plan import Plan, resolve_plan
+from megatron_laser.config.plan.memory import STATE, UPDATE
+from megatron_laser.config.plan.resolve import Plan, resolve_plan
+from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.model import platform
-from megatron_laser.trainer import runtime as runtimes
 from megatron_laser.trainer.trainer import Trainer
 
 GRPO, LASER = "GRPO", "LaSeR"

@@ -16,11 +16,11 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from transformers import PretrainedConfig
 
-from megatron_laser.finite import is_finite
-from megatron_laser.model.dtypes import DTYPES
+from megatron_laser.algorithms.numerics import is_finite
 from megatron_laser.model.hf_config import architecture_of, read_hf_config
 from megatron_laser.model.hf_folder import MAX_SHARD_BYTES, HfFolder, write_hf_folder
 from megatron_laser.model.mapping import Geometry, Vocabulary, rules
+from megatron_laser.model.platform import DTYPES
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint import optimizer_state
 from megatron_laser.trainer.checkpoint.folder import CheckpointError

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.config.schema import RunConfig
+from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.errors import UserError
 from megatron_laser.files import remove, replace_folder
 

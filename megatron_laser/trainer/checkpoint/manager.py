@@ -12,7 +12,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_laser.config.schema import RunConfig
+from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.distributed.runtime import Runtime, gloo_group
+from megatron_laser.distributed.transport import broadcast_arrays
 from megatron_laser.model import platform
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint import optimizer_state, sharded
@@ -21,8 +23,6 @@ from megatron_laser.trainer.checkpoint.identity import differences, model_identi
 from megatron_laser.trainer.checkpoint.random_states import collect_random_states, restore_random_states
 from megatron_laser.trainer.checkpoint.together import everywhere, gathered_errors, reason
 from megatron_laser.trainer.policy import Policy
-from megatron_laser.trainer.runtime import Runtime, gloo_group
-from megatron_laser.trainer.transport import broadcast_arrays
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laser.config import ConfigError
-from megatron_laser.observability.plain import write_atomically
+from megatron_laser.files import write_atomically
 from megatron_laser.trainer.checkpoint import folder as folders
 
 RUN = "run.json"  # in the output folder

@@ -1,0 +1,53 @@
+"""The command line: one file a command, nothing imports it.
+
+Heavy imports happen inside the commands: `--help` and `--dry-run` need no torch.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from megatron_laser.cli import (
+    bench,
+    calibrate,
+    check,
+    convert,
+    env,
+    evaluate,
+    replay,
+    report,
+    score,
+    serve,
+    train,
+)
+from megatron_laser.cli.errors import Commands
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    cls=Commands,
+    name="megatron-laser",
+    help="LaSeR training on Megatron-Core: RL in which the model also learns to judge its own answers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("train")(train.train)
+app.command("check")(check.check)
+app.command("report")(report.report)
+app.command("eval")(evaluate.evaluate)
+app.command("score")(score.score)
+app.command("calibrate")(calibrate.calibrate)
+app.command("serve")(serve.serve)
+app.command("convert")(convert.convert)
+app.command("replay")(replay.replay)
+app.command("env")(env.env)
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Entry point of `megatron-laser` and `python -m megatron_laser`."""
+    from megatron_laser.observability.extras import open_standard_streams
+
+    open_standard_streams()
+    app()

@@ -1,0 +1,119 @@
+"""The commands `bench ...`. Heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Measure: each command prints a table.", no_args_is_help=True)
+
+
+def _prepare_process(level: str = "WARNING") -> None:
+    # Read when torch is imported: its profiler, which counts memory on a CPU, else writes a line for every measurement.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from megatron_laser.cli.options import prepare_process
+
+    prepare_process(level, is_main=True)
+
+
+@app.command("step")
+def bench_step(
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds that are counted.", min=1)] = 30,
+    prompts: Annotated[int, typer.Option(help="Prompts per step.")] = 4,
+    samples: Annotated[int, typer.Option(help="Responses per prompt.")] = 8,
+    response_length: Annotated[int, typer.Option(help="Tokens of each response.")] = 256,
+    hidden: Annotated[int, typer.Option(help="Hidden size of the random Qwen2 model.")] = 128,
+    layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
+    vocabulary: Annotated[int, typer.Option(help="Its vocabulary.")] = 8192,
+    output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """What LaSeR adds to a GRPO train step, and what scores from the servers save of it: time and peak memory."""
+    _prepare_process()
+    from megatron_laser.model.transformer_engine import settle
+
+    settle("torch")
+    from megatron_laser.benchmarks.step import StepBenchmark
+
+    benchmark = StepBenchmark(
+        prompts=prompts,
+        samples=samples,
+        response_length=response_length,
+        hidden=hidden,
+        layers=layers,
+        vocabulary=vocabulary,
+    )
+    result = benchmark.run(rounds)
+    typer.echo(result.table())
+    if output is not None:
+        result.write(output)
+
+
+@app.command("logprob")
+def bench_logprob(
+    output: Annotated[Path | None, typer.Option(help="Folder for logprob.json and logprob.png.")] = None,
+) -> None:
+    """The log-prob op forward and backward: time over the device's measured ceiling, peak memory, other libraries."""
+    _bench("logprob", output)
+
+
+@app.command("score")
+def bench_score(
+    output: Annotated[Path | None, typer.Option(help="Folder for score.json and score.png.")] = None,
+) -> None:
+    """The few-row op that computes self-reward scores: time over one read of the output layer's weight."""
+    _bench("score", output)
+
+
+def _bench(name: str, output: Path | None) -> None:
+    _prepare_process()
+    from megatron_laser.benchmarks import logprob
+
+    bench = logprob.bench_logprob if name == "logprob" else logprob.bench_score
+    # Each line as it comes: what a kernel that hangs or takes the process down would lose is the rest.
+    report = bench(listener=lambda one: typer.echo(f"{one.shape!s:34s} {one.line().strip()}", err=True))
+    typer.echo(report.table())
+    if output is not None:
+        for file in report.write(output, name):
+            typer.echo(f"wrote {file}")
+    if report.wrong:
+        typer.echo("wrong: " + "; ".join(one.note for one in report.wrong), err=True)
+        raise typer.Exit(1)
+
+
+@app.command("client")
+def bench_client(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="A run's YAML file with rollout.engine: sglang; its servers, prompts and sampling."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings as [cyan]section.key=value[/], for example rollout.sglang.urls=[...]."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds that are counted.", min=1)] = 20,
+    output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """What our rollout client costs: tokens per second over a bare asyncio loop that posts the same requests.
+
+    On a machine without a GPU: megatron-laser bench client examples/tiny_sum/laser_sglang.yaml
+    """
+    from megatron_laser.config import ConfigError, load_config
+
+    with tempfile.TemporaryDirectory() as scratch:
+        loaded = load_config(config, [*(overrides or []), f"run.output_dir={scratch}"])
+        if loaded.rollout.engine != "sglang":
+            raise ConfigError([f"{config}: rollout.engine is {loaded.rollout.engine}; expected sglang"])
+        _prepare_process()
+        from megatron_laser.benchmarks.client import bench_client as run
+
+        result = run(loaded, rounds=rounds)
+        typer.echo(result.table())
+        if output is not None:
+            result.write(output)

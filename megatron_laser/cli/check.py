@@ -1,0 +1,61 @@
+"""The command `check`."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_SAY_EVERY = 5.0  # seconds
+
+
+def check(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings as [cyan]section.key=value[/], as for train."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Look at everything that a run starts from: model folder, tokenizer, data, reward function, disks.
+
+    Needs no GPU, loads no weights and writes nothing; `train` looks at the same before it starts.
+
+    Layout and memory are shown by train --dry-run. Exit status 2: the run would not start.
+
+    megatron-laser check examples/tiny_sum/laser.yaml
+    """
+    from megatron_laser.cli.options import prepare_process
+    from megatron_laser.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    prepare_process("ERROR", is_main=True)
+    from megatron_laser.run.preflight import Ledger, look
+    from megatron_laser.run.preflight.inputs import ORDER
+    from megatron_laser.run.preflight.view import as_json as to_json
+    from megatron_laser.run.preflight.view import lines
+
+    ledger = Ledger(stop_at_errors=False)
+    look(loaded, ledger, _Progress())
+    if as_json:
+        typer.echo(to_json(ledger))
+    else:
+        for line in lines(ledger, ORDER, shutil.get_terminal_size((120, 24)).columns):
+            typer.echo(line)
+    if any(finding.level == "error" for finding in ledger.findings):
+        raise typer.Exit(2)
+
+
+class _Progress:
+    """A line every few seconds while prompts are tokenized."""
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+
+    def __call__(self, split: str, done: int, total: int) -> None:
+        if time.monotonic() - self._said > _SAY_EVERY:
+            self._said = time.monotonic()
+            typer.echo(f"tokenized {done:,} of {total:,} problems of data.{split}", err=True)

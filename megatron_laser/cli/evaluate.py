@@ -1,0 +1,103 @@
+"""`megatron-laser eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_laser.cli.options import (
+    Batch,
+    Beta,
+    Concurrency,
+    Dtype,
+    KeyVariable,
+    Model,
+    RefLogprob,
+    Router,
+    ScoreToken,
+    StopIds,
+    Urls,
+    Wait,
+    engine_choice,
+    model_folder,
+    require_positive,
+)
+
+
+def evaluate(
+    model: Model,
+    benchmarks: Annotated[
+        Path,
+        typer.Argument(
+            help="A benchmark file such as examples/benchmarks.yaml, or one .jsonl or .parquet file of problems.",
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Settings as NAME.key=value, for example math500.path=/data/math500.jsonl test.samples=8."
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder for responses, results.json, report.md and plots.")
+    ] = Path("runs/eval"),
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only this benchmark; may be given several times.")
+    ] = None,
+    url: Urls = None,
+    router: Router = None,
+    api_key_env: KeyVariable = "MEGATRON_LASER_API_KEY",
+    dtype: Dtype = "float32",
+    batch: Batch = 256,
+    concurrency: Concurrency = 256,
+    wait: Wait = 60.0,
+    score_token: ScoreToken = None,
+    ref_logprob: RefLogprob = None,
+    beta: Beta = None,
+    no_score: Annotated[bool, typer.Option("--no-score", help="Ask for no scores.")] = False,
+    stop_token_id: StopIds = None,
+    workers: Annotated[int, typer.Option(help="Grading processes.")] = 2,
+    grading_deadline: Annotated[float, typer.Option(help="Seconds to grade one answer.")] = 5.0,
+    regrade: Annotated[
+        bool, typer.Option("--regrade", help="Grade and score the saved responses again.")
+    ] = False,
+    deadline: Annotated[float, typer.Option(help="Seconds for one benchmark.")] = 86400.0,
+) -> None:
+    """Evaluate a model on benchmarks: accuracy, votes by the score, and how well the score knows right from wrong.
+
+    Every response is on disk as it arrives: the same command goes on after a kill, and gives the same numbers again
+    from what is saved.
+
+    The small example:  megatron-laser eval runs/tiny_sum/laser examples/tiny_sum/test.jsonl test.samples=8
+
+    The paper's five:   megatron-laser eval MODEL examples/benchmarks.yaml --url http://127.0.0.1:30000
+    """
+    from megatron_laser.evaluation.benchmarks import load_benchmarks
+
+    choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
+    folder = model_folder(model, score_token, ref_logprob, beta, stop_token_id, with_score=not no_score)
+    chosen = load_benchmarks(benchmarks, overrides or [], only=only or [], from_run=folder.from_run)
+    for name, value in (
+        ("--workers", workers),
+        ("--grading-deadline", grading_deadline),
+        ("--deadline", deadline),
+    ):
+        require_positive(name, value)
+    from megatron_laser.evaluation.benchmark_run import evaluate_benchmarks
+
+    results = evaluate_benchmarks(
+        folder,
+        chosen,
+        choice,
+        output,
+        deadline=deadline,
+        workers=workers,
+        grading_deadline=grading_deadline,
+        regrade=regrade,
+        say=typer.echo,
+    )
+    from megatron_laser.report.benchmark_report import overview
+
+    typer.echo(overview(results))

@@ -1,0 +1,140 @@
+"""`megatron-laser score`: a file, or a proxy that samples, scores and votes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_laser.cli.options import (
+    Batch,
+    Beta,
+    Concurrency,
+    Dtype,
+    KeyVariable,
+    Model,
+    RefLogprob,
+    Router,
+    ScoreToken,
+    StopIds,
+    Urls,
+    Wait,
+    engine_choice,
+    model_folder,
+    require_positive,
+)
+
+
+def score(
+    model: Model,
+    source: Annotated[
+        Path | None,
+        typer.Argument(help="JSON Lines: prompt, messages or prompt_ids, and response or response_ids."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; by default SOURCE with .scored before the suffix.")
+    ] = None,
+    serve: Annotated[
+        bool,
+        typer.Option("--serve", help="Answer OpenAI chat requests instead: sample k, score, vote."),
+    ] = False,
+    host: Annotated[
+        str, typer.Option(help="With --serve: address to listen on. Others than loopback need an API key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="With --serve: port to listen on; 0: a free one.")] = 8100,
+    k: Annotated[int, typer.Option(help="With --serve: answers to each request, where it names no k.")] = 8,
+    max_k: Annotated[int, typer.Option(help="With --serve: the most that a request may ask for.")] = 64,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="With --serve: longest answer; by default the training run's, else 8192."),
+    ] = None,
+    serve_key_env: Annotated[
+        str, typer.Option(help="With --serve: environment variable with the key that clients must send.")
+    ] = "MEGATRON_LASER_PROXY_KEY",
+    model_name: Annotated[
+        str | None, typer.Option(help="With --serve: the model's name; by default the folder's.")
+    ] = None,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat-template/--no-chat-template",
+            help="Send prompts through the chat template or not; by default as in training, else yes.",
+        ),
+    ] = None,
+    prompt_suffix: Annotated[
+        str | None,
+        typer.Option(help="Behind each prompt; by default as in training, else nothing."),
+    ] = None,
+    end_token_id: Annotated[
+        int | None,
+        typer.Option(help="What stands behind a response given as text; by default MODEL's first EOS id."),
+    ] = None,
+    url: Urls = None,
+    router: Router = None,
+    api_key_env: KeyVariable = "MEGATRON_LASER_API_KEY",
+    dtype: Dtype = "float32",
+    batch: Batch = 256,
+    concurrency: Concurrency = 256,
+    wait: Wait = 60.0,
+    score_token: ScoreToken = None,
+    ref_logprob: RefLogprob = None,
+    beta: Beta = None,
+    stop_token_id: StopIds = None,
+    deadline: Annotated[float, typer.Option(help="Seconds for one batch, or for one request.")] = 600.0,
+) -> None:
+    """Score given answers with the model's own judgement, or serve answers that it has voted for.
+
+    A file:    megatron-laser score runs/tiny_sum/laser answers.jsonl
+
+    A server:  megatron-laser score runs/tiny_sum/laser --serve --port 8100, then any OpenAI client with base_url
+    http://127.0.0.1:8100/v1; extra_body={"k": 16} asks for 16 samples. The answer's score is in choices[0].score.
+    """
+    if serve == (source is not None):
+        raise typer.BadParameter("give either a JSON Lines file or --serve")
+    require_positive("--deadline", deadline)
+    choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
+    folder = model_folder(model, score_token, ref_logprob, beta, stop_token_id)
+    template = folder.from_run.get("apply_chat_template", True) if chat_template is None else chat_template
+    suffix = folder.from_run.get("prompt_suffix", "") if prompt_suffix is None else prompt_suffix
+    folder.require_score()
+    if serve:
+        from megatron_laser.testtime.proxy import ProxySettings, run_proxy
+
+        settings = ProxySettings(
+            model_name=model_name or (model.absolute().name),
+            host=host,
+            port=port,
+            api_key=os.environ.get(serve_key_env) or None,
+            k=k,
+            max_k=max_k,
+            max_new_tokens=max_new_tokens or folder.from_run.get("max_new_tokens", 8192),
+            apply_chat_template=template,
+            prompt_suffix=suffix,
+            deadline=deadline,
+        )
+        run_proxy(folder, choice, settings, say=typer.echo)
+        return
+    from megatron_laser.evaluation.held_weights import HeldWeights
+    from megatron_laser.testtime import Scorer
+    from megatron_laser.testtime.scoring import read_answers, score_file
+
+    assert source is not None
+    answers = read_answers(
+        folder, source, apply_chat_template=template, prompt_suffix=suffix, end_token_id=end_token_id
+    )
+    target = output or source.with_name(f"{source.stem}.scored{source.suffix}")
+    with HeldWeights(choice, folder, deadline=deadline, identify=False) as weights:
+        counts = score_file(
+            Scorer(weights.engine(), folder, end_token_id=end_token_id),
+            answers,
+            target,
+            deadline=deadline,
+            batch=batch,
+            check=weights.check,
+        )
+    typer.echo(
+        f"{counts['rows']:.0f} rows, {counts['scored']:.0f} with a score (mean {counts['score_mean']:.3f}), "
+        f"{counts['right']:.0f} called right; wrote {target}"
+    )

@@ -1,0 +1,187 @@
+"""The model's shape, read from the config.json of a Hugging Face folder. No torch, no transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_laser.errors import ConfigError
+
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+# Frequencies that depend neither on the sequence's length nor on a scaled attention, and the numbers that each needs.
+_ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+# What transformers takes for keys that a config.json leaves out.
+_ROPE_THETA = 10000.0
+_RMS_NORM_EPS = 1e-6
+_MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
+_QWEN3_HEAD_DIM = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A dense decoder: RMSNorm, rotary attention with grouped key/value heads, SwiGLU."""
+
+    model_type: str  # llama, qwen2 or qwen3
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int  # rows of the embedding, without padding
+    tied_embeddings: bool
+    rms_norm_eps: float
+    max_position_embeddings: int
+    qkv_bias: bool  # Qwen2
+    qk_norm: bool  # Qwen3: RMSNorm over head_dim on queries and keys
+    rope_theta: float
+    rope_type: str  # default, linear or llama3; the model reads the scaling's own numbers
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """Reads `folder`/config.json, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
+
+    Raises:
+        ConfigError: no such folder or file, an unsupported model, or a shape that is incomplete.
+    """
+    folder = Path(folder)
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise ConfigError([f"model.path: {folder} is not a folder; expected a Hugging Face model folder"])
+    if not file.is_file():
+        raise ConfigError([f"model.path: {folder} has no config.json; expected a Hugging Face model folder"])
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"cannot be read as JSON: {error}"], str(file)) from error
+    if not isinstance(raw, dict):
+        raise ConfigError([f"expected an object, got {type(raw).__name__}"], str(file))
+    return architecture_from_dict(raw, source=str(file))
+
+
+def architecture_from_dict(raw: dict[str, Any], source: str = "config.json") -> Architecture:
+    """The architecture that the contents of a config.json describe; raises ConfigError like
+    `read_architecture`."""
+    model_type = raw.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ConfigError(
+            [f"model_type {model_type!r} is not supported; expected {', '.join(SUPPORTED_MODEL_TYPES)}"],
+            source,
+        )
+    problems = _unsupported(raw)
+    shape = {}
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
+        shape[key] = _positive(raw, key, problems)
+    heads = shape["num_attention_heads"]
+    if "num_key_value_heads" not in raw and model_type != "llama":
+        # transformers would take 32 whatever the number of heads is
+        problems.append("num_key_value_heads: required and not given")
+    kv_heads = heads
+    if raw.get("num_key_value_heads") is not None:
+        kv_heads = _positive(raw, "num_key_value_heads", problems)
+    head_dim = _QWEN3_HEAD_DIM if model_type == "qwen3" else shape["hidden_size"] // heads
+    if raw.get("head_dim") is not None or ("head_dim" in raw and model_type != "llama"):
+        head_dim = _positive(raw, "head_dim", problems)  # only Llama's classes read null as left out
+    elif model_type != "qwen3" and shape["hidden_size"] % heads:
+        problems.append(f"hidden_size {shape['hidden_size']} is not divisible by num_attention_heads {heads}")
+    if head_dim % 2:
+        problems.append(f"head_dim {head_dim} is odd, and rotary positions turn pairs of elements")
+    if heads % kv_heads:
+        problems.append(f"num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}")
+    rope = _rope(raw, problems)
+    tied = raw.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        problems.append(f"tie_word_embeddings: expected true or false, got {tied!r}")
+    eps = _number(raw, "rms_norm_eps", problems, default=_RMS_NORM_EPS)
+    positions = _MAX_POSITIONS[model_type]
+    if raw.get("max_position_embeddings") is not None:
+        positions = _positive(raw, "max_position_embeddings", problems)
+    if problems:
+        raise ConfigError(problems, source)
+    return Architecture(
+        model_type=model_type,
+        hidden_size=shape["hidden_size"],
+        num_layers=shape["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=shape["intermediate_size"],
+        vocab_size=shape["vocab_size"],
+        tied_embeddings=tied,
+        rms_norm_eps=eps,
+        max_position_embeddings=positions,
+        qkv_bias=model_type == "qwen2",
+        qk_norm=model_type == "qwen3",
+        rope_theta=rope[0],
+        rope_type=rope[1],
+    )
+
+
+def _positive(raw: dict[str, Any], key: str, problems: list[str]) -> int:
+    value = raw.get(key)
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    problems.append(f"{key}: expected a positive integer, got {value!r}")
+    return 1
+
+
+def _number(
+    raw: dict[str, Any], key: str, problems: list[str], *, default: float | None = None, inside: str = ""
+) -> float:
+    value = raw.get(key, default)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return float(value)
+    problems.append(f"{inside}{key}: expected a number above 0, got {value!r}")
+    return 1.0
+
+
+def _unsupported(raw: dict[str, Any]) -> list[str]:
+    """Switches of these model types that would change the model and that nothing here builds."""
+    problems = []
+    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        # Qwen2 has biases on queries, keys and values, whatever this key says.
+        if raw.get(key) and not (key == "attention_bias" and raw["model_type"] == "qwen2"):
+            problems.append(f"{key}: {raw[key]!r} is not supported, expected false")
+    kinds = raw.get("layer_types") or []
+    if any(kind != "full_attention" for kind in kinds):
+        problems.append(f"layer_types: {kinds!r} is not supported, expected full_attention for every layer")
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        problems.append(f"hidden_act: {activation!r} is not supported, expected 'silu'")
+    for key in ("quantization_config", "compression_config"):
+        if raw.get(key):
+            method = raw[key].get("quant_method") if isinstance(raw[key], dict) else raw[key]
+            problems.append(
+                f"{key}: weights quantized with {method or 'an unnamed method'} cannot be trained: a cast would take "
+                "their codes for numbers; use the model's original weights, or write dequantized ones and remove the "
+                "key"
+            )
+    return problems
+
+
+def _rope(raw: dict[str, Any], problems: list[str]) -> tuple[float, str]:
+    """Base and kind of scaling: `rope_parameters` holds both in transformers 5, `rope_theta` and
+    `rope_scaling` do before. Where a file has several, transformers' order counts."""
+    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    parameters = raw.get(name) or {}
+    if not isinstance(parameters, dict):
+        problems.append(f"{name}: expected an object, got {parameters!r}")
+        return _ROPE_THETA, "default"
+    source = parameters if "rope_theta" in parameters else raw
+    theta = _number(source, "rope_theta", problems, default=_ROPE_THETA)
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if str(kind) not in _ROPE_NUMBERS:
+        problems.append(f"rope_type: {kind!r} is not supported, expected {', '.join(_ROPE_NUMBERS)}")
+    for key in _ROPE_NUMBERS.get(str(kind), ()):
+        _number(parameters, key, problems, inside=f"{name}, rope_type {kind}: ")
+    partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        problems.append(f"partial_rotary_factor: {partial!r} is not supported, expected 1")
+    return theta, str(kind)

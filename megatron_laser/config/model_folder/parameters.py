@@ -1,0 +1,144 @@
+"""Exact parameter counts of an architecture, whole and per rank, and the bytes that training holds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_laser.config.model_folder.architecture import Architecture
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Sizes of the parallel dimensions; `data` is what the others leave of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    data: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all; virtual stages share a rank."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+
+@dataclass(frozen=True, slots=True)
+class RankBytes:
+    """Bytes that the biggest pipeline stage holds on each rank, without activations."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    reference_model: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.reference_model
+
+
+def padded_vocab_size(vocab_size: int, tensor: int, multiple: int) -> int:
+    """Rows of the padded vocabulary: each of `tensor` shards is a multiple of `multiple`."""
+    unit = tensor * multiple
+    return -(-vocab_size // unit) * unit
+
+
+def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model's Hugging Face folder, by name, in the order of an export; no padding.
+
+    `lm_head.weight` is one of them only where embeddings are not tied.
+    """
+    arch = architecture
+    table = (arch.vocab_size, arch.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table}
+    layer = _layer_shapes(arch)
+    for number in range(arch.num_layers):
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (arch.hidden_size,)
+    if not arch.tied_embeddings:
+        shapes[HEAD] = table
+    return shapes
+
+
+def _layer_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    hidden, ffn = arch.hidden_size, arch.intermediate_size
+    query, key = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+    for name, rows in (("q", query), ("k", key), ("v", key)):
+        shapes[f"self_attn.{name}_proj.weight"] = (rows, hidden)
+        if arch.qkv_bias:
+            shapes[f"self_attn.{name}_proj.bias"] = (rows,)
+    if arch.qk_norm:
+        shapes |= {f"self_attn.{name}_norm.weight": (arch.head_dim,) for name in "qk"}
+    return shapes | {
+        "self_attn.o_proj.weight": (hidden, query),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+    }
+
+
+def count_parameters(architecture: Architecture) -> int:
+    """Parameters of the whole model as transformers counts them: no padding, tied embeddings once."""
+    return sum(math.prod(shape) for shape in tensor_shapes(architecture).values())
+
+
+def stage_parameters(architecture: Architecture, layout: Layout, vocab_multiple: int) -> tuple[int, ...]:
+    """Parameters on each rank of every pipeline stage, padded vocabulary included.
+
+    Weight matrices and their biases are split over `tensor`; norms are on every rank. The first stage holds
+    the embedding, the last one the final norm and the head; tied weights are held by both where these are
+    two stages. Virtual stages move layers between ranks but keep their number.
+    """
+    arch = architecture
+    split, replicated = _layer(arch)
+    layers = arch.num_layers // layout.pipeline
+    shard = padded_vocab_size(arch.vocab_size, layout.tensor, vocab_multiple) // layout.tensor
+    table = shard * arch.hidden_size
+    stages = [layers * (split // layout.tensor + replicated)] * layout.pipeline
+    stages[0] += table
+    stages[-1] += arch.hidden_size
+    if layout.pipeline > 1 or not arch.tied_embeddings:
+        stages[-1] += table
+    return tuple(stages)
+
+
+def rank_bytes(
+    parameters: int,
+    dtype: str,
+    *,
+    shards: int,
+    reference_model: bool,
+) -> RankBytes:
+    """Bytes for `parameters` on one rank.
+
+    Args:
+        parameters: held by the rank.
+        dtype: float32 or bfloat16, of the weights. Gradients are accumulated in float32. AdamW keeps two
+            float32 moments, with bfloat16 weights also a float32 copy of them.
+        shards: ranks that share the optimizer state: data-parallel x context-parallel size with the
+            distributed optimizer, otherwise 1.
+        reference_model: whether a frozen copy of the weights is held too.
+    """
+    weights = parameters * DTYPE_BYTES[dtype]
+    state = parameters * (8 if dtype == "float32" else 12)
+    return RankBytes(
+        weights=weights,
+        gradients=parameters * 4,
+        optimizer=-(-state // shards),
+        reference_model=weights if reference_model else 0,
+    )
+
+
+def _layer(arch: Architecture) -> tuple[int, int]:
+    """Parameters of one layer: (those that tensor parallelism splits, those on every rank)."""
+    sizes = {name: math.prod(shape) for name, shape in _layer_shapes(arch).items()}
+    replicated = sum(size for name, size in sizes.items() if "norm" in name)
+    return sum(sizes.values()) - replicated, replicated

@@ -1,0 +1,303 @@
+"""What a training rank needs on its GPU, summed line by line from the configuration alone; whether it fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_laser.config.derived import gpu_pad_multiple, longest_sequence
+from megatron_laser.config.model_folder.architecture import Architecture
+from megatron_laser.config.model_folder.parameters import (
+    DTYPE_BYTES,
+    Layout,
+    RankBytes,
+    count_parameters,
+    padded_vocab_size,
+)
+from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.config.server_options import server_option
+from megatron_laser.errors import ConfigError
+
+MIB, GIB = 2**20, 2**30
+STATE, UPDATE, SAVE, SYNC, GENERATE = "state", "update", "save", "sync", "generate"
+
+# An H100 of 80 GB shows so much.
+GPU_MEMORY_GIB = 79.1
+CONTEXT_BYTES = 768 * MIB  # CUDA context with kernels, cuBLAS and cuDNN workspaces
+COMMUNICATOR_BYTES = 400 * MIB  # NCCL's channels and buffers, for each group of more than one rank
+SERVER_REST_BYTES = 2 * GIB  # a colocated server whose pools are released: context and graphs
+ALLOCATOR_SHARE = 0.05  # of what torch allocates, lost between blocks
+TILE_BYTES = 512 * MIB  # the log-prob op's tile of float32 logits (ops/settings.py)
+SAVE_CHUNK_BYTES = 64 * MIB  # checkpoint/staging.py
+STEP_BYTES_PER_TOKEN = 56  # ids, positions, labels, log-probs, weights of a step's micro-batches
+MEM_FRACTION_STATIC = 0.85  # of a colocated server, where its options do not say
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLine:
+    """One part: `phase` is "state" (always there) or when it exists; `settings` change it."""
+
+    name: str
+    bytes: int
+    phase: str
+    detail: str
+    settings: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySum:
+    """All lines of the fullest rank."""
+
+    lines: tuple[MemoryLine, ...]
+
+    def phase_bytes(self, phase: str) -> int:
+        """Sum of the lines of one phase."""
+        return sum(line.bytes for line in self.lines if line.phase == phase)
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase with the most memory."""
+        return max((UPDATE, SAVE, SYNC, GENERATE), key=self.phase_bytes)
+
+    @property
+    def total(self) -> int:
+        """Bytes at the fullest moment: the state and the largest phase, one at a time."""
+        return self.phase_bytes(STATE) + self.phase_bytes(self.peak_phase)
+
+    def check(self, gpu_bytes: float) -> None:
+        """Raises ConfigError when the total is more than `gpu_bytes`; names the largest lines and their settings."""
+        if self.total <= gpu_bytes:
+            return
+        there = [line for line in self.lines if line.phase in (STATE, self.peak_phase)]
+        largest = sorted(there, key=lambda line: -line.bytes)[:3]
+        raise ConfigError(
+            [
+                f"memory: a rank needs {gib(self.total)} ({self.peak_phase}) and the GPU has {gib(gpu_bytes)}. "
+                "Largest: "
+                + "; ".join(f"{line.name} {gib(line.bytes)} ({line.settings})" for line in largest)
+            ]
+        )
+
+
+def gib(count: float) -> str:
+    """Bytes in the unit that keeps three digits: GiB for models, MiB and KiB for toys."""
+    for unit, size in (("GiB", GIB), ("MiB", MIB)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count / 2**10:,.1f} KiB"
+
+
+def memory_sum(
+    config: RunConfig,
+    architecture: Architecture,
+    layout: Layout,
+    size: RankBytes,
+    micro_batches: int,
+    tokens_per_rank: int,
+    gpu_memory_gib: float = GPU_MEMORY_GIB,
+) -> MemorySum:
+    """The sum for one rank. Pure.
+
+    Args:
+        size: weights, gradients and optimizer state of the fullest rank.
+        micro_batches, tokens_per_rank: of one optimizer step on a data-parallel rank, at most.
+        gpu_memory_gib: what a colocated server's `mem_fraction_static` is a fraction of.
+    """
+    state = _state(config, layout, size)
+    lines = [
+        *state,
+        MemoryLine(
+            "CUDA context, cuBLAS, cuDNN", CONTEXT_BYTES, STATE, "an allowance", "none: a smaller model"
+        ),
+    ]
+    groups = sum(size > 1 for size in (layout.tensor, layout.pipeline, layout.data)) + (layout.world_size > 1)
+    if groups:
+        detail = f"{groups} groups of {COMMUNICATOR_BYTES // MIB} MiB, an allowance"
+        lines.append(MemoryLine("NCCL", groups * COMMUNICATOR_BYTES, STATE, detail, "NCCL_BUFFSIZE"))
+    lines += _update(config, architecture, layout, micro_batches, tokens_per_rank)
+    if config.optimizer.distributed and layout.data > 1:
+        lines.append(
+            MemoryLine(
+                "save: buffer", SAVE_CHUNK_BYTES, SAVE, "64 MiB of float32, gathered", "none: constant"
+            )
+        )
+    lines += _rollout(config, architecture, layout, state, gpu_memory_gib)
+    allocated = sum(line.bytes for line in lines if line.phase in (STATE, UPDATE)) - CONTEXT_BYTES
+    allocated -= groups * COMMUNICATOR_BYTES
+    lines.append(
+        MemoryLine(
+            "caching allocator",
+            int(ALLOCATOR_SHARE * allocated),
+            UPDATE,
+            f"{ALLOCATOR_SHARE:.0%} of what torch allocates, an allowance",
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+        )
+    )
+    return MemorySum(tuple(lines))
+
+
+def layer_activation_bytes(
+    architecture: Architecture, *, tokens: int, itemsize: int, tensor: int, sequence: bool, recompute: str
+) -> tuple[int, int]:
+    """(kept of each layer, made anew for one layer in the backward): the module's formula, for T = `tokens`."""
+    h, f = architecture.hidden_size, architecture.intermediate_size
+    q = architecture.num_attention_heads * architecture.head_dim
+    k = architecture.num_key_value_heads * architecture.head_dim
+    s = tensor if sequence else 1
+    unit = itemsize * tokens
+    whole = unit * 4 * h // s + unit * 3 * (q + k) // tensor + unit * 3 * f // tensor
+    mlp = unit * h // s + unit * 3 * f // tensor
+    kept = {"none": whole, "mlp": whole - mlp, "full": unit * h // s}[recompute]
+    return kept, whole - kept
+
+
+def _state(config: RunConfig, layout: Layout, size: RankBytes) -> list[MemoryLine]:
+    split = "parallel.tensor, parallel.pipeline"
+    sharded = (
+        f"sharded over {layout.data * layout.context}" if config.optimizer.distributed else "not sharded"
+    )
+    lines = [
+        MemoryLine("weights", size.weights, STATE, config.model.dtype, split),
+        MemoryLine("gradients", size.gradients, STATE, "float32", split),
+        MemoryLine(
+            "optimizer", size.optimizer, STATE, sharded, f"optimizer.distributed, more ranks, {split}"
+        ),
+    ]
+    if size.reference_model:
+        lines.append(
+            MemoryLine("reference model", size.reference_model, STATE, "frozen", "policy.kl_coefficient")
+        )
+    return lines
+
+
+def _update(
+    config: RunConfig, arch: Architecture, layout: Layout, micro_batches: int, tokens_per_rank: int
+) -> list[MemoryLine]:
+    pad = gpu_pad_multiple(config)
+    tokens = -(-min(config.batching.tokens_per_micro_batch, tokens_per_rank) // pad) * pad
+    itemsize = DTYPE_BYTES[config.model.dtype]
+    recompute, t = config.model.recompute, layout.tensor
+    kept, anew = layer_activation_bytes(
+        arch,
+        tokens=tokens,
+        itemsize=itemsize,
+        tensor=t,
+        sequence=config.parallel.sequence,
+        recompute=recompute,
+    )
+    p, v = layout.pipeline, layout.virtual_pipeline
+    layers = arch.num_layers // p
+    # Interleaving starts (p - 1) / v further micro-batches' worth of chunks (Narayanan et al. 2021, section 2.2).
+    flight = min(float(micro_batches), p if v == 1 else p + (p - 1) / v)
+    first = int(kept * layers * flight)
+    head = _head(config, arch, layout, tokens, itemsize)
+    last = kept * layers + sum(line.bytes for line in head)
+    if p > 1 and first >= last:
+        head, stage = [], "the first stage"
+    else:
+        first, flight, stage = (first, flight, "") if p == 1 else (kept * layers, 1.0, "the last stage")
+    transient = itemsize * tokens * (2 * arch.hidden_size + 3 * arch.intermediate_size // t) + anew
+    budget = "model.recompute, batching.tokens_per_micro_batch, parallel.sequence"
+    each = f"{layers} layers x {gib(kept)}" + (f" x {flight:g} in flight" if flight > 1 else "")
+    return [
+        MemoryLine(
+            "activations",
+            first,
+            UPDATE,
+            f"{each}, recompute {recompute}, {tokens:,} tokens" + (f", {stage}" if stage else ""),
+            budget,
+        ),
+        MemoryLine("one layer's backward", transient, UPDATE, "gathered inputs, gradients", budget),
+        *head,
+        MemoryLine(
+            "the step's micro-batches",
+            STEP_BYTES_PER_TOKEN * tokens_per_rank,
+            UPDATE,
+            f"at most {tokens_per_rank:,} tokens",
+            "rollout.prompts_per_step, policy.minibatches",
+        ),
+    ]
+
+
+def _head(
+    config: RunConfig, arch: Architecture, layout: Layout, tokens: int, itemsize: int
+) -> list[MemoryLine]:
+    shard = padded_vocab_size(arch.vocab_size, layout.tensor, config.model.vocab_multiple) // layout.tensor
+    tile = min(TILE_BYTES, 4 * tokens * shard)
+    hidden = arch.hidden_size * tokens
+    lines = [
+        MemoryLine(
+            "log-prob head",
+            2 * itemsize * hidden + 4 * hidden + tile + tile * itemsize // 4,
+            UPDATE,
+            "input twice, dX in float32, a tile of logits and its gradient",
+            "batching.tokens_per_micro_batch",
+        )
+    ]
+    kept = min(round(config.model.keep_logits_gib * GIB), 2 * tokens * shard)
+    if kept:
+        lines.append(MemoryLine("kept probabilities", kept, UPDATE, "bfloat16", "model.keep_logits_gib"))
+    return lines
+
+
+def _rollout(
+    config: RunConfig, arch: Architecture, layout: Layout, state: list[MemoryLine], gpu_memory_gib: float
+) -> list[MemoryLine]:
+    rollout, itemsize = config.rollout, DTYPE_BYTES[config.model.dtype]
+    if rollout.engine == "in_process":
+        # Keys and values of every sequence at its longest; the copy of the model has no tensor parallelism.
+        width = arch.num_key_value_heads * arch.head_dim
+        cache = 2 * arch.num_layers * width * itemsize * rollout.max_batch_size * longest_sequence(config)
+        detail = f"keys and values of {rollout.max_batch_size} sequences, on rank 0"
+        copy = count_parameters(arch) * itemsize
+        return [
+            MemoryLine("in-process engine: model", copy, STATE, "a whole copy, on rank 0", "rollout.engine"),
+            MemoryLine("in-process engine: cache", cache, GENERATE, detail, "rollout.max_batch_size"),
+        ]
+    lines = []
+    bucket = rollout.sync_bucket_mib * MIB
+    table = itemsize * padded_vocab_size(arch.vocab_size, layout.tensor, config.model.vocab_multiple)
+    largest = table * arch.hidden_size
+    if rollout.weight_sync != "disk":
+        lines.append(
+            MemoryLine("sync: buckets", 2 * bucket, SYNC, "two, on rank 0", "rollout.sync_bucket_mib")
+        )
+    detail = "shards and the whole of the largest, on rank 0"
+    gathered = 2 * largest if layout.tensor > 1 else 0
+    lines.append(MemoryLine("sync: gathered parameter", gathered, SYNC, detail, "none: the vocabulary"))
+    if rollout.weight_sync == "colocated":
+        lines.append(
+            MemoryLine(
+                "colocated server", SERVER_REST_BYTES, STATE, "its pools released", "rollout.weight_sync"
+            )
+        )
+        lines += _turns(config, arch, state, gpu_memory_gib)
+    return lines
+
+
+def _turns(
+    config: RunConfig, arch: Architecture, state: list[MemoryLine], gpu_memory_gib: float
+) -> list[MemoryLine]:
+    """What colocated servers hold while the trainer's state is in host memory, in excess of that state."""
+    sglang = config.rollout.sglang
+    given = server_option(sglang.options, "mem_fraction_static", None)
+    fraction = MEM_FRACTION_STATIC if given is None else float(given)
+    pools = int(fraction * gpu_memory_gib * GIB)
+    weights = count_parameters(arch) * DTYPE_BYTES[config.model.dtype] // sglang.tensor
+    away = sum(line.bytes for line in state)
+    kept = state[0].bytes  # a sync needs the trainer's weights
+    return [
+        MemoryLine(
+            "colocated server's pools",
+            max(0, pools - away),
+            GENERATE,
+            f"{gib(pools)} less the trainer's state, which is away",
+            "rollout.sglang.options.mem_fraction_static",
+        ),
+        MemoryLine(
+            "colocated server's weights",
+            max(0, weights - (away - kept)),
+            SYNC,
+            f"{gib(weights)} less gradients and optimizer, which are away",
+            "rollout.sglang.tensor",
+        ),
+    ]

@@ -1,0 +1,255 @@
+"""The resolved run on a given number of ranks: what a dry run shows, from config.json and the YAML alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_laser.config.checks.rollout import colocated_gpus
+from megatron_laser.config.checks.structure import check_layout, check_structure
+from megatron_laser.config.derived import (
+    longest_sequence,
+    mixing_first_step,
+    needs_reference_model,
+    old_policy_pass,
+    optimizer_steps,
+    reference_model_reasons,
+    self_reward_first_step,
+)
+from megatron_laser.config.model_folder.architecture import Architecture, read_architecture
+from megatron_laser.config.model_folder.parameters import (
+    Layout,
+    RankBytes,
+    count_parameters,
+    padded_vocab_size,
+    rank_bytes,
+    stage_parameters,
+)
+from megatron_laser.config.model_folder.safetensors_files import has_weight_files
+from megatron_laser.config.model_folder.score_token import ScoreToken
+from megatron_laser.config.model_folder.special_tokens import resolve_score, resolve_stops
+from megatron_laser.config.model_folder.weight_files import check_model_folder
+from megatron_laser.config.plan.memory import GPU_MEMORY_GIB, MemorySum, memory_sum
+from megatron_laser.config.plan.rollout import rollout_features
+from megatron_laser.config.schema.root import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """Batch arithmetic of one training step. Upper bounds assume that every sequence has the maximum length
+    and that sequences are spread evenly over the data-parallel ranks."""
+
+    prompts: int
+    samples_per_prompt: int
+    sequences: int  # of one rollout batch
+    optimizer_steps: int  # per rollout batch
+    sequences_per_optimizer_step: int
+    sequences_per_rank: int  # per optimizer step, on the fullest data-parallel rank
+    tokens_per_rank: int  # upper bound, per optimizer step
+    micro_batches_per_rank: int  # upper bound, per optimizer step
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One part of the algorithm: whether this run uses it, and from when or why (not)."""
+
+    name: str
+    on: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that follows from a configuration before a model is built."""
+
+    config: RunConfig
+    architecture: Architecture
+    layout: Layout
+    batch: BatchPlan
+    parameters: int
+    padded_vocab_size: int
+    stage_parameters: tuple[int, ...]  # per rank of each pipeline stage
+    bytes_per_rank: RankBytes  # of the biggest stage
+    memory: MemorySum  # of the fullest rank, with activations and all else
+    gpu_memory_gib: float
+    features: tuple[Feature, ...]
+    score_token: ScoreToken | None  # None while LaSeR is off
+
+
+def resolve_plan(
+    config: RunConfig, world_size: int | None = None, gpu_memory_gib: float = GPU_MEMORY_GIB
+) -> Plan:
+    """Checks `config` against the model folder and `world_size` ranks and works out what will run.
+
+    Needs only config.json in the folder; tokenizer files and the headers of weight files are read where they are.
+
+    Args:
+        config: the run.
+        world_size: ranks; None: the fewest that hold one copy of the model, or as many as colocated servers have GPUs.
+        gpu_memory_gib: of one GPU; `plan.memory.check` compares, this function does not.
+
+    Raises:
+        ConfigError: no such model, an impossible layout, or a score token that cannot be one.
+        ModelFolderError: the folder's weights are not those of its config.json, or cannot be used.
+    """
+    check_structure(config)
+    architecture = read_architecture(config.model.path)
+    if has_weight_files(config.model.path):
+        check_model_folder(config.model.path)
+    if world_size is None:
+        parallel = config.parallel
+        world_size = colocated_gpus(config.rollout) or parallel.tensor * parallel.pipeline * parallel.context
+    check_layout(config, architecture, world_size)
+    layout = _layout(config, world_size)
+    stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
+    size = _rank_bytes(config, layout, stages)
+    batch = _batch(config, layout)
+    return Plan(
+        config=config,
+        architecture=architecture,
+        layout=layout,
+        batch=batch,
+        parameters=count_parameters(architecture),
+        padded_vocab_size=padded_vocab_size(
+            architecture.vocab_size, layout.tensor, config.model.vocab_multiple
+        ),
+        stage_parameters=stages,
+        bytes_per_rank=size,
+        memory=_memory(config, architecture, layout, size, batch, gpu_memory_gib),
+        gpu_memory_gib=gpu_memory_gib,
+        features=_features(config),
+        score_token=_score_token(config, architecture),
+    )
+
+
+def resolve_memory(config: RunConfig, world_size: int, gpu_memory_gib: float) -> MemorySum:
+    """`resolve_plan(...).memory` alone, for a configuration that has passed its checks; reads only config.json."""
+    architecture = read_architecture(config.model.path)
+    layout = _layout(config, world_size)
+    stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
+    size, batch = _rank_bytes(config, layout, stages), _batch(config, layout)
+    return _memory(config, architecture, layout, size, batch, gpu_memory_gib)
+
+
+def _layout(config: RunConfig, world_size: int) -> Layout:
+    parallel = config.parallel
+    return Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        context=parallel.context,
+        data=world_size // (parallel.tensor * parallel.pipeline * parallel.context),
+    )
+
+
+def _rank_bytes(config: RunConfig, layout: Layout, stages: tuple[int, ...]) -> RankBytes:
+    return rank_bytes(
+        max(stages),
+        config.model.dtype,
+        shards=layout.data * layout.context if config.optimizer.distributed else 1,
+        reference_model=needs_reference_model(config),
+    )
+
+
+def _memory(
+    config: RunConfig,
+    architecture: Architecture,
+    layout: Layout,
+    size: RankBytes,
+    batch: BatchPlan,
+    gpu_memory_gib: float,
+) -> MemorySum:
+    return memory_sum(
+        config,
+        architecture,
+        layout,
+        size,
+        batch.micro_batches_per_rank,
+        batch.tokens_per_rank,
+        gpu_memory_gib,
+    )
+
+
+def _batch(config: RunConfig, layout: Layout) -> BatchPlan:
+    rollout, policy = config.rollout, config.policy
+    sequences = rollout.prompts_per_step * rollout.samples_per_prompt
+    per_step = sequences // policy.minibatches
+    per_rank = -(-per_step // layout.data)
+    longest = longest_sequence(config)
+    return BatchPlan(
+        prompts=rollout.prompts_per_step,
+        samples_per_prompt=rollout.samples_per_prompt,
+        sequences=sequences,
+        optimizer_steps=policy.minibatches * policy.epochs,
+        sequences_per_optimizer_step=per_step,
+        sequences_per_rank=per_rank,
+        tokens_per_rank=per_rank * longest,
+        micro_batches_per_rank=-(-per_rank // (config.batching.tokens_per_micro_batch // longest)),
+    )
+
+
+def _features(config: RunConfig) -> tuple[Feature, ...]:
+    laser, policy = config.laser, config.policy
+    reasons = reference_model_reasons(config)
+    passes = {
+        "full": "policy.old_logprobs is recompute: one no-grad pass before the update",
+        "score_rows": f"policy.old_logprobs is {policy.old_logprobs}, but laser.score_source trainer needs a "
+        "no-grad pass whose head runs on the EOS rows only",
+        "none": f"policy.old_logprobs is {policy.old_logprobs}"
+        + (" and the engine computes the scores" if laser.enabled else ""),
+    }
+    old_pass = old_policy_pass(config)
+    cap = policy.importance_cap
+    return (
+        *(Feature(*line) for line in rollout_features(config)),
+        _scheduled("self-reward loss", self_reward_first_step(config), config, f"alpha {laser.alpha:g}"),
+        _scheduled("self-reward advantages", mixing_first_step(config), config, f"tau {laser.tau:g}"),
+        Feature(
+            "KL loss", policy.kl_coefficient > 0, _coefficient(policy.kl_coefficient, policy.kl_estimator)
+        ),
+        Feature("entropy bonus", policy.entropy_coefficient > 0, _coefficient(policy.entropy_coefficient)),
+        Feature(
+            "reference model",
+            bool(reasons),
+            "loaded: " + "; ".join(reasons) if reasons else "not loaded: no KL and a constant reference",
+        ),
+        Feature("old-policy pass", old_pass != "none", passes[old_pass]),
+        Feature("importance correction", cap is not None, f"cap {cap:g}" if cap is not None else "no cap"),
+        Feature(
+            "evaluation",
+            config.evaluation.every > 0,
+            f"every {config.evaluation.every} steps" if config.evaluation.every else "evaluation.every is 0",
+        ),
+        Feature(
+            "final evaluation",
+            config.data.test is not None,
+            f"{config.evaluation.final_samples_per_prompt} responses per problem of data.test"
+            if config.data.test is not None
+            else "data.test is null",
+        ),
+        Feature(
+            "optimizer",
+            True,
+            f"{optimizer_steps(config)} steps, lr {config.optimizer.lr:g} {config.optimizer.schedule}"
+            + (", distributed" if config.optimizer.distributed else ""),
+        ),
+    )
+
+
+def _scheduled(name: str, first_step: int | None, config: RunConfig, weight: str) -> Feature:
+    if first_step is None:
+        return Feature(name, False, "laser.enabled is false" if not config.laser.enabled else weight)
+    if first_step > config.run.steps:
+        return Feature(
+            name, False, f"would start at step {first_step}, but run.steps is {config.run.steps}; {weight}"
+        )
+    return Feature(name, True, f"from step {first_step} of {config.run.steps}, {weight}")
+
+
+def _coefficient(value: float, kind: str = "") -> str:
+    return f"coefficient {value:g}" + (f", {kind}" if kind and value > 0 else "")
+
+
+def _score_token(config: RunConfig, architecture: Architecture) -> ScoreToken | None:
+    stops = resolve_stops(config, architecture, complete=False)
+    token = resolve_score(config, architecture, stops, complete=False)
+    return token if config.laser.enabled else None

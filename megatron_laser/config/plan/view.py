@@ -1,0 +1,97 @@
+"""A plan as rich tables."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_laser.config.plan.memory import GENERATE, SAVE, STATE, SYNC, UPDATE, gib
+from megatron_laser.config.plan.resolve import Plan
+
+
+def render_plan(plan: Plan) -> RenderableType:
+    """Layout, batch, memory and features, one table each."""
+    return Group(_model(plan), _batch(plan), _memory(plan), _features(plan))
+
+
+def _model(plan: Plan) -> Table:
+    table, arch, layout = _table(f"Run {plan.config.run.name}"), plan.architecture, plan.layout
+    parts = [
+        f"{layout.world_size} ranks",
+        f"tensor {layout.tensor}" + (" with sequence parallel" if plan.config.parallel.sequence else ""),
+        f"pipeline {layout.pipeline}",
+        f"virtual pipeline {layout.virtual_pipeline}",
+        f"context {layout.context}",
+        f"data {layout.data}",
+    ]
+    table.add_row("layout", ", ".join(parts))
+    table.add_row("model", escape(str(plan.config.model.path)))
+    table.add_row(
+        "architecture",
+        f"{arch.model_type}, {arch.num_layers} layers, hidden {arch.hidden_size}, MLP "
+        f"{arch.intermediate_size}, {arch.num_attention_heads} heads of {arch.head_dim}, "
+        f"{arch.num_key_value_heads} key/value heads, embeddings "
+        f"{'tied' if arch.tied_embeddings else 'untied'}",
+    )
+    table.add_row("vocabulary", f"{arch.vocab_size:,}, padded to {plan.padded_vocab_size:,}")
+    token = plan.score_token
+    if token is not None:
+        name = f"{token.text} (id {'unknown' if token.id is None else token.id})" if token.text else token.id
+        state = "verified" if token.verified else "unverified"
+        table.add_row("score token", escape(f"{name}, {state}" + (f": {token.note}" if token.note else "")))
+    return table
+
+
+def _batch(plan: Plan) -> Table:
+    table, batch = _table("Batch"), plan.batch
+    table.add_row(
+        "rollout",
+        f"{batch.prompts:,} prompts x {batch.samples_per_prompt} samples = {batch.sequences:,} sequences",
+    )
+    table.add_row(
+        "optimizer",
+        f"{batch.optimizer_steps} step{'s' if batch.optimizer_steps > 1 else ''} per rollout batch, "
+        f"{batch.sequences_per_optimizer_step:,} sequences each",
+    )
+    table.add_row("per data-parallel rank", f"{batch.sequences_per_rank:,} sequences per optimizer step")
+    longest = batch.tokens_per_rank // batch.sequences_per_rank
+    table.add_row(
+        f"at most, {longest:,} tokens each",
+        f"{batch.tokens_per_rank:,} tokens in {batch.micro_batches_per_rank:,} micro-batches of up to "
+        f"{plan.config.batching.tokens_per_micro_batch:,}",
+    )
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    memory = plan.memory
+    table = Table(title="Memory of the fullest rank", title_justify="left", show_header=False)
+    stages = sorted(set(plan.stage_parameters))
+    share = " to ".join(f"{count:,}" for count in dict.fromkeys((stages[0], stages[-1])))
+    table.add_row("parameters", "", f"{plan.parameters:,}; per rank {share}")
+    for line in memory.lines:
+        if line.bytes:
+            when = "" if line.phase == STATE else f"{line.phase}: "
+            table.add_row(line.name, gib(line.bytes), escape(when + line.detail))
+    phases = [(phase, memory.phase_bytes(phase)) for phase in (UPDATE, SAVE, SYNC, GENERATE)]
+    table.add_row(
+        "sum",
+        gib(memory.total),
+        f"{gib(memory.phase_bytes(STATE))} always + the largest of "
+        + ", ".join(f"{phase} {gib(size)}" for phase, size in phases)
+        + f"; the GPU has {plan.gpu_memory_gib:g} GiB",
+    )
+    return table
+
+
+def _features(plan: Plan) -> Table:
+    table = Table(title="What runs", title_justify="left", show_header=False)
+    for feature in plan.features:
+        state = "[green]on[/green]" if feature.on else "off"
+        table.add_row(feature.name, state, escape(feature.detail))
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=escape(title), title_justify="left", show_header=False)

@@ -1,0 +1,123 @@
+"""Sections that say what goes in: the model, the data, the reward and the evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import field_validator
+
+from megatron_laser.config.schema.fields import (
+    Count,
+    CountOrZero,
+    FilePath,
+    FilePaths,
+    NonNegative,
+    OptionalFilePaths,
+    Positive,
+    Section,
+    Seed,
+    Text,
+    TopP,
+)
+
+
+class ModelConfig(Section):
+    """The policy's starting point and how it is held in memory."""
+
+    path: FilePath
+    """Hugging Face folder with config.json, *.safetensors and the tokenizer. A name on the hub is not
+    accepted: download it first."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of weights and activations in training. With bfloat16 the optimizer keeps float32 copies."""
+    vocab_multiple: Count = 128
+    """Each tensor-parallel shard of the padded vocabulary has a multiple of this many rows."""
+    recompute: Literal["none", "mlp", "full"] = "none"
+    """Activation recomputation: `full` keeps only each layer's input and runs the layer again in the
+    backward pass (about a third more compute, much less memory); `mlp` runs only the MLP again (most of the memory
+    for less compute). The dry run shows whether `none` fits."""
+    layers: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """What layers are built from: `auto`, Transformer Engine on CUDA (an error where it is missing or does not
+    import) and torch on a CPU; `torch`, Megatron's own layers with torch's attention and norms, for a GPU without
+    Transformer Engine (slower); `transformer_engine`, or an error. float32 takes torch's attention in either
+    case; Transformer Engine's products round float32 inputs to TF32, torch's do not."""
+    attention: Literal["auto", "flash", "fused"] = "auto"
+    """Attention kernel of Transformer Engine: `auto`, its own choice for each shape; `flash`, flash-attn only
+    (package `flash-attn`); `fused`, cuDNN only. Replaces NVTE_FLASH_ATTN, NVTE_FUSED_ATTN and NVTE_UNFUSED_ATTN,
+    which must not be set to anything else."""
+    keep_logits_gib: NonNegative = 0.0
+    """GPU memory that one micro-batch's log-prob call may use to keep probabilities (bfloat16) for its backward, which
+    then recomputes fewer logits: rows * vocabulary shard * 2 bytes keep all and save one of four products. They
+    are rounded to 0.4 %. 0: everything is recomputed."""
+
+
+class DataConfig(Section):
+    """Where the problems come from and how they become prompts."""
+
+    train: FilePaths
+    """Training problems: one .jsonl or .parquet file, or a list of them."""
+    validation: OptionalFilePaths = None
+    """Problems for the evaluation every `evaluation.every` steps; null: none."""
+    test: OptionalFilePaths = None
+    """Problems for the evaluation after the last step; null: none."""
+    prompt_key: Text = "problem"
+    """Column that holds the problem."""
+    answer_key: Text = "answer"
+    """Column that holds the reference answer. For `math_verify` the answer is taken out of worked solutions
+    (`#### 827`, a box), lists of one and numbers; a `reward.function` of your own gets text as it stands, the rest as
+    JSON."""
+    prompt_suffix: str = " Please reason step by step, and put your final answer within \\boxed{}."
+    """Appended to each problem, before the chat template."""
+    apply_chat_template: bool = True
+    """Send problem and suffix through the tokenizer's chat template as one user message; false: the plain
+    text is the prompt. A BOS that a problem brings along is not doubled."""
+    max_prompt_tokens: Count = 2048
+    """Longest prompt, in tokens. Longer ones are left out and counted."""
+    shuffle: bool = True
+    """Shuffle the training problems anew each epoch, from `run.seed`."""
+
+
+class RewardConfig(Section):
+    """The verifier that labels responses right (1) or wrong (0)."""
+
+    function: Text = "math_verify"
+    """A registered name, or `package.module:function`, or `path/to/file.py:function`. It returns a number from
+    0 (wrong) to 1 (right); an error or anything else is the outcome `crash`, and such a response is left out of the
+    step. It is tried before the run starts, and a step in which nothing could be graded stops the run."""
+    workers: Count = 2
+    """Grading processes."""
+    deadline: Positive = 5.0
+    """Seconds for one response; a worker that takes longer is killed and the outcome is `timeout`: the
+    response is left out of the step."""
+
+    @field_validator("function")
+    @classmethod
+    def _has_module_and_name(cls, value: str) -> str:
+        module, colon, function = value.rpartition(":")
+        if colon and not (module and function.isidentifier()):
+            raise ValueError(
+                "expected a registered name, 'package.module:function' or 'path/to/file.py:function'"
+            )
+        return value
+
+
+class EvaluationConfig(Section):
+    """Evaluation during the run (`data.validation`) and after it (`data.test`)."""
+
+    every: CountOrZero = 0
+    """Steps between evaluations on `data.validation`; 0: off."""
+    baseline: bool = True
+    """Also evaluate the initial model before the first step: the report then says what training changed."""
+    samples_per_prompt: Count = 1
+    """Responses per problem on `data.validation`."""
+    max_prompts: Count | None = None
+    """Use only the first so many problems of each split; null: all."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: TopP = 1.0
+    """Nucleus sampling, in (0, 1]."""
+    max_new_tokens: Count | None = None
+    """Longest response, in tokens; null: `rollout.max_new_tokens`."""
+    final_samples_per_prompt: Count = 8
+    """Responses per problem on `data.test` after the last step."""
+    seed: Seed = 1234
+    """Seed of evaluation sampling, apart from training's; servers take it as they take `run.seed`."""

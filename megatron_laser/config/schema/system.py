@@ -1,0 +1,123 @@
+"""Sections that say how and where it runs: parallel layout, batching, outputs and the run itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import model_validator
+
+from megatron_laser.config.schema.fields import (
+    Count,
+    CountOrZero,
+    FilePath,
+    Positive,
+    Section,
+    Seed,
+    Switch,
+    Text,
+)
+
+
+class ParallelConfig(Section):
+    """How many ranks share one copy of the model. The data-parallel size is what is left of the world."""
+
+    tensor: Count = 1
+    """Ranks that split each weight matrix; must divide the key/value heads."""
+    pipeline: Count = 1
+    """Stages that split the layers."""
+    virtual_pipeline: Count = 1
+    """Chunks of layers per stage (interleaved schedule); above 1 needs `pipeline` above 1."""
+    context: Count = 1
+    """Ranks that split each sequence. Only 1 for now."""
+    expert: Count = 1
+    """Ranks that split the experts of a mixture-of-experts model. Only 1 for now."""
+    sequence: bool = False
+    """Split activations between the tensor-parallel regions along the sequence; needs `tensor` above 1."""
+
+
+class BatchingConfig(Section):
+    """How sequences are packed into micro-batches."""
+
+    tokens_per_micro_batch: Count = 16384
+    """Token budget of a packed micro-batch on one rank; at least the longest sequence,
+    `data.max_prompt_tokens` + `rollout.max_new_tokens`."""
+    pad_multiple: Count | None = None
+    """Packed micro-batches are padded to a multiple of this many tokens, with a sequence of its own that has no
+    label, and may so be longer than the budget; no result depends on it. Few different lengths keep GPU memory in
+    one piece. null: 128 x `parallel.tensor` on CUDA; on a CPU 2 or what `parallel.sequence` needs."""
+
+
+class CheckpointConfig(Section):
+    """What is kept of the run."""
+
+    every: CountOrZero = 100
+    """Steps between checkpoints; the last step is saved too. 0: none, the run cannot be resumed."""
+    keep_last: Count = 2
+    """Newest checkpoints that are kept."""
+    keep_every: CountOrZero = 0
+    """Checkpoints at multiples of this step are kept for good; 0: none."""
+    asynchronous: bool = False
+    """Write in a background thread from a copy in host memory while training goes on."""
+    verify: bool = True
+    """Compare every file with its checksum before resuming."""
+    deadline: Positive = 3600.0
+    """Seconds that a rank waits for another while a checkpoint is written or read: the slowest rank's files and
+    checksums. Apart from `run.deadline`, which need not be raised for a slow file system."""
+    folder: FilePath | None = None
+    """Where this run's checkpoints lie, and no other run's; null: `output_dir`/checkpoints."""
+    export_hf: bool = True
+    """Write a Hugging Face folder to `output_dir`/hf at the end of the run."""
+
+
+class LoggingConfig(Section):
+    """What is shown and written while the run goes on. metrics.jsonl is always written."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events to `output_dir`/tensorboard."""
+    wandb: bool = False
+    """Send metrics to Weights & Biases (package `wandb`); without an API key they are recorded offline in
+    `output_dir`/wandb for `wandb sync`."""
+    wandb_project: Text | None = None
+    """The wandb project; null: megatron_laser."""
+    live: Annotated[Literal["auto", "on", "off"], Switch] = "auto"
+    """Live terminal view on rank 0; `auto`: only on a terminal, else one plain line a step."""
+    rollouts_every: CountOrZero = 0
+    """Steps between dumps of all responses to `output_dir`/rollouts; 0: off."""
+    straggler_every: CountOrZero = 50
+    """Steps between comparisons of the ranks' seconds per phase; a line is printed when one is slow. 0: off."""
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Level of the log."""
+
+
+class RunSettings(Section):
+    """The run: its length, its seed, its folder and how long anybody waits."""
+
+    name: str = ""
+    """Name in logs and reports; null: the name of `output_dir`."""
+    steps: Count
+    """Training steps; one step is one rollout batch."""
+    seed: Seed = 1
+    """Seed of data order, of what the in-process engine samples and of random states. Servers sample by it only with
+    `rollout.sglang.deterministic`."""
+    output_dir: FilePath
+    """Folder for everything that the run writes."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: the same command continues the run in `output_dir` from its newest checkpoint; `never`: a folder
+    that already holds a run is refused."""
+    deadline: Positive = 900.0
+    """Seconds that a rank waits for another, outside a rollout, before it stops with an error. Longer than
+    `rollout.sync_deadline`, for which all ranks wait."""
+    start_grace: Positive = 120.0
+    """Seconds that a process waits for all others to start and meet; from then on `deadline` holds, for the first
+    use of each communicator too."""
+    max_bad_steps: Count = 3
+    """Steps in a row with a loss or gradient that is not finite, after which the run stops. Their updates are
+    skipped and their batches kept in `output_dir`/bad_steps for `megatron-laser replay`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_from_output_dir(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("name") and isinstance(data.get("output_dir"), str | Path):
+            return {**data, "name": Path(data["output_dir"]).name}
+        return data

@@ -1,0 +1,147 @@
+"""Sections that say what is optimized: LaSeR, the policy loss and the optimizer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from megatron_laser.config.schema.fields import (
+    AboveOne,
+    ClipLow,
+    Count,
+    CountOrZero,
+    DecayPair,
+    Fraction,
+    LogProb,
+    NonNegative,
+    NumberPair,
+    Positive,
+    ScoreTokenSetting,
+    Section,
+    Switch,
+)
+
+
+class LaserConfig(Section):
+    """Last-token self-rewarding (arXiv 2510.14943): score = beta * (zc_logprob - ref_logprob)."""
+
+    enabled: bool = True
+    """false: plain GRPO; no score is computed."""
+    score_token: ScoreTokenSetting = None
+    """The score token z_c, an unused special token, as a string or an id (Qwen2.5: `<|vision_start|>`).
+    Required when enabled."""
+    score_source: Literal["trainer", "server"] = "trainer"
+    """Who computes the old policy's zc_logprob for advantages and metrics: the `trainer` in its log-prob
+    pass, or the `server`, that is the rollout engine, as one more token behind each response."""
+    ref_logprob: LogProb | None = None
+    """c_ref: mean of log pi_ref(z_c | prompt, response, EOS) over responses of the initial model, in nats
+    (Qwen2.5: -23.0). Required when enabled, unless `reference: model`."""
+    beta: Positive = 0.1
+    """beta_v: one unit of score is 1/beta nats of zc_logprob."""
+    alpha: NonNegative = 0.1
+    """Weight of the self-reward loss in the total loss."""
+    tau: Fraction = 0.1
+    """Share of the self-reward advantage: A = (1 - tau) * verifier's + tau * self-reward's."""
+    std_threshold: NonNegative = 0.1
+    """A group whose scores (clamped to [0, 1]) have a standard deviation of at most this keeps the
+    verifier's advantages."""
+    reasoning_warmup_steps: CountOrZero = 200
+    """Steps of plain RL first; the self-reward loss starts at the step after them."""
+    self_reward_warmup_steps: CountOrZero = 200
+    """Further steps before self-reward advantages are mixed in."""
+    unscored: Literal["zero", "exclude"] = "zero"
+    """A response without a score counts as score 0 in its group (`zero`) or is left out of the group's
+    statistics and keeps the verifier's advantage (`exclude`)."""
+    max_unscored_steps: Count | None = 10
+    """So many steps in a row without a single response that ends by itself, and so has a score, stop the run with the
+    likely cause; all steps of a shorter run do, too. null: it goes on, and says so once."""
+    class_weights: bool = True
+    """Weight right and wrong responses so that both classes count half of the loss each."""
+    targets: NumberPair = (1.0, 0.0)
+    """beta * (zc_logprob - ref_logprob) that right and wrong responses are trained towards: [right, wrong]. Every
+    score that is used or shown is on their scale: 1 at the right one and 0 at the wrong one."""
+    loss: Literal["mse", "bce"] = "mse"
+    """`mse` on the score; `bce`, cross-entropy on z_c, is an ablation known to hurt."""
+    reference: Literal["constant", "model"] = "constant"
+    """What the score is measured from: the `constant` ref_logprob, or (ablation) each response's
+    zc_logprob under a frozen copy of the initial `model`, which must then be loaded."""
+    allow_partition_excess: bool = False
+    """Run although Z - 1 > 0.05, that is although the score of right responses asks for a probability of
+    z_c that disturbs the policy."""
+
+
+class PolicyConfig(Section):
+    """The policy-gradient part: advantages, importance ratios and the loss."""
+
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"
+    """Advantage estimator: `grpo`, (reward - group mean) / (group std + 1e-6); `dr_grpo`, reward - group
+    mean; `rloo`, reward - mean of the group's other responses; `reinforce_pp`, (reward - group mean)
+    normalised over the whole rollout batch, the only one for groups of one (then without a group mean)."""
+    normalize_std: bool = True
+    """`grpo` only: divide by the group's standard deviation; false is `dr_grpo`."""
+    old_logprobs: Literal["recompute", "on_policy", "rollout"] = "recompute"
+    """Old policy's log-probs in the ratio: `recompute`d by the trainer before the update; `on_policy`, the
+    current forward's, detached (one optimizer step per rollout batch); `rollout`, the engine's."""
+    clip_low: ClipLow = 0.2
+    """The ratio is clipped from below at 1 - clip_low."""
+    clip_high: Positive = 0.2
+    """The ratio is clipped from above at 1 + clip_high."""
+    dual_clip: AboveOne | None = None
+    """Bound, above 1, of the loss where the advantage is negative: at least dual_clip * advantage (dual-clip
+    PPO); null: off."""
+    importance_cap: Positive | None = None
+    """Weight tokens by min(pi_old_trainer / pi_rollout, cap), detached; null: off. Not with
+    `old_logprobs: rollout`, where that ratio is part of the loss already."""
+    importance_mask: NumberPair | None = None
+    """[low, high]: tokens whose pi_old_trainer / pi_rollout is outside take no part in the policy loss and are
+    counted (`importance_masked_fraction`); null: off. Not with `old_logprobs: rollout`."""
+    mismatch_abort: Positive | None = None
+    """Stop the run when a step's mean |trainer - engine| log-prob (`logprob_diff_mean`) is more than this many
+    nats: the engine then samples from another policy than the one that is trained; null: off."""
+    kl_coefficient: NonNegative = 0.0
+    """Weight of the KL to the initial model; above 0 a reference model is loaded."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token KL estimator (Schulman): k1 = -log r, k2 = (log r)^2 / 2, k3 = r - 1 - log r."""
+    entropy_coefficient: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+    loss_aggregation: Literal[
+        "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length"
+    ] = "token_mean"
+    """How token losses become one number: mean over all tokens; mean over responses of their token mean;
+    mean over responses of their token sum; or the sum over tokens / (responses * max_new_tokens), as in
+    Dr. GRPO."""
+    minibatches: Count = 1
+    """Optimizer steps per pass over a rollout batch; must divide `rollout.prompts_per_step`."""
+    epochs: Count = 1
+    """Passes over a rollout batch."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: NonNegative = 1e-6
+    """Peak learning rate."""
+    betas: DecayPair = (0.9, 0.999)
+    """Decay of the first and second moments, each in [0, 1)."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay."""
+    grad_clip: NonNegative = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to min_lr at the run's last optimizer step."""
+    warmup_steps: CountOrZero = 0
+    """Optimizer steps in which the learning rate rises linearly from 0."""
+    min_lr: NonNegative = 0.0
+    """Where a linear or cosine schedule ends."""
+    distributed: bool = False
+    """Shard optimizer state over the data-parallel ranks (Megatron's distributed optimizer)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters during the next forward pass; needs `distributed` and
+    `overlap_grad_reduce`."""
+    gradient_accumulation_fusion: Annotated[Literal["auto", "on", "off"], Switch] = "auto"
+    """Add weight gradients to their float32 sums inside the matrix product that makes them, unrounded: `auto`, on
+    CUDA where Transformer Engine or apex's extension is there; `on`, or an error; `off`, a gradient in
+    `model.dtype` first. The log-prob head always adds its own."""

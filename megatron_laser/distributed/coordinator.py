@@ -1,0 +1,211 @@
+"""Rank 0 works alone for a while (rollout, grading, evaluation); the others wait without an open collective.
+
+A collective that is entered minutes before its last member arrives either times out or hides a dead rank.
+So the others poll the rendezvous store: they see rank 0's heartbeat, its current phase, and its failure, and they
+stop with a message when the heartbeat stops. Phases with collectives are announced through `phase`: when one
+fails there, its error says what every rank was doing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_laser.distributed.heartbeat import Heartbeats
+
+T = TypeVar("T")
+
+_LONGEST_POLL = 0.5
+_DONE = b"done"
+_GO_ON = b"go on"
+_KEPT_KEYS = 16
+# Seconds that a failed rank 0 stays, with the store that it may host, for the others to hear of it.
+HEARD_WITHIN = 5.0
+
+
+class RankZeroFailed(RuntimeError):
+    """Raised on waiting ranks: rank 0 failed, and says itself with what."""
+
+
+class Coordinator:
+    """Runs phases on rank 0 while the other ranks wait; every wait has a deadline."""
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        *,
+        deadline: float,
+        detail: Callable[[], str] | None = None,
+    ) -> None:
+        """Args: detail: what part of a phase runs right now, for the table of ranks."""
+        self._store = store
+        self._rank = rank
+        self._world_size = world_size
+        self._stop_reason: str | None = None
+        self._deadline = deadline
+        self._count = 0
+        self._hearts: Heartbeats | None = None
+        if world_size > 1:
+            self._hearts = Heartbeats(store, rank, world_size, deadline=deadline, detail=detail)
+
+    def start_watchdog(self) -> None:
+        """End this process when another rank falls silent, even inside a collective that never returns."""
+        if self._hearts is not None:
+            self._hearts.watch()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """All ranks work together on `name`; an error of a collective gets the table of ranks as a note."""
+        if self._hearts is None:
+            yield
+            return
+        before = self._hearts.enter(name)
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, RankZeroFailed) and not getattr(error, "__notes__", None):
+                error.add_note(f"rank {self._rank}, phase {name!r}; {self._hearts.table()}")
+            raise
+        self._hearts.enter(before)
+
+    def lead(self, phase: str, work: Callable[[], T], *, deadline: float) -> T | None:
+        """Run `work` on rank 0 and return its result there; the other ranks wait and return None.
+
+        Args:
+            phase: names the work in error messages.
+            deadline: seconds that the others wait for the work as a whole.
+
+        Raises:
+            RuntimeError: on waiting ranks, when rank 0 failed (RankZeroFailed), fell silent for `run.deadline`
+                seconds, or took longer than `deadline`.
+        """
+        if self._hearts is None:
+            return work()
+        key = f"phase/{self._count}"
+        self._count += 1
+        if self._rank != 0:
+            before = self._hearts.enter(f"waiting for rank 0: {phase}")
+            self._wait_for(key, phase, deadline)
+            outcome = self._store.get(key)
+            if outcome != _DONE:
+                self._store.set(f"{key}/heard/{self._rank}", _DONE)
+                raise RankZeroFailed(
+                    f"rank {self._rank}, phase {phase!r}: rank 0 failed with {outcome.decode()}"
+                )
+            self._hearts.enter(before)
+            return None
+        before = self._hearts.enter(phase)
+        try:
+            result = work()
+        except BaseException as error:
+            self._store.set(key, f"{type(error).__name__}: {error}")
+            self._until_heard(key)
+            raise
+        self._store.set(key, _DONE)
+        if self._count > _KEPT_KEYS:
+            self._store.delete_key(f"phase/{self._count - 1 - _KEPT_KEYS}")
+        self._hearts.enter(before)
+        return result
+
+    def request_stop(self, reason: str) -> None:
+        """Note that this rank wants to stop; safe in a signal handler. See `agree_to_stop`."""
+        self._stop_reason = reason
+
+    def agree_to_stop(self, step: int) -> str | None:
+        """Whether all ranks stop after `step`: the reason, the same on every rank, or None to go on.
+
+        Call on every rank after every step. Rank 0 decides; every rank acknowledges a stop through the store
+        before anybody saves, so that no collective of the save waits for a rank that is gone.
+
+        Raises:
+            RuntimeError: not all ranks acknowledged within `run.deadline`; nothing was saved.
+        """
+        if self._hearts is None:
+            return self._stop_reason
+        before = self._hearts.enter(f"agreeing whether to stop after step {step}")
+        if self._stop_reason is not None:
+            self._store.set("stop_request", self._stop_reason)
+        key = f"stop_decision/{step}"
+        if self._rank == 0:
+            asked = self._store.check(["stop_request"])
+            self._store.set(key, self._store.get("stop_request") if asked else _GO_ON)
+            self._store.delete_key(f"stop_decision/{step - _KEPT_KEYS}")
+        else:
+            self._wait_for(key, "agreeing whether to stop", self._deadline)
+        decision = self._store.get(key)
+        if decision != _GO_ON:
+            self._acknowledge_stop(step)
+        self._hearts.enter(before)
+        return None if decision == _GO_ON else decision.decode()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others that this rank ends with `error`. The watchdog stays on until the process ends."""
+        if self._hearts is not None:
+            try:
+                self._hearts.fail(error)
+            except RuntimeError:
+                return  # the store is gone, and nobody is left to be told
+
+    def close(self) -> None:
+        """Leave the run: stop heartbeat and watchdog."""
+        if self._hearts is not None:
+            self._hearts.close()
+
+    def _until_heard(self, key: str) -> None:
+        """Until all others know of the failure, if they come soon: else all they learn is that the store is gone."""
+        keys = [f"{key}/heard/{rank}" for rank in range(1, self._world_size)]
+        until = time.monotonic() + min(HEARD_WITHIN, self._deadline)
+        with suppress(RuntimeError):  # of a store that is gone: there is nobody left to be told
+            while not self._store.check(keys) and time.monotonic() < until:
+                time.sleep(0.02)
+
+    def _acknowledge_stop(self, step: int) -> None:
+        self._store.set(f"stop_acknowledged/{self._rank}", _DONE)
+        started = time.monotonic()
+        for rank in range(self._world_size):
+            while not self._store.check([f"stop_acknowledged/{rank}"]):
+                if time.monotonic() - started > self._deadline:
+                    raise RuntimeError(
+                        f"rank {self._rank}: rank {rank} did not acknowledge the stop after step {step} within "
+                        f"run.deadline {self._deadline:g} s; nothing was saved, the last checkpoint is valid"
+                    )
+                time.sleep(0.01)
+
+    def _wait_for(self, key: str, phase: str, deadline: float) -> None:
+        """Until the key is set by rank 0, watching its heartbeat."""
+        assert self._hearts is not None
+        started = last_change = time.monotonic()
+        last = None
+        where = f"rank {self._rank}, phase {phase!r}: rank 0"
+        while True:
+            try:
+                if self._store.check([key]):
+                    return
+                beat = self._hearts.latest(0)
+            except dist.DistNetworkError as error:
+                raise RuntimeError(f"{where}, or the node that hosts its store, is gone: {error}") from error
+            now = time.monotonic()
+            if beat != last:
+                last, last_change = beat, now
+            if now - last_change > self._deadline:
+                doing = (
+                    "nothing was ever heard of it" if last is None else f"its last phase was {last.phase!r}"
+                )
+                raise RuntimeError(
+                    f"{where} gave no sign of life for {now - last_change:.0f} s (run.deadline is "
+                    f"{self._deadline:g} s); {doing}"
+                )
+            if now - started > deadline:
+                doing = "" if last is None else f" (it is at {last.where}, in phase {last.phase!r})"
+                raise RuntimeError(
+                    f"{where} is alive but did not finish within {deadline:g} s{doing}; raise the phase's "
+                    "deadline (rollout.deadline for generation) if it is legitimately that slow"
+                )
+            # Short phases are noticed at once; in long ones hundreds of ranks must not crowd the store.
+            time.sleep(min(_LONGEST_POLL, max(0.001, 0.02 * (now - started))))

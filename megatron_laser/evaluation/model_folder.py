@@ -1,0 +1,177 @@
+"""What test-time commands know of a model: tokenizer, what ends a response, and the score's constants."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_laser.config import (
+    ConfigError,
+    RunConfig,
+    load_config,
+    read_architecture,
+    read_stop_token_ids,
+    resolve_score_token,
+)
+from megatron_laser.data.end_of_response import check_end_of_response, end_sources
+from megatron_laser.data.tokenizer import load_tokenizer
+from megatron_laser.errors import TestTimeError
+
+logger = logging.getLogger(__name__)
+
+_EXPORT = "hf"
+_CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A Hugging Face folder and how its answers are scored.
+
+    Attributes:
+        path: weights and tokenizer.
+        vocab_size: ids that the model has. max_positions: tokens that it can read.
+        stop_token_ids: what ends a response; only such a response has a score.
+        score_token_id: z_c, None without a score. ref_logprob: c_ref in nats. beta: beta_v.
+        targets: what right and wrong responses were trained towards, the scale of the score.
+        from_run: settings that its training run decides, by the names of `config.Benchmark`.
+    """
+
+    path: Path
+    tokenizer: Any
+    vocab_size: int
+    max_positions: int
+    stop_token_ids: tuple[int, ...]
+    score_token_id: int | None
+    ref_logprob: float | None
+    beta: float
+    targets: tuple[float, float] = (1.0, 0.0)
+    from_run: dict[str, Any] = field(default_factory=dict)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Response ids without the stop token to text."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def require_score(self) -> tuple[int, float]:
+        """(score token id, ref_logprob).
+
+        Raises:
+            TestTimeError: one is not known.
+        """
+        if self.score_token_id is None or self.ref_logprob is None:
+            missing = "score token" if self.score_token_id is None else "reference log-prob"
+            raise TestTimeError(
+                f"{self.path}: no {missing} is known; give --score-token, --ref-logprob and --beta as in training, "
+                "or name the output folder of the training run (which has them in config.yaml). "
+                "`megatron-laser calibrate` measures them for a new model"
+            )
+        return self.score_token_id, self.ref_logprob
+
+
+def load_model_folder(
+    folder: str | Path,
+    *,
+    score_token: str | int | None = None,
+    ref_logprob: float | None = None,
+    beta: float | None = None,
+    targets: tuple[float, float] | None = None,
+    stop_token_ids: Sequence[int] = (),
+    with_score: bool = True,
+) -> ModelFolder:
+    """Read what is needed of a Hugging Face folder, or of a training run's output folder (its hf/ and config.yaml).
+
+    Args:
+        score_token, ref_logprob, beta, targets: in place of the run's `laser` section.
+        stop_token_ids: in place of the EOS ids of generation_config.json.
+        with_score: False: no score, whatever the run says.
+
+    Raises:
+        ConfigError: no model folder, or the score token is not in the tokenizer.
+        TestTimeError: the run has no export, or an id does not fit.
+    """
+    folder = Path(folder)
+    run = None
+    if (folder / _CONFIG).is_file() and not (folder / "config.json").is_file():
+        run = load_config(folder / _CONFIG)
+        if not (folder / _EXPORT / "config.json").is_file():
+            raise TestTimeError(
+                f"{folder} is a training run without {_EXPORT}/: it is not finished or has checkpoint.export_hf "
+                "false. Write a folder with `megatron-laser convert RUN/checkpoints/step_N FOLDER` and name that, "
+                "with --score-token, --ref-logprob and --beta"
+            )
+        folder = folder / _EXPORT
+    architecture = read_architecture(folder)
+    setting = tuple(stop_token_ids) or (run.rollout.stop_token_ids if run else None) or ()
+    stops = setting or read_stop_token_ids(folder)
+    if not stops:
+        raise TestTimeError(f"{folder} names no eos_token_id; give --stop-token-id")
+    token_id = None
+    if with_score:
+        if run is not None and run.laser.enabled:
+            score_token = run.laser.score_token if score_token is None else score_token
+            ref_logprob = run.laser.ref_logprob if ref_logprob is None else ref_logprob
+            targets = run.laser.targets if targets is None else targets
+        beta = run.laser.beta if beta is None and run is not None else beta
+        token_id = None if score_token is None else _score_token_id(folder, score_token)
+    for name, ids in (("stop token", stops), ("score token", () if token_id is None else (token_id,))):
+        for value in ids:
+            if not 0 <= value < architecture.vocab_size:
+                raise TestTimeError(
+                    f"{name} id {value} is not in the model's vocabulary; expected 0 to {architecture.vocab_size - 1}"
+                )
+    if token_id in stops:
+        raise TestTimeError(f"the score token (id {token_id}) also ends responses; expected an unused token")
+    if ref_logprob is not None and not ref_logprob < 0:
+        raise TestTimeError(f"--ref-logprob {ref_logprob:g}: expected a log-prob, below 0")
+    beta = 0.1 if beta is None else beta
+    if not beta > 0:
+        raise TestTimeError(f"--beta {beta:g}: expected a number above 0 (the paper: 0.1)")
+    tokenizer = load_tokenizer(folder, ["Is 12 + 35 = 47? \\boxed{1}"])
+    through_template = run is not None and run.data.apply_chat_template
+    ends = end_sources(
+        folder, tokenizer, setting=setting, template_used=through_template, name="--stop-token-id"
+    )
+    if (finding := check_end_of_response(ends, tokenizer)).level == "warning":
+        logger.warning("%s", finding.line)
+    return ModelFolder(
+        path=folder.absolute(),
+        tokenizer=tokenizer,
+        vocab_size=architecture.vocab_size,
+        max_positions=architecture.max_position_embeddings,
+        stop_token_ids=tuple(stops),
+        score_token_id=token_id,
+        ref_logprob=ref_logprob,
+        beta=beta,
+        targets=targets or (1.0, 0.0),
+        from_run=_from_run(run),
+    )
+
+
+def _score_token_id(folder: Path, setting: str | int) -> int:
+    if isinstance(setting, str) and setting.isdigit():
+        setting = int(setting)
+    token = resolve_score_token(folder, setting)
+    if token.id is None:
+        raise ConfigError([f"score token {setting!r}: {token.note}; give its id"], str(folder))
+    if token.note:
+        logger.warning("score token %r: %s", setting, token.note)
+    return token.id
+
+
+def _from_run(run: RunConfig | None) -> dict[str, Any]:
+    if run is None:
+        return {}
+    return {
+        "prompt_key": run.data.prompt_key,
+        "answer_key": run.data.answer_key,
+        "prompt_suffix": run.data.prompt_suffix,
+        "apply_chat_template": run.data.apply_chat_template,
+        "max_prompt_tokens": run.data.max_prompt_tokens,
+        "max_new_tokens": run.evaluation.max_new_tokens or run.rollout.max_new_tokens,
+        "temperature": run.evaluation.temperature,
+        "top_p": run.evaluation.top_p,
+        "seed": run.evaluation.seed,
+        "reward": run.reward.function,
+    }

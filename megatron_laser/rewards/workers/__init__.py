@@ -1,0 +1,1 @@
+"""Grading in processes that may hang, crash or be killed, each answer within its deadline."""

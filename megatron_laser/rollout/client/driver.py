@@ -1,0 +1,270 @@
+"""Generation and scoring over a fleet: bounded, retried where that is safe, each with a deadline.
+
+A generation may be repeated: nothing of it counts before its answer has arrived whole, and an answer that comes
+after its request was given up is dropped with its connection. So no response is lost and none is counted twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_laser.rollout.client.errors import ServerError, ServerFault
+from megatron_laser.rollout.client.event_loop import all_or_first_error, retried
+from megatron_laser.rollout.client.exchange import Exchange
+from megatron_laser.rollout.client.fleet import Fleet
+from megatron_laser.rollout.client.member import Member
+from megatron_laser.rollout.client.router import Router
+from megatron_laser.rollout.client.traffic import Traffic, Weights
+from megatron_laser.rollout.client.wire import (
+    generate_body,
+    joined,
+    parse_generate,
+    parse_score,
+    score_body,
+)
+from megatron_laser.rollout.engine import StopEarly, StoppedEarly
+from megatron_laser.types import Generation, SamplingParams
+
+# Seconds of one request: a queue in front of it, and every token of it, on a loaded server.
+_REQUEST_SECONDS = 120.0
+_TOKEN_SECONDS = 0.25
+
+
+@dataclass(eq=False)
+class _Job:
+    """One response that is being sampled. `partial`: what an earlier, aborted request had of it."""
+
+    prompt: int
+    sample: int
+    prompt_ids: Sequence[int]
+    partial: Generation | None
+    rid: str = ""
+    member: Member | None = None
+
+
+class Driver:
+    """Sends requests to the servers of `fleet`, through `router` where there is one."""
+
+    def __init__(
+        self, fleet: Fleet, *, vocab_size: int, max_concurrency: int, router: Router | None = None
+    ) -> None:
+        self._fleet = fleet
+        self._vocab_size = vocab_size
+        self._slots = asyncio.Semaphore(max_concurrency)
+        self._trouble = ""  # what a request was last repeated for
+        self.traffic = Traffic()
+        self._exchange = Exchange(fleet, self.traffic, router)
+
+    async def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        weights: Weights,
+        *,
+        ends: float,
+        on_finished: Callable[[int, int, Generation], None] | None,
+        resume: Mapping[tuple[int, int], Generation],
+        stop: StopEarly | None,
+    ) -> list[list[Generation | None]]:
+        """See `SglangEngine.generate`; `ends` by time.monotonic()."""
+        if (
+            sampling.seed is None
+        ):  # a server with deterministic inference would take the same one for every response
+            sampling = replace(sampling, seed=secrets.randbits(62))
+        samples = sampling.samples_per_prompt
+        results: list[list[Generation | None]] = [[None] * samples for _ in prompts]
+        jobs = []
+        for p, ids in enumerate(prompts):
+            for s in range(samples):
+                known = resume.get((p, s))
+                if known is not None and known.finish_reason != "abort":
+                    results[p][s] = known
+                else:
+                    results[p][s] = known
+                    jobs.append(_Job(p, s, ids, known))
+        homes: dict[int, Member] = {}
+        stopped = asyncio.Event()
+
+        async def run(job: _Job) -> None:
+            async with self._slots:
+                if stopped.is_set():
+                    return
+                generation = await self._generate_one(job, sampling, weights, homes, ends, stopped)
+            if generation is None:
+                return
+            results[job.prompt][job.sample] = generation
+            if generation.finish_reason != "abort" and on_finished is not None:
+                on_finished(job.prompt, job.sample, generation)
+
+        tasks = {asyncio.create_task(run(job)): job for job in jobs}
+        if stop is not None:
+            loop = asyncio.get_running_loop()
+            stop.on_set(lambda: loop.call_soon_threadsafe(stopped.set))
+        watcher = asyncio.create_task(self._abort_when(stopped, jobs))
+        try:
+            await all_or_first_error(tasks, ends, self._late("generation"))
+        finally:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+        return results
+
+    async def score(
+        self, sequences: Sequence[Sequence[int]], token_id: int, weights: Weights, *, ends: float
+    ) -> list[float]:
+        """See `SglangEngine.score`; `ends` by time.monotonic()."""
+        values = [0.0] * len(sequences)
+
+        async def run(index: int) -> None:
+            async with self._slots:
+                values[index] = await self._score_one(sequences[index], token_id, weights, None, ends)
+
+        tasks = {asyncio.create_task(run(i)): i for i in range(len(sequences))}
+        await all_or_first_error(tasks, ends, self._late("score"))
+        return values
+
+    async def _generate_one(
+        self,
+        job: _Job,
+        sampling: SamplingParams,
+        weights: Weights,
+        homes: dict[int, Member],
+        ends: float,
+        stopped: asyncio.Event,
+    ) -> Generation | None:
+        partial = job.partial
+        had = [] if partial is None else partial.response_ids
+        left = sampling.max_new_tokens - len(had)
+        input_ids = [*job.prompt_ids, *had]
+
+        async def attempt(failed: Member | None) -> Generation | None:
+            if stopped.is_set():
+                return partial
+            job.member = None
+            member = await self._fleet.pick("generation", homes.get(job.prompt), failed)
+            # The samples of a prompt go to one server: its prefix cache has the prompt after the first.
+            homes[job.prompt] = job.member = member
+            job.rid = uuid.uuid4().hex
+            place = (job.prompt, job.sample)
+            body = generate_body(input_ids, sampling, max_new_tokens=left, rid=job.rid, place=place)
+            seconds = min(ends - time.monotonic(), _REQUEST_SECONDS + _TOKEN_SECONDS * left)
+            started = time.monotonic()
+            try:
+                reply = await self._exchange.ask(
+                    member,
+                    body,
+                    lambda answer: parse_generate(
+                        answer, self._vocab_size, max_new_tokens=left, prompt_tokens=len(input_ids)
+                    ),
+                    weights=weights,
+                    seconds=seconds,
+                    phase="generation",
+                    direct=failed is not None,
+                )
+            finally:
+                job.rid = ""
+                self.traffic.generate_seconds += time.monotonic() - started
+            if reply.finish_reason == "abort" and not stopped.is_set():
+                raise ServerFault(member.url, "generation", "aborted, but not by this run")
+            self.traffic.prompt_tokens += reply.prompt_tokens
+            self.traffic.cached_tokens += reply.cached_tokens
+            return joined(partial, reply, weights.version, sampling)
+
+        generation = await self._retried(attempt, lambda: job.member)
+        token = sampling.score_token_id
+        if generation is not None and token is not None and generation.is_scored(sampling.stop_token_ids):
+            sequence = [*job.prompt_ids, *generation.response_ids]
+            generation.zc_logprob = await self._score_one(sequence, token, weights, job.member, ends)
+        return generation
+
+    async def _score_one(
+        self,
+        sequence: Sequence[int],
+        token_id: int,
+        weights: Weights,
+        preferred: Member | None,
+        ends: float,
+    ) -> float:
+        member: Member | None = None
+
+        async def attempt(failed: Member | None) -> float:
+            nonlocal member
+            member = await self._fleet.pick("score", preferred, failed)
+            body = score_body(sequence, token_id, rid=uuid.uuid4().hex)
+            started = time.monotonic()
+            try:
+                reply = await self._exchange.ask(
+                    member,
+                    body,
+                    lambda answer: parse_score(answer, token_id, prompt_tokens=len(sequence)),
+                    weights=weights,
+                    # Behind a full queue it waits as long as that takes: another server would have to read the whole
+                    # sequence again. One that hangs is found by its probes.
+                    seconds=ends - started,
+                    phase="score",
+                    direct=failed is not None,
+                    patient=True,
+                )
+            finally:
+                self.traffic.score_seconds += time.monotonic() - started
+            self.traffic.scores += 1
+            self.traffic.score_tokens += reply.prompt_tokens
+            self.traffic.score_cached_tokens += reply.cached_tokens
+            return reply.logprob
+
+        return await self._retried(attempt, lambda: member)
+
+    async def _retried(
+        self,
+        attempt: Callable[[Member | None], Awaitable[Any]],
+        last: Callable[[], Member | None],
+    ) -> Any:
+        """`attempt` until it succeeds; it is told the server that it failed on, which `last` names."""
+        failed: Member | None = None
+
+        async def next_attempt() -> Any:
+            nonlocal failed
+            try:
+                return await attempt(failed)
+            except ServerError:
+                failed = last()
+                raise
+
+        def note(error: BaseException) -> None:
+            self.traffic.retries += 1
+            self._trouble = str(error)
+
+        return await retried(next_attempt, note)
+
+    def _late(self, phase: str) -> Callable[[int, int], str]:
+        """What to say when time is up."""
+        self._trouble = ""
+
+        def message(waiting: int, all_of_them: int) -> str:
+            trouble = f"the last failed try: {self._trouble}; " if self._trouble else ""
+            return (
+                f"{phase}: {waiting} of {all_of_them} requests were not done in time; "
+                f"{trouble}{self._fleet.describe()}"
+            )
+
+        return message
+
+    async def _abort_when(self, stopped: asyncio.Event, jobs: Sequence[_Job]) -> None:
+        """Once `stopped` is set, ask the servers again and again to end what is open."""
+        await stopped.wait()
+        while True:
+            held = [(job.member, job.rid) for job in jobs if job.rid and job.member is not None]
+            await asyncio.gather(*(self._exchange.abort(member, rid) for member, rid in held))
+            await asyncio.sleep(0.5)
+
+
+def whole(generation: Generation | None) -> Generation:
+    """A finished response. Raises StoppedEarly for one that was not begun or was aborted."""
+    if generation is None or generation.finish_reason == "abort":
+        raise StoppedEarly("the servers were told to stop generating")
+    return generation

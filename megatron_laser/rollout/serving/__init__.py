@@ -1,6 +1,0 @@
-"""Starting SGLang servers as child processes and keeping them running; SGLang itself is never imported."""
-
-from megatron_laser.rollout.serving.local import ServeProcess
-from megatron_laser.rollout.serving.process import ServeError
-
-__all__ = ["ServeError", "ServeProcess"]

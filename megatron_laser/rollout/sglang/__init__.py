@@ -1,5 +1,0 @@
-"""SGLang servers as a rollout engine: client, fleet, health, generation and scoring."""
-
-from megatron_laser.rollout.sglang.engine import SglangEngine
-
-__all__ = ["SglangEngine"]

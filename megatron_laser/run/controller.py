@@ -1,0 +1,281 @@
+"""What only rank 0 has: prompts, engine, graders, and everything that a run writes down."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from megatron_laser.config import RunConfig, rollout_tries
+from megatron_laser.data import PromptCursor
+from megatron_laser.evaluation.in_training import RunEvaluation
+from megatron_laser.model import platform
+from megatron_laser.observability.rollout_metrics import rollout_metrics, scores_by_label
+from megatron_laser.observability.timers import Timers
+from megatron_laser.rewards import GradingPool
+from megatron_laser.rollout.ahead import RolloutAhead
+from megatron_laser.rollout.collector import RolloutCollector
+from megatron_laser.rollout.endings import watch_endings
+from megatron_laser.rollout.engine import StoppedEarly
+from megatron_laser.run.engines import await_servers, open_engine, with_servers
+from megatron_laser.run.inputs import RunInputs
+from megatron_laser.run.record import RunRecord
+from megatron_laser.trainer.trainer import StepResult
+from megatron_laser.types import RolloutBatch, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_AHEAD_SLACK = 30.0  # seconds
+_HISTOGRAM_STEPS = 10  # a histogram costs more than a scalar
+
+
+class Leader:
+    """Rank 0's side of the loop: collect a rollout, record a step, evaluate, finish."""
+
+    def __init__(
+        self, config: RunConfig, inputs: RunInputs, timers: Timers, *, resumed: dict[str, Any] | None = None
+    ) -> None:
+        """Start engine and graders; `resumed` is the checkpoint's state, whose cursor and step are taken over."""
+        self._config = config
+        self._inputs = inputs
+        self._timers = timers
+        self._folder = Path(config.run.output_dir)
+        self._started = time.monotonic()
+        self._batch: RolloutBatch | None = None
+        self._evaluated: dict[str, float] = {}
+        self._closing = ExitStack()
+        try:
+            self._open(resumed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, resumed: dict[str, Any] | None) -> None:
+        config, inputs = self._config, self._inputs
+        self._closing.callback(inputs.folder.release)
+        self._cursor = PromptCursor(
+            len(inputs.train), config.run.seed, config.data.shuffle, data_fingerprint=inputs.data_fingerprint
+        )
+        self.engine = open_engine(config)
+        self._close_later("rollout engine", self.engine.close)
+        self._grading = GradingPool(
+            workers=config.reward.workers, deadline=config.reward.deadline, function=config.reward.function
+        )
+        self._close_later("grading workers", self._grading.close)
+        rollout = config.rollout
+        engine_scores = config.laser.enabled and config.laser.score_source == "server"
+        self._collector = RolloutCollector(
+            self.engine,
+            self._grading,
+            inputs.train,
+            self._cursor,
+            sampling=SamplingParams(
+                samples_per_prompt=rollout.samples_per_prompt,
+                max_new_tokens=rollout.max_new_tokens,
+                stop_token_ids=inputs.stop_token_ids,
+                temperature=rollout.temperature,
+                top_p=rollout.top_p,
+                score_token_id=inputs.score_token_id if engine_scores else None,
+            ),
+            prompts_per_step=rollout.prompts_per_step,
+            tries=rollout_tries(config) if rollout.drop_uniform_groups else None,
+            fewest_groups=config.policy.minibatches,
+            decode=self._decode,
+            deadline=rollout.deadline,
+            seed=config.run.seed,
+            timers=self._timers,
+            oversample=rollout.oversample,
+            max_staleness=rollout.max_staleness,
+            ahead=rollout.ahead,
+            endings=watch_endings(config, inputs.stop_token_ids, inputs.tokenizer),
+        )
+        self._ahead = RolloutAhead(self._collector, inputs.train) if rollout.ahead else None
+        if self._ahead is not None:
+            self._close_later("rollout ahead", self._ahead.close)
+        if resumed is not None and resumed["run"] is not None:  # None: converted from a Hugging Face folder
+            self._load_state(resumed["run"])
+        last_step = -1 if resumed is None else int(resumed["step"])
+        self._last_step = max(0, last_step)
+        self._evaluation = RunEvaluation(
+            config,
+            {"validation": inputs.validation, "test": inputs.test},
+            self.engine,
+            self._grading,
+            self._timers,
+            tokenizer=inputs.tokenizer,
+            stop_token_ids=inputs.stop_token_ids,
+            score_token_id=inputs.score_token_id,
+            last_step=last_step,
+        )
+        self._record = RunRecord(config, inputs.folder, resumed)
+        self._close_later("metrics", self._record.close)
+
+    def _close_later(self, what: str, close: Callable[[], object]) -> None:
+        """What ends the run is not to be hidden by what fails while it ends."""
+
+        def closing() -> None:
+            try:
+                close()
+            except Exception as error:
+                logger.warning("closing the %s failed: %s: %s", what, type(error).__name__, error)
+
+        self._closing.callback(closing)
+
+    def collect(self, step: int) -> str:
+        """Get the graded groups of step `step` into `batch`.
+
+        Returns:
+            "" when they are there; `NEEDS_WEIGHTS` when the servers must be synced first, after which another call
+            goes on where this one was; else why the run has to stop.
+        """
+
+        def work() -> None:
+            source = self._collector if self._ahead is None else self._ahead
+            self._batch = source.collect(step)
+
+        return with_servers(f"rollout of step {step}", work)
+
+    def collect_ahead(self, step: int) -> None:
+        """With `rollout.ahead`: start on the rollout of `step` while another one is trained."""
+        if self._ahead is not None and step <= self._config.run.steps:
+            self._ahead.begin(step)
+
+    def finish_ahead(self) -> str:
+        """Wait until nothing is being generated, so that weights may change. Returns as `collect` does."""
+        ahead = self._ahead
+        if ahead is None:
+            return ""
+        # The collection ends at its own deadline, and says more about it.
+        patience = self._config.rollout.deadline + _AHEAD_SLACK
+        with self._timers("generate_ahead"):
+            return with_servers("waiting for the rollout ahead", lambda: ahead.wait(patience))
+
+    def await_servers(self) -> str:
+        """Wait for servers that can be given weights: "" or why the run has to stop."""
+        return with_servers("waiting for servers", lambda: await_servers(self._config, self.engine))
+
+    @property
+    def batch(self) -> RolloutBatch:
+        """What `collect` got last."""
+        assert self._batch is not None
+        return self._batch
+
+    def evaluate(self, step: int) -> str:
+        """Evaluate on the validation split; `record` writes what comes out. Returns as `collect` does."""
+
+        def work() -> None:
+            with self._evaluation.left_out_on_stop():
+                self._evaluated = self._evaluation.run("validation", step) | self._timers.collect()
+
+        return with_servers(f"evaluation after step {step}", work)
+
+    def evaluate_first(self) -> str:
+        """Before the first step of this start: evaluate the initial model, so that the report can say what training
+        changed, or make up for an evaluation that a stop left out. Returns as `collect` does."""
+        settings, step = self._config.evaluation, self._last_step
+
+        metrics: dict[str, float] = {}
+
+        def work() -> None:
+            with self._evaluation.left_out_on_stop():
+                found = self._evaluation.run("validation", step) if settings.every else {}
+                metrics.update(found | (self._evaluation.run("test", 0) if step == 0 else {}))
+
+        due = settings.baseline if step == 0 else evaluation_due(self._config, step)
+        if not due or (step > 0 and self._evaluation.is_done("validation", step)):
+            return ""
+        trouble = with_servers(f"evaluation of the weights of step {step}", work)
+        if trouble or not metrics:
+            return trouble
+        return self._record.write(step, metrics | self._timers.collect())
+
+    def record(self, step: int, result: StepResult, times: dict[str, float]) -> str:
+        """Write down one step. Returns "" or why the run has to stop, as `RunRecord.write`."""
+        batch = self.batch
+        metrics: dict[str, Any] = rollout_metrics(batch, result.zc_logprobs, result.scores)
+        metrics |= batch.metrics | result.metrics | times | platform.memory_gib()
+        tokens = sum(sample.length for sample in batch.samples())
+        metrics["tokens"] = tokens
+        metrics["time/tokens_per_second"] = tokens / max(times.get("time/total", 0.0), 1e-9)
+        metrics["epoch"] = self._cursor.progress
+        metrics |= self._evaluated
+        self._evaluated = {}
+        trouble = self._record.write(step, metrics)
+        if step % _HISTOGRAM_STEPS == 0:
+            self._record.histograms(step, scores_by_label(batch, result.scores))
+        self._record.dump(batch, result.scores, result.advantages)
+        return trouble
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of rank 0: cursor, groups that are begun, a batch that is ahead, whose run it is."""
+        state = self._collector.state() if self._ahead is None else self._ahead.state()
+        return state | self._record.state() | {"reward_code": self._grading.source_fingerprints()}
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self._grading.say_if_edited_since(state.get("reward_code", {}))
+        if self._ahead is None:
+            self._collector.load_state(state)
+        else:
+            self._ahead.load_state(state)
+
+    def stopped(self, step: int, reason: str) -> None:
+        """Say that the run stopped early and can be continued."""
+        self._record.stopped(step, reason)
+
+    def stop_evaluating(self, reason: str) -> None:
+        """End the evaluation that runs, and every later one, within seconds; safe in a signal handler."""
+        self._evaluation.stop(reason)
+
+    def finish(self, *, complete: bool) -> str:
+        """Evaluate the final weights on the test split and write the report. Returns as `collect` does.
+
+        Stopped in the evaluation, it says so: the same command goes on with what has been sampled.
+
+        Args: complete: nothing is left to do afterwards; the same command will say so and not start again.
+        """
+        steps = self._config.run.steps
+        metrics: dict[str, float] = {}
+
+        def work() -> None:
+            metrics.update(self._evaluation.run("test", steps, resumable=True))
+
+        try:
+            trouble = with_servers("final evaluation", work)
+        except StoppedEarly:
+            self.stopped(steps, self._evaluation.stop_reason)
+            return ""
+        if trouble:
+            return trouble
+        if metrics:
+            summary = ", ".join(
+                f"{name} {metrics[key]:.3f}" for name, key in _HEADLINES.items() if key in metrics
+            )
+            self._record.message(f"test split after step {steps}: {summary}")
+        trouble = self._record.finish(steps, complete=complete)
+        logger.info("finished in %.0f s", time.monotonic() - self._started)
+        return trouble
+
+    def close(self) -> None:
+        """Stop workers and close files; safe after a failure and safe to call twice."""
+        self._closing.close()
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._inputs.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+_HEADLINES = {
+    "accuracy": "test/accuracy",
+    "majority": "test/majority",
+    "weighted majority": "test/weighted_majority",
+    "self-reward F1": "test/self_reward_f1",
+    "AUROC": "test/self_reward_auroc",
+}
+
+
+def evaluation_due(config: RunConfig, step: int) -> bool:
+    """Whether the validation split is evaluated after `step`: every n steps, and after the last one."""
+    every = config.evaluation.every
+    return every > 0 and (step % every == 0 or step == config.run.steps)

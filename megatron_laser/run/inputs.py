@@ -1,0 +1,77 @@
+"""The user's files, read and checked on rank 0 before any model is built."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_laser.config import RunConfig
+from megatron_laser.data import fingerprint
+from megatron_laser.errors import Finding
+from megatron_laser.observability.extras import say
+from megatron_laser.run.output_folder import ClaimedFolder, claim_output_folder, move_aside
+from megatron_laser.run.preflight import Ledger, look
+from megatron_laser.run.preflight.ledger import one_line
+from megatron_laser.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """The user's files, read and checked before any model is built."""
+
+    tokenizer: Any
+    train: list[Prompt]
+    validation: list[Prompt] | None
+    test: list[Prompt] | None
+    score_token_id: int | None
+    stop_token_ids: tuple[int, ...]
+    data_fingerprint: str
+    folder: ClaimedFolder
+
+    def shared_arrays(self) -> dict[str, np.ndarray]:
+        """What the other ranks need of it; -1 stands for no score token."""
+        score = -1 if self.score_token_id is None else self.score_token_id
+        finished = np.array(self.folder.finished)
+        return {"score_token_id": np.array(score, dtype=np.int64), "finished": finished}
+
+
+def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
+    """Look at everything that the run starts from, as `megatron-laser check` does, and claim the output folder.
+
+    Warnings and notes are logged.
+
+    Args:
+        overwrite: move a run that is in the output folder aside, once nothing else stops this one.
+
+    Raises:
+        UserError: the first error, with the setting or the file and line that is wrong.
+    """
+    looked = look(config, Ledger(stop_at_errors=True, hear=_log), overwrite=overwrite)
+    model, prompts = looked.model, looked.data.prompts
+    assert model.special is not None  # errors have ended this by now
+    data_fingerprint = fingerprint(config.data.train, [config.data.prompt_key, config.data.answer_key])
+    if overwrite:
+        for moved in move_aside(config):
+            say(f"moved the existing {moved.what} to {moved.to}")
+    return RunInputs(
+        tokenizer=model.tokenizer,
+        train=prompts["train"],
+        validation=prompts.get("validation"),
+        test=prompts.get("test"),
+        score_token_id=model.special.score_token_id,
+        stop_token_ids=model.special.stop_token_ids,
+        data_fingerprint=data_fingerprint,
+        folder=claim_output_folder(config),
+    )
+
+
+def _log(finding: Finding) -> None:
+    if finding.level == "warning":
+        logger.warning("%s", one_line(finding))
+    elif finding.level == "note":
+        logger.info("%s", one_line(finding))

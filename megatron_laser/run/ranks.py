@@ -1,0 +1,95 @@
+"""How rank 0's word reaches the others in the training loop: it leads, it decides, it shares a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from megatron_laser.batching.flat import FlatBatch, flatten
+from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.distributed.coordinator import Coordinator
+from megatron_laser.distributed.runtime import Runtime
+from megatron_laser.distributed.transport import broadcast_arrays, broadcast_text
+from megatron_laser.errors import UserError
+from megatron_laser.run.controller import Leader
+from megatron_laser.run.engines import NEEDS_WEIGHTS
+from megatron_laser.types import RolloutBatch
+
+T = TypeVar("T")
+
+
+class RunEnded(UserError, RuntimeError):
+    """The run cannot go on. Everything up to its last complete step is saved; the same command continues."""
+
+
+class CannotGoOn(Exception):
+    """Raised on every rank at once, with rank 0's reason. step: the last one that is complete."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(reason)
+        self.step = step
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One rank's view of the others; `leader` is None on all ranks but 0."""
+
+    config: RunConfig
+    runtime: Runtime
+    coordinator: Coordinator
+    leader: Leader | None
+
+    def request_stop(self, reason: str) -> None:
+        """On a signal: stop after the current step; an evaluation does not have to end before that."""
+        self.coordinator.request_stop(reason)
+        if self.leader is not None:
+            self.leader.stop_evaluating(reason)
+
+    def lead(self, phase: str, work: Callable[[Leader], T]) -> T | None:
+        """Rank 0 works while the others wait on the store."""
+        return self.coordinator.lead(phase, lambda: work(only_on_main(self.leader)), deadline=self._patience)
+
+    def decide(self, phase: str, work: Callable[[Leader], str]) -> str:
+        """What rank 0's work says, on every rank."""
+        own = self.lead(phase, work)
+        with self.coordinator.phase(f"{phase}: telling the others"):
+            return broadcast_text(own, self.runtime)
+
+    def lead_on(self, phase: str, step: int, work: Callable[[Leader], str], sync: Callable[[], None]) -> None:
+        """Rank 0's work with the engine; `sync` runs on every rank in between when servers came back without weights.
+
+        Raises CannotGoOn(step) with what rank 0 says, if that is anything else.
+        """
+        while True:
+            word = self.decide(phase, work)
+            if word == NEEDS_WEIGHTS:
+                sync()
+            elif word:
+                raise CannotGoOn(step, word)
+            else:
+                return
+
+    def tell(self, word: str | None) -> str:
+        """Rank 0's `word` on every rank; `word` is ignored elsewhere, and None means "". Call inside a phase."""
+        return broadcast_text(word or "" if self.runtime.is_main else None, self.runtime)
+
+    def share(self, batch: Callable[[Leader], RolloutBatch]) -> FlatBatch:
+        """Rank 0's batch, flat, on every rank."""
+        arrays = None if self.leader is None else flatten(batch(self.leader)).to_arrays()
+        with self.coordinator.phase("sharing the batch"):
+            return FlatBatch.from_arrays(broadcast_arrays(arrays, self.runtime))
+
+    @property
+    def _patience(self) -> float:
+        """Seconds for rank 0's longest work: a rollout, and before it the wait for servers."""
+        rollout = self.config.rollout
+        return rollout.deadline + (rollout.servers_deadline if rollout.engine == "sglang" else 0.0)
+
+
+def only_on_main(value: T | None) -> T:
+    """What rank 0 has and the others do not."""
+    if value is None:
+        raise AssertionError("used on a rank other than 0")
+    return value

@@ -1,0 +1,134 @@
+"""Joining a run and leaving it: process groups, coordinator, watchdog and signals around everything else."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch.distributed as dist
+
+from megatron_laser.config import ConfigError
+from megatron_laser.config.plan.memory import GIB
+from megatron_laser.config.plan.resolve import resolve_memory
+from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.distributed import runtime as runtimes
+from megatron_laser.distributed.coordinator import Coordinator
+from megatron_laser.distributed.runtime import Runtime
+from megatron_laser.model import platform
+from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
+from megatron_laser.model.transformer_engine import backend_variable_problems, use_transformer_engine
+from megatron_laser.observability.timers import Timers
+
+
+@contextmanager
+def session(config: RunConfig, timers: Timers) -> Iterator[tuple[Runtime, Coordinator]]:
+    """Join the run on this rank; an error inside is told to the other ranks before it goes on.
+
+    Raises ConfigError, on every rank, when any rank's machine cannot run `config`.
+    """
+    runtime = runtimes.start(config)
+    coordinator = Coordinator(
+        runtime.store,
+        runtime.rank,
+        runtime.world_size,
+        deadline=config.run.deadline,
+        detail=lambda: "" if timers.current == "total" else timers.current,
+    )
+    coordinator.start_watchdog()
+    try:
+        with coordinator.phase("checking the machine"):
+            check_machine(config, runtime)
+        yield runtime, coordinator
+    except BaseException as error:
+        coordinator.fail(error)
+        if runtime.world_size == 1:  # else leaving the groups would wait for ranks that may be gone
+            runtimes.stop()
+        raise
+    coordinator.close()
+    runtimes.stop()
+
+
+_FLASH_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
+
+
+def check_machine(config: RunConfig, runtime: Runtime) -> None:
+    """Raise ConfigError, the same on every rank, if any rank's machine cannot run `config`. Call on every rank.
+
+    It looks at Transformer Engine, its attention backend and variables, gradient accumulation fusion, and the device's
+    memory against the dry run's sum.
+    """
+    own = machine_problems(config, runtime.world_size)
+    found: list[list[str]] = [own]
+    if runtime.world_size > 1:
+        found = [[] for _ in range(runtime.world_size)]
+        dist.all_gather_object(found, own, group=runtime.cpu_group)
+    # Ranks of equal machines say the same: the first one's rank is enough.
+    first: dict[str, int] = {}
+    for rank, problems in enumerate(found):
+        for problem in problems:
+            first.setdefault(problem, rank)
+    if first:
+        raise ConfigError([f"{problem} (rank {rank})" for problem, rank in first.items()])
+
+
+def machine_problems(config: RunConfig, world_size: int) -> list[str]:
+    """What is missing on this rank's machine; one line each, with the setting."""
+    model = config.model
+    problems = backend_variable_problems(model.attention)
+    try:
+        fused = use_transformer_engine(model.layers)
+        fuses_gradient_accumulation(config.optimizer.gradient_accumulation_fusion, transformer_engine=fused)
+    except ConfigError as error:
+        problems += error.problems
+    else:
+        if fused and model.attention == "flash" and not any(map(_installed, _FLASH_PACKAGES)):
+            problems.append(
+                f"model.attention: flash needs one of {', '.join(_FLASH_PACKAGES)}, and none is installed; "
+                "install one, or use auto or fused"
+            )
+    return problems + _memory_problems(config, world_size)
+
+
+def _memory_problems(config: RunConfig, world_size: int) -> list[str]:
+    available = platform.total_memory_bytes()
+    if available is None:
+        return []
+    try:
+        resolve_memory(config, world_size, available / GIB).check(available)
+    except ConfigError as error:
+        return [f"{problem} (this GPU: {platform.device_name()})" for problem in error.problems]
+    return []
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def stop_signals(request_stop: Callable[[str], None]) -> Iterator[None]:
+    """Call `request_stop(signal name)` on SIGTERM and SIGUSR1 inside the block; no-op outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        request_stop(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
