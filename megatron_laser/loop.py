@@ -1,6 +1,6 @@
 """The training loop: the whole system on one page.
 
-Every rank runs `train`. Rank 0 also has a `Leader`: prompts, engine, graders, metrics. One step is
+Every rank runs `train`. Rank 0 also has a `Controller`: prompts, engine, graders, metrics. One step is
 
     rollout   rank 0 generates and grades; the others wait on the store
     share     the finished batch goes to every rank as flat arrays
@@ -10,7 +10,7 @@ Every rank runs `train`. Rank 0 also has a `Leader`: prompts, engine, graders, m
     save      when due: weights, optimizer, cursor; published by one rename
 
 so generation for step n + 1 uses the weights of step n (strictly on-policy), or, with `rollout.ahead: 1`, those of
-step n - 1, and then overlaps with the training of step n. `turns`: who has the memory of GPUs that both sides share.
+step n - 1, and then overlaps with the training of step n. `colocation`: who has the memory of GPUs that both share.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from megatron_laser.distributed.transport import broadcast_arrays
 from megatron_laser.model import platform
 from megatron_laser.model.platform import trim_host_memory
 from megatron_laser.observability.timers import Timers
-from megatron_laser.run.colocation import Turn, Turns, open_turns
-from megatron_laser.run.controller import Leader, evaluation_due
+from megatron_laser.run.colocation import Colocation, Phase, open_colocation
+from megatron_laser.run.controller import Controller, evaluation_due
 from megatron_laser.run.engines import needs_first_sync
 from megatron_laser.run.export import export_hf
 from megatron_laser.run.inputs import read_inputs
-from megatron_laser.run.ranks import CannotGoOn, Ranks, RunEnded, only_on_main
+from megatron_laser.run.ranks import CannotGoOn, Ranks, RunEnded, on_rank_zero
 from megatron_laser.run.session import session, stop_signals
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
@@ -51,12 +51,12 @@ def train(config: RunConfig, *, overwrite: bool = False) -> Path:
 
 
 def _train(config: RunConfig, runtime: Runtime, coordinator: Coordinator, timers: Timers, anew: bool) -> None:
-    inputs = coordinator.lead(  # finds everything that can be wrong with the user's files
+    inputs = coordinator.run_on_rank_zero(  # finds everything that can be wrong with the user's files
         "reading inputs", lambda: read_inputs(config, overwrite=anew), deadline=config.run.deadline
     )
     with coordinator.phase("sharing the inputs"):
         shared = broadcast_arrays(None if inputs is None else inputs.shared_arrays(), runtime)
-    leader: Leader | None = None
+    controller: Controller | None = None
     try:
         if shared["finished"]:
             return
@@ -66,20 +66,20 @@ def _train(config: RunConfig, runtime: Runtime, coordinator: Coordinator, timers
             time_reductions(trainer.policy, timers)
             checkpoints = CheckpointManager(config, runtime, trainer.policy)
             resumed = checkpoints.resume() if config.run.resume == "auto" else None
-            turns = open_turns(config, runtime, trainer, timers)
-        leader = coordinator.lead(
+            colocation = open_colocation(config, runtime, trainer, timers)
+        controller = coordinator.run_on_rank_zero(
             "starting the rollout engine",
-            lambda: Leader(config, only_on_main(inputs), timers, resumed=resumed),
+            lambda: Controller(config, on_rank_zero(inputs), timers, resumed=resumed),
             deadline=config.run.deadline + 2 * config.rollout.sglang.start_deadline,
         )
         stragglers = Stragglers(runtime, config.logging.straggler_every)
-        ranks = Ranks(config, runtime, coordinator, leader)
-        run = _Run(config, ranks, trainer, checkpoints, timers, stragglers, turns)
+        ranks = Ranks(config, runtime, coordinator, controller)
+        run = _Run(config, ranks, trainer, checkpoints, timers, stragglers, colocation)
         with stop_signals(ranks.request_stop):
             run.run(first_step=1 if resumed is None else resumed["step"] + 1, resumed=resumed is not None)
     finally:
-        if leader is not None:
-            leader.close()
+        if controller is not None:
+            controller.close()
         elif inputs is not None:
             inputs.folder.release()
 
@@ -94,7 +94,7 @@ class _Run:
     checkpoints: CheckpointManager
     timers: Timers
     stragglers: Stragglers
-    turns: Turns
+    colocation: Colocation
 
     def run(self, first_step: int, *, resumed: bool) -> None:
         """All steps from `first_step`, or as many as until somebody asks to stop or the servers are lost."""
@@ -103,7 +103,7 @@ class _Run:
                 self._sync(first_step - 1)
             for step in range(first_step - 1, self.config.run.steps + 1):
                 if step < first_step:
-                    self._led("first evaluation", step, lambda leader: leader.evaluate_first())
+                    self._led("first evaluation", step, lambda controller: controller.evaluate_first())
                 else:
                     self.step(step)
                 if (reason := self.ranks.coordinator.agree_to_stop(step)) is not None:
@@ -122,16 +122,20 @@ class _Run:
         trim_host_memory(step)
         lost: CannotGoOn | None = None
         with self.timers("total"):
-            self._led(f"rollout of step {step}", step - 1, lambda leader: leader.collect(step))
-            flat = self.ranks.share(lambda leader: leader.batch)
-            if self.ranks.leader is not None:
-                self.ranks.leader.collect_ahead(step + 1)
-            self.turns.take(Turn.TRAIN, self.ranks)
+            self._led(f"rollout of step {step}", step - 1, lambda controller: controller.collect(step))
+            flat = self.ranks.share(lambda controller: controller.batch)
+            if self.ranks.controller is not None:
+                self.ranks.controller.collect_ahead(step + 1)
+            self.colocation.enter(Phase.TRAIN, self.ranks)
             with self.ranks.coordinator.phase(f"train step {step}"):
                 result = self.trainer.train_step(flat, step)
             try:
                 if self.config.rollout.ahead:
-                    self._led(f"rollout ahead of step {step + 1}", step, lambda leader: leader.finish_ahead())
+                    self._led(
+                        f"rollout ahead of step {step + 1}",
+                        step,
+                        lambda controller: controller.finish_ahead(),
+                    )
                 self._sync(step)
             except CannotGoOn as error:
                 lost = error  # the step itself is complete: it is recorded before the run stops
@@ -139,10 +143,10 @@ class _Run:
         self.stragglers.add(step, times)
         if lost is None and evaluation_due(self.config, step):
             try:
-                self._led(f"evaluation after step {step}", step, lambda leader: leader.evaluate(step))
+                self._led(f"evaluation after step {step}", step, lambda controller: controller.evaluate(step))
             except CannotGoOn as error:
                 lost = error
-        self._led(f"recording step {step}", step, lambda leader: leader.record(step, result, times))
+        self._led(f"recording step {step}", step, lambda controller: controller.record(step, result, times))
         if lost is not None:
             raise lost
 
@@ -151,17 +155,21 @@ class _Run:
         self._save(step)
         if not self._saved():
             raise CheckpointError(f"stopping after step {step} ({reason}): {self.checkpoints.trouble}")
-        self.ranks.lead("stopping", lambda leader: leader.stopped(step, reason))
+        self.ranks.run_on_controller("stopping", lambda controller: controller.stopped(step, reason))
 
     def finish(self) -> None:
         """Export the trained model, evaluate it on the test split, write the report."""
         saved, steps, trouble = self._saved(), self.config.run.steps, ""
         if self.config.checkpoint.export_hf:
-            with self.turns.during(Turn.SYNC, self.ranks), self.ranks.coordinator.phase("export"):
+            with self.colocation.during(Phase.SYNC, self.ranks), self.ranks.coordinator.phase("export"):
                 own = export_hf(self.config, self.trainer.weight_stream(), is_main=self.ranks.runtime.is_main)
-                trouble = self.ranks.tell(own)
+                trouble = self.ranks.broadcast_text(own)
         try:
-            self._led("final evaluation", steps, lambda leader: leader.finish(complete=saved and not trouble))
+            self._led(
+                "final evaluation",
+                steps,
+                lambda controller: controller.finish(complete=saved and not trouble),
+            )
         except CannotGoOn as error:
             trouble = trouble or error.reason
         if not saved:
@@ -169,28 +177,30 @@ class _Run:
         if trouble:
             raise RunEnded(f"all {steps} steps are done: {trouble}; the same command goes on here")
 
-    def _led(self, phase: str, step: int, work: Callable[[Leader], str]) -> None:
+    def _led(self, phase: str, step: int, work: Callable[[Controller], str]) -> None:
         """Rank 0 works with the engine, which holds the weights of `step` or is given them in between."""
-        self.ranks.lead_on(phase, step, work, lambda: self._sync(step))
+        self.ranks.run_with_engine(phase, step, work, lambda: self._sync(step))
 
     def _sync(self, version: int) -> None:
         """Give the engine the trained weights; again, to the servers that are left, when one dies on the way."""
         trouble = ""
         for _ in range(_SYNC_ATTEMPTS):
             if needs_first_sync(self.config):
-                self._led("waiting for servers", version, lambda leader: leader.await_servers())
-            self.turns.take(Turn.SYNC, self.ranks)
+                self._led("waiting for servers", version, lambda controller: controller.await_servers())
+            self.colocation.enter(Phase.SYNC, self.ranks)
             with self.timers("sync"), self.ranks.coordinator.phase(f"weight sync of step {version}"):
-                engine = None if self.ranks.leader is None else self.ranks.leader.engine
-                trouble = self.ranks.tell(sync_weights(self.trainer.weight_stream(), engine, version=version))
-            if not (trouble := trouble or self.turns.take(Turn.GENERATE, self.ranks)):
+                engine = None if self.ranks.controller is None else self.ranks.controller.engine
+                trouble = self.ranks.broadcast_text(
+                    sync_weights(self.trainer.weight_stream(), engine, version=version)
+                )
+            if not (trouble := trouble or self.colocation.enter(Phase.GENERATE, self.ranks)):
                 return
         raise CannotGoOn(version, f"{_SYNC_ATTEMPTS} weight syncs in a row failed: {trouble}")
 
     def _save(self, step: int) -> None:
-        leader, saving = self.ranks.leader, self.ranks.coordinator.phase(f"saving step {step}")
-        with self.timers("checkpoint"), saving, self.turns.during(Turn.SAVE, self.ranks):
-            self.checkpoints.save(step, None if leader is None else leader.state())
+        controller, saving = self.ranks.controller, self.ranks.coordinator.phase(f"saving step {step}")
+        with self.timers("checkpoint"), saving, self.colocation.during(Phase.SAVE, self.ranks):
+            self.checkpoints.save(step, None if controller is None else controller.state())
 
     def _saved(self) -> bool:
         """Whether the newest checkpoint is on the disk; waits for it."""

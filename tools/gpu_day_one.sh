@@ -5,7 +5,7 @@
 #
 #   OUT         folder for day_one.jsonl (a line for each measurement, as it is made), day_one.txt (the table) and
 #               day_one.log (everything that the stages print); default: $OUT, else runs/gpu_day_one
-#   --only      env, kernels, tests, train, small, residency, server, or one part of them such as kernels.score
+#   --only      env, kernels, tests, train, small, offload, server, or one part of them such as kernels.score
 #   --rehearse  on a CPU: every stage builds its inputs at toy size and runs, or says what it needs
 #   --wheels    install what tools/pack_gpu_wheels.sh has packed, for this run alone
 #   --budget    seconds in all (default 530)

@@ -48,13 +48,13 @@ def soak(run: Path, steps: int, overrides: list[str]) -> list[Reading]:
     from megatron_laser.config import load_config
     from megatron_laser.loop import train
     from megatron_laser.model.platform import trim_host_memory
-    from megatron_laser.run.controller import Leader
+    from megatron_laser.run.controller import Controller
 
     readings: list[Reading] = []
     process = psutil.Process()
-    record = Leader.record
+    record = Controller.record
 
-    def reading(self: Leader, step: int, *arguments: Any) -> None:
+    def reading(self: Controller, step: int, *arguments: Any) -> None:
         record(self, step, *arguments)
         gc.collect()
         trim_host_memory(0)  # what the run holds, without the free pages that the heap keeps for reuse
@@ -62,13 +62,13 @@ def soak(run: Path, steps: int, overrides: list[str]) -> list[Reading]:
             Reading(step, process.memory_info().rss / 2**20, process.num_fds(), process.num_threads())
         )
 
-    Leader.record = reading  # type: ignore[method-assign]
+    Controller.record = reading  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as output:
         settings = [*OVERRIDES, *overrides, f"run.steps={steps}", f"run.output_dir={output}/run"]
         try:
             train(load_config(run, settings))
         finally:
-            Leader.record = record  # type: ignore[method-assign]
+            Controller.record = record  # type: ignore[method-assign]
     return readings
 
 

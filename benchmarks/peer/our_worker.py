@@ -2,7 +2,7 @@
 
     python -m peer.our_worker CONFIG.yaml
 
-The loop's Leader is replaced by a subclass that waits for its turn before it collects a rollout. Phases come
+The loop's Controller is replaced by a subclass that waits for its turn before it collects a rollout. Phases come
 from the run's own metrics.jsonl; only grading, which happens while responses finish, is timed here.
 """
 
@@ -19,15 +19,15 @@ import transformers
 from megatron_laser import loop
 from megatron_laser.config import load_config
 from megatron_laser.rewards import Grade, GradingPool
-from megatron_laser.run import controller as leader_module
+from megatron_laser.run import controller as controller_module
 from megatron_laser.types import RolloutBatch
 from peer.turns import Turns
 
 turns = Turns()
 
 
-class PacedLeader(leader_module.Leader):
-    """A Leader that takes turns with another trainer."""
+class PacedController(controller_module.Controller):
+    """A Controller that takes turns with another trainer."""
 
     def collect(self, step: int) -> RolloutBatch:
         """Wait for the turn, then collect as always."""
@@ -50,8 +50,8 @@ def main(path: str) -> None:
     """Train the run of the YAML at `path`, in turns."""
     config = load_config(path)
     torch.set_num_threads(1)
-    modules: tuple[Any, Any] = (loop, leader_module)
-    modules[0].Leader = PacedLeader
+    modules: tuple[Any, Any] = (loop, controller_module)
+    modules[0].Controller = PacedController
     modules[1].GradingPool = TimedGradingPool
     turns.describe(
         torch=torch.__version__, transformers=transformers.__version__, threads=torch.get_num_threads()

@@ -74,7 +74,7 @@ class Coordinator:
             raise
         self._hearts.enter(before)
 
-    def lead(self, phase: str, work: Callable[[], T], *, deadline: float) -> T | None:
+    def run_on_rank_zero(self, phase: str, work: Callable[[], T], *, deadline: float) -> T | None:
         """Run `work` on rank 0 and return its result there; the other ranks wait and return None.
 
         Args:

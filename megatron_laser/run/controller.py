@@ -20,7 +20,7 @@ from megatron_laser.rollout.ahead import RolloutAhead
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.endings import watch_endings
 from megatron_laser.rollout.engine import StoppedEarly
-from megatron_laser.run.engines import await_servers, open_engine, with_servers
+from megatron_laser.run.engines import await_servers, call_engine, open_engine
 from megatron_laser.run.inputs import RunInputs
 from megatron_laser.run.record import RunRecord
 from megatron_laser.trainer.trainer import StepResult
@@ -32,7 +32,7 @@ _AHEAD_SLACK = 30.0  # seconds
 _HISTOGRAM_STEPS = 10  # a histogram costs more than a scalar
 
 
-class Leader:
+class Controller:
     """Rank 0's side of the loop: collect a rollout, record a step, evaluate, finish."""
 
     def __init__(
@@ -136,7 +136,7 @@ class Leader:
             source = self._collector if self._ahead is None else self._ahead
             self._batch = source.collect(step)
 
-        return with_servers(f"rollout of step {step}", work)
+        return call_engine(f"rollout of step {step}", work)
 
     def collect_ahead(self, step: int) -> None:
         """With `rollout.ahead`: start on the rollout of `step` while another one is trained."""
@@ -151,11 +151,11 @@ class Leader:
         # The collection ends at its own deadline, and says more about it.
         patience = self._config.rollout.deadline + _AHEAD_SLACK
         with self._timers("generate_ahead"):
-            return with_servers("waiting for the rollout ahead", lambda: ahead.wait(patience))
+            return call_engine("waiting for the rollout ahead", lambda: ahead.wait(patience))
 
     def await_servers(self) -> str:
         """Wait for servers that can be given weights: "" or why the run has to stop."""
-        return with_servers("waiting for servers", lambda: await_servers(self._config, self.engine))
+        return call_engine("waiting for servers", lambda: await_servers(self._config, self.engine))
 
     @property
     def batch(self) -> RolloutBatch:
@@ -170,7 +170,7 @@ class Leader:
             with self._evaluation.left_out_on_stop():
                 self._evaluated = self._evaluation.run("validation", step) | self._timers.collect()
 
-        return with_servers(f"evaluation after step {step}", work)
+        return call_engine(f"evaluation after step {step}", work)
 
     def evaluate_first(self) -> str:
         """Before the first step of this start: evaluate the initial model, so that the report can say what training
@@ -187,7 +187,7 @@ class Leader:
         due = settings.baseline if step == 0 else evaluation_due(self._config, step)
         if not due or (step > 0 and self._evaluation.is_done("validation", step)):
             return ""
-        trouble = with_servers(f"evaluation of the weights of step {step}", work)
+        trouble = call_engine(f"evaluation of the weights of step {step}", work)
         if trouble or not metrics:
             return trouble
         return self._record.write(step, metrics | self._timers.collect())
@@ -243,7 +243,7 @@ class Leader:
             metrics.update(self._evaluation.run("test", steps, resumable=True))
 
         try:
-            trouble = with_servers("final evaluation", work)
+            trouble = call_engine("final evaluation", work)
         except StoppedEarly:
             self.stopped(steps, self._evaluation.stop_reason)
             return ""

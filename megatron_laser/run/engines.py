@@ -104,7 +104,7 @@ def await_servers(config: RunConfig, engine: RolloutEngine) -> None:
         )
 
 
-def with_servers(phase: str, work: Callable[[], None]) -> str:
+def call_engine(phase: str, work: Callable[[], None]) -> str:
     """Do `work`, which uses the engine: "" when it is done, `NEEDS_WEIGHTS`, or why the run has to stop.
 
     An OSError is a reason to stop, too: a full disk, too many open files. The run is saved then.

@@ -12,7 +12,7 @@ from megatron_laser.distributed.coordinator import Coordinator
 from megatron_laser.distributed.runtime import Runtime
 from megatron_laser.distributed.transport import broadcast_arrays, broadcast_text
 from megatron_laser.errors import UserError
-from megatron_laser.run.controller import Leader
+from megatron_laser.run.controller import Controller
 from megatron_laser.run.engines import NEEDS_WEIGHTS
 from megatron_laser.types import RolloutBatch
 
@@ -34,36 +34,40 @@ class CannotGoOn(Exception):
 
 @dataclass(frozen=True)
 class Ranks:
-    """One rank's view of the others; `leader` is None on all ranks but 0."""
+    """One rank's view of the others; `controller` is None on all ranks but 0."""
 
     config: RunConfig
     runtime: Runtime
     coordinator: Coordinator
-    leader: Leader | None
+    controller: Controller | None
 
     def request_stop(self, reason: str) -> None:
         """On a signal: stop after the current step; an evaluation does not have to end before that."""
         self.coordinator.request_stop(reason)
-        if self.leader is not None:
-            self.leader.stop_evaluating(reason)
+        if self.controller is not None:
+            self.controller.stop_evaluating(reason)
 
-    def lead(self, phase: str, work: Callable[[Leader], T]) -> T | None:
+    def run_on_controller(self, phase: str, work: Callable[[Controller], T]) -> T | None:
         """Rank 0 works while the others wait on the store."""
-        return self.coordinator.lead(phase, lambda: work(only_on_main(self.leader)), deadline=self._patience)
+        return self.coordinator.run_on_rank_zero(
+            phase, lambda: work(on_rank_zero(self.controller)), deadline=self._patience
+        )
 
-    def decide(self, phase: str, work: Callable[[Leader], str]) -> str:
+    def ask_controller(self, phase: str, work: Callable[[Controller], str]) -> str:
         """What rank 0's work says, on every rank."""
-        own = self.lead(phase, work)
+        own = self.run_on_controller(phase, work)
         with self.coordinator.phase(f"{phase}: telling the others"):
             return broadcast_text(own, self.runtime)
 
-    def lead_on(self, phase: str, step: int, work: Callable[[Leader], str], sync: Callable[[], None]) -> None:
+    def run_with_engine(
+        self, phase: str, step: int, work: Callable[[Controller], str], sync: Callable[[], None]
+    ) -> None:
         """Rank 0's work with the engine; `sync` runs on every rank in between when servers came back without weights.
 
         Raises CannotGoOn(step) with what rank 0 says, if that is anything else.
         """
         while True:
-            word = self.decide(phase, work)
+            word = self.ask_controller(phase, work)
             if word == NEEDS_WEIGHTS:
                 sync()
             elif word:
@@ -71,13 +75,13 @@ class Ranks:
             else:
                 return
 
-    def tell(self, word: str | None) -> str:
+    def broadcast_text(self, word: str | None) -> str:
         """Rank 0's `word` on every rank; `word` is ignored elsewhere, and None means "". Call inside a phase."""
         return broadcast_text(word or "" if self.runtime.is_main else None, self.runtime)
 
-    def share(self, batch: Callable[[Leader], RolloutBatch]) -> FlatBatch:
+    def share(self, batch: Callable[[Controller], RolloutBatch]) -> FlatBatch:
         """Rank 0's batch, flat, on every rank."""
-        arrays = None if self.leader is None else flatten(batch(self.leader)).to_arrays()
+        arrays = None if self.controller is None else flatten(batch(self.controller)).to_arrays()
         with self.coordinator.phase("sharing the batch"):
             return FlatBatch.from_arrays(broadcast_arrays(arrays, self.runtime))
 
@@ -88,7 +92,7 @@ class Ranks:
         return rollout.deadline + (rollout.servers_deadline if rollout.engine == "sglang" else 0.0)
 
 
-def only_on_main(value: T | None) -> T:
+def on_rank_zero(value: T | None) -> T:
     """What rank 0 has and the others do not."""
     if value is None:
         raise AssertionError("used on a rank other than 0")

@@ -47,7 +47,7 @@ class _Parked:
     host: list[torch.Tensor] | None
 
 
-class Residency:
+class StateOffload:
     """Moves parts of this rank's state between device and host. A part that is away must not be used."""
 
     def __init__(self, policy: Policy, reference: Chunks | None = None) -> None:
@@ -86,7 +86,7 @@ class Residency:
         platform.empty_cache()
         return freed
 
-    def load(self, parts: Collection[Part]) -> int:
+    def onload(self, parts: Collection[Part]) -> int:
         """Bring `parts` back to the device, bit for bit (gradients as zeros). Returns the bytes that they take."""
         taken = 0
         for part in Part:

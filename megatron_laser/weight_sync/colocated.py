@@ -49,7 +49,7 @@ class ColocatedTransport:
     ) -> None:
         """See `WeightTransport.send`. Raises SyncFailed.
 
-        The servers have their weights in memory, but not their cache: they stay paused, and `Occupation.resume` lets
+        The servers have their weights in memory, but not their cache: they stay paused, and `ServerMemory.resume` lets
         them go on when the trainer has made room.
         """
         update = Update(engine, label, seconds=self._seconds)

@@ -26,7 +26,7 @@ _POLL = 0.2  # seconds between two tries to flush a server that is not idle yet
 _ABSENT = (State.STARTING, State.RESTARTING, State.DEAD)
 
 
-class Occupation:
+class ServerMemory:
     """The memory of all servers of an engine. A server that fails is left out until it is synced again."""
 
     def __init__(self, engine: SglangEngine, *, seconds: float) -> None:

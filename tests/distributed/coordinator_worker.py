@@ -31,19 +31,22 @@ def main():
     coordinator = Coordinator(dist.PrefixStore("run", store), 0, 2, deadline=3.0)
     if hosts:
         print(store.port, flush=True)
-        coordinator.lead("rollout of step 3", lambda: busy(60.0), deadline=60)
+        coordinator.run_on_rank_zero("rollout of step 3", lambda: busy(60.0), deadline=60)
     elif scenario == "many phases":
         for number in range(40):
-            assert coordinator.lead(f"phase {number}", lambda n=number: n, deadline=60) == number
+            assert coordinator.run_on_rank_zero(f"phase {number}", lambda n=number: n, deadline=60) == number
             signals.wait([f"seen {number}"], timedelta(seconds=60))
     elif scenario == "fails":
         try:
-            coordinator.lead("rollout of step 3", fail, deadline=60)
+            coordinator.run_on_rank_zero("rollout of step 3", fail, deadline=60)
         except ValueError:
             signals.wait(["seen"], timedelta(seconds=60))
     else:
         seconds = {"works": 1.5, "hangs": 60.0}[scenario]
-        assert coordinator.lead("rollout of step 3", lambda: busy(seconds), deadline=60) == "done working"
+        assert (
+            coordinator.run_on_rank_zero("rollout of step 3", lambda: busy(seconds), deadline=60)
+            == "done working"
+        )
         signals.wait(["seen"], timedelta(seconds=60))
     coordinator.close()
 

@@ -58,7 +58,9 @@ def test_the_waiting_rank_goes_on_when_rank_zero_has_finished():
     with rank_zero("works") as (store, coordinator, process):
         started = time.monotonic()
         called = []
-        assert coordinator.lead("rollout of step 3", lambda: called.append(1), deadline=60) is None
+        assert (
+            coordinator.run_on_rank_zero("rollout of step 3", lambda: called.append(1), deadline=60) is None
+        )
         assert not called
         assert time.monotonic() - started < 9
         store.set("seen", "")
@@ -68,7 +70,7 @@ def test_the_waiting_rank_goes_on_when_rank_zero_has_finished():
 def test_many_phases_in_a_row_stay_in_step():
     with rank_zero("many phases") as (store, coordinator, process):
         for number in range(40):
-            assert coordinator.lead(f"phase {number}", lambda: None, deadline=60) is None
+            assert coordinator.run_on_rank_zero(f"phase {number}", lambda: None, deadline=60) is None
             store.set(f"seen {number}", "")
         finished(process)
 
@@ -77,7 +79,7 @@ def test_the_waiting_rank_gets_rank_zeros_failure_message():
     with rank_zero("fails") as (store, coordinator, process):
         message = r"rank 1, phase 'rollout of step 3': .*ValueError: the grading pool lost its workers"
         with pytest.raises(RuntimeError, match=message):
-            coordinator.lead("rollout of step 3", lambda: None, deadline=60)
+            coordinator.run_on_rank_zero("rollout of step 3", lambda: None, deadline=60)
         store.set("seen", "")
         finished(process)
 
@@ -88,7 +90,7 @@ def test_a_silent_rank_zero_is_noticed_within_the_deadline_with_rank_and_phase(h
         os.kill(process.pid, how)
         started = time.monotonic()
         with pytest.raises(RuntimeError, match=r"rank 1, phase 'rollout of step 3': .*no sign of life.*4 s"):
-            coordinator.lead("rollout of step 3", lambda: None, deadline=30)
+            coordinator.run_on_rank_zero("rollout of step 3", lambda: None, deadline=30)
         assert SILENCE <= time.monotonic() - started < SILENCE + 15
 
 
@@ -98,7 +100,7 @@ def test_a_rank_zero_that_is_alive_but_too_slow_is_told_apart_from_a_dead_one():
         with pytest.raises(
             RuntimeError, match=r"phase 'rollout of step 3'.*alive.*within 3 s.*rollout\.deadline"
         ):
-            coordinator.lead("rollout of step 3", lambda: None, deadline=3.0)
+            coordinator.run_on_rank_zero("rollout of step 3", lambda: None, deadline=3.0)
         assert time.monotonic() - started < 18
 
 
@@ -111,7 +113,7 @@ def test_the_death_of_the_process_that_hosts_the_store_is_told_with_rank_and_pha
         coordinator = Coordinator(store, 1, 2, deadline=SILENCE)
         process.kill()
         with pytest.raises(RuntimeError, match=r"rank 1, phase 'rollout of step 3': rank 0, .*store.* gone"):
-            coordinator.lead("rollout of step 3", lambda: None, deadline=30)
+            coordinator.run_on_rank_zero("rollout of step 3", lambda: None, deadline=30)
     finally:
         process.kill()
         process.communicate()
@@ -120,7 +122,7 @@ def test_the_death_of_the_process_that_hosts_the_store_is_told_with_rank_and_pha
 def test_a_rank_zero_that_never_starts_is_noticed():
     store = dist.HashStore()
     with pytest.raises(RuntimeError, match=r"rank 1, phase 'reading inputs': .*no sign of life"):
-        Coordinator(store, 1, 2, deadline=0.5).lead("reading inputs", lambda: None, deadline=30)
+        Coordinator(store, 1, 2, deadline=0.5).run_on_rank_zero("reading inputs", lambda: None, deadline=30)
 
 
 def test_a_failed_rank_zero_stays_until_the_others_have_heard_of_it():
@@ -130,12 +132,12 @@ def test_a_failed_rank_zero_stays_until_the_others_have_heard_of_it():
     def come_late():
         time.sleep(0.3)
         with contextlib.suppress(RankZeroFailed):
-            second.lead("work", lambda: None, deadline=30.0)
+            second.run_on_rank_zero("work", lambda: None, deadline=30.0)
 
     thread = threading.Thread(target=come_late)
     thread.start()
     with pytest.raises(ZeroDivisionError):
-        first.lead("work", lambda: 1 / 0, deadline=30.0)
+        first.run_on_rank_zero("work", lambda: 1 / 0, deadline=30.0)
     assert store.check(["phase/0/heard/1"])
     thread.join()
     for one in (first, second):
@@ -144,13 +146,13 @@ def test_a_failed_rank_zero_stays_until_the_others_have_heard_of_it():
 
 def test_alone_there_is_nobody_to_wait_for():
     coordinator = Coordinator(dist.HashStore(), 0, 1, deadline=1.0)
-    assert coordinator.lead("work", lambda: 5, deadline=1.0) == 5
+    assert coordinator.run_on_rank_zero("work", lambda: 5, deadline=1.0) == 5
     coordinator.close()
 
 
 def test_rank_zeros_own_failure_is_raised_as_it_is_on_rank_zero():
     coordinator = Coordinator(dist.HashStore(), 0, 2, deadline=1.0)
     with pytest.raises(ZeroDivisionError):
-        coordinator.lead("work", lambda: 1 / 0, deadline=1.0)
+        coordinator.run_on_rank_zero("work", lambda: 1 / 0, deadline=1.0)
     coordinator.close()
     coordinator.close()

@@ -2,7 +2,7 @@
 
 from megatron_laser.config import load_config
 from megatron_laser.loop import train
-from megatron_laser.run.controller import Leader
+from megatron_laser.run.controller import Controller
 from megatron_laser.trainer.checkpoint import folder as folders
 
 
@@ -21,7 +21,7 @@ def checkpoint_digests(folder, step):
 
 
 def after_recording(monkeypatch, step, action):
-    record = Leader.record
+    record = Controller.record
 
     def patched(self, number, *arguments):
         trouble = record(self, number, *arguments)
@@ -29,15 +29,15 @@ def after_recording(monkeypatch, step, action):
             action()
         return trouble
 
-    monkeypatch.setattr(Leader, "record", patched)
+    monkeypatch.setattr(Controller, "record", patched)
 
 
 def before_recording(monkeypatch, step, action):
-    record = Leader.record
+    record = Controller.record
 
     def patched(self, number, *arguments):
         if number == step:
             action()
         return record(self, number, *arguments)
 
-    monkeypatch.setattr(Leader, "record", patched)
+    monkeypatch.setattr(Controller, "record", patched)

@@ -15,7 +15,7 @@ from megatron_laser.weight_sync.colocated import ColocatedTransport
 from megatron_laser.weight_sync.disk import DiskTransport
 from megatron_laser.weight_sync.distributed import DistributedTransport
 from megatron_laser.weight_sync.peers import Peers
-from megatron_laser.weight_sync.server_memory import ALL_TAGS, WEIGHTS, Occupation
+from megatron_laser.weight_sync.server_memory import ALL_TAGS, WEIGHTS, ServerMemory
 
 pytestmark = pytest.mark.sglang
 
@@ -68,15 +68,15 @@ def logprobs(model, ids):
 @pytest.mark.parametrize("kind", ["disk", "tensor", "flattened", "colocated"])
 def test_log_probs_and_scores_are_the_trainers_after_a_sync(kind, sglang_server, process_group, tmp_path):
     engine = open_engine(sglang_server, transport(kind, sglang_server, tmp_path))
-    occupation = Occupation(engine, seconds=60.0)
+    memory = ServerMemory(engine, seconds=60.0)
     away = ALL_TAGS if kind == "colocated" else frozenset()
     try:
         for version in (0, 1):
             model = changed_model(sglang_server, 10 + version)
-            occupation.release(away)
-            occupation.resume({WEIGHTS})
+            memory.release(away)
+            memory.resume({WEIGHTS})
             assert sync_weights(stream(model), engine, version) is None
-            assert occupation.resume(ALL_TAGS) == ""
+            assert memory.resume(ALL_TAGS) == ""
             prompts = [[4, 5, 6], [7, 8, 9]]
             sampling = SamplingParams(4, 12, (EOS,), score_token_id=SCORE)
             for prompt, group in zip(prompts, engine.generate(prompts, sampling, deadline=60)):

@@ -13,7 +13,7 @@ from megatron_laser.rewards import Grade, GradingPoolError
 from megatron_laser.rollout.client import fleet
 from megatron_laser.rollout.client.errors import ServersLost, WeightsNeeded
 from megatron_laser.rollout.collector import RolloutCollector
-from megatron_laser.run.engines import NEEDS_WEIGHTS, with_servers
+from megatron_laser.run.engines import NEEDS_WEIGHTS, call_engine
 from megatron_laser.types import Prompt, SamplingParams, WeightSpan
 
 PROMPTS = [Prompt(row, "", str(row), [4, 2 + row % 3, 3 + row // 3]) for row in range(9)]
@@ -175,10 +175,10 @@ def test_the_run_is_told_what_to_do_about_each_kind_of_trouble(caplog):
 
         return work
 
-    assert with_servers("rollout", lambda: None) == ""
-    assert with_servers("rollout", fails(WeightsNeeded("server X"))) == NEEDS_WEIGHTS
+    assert call_engine("rollout", lambda: None) == ""
+    assert call_engine("rollout", fails(WeightsNeeded("server X"))) == NEEDS_WEIGHTS
     assert "rollout: server X" in caplog.text
     for error in (ServersLost("server X"), TimeoutError("server X"), GradingPoolError("server X")):
-        assert with_servers("rollout of step 3", fails(error)) == "rollout of step 3: server X"
+        assert call_engine("rollout of step 3", fails(error)) == "rollout of step 3: server X"
     with pytest.raises(KeyError):
-        with_servers("rollout", fails(KeyError("a fault of ours")))
+        call_engine("rollout", fails(KeyError("a fault of ours")))

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from megatron_laser.rollout.endings import Endings, NothingEnds
-from megatron_laser.run.engines import with_servers
+from megatron_laser.run.engines import call_engine
 from megatron_laser.types import Generation, Group, Prompt, Sample
 
 STOP, LIMIT = 1, 4
@@ -82,4 +82,4 @@ def test_the_run_saves_and_stops_with_the_message():
     def collect():
         raise NothingEnds("in 3 steps in a row")
 
-    assert with_servers("rollout of step 3", collect) == "rollout of step 3: in 3 steps in a row"
+    assert call_engine("rollout of step 3", collect) == "rollout of step 3: in 3 steps in a row"

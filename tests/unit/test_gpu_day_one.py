@@ -210,6 +210,6 @@ def test_every_stage_runs_to_its_end_without_a_gpu(tmp_path):
     assert all(row["right"] for row in of("kernels.exact", "exact"))
     assert {row["arm"] for row in of("train", "summary")} == {"GRPO", "LaSeR"}
     assert of("train", "summary")[0]["predicted_gib"] == of("train", "dry_run")[0]["update_gib"] > 0
-    assert all(row["bitwise"] for row in of("residency", "round_trip"))
+    assert all(row["bitwise"] for row in of("offload", "round_trip"))
     assert of("small", "progress")[0]["step"] == 2
     assert of("server", "server")[0]["needs"]

@@ -9,24 +9,24 @@ from megatron_laser.run.ranks import CannotGoOn, Ranks
 class Scripted(Ranks):
     """Ranks on which rank 0 says one word after the other."""
 
-    def decide(self, phase, work):
+    def ask_controller(self, phase, work):
         self.config.append(phase)
-        return work(self.leader)
+        return work(self.controller)
 
 
-def lead_on(words):
+def run_with_engine(words):
     left, did = list(words), []
-    ranks = Scripted(config=did, runtime=None, coordinator=None, leader=left)
-    ranks.lead_on("evaluation", 3, lambda leader: leader.pop(0), lambda: did.append("sync"))
+    ranks = Scripted(config=did, runtime=None, coordinator=None, controller=left)
+    ranks.run_with_engine("evaluation", 3, lambda controller: controller.pop(0), lambda: did.append("sync"))
     return did
 
 
 def test_the_same_work_is_done_again_after_the_servers_were_given_weights():
-    assert lead_on([""]) == ["evaluation"]
-    assert lead_on([NEEDS_WEIGHTS, NEEDS_WEIGHTS, ""]) == ["evaluation", "sync"] * 2 + ["evaluation"]
+    assert run_with_engine([""]) == ["evaluation"]
+    assert run_with_engine([NEEDS_WEIGHTS, NEEDS_WEIGHTS, ""]) == ["evaluation", "sync"] * 2 + ["evaluation"]
 
 
 def test_any_other_word_ends_the_run_behind_its_last_complete_step():
     with pytest.raises(CannotGoOn, match="server X is dead") as caught:
-        lead_on([NEEDS_WEIGHTS, "server X is dead"])
+        run_with_engine([NEEDS_WEIGHTS, "server X is dead"])
     assert caught.value.step == 3

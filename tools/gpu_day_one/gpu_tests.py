@@ -9,7 +9,7 @@ from pathlib import Path
 from gpu_day_one.stage import Stage
 
 _ROOT = Path(__file__).resolve().parents[2]
-# The residency stage has the GPU to itself and runs that test's claim on a whole trainer.
+# The offload stage has the GPU to itself and runs that test's claim on a whole trainer.
 _FILES = ("tests/gpu/test_logprob_gpu.py", "tests/unit/test_step_memory.py")
 
 

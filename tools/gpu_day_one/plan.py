@@ -40,7 +40,7 @@ ROUNDS: tuple[tuple[tuple[Part, ...], ...], ...] = (
         (TRAIN,),
         (Part("tests", "", "gpu_tests", "run", 150), Part("server", "", "server", "run", 120)),
     ),
-    ((Part("residency", "", "residency", "run", 50),),),
+    ((Part("offload", "", "offload", "run", 50),),),
     ((Part("kernels", "choices", "kernels", "choices", 60),),),
 )
 # Needs no GPU: begins at once, beside everything, and the small example waits for it.

@@ -1,4 +1,4 @@
-"""Random weights of Qwen2.5-7B's shape on disk, and the run that trains them: for stages `train` and `residency`."""
+"""Random weights of Qwen2.5-7B's shape on disk, and the run that trains them: for stages `train` and `offload`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `residency`: a trainer's whole state leaves the device and returns, bit for bit."""
+"""Stage `offload`: a trainer's whole state leaves the device and returns, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpu_day_one import qwen
 from gpu_day_one.stage import Stage
 from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.model import platform
-from megatron_laser.trainer.offload import ALL_PARTS, Part, Residency
+from megatron_laser.trainer.offload import ALL_PARTS, Part, StateOffload
 from megatron_laser.trainer.trainer import Trainer
 
 
@@ -23,24 +23,24 @@ def run(stage: Stage) -> None:
         qwen.Sizes(prompts=1, samples=2, response=2016, budget=4096),
         qwen.Sizes(prompts=1, samples=2, response=32, budget=128),
     )
-    folder = stage.work / "qwen_residency"
+    folder = stage.work / "qwen_offload"
     shutil.rmtree(folder, ignore_errors=True)
     qwen.write_model(folder, shape, 2)
     config = qwen.run_config(folder, sizes)
     flat = qwen.rollouts(shape, 2, sizes)
     trainer = Trainer(config, runtimes.start(config), score_token_id=2)
     trainer.train_step(flat, 1)
-    residency = Residency(trainer.policy)
+    state = StateOffload(trainer.policy)
     kept = ALL_PARTS - {Part.GRADIENTS}
     before = _bits(trainer)
     for number in range(2):
         free = platform.free_memory_bytes()
         started = time.monotonic()
-        freed = residency.offload(ALL_PARTS)
+        freed = state.offload(ALL_PARTS)
         away = time.monotonic() - started
         given_back = platform.free_memory_bytes() - free
         started = time.monotonic()
-        residency.load(ALL_PARTS)
+        state.onload(ALL_PARTS)
         back = time.monotonic() - started
         same = all(torch.equal(one, other) for one, other in zip(before, _bits(trainer), strict=True))
         stage.note(

@@ -11,7 +11,7 @@ from megatron_laser.model import platform
 platform.install()
 
 from megatron_laser.trainer.checkpoint import sharded  # noqa: E402
-from megatron_laser.trainer.offload import ALL_PARTS, Part, Residency, host_pieces  # noqa: E402
+from megatron_laser.trainer.offload import ALL_PARTS, Part, StateOffload, host_pieces  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 
 R, W = Response(5, True), Response(7, False)
@@ -21,7 +21,7 @@ KINDS = [("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16"
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("residency") / "model"
+    folder = tmp_path_factory.mktemp("offload") / "model"
     save_tiny_model(folder, "qwen2")
     return folder
 
@@ -55,15 +55,15 @@ def test_a_round_trip_leaves_every_bit_and_every_view_as_it_was(trainer_of):
     tensors = state_of(trainer)
     assert len(tensors) > 3 * sum(1 for _ in trainer.policy.chunks.models[0].parameters())
     before = [tensor.detach().clone() for tensor in tensors]
-    residency = Residency(trainer.policy)
-    freed = residency.offload(ALL_PARTS)
-    assert residency.on_device == frozenset()
+    state = StateOffload(trainer.policy)
+    freed = state.offload(ALL_PARTS)
+    assert state.on_device == frozenset()
     assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors)
     weights = sum(p.numel() for p in trainer.policy.chunks.models[0].parameters())
     # fp32 gradients and both moments, and the weights themselves
     assert freed >= weights * (4 + 8 + 4 if before[0].dtype is torch.float32 else 4 + 8 + 4 + 2)
-    assert residency.load(ALL_PARTS) == freed
-    assert residency.on_device == ALL_PARTS
+    assert state.onload(ALL_PARTS) == freed
+    assert state.on_device == ALL_PARTS
     after = state_of(trainer)
     assert all(one is other for one, other in zip(tensors, after, strict=True))
     for tensor, values in zip(after, before, strict=True):
@@ -79,17 +79,17 @@ def test_a_round_trip_leaves_every_bit_and_every_view_as_it_was(trainer_of):
 
 def test_training_with_turns_equals_training_without(trainer_of):
     plain, moving = trainer_of(), trainer_of()
-    residency = Residency(moving.policy)
-    residency.offload(ALL_PARTS)
+    state = StateOffload(moving.policy)
+    state.offload(ALL_PARTS)
     for step in (1, 2, 3):
-        residency.load(ALL_PARTS)
+        state.onload(ALL_PARTS)
         expected, result = train(plain, step), train(moving, step)
         assert result.metrics == expected.metrics
-        residency.offload(ALL_PARTS - {Part.PARAMETERS})
+        state.offload(ALL_PARTS - {Part.PARAMETERS})
         for (name, tensor), (other, same) in zip(plain.weight_stream(), moving.weight_stream(), strict=True):
             assert name == other and torch.equal(tensor, same), (step, name)
-        residency.offload({Part.PARAMETERS})
-    residency.load(ALL_PARTS)
+        state.offload({Part.PARAMETERS})
+    state.onload(ALL_PARTS)
     for tensor, same in zip(state_of(plain), state_of(moving), strict=True):
         assert torch.equal(tensor.detach(), same.detach())
 
@@ -98,10 +98,10 @@ def test_a_checkpoint_needs_weights_and_optimizer_only(trainer_of):
     trainer = trainer_of()
     train(trainer, 1)
     expected = {name: entry.data.clone() for name, entry in sharded.build_state(trainer.policy).items()}
-    residency = Residency(trainer.policy)
-    residency.offload(ALL_PARTS)
-    residency.load({Part.PARAMETERS, Part.OPTIMIZER})
-    assert residency.on_device == {Part.PARAMETERS, Part.OPTIMIZER}
+    state = StateOffload(trainer.policy)
+    state.offload(ALL_PARTS)
+    state.onload({Part.PARAMETERS, Part.OPTIMIZER})
+    assert state.on_device == {Part.PARAMETERS, Part.OPTIMIZER}
     found = sharded.build_state(trainer.policy)
     assert found.keys() == expected.keys()
     for name, entry in found.items():
@@ -112,37 +112,37 @@ def test_the_optimizers_leaving_does_not_touch_the_weights(trainer_of):
     trainer = trainer_of()
     train(trainer, 1)
     before = {name: tensor.clone() for name, tensor in trainer.weight_stream()}
-    residency = Residency(trainer.policy)
-    residency.offload({Part.OPTIMIZER, Part.GRADIENTS})
+    state = StateOffload(trainer.policy)
+    state.offload({Part.OPTIMIZER, Part.GRADIENTS})
     for name, tensor in trainer.weight_stream():
         assert torch.equal(tensor, before[name])
-    assert residency.offload({Part.OPTIMIZER}) == 0  # away already
-    assert residency.load({Part.PARAMETERS}) == 0  # there already
+    assert state.offload({Part.OPTIMIZER}) == 0  # away already
+    assert state.onload({Part.PARAMETERS}) == 0  # there already
 
 
 def test_host_memory_is_taken_once(trainer_of):
     trainer = trainer_of()
     train(trainer, 1)
-    residency = Residency(trainer.policy)
+    state = StateOffload(trainer.policy)
     copies = []
     for _ in range(3):
-        residency.offload(ALL_PARTS)
-        parked = [item for items in residency._parked.values() for item in items]
+        state.offload(ALL_PARTS)
+        parked = [item for items in state._parked.values() for item in items]
         copies.append([piece.data_ptr() for item in parked if item.host is not None for piece in item.host])
-        assert all(item.host is None for item in residency._parked[Part.GRADIENTS])
-        residency.load(ALL_PARTS)
+        assert all(item.host is None for item in state._parked[Part.GRADIENTS])
+        state.onload(ALL_PARTS)
     assert copies[0] and copies[0] == copies[1] == copies[2]
 
 
 def test_a_reference_model_leaves_too(trainer_of):
     trainer = trainer_of(kl_coefficient=0.1)
     assert trainer.reference is not None
-    residency = Residency(trainer.policy, trainer.reference)
+    state = StateOffload(trainer.policy, trainer.reference)
     parameters = list(trainer.reference.models[0].parameters())
     before = [parameter.clone() for parameter in parameters]
-    residency.offload({Part.REFERENCE})
+    state.offload({Part.REFERENCE})
     assert all(parameter.untyped_storage().nbytes() == 0 for parameter in parameters)
-    residency.load({Part.REFERENCE})
+    state.onload({Part.REFERENCE})
     assert all(torch.equal(parameter, old) for parameter, old in zip(parameters, before))
     train(trainer, 1)
 

@@ -17,17 +17,17 @@ from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.client.health import State
 from megatron_laser.rollout.client.identify import Expected
 from megatron_laser.rollout.endpoints import ServerEndpoint
-from megatron_laser.run.colocation import SERVERS_HOLD, TRAINER_HOLDS, Turn, Turns
+from megatron_laser.run.colocation import SERVERS_HOLD, TRAINER_HOLDS, Colocation, Phase
 from megatron_laser.trainer.offload import ALL_PARTS, Part
 from megatron_laser.weight_sync import sync_weights
 from megatron_laser.weight_sync.checksums import StreamDigest
 from megatron_laser.weight_sync.colocated import ColocatedTransport
-from megatron_laser.weight_sync.server_memory import ALL_TAGS, CACHE, WEIGHTS, Occupation
+from megatron_laser.weight_sync.server_memory import ALL_TAGS, CACHE, WEIGHTS, ServerMemory
 
 WEIGHT_STREAM = [("a", torch.arange(6.0).reshape(2, 3)), ("b", torch.ones(4))]
 
 
-class RecordingResidency:
+class RecordingOffload:
     """A trainer whose state is a set of names; writes what moves into the servers' log."""
 
     def __init__(self, log):
@@ -39,7 +39,7 @@ class RecordingResidency:
         self.log += [f"trainer offloads {part.value}" for part in Part if part in leaving]
         return len(leaving)
 
-    def load(self, parts):
+    def onload(self, parts):
         entering = frozenset(parts) - self.on_device
         self.on_device |= entering
         self.log += [f"trainer loads {part.value}" for part in Part if part in entering]
@@ -47,21 +47,21 @@ class RecordingResidency:
 
 
 class Ranks:
-    """One rank: rank 0 with a leader."""
+    """One rank: rank 0 with a controller."""
 
     def __init__(self, engine):
-        self.leader = SimpleNamespace(engine=engine)
+        self.controller = SimpleNamespace(engine=engine)
         self.coordinator = SimpleNamespace(phase=lambda name: contextlib.nullcontext())
 
-    def lead(self, phase, work):
-        return work(self.leader)
+    def run_on_controller(self, phase, work):
+        return work(self.controller)
 
-    decide = lead
+    ask_controller = run_on_controller
 
 
 @contextlib.contextmanager
 def together(*servers, starts=None):
-    """(turns, ranks, engine, residency) over fakes; the first server's log also gets the trainer's moves."""
+    """(colocation, ranks, engine, state) over fakes; the first server's log also gets the trainer's moves."""
     digest = StreamDigest(dtype=torch.float32, on_cpu=True)
     assert len(list(digest.watch(WEIGHT_STREAM))) == len(WEIGHT_STREAM)
     for server in servers:
@@ -78,19 +78,19 @@ def together(*servers, starts=None):
             min_servers=len(servers),
             transport=transport,
         )
-        residency = RecordingResidency(servers[0].log)
+        state = RecordingOffload(servers[0].log)
         runtime = SimpleNamespace(world_size=1)
         try:
-            yield (Turns(residency, runtime, Timers(), seconds=10.0), Ranks(engine), engine, residency)
+            yield (Colocation(state, runtime, Timers(), seconds=10.0), Ranks(engine), engine, state)
         finally:
             engine.close()
 
 
-def sync(turns, ranks, engine, version):
+def sync(colocation, ranks, engine, version):
     """What the loop does for a sync; returns what went wrong."""
-    turns.take(Turn.SYNC, ranks)
+    colocation.enter(Phase.SYNC, ranks)
     trouble = sync_weights(iter(WEIGHT_STREAM), engine, version)
-    return trouble or turns.take(Turn.GENERATE, ranks)
+    return trouble or colocation.enter(Phase.GENERATE, ranks)
 
 
 def take(log):
@@ -114,11 +114,11 @@ GOING_ON = [
 
 def test_a_step_goes_round_in_this_order():
     server = FakeMemory()
-    with together(server) as (turns, ranks, engine, residency):
-        turns.make_room()
+    with together(server) as (colocation, ranks, engine, state):
+        colocation.make_room()
         assert take(server.log) == [f"trainer offloads {part.value}" for part in Part]
 
-        assert sync(turns, ranks, engine, 0) == ""  # the first one: servers have just started
+        assert sync(colocation, ranks, engine, 0) == ""  # the first one: servers have just started
         found = [line for line in take(server.log) if line not in CHECKING]
         assert found == [
             *GIVING_CACHE_BACK,
@@ -127,13 +127,13 @@ def test_a_step_goes_round_in_this_order():
             "trainer offloads parameters",
             *GOING_ON,
         ]
-        assert residency.on_device == frozenset() and server.held == ALL_TAGS and not server.paused
+        assert state.on_device == frozenset() and server.held == ALL_TAGS and not server.paused
 
-        assert turns.take(Turn.TRAIN, ranks) == ""
+        assert colocation.enter(Phase.TRAIN, ranks) == ""
         assert take(server.log) == [*GIVING_ALL_BACK, *(f"trainer loads {part.value}" for part in Part)]
-        assert residency.on_device == ALL_PARTS and server.held == set() and server.paused
+        assert state.on_device == ALL_PARTS and server.held == set() and server.paused
 
-        assert sync(turns, ranks, engine, 1) == ""
+        assert sync(colocation, ranks, engine, 1) == ""
         assert take(server.log) == [
             "trainer offloads reference model",
             "trainer offloads gradients",
@@ -152,20 +152,20 @@ def test_a_step_goes_round_in_this_order():
 def test_memory_that_servers_have_closed_is_freed_after_every_bucket(monkeypatch):
     server, collected = FakeMemory(), []
     monkeypatch.setattr(platform, "collect_shared_memory", lambda: collected.append(len(server.received)))
-    with together(server) as (turns, ranks, engine, _):
-        turns.make_room()
-        assert sync(turns, ranks, engine, 0) == ""
+    with together(server) as (colocation, ranks, engine, _):
+        colocation.make_room()
+        assert sync(colocation, ranks, engine, 0) == ""
     assert collected[:2] == [1, 2]
 
 
 def test_a_save_leaves_the_servers_their_weights():
     server = FakeMemory()
-    with together(server) as (turns, ranks, engine, residency):
-        turns.make_room()
-        sync(turns, ranks, engine, 0)
+    with together(server) as (colocation, ranks, engine, state):
+        colocation.make_room()
+        sync(colocation, ranks, engine, 0)
         take(server.log)
-        with turns.during(Turn.SAVE, ranks):
-            assert residency.on_device == {Part.PARAMETERS, Part.OPTIMIZER}
+        with colocation.during(Phase.SAVE, ranks):
+            assert state.on_device == {Part.PARAMETERS, Part.OPTIMIZER}
             assert server.held == {WEIGHTS} and server.paused
         assert take(server.log) == [
             *GIVING_CACHE_BACK,
@@ -177,28 +177,28 @@ def test_a_save_leaves_the_servers_their_weights():
     assert not server.died_of
 
 
-@pytest.mark.parametrize("turn", list(Turn))
-def test_in_no_turn_do_trainer_and_servers_need_more_than_there_is(turn):
-    heavy_trainer = TRAINER_HOLDS[turn] & {Part.GRADIENTS, Part.OPTIMIZER, Part.REFERENCE}
-    assert not (CACHE in SERVERS_HOLD[turn] and TRAINER_HOLDS[turn])  # the cache takes all that is free
-    assert not (Part.GRADIENTS in heavy_trainer and SERVERS_HOLD[turn])
+@pytest.mark.parametrize("phase", list(Phase))
+def test_in_no_turn_do_trainer_and_servers_need_more_than_there_is(phase):
+    heavy_trainer = TRAINER_HOLDS[phase] & {Part.GRADIENTS, Part.OPTIMIZER, Part.REFERENCE}
+    assert not (CACHE in SERVERS_HOLD[phase] and TRAINER_HOLDS[phase])  # the cache takes all that is free
+    assert not (Part.GRADIENTS in heavy_trainer and SERVERS_HOLD[phase])
 
 
 def test_for_other_settings_nothing_is_done():
     ranks = SimpleNamespace()  # has nothing that could be called
-    turns = Turns(None, SimpleNamespace(), Timers(), seconds=1.0)
-    turns.make_room()
-    with turns.during(Turn.SAVE, ranks):
-        assert turns.take(Turn.TRAIN, ranks) == ""
+    colocation = Colocation(None, SimpleNamespace(), Timers(), seconds=1.0)
+    colocation.make_room()
+    with colocation.during(Phase.SAVE, ranks):
+        assert colocation.enter(Phase.TRAIN, ranks) == ""
 
 
 def test_each_server_process_holds_what_it_was_left_with():
     first, second = FakeMemory(), FakeMemory()
     starts = [1, 1]
-    with together(first, second, starts=starts) as (turns, ranks, engine, _):
-        turns.make_room()
-        sync(turns, ranks, engine, 0)
-        turns.take(Turn.TRAIN, ranks)
+    with together(first, second, starts=starts) as (colocation, ranks, engine, _):
+        colocation.make_room()
+        sync(colocation, ranks, engine, 0)
+        colocation.enter(Phase.TRAIN, ranks)
         assert first.held == second.held == set()
         # The second one dies and comes back as a new process: all its memory is its own again.
         second.held, second.paused, second.version = set(ALL_TAGS), False, "default"
@@ -210,7 +210,7 @@ def test_each_server_process_holds_what_it_was_left_with():
             await engine.fleet.probe(member)
 
         engine.run(probed(), 10.0, "probing")
-        assert sync(turns, ranks, engine, 1) == ""
+        assert sync(colocation, ranks, engine, 1) == ""
         assert first.held == second.held == ALL_TAGS
         assert first.version == second.version == engine.label(1)
         assert len(engine.fleet.available()) == 2
@@ -219,9 +219,9 @@ def test_each_server_process_holds_what_it_was_left_with():
 
 def test_a_server_that_is_not_idle_yet_is_asked_again():
     server = FakeMemory(busy=2)
-    with together(server) as (turns, ranks, _, residency):
-        turns.take(Turn.TRAIN, ranks)
-        assert residency.on_device == ALL_PARTS
+    with together(server) as (colocation, ranks, _, state):
+        colocation.enter(Phase.TRAIN, ranks)
+        assert state.on_device == ALL_PARTS
         assert take(server.log)[:4] == ["pause_generation", *["flush_cache"] * 3]
         assert server.held == set()
     assert not server.died_of
@@ -229,44 +229,44 @@ def test_a_server_that_is_not_idle_yet_is_asked_again():
 
 def test_a_server_that_does_not_come_back_is_left_out_and_synced_again():
     first, second = FakeMemory(), FakeMemory()
-    with together(first, second) as (turns, ranks, engine, _):
-        turns.make_room()
-        sync(turns, ranks, engine, 0)
-        turns.take(Turn.TRAIN, ranks)
+    with together(first, second) as (colocation, ranks, engine, _):
+        colocation.make_room()
+        sync(colocation, ranks, engine, 0)
+        colocation.enter(Phase.TRAIN, ranks)
         second.broken = {"/resume_memory_occupation"}
-        assert sync(turns, ranks, engine, 1) == ""
+        assert sync(colocation, ranks, engine, 1) == ""
         assert [member.url for member in engine.fleet.available()] == [first.url]
         second.broken = set()
         engine.run(engine.fleet.wait_until_up(2, 20.0), 20.0, "waiting")
-        assert sync(turns, ranks, engine, 1) == ""
+        assert sync(colocation, ranks, engine, 1) == ""
         assert len(engine.fleet.available()) == 2 and second.held == ALL_TAGS
     assert not first.died_of and not second.died_of
 
 
 def test_when_no_server_comes_back_the_sync_has_failed():
     server = FakeMemory()
-    with together(server) as (turns, ranks, engine, _):
-        turns.make_room()
-        sync(turns, ranks, engine, 0)
-        turns.take(Turn.TRAIN, ranks)
-        turns.take(Turn.SYNC, ranks)
+    with together(server) as (colocation, ranks, engine, _):
+        colocation.make_room()
+        sync(colocation, ranks, engine, 0)
+        colocation.enter(Phase.TRAIN, ranks)
+        colocation.enter(Phase.SYNC, ranks)
         assert sync_weights(iter(WEIGHT_STREAM), engine, 1) is None
         server.broken = {"/continue_generation"}
-        trouble = turns.take(Turn.GENERATE, ranks)
+        trouble = colocation.enter(Phase.GENERATE, ranks)
         assert "no server can generate" in trouble and server.url in trouble and "told to fail" in trouble
         assert engine.fleet.available() == []
         server.broken = set()
         engine.run(engine.fleet.wait_until_up(1, 20.0), 20.0, "waiting")
-        assert sync(turns, ranks, engine, 1) == ""
+        assert sync(colocation, ranks, engine, 1) == ""
         assert engine.fleet.available()
     assert not server.died_of
 
 
 def test_every_tensor_parallel_rank_gets_handles_of_its_own():
     server = FakeMemory(tensor=2)
-    with together(server) as (turns, ranks, engine, _):
-        turns.make_room()
-        assert sync(turns, ranks, engine, 0) == ""
+    with together(server) as (colocation, ranks, engine, _):
+        colocation.make_room()
+        assert sync(colocation, ranks, engine, 0) == ""
         for body in server.received:
             first, second = body["serialized_named_tensors"]
             assert first and second
@@ -275,16 +275,16 @@ def test_every_tensor_parallel_rank_gets_handles_of_its_own():
 
 def test_an_update_session_that_was_left_open_is_closed_first():
     server = FakeMemory(session=True)
-    with together(server) as (turns, ranks, engine, _):
-        turns.make_room()
-        assert sync(turns, ranks, engine, 0) == ""
+    with together(server) as (colocation, ranks, engine, _):
+        colocation.make_room()
+        assert sync(colocation, ranks, engine, 0) == ""
     assert not server.session
 
 
 def test_nothing_is_released_twice():
     server = FakeMemory()
     with together(server) as (_, _, engine, _):
-        occupation = Occupation(engine, seconds=10.0)
+        occupation = ServerMemory(engine, seconds=10.0)
         occupation.release({CACHE})
         occupation.release(ALL_TAGS)
         occupation.release(ALL_TAGS)

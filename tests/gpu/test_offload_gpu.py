@@ -18,7 +18,7 @@ def state_of(model, adam, buffer):
 
 def test_memory_is_free_while_the_state_is_away():
     from megatron_laser.model import platform
-    from megatron_laser.trainer.offload import ALL_PARTS, Residency
+    from megatron_laser.trainer.offload import ALL_PARTS, StateOffload
 
     torch.manual_seed(0)
     model = torch.nn.Linear(4096, 4096, bias=False, device="cuda")
@@ -36,14 +36,14 @@ def test_memory_is_free_while_the_state_is_away():
     tensors = state_of(model, adam, buffer)
     before = [tensor.detach().cpu() for tensor in tensors]
     held, free = torch.cuda.memory_allocated(), platform.free_memory_bytes()
-    residency = Residency(policy)
+    state = StateOffload(policy)
     for _ in range(2):
-        freed = residency.offload(ALL_PARTS)
+        freed = state.offload(ALL_PARTS)
         assert (
             freed == sum(tensor.numel() * tensor.element_size() for tensor in tensors) == 4 * 4096 * 4096 * 4
         )
         assert held - torch.cuda.memory_allocated() >= freed
         assert platform.free_memory_bytes() >= free + freed  # other processes can have it
-        assert residency.load(ALL_PARTS) == freed
+        assert state.onload(ALL_PARTS) == freed
         for tensor, values in zip(tensors, before):
             assert torch.equal(tensor.detach().cpu(), values)
