@@ -1,6 +1,8 @@
 """The policy: Megatron's GPTModel that answers with log-probs of labelled rows, never logits.
 
-Everything that knows GPTModel and its layer specs is in this file: upstream has named HybridModel its successor.
+Only this module names GPTModel, its layer specs and its rotary embedding, for which upstream has announced HybridModel
+as the successor; `upstream.py` changes two of their functions. Read in Megatron-Core 0.19.2: 0.16.1 has no
+`output_processor`, by which the log-prob head takes the place of the output layer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Two things in Megatron-Core 0.19 that layers without Transformer Engine need changed, on a CPU and on CUDA."""
+"""Two things in Megatron-Core that layers without Transformer Engine need changed, on a CPU and on CUDA.
+
+The functions are private: read in 0.16.1 and 0.19.2.
+"""
 
 from __future__ import annotations
 

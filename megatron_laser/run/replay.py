@@ -17,7 +17,7 @@ from megatron_laser.model.hf_folder import HfFolder
 from megatron_laser.model.weights import load_weights
 from megatron_laser.trainer.bad_steps import Dump, read_dump
 from megatron_laser.trainer.checkpoint import folder as checkpoints
-from megatron_laser.trainer.checkpoint import sharded
+from megatron_laser.trainer.checkpoint import sharded_state
 from megatron_laser.trainer.forward import run_forward
 from megatron_laser.trainer.policy import Policy
 from megatron_laser.trainer.reduce import ROWS_KEY, TOKEN_MEAN_KEYS, ratio
@@ -113,7 +113,7 @@ def _load(policy: Policy, weights: Path, *, is_hf: bool) -> None:
         return
     state = checkpoints.read_state(weights)
     checkpoints.verify(weights)
-    sharded.load_state(policy, weights, state["optimizer_step"])
+    sharded_state.load_state(policy, weights, state["optimizer_step"])
 
 
 def _update_lines(update: Update) -> Iterator[str]:

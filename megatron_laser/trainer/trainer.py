@@ -141,9 +141,7 @@ class Trainer:
 
     def weight_stream(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face (name, full tensor) pairs on global rank 0; all ranks must exhaust it together."""
-        if self._config.optimizer.overlap_param_gather:
-            for module in self.policy.chunks.wrapped:
-                module.start_param_sync(force_sync=True)
+        self.policy.complete_weights()
         return self.policy.exporter.stream()
 
     def _old_policy_pass(self, data: StepData, flat: FlatBatch) -> torch.Tensor:

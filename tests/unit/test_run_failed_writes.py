@@ -20,7 +20,7 @@ from megatron_laser.run import record as run_record
 from megatron_laser.run.output_folder import claim_output_folder
 from megatron_laser.run.ranks import RunEnded
 from megatron_laser.trainer.checkpoint import folder as folders
-from megatron_laser.trainer.checkpoint import sharded
+from megatron_laser.trainer.checkpoint import torch_dist
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 
 pytestmark = pytest.mark.slow
@@ -37,14 +37,14 @@ def test_a_failed_save_is_survived_but_a_failed_last_save_is_an_error(
     undisturbed, tmp_path, monkeypatch, caplog
 ):
     file, expected = undisturbed
-    write = sharded.save_state
+    write = torch_dist.write_sharded
 
     def full_at(entries, folder, group):
         if folder.name == broken:
             full()
         write(entries, folder, group)
 
-    monkeypatch.setattr(sharded, "save_state", full_at)
+    monkeypatch.setattr(torch_dist, "write_sharded", full_at)
     broken = "step_00000002.partial"
     run(file, tmp_path / "out")
     assert (

@@ -4,8 +4,13 @@ Megatron's own formats differ between the plain and the distributed optimizer, a
 the distributed one hands the *same* `step` tensor to every parameter (megatron-core 0.19.2
 distrib_optimizer.py:1032), so that one update advances it once per parameter. Here the state is three fp32
 tensors in the shape of the model parameter (main weight, exp_avg, exp_avg_sq) and one step count. The
-distributed optimizer's slices are put together over the data-parallel group when saving (`staging.py`) and cut
-again when loading: a run may change its layout, and turn the distributed optimizer on or off, between the two.
+distributed optimizer's slices are put together over the data-parallel group when saving
+(`checkpoint/sharded_state.py`) and cut again when loading: a run may change its layout, and turn the distributed
+optimizer on or off, between the two.
+
+Only this module names the insides of Megatron's optimizers, as read in Megatron-Core 0.16.1 and 0.19.2:
+`chained_optimizers`, `is_stub_optimizer`, the groups of `Float16OptimizerWithFloat16Params`, and
+`model_param_group_index_map`, `_get_model_param_range_map` and `buffers` of `DistributedOptimizer`.
 """
 
 from __future__ import annotations
@@ -112,6 +117,11 @@ def set_step(optimizer: MegatronOptimizer, step: int) -> None:
                 continue
             for parameter in group["params"]:
                 inner.optimizer.state[parameter]["step"] = torch.tensor(float(step))
+
+
+def torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers that hold this rank's state and update its main weights."""
+    return [inner.optimizer for inner in _chained(optimizer)]
 
 
 def _chained(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

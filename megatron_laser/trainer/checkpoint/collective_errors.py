@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 
 T = TypeVar("T")
 
 
-def everywhere(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+def on_every_rank(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Run `work` on every rank; if it fails on one, every rank raises instead of waiting for it."""
     trouble: Exception | None = None
     try:
@@ -32,16 +30,6 @@ def gathered_errors(error: Exception | None, group: dist.ProcessGroup | None) ->
     troubles: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(troubles, None if error is None else reason(error), group=group)
     return list(dict.fromkeys(text for text in troubles if text))
-
-
-@contextmanager
-def readable_errors() -> Iterator[None]:
-    """torch's checkpoint error is no `Exception`, and has every rank's traceback in its text."""
-    try:
-        yield
-    except CheckpointException as error:
-        lines = [f"rank {rank}: {reason(inner)}" for rank, (inner, _) in error.failures.items()]
-        raise CheckpointError("; ".join(lines)) from error
 
 
 def reason(error: BaseException) -> str:
