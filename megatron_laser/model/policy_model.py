@@ -126,7 +126,7 @@ class PolicyModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.true_vocab_size = hf.vocab_size
-        self.rotary_pos_emb.inv_freq = hf_config.rope_inverse_frequencies(hf).to(
+        self.rotary_pos_emb.inv_freq = hf_config.rope_inverse_frequencies(hf_config.architecture_of(hf)).to(
             self.rotary_pos_emb.inv_freq.device
         )
         if fuse_gradient_accumulation:
