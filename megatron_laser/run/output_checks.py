@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.trainer.checkpoint import folder as checkpoints
-from megatron_laser.trainer.checkpoint import owner as owners
-from megatron_laser.trainer.checkpoint.owner import RUN, Owner, same_folder
+from megatron_laser.trainer.checkpoint import ownership
+from megatron_laser.trainer.checkpoint.ownership import RUN, Owner, same_folder
 
 FINISHED = "FINISHED"
 # What may change between the start of a run and its continuation: it decides where and how fast things run,
@@ -85,13 +85,13 @@ def check_checkpoints(config: RunConfig, standing: Standing, again: Owner | None
     output_dir = str(config.run.output_dir)
     run_id = again.id if again is not None else None if record is None else record.get("id")
     if run_id is None:  # a new run, or one of an earlier version, which gave runs no id
-        there = owners.read_owner(root)
+        there = ownership.read_owner(root)
         nothing_to_lose = record is not None or not checkpoints.published(root)
         if there is not None and same_folder(there.output_dir, output_dir) and nothing_to_lose:
             run_id = there.id  # a start that was cut off had given it one already
     owner = Owner(run_id or uuid.uuid4().hex, output_dir, str(root))
-    owners.check_owner(root, owner, earlier=record is not None and "id" not in record)
-    owners.check_left_behind(None if record is None else record.get("checkpoints"), root, owner)
+    ownership.check_owner(root, owner, earlier=record is not None and "id" not in record)
+    ownership.check_left_behind(None if record is None else record.get("checkpoints"), root, owner)
     return owner
 
 

@@ -17,9 +17,16 @@ from megatron_laser.files import LOCK, lock_folder, through_links, write_atomica
 from megatron_laser.run.output_checks import FINISHED as FINISHED
 from megatron_laser.run.output_checks import check_checkpoints, check_output_folder, identity, read_record
 from megatron_laser.trainer.checkpoint import folder as checkpoints
-from megatron_laser.trainer.checkpoint import owner as owners
+from megatron_laser.trainer.checkpoint import ownership
 from megatron_laser.trainer.checkpoint.folder import checkpoint_root
-from megatron_laser.trainer.checkpoint.owner import OWNER, RUN, Owner, check_owner, read_owner, same_folder
+from megatron_laser.trainer.checkpoint.ownership import (
+    OWNER,
+    RUN,
+    Owner,
+    check_owner,
+    read_owner,
+    same_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +115,7 @@ def claim_output_folder(config: RunConfig, *, again: Owner | None = None) -> Cla
                 held.enter_context(lock_folder(path, setting))
         with _writing("checkpoint.folder", root):
             owner = check_checkpoints(config, standing, again)
-            owners.write_owner(root, owner)
+            ownership.write_owner(root, owner)
         with _writing("run.output_dir", folder):
             if finished is not None:
                 (folder / FINISHED).unlink()

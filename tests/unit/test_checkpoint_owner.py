@@ -10,7 +10,7 @@ from helpers.runs import run_config
 from megatron_laser.config import ConfigError
 from megatron_laser.run.output_folder import claim_output_folder, move_aside
 from megatron_laser.trainer.checkpoint import folder as folders
-from megatron_laser.trainer.checkpoint.owner import read_owner
+from megatron_laser.trainer.checkpoint.ownership import read_owner
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ FREE_OF_MEGATRON = (*FREE_OF_DISTRIBUTED, "observability")
 
 # What upstream does not promise to keep -> the modules that name it. Each says which versions were read.
 UPSTREAM = {
-    "megatron.core.models": ("model.policy_model", "model.upstream"),
+    "megatron.core.models": ("model.policy_model", "model.megatron_patches"),
     "megatron.core.transformer.transformer_block": ("model.policy_model",),
     "megatron.core.dist_checkpointing": ("trainer.checkpoint.torch_dist",),
     "torch.distributed.checkpoint": ("trainer.checkpoint.torch_dist",),

@@ -13,7 +13,7 @@ import torch
 
 
 @functools.cache
-def patch_upstream() -> None:
+def patch_megatron() -> None:
     """Change what is wrong or slow in Megatron-Core 0.19 without Transformer Engine. Idempotent."""
     # moe_utils names te_general_gemm without binding it when Transformer Engine is missing.
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
