@@ -36,7 +36,7 @@ CHUNK_ELEMENTS = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class Block:
+class MappedParameter:
     """One parameter of this rank, with its rule."""
 
     rule: Rule
@@ -57,10 +57,10 @@ def build_state(
         CheckpointError: on every rank, with the same text, when memory ran out on one.
     """
     policy.complete_weights()
-    blocks = [block for block in _blocks(policy) if block.owned and _stored_here(block)]
+    parameters = [mapped for mapped in _mapped_parameters(policy) if mapped.owned and _stored_here(mapped)]
 
     # Whatever can run out of memory on one rank alone does so before the first collective.
-    stager = on_every_rank(lambda: Stager(policy, blocks, copy=copy), group)
+    stager = on_every_rank(lambda: Stager(policy, parameters, copy=copy), group)
     return on_every_rank(stager.stage, group)
 
 
@@ -73,44 +73,44 @@ def load_state(policy: Policy, folder: Path, optimizer_step: int) -> None:
     places = optimizer_state.places(policy.optimizer)
     reader = torch_dist.Reader(folder)
 
-    def load(prefix: str, block: Block, dtype: torch.dtype) -> torch.Tensor:
-        empty = torch.empty(block.parameter.shape, dtype=dtype)
-        wanted = _sharded(prefix, block.rule, empty, geometry)
+    def load(prefix: str, mapped: MappedParameter, dtype: torch.dtype) -> torch.Tensor:
+        empty = torch.empty(mapped.parameter.shape, dtype=dtype)
+        wanted = _sharded(prefix, mapped.rule, empty, geometry)
         reader.read_sharded(wanted)
         loaded = {name: entry.data for name, entry in wanted.items()}
-        return _joined(prefix, block.rule, loaded, geometry)
+        return _joined(prefix, mapped.rule, loaded, geometry)
 
     with torch.no_grad():
-        for block in _blocks(policy):
-            place = places[id(block.parameter)]
-            block.parameter.copy_(load(WEIGHTS, block, block.parameter.dtype))
+        for mapped in _mapped_parameters(policy):
+            place = places[id(mapped.parameter)]
+            mapped.parameter.copy_(load(WEIGHTS, mapped, mapped.parameter.dtype))
             if place.slot is None:  # another data-parallel rank has the state of this parameter
                 continue
             for kind in optimizer_state.KINDS:
                 if kind == optimizer_state.MAIN and not policy.chunks.config.bf16:
-                    place.restore(kind, block.parameter.detach())
+                    place.restore(kind, mapped.parameter.detach())
                 else:
-                    place.restore(kind, load(f"optimizer.{kind}", block, torch.float32))
+                    place.restore(kind, load(f"optimizer.{kind}", mapped, torch.float32))
     optimizer_state.set_step(policy.optimizer, optimizer_step)
 
 
 class Stager:
     """One save's copies. Making it allocates and runs no collective; `stage` runs them."""
 
-    def __init__(self, policy: Policy, blocks: Sequence[Block], *, copy: bool) -> None:
-        """`blocks`: what this rank's data-parallel group stores, in the same order on all of its ranks."""
-        self._blocks, self._geometry = blocks, policy.chunks.geometry
+    def __init__(self, policy: Policy, parameters: Sequence[MappedParameter], *, copy: bool) -> None:
+        """`parameters`: what this rank's data-parallel group stores, in the same order on all of its ranks."""
+        self._parameters, self._geometry = parameters, policy.chunks.geometry
         self._places = optimizer_state.places(policy.optimizer)
         # fp32 training updates the weights themselves: there is no other main copy.
         main = (optimizer_state.MAIN,) if policy.chunks.config.bf16 else ()
         self._kinds = [*main, optimizer_state.EXP_AVG, optimizer_state.EXP_AVG_SQ]
         self._rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        self._stored_by = storing_ranks([block.parameter.numel() for block in blocks], size)
-        largest = max((block.parameter.numel() for block in blocks), default=0)
-        device = blocks[0].parameter.device if blocks else torch.device("cpu")
+        self._stored_by = storing_ranks([mapped.parameter.numel() for mapped in parameters], size)
+        largest = max((mapped.parameter.numel() for mapped in parameters), default=0)
+        device = parameters[0].parameter.device if parameters else torch.device("cpu")
         self._copy = copy or device.type != "cpu"
-        gathers = any(self._places[id(block.parameter)].group is not None for block in blocks)
+        gathers = any(self._places[id(mapped.parameter)].group is not None for mapped in parameters)
         self._chunk = torch.empty(min(largest, CHUNK_ELEMENTS) if gathers else 0, device=device)
         self._host = host_buffer(largest if self._copy or gathers else 0, pinned=device.type == "cuda")
 
@@ -122,8 +122,8 @@ class Stager:
         """
         entries: dict[str, ShardedTensor] = {}
         trouble: Exception | None = None
-        for block, storing in zip(self._blocks, self._stored_by, strict=True):
-            place, parameter = self._places[id(block.parameter)], block.parameter.detach()
+        for mapped, storing in zip(self._parameters, self._stored_by, strict=True):
+            place, parameter = self._places[id(mapped.parameter)], mapped.parameter.detach()
             for kind in (None, *self._kinds):
                 if kind is not None and place.group is not None:
                     self._gather(place, kind, parameter.numel(), storing)
@@ -131,7 +131,7 @@ class Stager:
                     continue
                 try:
                     prefix = WEIGHTS if kind is None else f"optimizer.{kind}"
-                    entries |= self._stored(prefix, block, self._shard(place, kind, parameter))
+                    entries |= self._stored(prefix, mapped, self._shard(place, kind, parameter))
                 except Exception as error:
                     trouble = error
                     entries.clear()
@@ -150,8 +150,8 @@ class Stager:
         host.copy_(live)
         return host.view(parameter.shape)
 
-    def _stored(self, prefix: str, block: Block, shard: torch.Tensor) -> dict[str, ShardedTensor]:
-        entries = _sharded(prefix, block.rule, shard, self._geometry)
+    def _stored(self, prefix: str, mapped: MappedParameter, shard: torch.Tensor) -> dict[str, ShardedTensor]:
+        entries = _sharded(prefix, mapped.rule, shard, self._geometry)
         buffer = self._host.untyped_storage().data_ptr()
         for entry in entries.values():  # a norm is not cut: it still lies in the buffer
             if self._host.numel() and entry.data.untyped_storage().data_ptr() == buffer:
@@ -188,17 +188,17 @@ def host_buffer(elements: int, *, pinned: bool) -> torch.Tensor:
     return torch.empty(elements, dtype=torch.float32, pin_memory=pinned)
 
 
-def _blocks(policy: Policy) -> Iterator[Block]:
+def _mapped_parameters(policy: Policy) -> Iterator[MappedParameter]:
     parameters = global_names(policy.chunks.models)
     for rule in rules(policy.chunks.hf):
         parameter = parameters.get(rule.megatron)
         if parameter is not None:
-            yield Block(rule, parameter, owned=rule.exported)
+            yield MappedParameter(rule, parameter, owned=rule.exported)
 
 
-def _stored_here(block: Block) -> bool:
+def _stored_here(mapped: MappedParameter) -> bool:
     """Norms are the same on all tensor-parallel ranks: the first one stores them."""
-    replicated = isinstance(block.rule.layout, Replicated)
+    replicated = isinstance(mapped.rule.layout, Replicated)
     return not replicated or parallel_state.get_tensor_model_parallel_rank() == 0
 
 
