@@ -74,7 +74,7 @@ def evaluate(
 
     The paper's five:   megatron-laser eval MODEL examples/benchmarks.yaml --url http://127.0.0.1:30000
     """
-    from megatron_laser.evaluation.benchmarks import load_benchmarks
+    from megatron_laser.evaluation.benchmarks.settings import load_benchmarks
 
     choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
     folder = model_folder(model, score_token, ref_logprob, beta, stop_token_id, with_score=not no_score)
@@ -85,7 +85,7 @@ def evaluate(
         ("--deadline", deadline),
     ):
         require_positive(name, value)
-    from megatron_laser.evaluation.benchmark_run import evaluate_benchmarks
+    from megatron_laser.evaluation.benchmarks.run import evaluate_benchmarks
 
     results = evaluate_benchmarks(
         folder,

@@ -88,7 +88,7 @@ def engine_choice(
     wait: float,
 ) -> EngineChoice:
     """The engine that the options name."""
-    from megatron_laser.evaluation.engine import api_key_from_environment
+    from megatron_laser.evaluation.engine_choice import api_key_from_environment
     from megatron_laser.testtime import EngineChoice
 
     return EngineChoice(

@@ -116,7 +116,7 @@ def score(
         )
         run_proxy(folder, choice, settings, say=typer.echo)
         return
-    from megatron_laser.evaluation.held_weights import HeldWeights
+    from megatron_laser.evaluation.pinned_weights import PinnedWeights
     from megatron_laser.testtime import Scorer
     from megatron_laser.testtime.scoring import read_answers, score_file
 
@@ -125,7 +125,7 @@ def score(
         folder, source, apply_chat_template=template, prompt_suffix=suffix, end_token_id=end_token_id
     )
     target = output or source.with_name(f"{source.stem}.scored{source.suffix}")
-    with HeldWeights(choice, folder, deadline=deadline, identify=False) as weights:
+    with PinnedWeights(choice, folder, deadline=deadline, identify=False) as weights:
         counts = score_file(
             Scorer(weights.engine(), folder, end_token_id=end_token_id),
             answers,

@@ -55,7 +55,7 @@ def write_benchmark_report(
     """Write report.md and plots/*.png.
 
     Args:
-        results: what results.json holds; see `testtime.evaluation.evaluate_benchmarks`.
+        results: what results.json holds; see `evaluation.benchmarks.run.evaluate_benchmarks`.
         scores: benchmark -> (score, right) of its scored responses.
         output: the folder.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_laser.config import RunConfig, rollout_tries
 from megatron_laser.data import PromptCursor
-from megatron_laser.evaluation.in_training import RunEvaluation
+from megatron_laser.evaluation.validation import RunEvaluation
 from megatron_laser.model import platform
 from megatron_laser.observability.rollout_metrics import rollout_metrics, scores_by_label
 from megatron_laser.observability.timers import Timers

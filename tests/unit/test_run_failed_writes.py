@@ -9,7 +9,7 @@ from helpers.tiny_run import metrics_without_times, write_tiny_run
 from helpers.whole_runs import before_recording, checkpoint_digests, run
 
 from megatron_laser.config import ConfigError, load_config
-from megatron_laser.evaluation import in_training as run_evaluation
+from megatron_laser.evaluation import validation as run_evaluation
 from megatron_laser.loop import train
 from megatron_laser.observability import sinks
 from megatron_laser.observability.sinks import MetricsLogger

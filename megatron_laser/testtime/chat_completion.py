@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_laser.testtime.answering import Answer
-from megatron_laser.testtime.requests import ChatRequest
+from megatron_laser.testtime.chat_request import ChatRequest
 
 
 def completion(model_name: str, chat: ChatRequest, result: Answer) -> dict[str, Any]:

@@ -13,12 +13,7 @@ from typing import Any
 from megatron_laser.data import build_prompts, read_ids, refuse_score_token
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation import evaluate, evaluation_detail, read_records
-from megatron_laser.evaluation.benchmarks import Benchmark, benchmark_rows
-from megatron_laser.evaluation.engine import EngineChoice
-from megatron_laser.evaluation.held_weights import HeldWeights
-from megatron_laser.evaluation.model_folder import ModelFolder
-from megatron_laser.evaluation.progress import Progress
-from megatron_laser.evaluation.saved import (
+from megatron_laser.evaluation.benchmarks.folder import (
     RECORDS,
     RESPONSES,
     as_json,
@@ -28,6 +23,11 @@ from megatron_laser.evaluation.saved import (
     set_aside,
     settings_of,
 )
+from megatron_laser.evaluation.benchmarks.progress import Progress
+from megatron_laser.evaluation.benchmarks.settings import Benchmark, benchmark_rows
+from megatron_laser.evaluation.engine_choice import EngineChoice
+from megatron_laser.evaluation.model_folder import ModelFolder
+from megatron_laser.evaluation.pinned_weights import PinnedWeights
 from megatron_laser.evaluation.weight_identity import WeightsChanged
 from megatron_laser.files import write_atomically
 from megatron_laser.report.benchmark_report import write_benchmark_report
@@ -82,7 +82,7 @@ def evaluate_benchmarks(
     prompts = {benchmark.name: _prompts(model, benchmark) for benchmark in benchmarks}
     output.mkdir(parents=True, exist_ok=True)
     with locked(output):
-        with HeldWeights(
+        with PinnedWeights(
             choice, model, deadline=deadline, engine=engine, cache=output / _FINGERPRINTS
         ) as weights:
             for benchmark in benchmarks:
@@ -137,7 +137,7 @@ def evaluate_benchmarks(
 
 
 def _run(
-    weights: HeldWeights,
+    weights: PinnedWeights,
     model: ModelFolder,
     benchmark: Benchmark,
     prompts: list[Prompt],
@@ -195,7 +195,7 @@ def _run(
 class _Watch:
     """Hears of every response, and stops the evaluation soon after the weights seem to have changed."""
 
-    def __init__(self, weights: HeldWeights, progress: Progress) -> None:
+    def __init__(self, weights: PinnedWeights, progress: Progress) -> None:
         self.stop = StopEarly()
         self._weights = weights
         self._progress = progress
@@ -210,7 +210,7 @@ class _Watch:
                 self.stop.set()
 
 
-def _check(weights: HeldWeights, folder: Path) -> None:
+def _check(weights: PinnedWeights, folder: Path) -> None:
     try:
         weights.check()
     except WeightsChanged as error:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from megatron_laser.evaluation.engine import EngineChoice, open_engine
+from megatron_laser.evaluation.engine_choice import EngineChoice, open_engine
 from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.evaluation.weight_identity import FolderWeights, WeightsChanged, engine_digest
 from megatron_laser.rollout.engine import RolloutEngine
@@ -16,7 +16,7 @@ from megatron_laser.rollout.engine import RolloutEngine
 logger = logging.getLogger(__name__)
 
 
-class HeldWeights:
+class PinnedWeights:
     """Weights under one identity, and the engine that holds them, which is opened when it is first asked for.
 
     In this process the identity is that of the files, so that it needs no engine; of servers, and of an engine that is
@@ -53,7 +53,7 @@ class HeldWeights:
         self._stack = ExitStack()
         self.identity: str | None = None
 
-    def __enter__(self) -> HeldWeights:
+    def __enter__(self) -> PinnedWeights:
         try:
             given = None if self._engine is None else engine_digest(self._engine)
             if given is not None:

@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_laser.config import RunConfig, evaluation_max_new_tokens
-from megatron_laser.evaluation import arrivals_path, evaluate, generation_batch
+from megatron_laser.data.tokenizer import decode_response
+from megatron_laser.evaluation import evaluate, generation_batch, partial_responses_path
 from megatron_laser.evaluation.weight_identity import engine_digest
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool
@@ -116,7 +118,7 @@ class RunEvaluation:
                 self._engine,
                 prompts,
                 sampling=sampling,
-                decode=lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
+                decode=partial(decode_response, self._tokenizer),
                 grading=self._grading,
                 score_token_id=self._score_token_id,
                 ref_logprob=config.laser.ref_logprob,
@@ -150,4 +152,4 @@ class RunEvaluation:
             "batch": batch,
             **asdict(sampling),
         }
-        return arrivals_path(records, identity)
+        return partial_responses_path(records, identity)

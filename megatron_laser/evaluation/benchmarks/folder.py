@@ -18,8 +18,8 @@ from megatron_laser import rewards
 from megatron_laser.config import ConfigError
 from megatron_laser.data import fingerprint
 from megatron_laser.errors import TestTimeError
-from megatron_laser.evaluation.benchmarks import Benchmark
-from megatron_laser.evaluation.engine import EngineChoice
+from megatron_laser.evaluation.benchmarks.settings import Benchmark
+from megatron_laser.evaluation.engine_choice import EngineChoice
 from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.evaluation.weight_identity import files_digest, small_files_digest
 from megatron_laser.files import lock_folder, plain, write_atomically
