@@ -47,7 +47,7 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     """Entry point of `megatron-laser` and `python -m megatron_laser`."""
-    from megatron_laser.observability.extras import open_standard_streams
+    from megatron_laser.observability.best_effort import open_standard_streams
 
     open_standard_streams()
     app()

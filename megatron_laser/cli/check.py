@@ -33,19 +33,19 @@ def check(
 
     loaded = load_config(config, overrides or [])
     prepare_process("ERROR", is_main=True)
-    from megatron_laser.run.preflight import Ledger, look
-    from megatron_laser.run.preflight.inputs import ORDER
-    from megatron_laser.run.preflight.view import as_json as to_json
-    from megatron_laser.run.preflight.view import lines
+    from megatron_laser.run.preflight import FindingLog, run_preflight
+    from megatron_laser.run.preflight.checks import ORDER
+    from megatron_laser.run.preflight.finding_log import as_json as to_json
+    from megatron_laser.run.preflight.finding_log import lines
 
-    ledger = Ledger(stop_at_errors=False)
-    look(loaded, ledger, _Progress())
+    log = FindingLog(stop_at_errors=False)
+    run_preflight(loaded, log, _Progress())
     if as_json:
-        typer.echo(to_json(ledger))
+        typer.echo(to_json(log))
     else:
-        for line in lines(ledger, ORDER, shutil.get_terminal_size((120, 24)).columns):
+        for line in lines(log, ORDER, shutil.get_terminal_size((120, 24)).columns):
             typer.echo(line)
-    if any(finding.level == "error" for finding in ledger.findings):
+    if any(finding.level == "error" for finding in log.findings):
         raise typer.Exit(2)
 
 

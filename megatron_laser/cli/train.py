@@ -69,6 +69,6 @@ def train(
 
     folder = run(loaded, overwrite=overwrite)
     if is_main:
-        from megatron_laser.observability.extras import say
+        from megatron_laser.observability.best_effort import print_line
 
-        say(f"done: {folder}/report.md")
+        print_line(f"done: {folder}/report.md")

@@ -28,7 +28,7 @@ from megatron_laser.config.model_folder.score_token import (
     read_stop_token_ids,
     resolve_score_token,
 )
-from megatron_laser.config.model_folder.weight_files import check_model_folder, look_at_model_folder
+from megatron_laser.config.model_folder.weight_files import check_model_folder, model_folder_findings
 from megatron_laser.config.plan.resolve import Plan, resolve_plan
 from megatron_laser.config.schema.root import RunConfig, key_paths
 from megatron_laser.errors import ConfigError, ModelFolderError
@@ -50,8 +50,8 @@ __all__ = [
     "key_paths",
     "load_config",
     "longest_sequence",
-    "look_at_model_folder",
     "mixing_first_step",
+    "model_folder_findings",
     "needs_reference_model",
     "old_policy_pass",
     "optimizer_steps",

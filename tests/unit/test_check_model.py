@@ -12,7 +12,7 @@ from megatron_laser.data import DataError
 from megatron_laser.data.end_of_response import EndSources, TurnEnd, check_end_of_response, end_of_turn
 from megatron_laser.data.tokenizer import load_tokenizer
 from megatron_laser.evaluation.model_folder import load_model_folder
-from megatron_laser.run.preflight.model_inputs import (
+from megatron_laser.run.preflight.model import (
     score_token_finding,
     template_finding,
     vocabulary_finding,

@@ -12,7 +12,7 @@ from megatron_laser.config import ConfigError, load_config
 from megatron_laser.data import DataError
 from megatron_laser.evaluation.responses import SavedResponse, partial_responses_path
 from megatron_laser.loop import train
-from megatron_laser.observability.sinks import read_metrics
+from megatron_laser.observability.metrics_logger import read_metrics
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.trainer import Trainer
 

@@ -44,7 +44,7 @@ _DEQUANTIZE = (
 _OTHER_MODEL = "config.json and weights disagree: download the folder again, or correct config.json"
 
 
-def look_at_model_folder(folder: str | Path, *, dtype: str | None = None) -> list[Finding]:
+def model_folder_findings(folder: str | Path, *, dtype: str | None = None) -> list[Finding]:
     """What a run would find in `folder`: config.json, files, tensors, shapes, quantization, ties and types.
 
     Headers are read, no weights; only where a tied model's file holds an `lm_head.weight` too are those two compared.
@@ -81,7 +81,7 @@ def look_at_model_folder(folder: str | Path, *, dtype: str | None = None) -> lis
 
 
 def check_model_folder(folder: str | Path) -> None:
-    """Refuse `folder` with everything that `look_at_model_folder` calls an error, in one line.
+    """Refuse `folder` with everything that `model_folder_findings` calls an error, in one line.
 
     Raises:
         ConfigError: config.json describes no model that can be built.

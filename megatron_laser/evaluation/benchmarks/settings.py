@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from megatron_laser.config.schema.fields import Count, FilePath, NonNegative, Section, Seed, Text, TopP
 from megatron_laser.config.yaml_source import read_yaml, syntax_problem
-from megatron_laser.data import Row, heed, look_at_references, read_rows
+from megatron_laser.data import Row, log_warnings, read_rows, reference_findings
 from megatron_laser.errors import ConfigError
 from megatron_laser.rewards import is_math_verify
 
@@ -228,5 +228,5 @@ def benchmark_rows(benchmark: Benchmark, *, look: bool = False) -> list[Row]:
         mathematics=mathematics,
     )
     if look and mathematics:
-        heed(look_at_references(rows, name=benchmark.name, ask_grader=False))
+        log_warnings(reference_findings(rows, name=benchmark.name, ask_grader=False))
     return rows

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laser.config import ConfigError, RunConfig
-from megatron_laser.observability.extras import Extra
-from megatron_laser.observability.live import LiveView
+from megatron_laser.observability.best_effort import BestEffort
+from megatron_laser.observability.live_view import LiveView
+from megatron_laser.observability.metrics_logger import MetricsLogger
 from megatron_laser.observability.rollout_dump import dump_rollouts
-from megatron_laser.observability.sinks import MetricsLogger
 from megatron_laser.observability.wandb_sink import open_wandb
 from megatron_laser.report.run_report import write_report
 from megatron_laser.run.output_folder import FINISHED, STOPPED, ClaimedFolder
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _UNWRITTEN = "unwritten_metrics"
 
 
-class RunRecord:
+class RunRecorder:
     """The files of a run, open on rank 0."""
 
     def __init__(self, config: RunConfig, claimed: ClaimedFolder, resumed: Mapping[str, Any] | None) -> None:
@@ -45,7 +45,7 @@ class RunRecord:
         self._config = config
         self._claimed = claimed
         self._folder = Path(config.run.output_dir)
-        self._dumps = Extra("logging.rollouts_every")
+        self._dumps = BestEffort("logging.rollouts_every")
         state = (None if resumed is None else resumed["run"]) or {}
         with ExitStack() as opened:
             wandb = None
@@ -132,7 +132,7 @@ class RunRecord:
         """
         self._view.__exit__(None, None, None)
         # `megatron-laser report` writes it again.
-        Extra("writing report.md", Exception)(lambda: write_report([self._folder]))
+        BestEffort("writing report.md", Exception)(lambda: write_report([self._folder]))
         try:
             if complete:
                 self._claimed.mark_finished(step)

@@ -15,8 +15,8 @@ import torch
 
 from megatron_laser import files as plain_module
 from megatron_laser.files import write_atomically
+from megatron_laser.observability.metrics_logger import MetricsLogger, read_metrics
 from megatron_laser.observability.rollout_dump import dump_rollouts
-from megatron_laser.observability.sinks import MetricsLogger, read_metrics
 from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample
 
 

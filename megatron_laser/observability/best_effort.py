@@ -1,4 +1,4 @@
-"""What a run writes for people to look at must not end it: told once when it fails, and off from then on."""
+"""Best effort: what a run writes for people to look at must not end it. Told once when it fails, then off."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TextIO
 logger = logging.getLogger(__name__)
 
 
-class Extra:
+class BestEffort:
     """TensorBoard, rollout dumps, the report: useful, and nothing that a run goes on from."""
 
     def __init__(self, what: str, *failures: type[Exception]) -> None:
@@ -37,7 +37,7 @@ class Extra:
             )
 
 
-class Output:
+class SafeOutput:
     """Standard output, or another text stream, that may be closed or full without harm to who writes to it.
 
     Everything but `write` and `flush` is the stream's own, so that it can be used in its place.
@@ -46,7 +46,7 @@ class Output:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
         # ValueError: the stream was closed in this process. rich ends the process on a broken pipe by itself.
-        self._extra = Extra("writing to standard output", OSError, ValueError)
+        self._best_effort = BestEffort("writing to standard output", OSError, ValueError)
 
     def write(self, text: str) -> int:
         """Write `text`, if that is still possible; returns its length."""
@@ -61,9 +61,9 @@ class Output:
         return getattr(self._stream, name)
 
     def _do(self, work: Callable[[], object]) -> None:
-        on = self._extra.on
-        self._extra(work)
-        if on and not self._extra.on:
+        on = self._best_effort.on
+        self._best_effort(work)
+        if on and not self._best_effort.on:
             _to_nowhere(self._stream)
 
 
@@ -83,9 +83,9 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print one line on standard output, if that is still possible."""
-    output = Output()
+    output = SafeOutput()
     output.write(text + "\n")
     output.flush()
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_laser.files import plain, write_atomically
-from megatron_laser.observability.extras import Extra
+from megatron_laser.observability.best_effort import BestEffort
 from megatron_laser.observability.wandb_sink import WandbSink
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class MetricsLogger:
         for line in unwritten:
             self._append(line)
         purge = None if last_step is None else last_step + 1
-        self._tensorboard = Extra(
+        self._tensorboard = BestEffort(
             "logging.tensorboard", Exception
         )  # its writing thread passes on whatever it met
         self._writer: Any = None

@@ -7,13 +7,14 @@ import math
 import numpy as np
 
 from megatron_laser.report.benchmark_report import FEWEST_PROBLEMS
-from megatron_laser.report.run_data import Evaluation, FloatArray, Run
-from megatron_laser.report.table import (
+from megatron_laser.report.comparison_table import (
     final_number,
     fixed,
     laser_and_grpo,
     seconds_per_step,
 )
+from megatron_laser.report.run_data import Evaluation, FloatArray, Run
+from megatron_laser.rewards.grade import FAILED_OUTCOMES
 
 _FEWEST_OF_CLASS = 10  # right, and wrong, responses with a score, below which no AUROCs are compared
 _RESAMPLES = 300  # each sorts all scores twice
@@ -138,7 +139,7 @@ def _grading(run: Run) -> list[str]:
             "graded** (`outcome/timeout` and `outcome/crash`); nothing was learned from them."
         )
     if run.final is not None:
-        counts = [run.final.number(f"outcome/{name}") for name in ("timeout", "crash")]
+        counts = [run.final.number(f"outcome/{name}") for name in FAILED_OUTCOMES]
         lost = sum(count for count in counts if math.isfinite(count))
         if lost:
             sentences.append(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron_laser.observability.live import (
+from megatron_laser.observability.live_view import (
     LiveView,
     format_count,
     format_duration,

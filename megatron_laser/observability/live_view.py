@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megatron_laser.observability.extras import Output
+from megatron_laser.observability.best_effort import SafeOutput
 
 PHASES = ("generate", "grade", "logprob", "train", "sync")
 
@@ -279,7 +279,7 @@ class LiveView:
         if mode not in ("auto", "on", "off"):
             raise ValueError(f"logging.live is {mode!r}; expected auto, on or off")
         self.console = console or Console(
-            file=cast(TextIO, Output()), highlight=False, force_terminal=True if mode == "on" else None
+            file=cast(TextIO, SafeOutput()), highlight=False, force_terminal=True if mode == "on" else None
         )
         live = mode == "on" or (mode == "auto" and self.console.is_terminal)
         self._clock = clock

@@ -9,14 +9,14 @@ from megatron_laser.config import RunConfig
 from megatron_laser.data import (
     Row,
     build_prompts,
-    look_at_prompts,
-    look_at_references,
-    look_for_score_token,
+    prompt_findings,
     read_rows,
+    reference_findings,
+    score_token_in_data,
 )
 from megatron_laser.rewards import is_math_verify
-from megatron_laser.run.preflight.ledger import Ledger, needed
-from megatron_laser.run.preflight.model_inputs import ModelInputs
+from megatron_laser.run.preflight.finding_log import FindingLog, needed
+from megatron_laser.run.preflight.model import ModelInputs
 from megatron_laser.types import Prompt
 
 GROUP = "Data"
@@ -34,7 +34,7 @@ class DataInputs:
     prompts: dict[str, list[Prompt]] = field(default_factory=dict)
 
 
-def read_data(config: RunConfig, ledger: Ledger) -> DataInputs:
+def read_data(config: RunConfig, log: FindingLog) -> DataInputs:
     """The rows of all splits, and whether their references can equal a response."""
     found = DataInputs()
     data = config.data
@@ -44,33 +44,33 @@ def read_data(config: RunConfig, ledger: Ledger) -> DataInputs:
         paths = getattr(data, split)
         if paths is None:
             continue
-        with ledger.topic(GROUP, f"data.{split}"):
+        with log.topic(GROUP, f"data.{split}"):
             found.rows[split] = read_rows(
                 paths, prompt_key=data.prompt_key, answer_key=data.answer_key, mathematics=mathematics
             )
         if mathematics and split in found.rows:
-            with ledger.topic(GROUP, "references"):
-                ledger.add(GROUP, look_at_references(found.rows[split], name=f"data.{split}"))
+            with log.topic(GROUP, "references"):
+                log.add(GROUP, reference_findings(found.rows[split], name=f"data.{split}"))
     return found
 
 
-def look_at_data(
-    config: RunConfig, model: ModelInputs, found: DataInputs, ledger: Ledger, progress: Progress
+def check_data(
+    config: RunConfig, model: ModelInputs, found: DataInputs, log: FindingLog, progress: Progress
 ) -> None:
     """Tokenize every prompt: lengths, ids, and where the score token occurs."""
     for split, rows in found.rows.items():
-        with ledger.topic(GROUP, f"data.{split}"):
-            _tokenize(config, model, found, split, ledger, progress)
+        with log.topic(GROUP, f"data.{split}"):
+            _tokenize(config, model, found, split, log, progress)
         score = None if model.score_token is None else model.score_token.id
         if score is not None and split in found.prompts:
             prompts = found.prompts[split]
-            with ledger.topic(GROUP, "score token"):
-                finding = look_for_score_token(rows, prompts, model.tokenizer, score, name=f"data.{split}")
-                ledger.add(GROUP, [finding])
+            with log.topic(GROUP, "score token"):
+                finding = score_token_in_data(rows, prompts, model.tokenizer, score, name=f"data.{split}")
+                log.add(GROUP, [finding])
 
 
 def _tokenize(
-    config: RunConfig, model: ModelInputs, found: DataInputs, split: str, ledger: Ledger, progress: Progress
+    config: RunConfig, model: ModelInputs, found: DataInputs, split: str, log: FindingLog, progress: Progress
 ) -> None:
     rows, data = found.rows[split], config.data
     tokenizer = needed(model.tokenizer, "the tokenizer")
@@ -86,4 +86,4 @@ def _tokenize(
         log=False,
     )
     found.prompts[split] = built
-    ledger.add(GROUP, look_at_prompts(report, name=f"data.{split}"))
+    log.add(GROUP, prompt_findings(report, name=f"data.{split}"))

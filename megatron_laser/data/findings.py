@@ -1,17 +1,22 @@
-"""What there is to say about references and prompts before a run starts."""
+"""What there is to say about references and prompts before a run starts, and whether the score token occurs in them.
+
+It must not: z_c is what the model says about a response, never part of one.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from megatron_laser.data.prompts import PromptReport
 from megatron_laser.data.readers import Row
 from megatron_laser.data.references import why_unequal
 from megatron_laser.errors import DataError, Finding, Level
 from megatron_laser.rewards import GradingPool
+from megatron_laser.types import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +31,7 @@ _CURE = (
 )
 
 
-def look_at_references(
+def reference_findings(
     rows: Sequence[Row], *, name: str = "data.train", ask_grader: bool = True, deadline: float = 2.0
 ) -> list[Finding]:
     """Whether responses can equal the references at all: for rows read with `mathematics=True`.
@@ -74,7 +79,7 @@ def look_at_references(
     return findings
 
 
-def look_at_prompts(report: PromptReport, *, name: str = "data.train") -> list[Finding]:
+def prompt_findings(report: PromptReport, *, name: str = "data.train") -> list[Finding]:
     """Lengths over the limit, and BOS tokens that prompts brought along.
 
     Args:
@@ -118,7 +123,7 @@ def look_at_prompts(report: PromptReport, *, name: str = "data.train") -> list[F
     return findings
 
 
-def heed(findings: Iterable[Finding]) -> None:
+def log_warnings(findings: Iterable[Finding]) -> None:
     """Log the warnings.
 
     Raises:
@@ -168,3 +173,61 @@ def _examples(found: Iterable[tuple[str, str]]) -> tuple[str, ...]:
             break
         lines.append(f"{source}: {text!r:.100}")
     return tuple(lines)
+
+
+_BATCH = 1000  # texts for one call of the tokenizer
+
+
+def score_token_in_data(
+    rows: Sequence[Row],
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    score_token_id: int,
+    *,
+    name: str = "data.train",
+) -> Finding:
+    """Whether any prompt, chat template included, or any reference answer holds the score token.
+
+    A prompt with z_c in it shows the model the token outside its one place behind EOS, and an answer with it is
+    one that no response should give.
+
+    Args:
+        rows: as read; `prompts` are made from them and may leave some out.
+        tokenizer: a Hugging Face tokenizer.
+        name: of the setting with the files.
+    """
+    found = list(_places(rows, prompts, tokenizer, score_token_id))
+    token = f"the score token {tokenizer.decode([score_token_id])!r} (id {score_token_id})"
+    if not found:
+        return Finding("score token", "ok", f"{name}: no prompt and no answer holds {token}")
+    return Finding(
+        "score token",
+        "error",
+        f"{name}: {len(found)} prompts or answers of {len(rows)} rows hold {token}",
+        tuple(found[:_NAMED]),
+        "choose a token for laser.score_token that is not in the data, or remove these rows",
+    )
+
+
+def refuse_score_token(
+    rows: Sequence[Row], prompts: Sequence[Prompt], tokenizer: Any, score_token_id: int
+) -> None:
+    """Raises DataError where `score_token_in_data` finds any."""
+    finding = score_token_in_data(rows, prompts, tokenizer, score_token_id, name="the data")
+    if finding.level == "error":
+        raise DataError(finding.line)
+
+
+def _places(
+    rows: Sequence[Row], prompts: Sequence[Prompt], tokenizer: Any, score_token_id: int
+) -> Iterator[str]:
+    source = {row.row: row.source for row in rows}
+    for prompt in prompts:
+        if score_token_id in prompt.token_ids:
+            yield f"{source[prompt.row]}: the prompt"
+    for start in range(0, len(rows), _BATCH):
+        batch = rows[start : start + _BATCH]
+        encoded = tokenizer([row.answer for row in batch], add_special_tokens=False)["input_ids"]
+        for row, token_ids in zip(batch, encoded, strict=True):
+            if score_token_id in token_ids:
+                yield f"{row.source}: the answer"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.config import ConfigError, RunConfig, look_at_model_folder, read_architecture
+from megatron_laser.config import ConfigError, RunConfig, model_folder_findings, read_architecture
 from megatron_laser.config.checks.model import position_problems, split_problems
 from megatron_laser.config.derived import longest_sequence
 from megatron_laser.config.model_folder.architecture import Architecture
@@ -17,7 +17,7 @@ from megatron_laser.data.encoding import render_chat
 from megatron_laser.data.end_of_response import check_end_of_response, end_sources
 from megatron_laser.data.tokenizer import check_tokenizer_files
 from megatron_laser.errors import Finding
-from megatron_laser.run.preflight.ledger import Ledger, needed
+from megatron_laser.run.preflight.finding_log import FindingLog, needed
 
 GROUP = "Model"
 _QUESTION = "Which 3 digits of 8271 add up to 17?"
@@ -36,33 +36,33 @@ class ModelInputs:
     template: bool = False  # it can be used, or is not
 
 
-def look_at_model(config: RunConfig, ledger: Ledger) -> ModelInputs:
+def check_model(config: RunConfig, log: FindingLog) -> ModelInputs:
     """Shape, weights and special tokens, from config.json, the tokenizer's files and the weight files' headers."""
     found = ModelInputs()
-    with ledger.topic(GROUP, "model"):
-        ledger.add(GROUP, look_at_model_folder(config.model.path, dtype=config.model.dtype))
+    with log.topic(GROUP, "model"):
+        log.add(GROUP, model_folder_findings(config.model.path, dtype=config.model.dtype))
         with suppress(ConfigError):  # said by now
             found.architecture = read_architecture(config.model.path)
-    look_at_sizes(config, found, ledger)
+    check_sizes(config, found, log)
     stops: tuple[int, ...] | None = None
-    with ledger.topic(GROUP, "end of response"):  # whether they end what the model writes is seen later
+    with log.topic(GROUP, "end of response"):  # whether they end what the model writes is seen later
         stops = resolve_stops(config, needed(found.architecture, "config.json"))
-    with ledger.topic(GROUP, "tokenizer"):
+    with log.topic(GROUP, "tokenizer"):
         needed(found.architecture, "config.json")
         check_tokenizer_files(config.model.path)
         found.vocabulary = read_vocabulary(Path(config.model.path))
-    with ledger.topic(GROUP, "score token"):
+    with log.topic(GROUP, "score token"):
         architecture = needed(found.architecture, "config.json")
         vocabulary = needed(found.vocabulary, "the tokenizer")
         found.score_token = resolve_score(config, architecture, stops or (), vocabulary=vocabulary)
-        ledger.add(GROUP, [score_token_finding(config, found.score_token)])
+        log.add(GROUP, [score_token_finding(config, found.score_token)])
         found.special = None if stops is None else SpecialTokens(stops, found.score_token)
     return found
 
 
-def look_at_sizes(config: RunConfig, found: ModelInputs, ledger: Ledger) -> None:
+def check_sizes(config: RunConfig, found: ModelInputs, log: FindingLog) -> None:
     """Whether the model has positions for the longest sequence, and can be split as `parallel` says."""
-    with ledger.topic(GROUP, "lengths"):
+    with log.topic(GROUP, "lengths"):
         architecture = needed(found.architecture, "config.json")
         if problems := position_problems(config, architecture):
             raise ConfigError(problems)
@@ -70,28 +70,26 @@ def look_at_sizes(config: RunConfig, found: ModelInputs, ledger: Ledger) -> None
         text = (
             f"a prompt and its response are at most {longest:,} tokens, and the model has {limit:,} positions"
         )
-        ledger.add(GROUP, [Finding("lengths", "ok", text)])
-    with ledger.topic(GROUP, "layout"):
+        log.add(GROUP, [Finding("lengths", "ok", text)])
+    with log.topic(GROUP, "layout"):
         parallel = config.parallel
         if problems := split_problems(config, needed(found.architecture, "config.json")):
             raise ConfigError(problems)
         text = f"parallel.tensor {parallel.tensor} and parallel.pipeline {parallel.pipeline} divide the model"
-        ledger.add(GROUP, [Finding("layout", "ok", text)])
+        log.add(GROUP, [Finding("layout", "ok", text)])
 
 
-def look_at_tokenizer(config: RunConfig, found: ModelInputs, ledger: Ledger) -> None:
+def check_tokenizer(config: RunConfig, found: ModelInputs, log: FindingLog) -> None:
     """Its vocabulary, the chat template, and what ends a response; needs `found.tokenizer`."""
-    with ledger.topic(GROUP, "tokenizer"):
+    with log.topic(GROUP, "tokenizer"):
         tokenizer = needed(found.tokenizer, "the tokenizer")
-        ledger.add(
-            GROUP, [vocabulary_finding(tokenizer, needed(found.architecture, "config.json").vocab_size)]
-        )
-    with ledger.topic(GROUP, "chat template"):
+        log.add(GROUP, [vocabulary_finding(tokenizer, needed(found.architecture, "config.json").vocab_size)])
+    with log.topic(GROUP, "chat template"):
         tokenizer = needed(found.tokenizer, "the tokenizer")
         finding = template_finding(config, tokenizer)
         found.template = finding.level != "error"
-        ledger.add(GROUP, [finding])
-    with ledger.topic(GROUP, "end of response"):
+        log.add(GROUP, [finding])
+    with log.topic(GROUP, "end of response"):
         tokenizer = needed(found.tokenizer, "the tokenizer")
         needed(found.special, "the ids that end a response")
         needed(found.template or None, "the chat template")
@@ -101,7 +99,7 @@ def look_at_tokenizer(config: RunConfig, found: ModelInputs, ledger: Ledger) -> 
             setting=config.rollout.stop_token_ids or (),
             template_used=config.data.apply_chat_template,
         )
-        ledger.add(GROUP, [check_end_of_response(sources, tokenizer)])
+        log.add(GROUP, [check_end_of_response(sources, tokenizer)])
 
 
 def vocabulary_finding(tokenizer: Any, vocab_size: int) -> Finding:
