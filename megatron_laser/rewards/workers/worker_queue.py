@@ -28,7 +28,7 @@ _CLOSED = "the grading pool is closed"
 _Task = tuple[dict[str, Any], "Future[dict[str, Any]]"]
 
 
-class WorkerPool:
+class WorkerQueue:
     """Hands requests to worker processes and replaces the workers that a request has cost."""
 
     def __init__(self, workers: int, deadline: float, settings: WorkerSettings) -> None:

@@ -1,4 +1,4 @@
-r"""Reading an answer: from its text to what it is. Lists, points, intervals, words and relations are read here,
+r"""Parsing an answer: from its text to what it is. Lists, points, intervals, words and relations are parsed here,
 single expressions by math-verify's LaTeX parser.
 """
 
@@ -10,34 +10,39 @@ from functools import lru_cache
 
 import sympy
 
-from megatron_laser.rewards.mathematics.boxed import MAX_ANSWER_CHARS
-from megatron_laser.rewards.mathematics.parsing import is_infinite, parse_expression
-from megatron_laser.rewards.mathematics.readings import (
+from megatron_laser.rewards.mathematics.answer_types import (
     Clock,
     Items,
     Letters,
     Numeral,
+    ParsedAnswer,
     Piece,
     Point,
-    Reading,
     Reals,
     Table,
-    Unread,
+    Unparsed,
     Value,
     Words,
 )
-from megatron_laser.rewards.mathematics.reals import (
+from megatron_laser.rewards.mathematics.boxed import MAX_ANSWER_CHARS
+from megatron_laser.rewards.mathematics.equations import ParsePart, assigned_name, parse_relation, unknown_of
+from megatron_laser.rewards.mathematics.expression_parser import is_infinite, parse_expression
+from megatron_laser.rewards.mathematics.intervals import (
     WHOLE,
     NotComparedError,
     complement,
     intersection,
+    parsed_set,
     pieces_of,
-    reading_of,
     union,
 )
-from megatron_laser.rewards.mathematics.relations import ReadPart, assigned_name, read_relation, unknown_of
-from megatron_laser.rewards.mathematics.spelling import MAX_NESTING, nesting, number_value, plain_spelling
-from megatron_laser.rewards.mathematics.splitting import bracketed, split, split_relations, split_words
+from megatron_laser.rewards.mathematics.latex_tokens import bracketed, split, split_relations, split_words
+from megatron_laser.rewards.mathematics.normalization import (
+    MAX_NESTING,
+    nesting,
+    normalize_latex,
+    number_value,
+)
 from megatron_laser.rewards.mathematics.units import as_words, split_units, with_text_unit
 
 _BASES = dict(
@@ -81,59 +86,59 @@ _MAX_PARTS = 200
 
 
 @lru_cache(maxsize=4096)  # references repeat over a group, and answers over the pairs of a vote
-def read_answer(answer: str) -> Reading:
-    """The reading of an answer (see `extract_answer`); Unread where it is too long or deep, or no mathematics."""
+def parse_answer(answer: str) -> ParsedAnswer:
+    """The parsed answer (see `extract_answer`); Unparsed where it is too long or deep, or no mathematics."""
     if len(answer) > MAX_ANSWER_CHARS or nesting(answer) > MAX_NESTING:
-        return Unread(answer)
+        return Unparsed(answer)
     try:
-        return _read(answer, 0)
+        return _parse(answer, 0)
     except MemoryError:
         raise
     except Exception:  # SymPy raises anything on odd input, a RecursionError on deep expressions
-        return Unread(answer)
+        return Unparsed(answer)
 
 
-def _read(text: str, depth: int) -> Reading:
-    text = plain_spelling(text)
+def _parse(text: str, depth: int) -> ParsedAnswer:
+    text = normalize_latex(text)
     if not text or depth > _MAX_DEPTH or len(text) > MAX_ANSWER_CHARS:
-        return Unread(text)
+        return Unparsed(text)
 
-    def read(part: str) -> Reading:
-        return _read(part, depth + 1)
+    def parse(part: str) -> ParsedAnswer:
+        return _parse(part, depth + 1)
 
-    simple = _simple(text, read)
+    simple = _simple(text, parse)
     if simple is not None:
         return simple
     if "\\ldots" in text or "..." in text:
-        return Unread(text)
+        return Unparsed(text)
     parts, words = split_words(text)
     if len(parts) == 1:
         parts = split(text, ",", ";")
         words = {"and"} if len(parts) > 1 else set()
     if len(parts) > 1:
-        return _read_list(text, [part for part in parts if part], words, read)
+        return _parse_list(text, [part for part in parts if part], words, parse)
     if split_relations(text)[1]:
-        return read_relation(text, read)
-    compound = _compound(text, read)
+        return parse_relation(text, parse)
+    compound = _compound(text, parse)
     if compound is not None:
         return compound
     if (with_unit := with_text_unit(text)) is None or _AMBIGUOUS.fullmatch(text):
-        return Unread(text)
+        return Unparsed(text)
     shorter, unit = split_units(with_unit)
     if shorter != text:
-        reading = read(shorter)
-        return replace(reading, unit=unit) if unit and isinstance(reading, Value) else reading
+        parsed = parse(shorter)
+        return replace(parsed, unit=unit) if unit and isinstance(parsed, Value) else parsed
     if "\\text" in text or _DROPPED.search(text) or _TOO_MUCH.search(text) or text.count(":") > 1:
-        return Unread(text)
+        return Unparsed(text)
     value = parse_expression(text)
     if isinstance(value, (sympy.MatrixBase, sympy.MatrixExpr)):
         matrix = value.doit()
         if isinstance(matrix, sympy.MatrixBase):
             return Table(tuple(tuple(Value(entry) for entry in row) for row in matrix.tolist()))
-        return Unread(text)
+        return Unparsed(text)
     if value is not None and _CAPITALS.fullmatch(text):
         return Letters(text, value)
-    return Unread(text) if value is None else Value(value, is_decimal=_is_decimal(text))
+    return Unparsed(text) if value is None else Value(value, is_decimal=_is_decimal(text))
 
 
 def _is_decimal(text: str) -> bool:
@@ -141,12 +146,12 @@ def _is_decimal(text: str) -> bool:
     return _POINT.search(text) is not None and "\\frac" not in text and "/" not in text
 
 
-def _simple(text: str, read: ReadPart) -> Reading | None:
+def _simple(text: str, parse: ParsePart) -> ParsedAnswer | None:
     """What is read from the text alone: the empty set, a number, a numeral, words."""
     if text == "\\emptyset":
         return Items(())
     if text in ("\\mathbb{R}", "\\mathbf{R}"):
-        return reading_of([WHOLE])
+        return parsed_set([WHOLE])
     if (number := number_value(text)) is not None:
         return Value(sympy.Rational(number.numerator, number.denominator), is_decimal=_is_decimal(text))
     if match := _CLOCK.fullmatch(text):
@@ -156,56 +161,56 @@ def _simple(text: str, read: ReadPart) -> Reading | None:
         base = int(named[0]) if named[0].isdigit() else _BASES.get(named[0])
         digits = match["digits"]
         if base == 10 and digits.isdigit():
-            return read(digits)
+            return parse(digits)
         if base is not None and (digits.isdigit() or (base > 10 and len(digits) > 1)):  # A_2 is a variable
             return Numeral(digits.lstrip("0") or "0", base)
     if _DATE.fullmatch(text):
         return Words(text.lower())
     words = as_words(text)
-    return None if words is None or with_text_unit(text) != text else _read_words(words, read)
+    return None if words is None or with_text_unit(text) != text else _parse_words(words, parse)
 
 
-def _read_words(words: str, read: ReadPart) -> Reading:
+def _parse_words(words: str, parse: ParsePart) -> ParsedAnswer:
     """A single letter, the reals, the empty set, a choice, names side by side, or other words."""
     if len(words) == 1 or not re.search(r"[a-zA-Z]{2}", words):
-        return read(words)
+        return parse(words)
     if choice := _CHOICE.fullmatch(words):
-        return read(choice[1])
+        return parse(choice[1])
     parts = _ENUMERATION.split(words)
     if len(parts) > 1 and all(part and len(part.split()) <= 2 and part.isascii() for part in parts):
-        return Items(tuple(read(f"\\text{{{part}}}") for part in parts))
+        return Items(tuple(parse(f"\\text{{{part}}}") for part in parts))
     words = words.lower()
     if words in ("all real numbers", "all reals", "the set of all real numbers"):
-        return reading_of([WHOLE])
+        return parsed_set([WHOLE])
     if words.startswith("no "):
         words = words.rstrip("s")  # solution, or solutions
     return Items(()) if words in ("empty set", "the empty set") else Words(words)
 
 
-def _compound(text: str, read: ReadPart) -> Reading | None:
+def _compound(text: str, parse: ParsePart) -> ParsedAnswer | None:
     """Unions, differences, brackets, matrices and both signs; None for a single expression."""
     for mark in ("\\cup", "\\cap", "\\setminus", "\\backslash"):
         parts = split(text, mark)
         if len(parts) > _MAX_PARTS:
-            return Unread(text)
+            return Unparsed(text)
         if len(parts) > 1:
-            return _combined(text, mark, [read(part) for part in parts])
+            return _combined(text, mark, [parse(part) for part in parts])
     if brackets := bracketed(text):
-        return _read_brackets(text, *brackets, read)
+        return _parse_brackets(text, *brackets, parse)
     if (matrix := _MATRIX.fullmatch(text)) and "\\begin" not in matrix[2]:
         rows = [row for row in split(matrix[2].strip(), "\\\\") if row]
-        return Table(tuple(tuple(read(cell) for cell in split(row, "&")) for row in rows))
+        return Table(tuple(tuple(parse(cell) for cell in split(row, "&")) for row in rows))
     if "\\pm" in text or "\\mp" in text:
         both = [text.replace("\\pm", a).replace("\\mp", b) for a, b in (("+", "-"), ("-", "+"))]
-        return _items([read(side) for side in both])
+        return _items([parse(side) for side in both])
     return None
 
 
-def _combined(text: str, mark: str, readings: list[Reading]) -> Reading:
+def _combined(text: str, mark: str, parsed_parts: list[ParsedAnswer]) -> ParsedAnswer:
     """The union, intersection or difference of sets of reals."""
-    pieces = [pieces_of(reading) for reading in readings]
+    pieces = [pieces_of(parsed) for parsed in parsed_parts]
     if any(piece is None for piece in pieces):
-        return Unread(text)
+        return Unparsed(text)
     try:
         result = union(pieces[0] or [])
         for piece in pieces[1:]:
@@ -214,25 +219,25 @@ def _combined(text: str, mark: str, readings: list[Reading]) -> Reading:
                 result = union(result + other)
             else:
                 result = intersection(result, other if mark == "\\cap" else complement(other))
-        return reading_of(result)
+        return parsed_set(result)
     except NotComparedError:
-        return Unread(text)
+        return Unparsed(text)
 
 
-def _read_brackets(text: str, opening: str, content: str, closing: str, read: ReadPart) -> Reading:
+def _parse_brackets(text: str, opening: str, content: str, closing: str, parse: ParsePart) -> ParsedAnswer:
     if opening == "\\{":
-        return _read_braces(text, content, closing, read)
+        return _parse_braces(text, content, closing, parse)
     parts = split(content, ",")
     if len(parts) == 1 or len(parts) > _MAX_PARTS or not all(parts):
         plain = (opening, closing) in (("(", ")"), ("[", "]"))
-        return read(content) if plain and len(parts) == 1 else Unread(text)
-    items = tuple(read(part) for part in parts)
+        return parse(content) if plain and len(parts) == 1 else Unparsed(text)
+    items = tuple(parse(part) for part in parts)
     if len(parts) > 2 or (opening, closing) in (("(", ")"), ("\\langle", "\\rangle")):
         matching = (opening, closing) in (("(", ")"), ("[", "]"), ("\\langle", "\\rangle"))
-        return Point(items) if matching else Unread(text)
+        return Point(items) if matching else Unparsed(text)
     low, high = items
     if opening not in "([" or closing not in ")]" or not (isinstance(low, Value) and isinstance(high, Value)):
-        return Unread(text)
+        return Unparsed(text)
     low_closed = opening == "[" and not is_infinite(low.expression)
     high_closed = closing == "]" and not is_infinite(high.expression)
     if not low_closed and not high_closed:
@@ -240,23 +245,23 @@ def _read_brackets(text: str, opening: str, content: str, closing: str, read: Re
     return Reals((Piece(low.expression, low_closed, high.expression, high_closed),))
 
 
-def _read_braces(text: str, content: str, closing: str, read: ReadPart) -> Reading:
+def _parse_braces(text: str, content: str, closing: str, parse: ParsePart) -> ParsedAnswer:
     """A set: its elements (one alone stands for itself), or the condition on them."""
     if closing != "\\}":
-        return Unread(text)
+        return Unparsed(text)
     for mark in ("\\mid", ":", "|"):
         condition = split(content, mark)
         if len(condition) == 2:
-            return read(condition[1])
+            return parse(condition[1])
 
-    def element(part: str) -> Reading:
-        found = read(part)
+    def element(part: str) -> ParsedAnswer:
+        found = parse(part)
         is_set = part.startswith("\\{") and bracketed(part) is not None
         return Items((found,)) if is_set and not isinstance(found, Items) else found
 
     parts = [part for part in split(content, ",", ";") if part]  # not read as one: 1,234 are two here
     if len(parts) > 1:
-        found = _read_list(text, parts, {"and"}, element)
+        found = _parse_list(text, parts, {"and"}, element)
         return Items((found,)) if isinstance(found, (Point, Reals)) else found
     found = element(content)
     if isinstance(found, Items) and ("\\pm" in content or len(split_words(content)[0]) > 1):
@@ -264,41 +269,41 @@ def _read_braces(text: str, content: str, closing: str, read: ReadPart) -> Readi
     return Items((found,)) if isinstance(found, (Items, Point, Reals)) else found
 
 
-def _items(readings: list[Reading]) -> Reading:
-    return readings[0] if len(readings) == 1 else Items(tuple(readings))
+def _items(parsed_parts: list[ParsedAnswer]) -> ParsedAnswer:
+    return parsed_parts[0] if len(parsed_parts) == 1 else Items(tuple(parsed_parts))
 
 
-def _is_interval(reading: Reading) -> bool:
+def _is_interval(parsed: ParsedAnswer) -> bool:
     """A set of reals, and no point: an open interval without end is read as a pair."""
-    if isinstance(reading, Point):
-        return any(isinstance(end, Value) and is_infinite(end.expression) for end in reading.items)
-    return isinstance(reading, Reals)
+    if isinstance(parsed, Point):
+        return any(isinstance(end, Value) and is_infinite(end.expression) for end in parsed.items)
+    return isinstance(parsed, Reals)
 
 
-def _read_list(text: str, parts: list[str], words: set[str], read: ReadPart) -> Reading:
+def _parse_list(text: str, parts: list[str], words: set[str], parse: ParsePart) -> ParsedAnswer:
     """Answers side by side: solutions in any order, values of several names, or conditions on one variable."""
     if len(parts) > _MAX_PARTS:
-        return Unread(text)
-    readings = [read(part) for part in parts]
+        return Unparsed(text)
+    parsed_parts = [parse(part) for part in parts]
     unknowns = {unknown_of(part) for part in parts}
-    pieces = [pieces_of(reading) for reading in readings]
-    if None not in unknowns or ("or" in words and any(_is_interval(reading) for reading in readings)):
+    pieces = [pieces_of(parsed) for parsed in parsed_parts]
+    if None not in unknowns or ("or" in words and any(_is_interval(parsed) for parsed in parsed_parts)):
         if len(unknowns) > 1 or any(piece is None for piece in pieces):
-            return Unread(text)
-        found = _combined(text, "\\cup" if "or" in words else "\\cap", readings)
+            return Unparsed(text)
+        found = _combined(text, "\\cup" if "or" in words else "\\cap", parsed_parts)
         # x < -2, x > 2: hardly the empty set
-        return Unread(text) if found == Items(()) else found
+        return Unparsed(text) if found == Items(()) else found
     names = [assigned_name(part) for part in parts]
     given = [name for name in names if name]
     quantities = {_INDEX.sub("", name) for name in given}
     if len(given) == len(parts) == len(quantities):
         # x = 1, y = 2: the point of the values in the order of their names
-        ordered = sorted(zip(given, readings, strict=True), key=lambda pair: pair[0])
-        return Point(tuple(reading for _, reading in ordered))
+        ordered = sorted(zip(given, parsed_parts, strict=True), key=lambda pair: pair[0])
+        return Point(tuple(parsed for _, parsed in ordered))
     if len(quantities) > 1:
-        return Unread(text)
-    flat: list[Reading] = []
-    for part, reading in zip(parts, readings, strict=True):
-        is_several = isinstance(reading, Items) and reading.items and not part.startswith("\\{")
-        flat += reading.items if is_several and isinstance(reading, Items) else [reading]
+        return Unparsed(text)
+    flat: list[ParsedAnswer] = []
+    for part, parsed in zip(parts, parsed_parts, strict=True):
+        is_several = isinstance(parsed, Items) and parsed.items and not part.startswith("\\{")
+        flat += parsed.items if is_several and isinstance(parsed, Items) else [parsed]
     return _items(flat)

@@ -1,7 +1,7 @@
-"""One grading process: `python -m megatron_laser.rewards.workers.worker SOCKET LIFELINE DUMP`; see `WorkerProcess`.
+"""One grading process: `python -m megatron_laser.rewards.workers.worker_main SOCKET LIFELINE DUMP`.
 
-It is executed afresh (never forked from the trainer, whose main module it does not import either), puts a guard
-around itself (see `guard`) and reads one request after the other from its socket.
+`WorkerProcess` starts it. It is executed afresh (never forked from the trainer, whose main module it does not import
+either), puts a guard around itself (see `guard`) and reads one request after the other from its socket.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from megatron_laser.rewards.grade import RewardSpecError, as_grade
 from megatron_laser.rewards.mathematics import grading as math_grading
 from megatron_laser.rewards.registry import RewardFunction, resolve_reward
 from megatron_laser.rewards.workers.guard import fork_grader, move_high
-from megatron_laser.rewards.workers.place import definition, described
-from megatron_laser.rewards.workers.sources import SourceKeeper
-from megatron_laser.rewards.workers.wire import receive_message, send_message
+from megatron_laser.rewards.workers.messages import receive_message, send_message
+from megatron_laser.rewards.workers.source_snapshot import SourceKeeper
+from megatron_laser.rewards.workers.user_code import definition, described
 
 DUMP_SIGNAL = signal.SIGUSR1
 """Makes a worker write where each of its threads is."""

@@ -16,7 +16,7 @@ import sympy
 from math_verify import verify
 from sympy.core.function import AppliedUndef
 
-from megatron_laser.rewards.mathematics.parsing import TAME_BITS, bits, is_constant, is_infinite
+from megatron_laser.rewards.mathematics.expression_parser import TAME_BITS, bits, is_constant, is_infinite
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-outs are off
 

@@ -1,4 +1,4 @@
-r"""Cutting an answer in plain spelling at commas, relations and unions outside brackets. Strings only."""
+r"""Cutting an answer in normalised LaTeX at commas, relations and unions outside brackets. Strings only."""
 
 from __future__ import annotations
 

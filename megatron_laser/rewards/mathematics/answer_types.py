@@ -51,14 +51,14 @@ class Words:
 class Point:
     """Items in an order: (1, 2). The open interval from 1 to 2 is written, and compared, in the same way."""
 
-    items: tuple[Reading, ...]
+    items: tuple[ParsedAnswer, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Items:
     """Items in no order: {1, 2}, and 1, 2 without brackets; the empty set."""
 
-    items: tuple[Reading, ...]
+    items: tuple[ParsedAnswer, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Reals:
 class Table:
     """A matrix by its rows."""
 
-    rows: tuple[tuple[Reading, ...], ...]
+    rows: tuple[tuple[ParsedAnswer, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +108,13 @@ class Statement:
 
 
 @dataclass(frozen=True, slots=True)
-class Unread:
+class Unparsed:
     """What could not be read; equal to its own spelling and otherwise undecided."""
 
     text: str
 
 
-Reading = (
+ParsedAnswer = (
     Value
     | Numeral
     | Letters
@@ -127,5 +127,5 @@ Reading = (
     | Equation
     | Inequality
     | Statement
-    | Unread
+    | Unparsed
 )

@@ -7,9 +7,9 @@ from typing import Any
 
 import sympy
 
-from megatron_laser.rewards.mathematics.expressions import expressions_equal, less
-from megatron_laser.rewards.mathematics.parsing import is_constant
-from megatron_laser.rewards.mathematics.readings import Items, Piece, Point, Reading, Reals, Value
+from megatron_laser.rewards.mathematics.answer_types import Items, ParsedAnswer, Piece, Point, Reals, Value
+from megatron_laser.rewards.mathematics.expression_equality import expressions_equal, less
+from megatron_laser.rewards.mathematics.expression_parser import is_constant
 
 WHOLE = Piece(-sympy.oo, False, sympy.oo, False)
 
@@ -18,9 +18,9 @@ class NotComparedError(Exception):
     """Two ends cannot be put in order."""
 
 
-def pieces_of(reading: Reading) -> list[Piece] | None:
+def pieces_of(parsed: ParsedAnswer) -> list[Piece] | None:
     """The intervals of what can be a set of reals; None for what cannot."""
-    match reading:
+    match parsed:
         case Reals(pieces):
             return list(pieces)
         case Value(end) if is_constant(end):
@@ -37,7 +37,7 @@ def pieces_of(reading: Reading) -> list[Piece] | None:
     return None
 
 
-def reading_of(pieces: list[Piece]) -> Reading:
+def parsed_set(pieces: list[Piece]) -> ParsedAnswer:
     """The answer that a union is: a value, values, an open interval (a Point), or Reals."""
     if all(piece.low == piece.high for piece in pieces):
         values = tuple(Value(piece.low) for piece in pieces)

@@ -1,6 +1,6 @@
-r"""One spelling for what answers write in many ways: dashes, digit groups, Unicode, text commands, full stops.
+"""One spelling for what answers write in many ways: dashes, digit groups, Unicode, text commands, full stops.
 
-Strings only, no mathematics and no SymPy. `plain_spelling` keeps the value; what a text means is `reading`'s to say.
+Strings only, no mathematics and no SymPy. `normalize_latex` keeps the value; what a text means is the parser's to say.
 """
 
 from __future__ import annotations
@@ -9,8 +9,102 @@ import re
 from fractions import Fraction
 
 from megatron_laser.rewards.mathematics.boxed import MAX_ANSWER_CHARS, normalize_answer
-from megatron_laser.rewards.mathematics.splitting import tokens
-from megatron_laser.rewards.mathematics.symbols import CHARACTERS, FRACTIONS, SUBSCRIPTS, SUPERSCRIPTS
+from megatron_laser.rewards.mathematics.latex_tokens import tokens
+
+# vulgar fractions: numerator and denominator
+FRACTIONS: dict[str, tuple[int, int]] = {
+    **{
+        "½": (1, 2),
+        "⅓": (1, 3),
+        "⅔": (2, 3),
+        "¼": (1, 4),
+        "¾": (3, 4),
+        "⅕": (1, 5),
+        "⅖": (2, 5),
+        "⅗": (3, 5),
+    },
+    **{
+        "⅘": (4, 5),
+        "⅙": (1, 6),
+        "⅚": (5, 6),
+        "⅐": (1, 7),
+        "⅛": (1, 8),
+        "⅜": (3, 8),
+        "⅝": (5, 8),
+        "⅞": (7, 8),
+    },
+    **{"⅑": (1, 9), "⅒": (1, 10)},
+}
+SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+-ni", strict=True))
+SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋ₙₓ", "0123456789+-nx", strict=True))
+
+_GREEK = {
+    **dict(
+        zip("αβγδεζηθ", ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"], strict=True)
+    ),
+    **dict(zip("ικλμνξπρ", ["iota", "kappa", "lambda", "mu", "nu", "xi", "pi", "rho"], strict=True)),
+    **dict(zip("στυφχψωϕ", ["sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "phi"], strict=True)),
+    **dict(
+        zip(
+            "ΓΔΘΛΞΠΣΦΨΩ",
+            ["Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega"],
+            strict=True,
+        )
+    ),
+}
+_COMMANDS = {
+    "times": "×✕✖",
+    "cdot": "·⋅∙",
+    "le": "≤⩽≦",
+    "ge": "≥⩾≧",
+    "ne": "≠",
+    "approx": "≈",
+    "equiv": "≡",
+    "infty": "∞",
+    "cup": "∪",
+    "cap": "∩",
+    "in": "∈",
+    "emptyset": "∅",
+    "pm": "±",
+    "mp": "∓",
+    "to": "→",
+    "angle": "∠",
+    "ldots": "…⋯",
+    "setminus": "∖",
+    "langle": "⟨〈",
+    "rangle": "⟩〉",
+    "lfloor": "⌊",
+    "rfloor": "⌋",
+    "lceil": "⌈",
+    "rceil": "⌉",
+    "sum": "∑",
+    "int": "∫",
+    **{name: character for character, name in _GREEK.items()},
+    "phi": "φϕ",
+}
+# for str.translate; a blank ends a command's name
+CHARACTERS: dict[int, str] = {
+    **{ord(character): f"\\{name} " for name, characters in _COMMANDS.items() for character in characters},
+    **{ord(character): "-" for character in "‐‑‒–—―−﹣－➖"},
+    **{ord(character): "^\\circ " for character in "°˚º"},
+    **{ord(character): "'" for character in "’′‘"},
+    **{ord(character): '"' for character in "“”″"},
+    **{0xFF10 + digit: str(digit) for digit in range(10)},
+    **{
+        ord(wide): narrow
+        for wide, narrow in zip("（），．＋＝＜＞｛｝［］：；％", "(),.+=<>{}[]:;%", strict=True)
+    },
+    ord("÷"): "/",
+    ord("∕"): "/",
+    ord("⁄"): "/",
+    ord("ℝ"): "\\mathbb{R}",
+    ord("，"): ",",
+    ord("、"): ",",
+    ord("。"): ".",
+    ord("＊"): "*",
+    ord("％"): "%",
+}
+
 
 MAX_NESTING = 40  # references stay below 10; parsers and regular expressions are super-linear in it
 _PASSES = 8
@@ -91,7 +185,7 @@ _MIXED = re.compile(r"([+-]?)([0-9]+) ?(?:\\frac\{([0-9]+)\}\{([0-9]+)\}| ([0-9]
 _SCIENTIFIC = re.compile(r"(.+?) ?(?:\\times|\\cdot|\*) ?10 ?\^ ?(?:\{ ?([+-]?[0-9]{1,5}) ?\}|([0-9]))")
 
 
-def plain_spelling(answer: str) -> str:
+def normalize_latex(answer: str) -> str:
     r"""The answer in one spelling: LaTeX in ASCII, single blanks, `\text` for all text commands, no group marks.
 
     Doing it twice changes nothing. Equal results mean the same answer; different results mean nothing.
@@ -240,7 +334,7 @@ def _without_outer_braces(text: str) -> str:
 
 
 def number_value(text: str) -> Fraction | None:
-    r"""The exact value of a number in plain spelling, such as `-3`, `.5`, `\frac{1}{2}`, `1/2`, `1\frac{4}{5}`.
+    r"""The exact value of a number in normalised LaTeX, such as `-3`, `.5`, `\frac{1}{2}`, `1/2`, `1\frac{4}{5}`.
 
     None for anything else, also where digits or powers are too many to be worth it (MAX_DIGITS).
     """

@@ -1,4 +1,4 @@
-r"""Reading one expression with math-verify's LaTeX parser, and how large its values can get. Imports SymPy."""
+r"""ParsedAnswer one expression with math-verify's LaTeX parser, and how large its values can get. Imports SymPy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MAX_TERMS = 10_000  # of a sum that is added up
 
 
 def parse_expression(text: str) -> Any:
-    """The SymPy object of an expression in plain spelling; None where there is none."""
+    """The SymPy object of an expression in normalised LaTeX; None where there is none."""
     if _TRIGONOMETRIC.search(text):
         text = _DEGREES.sub(r"(\\frac{\1 \\cdot \\pi}{180})", text)
     text = _MIXED.sub(r"(\1+\2)", _BEFORE_BRACKET.sub(r"\1 \\cdot ", _FACTOR.sub(r"\1 \\cdot ", text)))

@@ -17,27 +17,27 @@ import sympy
 from sympy.core.function import AppliedUndef
 from sympy.functions.elementary.trigonometric import TrigonometricFunction
 
-from megatron_laser.rewards.mathematics.expressions import exact_value, expressions_equal
-from megatron_laser.rewards.mathematics.parsing import bits, is_constant, is_infinite
-from megatron_laser.rewards.mathematics.readings import (
+from megatron_laser.rewards.mathematics.answer_types import (
     Equation,
     Inequality,
     Letters,
+    ParsedAnswer,
     Piece,
-    Reading,
     Statement,
-    Unread,
+    Unparsed,
     Value,
 )
-from megatron_laser.rewards.mathematics.reals import (
+from megatron_laser.rewards.mathematics.expression_equality import exact_value, expressions_equal
+from megatron_laser.rewards.mathematics.expression_parser import bits, is_constant, is_infinite
+from megatron_laser.rewards.mathematics.intervals import (
     WHOLE,
     NotComparedError,
     complement,
     intersection,
+    parsed_set,
     pieces_of,
-    reading_of,
 )
-from megatron_laser.rewards.mathematics.splitting import bracketed, split, split_relations
+from megatron_laser.rewards.mathematics.latex_tokens import bracketed, split, split_relations
 
 _SUBSCRIPT = r"(?:_(?:\{[^{}]*\}|\\text\{[^{}]*\}|[a-zA-Z0-9]))?"
 _NAME = re.compile(
@@ -57,7 +57,7 @@ _ARGUMENT = re.compile(r"[a-zA-Z]|-?\d+(?:\.\d+)?")
 _SOLVABLE_BITS = 3000  # larger equations (high powers) are not expanded
 _SOLVABLE_TERMS = 3000  # nor those of more terms
 
-ReadPart = Callable[[str], Reading]
+ParsePart = Callable[[str], ParsedAnswer]
 
 
 def name_of(text: str) -> str | None:
@@ -95,43 +95,45 @@ def unknown_of(text: str) -> str | None:
     return names[0] if ordering and len(names) == 1 else None
 
 
-def read_relation(text: str, read: ReadPart) -> Reading:
-    """The reading of a text with relations outside brackets; `read` reads its sides."""
+def parse_relation(text: str, parse: ParsePart) -> ParsedAnswer:
+    """The answer in a text with relations outside brackets; `parse` parses its sides."""
     sides, relations = split_relations(text)
     kinds = set(relations)
     if "?" in kinds or any(not side for side in sides):
-        return Unread(text)
+        return Unparsed(text)
     if "~" in kinds:  # the exact value is in front, unless that is a name
         kept = [side for side in sides if not name_of(side)]
-        return read(kept[0]) if kept and kinds <= {"=", "~"} else Unread(text)
+        return parse(kept[0]) if kept and kinds <= {"=", "~"} else Unparsed(text)
     if kinds == {"in"}:
         return (
-            read(sides[1]) if len(sides) == 2 and (name_of(sides[0]) or bracketed(sides[0])) else Unread(text)
+            parse(sides[1])
+            if len(sides) == 2 and (name_of(sides[0]) or bracketed(sides[0]))
+            else Unparsed(text)
         )
     if kinds == {"="}:
-        return _read_equation(text, sides, read)
+        return _parse_equation(text, sides, parse)
     if kinds <= {"<", "<=", ">", ">=", "!="}:
-        return _read_inequalities(text, sides, relations, read)
-    return Unread(text)
+        return _parse_inequalities(text, sides, relations, parse)
+    return Unparsed(text)
 
 
-def _read_equation(text: str, sides: list[str], read: ReadPart) -> Reading:
+def _parse_equation(text: str, sides: list[str], parse: ParsePart) -> ParsedAnswer:
     names = [name_of(side) for side in sides]
     if names[-1] and not names[0]:
         sides, names = sides[::-1], names[::-1]
     if names[0]:
         value = _same_values(
-            [side for side, name in zip(sides[1:], names[1:]) if not name] or sides[-1:], text, read
+            [side for side, name in zip(sides[1:], names[1:]) if not name] or sides[-1:], text, parse
         )
         return _solved_name(sides[0], value)
     point = bracketed(sides[0])
     if point and point[0] == "(" and len(sides) == 2:
         inner = split(point[1], ",")
         if len(inner) > 1 and all(name_of(part) for part in inner):
-            return read(sides[1]) if inner == sorted(inner) else Unread(text)
-    values = [read(side) for side in sides]
+            return parse(sides[1]) if inner == sorted(inner) else Unparsed(text)
+    values = [parse(side) for side in sides]
     if not all(isinstance(value, Value) for value in values):
-        return Unread(text)
+        return Unparsed(text)
     expressions: list[Any] = [value.expression for value in values if isinstance(value, Value)]
     constants = [expression for expression in expressions if is_constant(expression)]
     if len(constants) == len(expressions):
@@ -150,9 +152,9 @@ def _read_equation(text: str, sides: list[str], read: ReadPart) -> Reading:
     return _solved(left - right)
 
 
-def _same_values(sides: list[str], text: str, read: ReadPart) -> Reading:
+def _same_values(sides: list[str], text: str, parse: ParsePart) -> ParsedAnswer:
     """The value of a chain behind its name: the last one; constants have to be equal."""
-    values = [read(side) for side in sides]
+    values = [parse(side) for side in sides]
     constants = [
         value.expression for value in values if isinstance(value, Value) and is_constant(value.expression)
     ]
@@ -160,14 +162,14 @@ def _same_values(sides: list[str], text: str, read: ReadPart) -> Reading:
     return values[-1] if agreed is None or isinstance(agreed, Value) else agreed
 
 
-def _agreeing(constants: list[Any], text: str) -> Reading:
+def _agreeing(constants: list[Any], text: str) -> ParsedAnswer:
     verdicts = [expressions_equal(constant, constants[-1]) for constant in constants[:-1]]
     if any(verdict is False for verdict in verdicts):
         return Statement(text)
-    return Value(constants[-1]) if all(verdicts) else Unread(text)
+    return Value(constants[-1]) if all(verdicts) else Unparsed(text)
 
 
-def _solved_name(name: str, value: Reading) -> Reading:
+def _solved_name(name: str, value: ParsedAnswer) -> ParsedAnswer:
     """`y = 2x` is solved like any equation of the plane; other names only name their value."""
     if not isinstance(value, Value) or name not in _PLANE:
         return value
@@ -201,7 +203,7 @@ def _expanded_terms(value: Any) -> float:
     return sum(inner) * math.prod(below)
 
 
-def _solved(zero: Any) -> Reading:
+def _solved(zero: Any) -> ParsedAnswer:
     """`zero = 0`, solved for the last of z and y or for the only variable, where it is linear in it."""
     if bits(zero) > _SOLVABLE_BITS or _expanded_terms(zero) > _SOLVABLE_TERMS:
         return Equation(zero)
@@ -221,50 +223,50 @@ def _solved(zero: Any) -> Reading:
     return Value(-constant / slope)
 
 
-def _read_inequalities(text: str, sides: list[str], relations: list[str], read: ReadPart) -> Reading:
-    readings = [read(side) for side in sides]
+def _parse_inequalities(text: str, sides: list[str], relations: list[str], parse: ParsePart) -> ParsedAnswer:
+    parsed_parts = [parse(side) for side in sides]
     values = [
-        reading.product if isinstance(reading, Letters) else reading.expression
-        for reading in readings
-        if isinstance(reading, (Letters, Value))
+        parsed.product if isinstance(parsed, Letters) else parsed.expression
+        for parsed in parsed_parts
+        if isinstance(parsed, (Letters, Value))
     ]
     if len(values) < len(sides):
-        return Unread(text)
+        return Unparsed(text)
     if all(is_constant(value) for value in values):
         return Statement(text)
     variables = {symbol for value in values for symbol in value.free_symbols}
-    readings = [_read_inequality(*pair) for pair in zip(values, relations, values[1:], strict=False)]
-    if len(readings) == 1:
-        return readings[0]
-    pieces = [pieces_of(reading) for reading in readings]
+    parsed_parts = [_parse_inequality(*pair) for pair in zip(values, relations, values[1:], strict=False)]
+    if len(parsed_parts) == 1:
+        return parsed_parts[0]
+    pieces = [pieces_of(parsed) for parsed in parsed_parts]
     if len(variables) != 1 or any(piece is None for piece in pieces):
-        return Unread(text)
+        return Unparsed(text)
     try:
         common = pieces[0] or []
         for piece in pieces[1:]:
             common = intersection(common, piece or [])
-        return reading_of(common)
+        return parsed_set(common)
     except NotComparedError:
-        return Unread(text)
+        return Unparsed(text)
 
 
-def _read_inequality(left: Any, relation: str, right: Any) -> Reading:
+def _parse_inequality(left: Any, relation: str, right: Any) -> ParsedAnswer:
     if is_infinite(left) or is_infinite(right):  # -oo < x
-        return reading_of([WHOLE])
+        return parsed_set([WHOLE])
     positive = left - right if relation.startswith(">") else right - left
     symbols = positive.free_symbols
     strict = not relation.endswith("=") or relation == "!="
     if len(symbols) != 1 or bits(positive) > _SOLVABLE_BITS or not positive.is_polynomial(*symbols):
-        return Inequality(positive, strict) if relation != "!=" else Unread(f"{positive} != 0")
+        return Inequality(positive, strict) if relation != "!=" else Unparsed(f"{positive} != 0")
     polynomial = sympy.Poly(positive, *symbols)
     if polynomial.degree() != 1:
-        return Inequality(positive, strict) if relation != "!=" else Unread(f"{positive} != 0")
+        return Inequality(positive, strict) if relation != "!=" else Unparsed(f"{positive} != 0")
     slope, constant = polynomial.all_coeffs()
     bound = -constant / slope
     if (value := exact_value(bound)) is not None:
         bound = sympy.Rational(value.numerator, value.denominator)
     if relation == "!=":
-        return reading_of(complement([Piece(bound, True, bound, True)]))
+        return parsed_set(complement([Piece(bound, True, bound, True)]))
     above = bool(slope.evalf() > 0)
     piece = Piece(bound, not strict, sympy.oo, False) if above else Piece(-sympy.oo, False, bound, not strict)
-    return reading_of([piece])
+    return parsed_set([piece])

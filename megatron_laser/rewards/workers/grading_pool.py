@@ -1,4 +1,4 @@
-"""Results by key: kept for a while when finished, shared while they are being computed."""
+"""`GradingPool`: grades of many responses, each within its deadline; equal requests share one result."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from megatron_laser.rewards.grade import Grade, GradingPoolError
 from megatron_laser.rewards.mathematics.boxed import extract_answer, gold_answer
 from megatron_laser.rewards.mathematics.grading import quick_equal, quick_grade
 from megatron_laser.rewards.registry import RewardFunction, is_math_verify, locate_reward
-from megatron_laser.rewards.workers.sources import SourceSnapshot
-from megatron_laser.rewards.workers.worker_pool import WorkerPool
+from megatron_laser.rewards.workers.source_snapshot import SourceSnapshot
 from megatron_laser.rewards.workers.worker_process import WorkerDied, WorkerSettings, WorkerTimeout
+from megatron_laser.rewards.workers.worker_queue import WorkerQueue
 
 
 class SharedResults:
@@ -138,7 +138,7 @@ class GradingPool:
             memory_limit=None if memory_limit_gib is None else int(memory_limit_gib * 2**30),
             start_deadline=self._start_deadline,
         )
-        self._pool = WorkerPool(self._workers, self._deadline, settings)
+        self._pool = WorkerQueue(self._workers, self._deadline, settings)
 
     def submit(self, response: str, answer: str) -> Future[Grade]:
         """Grade one response. The future raises GradingPoolError only: pool closed, or no worker can start.

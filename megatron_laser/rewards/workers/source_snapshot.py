@@ -19,7 +19,7 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import CodeType, ModuleType
 from typing import TypedDict
 
-from megatron_laser.rewards.workers.place import is_users_code
+from megatron_laser.rewards.workers.user_code import is_users_code
 
 
 class Source(TypedDict):

@@ -1,4 +1,4 @@
-"""Whether two readings are the same answer: the one relation behind grades and votes. Symmetric, in three values."""
+"""Whether two parsed answers are the same: the one relation behind grades and votes. Symmetric, in three values."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 
 import sympy
 
-from megatron_laser.rewards.mathematics.expressions import expressions_equal, proportional
-from megatron_laser.rewards.mathematics.readings import (
+from megatron_laser.rewards.mathematics.answer_types import (
     Clock,
     Equation,
     Inequality,
     Items,
     Letters,
     Numeral,
+    ParsedAnswer,
     Piece,
     Point,
-    Reading,
     Reals,
     Statement,
     Table,
-    Unread,
+    Unparsed,
     Value,
     Words,
 )
+from megatron_laser.rewards.mathematics.expression_equality import expressions_equal, proportional
 
 
-def readings_equal(left: Reading, right: Reading) -> bool | None:
+def parsed_answers_equal(left: ParsedAnswer, right: ParsedAnswer) -> bool | None:
     """True, False, or None where it cannot be decided."""
     if left == right:
         return True
     match left, right:
-        case (Unread(), _) | (_, Unread()):
+        case (Unparsed(), _) | (_, Unparsed()):
             return None
         case Value(first, unit), Value(second, other_unit):
             same = expressions_equal(first, second, (left.is_decimal, right.is_decimal))
@@ -79,15 +79,15 @@ def readings_equal(left: Reading, right: Reading) -> bool | None:
     return False
 
 
-def _letters_equal(left: Reading, right: Reading) -> bool | None:
+def _letters_equal(left: ParsedAnswer, right: ParsedAnswer) -> bool | None:
     """Two texts of capitals: the same letters in another order may be a product, a line or another name."""
     if isinstance(left, Letters) and isinstance(right, Letters):
         return None if sorted(left.text) == sorted(right.text) else False
     values = (Value(side.product) if isinstance(side, Letters) else side for side in (left, right))
-    return readings_equal(*values)
+    return parsed_answers_equal(*values)
 
 
-def _clocks_equal(left: Reading, right: Reading) -> bool | None:
+def _clocks_equal(left: ParsedAnswer, right: ParsedAnswer) -> bool | None:
     """Times are the same or not; what only their ratios have in common is undecided, and so is a time in words."""
     if isinstance(left, Words) or isinstance(right, Words):
         return None
@@ -97,11 +97,11 @@ def _clocks_equal(left: Reading, right: Reading) -> bool | None:
         if left.half or right.half:
             return False
     first, second = (_ratio(side) if isinstance(side, Clock) else side for side in (left, right))
-    return None if readings_equal(first, second) is not False else False
+    return None if parsed_answers_equal(first, second) is not False else False
 
 
-def _ratio(time: Clock) -> Reading:
-    return Value(sympy.Rational(time.hour, time.minute)) if time.minute else Unread(f"{time.hour}:00")
+def _ratio(time: Clock) -> ParsedAnswer:
+    return Value(sympy.Rational(time.hour, time.minute)) if time.minute else Unparsed(f"{time.hour}:00")
 
 
 def _is_scale_left_out(unit: str, other: str) -> bool:
@@ -109,10 +109,10 @@ def _is_scale_left_out(unit: str, other: str) -> bool:
     return "°" in (unit, other) and unit[0] == other[0]
 
 
-def _all_equal(first: Sequence[Reading], second: Sequence[Reading]) -> bool | None:
+def _all_equal(first: Sequence[ParsedAnswer], second: Sequence[ParsedAnswer]) -> bool | None:
     if len(first) != len(second):
         return False
-    return _conjunction(readings_equal(a, b) for a, b in zip(first, second, strict=True))
+    return _conjunction(parsed_answers_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def _conjunction(verdicts: Iterable[bool | None]) -> bool | None:
@@ -125,11 +125,11 @@ def _conjunction(verdicts: Iterable[bool | None]) -> bool | None:
     return decided
 
 
-def _same_items(first: Sequence[Reading], second: Sequence[Reading]) -> bool | None:
+def _same_items(first: Sequence[ParsedAnswer], second: Sequence[ParsedAnswer]) -> bool | None:
     """Each item with one of its own on the other side, in any order."""
     if len(first) != len(second):
         return False
-    verdict = cache(lambda i, j: readings_equal(first[i], second[j]))
+    verdict = cache(lambda i, j: parsed_answers_equal(first[i], second[j]))
     if _can_be_paired(len(first), lambda i, j: verdict(i, j) is True):
         in_order = all(verdict(place, place) for place in range(len(first)))
         # names in a row may be a ranking
