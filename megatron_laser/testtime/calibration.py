@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_laser.config.model_folder.score_token import resolve_score_token
 from megatron_laser.config.model_folder.spare_tokens import SpareToken, how_to_add_a_token, spare_tokens
+from megatron_laser.config.model_folder.special_tokens import resolve_score_token
 from megatron_laser.data import Row, build_prompts, read_rows
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.engine_choice import EngineChoice

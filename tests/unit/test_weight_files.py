@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from megatron_laser.config import ModelFolderError, check_model_folder, model_folder_findings, resolve_plan
 from megatron_laser.config.model_folder.architecture import architecture_from_dict
 from megatron_laser.config.model_folder.parameters import EMBEDDING, HEAD, tensor_shapes
-from megatron_laser.config.model_folder.safetensors_files import INDEX, WEIGHTS, has_weight_files
+from megatron_laser.config.model_folder.safetensors_headers import INDEX, WEIGHTS, has_weight_files
 
 CONFIG = {
     "model_type": "qwen3",

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laser.config import ConfigError, RunConfig, model_folder_findings, read_architecture
-from megatron_laser.config.checks.model import position_problems, split_problems
+from megatron_laser.config.checks.layout import position_problems, split_problems
 from megatron_laser.config.derived import longest_sequence
 from megatron_laser.config.model_folder.architecture import Architecture
-from megatron_laser.config.model_folder.score_token import ScoreToken, Vocabulary, read_vocabulary
-from megatron_laser.config.model_folder.special_tokens import SpecialTokens, resolve_score, resolve_stops
+from megatron_laser.config.model_folder.special_tokens import (
+    ScoreToken,
+    SpecialTokens,
+    Vocabulary,
+    read_vocabulary,
+    resolve_score,
+    resolve_stops,
+)
 from megatron_laser.data.encoding import render_chat
 from megatron_laser.data.end_of_response import check_end_of_response, end_sources
 from megatron_laser.data.tokenizer import check_tokenizer_files

@@ -1,10 +1,36 @@
-"""Whether a model fits the lengths and the split of a run, on any number of ranks."""
+"""Whether a model fits the lengths and the split of a run, and the run its number of ranks."""
 
 from __future__ import annotations
 
+from megatron_laser.config.checks.rollout import colocated_layout_problems, deadline_problems
 from megatron_laser.config.derived import evaluation_max_new_tokens
 from megatron_laser.config.model_folder.architecture import Architecture
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.errors import ConfigError
+
+
+def check_layout(config: RunConfig, architecture: Architecture, world_size: int) -> None:
+    """Raises ConfigError with everything that `layout_problems` finds."""
+    if problems := layout_problems(config, architecture, world_size):
+        raise ConfigError(problems)
+
+
+def layout_problems(config: RunConfig, architecture: Architecture, world_size: int) -> list[str]:
+    """Problems of this model on this many ranks; one line each, with the arithmetic."""
+    parallel = config.parallel
+    problems = split_problems(config, architecture)
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    label = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} ="
+    if world_size < 1:
+        problems.append(f"world size {world_size}: expected 1 or more")
+    elif world_size % model_ranks:
+        problems += divisible("world size", world_size, label, model_ranks)
+    else:
+        problems += _share_problems(config, world_size // model_ranks)
+        problems += colocated_layout_problems(config.rollout, world_size)
+        problems += deadline_problems(config, world_size)
+    problems += position_problems(config, architecture)
+    return problems
 
 
 def split_problems(config: RunConfig, architecture: Architecture) -> list[str]:
@@ -51,3 +77,15 @@ def divisible(name: str, value: int, divisor_name: str, divisor: int) -> list[st
     if rest == 0:
         return []
     return [f"{name} {value} is not divisible by {divisor_name} {divisor}: {value} % {divisor} = {rest}"]
+
+
+def _share_problems(config: RunConfig, data_parallel: int) -> list[str]:
+    rollout, policy = config.rollout, config.policy
+    sequences = rollout.prompts_per_step * rollout.samples_per_prompt // policy.minibatches
+    if sequences >= data_parallel:
+        return []
+    return [
+        f"rollout.prompts_per_step {rollout.prompts_per_step} x rollout.samples_per_prompt "
+        f"{rollout.samples_per_prompt} / policy.minibatches {policy.minibatches} = {sequences} sequences per "
+        f"optimizer step, fewer than the data-parallel size {data_parallel}: some ranks would never train"
+    ]

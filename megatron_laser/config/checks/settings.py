@@ -1,40 +1,34 @@
-"""Cross-field checks: combinations that cannot run or would not mean what they say. No torch, no files."""
+"""Cross-field checks of the settings alone: combinations that cannot run or would not mean what they say."""
 
 from __future__ import annotations
 
 import math
 
-from megatron_laser.config.checks.model import divisible, position_problems, split_problems
-from megatron_laser.config.checks.partition import EXCESS_LIMIT, log_partition_excess, round_up, smallest_beta
-from megatron_laser.config.checks.rollout import (
-    colocated_layout_problems,
-    deadline_problems,
-    rollout_problems,
+from megatron_laser.config.checks.layout import divisible
+from megatron_laser.config.checks.partition_excess import (
+    EXCESS_LIMIT,
+    log_partition_excess,
+    round_up,
+    smallest_beta,
 )
+from megatron_laser.config.checks.rollout import rollout_problems
 from megatron_laser.config.derived import (
     longest_sequence,
     needed_pad_multiple,
     optimizer_steps,
 )
-from megatron_laser.config.model_folder.architecture import Architecture
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.schema.training import PolicyConfig
 from megatron_laser.errors import ConfigError
 
 
-def check_structure(config: RunConfig) -> None:
-    """Raises ConfigError with everything that `structure_problems` finds."""
-    if problems := structure_problems(config):
+def check_settings(config: RunConfig) -> None:
+    """Raises ConfigError with everything that `settings_problems` finds."""
+    if problems := settings_problems(config):
         raise ConfigError(problems)
 
 
-def check_layout(config: RunConfig, architecture: Architecture, world_size: int) -> None:
-    """Raises ConfigError with everything that `layout_problems` finds."""
-    if problems := layout_problems(config, architecture, world_size):
-        raise ConfigError(problems)
-
-
-def structure_problems(config: RunConfig) -> list[str]:
+def settings_problems(config: RunConfig) -> list[str]:
     """Problems that show without the model and the world size; one line each, with the arithmetic."""
     return [
         *_model_problems(config),
@@ -45,24 +39,6 @@ def structure_problems(config: RunConfig) -> list[str]:
         *_batch_problems(config),
         *rollout_problems(config),
     ]
-
-
-def layout_problems(config: RunConfig, architecture: Architecture, world_size: int) -> list[str]:
-    """Problems of this model on this many ranks; one line each, with the arithmetic."""
-    parallel = config.parallel
-    problems = split_problems(config, architecture)
-    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    label = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} ="
-    if world_size < 1:
-        problems.append(f"world size {world_size}: expected 1 or more")
-    elif world_size % model_ranks:
-        problems += divisible("world size", world_size, label, model_ranks)
-    else:
-        problems += _share_problems(config, world_size // model_ranks)
-        problems += colocated_layout_problems(config.rollout, world_size)
-        problems += deadline_problems(config, world_size)
-    problems += position_problems(config, architecture)
-    return problems
 
 
 def _model_problems(config: RunConfig) -> list[str]:
@@ -241,16 +217,4 @@ def _batch_problems(config: RunConfig) -> list[str]:
         f"batching.tokens_per_micro_batch: {budget} is less than the longest sequence, "
         f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_new_tokens "
         f"{config.rollout.max_new_tokens} = {longest}; every sequence must fit",
-    ]
-
-
-def _share_problems(config: RunConfig, data_parallel: int) -> list[str]:
-    rollout, policy = config.rollout, config.policy
-    sequences = rollout.prompts_per_step * rollout.samples_per_prompt // policy.minibatches
-    if sequences >= data_parallel:
-        return []
-    return [
-        f"rollout.prompts_per_step {rollout.prompts_per_step} x rollout.samples_per_prompt "
-        f"{rollout.samples_per_prompt} / policy.minibatches {policy.minibatches} = {sequences} sequences per "
-        f"optimizer step, fewer than the data-parallel size {data_parallel}: some ranks would never train"
     ]

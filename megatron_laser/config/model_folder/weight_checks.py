@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_laser.config.model_folder.architecture import Architecture, read_architecture
 from megatron_laser.config.model_folder.parameters import EMBEDDING, HEAD, tensor_shapes
-from megatron_laser.config.model_folder.safetensors_files import (
+from megatron_laser.config.model_folder.safetensors_headers import (
     INDEX,
     WEIGHTS,
     StoredTensor,
