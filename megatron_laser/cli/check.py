@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import shutil
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from megatron_laser.cli.options import ConfigFile, Overrides, prepare_process
 
 _SAY_EVERY = 5.0  # seconds
 
 
 def check(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings as [cyan]section.key=value[/], as for train."),
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Look at everything that a run starts from: model folder, tokenizer, data, reward function, disks.
@@ -28,7 +26,6 @@ def check(
 
     megatron-laser check examples/tiny_sum/laser.yaml
     """
-    from megatron_laser.cli.options import prepare_process
     from megatron_laser.config import load_config
 
     loaded = load_config(config, overrides or [])

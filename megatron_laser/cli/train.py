@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megatron_laser.cli.options import Overrides, prepare_process
+from megatron_laser.cli.options import ConfigFile, Overrides, prepare_process
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    config: ConfigFile,
     overrides: Overrides = None,
     dry_run: Annotated[
         bool,

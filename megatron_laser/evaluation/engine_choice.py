@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.rollout.engine import RolloutEngine
 
 logger = logging.getLogger(__name__)
-
-API_KEY_VARIABLE = "MEGATRON_LASER_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +83,6 @@ class EngineChoice:
     def name(self) -> str:
         """For reports."""
         return f"in process, {self.dtype}" if self.in_process else "SGLang"
-
-
-def api_key_from_environment(variable: str = API_KEY_VARIABLE) -> str | None:
-    """The key, None where the variable is not set or empty."""
-    return os.environ.get(variable) or None
 
 
 @contextmanager
