@@ -11,7 +11,7 @@ from megatron_laser.data.findings import (
 )
 from megatron_laser.data.prompts import PromptReport, build_prompts
 from megatron_laser.data.readers import Row, fingerprint, read_ids, read_records, read_rows
-from megatron_laser.data.text import lone_surrogate
+from megatron_laser.data.surrogates import lone_surrogate
 from megatron_laser.errors import DataError
 
 __all__ = [

@@ -35,7 +35,7 @@ _JUDGING = ("ref_logprob", "beta", "targets", "reward", "grading", "answers")
 _OF_THE_MODEL = ("weights", "model_files", "prompts")
 
 
-def settings_of(
+def response_settings(
     model: ModelFolder,
     benchmark: Benchmark,
     choice: EngineChoice,
@@ -63,12 +63,16 @@ def settings_of(
             "beta": model.beta,
             "targets": list(model.targets),
             "grading": _grading_digest(benchmark.reward),
-            **{name: value for name, value in public(benchmark).items() if name not in ("path", "id_key")},
+            **{
+                name: value
+                for name, value in benchmark_settings(benchmark).items()
+                if name not in ("path", "id_key")
+            },
         }
     )
 
 
-def claim(folder: Path, settings: dict[str, Any], *, regrade: bool) -> str:
+def claim_benchmark_folder(folder: Path, settings: dict[str, Any], *, regrade: bool) -> str:
     """Make the folder this evaluation's, or refuse it; drops records that are to be made anew.
 
     Responses of other weights of the same model are set aside.
@@ -128,7 +132,7 @@ def set_aside(folder: Path) -> Path:
 
 
 @contextmanager
-def locked(output: Path) -> Iterator[None]:
+def locked_output(output: Path) -> Iterator[None]:
     """Nobody else evaluates into `output` meanwhile. Raises TestTimeError where somebody does."""
     try:
         lock = lock_folder(output, "--output", name=".lock")
@@ -140,7 +144,7 @@ def locked(output: Path) -> Iterator[None]:
         yield
 
 
-def public(benchmark: Benchmark) -> dict[str, Any]:
+def benchmark_settings(benchmark: Benchmark) -> dict[str, Any]:
     """A benchmark's settings as results.json has them."""
     return asdict(benchmark) | {"path": str(benchmark.path)}
 

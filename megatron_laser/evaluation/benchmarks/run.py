@@ -17,11 +17,11 @@ from megatron_laser.evaluation.benchmarks.folder import (
     RECORDS,
     RESPONSES,
     as_json,
-    claim,
-    locked,
-    public,
+    benchmark_settings,
+    claim_benchmark_folder,
+    locked_output,
+    response_settings,
     set_aside,
-    settings_of,
 )
 from megatron_laser.evaluation.benchmarks.progress import Progress
 from megatron_laser.evaluation.benchmarks.settings import Benchmark, benchmark_rows
@@ -81,13 +81,15 @@ def evaluate_benchmarks(
         try_reward(benchmark.reward, deadline=grading_deadline)
     prompts = {benchmark.name: _prompts(model, benchmark) for benchmark in benchmarks}
     output.mkdir(parents=True, exist_ok=True)
-    with locked(output):
+    with locked_output(output):
         with PinnedWeights(
             choice, model, deadline=deadline, engine=engine, cache=output / _FINGERPRINTS
         ) as weights:
             for benchmark in benchmarks:
-                settings = settings_of(model, benchmark, choice, prompts[benchmark.name], weights.identity)
-                told = claim(output / benchmark.name, settings, regrade=regrade)
+                settings = response_settings(
+                    model, benchmark, choice, prompts[benchmark.name], weights.identity
+                )
+                told = claim_benchmark_folder(output / benchmark.name, settings, regrade=regrade)
                 if told:
                     say(f"{benchmark.name}: {told}")
             open_ones = [b for b in benchmarks if not _finished(output / b.name, b, len(prompts[b.name]))]
@@ -106,34 +108,10 @@ def evaluate_benchmarks(
                     deadline=deadline,
                     pool=(workers, grading_deadline),
                 )
-        details: dict[str, dict[str, Any]] = {}
-        scores: dict[str, list[tuple[float, bool]]] = {}
         for benchmark in benchmarks:
-            file = output / benchmark.name / RECORDS
-            say(
-                f"{benchmark.name}: {'evaluated' if benchmark in open_ones else 'all responses were there'}, {file}"
-            )
-            records = read_records(file)
-            details[benchmark.name] = {
-                "settings": public(benchmark),
-                **evaluation_detail(records, seed=benchmark.seed),
-            }
-            scores[benchmark.name] = [(r.score, r.right) for r in records if r.score is not None and r.graded]
-        results = {
-            "model": str(model.path),
-            "weights": weights.identity,
-            "engine": choice.name,
-            "score_token_id": model.score_token_id,
-            "ref_logprob": model.ref_logprob,
-            "beta": model.beta,
-            "targets": list(model.targets),
-            "benchmarks": details,
-            "average": _average(details),
-        }
-        write_atomically(output / "results.json", json.dumps(as_json(results), indent=1) + "\n")
-        report = write_benchmark_report(as_json(results), scores, output)
-        say(f"wrote {report}")
-        return results
+            done = "evaluated" if benchmark in open_ones else "all responses were there"
+            say(f"{benchmark.name}: {done}, {output / benchmark.name / RECORDS}")
+        return _write_results(model, benchmarks, choice, output, weights.identity, say)
 
 
 def _run(
@@ -268,6 +246,41 @@ def _finished(folder: Path, benchmark: Benchmark, problems: int) -> bool:
     if not (records.is_file() and summary.is_file()):
         return False
     return len(read_records(records)) == problems * benchmark.samples
+
+
+def _write_results(
+    model: ModelFolder,
+    benchmarks: Sequence[Benchmark],
+    choice: EngineChoice,
+    output: Path,
+    weights: str | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """results.json, report.md and plots, from the records of every benchmark."""
+    details: dict[str, dict[str, Any]] = {}
+    scores: dict[str, list[tuple[float, bool]]] = {}
+    for benchmark in benchmarks:
+        records = read_records(output / benchmark.name / RECORDS)
+        details[benchmark.name] = {
+            "settings": benchmark_settings(benchmark),
+            **evaluation_detail(records, seed=benchmark.seed),
+        }
+        scores[benchmark.name] = [(r.score, r.right) for r in records if r.score is not None and r.graded]
+    results = {
+        "model": str(model.path),
+        "weights": weights,
+        "engine": choice.name,
+        "score_token_id": model.score_token_id,
+        "ref_logprob": model.ref_logprob,
+        "beta": model.beta,
+        "targets": list(model.targets),
+        "benchmarks": details,
+        "average": _average(details),
+    }
+    write_atomically(output / "results.json", json.dumps(as_json(results), indent=1) + "\n")
+    report = write_benchmark_report(as_json(results), scores, output)
+    say(f"wrote {report}")
+    return results
 
 
 def _average(details: dict[str, dict[str, Any]]) -> dict[str, float]:

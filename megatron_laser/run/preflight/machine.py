@@ -12,7 +12,7 @@ from megatron_laser.config import ConfigError, RunConfig, count_parameters, read
 from megatron_laser.config.model_folder.parameters import rank_bytes
 from megatron_laser.errors import Finding
 from megatron_laser.rollout.servers.start_checks import check_start
-from megatron_laser.run.output_checks import Standing, check_checkpoints, check_output_folder
+from megatron_laser.run.output_checks import OutputState, check_checkpoints, check_output_folder
 from megatron_laser.run.output_folder import also_written
 from megatron_laser.run.preflight.finding_log import FindingLog, needed
 from megatron_laser.run.preflight.model import ModelInputs
@@ -60,32 +60,34 @@ def check_folders(config: RunConfig, log: FindingLog, *, overwrite: bool = False
     Returns:
         Whether this run is there and has finished, so that it will write nothing.
     """
-    standing: Standing | None = None
+    state: OutputState | None = None
     with log.topic(GROUP, "run.output_dir"):
         output = Path(config.run.output_dir)
         finding = folder_finding("run.output_dir", output)
         if finding.level != "error" and not overwrite:
-            standing = check_output_folder(config)
-            finding = _standing_finding(config, standing) or finding
+            state = check_output_folder(config)
+            finding = _state_finding(config, state) or finding
         log.add(GROUP, [finding])
-    done = standing is not None and standing.is_done(config.run.steps)
+    done = state is not None and state.is_done(config.run.steps)
     named = {"checkpoint.folder": config.checkpoint.folder, "rollout.sync_folder": config.rollout.sync_folder}
     for setting, folder in also_written(config):
         with log.topic(GROUP, setting):
             finding = folder_finding(setting, folder)
-            if setting == "checkpoint.folder" and finding.level != "error" and standing and not done:
-                check_checkpoints(config, standing)
+            if setting == "checkpoint.folder" and finding.level != "error" and state and not done:
+                check_checkpoints(config, state)
             if finding.level == "error" or named[setting] is not None:
                 log.add(GROUP, [finding])
     return done
 
 
-def _standing_finding(config: RunConfig, standing: Standing) -> Finding | None:
+def _state_finding(config: RunConfig, state: OutputState) -> Finding | None:
     topic, folder = "run.output_dir", config.run.output_dir
-    if standing.record is None:
+    if state.record is None:
         return None
-    if standing.is_done(config.run.steps):
-        text = f"{folder} holds this run, which has finished its {standing.finished} steps: nothing is left to do"
+    if state.is_done(config.run.steps):
+        text = (
+            f"{folder} holds this run, which has finished its {state.finished} steps: nothing is left to do"
+        )
         return Finding(
             topic, "note", text, (), "raise run.steps to train on, or choose another run.output_dir"
         )
