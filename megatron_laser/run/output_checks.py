@@ -43,7 +43,7 @@ _MAY_CHANGE = {
 
 
 @dataclass(frozen=True)
-class Standing:
+class OutputState:
     """What an output folder holds of the run that is to write into it.
 
     record: of the run, None for a new one. finished: the steps after which it has finished, None if it has not.
@@ -57,7 +57,7 @@ class Standing:
         return self.finished is not None and steps <= self.finished
 
 
-def check_output_folder(config: RunConfig, again: Owner | None = None) -> Standing:
+def check_output_folder(config: RunConfig, again: Owner | None = None) -> OutputState:
     """Compare `run.output_dir`, which need not exist, with the run. Writes nothing.
 
     Args:
@@ -71,16 +71,16 @@ def check_output_folder(config: RunConfig, again: Owner | None = None) -> Standi
     finished = _finished_step(folder)
     if finished is not None and config.run.steps > finished:
         _check_continues(config, folder, finished)
-    return Standing(record, finished)
+    return OutputState(record, finished)
 
 
-def check_checkpoints(config: RunConfig, standing: Standing, again: Owner | None = None) -> Owner:
+def check_checkpoints(config: RunConfig, state: OutputState, again: Owner | None = None) -> Owner:
     """The run as its checkpoints name it, once the folder of its checkpoints is known to be its own. Writes nothing.
 
     Raises:
         ConfigError: the folder is another run's. CheckpointError: the newest checkpoint cannot be read.
     """
-    record = standing.record
+    record = state.record
     root = checkpoints.checkpoint_root(config)
     output_dir = str(config.run.output_dir)
     run_id = again.id if again is not None else None if record is None else record.get("id")
