@@ -11,11 +11,10 @@ from helpers.fake_fleet import FakeEngine
 from megatron_laser.rollout.client.errors import ServerRefused, ServerTimeout
 from megatron_laser.rollout.client.health import Restarted, State
 from megatron_laser.weight_sync import distributed
-from megatron_laser.weight_sync.broadcast import Broadcast
-from megatron_laser.weight_sync.control import SyncFailed
 from megatron_laser.weight_sync.distributed import DistributedTransport
-from megatron_laser.weight_sync.group import UpdateGroup
+from megatron_laser.weight_sync.group import Broadcast, UpdateGroup
 from megatron_laser.weight_sync.peers import Peers
+from megatron_laser.weight_sync.update import SyncFailed
 
 WEIGHTS = [("a", torch.ones(4)), ("b", torch.ones(4))]
 

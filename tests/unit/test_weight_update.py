@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from megatron_laser.rollout.client.errors import ServerFault, ServerGone, ServerRefused, ServerTimeout
 from megatron_laser.rollout.client.health import Answered, Restarted, State
-from megatron_laser.weight_sync import control, sync_weights
-from megatron_laser.weight_sync.checksums import ServerLayout, StreamDigest
-from megatron_laser.weight_sync.control import SyncFailed, Update
+from megatron_laser.weight_sync import sync_weights
+from megatron_laser.weight_sync import update as steps
+from megatron_laser.weight_sync.checksums import Checks, ServerLayout, StreamDigest
 from megatron_laser.weight_sync.disk import DiskTransport
-from megatron_laser.weight_sync.verify import Checks
+from megatron_laser.weight_sync.update import SyncFailed, Update
 
 GIVE = "/update_weights_from_disk"
 STEPS = ["/pause_generation", "/flush_cache", GIVE, "/model_info", "/continue_generation"]
@@ -25,7 +25,7 @@ WEIGHTS = [("a.weight", torch.arange(6.0).reshape(2, 3)), ("b.bias", torch.ones(
 
 @pytest.fixture(autouse=True)
 def no_long_flush(monkeypatch):
-    monkeypatch.setattr(control, "_FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr(steps, "_FLUSH_SECONDS", 0.05)
 
 
 def update(engine, version=1, *, check=None, checks=None):

@@ -1,7 +1,7 @@
 """All servers of a run: who is up, who holds the wanted weights, and who gets the next request.
 
 Lives in one event loop. A monitor probes every server; requests report what they see. Probes go through the
-scheduler (`/server_info`; `/v1/loads` reads shared memory), so one that hangs behind a live HTTP port is noticed.
+scheduler (`SERVER_INFO`), so one that hangs behind a live HTTP port is noticed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_laser.rollout.client.errors import (
     OutOfFiles,
@@ -33,8 +35,8 @@ from megatron_laser.rollout.client.health import (
     UpdateFailed,
 )
 from megatron_laser.rollout.client.http import ServerClient, Sessions
-from megatron_laser.rollout.client.member import Member, level_of
 from megatron_laser.rollout.endpoints import EndpointsError, ServerEndpoint
+from megatron_laser.rollout.sglang_api import MODEL_INFO, SERVER_INFO, weight_version
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ class Fleet:
         self._short_since: float | None = None
         self._said_source = ""
         self.wanted: str | None = None
+        # Asks a server who it is; raises for one that cannot be used.
+        self.identify: Callable[[Member], Awaitable[object]] | None = None
         # Gives a server that came back the current weights, without the trainer; returns their name.
         self.catch_up: Callable[[Member], Awaitable[str]] | None = None
         # Called when a server has fallen silent behind an open port, which breaks no connection.
@@ -85,6 +89,14 @@ class Fleet:
     def updatable(self) -> list[Member]:
         """Those that weights can be sent to."""
         return [member for member in self.members if member.health.can_be_updated()]
+
+    def identified(self) -> list[Member]:
+        """Those that have said who they are, dead ones too."""
+        return [member for member in self.members if member.identified]
+
+    def late(self) -> list[Member]:
+        """Those that answer and have not been asked yet who they are: they came up after the engine was opened."""
+        return [member for member in self.updatable() if not member.identified]
 
     def describe(self) -> str:
         """One line: every server with its state and why."""
@@ -221,11 +233,11 @@ class Fleet:
         """Ask scheduler and HTTP process once; feeds what they say to the server's state."""
         client = member.client
         try:
-            await client.get("/server_info", deadline=self.probe_deadline, phase="probe")
-            info = await client.get("/model_info", deadline=self.probe_deadline, phase="probe")
-            if not isinstance(info, dict) or "weight_version" not in info:
-                raise StrangeAnswer(member.url, "probe", "/model_info names no weight_version")
-            version = str(info["weight_version"])
+            await client.get(SERVER_INFO, deadline=self.probe_deadline, phase="probe")
+            info = await client.get(MODEL_INFO, deadline=self.probe_deadline, phase="probe")
+            version = weight_version(info)
+            if version is None:
+                raise StrangeAnswer(member.url, "probe", f"{MODEL_INFO} names no weight_version")
         except OutOfFiles as error:
             member.trouble = error
         except ServerError as error:
@@ -245,6 +257,8 @@ class Fleet:
     async def _catch_up(self, member: Member, catch_up: Callable[[Member], Awaitable[str]]) -> None:
         self.tell(member, UpdateBegan())
         try:
+            if not member.identified and self.identify is not None:
+                await self.identify(member)
             self.tell(member, UpdateDone(await catch_up(member)))
         except Exception as error:  # whatever it is, the server must not stay in `updating`
             self.tell(member, UpdateFailed(str(error) or repr(error)))
@@ -283,3 +297,47 @@ class Fleet:
     def failed(self, member: Member, error: ServerError) -> None:
         """A request to it failed."""
         self.tell(member, RequestFailed(str(error), gone=error.gone))
+
+
+@dataclass(eq=False)
+class Member:
+    """One server as the fleet sees it.
+
+    endpoint: what is published of it. tensor, device: its tensor-parallel size and "cpu" or "cuda", once it has been
+    identified. takes_seeds: it samples by a request's seed. running: its open requests; they
+    end when it dies.
+    """
+
+    client: ServerClient
+    health: Health
+    endpoint: ServerEndpoint
+    start: int = 0
+    tensor: int = 1
+    device: str | None = None
+    takes_seeds: bool = False
+    running: set[asyncio.Task[Any]] = field(default_factory=set)
+    trouble: ServerError | None = None  # the last probe's
+    probing: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return self.client.url
+
+    @property
+    def identified(self) -> bool:
+        """Whether it has said who it is, and fits: see `SglangEngine.identify_late`."""
+        return self.device is not None
+
+    @property
+    def load(self) -> float:
+        """Open requests for each of its GPUs."""
+        return len(self.running) / self.tensor
+
+
+def level_of(states: set[State]) -> int:
+    """How loudly a change between two states is told: every step has an update, and no update is news."""
+    if states <= {State.HEALTHY, State.UPDATING}:
+        return logging.DEBUG
+    quiet = {State.HEALTHY, State.UPDATING, State.STARTING, State.DRAINING}
+    return logging.INFO if states <= quiet else logging.WARNING

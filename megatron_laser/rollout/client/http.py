@@ -18,6 +18,7 @@ from megatron_laser.rollout.client.errors import (
     ServerTimeout,
     StrangeAnswer,
 )
+from megatron_laser.rollout.sglang_api import GENERATE, PROSE
 
 _CONNECT_SECONDS = 10.0
 _BUSY = (408, 429, 503)  # a full queue, a router without workers, a server that starts: worth another try
@@ -40,8 +41,8 @@ class ServerClient:
         return await self._call("POST", path, body, deadline, phase, self._sessions.control)
 
     async def request(self, body: dict[str, Any], *, deadline: float, phase: str) -> Any:
-        """The JSON behind `/generate`, over a kept connection."""
-        return await self._call("POST", "/generate", body, deadline, phase, self._sessions.data)
+        """The JSON behind `GENERATE`, over a kept connection."""
+        return await self._call("POST", GENERATE, body, deadline, phase, self._sessions.data)
 
     async def _call(
         self,
@@ -82,7 +83,7 @@ class ServerClient:
         try:
             return orjson.loads(raw)
         except orjson.JSONDecodeError as error:
-            if path in ("/flush_cache",):  # answers in prose
+            if path in PROSE:
                 return raw.decode(errors="replace")
             raise StrangeAnswer(
                 self.url,

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_laser.rollout.client.errors import ServerError, ServerGone, ServerTimeout
 from megatron_laser.rollout.client.event_loop import cancelling
 from megatron_laser.rollout.client.http import ServerClient
+from megatron_laser.rollout.sglang_api import ROUTER_WORKERS
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +26,10 @@ _MISSES = 2  # probes in a row without an answer: it hangs
 class Router:
     """One router. Create and use inside one event loop."""
 
-    def __init__(self, client: ServerClient, *, patience: float) -> None:
-        """Args: patience: seconds for the answer to a probe."""
+    def __init__(self, client: ServerClient, *, probe_deadline: float) -> None:
+        """Args: probe_deadline: seconds for the answer to a probe."""
         self._client = client
-        self._patience = patience
+        self._probe_deadline = probe_deadline
         self._rests_until = 0.0
         self._running: set[asyncio.Task[Any]] = set()
         self._monitor = asyncio.create_task(self._watch())
@@ -45,7 +46,7 @@ class Router:
     async def request(
         self, body: dict[str, Any], *, deadline: float, phase: str, patient: bool = False
     ) -> Any:
-        """The answer to `/generate` of whichever server the router chooses.
+        """The answer to `GENERATE` of whichever server the router chooses.
 
         patient: an answer that is late says nothing of the router.
 
@@ -84,7 +85,9 @@ class Router:
         while True:
             await asyncio.sleep(_PROBE_EVERY)
             try:
-                await self._client.get("/workers", deadline=self._patience, phase="probe of the router")
+                await self._client.get(
+                    ROUTER_WORKERS, deadline=self._probe_deadline, phase="probe of the router"
+                )
                 misses = 0
             except ServerTimeout as error:
                 misses += 1
