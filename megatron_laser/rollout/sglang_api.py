@@ -378,7 +378,7 @@ def rank_checksums(report: Any) -> list[RankChecksums]:
         rank = item if isinstance(item, dict) else {}
         sums, total = rank.get("checksums"), rank.get("per_gpu_checksum")
         if not isinstance(sums, dict) or not total:
-            raise WireError(f"no checksums: {str(report)[:200]}")
+            raise WireError(str(report)[:200])
         place = rank.get("parallelism_info")
         first = place[0] if isinstance(place, list) and place else place  # one for each of its models
         number = first.get("tp_rank") if isinstance(first, dict) else None

@@ -1,4 +1,5 @@
-"""Do the servers hold what the trainer sent? Their checksums against ours, parameter by parameter and rank by rank.
+"""Do the servers hold what the trainer sent? Their checksums against ours, parameter by parameter and rank by rank,
+after an update and while generation is still paused.
 
 SGLang keeps query, key and value in one parameter and gate and up projection in another, and every tensor-parallel rank
 a share of them: ours are made of the streamed tensors' shares in that order (`sglang/srt/layers/linear.py` and
@@ -26,6 +27,15 @@ from megatron_laser.rollout.sglang_api import (
 )
 from megatron_laser.weight_sync.hashes import ParameterHash, Sha256, TileSums
 from megatron_laser.weight_sync.update import Update, on_cpu
+
+logger = logging.getLogger(__name__)
+
+_PHASE = "comparing checksums"
+_SECONDS = 300.0
+_SHOWN = 3  # parameters in a message
+_VERSIONS = (
+    2  # the first weights sent are often those that servers have loaded: only the next ones prove an update
+)
 
 _FUSED = (
     (re.compile(r"(.*\.self_attn\.)[qkv]_proj\.(weight|bias)"), r"\1qkv_proj.\2"),
@@ -143,7 +153,7 @@ def no_checksums(reported: Any) -> str | None:
     try:
         rank_checksums(reported)
     except WireError as error:
-        return f"its answer has {error}"
+        return f"its answer has no checksums: {error}"
     return None
 
 
@@ -183,16 +193,6 @@ def fingerprint(reported: Any) -> tuple[str, ...]:
 
 def _may_be_tied(name: str, theirs: Mapping[str, str]) -> bool:
     return name == "lm_head.weight" and "model.embed_tokens.weight" in theirs
-
-
-logger = logging.getLogger(__name__)
-
-_SECONDS = 300.0
-_SHOWN = 3
-_PHASE = "comparing checksums"
-_VERSIONS = (
-    2  # the first weights sent are often those that servers have loaded: only the next ones prove an update
-)
 
 
 class Checks:

@@ -26,6 +26,8 @@ from megatron_laser.rollout.endpoints import write_private
 from megatron_laser.rollout.sglang_api import INIT_WEIGHTS_UPDATE_GROUP, init_group_body
 from megatron_laser.weight_sync.update import SyncFailed, Update
 
+logger = logging.getLogger(__name__)
+
 _JOIN_SECONDS = 120.0
 
 
@@ -154,9 +156,6 @@ def reachable_address(url: str) -> str:
     with socket.socket(family, kind) as probe:
         probe.connect(address)  # sends nothing
         return str(probe.getsockname()[0])
-
-
-logger = logging.getLogger(__name__)
 
 
 class PastGroups:

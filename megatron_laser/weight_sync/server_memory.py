@@ -13,12 +13,11 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from megatron_laser.rollout.client.engine import SglangEngine
-from megatron_laser.rollout.client.errors import ServerError, ServerRefused
+from megatron_laser.rollout.client.errors import ServerError
 from megatron_laser.rollout.client.fleet import Member
 from megatron_laser.rollout.client.health import RequestFailed, State, UpdateDone, UpdateFailed
 from megatron_laser.rollout.sglang_api import (
     CONTINUE_GENERATION,
-    FLUSH_CACHE,
     MEMORY_TAGS,
     PAUSE_GENERATION,
     RELEASE_MEMORY_OCCUPATION,
@@ -27,13 +26,13 @@ from megatron_laser.rollout.sglang_api import (
     memory_body,
     pause_body,
 )
+from megatron_laser.weight_sync.update import flush
 
 logger = logging.getLogger(__name__)
 
 CACHE, WEIGHTS, GRAPHS = MEMORY_TAGS
 ALL_TAGS = frozenset({CACHE, WEIGHTS, GRAPHS})
 
-_POLL = 0.2  # seconds between two tries to flush a server that is not idle yet
 _ABSENT = (State.STARTING, State.RESTARTING, State.DEAD)
 
 
@@ -60,7 +59,9 @@ class ServerMemory:
             if not leaving:
                 return
             await self._post(member, PAUSE_GENERATION, pause_body(), phase)
-            await self._flush(member, phase)
+            # An aborted batch may still be on the device for a moment; giving memory back would end the server then.
+            ends = time.monotonic() + self._seconds
+            await flush(member, ends=ends, give_up=ends, phase=phase)
             await self._post(member, RELEASE_MEMORY_OCCUPATION, memory_body(leaving), phase)
             self._released.setdefault((member, member.start), set()).update(leaving)
 
@@ -117,15 +118,3 @@ class ServerMemory:
 
     async def _post(self, member: Member, path: str, body: dict[str, object], phase: str) -> None:
         await member.client.post(path, body, deadline=self._seconds, phase=phase)
-
-    async def _flush(self, member: Member, phase: str) -> None:
-        """An aborted batch may still be on the device for a moment; giving memory back would end the server then."""
-        ends = time.monotonic() + self._seconds
-        while True:
-            try:
-                await self._post(member, FLUSH_CACHE, {}, phase)
-                return
-            except ServerRefused:
-                if time.monotonic() > ends:
-                    raise
-                await asyncio.sleep(_POLL)

@@ -1,4 +1,4 @@
-"""The steps of a weight update on all servers at once: pause, flush, give, check the version, continue.
+"""A weight update: the stream to the engine, and its steps on all servers: pause, flush, send, check, continue.
 
 The order matters. Weights that change under a running request mix two policies in one response, and a disk update
 without a pause has been seen to answer 400 after it had changed the weights. A server that fails a step is left out
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _STEP_SECONDS = 60.0
 _FLUSH_SECONDS = 20.0  # until a cache that cannot be flushed is given up
+_FLUSH_PAUSE = 0.1  # seconds between two tries
 
 
 async def pause_and_flush(member: Member, seconds: float, *, wake: bool = True) -> None:
@@ -55,16 +56,25 @@ async def pause_and_flush(member: Member, seconds: float, *, wake: bool = True) 
     if wake:
         await client.post(CONTINUE_GENERATION, continue_body(), deadline=seconds, phase=phase)
     await client.post(PAUSE_GENERATION, pause_body(), deadline=ends - time.monotonic(), phase=phase)
+    give_up = ends - seconds + min(seconds / 2, _FLUSH_SECONDS)
+    await flush(member, ends=ends, give_up=give_up, phase="flushing the cache")
+
+
+async def flush(member: Member, *, ends: float, give_up: float, phase: str) -> None:
+    """Empty a paused server's cache, which it refuses while an aborted batch, or a health check, is on its way through.
+
+    Args: ends, give_up: of the whole, and of trying it again, by time.monotonic().
+
+    Raises ServerError.
+    """
     while True:
         try:
-            left = ends - time.monotonic()
-            await client.post(FLUSH_CACHE, {}, deadline=left, phase="flushing the cache")
+            await member.client.post(FLUSH_CACHE, {}, deadline=ends - time.monotonic(), phase=phase)
             return
         except (ServerFault, ServerRefused):
-            # A health check of somebody else may still be on its way through.
-            if time.monotonic() > ends - seconds + min(seconds / 2, _FLUSH_SECONDS):
+            if time.monotonic() > give_up:
                 raise
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(_FLUSH_PAUSE)
 
 
 async def check_version(member: Member, label: str, *, deadline: float, phase: str) -> None:

@@ -44,6 +44,50 @@ PROBE_EVERY = 2.0  # seconds
 _PROBE_DEADLINE = 10.0  # at most; three must fit into the hang deadline
 
 
+@dataclass(eq=False)
+class Member:
+    """One server as the fleet sees it.
+
+    endpoint: what is published of it. tensor, device: its tensor-parallel size and "cpu" or "cuda", once it has been
+    identified. takes_seeds: it samples by a request's seed. running: its open requests; they
+    end when it dies.
+    """
+
+    client: ServerClient
+    health: Health
+    endpoint: ServerEndpoint
+    start: int = 0
+    tensor: int = 1
+    device: str | None = None
+    takes_seeds: bool = False
+    running: set[asyncio.Task[Any]] = field(default_factory=set)
+    trouble: ServerError | None = None  # the last probe's
+    probing: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return self.client.url
+
+    @property
+    def identified(self) -> bool:
+        """Whether it has said who it is, and fits: see `SglangEngine.identify_late`."""
+        return self.device is not None
+
+    @property
+    def load(self) -> float:
+        """Open requests for each of its GPUs."""
+        return len(self.running) / self.tensor
+
+
+def level_of(states: set[State]) -> int:
+    """How loudly a change between two states is told: every step has an update, and no update is news."""
+    if states <= {State.HEALTHY, State.UPDATING}:
+        return logging.DEBUG
+    quiet = {State.HEALTHY, State.UPDATING, State.STARTING, State.DRAINING}
+    return logging.INFO if states <= quiet else logging.WARNING
+
+
 class Fleet:
     """The servers named by `source`, which is asked again before every round of probes."""
 
@@ -297,47 +341,3 @@ class Fleet:
     def failed(self, member: Member, error: ServerError) -> None:
         """A request to it failed."""
         self.tell(member, RequestFailed(str(error), gone=error.gone))
-
-
-@dataclass(eq=False)
-class Member:
-    """One server as the fleet sees it.
-
-    endpoint: what is published of it. tensor, device: its tensor-parallel size and "cpu" or "cuda", once it has been
-    identified. takes_seeds: it samples by a request's seed. running: its open requests; they
-    end when it dies.
-    """
-
-    client: ServerClient
-    health: Health
-    endpoint: ServerEndpoint
-    start: int = 0
-    tensor: int = 1
-    device: str | None = None
-    takes_seeds: bool = False
-    running: set[asyncio.Task[Any]] = field(default_factory=set)
-    trouble: ServerError | None = None  # the last probe's
-    probing: asyncio.Task[None] | None = None
-
-    @property
-    def url(self) -> str:
-        """Its address."""
-        return self.client.url
-
-    @property
-    def identified(self) -> bool:
-        """Whether it has said who it is, and fits: see `SglangEngine.identify_late`."""
-        return self.device is not None
-
-    @property
-    def load(self) -> float:
-        """Open requests for each of its GPUs."""
-        return len(self.running) / self.tensor
-
-
-def level_of(states: set[State]) -> int:
-    """How loudly a change between two states is told: every step has an update, and no update is news."""
-    if states <= {State.HEALTHY, State.UPDATING}:
-        return logging.DEBUG
-    quiet = {State.HEALTHY, State.UPDATING, State.STARTING, State.DRAINING}
-    return logging.INFO if states <= quiet else logging.WARNING

@@ -142,7 +142,7 @@ def _environment(config: RunConfig) -> dict[str, str]:
     return child
 
 
-_POLL = 0.5  # seconds
+_OTHERS_POLL = 0.5  # seconds
 _PROGRESS = 30.0  # seconds between two lines
 _OLD = (
     120.0  # seconds after which a file is of a serve that ended with its node: others write it again every 30
@@ -194,7 +194,7 @@ def wait_for_servers(config: RunConfig, nodes: int, say: Callable[[str], None]) 
         if waited - said >= _PROGRESS:
             said = waited
             say(f"waiting for servers since {waited:.0f} s: {seen}")
-        time.sleep(_POLL)
+        time.sleep(_OTHERS_POLL)
 
 
 def _is_old(part: Endpoints, first_seen: float) -> bool:
