@@ -249,7 +249,7 @@ def verify(update: Update, digest: StreamDigest) -> None:
     _compare_servers(
         update, {member: report for member, report in reports.items() if member in update.members}
     )
-    update.need_some()
+    update.require_members()
 
 
 def _compare_servers(update: Update, reports: dict[Member, Any]) -> None:

@@ -76,7 +76,7 @@ class ColocatedTransport:
                 phase=_PHASE,
                 seconds=self._seconds,
             )
-            update.need_some()
+            update.require_members()
         # Now: what servers have opened is freed only then, and at the end of the sync that would be the whole model.
         platform.collect_shared_memory()
 

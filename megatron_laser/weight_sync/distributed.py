@@ -122,7 +122,7 @@ class DistributedTransport:
                 self._forget(update, [self._group.name])
             self._leave()
         self._forget(update, self._past.of_other_sessions(session))
-        update.need_some()
+        update.require_members()
         self._groups += 1
         name = f"laser-{session}-{self._groups}"
         self._past.add(name)

@@ -196,13 +196,13 @@ class Update:
             limit = min(self.left(), _STEP_SECONDS)
             work = functools.partial(pause_and_flush, seconds=limit, wake=go_on)
             self._keep(self.gather(work, self.members, limit, "pausing generation"))
-            self.need_some()
+            self.require_members()
             yield
             self._check_versions()
             if go_on:
                 body = continue_body(empty_cache=True)
                 self.post_all(CONTINUE_GENERATION, body, phase="continuing generation")
-                self.need_some()
+                self.require_members()
         except BaseException as error:
             for member in list(self.members):
                 self.drop(
@@ -227,9 +227,9 @@ class Update:
             await check_version(member, self.label, deadline=limit, phase="checking the version")
 
         self._keep(self.gather(one, self.members, limit, "checking versions"))
-        self.need_some()
+        self.require_members()
 
-    def need_some(self) -> None:
+    def require_members(self) -> None:
         """Raises SyncFailed when no server is left."""
         if not self.members:
             raise SyncFailed(

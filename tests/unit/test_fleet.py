@@ -161,14 +161,14 @@ def test_a_probe_sees_a_scheduler_that_hangs_behind_an_open_port_and_what_is_no_
         return member.health.state
 
     first = engine.log[:]
-    assert probe() is State.HEALTHY and member.trouble is None
+    assert probe() is State.HEALTHY and member.probe_error is None
     paths = [path for _, path in engine.log[len(first) :]]
     assert paths[0] != "/model_info" and paths[-1] == "/model_info"  # one of them goes through the scheduler
     hang = ServerGone("http://s0", "probe", "broken")
     server.fails[paths[0]] = hang
-    assert probe() is State.SUSPECT and member.trouble is hang
+    assert probe() is State.SUSPECT and member.probe_error is hang
     server.fails.clear()
-    assert probe() is State.HEALTHY and member.trouble is None
+    assert probe() is State.HEALTHY and member.probe_error is None
     for answer in ({}, [], None, {"model_path": "m"}):
         server.fails["/model_info"] = answer
         assert probe() is State.SUSPECT

@@ -9,7 +9,13 @@ import torch
 from helpers.fake_fleet import FakeEngine
 from safetensors.torch import load_file
 
-from megatron_laser.rollout.client.errors import ServerFault, ServerGone, ServerRefused, ServerTimeout
+from megatron_laser.rollout.client.errors import (
+    ServerFault,
+    ServerGone,
+    ServerMismatch,
+    ServerRefused,
+    ServerTimeout,
+)
 from megatron_laser.rollout.client.health import Answered, Restarted, State
 from megatron_laser.weight_sync import sync_weights
 from megatron_laser.weight_sync import update as steps
@@ -385,6 +391,32 @@ def test_a_restarted_server_catches_up_from_the_folder_before_it_gets_work(tmp_p
     engine.log.clear()
     probe(engine, 1)
     assert len(engine.calls(1)) == 2  # once is enough
+
+
+def test_a_server_that_came_late_says_who_it_is_before_it_catches_up(tmp_path, source):
+    engine = SyncingEngine(2, transport(tmp_path, source))
+    assert sync_weights(iter(WEIGHTS), engine, 4) is None
+    restart(engine, 1)
+    late, asked = engine.member(1), []
+    late.device = None
+
+    async def another_model(member):
+        asked.append(member.url)
+        raise ServerMismatch(member.url, "identifying the server", "it serves another model")
+
+    async def fits(member):
+        member.device = "cpu"
+
+    engine.fleet.identify = another_model
+    engine.log.clear()
+    for _ in range(3):
+        probe(engine, 1)
+    assert asked == ["http://s1"] and GIVE not in engine.calls(1)  # asked once: it will not change
+    assert not late.health.takes_work("run-4")
+    engine.fleet.identify = fits
+    late.unfit = False  # as with a new process
+    probe(engine, 1)
+    assert late.health.takes_work("run-4") and engine.servers[1].version == "run-4"
 
 
 def test_a_server_that_does_not_catch_up_gets_no_work_and_stays_paused(tmp_path, source):

@@ -106,14 +106,14 @@ class Driver:
                 else:
                     results[p][s] = known
                     jobs.append(_Job(p, s, ids, known))
-        homes: dict[int, Member] = {}
+        cached_on: dict[int, Member] = {}
         stopped = asyncio.Event()
 
         async def run(job: _Job) -> None:
             async with self._slots:
                 if stopped.is_set():
                     return
-                generation = await self._generate_one(job, sampling, weights, homes, ends, stopped)
+                generation = await self._generate_one(job, sampling, weights, cached_on, ends, stopped)
             if generation is None:
                 return
             results[job.prompt][job.sample] = generation
@@ -151,7 +151,7 @@ class Driver:
         job: _Job,
         sampling: SamplingParams,
         weights: Weights,
-        homes: dict[int, Member],
+        cached_on: dict[int, Member],
         ends: float,
         stopped: asyncio.Event,
     ) -> Generation | None:
@@ -164,9 +164,9 @@ class Driver:
             if stopped.is_set():
                 return partial
             job.member = None
-            member = await self._fleet.pick("generation", homes.get(job.prompt), failed)
+            member = await self._fleet.pick("generation", cached_on.get(job.prompt), failed)
             # The samples of a prompt go to one server: its prefix cache has the prompt after the first.
-            homes[job.prompt] = job.member = member
+            cached_on[job.prompt] = job.member = member
             job.rid = uuid.uuid4().hex
             place = (job.prompt, job.sample)
             body = generate_body(input_ids, sampling, max_new_tokens=left, rid=job.rid, place=place)
@@ -289,7 +289,7 @@ class RequestSender:
         self._stats = stats
         self._router = router
         if router is not None:
-            fleet.on_hang = router.give_up
+            fleet.on_hang = router.cancel_requests
 
     async def ask(
         self,

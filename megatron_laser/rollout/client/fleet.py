@@ -16,8 +16,9 @@ from typing import Any
 from megatron_laser.rollout.client.errors import (
     OutOfFiles,
     ServerError,
+    ServerMismatch,
     ServersLost,
-    StrangeAnswer,
+    UnexpectedAnswer,
     WeightsNeeded,
 )
 from megatron_laser.rollout.client.health import (
@@ -48,9 +49,14 @@ _PROBE_DEADLINE = 10.0  # at most; three must fit into the hang deadline
 class Member:
     """One server as the fleet sees it.
 
-    endpoint: what is published of it. tensor, device: its tensor-parallel size and "cpu" or "cuda", once it has been
-    identified. takes_seeds: it samples by a request's seed. running: its open requests; they
-    end when it dies.
+    Attributes:
+        endpoint: what is published of it.
+        start: which of its processes this is.
+        tensor, device, takes_seeds: its tensor-parallel size, "cpu" or "cuda", and whether it samples by a request's
+            seed, once it has been identified.
+        unfit: it cannot be used, as it said when it was to catch up; the next weight update asks again.
+        running: its open requests; they end when it dies.
+        probe_error, probing: of the last probe, and the one that runs.
     """
 
     client: ServerClient
@@ -60,8 +66,9 @@ class Member:
     tensor: int = 1
     device: str | None = None
     takes_seeds: bool = False
+    unfit: bool = False
     running: set[asyncio.Task[Any]] = field(default_factory=set)
-    trouble: ServerError | None = None  # the last probe's
+    probe_error: ServerError | None = None
     probing: asyncio.Task[None] | None = None
 
     @property
@@ -80,7 +87,7 @@ class Member:
         return len(self.running) / self.tensor
 
 
-def level_of(states: set[State]) -> int:
+def log_level(states: set[State]) -> int:
     """How loudly a change between two states is told: every step has an update, and no update is news."""
     if states <= {State.HEALTHY, State.UPDATING}:
         return logging.DEBUG
@@ -176,7 +183,7 @@ class Fleet:
         before = member.health
         member.health = after = before.after(event, self._clock(), self._limits)
         if before.state is not after.state:
-            level = level_of({before.state, after.state})
+            level = log_level({before.state, after.state})
             logger.log(
                 level,
                 "server %s: %s -> %s%s",
@@ -281,21 +288,21 @@ class Fleet:
             info = await client.get(MODEL_INFO, deadline=self.probe_deadline, phase="probe")
             version = weight_version(info)
             if version is None:
-                raise StrangeAnswer(member.url, "probe", f"{MODEL_INFO} names no weight_version")
+                raise UnexpectedAnswer(member.url, "probe", f"{MODEL_INFO} names no weight_version")
         except OutOfFiles as error:
-            member.trouble = error
+            member.probe_error = error
         except ServerError as error:
-            member.trouble = error
+            member.probe_error = error
             refused = error.gone and "Connect call failed" in str(error)
             self.tell(member, Missed(str(error), refused=refused))
         else:
-            member.trouble = None
+            member.probe_error = None
             if version != member.health.version or member.health.state is not State.HEALTHY:
                 self.tell(member, Answered(version))
             else:
                 member.health = member.health.after(Answered(version), self._clock(), self._limits)
         stale = member.health.state is State.HEALTHY and not member.health.takes_work(self.wanted)
-        if stale and self.wanted is not None and self.catch_up is not None:
+        if stale and not member.unfit and self.wanted is not None and self.catch_up is not None:
             await self._catch_up(member, self.catch_up)
 
     async def _catch_up(self, member: Member, catch_up: Callable[[Member], Awaitable[str]]) -> None:
@@ -303,8 +310,10 @@ class Fleet:
         try:
             if not member.identified and self.identify is not None:
                 await self.identify(member)
+            member.unfit = False
             self.tell(member, UpdateDone(await catch_up(member)))
         except Exception as error:  # whatever it is, the server must not stay in `updating`
+            member.unfit = isinstance(error, ServerMismatch)
             self.tell(member, UpdateFailed(str(error) or repr(error)))
 
     def _look(self) -> None:
@@ -326,7 +335,7 @@ class Fleet:
                 continue
             member.endpoint = endpoint
             if endpoint.start > member.start:
-                member.start = endpoint.start
+                member.start, member.unfit = endpoint.start, False
                 self.tell(member, Restarted())
         for url in set(self._members) - named:
             member = self._members.pop(url)

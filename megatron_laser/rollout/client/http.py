@@ -16,7 +16,7 @@ from megatron_laser.rollout.client.errors import (
     ServerGone,
     ServerRefused,
     ServerTimeout,
-    StrangeAnswer,
+    UnexpectedAnswer,
 )
 from megatron_laser.rollout.sglang_api import GENERATE, PROSE
 
@@ -85,7 +85,7 @@ class ServerClient:
         except orjson.JSONDecodeError as error:
             if path in PROSE:
                 return raw.decode(errors="replace")
-            raise StrangeAnswer(
+            raise UnexpectedAnswer(
                 self.url,
                 phase,
                 f"{path} answered {len(raw)} bytes that are not JSON ({error}): {_words(raw)}",

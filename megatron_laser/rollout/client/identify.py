@@ -17,7 +17,7 @@ from megatron_laser.rollout.client.errors import (
     ServerMismatch,
     ServerRefused,
     ServerTimeout,
-    StrangeAnswer,
+    UnexpectedAnswer,
 )
 from megatron_laser.rollout.client.fleet import Member
 from megatron_laser.rollout.client.http import ServerClient
@@ -103,7 +103,7 @@ async def identify(client: ServerClient, expected: Expected, *, deadline: float)
     try:
         info = await client.get(MODEL_INFO, deadline=deadline, phase=_PHASE)
         server = await client.get(SERVER_INFO, deadline=deadline, phase=_PHASE)
-    except (ServerRefused, StrangeAnswer) as error:
+    except (ServerRefused, UnexpectedAnswer) as error:
         raise _no_server(error) from error
     if not isinstance(server, dict) or weight_version(info) is None:
         raise ServerMismatch(url, _PHASE, f"{MODEL_INFO} names no weight_version: {NO_SERVER}")
@@ -117,14 +117,14 @@ async def identify(client: ServerClient, expected: Expected, *, deadline: float)
     return facts
 
 
-def refuse_strangers(members: Sequence[Member]) -> None:
+def refuse_other_servers(members: Sequence[Member]) -> None:
     """Raises ServerMismatch or ServerRefused when one has answered its last probe, but not as an SGLang server does."""
     for member in members:
-        if isinstance(member.trouble, ServerRefused | StrangeAnswer):
-            raise _no_server(member.trouble)
+        if isinstance(member.probe_error, ServerRefused | UnexpectedAnswer):
+            raise _no_server(member.probe_error)
 
 
-def _no_server(error: ServerRefused | StrangeAnswer) -> ServerError:
+def _no_server(error: ServerRefused | UnexpectedAnswer) -> ServerError:
     if isinstance(error, ServerRefused) and error.status in (401, 403):
         return error
     return ServerMismatch(error.url, _PHASE, f"{error.message}: {NO_SERVER}")
@@ -253,9 +253,9 @@ class StartupCheck:
         self._next = 0.0
 
     def __call__(self, members: Sequence[Member]) -> None:
-        refuse_strangers(members)
+        refuse_other_servers(members)
         now = time.monotonic()
-        troubles = [str(member.trouble) for member in members if member.trouble is not None]
-        if troubles and now >= self._next:
+        errors = [str(member.probe_error) for member in members if member.probe_error is not None]
+        if errors and now >= self._next:
             self._next = now + _SAY_EVERY
-            logger.warning("%s: %s", self._what, "; ".join(troubles))
+            logger.warning("%s: %s", self._what, "; ".join(errors))

@@ -50,7 +50,7 @@ class Router:
 
         patient: an answer that is late says nothing of the router.
 
-        Raises ServerError; ServerGone also when `give_up` was called meanwhile.
+        Raises ServerError; ServerGone also when `cancel_requests` was called meanwhile.
         """
         phase = f"{phase} through the router"
         task = asyncio.ensure_future(self._client.request(body, deadline=deadline, phase=phase))
@@ -69,7 +69,7 @@ class Router:
         finally:
             self._running.discard(task)
 
-    def give_up(self) -> None:
+    def cancel_requests(self) -> None:
         """End all requests that are open through it: one of its servers hangs, and nobody knows what that one has."""
         for task in list(self._running):
             task.cancel()
@@ -93,6 +93,6 @@ class Router:
                 misses += 1
                 if misses >= _MISSES:
                     self._rest(str(error))
-                    self.give_up()
+                    self.cancel_requests()
             except ServerError as error:
                 logger.debug("%s", error)  # a proxy of another kind, or gone: requests say so themselves

@@ -84,7 +84,7 @@ class Supervisor:
         if all(server.slot.state == "failed" for server in self._servers):
             raise ServeError(
                 "every server has died too often and is given up; the last reasons:\n"
-                + "\n".join(f"  {server.obituary()}" for server in self._servers)
+                + "\n".join(f"  {server.describe_failure()}" for server in self._servers)
             )
         self._report_start(now)
         if self.plan.router_port is not None and self._all_answered_once():
