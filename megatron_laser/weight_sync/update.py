@@ -43,45 +43,43 @@ _FLUSH_SECONDS = 20.0  # until a cache that cannot be flushed is given up
 _FLUSH_PAUSE = 0.1  # seconds between two tries
 
 
-async def pause_and_flush(member: Member, seconds: float, *, wake: bool = True) -> None:
-    """Pause one server: what runs there is aborted, its cache is empty.
+def sync_weights(
+    stream: Iterable[tuple[str, torch.Tensor]], engine: RolloutEngine | None, version: int
+) -> str | None:
+    """Feed `stream` to the engine on rank 0; take part in its collectives on the other ranks.
 
-    Args: wake: let it go on first; not one that has given its cache away, which could not.
+    Args:
+        stream: the trainer's `weight_stream()`. Every rank must pass its own and call this function.
+        engine: None on ranks without one.
+        version: the step whose weights these are.
 
-    Raises ServerError, at the latest after `seconds`.
+    Returns:
+        None, or, on rank 0, why the servers do not have the weights although another attempt may succeed: a
+        server died on the way. The stream has then been run to its end, so that no rank waits in it.
+
+    Raises:
+        RuntimeError: the engine does not report `version` afterwards.
+        SyncFailed: what another attempt would not mend.
+        (A folder that cannot be written, with `weight_sync: disk`, is told like a server that died.)
     """
-    client, phase = member.client, "pausing generation"
-    ends = time.monotonic() + seconds
-    # One that stands still, as `serve` holds a restarted one, would not end what it has half done, and keep its cache.
-    if wake:
-        await client.post(CONTINUE_GENERATION, continue_body(), deadline=seconds, phase=phase)
-    await client.post(PAUSE_GENERATION, pause_body(), deadline=ends - time.monotonic(), phase=phase)
-    give_up = ends - seconds + min(seconds / 2, _FLUSH_SECONDS)
-    await flush(member, ends=ends, give_up=give_up, phase="flushing the cache")
-
-
-async def flush(member: Member, *, ends: float, give_up: float, phase: str) -> None:
-    """Empty a paused server's cache, which it refuses while an aborted batch, or a health check, is on its way through.
-
-    Args: ends, give_up: of the whole, and of trying it again, by time.monotonic().
-
-    Raises ServerError.
-    """
-    while True:
-        try:
-            await member.client.post(FLUSH_CACHE, {}, deadline=ends - time.monotonic(), phase=phase)
-            return
-        except (ServerFault, ServerRefused):
-            if time.monotonic() > give_up:
-                raise
-        await asyncio.sleep(_FLUSH_PAUSE)
-
-
-async def check_version(member: Member, label: str, *, deadline: float, phase: str) -> None:
-    """Raises StaleServer when a server does not hold the weights of that name; ServerError when it does not say."""
-    version = weight_version(await member.client.get(MODEL_INFO, deadline=deadline, phase=phase))
-    if version != label:
-        raise StaleServer(member.url, phase, f"holds weights {version!r} after an update to {label!r}")
+    stream = iter(stream)
+    if engine is None:
+        deque(stream, maxlen=0)  # gathers are collectives: all ranks must run them
+        return None
+    try:
+        engine.update_weights(stream, version)
+    except (SyncFailed, ServerError, OSError) as error:
+        if isinstance(error, SyncFailed) and not error.retry:
+            raise
+        logger.warning("weight sync of step %d: %s", version, error)
+        deque(stream, maxlen=0)
+        return str(error)
+    if engine.version != version:
+        raise RuntimeError(
+            f"weight sync: the engine reports version {engine.version} after an update to {version}; "
+            "its rollouts would come from other weights than the trainer's"
+        )
+    return None
 
 
 class SyncFailed(RuntimeError):
@@ -237,45 +235,47 @@ class Update:
             )
 
 
+async def pause_and_flush(member: Member, seconds: float, *, wake: bool = True) -> None:
+    """Pause one server: what runs there is aborted, its cache is empty.
+
+    Args: wake: let it go on first; not one that has given its cache away, which could not.
+
+    Raises ServerError, at the latest after `seconds`.
+    """
+    client, phase = member.client, "pausing generation"
+    ends = time.monotonic() + seconds
+    # One that stands still, as `serve` holds a restarted one, would not end what it has half done, and keep its cache.
+    if wake:
+        await client.post(CONTINUE_GENERATION, continue_body(), deadline=seconds, phase=phase)
+    await client.post(PAUSE_GENERATION, pause_body(), deadline=ends - time.monotonic(), phase=phase)
+    give_up = ends - seconds + min(seconds / 2, _FLUSH_SECONDS)
+    await flush(member, ends=ends, give_up=give_up, phase="flushing the cache")
+
+
+async def flush(member: Member, *, ends: float, give_up: float, phase: str) -> None:
+    """Empty a paused server's cache, which it refuses while an aborted batch, or a health check, is on its way through.
+
+    Args: ends, give_up: of the whole, and of trying it again, by time.monotonic().
+
+    Raises ServerError.
+    """
+    while True:
+        try:
+            await member.client.post(FLUSH_CACHE, {}, deadline=ends - time.monotonic(), phase=phase)
+            return
+        except (ServerFault, ServerRefused):
+            if time.monotonic() > give_up:
+                raise
+        await asyncio.sleep(_FLUSH_PAUSE)
+
+
+async def check_version(member: Member, label: str, *, deadline: float, phase: str) -> None:
+    """Raises StaleServer when a server does not hold the weights of that name; ServerError when it does not say."""
+    version = weight_version(await member.client.get(MODEL_INFO, deadline=deadline, phase=phase))
+    if version != label:
+        raise StaleServer(member.url, phase, f"holds weights {version!r} after an update to {label!r}")
+
+
 def on_cpu(members: Sequence[Member]) -> bool:
     """Whether all these servers compute on CPUs."""
     return all(member.device == "cpu" for member in members)
-
-
-def sync_weights(
-    stream: Iterable[tuple[str, torch.Tensor]], engine: RolloutEngine | None, version: int
-) -> str | None:
-    """Feed `stream` to the engine on rank 0; take part in its collectives on the other ranks.
-
-    Args:
-        stream: the trainer's `weight_stream()`. Every rank must pass its own and call this function.
-        engine: None on ranks without one.
-        version: the step whose weights these are.
-
-    Returns:
-        None, or, on rank 0, why the servers do not have the weights although another attempt may succeed: a
-        server died on the way. The stream has then been run to its end, so that no rank waits in it.
-
-    Raises:
-        RuntimeError: the engine does not report `version` afterwards.
-        SyncFailed: what another attempt would not mend.
-        (A folder that cannot be written, with `weight_sync: disk`, is told like a server that died.)
-    """
-    stream = iter(stream)
-    if engine is None:
-        deque(stream, maxlen=0)  # gathers are collectives: all ranks must run them
-        return None
-    try:
-        engine.update_weights(stream, version)
-    except (SyncFailed, ServerError, OSError) as error:
-        if isinstance(error, SyncFailed) and not error.retry:
-            raise
-        logger.warning("weight sync of step %d: %s", version, error)
-        deque(stream, maxlen=0)
-        return str(error)
-    if engine.version != version:
-        raise RuntimeError(
-            f"weight sync: the engine reports version {engine.version} after an update to {version}; "
-            "its rollouts would come from other weights than the trainer's"
-        )
-    return None

@@ -91,9 +91,8 @@ class Driver:
         stop: StopEarly | None,
     ) -> list[list[Generation | None]]:
         """See `SglangEngine.generate`; `ends` by time.monotonic()."""
-        if (
-            sampling.seed is None
-        ):  # a server with deterministic inference would take the same one for every response
+        if sampling.seed is None:
+            # A server with deterministic inference would take the same one for every response.
             sampling = replace(sampling, seed=secrets.randbits(62))
         samples = sampling.samples_per_prompt
         results: list[list[Generation | None]] = [[None] * samples for _ in prompts]
@@ -245,19 +244,13 @@ class Driver:
         """`attempt` until it succeeds; it is told the server that it failed on, which `last` names."""
         failed: Member | None = None
 
-        async def next_attempt() -> Any:
-            nonlocal failed
-            try:
-                return await attempt(failed)
-            except ServerError:
-                failed = last()
-                raise
-
         def note(error: ServerError) -> None:
+            nonlocal failed
+            failed = last()
             self.stats.retries += 1
             self._trouble = str(error)
 
-        return await retried(next_attempt, note)
+        return await retried(lambda: attempt(failed), note)
 
     def _late(self, phase: str) -> Callable[[int, int], str]:
         """What to say when time is up."""
