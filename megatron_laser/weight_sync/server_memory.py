@@ -87,7 +87,7 @@ class ServerMemory:
                 )
                 fleet, label = self._engine.fleet, self._engine.label(self._engine.version)
                 fleet.wanted = label
-                fleet.tell(member, UpdateDone(label))  # ignored unless it was being updated
+                fleet.handle(member, UpdateDone(label))  # ignored unless it was being updated
 
         failures = self._all(one, "servers take memory again")
         if go_on and failures and not self._engine.on_loop(self._engine.fleet.available):
@@ -104,7 +104,7 @@ class ServerMemory:
                 logger.warning("%s", error)
                 updating = member.health.state is State.UPDATING
                 event = UpdateFailed(str(error)) if updating else RequestFailed(str(error), gone=error.gone)
-                self._engine.fleet.tell(member, event)
+                self._engine.fleet.handle(member, event)
                 return str(error)
             return None
 

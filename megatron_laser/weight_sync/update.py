@@ -180,7 +180,7 @@ class Update:
         """Go on without a server."""
         self.failures.append(str(error))
         self.members.remove(member)
-        self.engine.on_loop(lambda: self.engine.fleet.tell(member, UpdateFailed(str(error))))
+        self.engine.on_loop(lambda: self.engine.fleet.handle(member, UpdateFailed(str(error))))
 
     @contextmanager
     def paused(self, *, go_on: bool = True) -> Iterator[None]:
@@ -188,8 +188,8 @@ class Update:
 
         Args: go_on: False leaves the servers paused and `updating`, for whoever has more to do before they go on.
         """
-        tell = self.engine.fleet.tell
-        self.engine.on_loop(lambda: [tell(member, UpdateBegan()) for member in self.members])
+        handle = self.engine.fleet.handle
+        self.engine.on_loop(lambda: [handle(member, UpdateBegan()) for member in self.members])
         try:
             limit = min(self.left(), _STEP_SECONDS)
             work = functools.partial(pause_and_flush, seconds=limit, wake=go_on)
@@ -216,7 +216,7 @@ class Update:
         fleet = self.engine.fleet
         fleet.wanted = self.label
         for member in self.members:
-            fleet.tell(member, UpdateDone(self.label))
+            fleet.handle(member, UpdateDone(self.label))
 
     def _check_versions(self) -> None:
         limit = min(self.left(), _STEP_SECONDS)

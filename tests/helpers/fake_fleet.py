@@ -89,7 +89,7 @@ class FakeEngine:
         self.fleet = Fleet(lambda: endpoints, None, limits=limits)  # type: ignore[arg-type]
         for member, server in zip(self.fleet.members, self.servers):
             member.client, member.device = server, "cpu"  # type: ignore[assignment]
-            self.fleet.tell(member, Answered("default"))
+            self.fleet.handle(member, Answered("default"))
 
     @functools.cached_property
     def loop(self) -> asyncio.AbstractEventLoop:

@@ -161,7 +161,7 @@ def test_a_group_is_left_for_a_larger_one_but_not_when_a_peer_of_it_is_gone(grou
     engine.fleet._members["http://s2"] = late
     send(engine, moved, 2)
     assert [server.left for server in engine.servers] == [["laser-run-1"]] * 3
-    engine.fleet.tell(late, Restarted())
+    engine.fleet.handle(late, Restarted())
     late.start += 1
     engine.run(engine.fleet.probe(late), 5.0, "probe")
     send(engine, moved, 3)

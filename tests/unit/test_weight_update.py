@@ -89,7 +89,7 @@ def test_a_server_that_fails_a_step_is_left_out_and_the_others_go_on(step, error
         assert engine.calls(number) == ORDER and engine.member(number).health.takes_work("run-1")
     # Whatever it says of itself, it gets no work before another update has reached it.
     for version in ("run-1", "default"):
-        engine.fleet.tell(failed, Answered(version))
+        engine.fleet.handle(failed, Answered(version))
         assert not failed.health.takes_work("run-1")
     engine.servers[1].fails.clear()
     update(engine, 2)
@@ -110,7 +110,7 @@ def test_when_all_fail_a_step_the_sync_failed_and_may_be_tried_again(step):
     assert not any(member.health.takes_work("run-1") for member in engine.fleet.members)
     for member, server in zip(engine.fleet.members, engine.servers):
         server.fails.clear()
-        engine.fleet.tell(member, Answered(server.version))
+        engine.fleet.handle(member, Answered(server.version))
     update(engine)
     assert all(member.health.takes_work("run-1") for member in engine.fleet.members)
 
@@ -336,7 +336,7 @@ def test_a_failed_sync_says_why_runs_the_stream_to_its_end_and_keeps_the_folder_
     assert seen == ["a.weight", "b.bias"] and engine.version == 0
     assert folders(tmp_path) == ["weights-run-0", "weights-run-1"]
     engine.servers[0].fails.clear()
-    engine.fleet.tell(engine.member(0), Answered("run-0"))
+    engine.fleet.handle(engine.member(0), Answered("run-0"))
     assert sync_weights(iter(WEIGHTS), engine, 1) is None
     assert folders(tmp_path) == ["weights-run-1"]
 
@@ -373,7 +373,7 @@ def test_a_failure_that_another_attempt_would_not_mend_ends_the_run():
 def restart(engine, number):
     """Its server has a new process, which holds the weights of the model folder."""
     engine.servers[number].version = "default"
-    engine.fleet.tell(engine.member(number), Restarted())
+    engine.fleet.handle(engine.member(number), Restarted())
 
 
 def probe(engine, number):

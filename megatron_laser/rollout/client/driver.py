@@ -328,7 +328,7 @@ class RequestSender:
         if wrong:
             self._stats.stale_replies += 1
             if routed is None:
-                self._fleet.tell(member, Answered(wrong[0]))
+                self._fleet.handle(member, Answered(wrong[0]))
                 await self._fleet.ask_again(member)  # one odd answer is no reason for a weight sync
             raise StaleServer(
                 url, phase, f"answered with weights {wrong[0]!r} instead of {weights.label!r}; dropped"

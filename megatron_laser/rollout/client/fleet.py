@@ -178,7 +178,7 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
-    def tell(self, member: Member, event: Event) -> None:
+    def handle(self, member: Member, event: Event) -> None:
         """Feed one event to a server's state; ends its open requests when it died or has a new process."""
         before = member.health
         member.health = after = before.after(event, self._clock(), self._limits)
@@ -294,11 +294,11 @@ class Fleet:
         except ServerError as error:
             member.probe_error = error
             refused = error.gone and "Connect call failed" in str(error)
-            self.tell(member, Missed(str(error), refused=refused))
+            self.handle(member, Missed(str(error), refused=refused))
         else:
             member.probe_error = None
             if version != member.health.version or member.health.state is not State.HEALTHY:
-                self.tell(member, Answered(version))
+                self.handle(member, Answered(version))
             else:
                 member.health = member.health.after(Answered(version), self._clock(), self._limits)
         stale = member.health.state is State.HEALTHY and not member.health.takes_work(self.wanted)
@@ -306,15 +306,15 @@ class Fleet:
             await self._catch_up(member, self.catch_up)
 
     async def _catch_up(self, member: Member, catch_up: Callable[[Member], Awaitable[str]]) -> None:
-        self.tell(member, UpdateBegan())
+        self.handle(member, UpdateBegan())
         try:
             if not member.identified and self.identify is not None:
                 await self.identify(member)
             member.unfit = False
-            self.tell(member, UpdateDone(await catch_up(member)))
+            self.handle(member, UpdateDone(await catch_up(member)))
         except Exception as error:  # whatever it is, the server must not stay in `updating`
             member.unfit = isinstance(error, ServerMismatch)
-            self.tell(member, UpdateFailed(str(error) or repr(error)))
+            self.handle(member, UpdateFailed(str(error) or repr(error)))
 
     def _look(self) -> None:
         """Take over what `source` says: new servers, new processes, servers that are no more."""
@@ -336,7 +336,7 @@ class Fleet:
             member.endpoint = endpoint
             if endpoint.start > member.start:
                 member.start, member.unfit = endpoint.start, False
-                self.tell(member, Restarted())
+                self.handle(member, Restarted())
         for url in set(self._members) - named:
             member = self._members.pop(url)
             logger.warning("server %s is no longer among the endpoints", url)
@@ -349,4 +349,4 @@ class Fleet:
 
     def failed(self, member: Member, error: ServerError) -> None:
         """A request to it failed."""
-        self.tell(member, RequestFailed(str(error), gone=error.gone))
+        self.handle(member, RequestFailed(str(error), gone=error.gone))
