@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_laser.rollout.client.driver import retried
 from megatron_laser.rollout.client.errors import ServerFault, ServerRefused, ServersLost
-from megatron_laser.rollout.client.event_loop import retried
 from megatron_laser.rollout.client.responses import RequestStats, joined
 from megatron_laser.rollout.sglang_api import Reply, generate_body, response_seed, score_body
 from megatron_laser.types import Generation, SamplingParams, WeightSpan

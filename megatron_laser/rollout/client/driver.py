@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import secrets
 import time
 import uuid
@@ -24,7 +25,7 @@ from megatron_laser.rollout.client.errors import (
     ServerTimeout,
     StaleServer,
 )
-from megatron_laser.rollout.client.event_loop import all_or_first_error, cancelling, retried
+from megatron_laser.rollout.client.event_loop import all_or_first_error, cancelling
 from megatron_laser.rollout.client.fleet import Fleet, Member
 from megatron_laser.rollout.client.health import Answered
 from megatron_laser.rollout.client.http import ServerClient
@@ -47,11 +48,13 @@ from megatron_laser.types import Generation, SamplingParams
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R", Reply, ScoreReply)
+T = TypeVar("T")
 
 # Seconds of one request: a queue in front of it, and every token of it, on a loaded server.
 _REQUEST_SECONDS = 120.0
 _TOKEN_SECONDS = 0.25
 _ABORT_SECONDS = 10.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds at most between two attempts; doubles from one to the other
 
 
 @dataclass(eq=False)
@@ -272,6 +275,24 @@ class Driver:
             held = [(job.member, job.rid) for job in jobs if job.rid and job.member is not None]
             await asyncio.gather(*(self._sender.abort(member, rid) for member, rid in held))
             await asyncio.sleep(0.5)
+
+
+async def retried(attempt: Callable[[], Awaitable[T]], note: Callable[[ServerError], None]) -> T:
+    """`attempt` until it succeeds, with jitter between; what would only repeat itself ends it.
+
+    Whoever waits for it cancels it at the end of time; a request whose own time is up just then ends with that error
+    instead, and is not repeated either. `note` is called with the error before each further attempt.
+    """
+    longest = _FIRST_PAUSE
+    while True:
+        try:
+            return await attempt()
+        except ServerError as error:
+            if isinstance(error, ServerRefused) or cancelling():
+                raise
+            note(error)
+        await asyncio.sleep(random.uniform(0.0, longest))
+        longest = min(2 * longest, _LONGEST_PAUSE)
 
 
 class RequestSender:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
-
-from megatron_laser.rollout.client.errors import ServerError, ServerRefused
 
 T = TypeVar("T")
 
@@ -88,24 +85,3 @@ async def all_or_first_error(
         for task in tasks:
             if task.done() and not task.cancelled():
                 task.exception()  # heard: a thousand requests that fail alike are one error, not a thousand lines
-
-
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds at most between two attempts; doubles from one to the other
-
-
-async def retried(attempt: Callable[[], Awaitable[T]], note: Callable[[ServerError], None]) -> T:
-    """`attempt` until it succeeds, with jitter between; what would only repeat itself ends it.
-
-    Whoever waits for it cancels it at the end of time; a request whose own time is up just then ends with that error
-    instead, and is not repeated either. `note` is called with the error before each further attempt.
-    """
-    longest = _FIRST_PAUSE
-    while True:
-        try:
-            return await attempt()
-        except ServerError as error:
-            if isinstance(error, ServerRefused) or cancelling():
-                raise
-            note(error)
-        await asyncio.sleep(random.uniform(0.0, longest))
-        longest = min(2 * longest, _LONGEST_PAUSE)
