@@ -204,7 +204,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], choices=sorted(LAYOUTS))
+    parser.add_argument(
+        "--processes",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4],
+        choices=sorted(LAYOUTS),
+        help="gloo processes whose layouts are run; default: 1 2 4",
+    )
     parser.add_argument("--tied", action="store_true", help="a model with tied embeddings")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)

@@ -20,7 +20,6 @@ from megatron_laser import loop
 from megatron_laser.config import load_config
 from megatron_laser.rewards import Grade, GradingPool
 from megatron_laser.run import controller as controller_module
-from megatron_laser.types import RolloutBatch
 from peer.turns import Turns
 
 turns = Turns()
@@ -29,7 +28,7 @@ turns = Turns()
 class PacedController(controller_module.Controller):
     """A Controller that takes turns with another trainer."""
 
-    def collect(self, step: int) -> RolloutBatch:
+    def collect(self, step: int) -> str:
         """Wait for the turn, then collect as always."""
         turns.next_step()
         return super().collect(step)
