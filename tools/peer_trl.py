@@ -34,7 +34,6 @@ import datetime
 import hashlib
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -50,6 +49,8 @@ from peer.pages import draw, page, tables  # noqa: E402
 from peer.settings import our_run, trl_run  # noqa: E402
 from peer.summary import Side, ratio  # noqa: E402
 from peer.workers import Worker, WorkerError  # noqa: E402
+
+from megatron_laser.benchmarks.result import command_line, processor  # noqa: E402
 
 EXAMPLE = ROOT / "examples" / "tiny_sum"
 _DEADLINE = 600.0  # seconds for a worker's start, or for one of its turns
@@ -81,14 +82,6 @@ def add_our_metrics(side: Side, metrics_file: Path) -> None:
         step["generate"] = line["time/generate"] - handed_over
         step["grade"] = line.get("time/grade", 0.0) + handed_over
         step["reward"], step["response_length"] = line["reward_mean"], line["response_length_mean"]
-
-
-def _processor() -> str:
-    """The machine, in words."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} CPU cores" + (f", {names[0]}" if names else "")
 
 
 def _named(path: Path) -> str:
@@ -180,10 +173,10 @@ def _result(sides: list[Side], config: Any, *, rounds: int, block: int) -> dict[
         "transformers": f"{trl.facts['transformers']} (TRL), {ours.facts['transformers']} (ours)",
     }
     return {
-        "command": "python " + shlex.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": command_line(),
         "facts": {
             "date": datetime.date.today().isoformat(),
-            "machine": f"{_processor()}; one thread each",
+            "machine": f"{processor()}; one thread each",
             **versions,
             "model": _named(config.model.path / "model.safetensors"),
             "data": ", ".join(_named(path) for path in config.data.train),

@@ -14,6 +14,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from megatron_laser.benchmarks.random_model import random_weights
+
 VOCAB_SIZE = 250
 _SIZES = dict(
     vocab_size=VOCAB_SIZE,
@@ -54,10 +56,8 @@ def tiny_config(family: str, **changes: object) -> PretrainedConfig:
 def tiny_model(family: str, *, seed: int = 0, scale: float = 0.08, **changes: object) -> PreTrainedModel:
     """An fp32 model whose every parameter is random: norms differ from 1 and biases from 0."""
     model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        spread = 0.2 if parameter.dim() == 1 else scale
-        parameter.data.normal_(1.0 if "norm" in name else 0.0, spread, generator=generator)
+    weights = random_weights(model.config, seed=seed, spread=scale, vector_spread=0.2)
+    model.load_state_dict(dict(weights), strict=False)  # a tied output layer is not among them
     return model.eval()
 
 
