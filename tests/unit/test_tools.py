@@ -45,7 +45,7 @@ def test_the_check_of_the_gpu_environment_names_what_this_one_lacks():
 
 @pytest.mark.slow
 def test_the_comparison_with_trl_drives_our_loop_in_turns(tmp_path):
-    """Where the loop finds its Controller, and the Controller its graders, is what the worker replaces."""
+    """The worker changes how the Controller collects, and how the graders are given responses."""
     run = write_tiny_run(tmp_path / "run")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
     command = [sys.executable, "-m", "peer.our_worker", str(run)]
