@@ -11,6 +11,7 @@ from helpers.tiny_run import write_tiny_run
 sys.path.insert(0, str(ROOT / "tools"))
 
 from peer.workers import Worker
+from soak import soak
 
 TOOLS = sorted(file for pattern in ("*.sh", "*.py", "gpu/*.py") for file in (ROOT / "tools").glob(pattern))
 SLOW = {"peer_trl.py"}  # imports all that a run does
@@ -54,3 +55,10 @@ def test_the_comparison_with_trl_drives_our_loop_in_turns(tmp_path):
         (first,) = worker.run(1)
         assert first["seconds"] > first["submit"] > 0
         assert len(worker.run(2)) == 2
+
+
+def test_the_soak_reads_memory_files_and_threads_after_every_step(tmp_path):
+    run = write_tiny_run(tmp_path)
+    readings = soak(run, 3, [f"data.validation={tmp_path / 'train.jsonl'}"])
+    assert [reading.step for reading in readings] == [1, 2, 3]
+    assert all(reading.memory_mib > 0 and reading.files > 0 and reading.threads > 0 for reading in readings)
