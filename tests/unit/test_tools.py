@@ -1,6 +1,7 @@
 """Every tool says what it does and takes, and those that hook into the package find their places there."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -62,3 +63,18 @@ def test_the_soak_reads_memory_files_and_threads_after_every_step(tmp_path):
     readings = soak(run, 3, [f"data.validation={tmp_path / 'train.jsonl'}"])
     assert [reading.step for reading in readings] == [1, 2, 3]
     assert all(reading.memory_mib > 0 and reading.files > 0 and reading.threads > 0 for reading in readings)
+
+
+def test_files_that_scripts_and_pages_name_are_there():
+    named = re.compile(
+        r"(?<![\w/.])(?:tests|tools|examples|megatron_laser)/[\w/.-]+\.(?:py|sh|yaml|cu|txt)\b"
+    )
+    texts = [*ROOT.glob("*.md"), ROOT / "Dockerfile", ROOT / "pyproject.toml"]
+    texts += [*ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("tools/**/*.sh")]
+    missing = [
+        f"{text.relative_to(ROOT)} names {name}"
+        for text in texts
+        for name in sorted(set(named.findall(text.read_text(encoding="utf-8"))))
+        if not (ROOT / name).exists()
+    ]
+    assert missing == []
