@@ -36,8 +36,11 @@ INSTALL_REQUIRES = [
     "megatron-core==0.19.*; python_version >= '3.12'",
     "psutil",  # megatron-core's checkpoint writer needs it and does not declare it
     "transformers>=5.19,<5.24",  # from SGLang's pin to what the tests ran with
+    "tokenizers",  # whichever transformers asks for
     "safetensors",
     "math-verify>=0.8",
+    "latex2sympy2_extended",  # this one and sympy: whichever math-verify asks for
+    "sympy",
     "pyyaml",
     "pydantic>=2.8",
     "typer>=0.15",
@@ -45,7 +48,6 @@ INSTALL_REQUIRES = [
     "numpy>=1.26",  # with NumPy 1 also pyarrow<26, which pip cannot be told
     "aiohttp>=3.11",
     "orjson",
-    "pebble>=5",
     "pyarrow>=24",
     "matplotlib",
     "tensorboard",

@@ -21,6 +21,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
 STEPS = 3
 RELATIVE, ABSOLUTE = 1e-5, 1e-7
 COMPARED = ("total_loss", "policy_loss", "self_reward_loss", "kl_loss", "entropy", "grad_norm")
@@ -71,11 +74,11 @@ run: {{steps: {steps}, output_dir: {model}/run, deadline: 120}}
 
 
 def make_model(folder: Path, tied: bool) -> None:
-    """A tiny random Qwen2 with an odd vocabulary-free size that 2 x 2 layouts divide."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    """A tiny random Qwen2 whose sizes 2 x 2 layouts divide."""
+    from transformers import Qwen2Config
 
-    torch.manual_seed(0)
+    from megatron_laser.benchmarks.random_model import save_random_model
+
     config = Qwen2Config(
         vocab_size=90,
         hidden_size=32,
@@ -88,10 +91,7 @@ def make_model(folder: Path, tied: bool) -> None:
         eos_token_id=1,
         pad_token_id=0,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for name, parameter in model.named_parameters():
-        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2 if parameter.dim() == 1 else 0.1)
-    model.save_pretrained(folder)
+    save_random_model(folder, config, spread=0.1, vector_spread=0.2)
 
 
 def fixed_rollouts(step: int):
@@ -181,7 +181,7 @@ def launch(model: Path, processes: int, output: Path) -> dict:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+        "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     if done.returncode != 0:
@@ -204,7 +204,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], choices=sorted(LAYOUTS))
+    parser.add_argument(
+        "--processes",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4],
+        choices=sorted(LAYOUTS),
+        help="gloo processes whose layouts are run; default: 1 2 4",
+    )
     parser.add_argument("--tied", action="store_true", help="a model with tied embeddings")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)

@@ -126,9 +126,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "tiny_sum_seeds")
-    parser.add_argument("--only-table", action="store_true")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4], help="default: 2 3 4")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs" / "tiny_sum_seeds", help="folder of the runs"
+    )
+    parser.add_argument(
+        "--only-table", action="store_true", help="train nothing, read the runs that are there"
+    )
     parser.add_argument("overrides", nargs="*", help="settings for every run, such as run.steps=200")
     arguments = parser.parse_args()
     if not arguments.only_table:

@@ -7,6 +7,12 @@
 #                        index's Linux wheels of torch need several GB of CUDA libraries
 set -euo pipefail
 
+case "${1:-}" in
+-h | --help)
+  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+  exit 0
+  ;;
+esac
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 log=$venv/setup.log

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Does a long run grow? Trains a small run and watches memory, open files and threads of its process.
 
-    python tools/soak.py RUN.yaml                     # 300 steps, one process
+    python tools/soak.py RUN.yaml                     # 300 steps, one process; RUN.yaml has data.validation
     python tools/soak.py RUN.yaml --steps 1000 --markdown soak.md optimizer.lr=1.0e-5
 
 Free heap pages are given back before each reading. Counted after step 50, when caches and pools are filled: resident
@@ -54,13 +54,14 @@ def soak(run: Path, steps: int, overrides: list[str]) -> list[Reading]:
     process = psutil.Process()
     record = Controller.record
 
-    def reading(self: Controller, step: int, *arguments: Any) -> None:
-        record(self, step, *arguments)
+    def reading(self: Controller, step: int, *arguments: Any) -> str:
+        trouble = record(self, step, *arguments)
         gc.collect()
         trim_host_memory(0)  # what the run holds, without the free pages that the heap keeps for reuse
         readings.append(
             Reading(step, process.memory_info().rss / 2**20, process.num_fds(), process.num_threads())
         )
+        return trouble
 
     Controller.record = reading  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as output:
@@ -132,4 +133,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from megatron_laser.errors import UserError
+
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -10,19 +10,18 @@ prompts each round, so that prefix caches help no arm more than another: one war
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
-from pathlib import Path
 
 import aiohttp
 import orjson
 
 from megatron_laser.benchmarks.measure import median_ratio
+from megatron_laser.benchmarks.result import Result, aligned, provenance
 from megatron_laser.config import RunConfig, read_architecture, read_stop_token_ids, resolve_score_token
 from megatron_laser.data import build_prompts, read_rows
 from megatron_laser.data.tokenizer import load_tokenizer
@@ -36,10 +35,9 @@ ARMS = (BARE, OURS, SCORED)
 
 
 @dataclass(frozen=True)
-class ClientBenchmarkResult:
+class ClientBenchmarkResult(Result):
     """tokens_per_second by arm, one figure a round; a ratio is of two arms in one round, its interval of the median."""
 
-    sglang: str
     servers: int
     requests: int
     concurrency: int
@@ -53,26 +51,22 @@ class ClientBenchmarkResult:
 
     def table(self) -> str:
         """A table for people."""
-        rounds = len(self.tokens_per_second[BARE])
-        lines = [
-            f"{self.requests} requests a round, {self.tokens:.0f} tokens, {self.concurrency} open at once, "
-            f"{rounds} interleaved rounds; {self.servers} server(s), SGLang {self.sglang}",
-            f"{'':26s} {'median tok/s':>12s} {'over the bare loop':>20s}",
-        ]
+        rows = [["", "median tok/s", "over the bare loop"]]
         for arm in ARMS:
             median, low, high = self.ratio(arm, BARE)
             ratio = "" if arm == BARE else f"{median:.3f} [{low:.3f}, {high:.3f}]"
-            lines.append(f"{arm:26s} {statistics.median(self.tokens_per_second[arm]):12.1f} {ratio:>20s}")
+            rows.append([arm, f"{statistics.median(self.tokens_per_second[arm]):.1f}", ratio])
         median, low, high = self.ratio(SCORED, OURS)
-        lines.append(
-            f"scores cost {1 - median:.1%} of the tokens per second [{1 - high:.1%}, {1 - low:.1%}], and "
-            f"{self.score_time_fraction:.1%} of the time that requests were open"
+        return "\n".join(
+            [
+                f"{self.requests} requests a round, {self.tokens:.0f} tokens, {self.concurrency} open at once, "
+                f"{len(self.tokens_per_second[BARE])} interleaved rounds; {self.servers} server(s), SGLang "
+                f"{self.provenance.versions['sglang']}",
+                *aligned(rows),
+                f"scores cost {1 - median:.1%} of the tokens per second [{1 - high:.1%}, {1 - low:.1%}], and "
+                f"{self.score_time_fraction:.1%} of the time that requests were open",
+            ]
         )
-        return "\n".join(lines)
-
-    def write(self, path: Path) -> None:
-        """Write the figures as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 def bench_client(config: RunConfig, *, rounds: int) -> ClientBenchmarkResult:
@@ -115,7 +109,7 @@ def bench_client(config: RunConfig, *, rounds: int) -> ClientBenchmarkResult:
                 if arm == SCORED:
                     fraction.append(engine.take_metrics()["rollout/score_time_fraction"])
         return ClientBenchmarkResult(
-            sglang=next(iter(facts.values())).sglang_version,
+            provenance(sglang=next(iter(facts.values())).sglang_version),
             servers=len(facts),
             requests=groups * rollout.samples_per_prompt,
             concurrency=rollout.max_concurrency,

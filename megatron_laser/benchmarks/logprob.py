@@ -14,6 +14,7 @@ from megatron_laser.benchmarks.measure import (
     peak_allocated_bytes,
     seconds_per_call,
 )
+from megatron_laser.benchmarks.result import provenance
 from megatron_laser.model import platform
 from megatron_laser.ops import IGNORE_LABEL, add_weight_gradient_to_main_grad
 
@@ -73,7 +74,7 @@ def _told(measurement: Measurement, listener: Listener | None) -> Measurement:
 
 
 def _report(title: str, ceilings: Ceilings, unit: str, measurements: list[Measurement]) -> Report:
-    return Report(title, torch.__version__, torch.get_num_threads(), ceilings, unit, measurements)
+    return Report(provenance(), title, ceilings, unit, measurements)
 
 
 def _dtype() -> torch.dtype:

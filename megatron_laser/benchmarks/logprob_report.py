@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_laser.benchmarks.measure import Ceilings
+from megatron_laser.benchmarks.result import Result, aligned
 from megatron_laser.model import platform
 from megatron_laser.report.plots.style import new_figure, save, styled
 
@@ -52,18 +52,20 @@ class Measurement:
         return None if self.forward is None or self.backward is None else self.forward + self.backward
 
     def line(self) -> str:
-        """One line of the table."""
-        error = "-" if self.error is None else f"{self.error:.0e}"
-        columns = [
-            f"  {self.implementation:32s} {_number(self.forward, 1e3):>10s}",
-            f"{_ratio(self.forward, self.forward_floor):>8s}",
-            f"{_number(self.backward, 1e3):>11s} {_ratio(self.backward, self.backward_floor):>8s}",
+        """What is told of it before the table is complete."""
+        return " ".join([*self.cells(), self.note]).strip()
+
+    def cells(self) -> list[str]:
+        """Its row of the table, without the note."""
+        return [
+            f"  {self.implementation}",
+            *(_number(self.forward, 1e3), _ratio(self.forward, self.forward_floor)),
+            *(_number(self.backward, 1e3), _ratio(self.backward, self.backward_floor)),
             # Three products are the least that any implementation needs for both.
-            f"{_number(self.both, 1e3):>9s} {_ratio(self.both, self.backward_floor):>9s}",
-            f"{_number(self.forward_peak_bytes, 2**-20, 1):>9s} {_number(self.peak_bytes, 2**-20, 1):>9s}",
-            f"{_number(self.rate, digits=2):>8s} {error:>8s}  {self.note}",
+            *(_number(self.both, 1e3), _ratio(self.both, self.backward_floor)),
+            *(_number(self.forward_peak_bytes, 2**-20, 1), _number(self.peak_bytes, 2**-20, 1)),
+            *(_number(self.rate, digits=2), "-" if self.error is None else f"{self.error:.0e}"),
         ]
-        return " ".join(columns).rstrip()
 
 
 def _number(value: float | None, scale: float = 1.0, digits: int = 3) -> str:
@@ -75,12 +77,10 @@ def _ratio(value: float | None, floor: float | None) -> str:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Result):
     """All measurements of one run; `unit` is TFLOP/s or GB/s of the forward."""
 
     title: str
-    torch: str
-    threads: int
     ceilings: Ceilings
     unit: str
     measurements: list[Measurement]
@@ -94,7 +94,7 @@ class Report:
         """A table for people."""
         ceilings = self.ceilings
         lines = [
-            f"{self.title} on {ceilings.device}, {ceilings.dtype}, torch {self.torch}, {self.threads} thread(s); "
+            f"{self.title} on {self.provenance}; {ceilings.dtype}, "
             f"ceilings measured here: {ceilings.flops / 1e12:.4g} TFLOP/s, {ceilings.bytes / 1e9:.4g} GB/s",
         ]
         if not platform.has_cuda():
@@ -102,20 +102,17 @@ class Report:
                 "No CUDA device: small shapes and the torch implementations only; this says nothing of GPUs."
             )
         for shape in dict.fromkeys(one.shape for one in self.measurements):
-            lines.append("")
-            lines.append(
-                f"{shape!s:34s} {'forward ms':>10s} {'/ floor':>8s} {'backward ms':>11s} {'/ floor':>8s} "
-                f"{'sum ms':>9s} {'/ 3 prod.':>9s} {'fwd MiB':>9s} {'peak MiB':>9s} {self.unit:>8s} {'error':>8s}"
-            )
-            lines += [one.line() for one in self.measurements if one.shape == shape]
+            found = [one for one in self.measurements if one.shape == shape]
+            head = [str(shape), "forward ms", "/ floor", "backward ms", "/ floor", "sum ms", "/ 3 prod."]
+            head += ["fwd MiB", "peak MiB", self.unit, "error"]
+            table = aligned([head, *(one.cells() for one in found)])
+            notes = ["", *(one.note for one in found)]
+            lines += ["", *(f"{line}  {note}".rstrip() for line, note in zip(table, notes))]
         return "\n".join(lines)
 
     def write(self, folder: Path, name: str) -> list[Path]:
         """Write NAME.json and NAME.png."""
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{name}.json"
-        file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        return [file, plot(self, folder / f"{name}.png")]
+        return [self.write_json(folder / f"{name}.json"), plot(self, folder / f"{name}.png")]
 
 
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#8C6D1F", "#E69F00", "#D55E00", "#AA3377", "#000000", "#999999")

@@ -10,19 +10,19 @@ optimizer; generation and grading are outside.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import Qwen2Config
 
 from megatron_laser.batching.flat import FlatBatch, flatten
 from megatron_laser.benchmarks.measure import median_ratio, peak_allocated_bytes
+from megatron_laser.benchmarks.random_model import save_random_model
+from megatron_laser.benchmarks.result import Result, aligned, provenance
 from megatron_laser.config import load_config
 from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.model import platform
@@ -52,12 +52,9 @@ ARMS = {
 
 
 @dataclass(frozen=True)
-class StepBenchmarkResult:
+class StepBenchmarkResult(Result):
     """seconds: one figure a round for each trainer, of the same round; peak_bytes: of one step."""
 
-    device: str
-    torch: str
-    threads: int
     tokens_per_step: int
     seconds: dict[str, list[float]]
     peak_bytes: dict[str, int]
@@ -68,28 +65,22 @@ class StepBenchmarkResult:
 
     def table(self) -> str:
         """A table for people."""
-        lines = [
-            f"train step on {self.device}, {self.tokens_per_step} tokens, {len(self.seconds[GRPO])} interleaved "
-            f"rounds, torch {self.torch}, {self.threads} thread(s)",
-            f"{'':22s} {'median s':>10s} {'over GRPO':>10s} {'95 % interval':>18s} {'peak MiB':>10s}",
-        ]
+        rows = [["", "median s", "over GRPO", "95 % interval", "peak MiB"]]
         for arm in ARMS:
             middle, low, high = self.ratio(arm, GRPO)
+            seconds, peak = statistics.median(self.seconds[arm]), self.peak_bytes[arm] / 2**20
             interval = "" if arm == GRPO else f"{low:.4f} to {high:.4f}"
-            lines.append(
-                f"{arm:22s} {statistics.median(self.seconds[arm]):10.4f} {middle:10.4f} {interval:>18s} "
-                f"{self.peak_bytes[arm] / 2**20:10.2f}"
-            )
+            rows.append([arm, f"{seconds:.4f}", f"{middle:.4f}", interval, f"{peak:.2f}"])
         middle, low, high = self.ratio(SERVER, LASER)
-        lines.append(
-            f"scores from the server, on-policy, save {1 - middle:.1%} of LaSeR's train step "
-            f"[{1 - high:.1%}, {1 - low:.1%}]: the old-policy pass"
+        return "\n".join(
+            [
+                f"train step on {self.provenance}, {self.tokens_per_step} tokens, {len(self.seconds[GRPO])} "
+                "interleaved rounds",
+                *aligned(rows),
+                f"scores from the server, on-policy, save {1 - middle:.1%} of LaSeR's train step "
+                f"[{1 - high:.1%}, {1 - low:.1%}]: the old-policy pass",
+            ]
         )
-        return "\n".join(lines)
-
-    def write(self, path: Path) -> None:
-        """Write the figures as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 class StepBenchmark:
@@ -136,9 +127,7 @@ class StepBenchmark:
                     seconds[arm].append(time.perf_counter() - started)
             runtimes.stop()
         return StepBenchmarkResult(
-            device=platform.device_name(),
-            torch=torch.__version__,
-            threads=torch.get_num_threads(),
+            provenance(),
             tokens_per_step=int(flat.lengths.sum()),
             seconds=seconds,
             peak_bytes=peaks,
@@ -146,8 +135,7 @@ class StepBenchmark:
 
     def save_model(self, folder: Path) -> None:
         """Write the random model as a Hugging Face folder."""
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(self._model, dtype=torch.float32).save_pretrained(folder)
+        save_random_model(folder, self._model)
 
     def _trainers(self, folder: Path, budget: int) -> dict[str, Trainer]:
         file = folder / "run.yaml"

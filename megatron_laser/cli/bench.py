@@ -50,7 +50,7 @@ def bench_step(
     result = benchmark.run(rounds)
     typer.echo(result.table())
     if output is not None:
-        result.write(output)
+        result.write_json(output)
 
 
 @app.command("logprob")
@@ -110,4 +110,4 @@ def bench_client(
         result = run(loaded, rounds=rounds)
         typer.echo(result.table())
         if output is not None:
-            result.write(output)
+            result.write_json(output)

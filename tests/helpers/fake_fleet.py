@@ -9,43 +9,41 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from helpers.fake_server import ServerState
 from megatron_laser.rollout.client.errors import ServerError, ServerFault
 from megatron_laser.rollout.client.fleet import Fleet, Member
 from megatron_laser.rollout.client.health import Answered, Limits
 from megatron_laser.rollout.endpoints import ServerEndpoint
 
 
-class FakeServer:
+class FakeServer(ServerState):
     """A `ServerClient` and the server behind it.
 
     Attributes:
         log: (server's url, path) of every call to any server of the fleet, in order.
         fails: path -> what a call of it raises, or answers in place of the truth. An update begins with a
             /continue_generation, for a server that somebody else has paused: of one that runs it does not fail.
-        sums: what /weights_checker answers.
         left: groups that it was told to leave.
         loads: called with the folder of a disk update before it counts.
     """
 
     def __init__(self, url: str, log: list[tuple[str, str]]) -> None:
+        super().__init__()
         self.url = url
         self.log = log
-        self.version = "default"
-        self.paused = False
         self.running = False
         self.fails: dict[str, Any] = {}
         self.left: list[str] = []
-        self.sums: dict[str, str] = {}
         self.loads: Callable[[str], None] = lambda folder: None
         self.deadlines: dict[str, float] = {}
 
     async def get(self, path: str, *, deadline: float, phase: str) -> Any:
-        return self._answer(path, {}, deadline)
+        return self._called(path, {}, deadline)
 
     async def post(self, path: str, body: dict[str, Any], *, deadline: float, phase: str) -> Any:
-        return self._answer(path, body, deadline)
+        return self._called(path, body, deadline)
 
-    def _answer(self, path: str, body: dict[str, Any], deadline: float) -> Any:
+    def _called(self, path: str, body: dict[str, Any], deadline: float) -> Any:
         assert deadline > 0
         self.log.append((self.url, path))
         self.deadlines[path] = deadline
@@ -55,26 +53,15 @@ class FakeServer:
                 raise failure
             return failure
         if path == "/pause_generation":
-            self.paused, self.running = True, False
-        elif path == "/continue_generation":
-            self.paused = False
+            self.running = False
         elif path == "/flush_cache" and self.running:
             raise ServerFault(self.url, "flush", "requests run")
         elif path == "/update_weights_from_disk":
             assert self.paused, "weights changed under running requests"
             self.loads(body["model_path"])
-            self.version = body["weight_version"]
-        elif path == "/update_weights_from_distributed":
-            self.version = body.get("weight_version", self.version)
         elif path == "/destroy_weights_update_group":
             self.left.append(body["group_name"])
-        elif path == "/model_info":
-            return {"weight_version": self.version}
-        elif path == "/weights_checker":
-            return {
-                "ranks": [{"checksums": dict(self.sums), "per_gpu_checksum": str(sorted(self.sums.items()))}]
-            }
-        return {"success": True}
+        return self.answer(path, body) or {"success": True}
 
 
 class FakeEngine:

@@ -5,23 +5,24 @@ or a request still runs, weights sent while they are away, or going on while any
 """
 
 import contextlib
-import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from helpers.fake_server import ServerState
+from helpers.plain_http import answering
 
 CONTROL = ("/pause_generation", "/flush_cache", "/continue_generation")
 TAGS = {"kv_cache", "weights", "cuda_graph"}
 
 
-@dataclass
-class FakeMemory:
+@dataclass(eq=False)
+class FakeMemory(ServerState):
     """One server.
 
     log: what was asked of it, in order, probes left out. busy: flushes that are refused before one is taken. broken:
-    paths that answer 500. sums: checksums of the weights that it says to hold.
+    paths that answer 500.
     """
 
     url: str = ""
@@ -29,31 +30,28 @@ class FakeMemory:
     tensor: int = 1
     vocab_size: int = 28
     held: set[str] = field(default_factory=lambda: set(TAGS))
-    paused: bool = False
     session: bool = False
-    version: str = "default"
     busy: int = 0
     broken: set[str] = field(default_factory=set)
     died_of: str = ""
     log: list[str] = field(default_factory=list)
     received: list[dict[str, Any]] = field(default_factory=list)
-    sums: dict[str, str] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    def __post_init__(self) -> None:
+        self.info = {
+            "tp_size": self.tensor,
+            "dtype": "float32",
+            "device": self.device,
+            "vocab_size": self.vocab_size,
+        }
+
+    def reply(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """(status, JSON) of one request."""
         if path == "/v1/loads":
             return 200, []
-        if path == "/model_info":
-            return 200, {"weight_version": self.version, "is_generation": True, "model_path": "m"}
-        if path == "/server_info":
-            return 200, {
-                "version": "0.5.23",
-                "tp_size": self.tensor,
-                "dtype": "float32",
-                "device": self.device,
-                "vocab_size": self.vocab_size,
-            }
+        if path in ("/model_info", "/server_info"):
+            return 200, self.answer(path, body)
         with self.lock:
             if self.died_of:
                 return 500, {"message": self.died_of}
@@ -64,9 +62,7 @@ class FakeMemory:
             return self._control(path, body, set(tags))
 
     def _control(self, path: str, body: dict[str, Any], tags: set[str]) -> tuple[int, Any]:
-        if path == "/pause_generation":
-            self.paused = True
-        elif path == "/flush_cache":
+        if path == "/flush_cache":
             if self.busy:
                 self.busy -= 1
                 return 400, {"message": "there are running requests"}
@@ -90,17 +86,12 @@ class FakeMemory:
             if not self.session or "weights" not in self.held:
                 return self._die("weights were sent to nowhere")
             self.received.append(body)
-            self.version = body.get("weight_version", self.version)
-        elif path == "/weights_checker":
-            rank = {"checksums": self.sums, "per_gpu_checksum": str(sorted(self.sums.items()))}
-            ranks = [rank] * self.tensor
-            return 200, {"success": True, "ranks": ranks}
-        elif path == "/continue_generation":
-            if self.held != TAGS:
-                return self._die(f"goes on with {sorted(self.held)} only")
-            self.paused = False
+            return 200, self.answer(path, body)
+        elif path == "/continue_generation" and self.held != TAGS:
+            return self._die(f"goes on with {sorted(self.held)} only")
         else:
-            return 404, {"message": f"no {path}"}
+            found = self.answer(path, body)
+            return (404, {"message": f"no {path}"}) if found is None else (200, found)
         return 200, {"success": True}
 
     def _die(self, reason: str) -> tuple[int, Any]:
@@ -111,34 +102,7 @@ class FakeMemory:
 @contextlib.contextmanager
 def running(*servers: FakeMemory) -> Iterator[None]:
     """Serve all of them on loopback; sets their `url`."""
-    started = []
-    try:
+    with contextlib.ExitStack() as stack:
         for fake in servers:
-            server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(fake))
-            started.append(server)
-            fake.url = f"http://127.0.0.1:{server.server_port}"
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+            fake.url = stack.enter_context(answering(fake.reply))
         yield
-    finally:
-        for server in started:
-            server.shutdown()
-            server.server_close()
-
-
-def _handler(fake: FakeMemory) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-            status, reply = fake.answer(self.path, body)
-            content = json.dumps(reply).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_POST = do_GET
-
-        def log_message(self, *_: object) -> None:
-            return None
-
-    return Handler

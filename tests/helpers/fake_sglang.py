@@ -9,37 +9,37 @@ further child in a session of its own, which no process group reaches. Standard 
         fake_warm_up: N    it is ready N seconds after it listens
 """
 
-import json
 import os
-import stat
 import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
-VERSION = "0.5.23"
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, with nothing installed
+
+from helpers.executables import write_executable
+from helpers.fake_server import SGLANG_VERSION, ServerState
+from helpers.plain_http import HttpServer, respond
 
 
 def fake_python(
     folder: Path,
-    version: str = VERSION,
+    version: str = SGLANG_VERSION,
     router_version: str = "0.3.2",
     torch_version: str = "2.13.0+cpu",
     nccl_version: str = "-",
     stand_ins: bool = False,
 ) -> str:
     """An executable in `folder` that behaves as a python with SGLang where `serve` is concerned."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "python"
-    file.write_text(
-        f'#!/bin/sh\nFAKE_VERSIONS="{version} {router_version} {torch_version} {nccl_version} '
-        f'{"stand-ins" if stand_ins else "-"}" '
-        f'exec {sys.executable} -S {__file__} "$@"\n'
+    stands_in = "stand-ins" if stand_ins else "-"
+    return write_executable(
+        folder / "python",
+        f'FAKE_VERSIONS="{version} {router_version} {torch_version} {nccl_version} {stands_in}" '
+        f'exec {sys.executable} -S {__file__} "$@"',
     )
-    file.chmod(file.stat().st_mode | stat.S_IXUSR)
-    return str(file)
 
 
 def option(arguments: list[str], name: str) -> str:
@@ -52,13 +52,14 @@ def scheduler() -> None:
         print(line.strip(), flush=True)
 
 
-class Server:
+class Server(ServerState):
     def __init__(self, arguments: list[str]) -> None:
         # JSON is YAML, but not the other way round: the settings are flat, which is enough
         lines = Path(option(arguments, "--config")).read_text().splitlines()
         self.settings = dict(line.split(": ", 1) for line in lines if ": " in line)
         self.key = self.settings.get("api-key")
-        self.version, self.paused, self.lock = "default", False, threading.Lock()
+        super().__init__()
+        self.lock = threading.Lock()
         self.frozen = 0
         self.ready_at = time.monotonic() + float(self.settings.get("fake-warm-up", 0))
         self.paused_in_warm_up = False
@@ -73,36 +74,28 @@ class Server:
         if "fake-silent" in self.settings:
             time.sleep(600)
 
-    def answer(self, path: str, body: dict) -> dict | None:
+    def answer(self, path: str, body: dict[str, Any]) -> Any:
         if path == "/server_info":
             with self.lock:
                 self.scheduler.stdin.write("?\n")
                 self.scheduler.stdin.flush()
                 self.scheduler.stdout.readline()
-            return {"version": VERSION, "scheduler_pid": self.scheduler.pid}
-        if path == "/model_info":
-            return {
-                "weight_version": self.version,
-                "paused": self.paused,
-                "frozen": self.frozen,
-                "paused_in_warm_up": self.paused_in_warm_up,
-            }
-        if path == "/ready":
+            self.info = {"scheduler_pid": self.scheduler.pid}
+        elif path == "/ready":
             return {} if self.warm() and not self.paused else None
-        if path == "/freeze_gc":
+        elif path == "/freeze_gc":
             self.frozen += 1
+            return {"status": "ok"}
         elif path == "/pause_generation":
-            self.paused = True
             self.paused_in_warm_up |= not self.warm()
-        elif path == "/continue_generation":
-            self.paused = False
         elif path == "/update_weights_from_disk":
             with self.lock:  # the scheduler answers nothing meanwhile
                 time.sleep(body.get("fake_seconds", 0))
-            self.version = body["weight_version"]
-        else:
-            return None
-        return {"status": "ok"}
+        found = super().answer(path, body)
+        if path == "/model_info":
+            own = ("paused", "frozen", "paused_in_warm_up")
+            found |= {name: getattr(self, name) for name in own}
+        return found
 
     def warm(self) -> bool:
         return time.monotonic() >= self.ready_at
@@ -123,23 +116,13 @@ class Router:
 
 
 def serve(served: Server | Router, host: str, port: int) -> None:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            body = json.loads(self.rfile.read(length) or b"{}")
-            allowed = served.key is None or self.headers.get("Authorization") == f"Bearer {served.key}"
-            reply = served.answer(self.path, body) if allowed else None
-            missing = 503 if self.path == "/ready" else 404
-            self.send_response(401 if not allowed else missing if reply is None else 200)
-            self.end_headers()
-            self.wfile.write(json.dumps(reply or {}).encode())
+    def handle(handler: BaseHTTPRequestHandler, path: str, body: dict[str, Any]) -> None:
+        allowed = served.key is None or handler.headers.get("Authorization") == f"Bearer {served.key}"
+        reply = served.answer(path, body) if allowed else None
+        missing = 503 if path == "/ready" else 404
+        respond(handler, 401 if not allowed else missing if reply is None else 200, reply or {})
 
-        do_POST = do_GET
-
-        def log_message(self, *_: object) -> None:
-            return None
-
-    ThreadingHTTPServer((host, port), Handler).serve_forever()
+    HttpServer(handle, host, port).serve_forever()
 
 
 def main(arguments: list[str]) -> None:

@@ -9,9 +9,11 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
+from helpers.fake_server import ServerState
+from helpers.plain_http import HttpServer, respond
 from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.client.identify import Expected
 from megatron_laser.rollout.endpoints import ServerEndpoint
@@ -31,7 +33,7 @@ _FAULTY = {
 }
 
 
-class FaultyServer:
+class FaultyServer(ServerState):
     """Listens at once. Attributes may be changed at any time.
 
     Attributes:
@@ -48,20 +50,20 @@ class FaultyServer:
     """
 
     def __init__(self) -> None:
-        self.version = "default"
+        super().__init__(info={"vocab_size": VOCABULARY, "dtype": "float32"})
         self.faults: deque[str | None] = deque()
         self.holds: Callable[[dict[str, Any]], bool] = lambda body: False
         self.requests: list[dict[str, Any]] = []
         self.aborted: list[str] = []
         self.answered = 0
-        self.paused = self.stuck = False
+        self.stuck = False
         self.flush_refusals = 0
         self.calls: list[str] = []
         self.silent = False
         self.weights: str | None = None
         self.let_go = threading.Event()
         self._changed = threading.Condition()
-        self._http: ThreadingHTTPServer | None = None
+        self._http: HttpServer | None = None
         self.start()
 
     @property
@@ -70,37 +72,15 @@ class FaultyServer:
         return [body for body in self.requests if "token_ids_logprob" not in body]
 
     def start(self, port: int = 0) -> None:
-        served = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-                served._answer(self, self.path, body)
-
-            do_POST = do_GET
-
-            def log_message(self, *_: object) -> None:
-                return None
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_: object) -> None:
-                return None  # a client that went away
-
-        self._http = Server(("127.0.0.1", port), Handler)
-        self.port = self._http.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        self._http = HttpServer(self._handle, port=port, keep_alive=True)
+        self.port, self.url = self._http.server_port, self._http.url
+        self._http.start()
 
     def stop(self) -> None:
         """Listen no more, and break what is open."""
         http, self._http = self._http, None
         if http is not None:
-            http.shutdown()
-            http.server_close()
+            http.stop()
         self.let_go.set()
         with self._changed:
             self._changed.notify_all()
@@ -116,7 +96,7 @@ class FaultyServer:
         with self._changed:
             assert self._changed.wait_for(condition, deadline)
 
-    def _answer(self, handler: BaseHTTPRequestHandler, path: str, body: dict[str, Any]) -> None:
+    def _handle(self, handler: BaseHTTPRequestHandler, path: str, body: dict[str, Any]) -> None:
         if self.silent:
             self.let_go.wait(60)
             return reset(handler)
@@ -130,27 +110,23 @@ class FaultyServer:
                 self.requests.append(body)
             elif path == "/abort_request":
                 self.aborted.append(body["rid"])
-            elif path in ("/pause_generation", "/continue_generation"):
-                self.paused = path == "/pause_generation"
-                self.stuck = self.stuck and self.paused
+            elif path == "/continue_generation":
+                self.stuck = False
             elif path == "/flush_cache" and (self.stuck or self.flush_refusals):
                 self.flush_refusals = max(0, self.flush_refusals - 1)
                 refused = True
-            elif path == "/update_weights_from_disk":
-                self.version = body["weight_version"]
+            reply = self.answer(path, body)
             self._changed.notify_all()
         if path == "/generate":
             return self._generate(handler, body)
         if refused:
             return respond(handler, 400, b"there are pending requests")
-        known = {
-            "/model_info": {"weight_version": self.version, "is_generation": True},
-            "/server_info": {"version": "0.5.23", "vocab_size": VOCABULARY, "dtype": "float32"},
-        }
-        if self.weights is not None:
-            sums = {"checksums": {"all": self.weights}, "per_gpu_checksum": self.weights}
-            known["/weights_checker"] = {"success": True, "ranks": [sums]}
-        respond(handler, 200, json.dumps(known.get(path, {"success": True})).encode())
+        if path == "/weights_checker" and self.weights is None:
+            reply = None
+        respond(handler, 200, {"success": True} if reply is None else reply)
+
+    def rank_sums(self) -> dict[str, Any]:
+        return {"checksums": {"all": self.weights}, "per_gpu_checksum": self.weights}
 
     def _generate(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         fault = self.faults.popleft() if self.faults else None
@@ -227,14 +203,6 @@ def open_engine(*servers: FaultyServer, **settings: Any) -> SglangEngine:
     )
     engine.run(engine.fleet.wait_until_up(len(servers), 10.0), 10.0, "waiting for the test's servers")
     return engine
-
-
-def respond(handler: BaseHTTPRequestHandler, status: int, data: bytes, stated: int | None = None) -> None:
-    handler.send_response(status)
-    handler.send_header("Content-Length", str(len(data) if stated is None else stated))
-    handler.end_headers()
-    handler.wfile.write(data)
-    handler.wfile.flush()
 
 
 def reset(handler: BaseHTTPRequestHandler, *, hard: bool = True) -> None:

@@ -14,6 +14,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from megatron_laser.benchmarks.random_model import random_weights
+
 VOCAB_SIZE = 250
 _SIZES = dict(
     vocab_size=VOCAB_SIZE,
@@ -51,13 +53,13 @@ def tiny_config(family: str, **changes: object) -> PretrainedConfig:
     return config_class(**(_SIZES | settings | changes))
 
 
-def tiny_model(family: str, *, seed: int = 0, scale: float = 0.08, **changes: object) -> PreTrainedModel:
+def tiny_model(
+    family: str, *, seed: int = 0, scale: float = 0.08, vector_scale: float = 0.2, **changes: object
+) -> PreTrainedModel:
     """An fp32 model whose every parameter is random: norms differ from 1 and biases from 0."""
     model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        spread = 0.2 if parameter.dim() == 1 else scale
-        parameter.data.normal_(1.0 if "norm" in name else 0.0, spread, generator=generator)
+    weights = random_weights(model.config, seed=seed, spread=scale, vector_spread=vector_scale)
+    model.load_state_dict(dict(weights), strict=False)  # a tied output layer is not among them
     return model.eval()
 
 
@@ -71,9 +73,17 @@ def save_tiny_model(
 
 
 def save_word_tokenizer(folder: Path, words: list[str]) -> None:
-    """A tokenizer whose tokens are `words`, split at spaces: with <unk>, <eos>, and <|score|> as a special token."""
+    """A tokenizer whose tokens are `words`, split at spaces.
+
+    <unk>, <eos> and, where it is there, <pad> are what they say; <|...|> are special.
+    """
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
-    fast.add_special_tokens({"additional_special_tokens": [word for word in words if word.startswith("<|")]})
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token="<pad>" if "<pad>" in words else None,
+        extra_special_tokens=[word for word in words if word.startswith("<|")],
+    )
     fast.save_pretrained(folder)

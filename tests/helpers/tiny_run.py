@@ -14,41 +14,26 @@ import yaml
 
 from helpers.torchrun import worker_environment
 
+# As transformers initialises it: all tokens are about equally likely, so that some responses end and some do not.
+AS_INITIALISED = {"scale": 0.02, "vector_scale": 0.0}
 TOKENS = ["<pad>", "<eos>", "<|score|>", "<unk>", *map(str, range(20)), "+", "\\boxed{", "}", "?"]
 
 
 def write_tiny_run(folder: Path, **sections: dict[str, Any]) -> Path:
     """Model, tokenizer, data and run.yaml in `folder`; returns the YAML file. `sections` change its settings."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+    from helpers.models import save_tiny_model, save_word_tokenizer
 
-    folder.mkdir(parents=True, exist_ok=True)
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(TOKENS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        extra_special_tokens=["<|score|>"],
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(
-        Qwen2Config(
-            vocab_size=len(TOKENS),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            eos_token_id=1,
-            pad_token_id=0,
-            tie_word_embeddings=False,
-        ),
-        dtype=torch.float32,
-    ).save_pretrained(folder)
+    save_word_tokenizer(folder, TOKENS)
+    save_tiny_model(
+        folder,
+        "qwen2",
+        **AS_INITIALISED,
+        vocab_size=len(TOKENS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        max_position_embeddings=64,
+    )
     (folder / "lucky.py").write_text(REWARD)
     rows = [{"problem": f"{i} + {j} ?", "answer": str(i + j)} for i in range(6) for j in range(4)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

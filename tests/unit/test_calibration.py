@@ -9,6 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 import yaml
+from helpers.models import save_word_tokenizer
 from helpers.tiny_run import write_tiny_run
 
 from megatron_laser.config.model_folder.spare_tokens import SpareToken, how_to_add_a_token, spare_tokens
@@ -128,17 +129,12 @@ def test_a_tiny_model_gets_its_unused_token_and_its_constants(folder, tmp_path):
 
 
 def test_without_a_spare_token_it_shows_what_to_run_and_that_works(folder, tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM
 
     bare = tmp_path / "bare"
     model = AutoModelForCausalLM.from_pretrained(folder)
     words = ["<pad>", "<eos>", "x", "<unk>", *map(str, range(20)), "+", "\\boxed{", "}", "?"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(bare)
+    save_word_tokenizer(bare, words)
     model.save_pretrained(bare)
     with pytest.raises(TestTimeError, match="no spare token") as caught:
         calibrate_model(

@@ -6,6 +6,7 @@ import subprocess
 from fnmatch import fnmatch
 
 import pytest
+from helpers.executables import write_executable
 from helpers.source_tree import ROOT
 
 TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -54,20 +55,15 @@ def shell(line: str, folder, **variables: str) -> subprocess.CompletedProcess:
 
 def stand_in_python(folder):
     """A python3.12 that makes environments whose python writes down what it is asked to do, and its variables."""
-    (folder / "bin").mkdir()
     noting = (
-        "#!/bin/sh\n"
         'echo "$@ | TE=$NVTE_PYTORCH_FORCE_BUILD EP=$NVTE_WITH_NCCL_EP CPATH=$CPATH PIP=$PIP_CONSTRAINT" '
-        f">>{folder}/log\n"
+        f">>{folder}/log"
     )
-    (folder / "noting").write_text(noting)
-    (folder / "noting").chmod(0o755)
-    python = folder / "bin" / "python3.12"
-    python.write_text(
-        '#!/bin/sh\n[ "$1 $2" = "-m venv" ] || exit 0\n'
-        f'mkdir -p "$3/bin" && cp {folder}/noting "$3/bin/python"\n'
+    write_executable(folder / "noting", noting)
+    write_executable(
+        folder / "bin" / "python3.12",
+        f'[ "$1 $2" = "-m venv" ] || exit 0\nmkdir -p "$3/bin" && cp {folder}/noting "$3/bin/python"',
     )
-    python.chmod(0o755)
 
 
 def test_every_run_line_is_run_here_or_has_a_reason():

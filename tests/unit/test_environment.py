@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.executables import write_executable
 from helpers.source_tree import ROOT
 
 from megatron_laser.cli import environment
@@ -25,10 +26,7 @@ def syncs(ours, theirs, variables=ALIKE, gpus=True):
 
 
 def script(folder, text):
-    file = folder / "python"
-    file.write_text(f"#!/bin/sh\n{text}\n")
-    file.chmod(0o755)
-    return str(file)
+    return write_executable(folder / "python", text)
 
 
 def test_one_environment_can_sync_in_every_way():
@@ -88,9 +86,7 @@ def test_an_interpreter_that_fails_says_so_within_its_deadline(tmp_path):
 
 
 def test_gpus_are_those_of_nvidia_smi(tmp_path, monkeypatch):
-    file = tmp_path / "nvidia-smi"
-    file.write_text("#!/bin/sh\necho '0, NVIDIA H100 80GB HBM3, 81559 MiB, 580.95.05'\n")
-    file.chmod(0o755)
+    write_executable(tmp_path / "nvidia-smi", "echo '0, NVIDIA H100 80GB HBM3, 81559 MiB, 580.95.05'")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert environment.gpus() == {"driver": "580.95.05", "GPU 0": "NVIDIA H100 80GB HBM3, 81559 MiB"}
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.executables import write_executable
 from helpers.source_tree import ROOT
 from packaging.requirements import Requirement
 
@@ -139,8 +140,7 @@ def test_a_dry_run_prints_every_step_and_makes_nothing(tmp_path):
 
 def test_an_nvidia_smi_that_fails_is_no_driver_and_a_relative_folder_is_found_from_anywhere(tmp_path):
     said = "Failed to initialize NVML: Driver/library version mismatch"
-    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho {said}\nexit 18\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
+    write_executable(tmp_path / "nvidia-smi", f"echo {said}\nexit 18")
     done = setup("--dry-run", "--only", "machine", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert f"nvidia-smi finds no driver ({said})" in done.stderr and "line" not in done.stderr
     done = setup("--dry-run", "--only", "transformer-engine", "--venv", "env")
@@ -152,9 +152,7 @@ def test_what_a_machine_lacks_is_named_before_anything_is_installed(tmp_path):
         "nvidia-smi": "echo 550.54.15",
         "nvcc": "echo 'Cuda compilation tools, release 12.4, V12.4.131'",
     }.items():
-        (tmp_path / "bin").mkdir(exist_ok=True)
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
+        write_executable(tmp_path / "bin" / name, text)
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
     done = setup(
         "--venv",
@@ -176,10 +174,7 @@ def test_what_a_machine_lacks_is_named_before_anything_is_installed(tmp_path):
 
 
 def test_a_step_is_not_done_twice_and_a_wrong_option_is_refused(tmp_path):
-    (tmp_path / "env" / "bin").mkdir(parents=True)
-    python = tmp_path / "env" / "bin" / "python"
-    python.write_text(f"#!/bin/sh\necho once >>{tmp_path}/log\n")
-    python.chmod(0o755)
+    write_executable(tmp_path / "env" / "bin" / "python", f"echo once >>{tmp_path}/log")
     for said in ("packages: ", "packages: done before"):
         done = setup("--only", "packages", "--venv", str(tmp_path / "env"))
         assert done.returncode == 0 and said in done.stdout, done.stderr
@@ -191,10 +186,7 @@ def test_a_step_is_not_done_twice_and_a_wrong_option_is_refused(tmp_path):
 
 
 def test_a_step_that_fails_ends_the_set_up_and_is_done_again(tmp_path):
-    (tmp_path / "env" / "bin").mkdir(parents=True)
-    python = tmp_path / "env" / "bin" / "python"
-    python.write_text("#!/bin/sh\nexit 7\n")
-    python.chmod(0o755)
+    write_executable(tmp_path / "env" / "bin" / "python", "exit 7")
     done = setup("--only", "packages", "--venv", str(tmp_path / "env"))
     assert done.returncode == 1 and "packages did not work" in done.stderr
     assert not (tmp_path / "env" / ".done-packages").exists()

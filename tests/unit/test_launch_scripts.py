@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.executables import write_executable
 from helpers.source_tree import ROOT
 
 LAUNCH = ROOT / "examples" / "launch"
@@ -70,14 +71,13 @@ for pid in "${pids[@]}"; do
 done
 exit $status
 """
-SCONTROL = "#!/bin/sh\nprintf '%s\\n' n1 n2 n3 n4 n5 n6 n7 n8\n"
+SCONTROL = "printf '%s\\n' n1 n2 n3 n4 n5 n6 n7 n8"
 
 
 @pytest.fixture
 def run(tmp_path):
     for name, text in {"python": PYTHON, "srun": SRUN, "scontrol": SCONTROL}.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
+        write_executable(tmp_path / name, text)
     calls = tmp_path / "calls"
 
     def start(

@@ -1,12 +1,24 @@
-"""setup.py says what to do where pip cannot install megatron-core."""
+"""setup.py declares what the package imports, and says what to do where pip cannot install megatron-core."""
 
+import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.source_tree import PACKAGE, ROOT, all_imports
+from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[2]
+# Requirement -> the name that is imported, where it is another one.
+IMPORTED_AS = {
+    "megatron-core": "megatron",
+    "math-verify": "math_verify",
+    "pyyaml": "yaml",
+    "tensorboard": "torch.utils.tensorboard",  # torch's own writer, which needs the package
+}
+# Imported name -> the requirement that it is a part of.
+PART_OF = {"pydantic_core": "pydantic"}
+# Not required: looked for, and done without; what a bench compares with; an extra.
+OPTIONAL = {"triton", "transformer_engine", "wandb", "liger_kernel", "cut_cross_entropy"}
 WITHOUT_MEGATRON_CORE = """
 import importlib.metadata, runpy, sys
 
@@ -37,3 +49,30 @@ def test_the_version_in_the_message_is_the_one_that_the_set_up_script_installs()
     ]
     assert pinned == ["megatron-core==0.19.2"]
     assert pinned[0] in (ROOT / "setup.py").read_text()
+
+
+def requirements():
+    """Names of INSTALL_REQUIRES, read and not run."""
+    for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "INSTALL_REQUIRES":
+            return [Requirement(line).name for line in ast.literal_eval(node.value)]
+    raise AssertionError("setup.py has no INSTALL_REQUIRES")
+
+
+def test_every_requirement_is_imported_somewhere():
+    imported = {one.target for _, one in all_imports()}
+    unused = [
+        name
+        for name in requirements()
+        if not any(f"{target}.".startswith(f"{IMPORTED_AS.get(name, name)}.") for target in imported)
+    ]
+    assert unused == []
+
+
+def test_every_import_of_another_package_is_declared():
+    declared = (
+        {IMPORTED_AS.get(name, name) for name in requirements()} | OPTIONAL | set(sys.stdlib_module_names)
+    )
+    found = {one.target.split(".")[0]: str(one) for _, one in all_imports()}
+    found.pop(PACKAGE)
+    assert [text for name, text in found.items() if PART_OF.get(name, name) not in declared] == []

@@ -7,7 +7,9 @@ No GPU is needed: libraries are loaded, nothing is computed.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import runpy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,12 +52,14 @@ def problems(facts: Mapping[str, str], constraints: Mapping[str, str], nccl: Map
 
 
 def main() -> int:
-    # By path: that this package imports is the set-up's next step to show, not this one's.
-    sys.path.insert(0, str(ROOT / "megatron_laser" / "environment"))
-    import facts as environment
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     from resolve import CONSTRAINTS, canonical, read_constraints
 
-    facts, constraints = environment.collect(), read_constraints()
+    # By path: that this package imports is the set-up's next step to show, not this one's.
+    environment = runpy.run_path(str(ROOT / "megatron_laser" / "cli" / "environment_facts.py"))
+    facts, constraints = environment["collect"](), read_constraints()
     nccl = {
         name: distribution.version
         for distribution in importlib.metadata.distributions()

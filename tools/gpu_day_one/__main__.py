@@ -178,12 +178,14 @@ def _environment(rehearse: bool, part: Part) -> dict[str, str]:
 
 def main() -> int:
     """The command line behind tools/gpu_day_one.sh."""
-    parser = argparse.ArgumentParser(prog="gpu_day_one")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--only")
-    parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--budget", type=float, default=530.0)
+    parser = argparse.ArgumentParser(
+        prog="gpu_day_one", description="Called by tools/gpu_day_one.sh, whose --help says more."
+    )
+    parser.add_argument("out", type=Path, help="folder for day_one.jsonl, .txt and .log")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and other large files")
+    parser.add_argument("--only", help="stages or parts of them, with commas between")
+    parser.add_argument("--rehearse", action="store_true", help="at toy size, on a CPU")
+    parser.add_argument("--budget", type=float, default=530.0, help="seconds in all")
     arguments = parser.parse_args()
     try:
         names = chosen(arguments.only)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +9,10 @@ import torch
 from transformers import Qwen2Config
 
 from megatron_laser.batching.flat import FlatBatch
+from megatron_laser.benchmarks.random_model import save_config, save_random_model
 from megatron_laser.benchmarks.step import StepBenchmark
 from megatron_laser.config import RunConfig, load_config
 from megatron_laser.model import platform
-from megatron_laser.model.hf_folder import write_hf_folder
 
 FULL = dict(
     hidden_size=3584,
@@ -48,53 +47,25 @@ run: {{steps: 1000, output_dir: {folder}/run}}
 
 def write_config(folder: Path, shape: dict[str, int], layers: int) -> None:
     """The config.json alone, which is all that a prediction needs."""
-    config = Qwen2Config(
-        **shape, num_hidden_layers=layers, max_position_embeddings=32768, rope_theta=1e6, eos_token_id=1,
-        tie_word_embeddings=False, architectures=["Qwen2ForCausalLM"],
-    )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
+    save_config(folder, _config(shape, layers))
 
 
 def write_model(folder: Path, shape: dict[str, int], layers: int) -> None:
     """config.json and random bf16 weights of `layers` layers, in place of the weights that are there."""
-    write_config(folder, shape, layers)
-    torch.manual_seed(0)
-    write_hf_folder(
-        _weights(shape, layers), folder, source=folder, dtype=torch.bfloat16, max_shard_bytes=2**30
+    save_random_model(
+        folder,
+        _config(shape, layers),
+        vector_spread=0.02,
+        dtype=torch.bfloat16,
+        device=platform.device(),  # on a CPU the numbers of 7B would take minutes
     )
 
 
-def _weights(shape: dict[str, int], layers: int) -> Iterator[tuple[str, torch.Tensor]]:
-    hidden, vocabulary = shape["hidden_size"], shape["vocab_size"]
-    yield "model.embed_tokens.weight", _random(vocabulary, hidden)
-    yield "model.norm.weight", _ones(hidden)
-    yield "lm_head.weight", _random(vocabulary, hidden)
-    for layer in range(layers):
-        yield from _layer(f"model.layers.{layer}", shape)
-
-
-def _layer(prefix: str, shape: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
-    hidden, middle = shape["hidden_size"], shape["intermediate_size"]
-    head = hidden // shape["num_attention_heads"]
-    keys = shape["num_key_value_heads"] * head
-    for name, rows in (("q", hidden), ("k", keys), ("v", keys)):
-        yield f"{prefix}.self_attn.{name}_proj.weight", _random(rows, hidden)
-        yield f"{prefix}.self_attn.{name}_proj.bias", _random(rows, 1).squeeze(1)
-    yield f"{prefix}.self_attn.o_proj.weight", _random(hidden, hidden)
-    yield f"{prefix}.mlp.gate_proj.weight", _random(middle, hidden)
-    yield f"{prefix}.mlp.up_proj.weight", _random(middle, hidden)
-    yield f"{prefix}.mlp.down_proj.weight", _random(hidden, middle)
-    yield f"{prefix}.input_layernorm.weight", _ones(hidden)
-    yield f"{prefix}.post_attention_layernorm.weight", _ones(hidden)
-
-
-def _random(rows: int, columns: int) -> torch.Tensor:
-    return torch.randn(rows, columns, device=platform.device(), dtype=torch.bfloat16).mul_(0.02)
-
-
-def _ones(size: int) -> torch.Tensor:
-    return torch.ones(size, dtype=torch.bfloat16)
+def _config(shape: dict[str, int], layers: int) -> Qwen2Config:
+    return Qwen2Config(
+        **shape, num_hidden_layers=layers, max_position_embeddings=32768, rope_theta=1e6, eos_token_id=1,
+        tie_word_embeddings=False,
+    )  # fmt: skip
 
 
 def run_config(folder: Path, sizes: Sizes) -> RunConfig:

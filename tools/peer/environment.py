@@ -10,7 +10,7 @@ from pathlib import Path
 TORCH = "torch==2.13.0"
 TRL = "trl==1.16.*"
 # What megatron_laser.rewards imports, and a plain copy of our own versions for the rest.
-REQUIREMENTS = (TRL, "math-verify", "pebble")
+REQUIREMENTS = (TRL, "math-verify")
 
 
 def default_folder() -> Path:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.executables import write_executable
 from helpers.runs import run_config
 
 from megatron_laser.config import ConfigError
@@ -227,9 +228,7 @@ def environments(tmp_path, monkeypatch):
     monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     local = tmp_path / ".venv-sglang" / "bin" / "python"
-    local.parent.mkdir(parents=True)
-    local.write_text("#!/bin/sh\n")
-    local.chmod(0o755)
+    write_executable(local, "exit 0")
     return tmp_path, str(local)
 
 

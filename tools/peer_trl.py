@@ -1,6 +1,6 @@
 """Seconds per step and accuracy of megatron_laser's GRPO beside those of TRL's GRPOTrainer, on one CPU.
 
-    python benchmarks/peer_trl.py [--config RUN.yaml] [--model FOLDER] [--data FILE] [section.key=value ...]
+    python tools/peer_trl.py [--config RUN.yaml] [--model FOLDER] [--data FILE] [section.key=value ...]
 
 Both sides start from the same model folder and see the same problems in the same order: 16 prompts, 8 samples
 each, temperature 1, one AdamW step for each rollout batch, no KL term, LaSeR off, float32, no activation
@@ -29,28 +29,28 @@ trained model itself); `other` is the rest: batches, advantages, metrics.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import hashlib
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from peer.environment import default_folder, trl_python  # noqa: E402
 from peer.pages import draw, page, tables  # noqa: E402
 from peer.settings import our_run, trl_run  # noqa: E402
 from peer.summary import Side, ratio  # noqa: E402
 from peer.workers import Worker, WorkerError  # noqa: E402
+
+from megatron_laser.benchmarks.result import command_line, processor  # noqa: E402
 
 EXAMPLE = ROOT / "examples" / "tiny_sum"
 _DEADLINE = 600.0  # seconds for a worker's start, or for one of its turns
@@ -84,14 +84,6 @@ def add_our_metrics(side: Side, metrics_file: Path) -> None:
         step["reward"], step["response_length"] = line["reward_mean"], line["response_length_mean"]
 
 
-def _processor() -> str:
-    """The machine, in words."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} CPU cores" + (f", {names[0]}" if names else "")
-
-
 def _named(path: Path) -> str:
     """A file's path from the repository's root, with the start of its hash."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else "not one file"
@@ -106,33 +98,38 @@ def _prepare_example() -> None:
         subprocess.run([sys.executable, str(EXAMPLE / "prepare.py")], check=True)
 
 
-def main(
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings as section.key=value.")] = None,
-    config: Annotated[Path, typer.Option(help="A run's YAML: model, data, sizes, optimizer.")] = EXAMPLE
-    / "grpo.yaml",
-    model: Annotated[Path | None, typer.Option(help="Model folder instead of the YAML's.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Training data instead of the YAML's.")] = None,
-    rounds: Annotated[int, typer.Option(help="Timed turns of each side.")] = 12,
-    block: Annotated[int, typer.Option(help="Steps of a turn.")] = 20,
-    warm_up: Annotated[int, typer.Option(help="Steps of the first turn, which is not timed.")] = 20,
-    environment: Annotated[Path | None, typer.Option(help="Folder of TRL's environment.")] = None,
-    trl_interpreter: Annotated[
-        Path | None, typer.Option("--trl-python", help="A Python that has TRL already.")
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for peer_trl.{json,md,png}.")] = ROOT
-    / "runs"
-    / "peer_trl",
-) -> None:
-    """Measure megatron_laser's GRPO beside TRL's."""
-    if model is None and EXAMPLE in config.resolve().parents:
+def main() -> None:
+    """Parse the command line, measure, write the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="settings of the run as section.key=value")
+    parser.add_argument(
+        "--config", type=Path, default=EXAMPLE / "grpo.yaml", help="YAML: model, data, sizes, optimizer"
+    )
+    parser.add_argument("--model", type=Path, help="model folder instead of the YAML's")
+    parser.add_argument("--data", type=Path, help="training data instead of the YAML's")
+    parser.add_argument("--rounds", type=int, default=12, help="timed turns of each side")
+    parser.add_argument("--block", type=int, default=20, help="steps of a turn")
+    parser.add_argument("--warm-up", type=int, default=20, help="steps of the first turn, which is not timed")
+    parser.add_argument(
+        "--environment", type=Path, default=default_folder(), help="folder of TRL's environment"
+    )
+    parser.add_argument("--trl-python", type=Path, help="a Python that has TRL already")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "runs" / "peer_trl", help="folder for peer_trl.{json,md,png}"
+    )
+    options = parser.parse_intermixed_args()
+    config, rounds, block, warm_up = options.config, options.rounds, options.block, options.warm_up
+    if options.model is None and EXAMPLE in config.resolve().parents:
         _prepare_example()
-    settings = list(overrides or [])
-    settings += [f"model.path={model}"] if model else []
-    settings += [f"data.train={data}"] if data else []
-    python = trl_interpreter or trl_python(environment or default_folder(), ROOT / "constraints-cpu.txt")
+    settings = list(options.overrides)
+    settings += [f"model.path={options.model}"] if options.model else []
+    settings += [f"data.train={options.data}"] if options.data else []
+    python = options.trl_python or trl_python(options.environment, ROOT / "constraints-cpu.txt")
     steps = warm_up + rounds * block + 1  # a step ends where the next begins: the last one is never begun
     shared = {name: "1" for name in _THREADS} | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")]),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
@@ -157,6 +154,7 @@ def main(
             add_our_metrics(side, folder / kind / "metrics.jsonl")
     result = _result(sides, runs["on_policy"][0], rounds=rounds, block=block)
     print(tables(result, sides))
+    output = options.output
     output.mkdir(parents=True, exist_ok=True)
     (output / "peer_trl.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(sides, output / "peer_trl.png")
@@ -175,10 +173,10 @@ def _result(sides: list[Side], config: Any, *, rounds: int, block: int) -> dict[
         "transformers": f"{trl.facts['transformers']} (TRL), {ours.facts['transformers']} (ours)",
     }
     return {
-        "command": "python " + shlex.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": command_line(),
         "facts": {
             "date": datetime.date.today().isoformat(),
-            "machine": f"{_processor()}; one thread each",
+            "machine": f"{processor()}; one thread each",
             **versions,
             "model": _named(config.model.path / "model.safetensors"),
             "data": ", ".join(_named(path) for path in config.data.train),
@@ -192,9 +190,7 @@ def _result(sides: list[Side], config: Any, *, rounds: int, block: int) -> dict[
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(main)
     try:
-        app()
+        main()
     except WorkerError as error:
         sys.exit(f"error: {error}")

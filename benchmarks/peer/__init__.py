@@ -1,1 +1,0 @@
-"""Parts of `benchmarks/peer_trl.py`: two trainers in processes of their own that take turns."""
