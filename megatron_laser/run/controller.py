@@ -138,7 +138,7 @@ class Controller:
 
         return call_engine(f"rollout of step {step}", work)
 
-    def collect_ahead(self, step: int) -> None:
+    def start_ahead(self, step: int) -> None:
         """With `rollout.ahead`: start on the rollout of `step` while another one is trained."""
         if self._ahead is not None and step <= self._config.run.steps:
             self._ahead.begin(step)

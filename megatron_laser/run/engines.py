@@ -121,8 +121,8 @@ def call_engine(phase: str, work: Callable[[], None]) -> str:
     return ""
 
 
-def needs_first_sync(config: RunConfig) -> bool:
-    """Whether the engine must be given the trainer's weights before the first rollout."""
+def uses_servers(config: RunConfig) -> bool:
+    """Whether servers generate: they must be given the trainer's weights before the first rollout, and may be lost."""
     return config.rollout.engine == "sglang"
 
 

@@ -1,8 +1,9 @@
-"""How rank 0's word reaches the others in the training loop: it leads, it decides, it shares a batch."""
+"""One rank among the others in the training loop: what rank 0 does alone, and how its results reach all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,9 +13,9 @@ from megatron_laser.distributed.coordinator import Coordinator
 from megatron_laser.distributed.runtime import Runtime
 from megatron_laser.distributed.transport import broadcast_arrays, broadcast_text
 from megatron_laser.errors import UserError
+from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.run.controller import Controller
 from megatron_laser.run.engines import NEEDS_WEIGHTS
-from megatron_laser.types import RolloutBatch
 
 T = TypeVar("T")
 
@@ -41,6 +42,15 @@ class Ranks:
     coordinator: Coordinator
     controller: Controller | None
 
+    @property
+    def engine(self) -> RolloutEngine | None:
+        """Rank 0's rollout engine; None elsewhere."""
+        return None if self.controller is None else self.controller.engine
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """All ranks work together on `name`, which tables and errors then show; see `Coordinator.phase`."""
+        return self.coordinator.phase(name)
+
     def request_stop(self, reason: str) -> None:
         """On a signal: stop after the current step; an evaluation does not have to end before that."""
         self.coordinator.request_stop(reason)
@@ -54,7 +64,7 @@ class Ranks:
         )
 
     def ask_controller(self, phase: str, work: Callable[[Controller], str]) -> str:
-        """What rank 0's work says, on every rank."""
+        """What `work` returns on rank 0, on every rank."""
         own = self.run_on_controller(phase, work)
         with self.coordinator.phase(f"{phase}: telling the others"):
             return broadcast_text(own, self.runtime)
@@ -64,24 +74,25 @@ class Ranks:
     ) -> None:
         """Rank 0's work with the engine; `sync` runs on every rank in between when servers came back without weights.
 
-        Raises CannotGoOn(step) with what rank 0 says, if that is anything else.
+        Args:
+            step: the last one that is complete.
+            work: returns "", `NEEDS_WEIGHTS`, or why the run cannot go on.
+
+        Raises:
+            CannotGoOn: on every rank, with that reason.
         """
-        while True:
-            word = self.ask_controller(phase, work)
-            if word == NEEDS_WEIGHTS:
-                sync()
-            elif word:
-                raise CannotGoOn(step, word)
-            else:
-                return
+        while reason := self.ask_controller(phase, work):
+            if reason != NEEDS_WEIGHTS:
+                raise CannotGoOn(step, reason)
+            sync()
 
-    def broadcast_text(self, word: str | None) -> str:
-        """Rank 0's `word` on every rank; `word` is ignored elsewhere, and None means "". Call inside a phase."""
-        return broadcast_text(word or "" if self.runtime.is_main else None, self.runtime)
+    def broadcast_text(self, text: str | None) -> str:
+        """Rank 0's `text` on every rank; `text` is ignored elsewhere, and None means "". Call inside a phase."""
+        return broadcast_text(text or "" if self.runtime.is_main else None, self.runtime)
 
-    def share(self, batch: Callable[[Controller], RolloutBatch]) -> FlatBatch:
-        """Rank 0's batch, flat, on every rank."""
-        arrays = None if self.controller is None else flatten(batch(self.controller)).to_arrays()
+    def share_batch(self) -> FlatBatch:
+        """The batch that the controller collected last, flat, on every rank."""
+        arrays = None if self.controller is None else flatten(self.controller.batch).to_arrays()
         with self.coordinator.phase("sharing the batch"):
             return FlatBatch.from_arrays(broadcast_arrays(arrays, self.runtime))
 

@@ -20,6 +20,7 @@ from megatron_laser import loop  # noqa: E402
 from megatron_laser.config import ConfigError, resolve_plan  # noqa: E402
 from megatron_laser.distributed import communicators, runtime  # noqa: E402
 from megatron_laser.run import session as machine  # noqa: E402
+from megatron_laser.run import setup  # noqa: E402
 from megatron_laser.run.session import check_machine, machine_problems  # noqa: E402
 
 
@@ -240,7 +241,7 @@ def test_a_run_ends_before_inputs_and_model_when_the_device_is_too_small(
         raise AssertionError("the machine was to be checked before")
 
     for name in ("read_inputs", "Trainer"):
-        monkeypatch.setattr(loop, name, too_late)
+        monkeypatch.setattr(setup, name, too_late)
     monkeypatch.setattr(runtime, "start", lambda config: single_process)
     monkeypatch.setattr(runtime, "stop", lambda: None)
     config = run_config(tmp_path, model)

@@ -1,0 +1,105 @@
+"""Everything that the training loop needs on this rank, put together in the order in which it can fail cheapest.
+
+The user's files first (rank 0), then model, checkpoint and memory (all ranks), then the rollout engine with its servers
+(rank 0). It is taken apart in the opposite order, whatever ends the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.distributed.transport import broadcast_arrays
+from megatron_laser.observability.timers import Timers
+from megatron_laser.run.colocation import Colocation, open_colocation
+from megatron_laser.run.controller import Controller
+from megatron_laser.run.engines import uses_servers
+from megatron_laser.run.inputs import read_inputs
+from megatron_laser.run.ranks import Ranks, on_rank_zero
+from megatron_laser.run.session import session, stop_signals
+from megatron_laser.trainer.checkpoint.manager import CheckpointManager
+from megatron_laser.trainer.stragglers import Stragglers, time_reductions
+from megatron_laser.trainer.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """One rank's parts of a run.
+
+    Attributes:
+        ranks: this rank's view of the others; on rank 0 with the controller.
+        first_step: the step after the checkpoint's; 1 for a fresh run.
+        needs_sync: the engine holds other weights than the trainer: servers hold those that they were started with,
+            and a resumed run has trained since (at step 0: it starts from a converted checkpoint).
+    """
+
+    config: RunConfig
+    ranks: Ranks
+    trainer: Trainer
+    checkpoints: CheckpointManager
+    colocation: Colocation
+    timers: Timers
+    stragglers: Stragglers
+    first_step: int
+    needs_sync: bool
+
+
+@contextmanager
+def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
+    """Open the run of `config` on this rank; call on every rank. None: it has done all its steps before.
+
+    SIGTERM and SIGUSR1 inside ask it to stop after the current step. An error inside is told to the other ranks.
+
+    Args:
+        overwrite: move a run that is in `run.output_dir` aside and start anew.
+
+    Raises:
+        UserError: with the setting, or the file and line, that is wrong.
+    """
+    timers = Timers()
+    with session(config, timers) as (runtime, coordinator):
+        inputs = coordinator.run_on_rank_zero(
+            "reading inputs", lambda: read_inputs(config, overwrite=overwrite), deadline=config.run.deadline
+        )
+        with coordinator.phase("sharing the inputs"):
+            shared = broadcast_arrays(None if inputs is None else inputs.shared_arrays(), runtime)
+        controller: Controller | None = None
+        try:
+            if shared["finished"]:
+                yield None
+                return
+            token = int(shared["score_token_id"])
+            with coordinator.phase("building the model and loading the checkpoint"):
+                trainer = Trainer(
+                    config, runtime, score_token_id=token if token >= 0 else None, timers=timers
+                )
+                time_reductions(trainer.policy, timers)
+                checkpoints = CheckpointManager(config, runtime, trainer.policy)
+                resumed = checkpoints.resume() if config.run.resume == "auto" else None
+                colocation = open_colocation(config, runtime, trainer, timers)
+            controller = coordinator.run_on_rank_zero(
+                "starting the rollout engine",
+                lambda: Controller(config, on_rank_zero(inputs), timers, resumed=resumed),
+                deadline=config.run.deadline + 2 * config.rollout.sglang.start_deadline,
+            )
+            ranks = Ranks(config, runtime, coordinator, controller)
+            run = Run(
+                config,
+                ranks,
+                trainer,
+                checkpoints,
+                colocation,
+                timers,
+                Stragglers(runtime, config.logging.straggler_every),
+                first_step=1 if resumed is None else resumed["step"] + 1,
+                needs_sync=resumed is not None or uses_servers(config),
+            )
+            with stop_signals(ranks.request_stop):
+                yield run
+        finally:
+            if controller is not None:
+                controller.close()
+            elif inputs is not None:
+                inputs.folder.release()
