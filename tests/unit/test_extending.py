@@ -106,7 +106,7 @@ def add_an_estimator(copy):
 def add_a_registered_reward(copy):
     rewards = copy / PACKAGE / "rewards"
     (rewards / "short.py").write_text(SHORT, encoding="utf-8")
-    line = "from megatron_laser.rewards.workers.place import"
+    line = "from megatron_laser.rewards.grade import"
     edit(rewards / "registry.py", line, f"from megatron_laser.rewards.short import short\n{line}")
     line = 'register_reward("math_verify")(grade_math)\n'
     edit(rewards / "registry.py", line, f'{line}register_reward("short")(short)\n')
