@@ -63,6 +63,11 @@ class Generation:
     zc_logprob: float | None = None
     spans: tuple[WeightSpan, ...] = ()
 
+    @property
+    def text_ids(self) -> list[int]:
+        """What is decoded and graded: the response without the stop token that ended it."""
+        return self.response_ids[:-1] if self.finish_reason == "stop" else self.response_ids
+
     def is_scored(self, stop_token_ids: tuple[int, ...]) -> bool:
         """Whether this response has a self-reward score: it stopped by itself, on a stop token."""
         return (

@@ -61,21 +61,21 @@ def triton_kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any],
     """(variant, kernel, types of arguments, constants, launch options, has a product), at the production tiles."""
     from megatron_laser.ops.triton import few_rows as triton_few_rows
     from megatron_laser.ops.triton import fused as triton_fused
-    from megatron_laser.ops.triton import tiles as triton_tiles
+    from megatron_laser.ops.triton import tile_kernels
 
     pointers = {"labels": "*i64", "kept": "*bf16"}
-    options = {"num_warps": triton_tiles.WARPS}
+    options = {"num_warps": tile_kernels.WARPS}
     for entropy in (False, True):
         for keep in (False, True):
-            constants = {"ENTROPY": entropy, "KEEP": keep, "BLOCK": triton_tiles.BLOCK}
+            constants = {"ENTROPY": entropy, "KEEP": keep, "BLOCK": tile_kernels.BLOCK}
             variant = _words(entropy=entropy, keep=keep)
-            yield variant, triton_tiles.tile_statistics, pointers, constants, options, False
+            yield variant, tile_kernels.tile_statistics, pointers, constants, options, False
         for kept in (False, True):
-            constants = {"ENTROPY": entropy, "KEPT": kept, "BLOCK": triton_tiles.BLOCK}
+            constants = {"ENTROPY": entropy, "KEPT": kept, "BLOCK": tile_kernels.BLOCK}
             types = {"labels": "*i64", "z": "*bf16" if kept else "*fp32", "out": "*bf16"}
             yield (
                 _words(entropy=entropy, kept=kept),
-                triton_tiles.tile_gradient,
+                tile_kernels.tile_gradient,
                 types,
                 constants,
                 options,

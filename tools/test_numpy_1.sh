@@ -28,7 +28,7 @@ files=(
   tests/unit/test_data_cursor.py
   tests/unit/test_evaluation_detail.py
   tests/unit/test_importance_mask.py
-  tests/unit/test_observability_sinks.py
+  tests/unit/test_metrics_logger.py
   tests/unit/test_packing.py
   tests/unit/test_prepare_data.py
   tests/unit/test_replay.py

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-MicroBatch = tuple[int, ...]  # sample indexes, ascending; empty for a micro-batch without samples
+SampleIndexes = tuple[int, ...]  # of one micro-batch, ascending; empty for one without samples
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """`minibatches[m][rank][k]`: the samples of micro-batch k of data-parallel rank `rank` in minibatch m."""
 
-    minibatches: tuple[tuple[tuple[MicroBatch, ...], ...], ...]
+    minibatches: tuple[tuple[tuple[SampleIndexes, ...], ...], ...]
 
     def num_micro_batches(self, minibatch: int) -> int:
         """Micro-batches that every rank runs in this minibatch."""
@@ -101,7 +101,7 @@ def _group_starts(samples: int, group_ids: Sequence[int] | None) -> list[int]:
 
 def _minibatch(
     samples: range, lengths: Sequence[int], data_parallel: int, budget: int, multiple: int
-) -> tuple[tuple[MicroBatch, ...], ...]:
+) -> tuple[tuple[SampleIndexes, ...], ...]:
     # Longest first into the least loaded (LPT). Ties go to the lower index, so the result is unique.
     longest_first = sorted(samples, key=lambda i: (-lengths[i], i))
     ranks = _spread(longest_first, lengths, data_parallel)
@@ -140,7 +140,7 @@ def _first_fit(longest_first: Sequence[int], lengths: Sequence[int], budget: int
 
 def _even(
     longest_first: Sequence[int], packed: list[list[int]], lengths: Sequence[int], budget: int, count: int
-) -> tuple[MicroBatch, ...]:
+) -> tuple[SampleIndexes, ...]:
     """`count` bins: evenly filled where that stays within the budget, else as `packed` (at most `count`)."""
     alone = [[sample] for sample in longest_first if lengths[sample] > budget]
     rest = longest_first[len(alone) :]

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_laser.ops import IGNORE_LABEL, configure, few_row_logprob, linear_logprob
-from megatron_laser.ops import device as triton_device
-from megatron_laser.ops import reference as torch_reference
+from megatron_laser.ops import IGNORE_LABEL, configure, few_row_logprob, linear_logprob, torch_backend
+from megatron_laser.ops.device import kernels_refuse
 from megatron_laser.ops.tiles import accumulation_dtype
 
 Op = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -50,15 +49,13 @@ def training_ops(device: torch.device) -> Iterator[Implementation]:
         ours=True,
         main_grad=True,
     )
-    if device.type == "cuda" and triton_device.unavailable(device) is None:
-        from megatron_laser.ops import gpu_backend as triton_backend
+    if device.type == "cuda" and kernels_refuse(device) is None:
+        from megatron_laser.ops import gpu_backend
 
-        for name, engine in triton_backend.FORWARD_ENGINES.items():
+        for name, engine in gpu_backend.FORWARD_ENGINES.items():
             yield Implementation(f"megatron_laser: {name}", _with_engine(engine), ours=True)
         yield Implementation("megatron_laser: kept", _kept, ours=True)
-    yield Implementation(
-        "torch, tiled", lambda *inputs: torch_reference.linear_logprob(*inputs).logprobs, True
-    )
+    yield Implementation("torch, tiled", lambda *inputs: torch_backend.linear_logprob(*inputs).logprobs, True)
     yield Implementation("torch, dense", dense)
     if device.type != "cuda":
         return
@@ -71,29 +68,29 @@ def training_ops(device: torch.device) -> Iterator[Implementation]:
 def score_ops(device: torch.device) -> Iterator[Implementation]:
     """Contenders for few rows, without gradient."""
     yield Implementation("megatron_laser", few_row_logprob, ours=True, remark=_few_row_choice)
-    if device.type == "cuda" and triton_device.unavailable(device) is None:
-        from megatron_laser.ops import gpu_backend as triton_backend
+    if device.type == "cuda" and kernels_refuse(device) is None:
+        from megatron_laser.ops import gpu_backend
 
-        for name, engine in triton_backend.FEW_ROW_ENGINES.items():
+        for name, engine in gpu_backend.FEW_ROW_ENGINES.items():
             yield Implementation(f"megatron_laser: {name}", _few_with_engine(engine), ours=True)
-    yield Implementation("torch, tiled", torch_reference.few_row_logprob, ours=True)
+    yield Implementation("torch, tiled", torch_backend.few_row_logprob, ours=True)
     yield Implementation("torch, dense", dense)
 
 
 def _forward_choice(hidden: torch.Tensor, weight: torch.Tensor) -> str:
-    if hidden.device.type != "cuda" or triton_device.unavailable(hidden.device) is not None:
+    if hidden.device.type != "cuda" or kernels_refuse(hidden.device) is not None:
         return ""
-    from megatron_laser.ops import gpu_backend as triton_backend
+    from megatron_laser.ops import gpu_backend
 
-    return f"uses {triton_backend.forward_choice(hidden, weight, 1, weight.shape[0]).name}"
+    return f"uses {gpu_backend.forward_choice(hidden, weight, 1, weight.shape[0]).name}"
 
 
 def _few_row_choice(hidden: torch.Tensor, weight: torch.Tensor) -> str:
-    if hidden.device.type != "cuda" or triton_device.unavailable(hidden.device) is not None:
+    if hidden.device.type != "cuda" or kernels_refuse(hidden.device) is not None:
         return ""
-    from megatron_laser.ops import gpu_backend as triton_backend
+    from megatron_laser.ops import gpu_backend
 
-    return f"uses {triton_backend.few_row_choice(hidden, weight, weight.shape[0]).name}"
+    return f"uses {gpu_backend.few_row_choice(hidden, weight, weight.shape[0]).name}"
 
 
 def _forward_has_the_backward(hidden: torch.Tensor, weight: torch.Tensor) -> str:
@@ -101,27 +98,27 @@ def _forward_has_the_backward(hidden: torch.Tensor, weight: torch.Tensor) -> str
 
 
 def _with_engine(engine: type) -> Op:
-    from megatron_laser.ops import gpu_backend as triton_backend
+    from megatron_laser.ops import gpu_backend
 
-    return lambda *inputs: triton_backend.linear_logprob(*inputs, engine=engine()).logprobs
+    return lambda *inputs: gpu_backend.linear_logprob(*inputs, engine=engine()).logprobs
 
 
 def _kept(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """All probabilities are kept for the backward, which then makes two products, not three."""
-    from megatron_laser.ops import gpu_backend as triton_backend
+    from megatron_laser.ops import gpu_backend
 
     before = configure(keep_logits_bytes=2 * (hidden.shape[0] + 16) * (weight.shape[0] + 16))
     try:
-        engine = triton_backend.ChunkedEngine()
-        return triton_backend.linear_logprob(hidden, weight, labels, engine=engine).logprobs
+        engine = gpu_backend.ChunkedEngine()
+        return gpu_backend.linear_logprob(hidden, weight, labels, engine=engine).logprobs
     finally:
         configure(keep_logits_bytes=before.keep_logits_bytes)
 
 
 def _few_with_engine(engine: type) -> Op:
-    from megatron_laser.ops import gpu_backend as triton_backend
+    from megatron_laser.ops import gpu_backend
 
-    return lambda *inputs: triton_backend.few_row_logprob(*inputs, engine=engine())
+    return lambda *inputs: gpu_backend.few_row_logprob(*inputs, engine=engine())
 
 
 def _liger(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""The command line: one file a command, nothing imports it.
+"""The command line: one file a command, nothing imports it; `options` has what several commands share.
 
-Heavy imports happen inside the commands: `--help` and `--dry-run` need no torch.
+Heavy imports happen inside the commands: `--help` and `--dry-run` need no torch. `conversion` and
+`environment` are the work behind `convert` and `env`; `errors` turns errors into messages and exit status 2.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     """Entry point of `megatron-laser` and `python -m megatron_laser`."""
-    from megatron_laser.observability.extras import open_standard_streams
+    from megatron_laser.observability.best_effort import open_standard_streams
 
     open_standard_streams()
     app()

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from megatron_laser.cli.options import ConfigFile, Overrides, prepare_process
+
 app = typer.Typer(help="Measure: each command prints a table.", no_args_is_help=True)
 
 
@@ -16,8 +18,6 @@ def _prepare_process(level: str = "WARNING") -> None:
     # Read when torch is imported: its profiler, which counts memory on a CPU, else writes a line for every measurement.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from megatron_laser.cli.options import prepare_process
-
     prepare_process(level, is_main=True)
 
 
@@ -87,20 +87,14 @@ def _bench(name: str, output: Path | None) -> None:
 
 @app.command("client")
 def bench_client(
-    config: Annotated[
-        Path,
-        typer.Argument(
-            help="A run's YAML file with rollout.engine: sglang; its servers, prompts and sampling."
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings as [cyan]section.key=value[/], for example rollout.sglang.urls=[...]."),
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds that are counted.", min=1)] = 20,
     output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:
     """What our rollout client costs: tokens per second over a bare asyncio loop that posts the same requests.
+
+    Servers, prompts and sampling are those of a run's YAML file with rollout.engine: sglang.
 
     On a machine without a GPU: megatron-laser bench client examples/tiny_sum/laser_sglang.yaml
     """

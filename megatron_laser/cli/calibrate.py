@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_laser.cli.options import (
+    API_KEY_VARIABLE,
     Batch,
     Concurrency,
     Dtype,
@@ -60,7 +61,7 @@ def calibrate(
     ] = 1,
     url: Urls = None,
     router: Router = None,
-    api_key_env: KeyVariable = "MEGATRON_LASER_API_KEY",
+    api_key_env: KeyVariable = API_KEY_VARIABLE,
     dtype: Dtype = "float32",
     batch: Batch = 256,
     concurrency: Concurrency = 256,

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import shutil
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from megatron_laser.cli.options import ConfigFile, Overrides, prepare_process
 
 _SAY_EVERY = 5.0  # seconds
 
 
 def check(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings as [cyan]section.key=value[/], as for train."),
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Look at everything that a run starts from: model folder, tokenizer, data, reward function, disks.
@@ -28,24 +26,23 @@ def check(
 
     megatron-laser check examples/tiny_sum/laser.yaml
     """
-    from megatron_laser.cli.options import prepare_process
     from megatron_laser.config import load_config
 
     loaded = load_config(config, overrides or [])
     prepare_process("ERROR", is_main=True)
-    from megatron_laser.run.preflight import Ledger, look
-    from megatron_laser.run.preflight.inputs import ORDER
-    from megatron_laser.run.preflight.view import as_json as to_json
-    from megatron_laser.run.preflight.view import lines
+    from megatron_laser.run.preflight import FindingLog, run_preflight
+    from megatron_laser.run.preflight.checks import ORDER
+    from megatron_laser.run.preflight.finding_log import as_json as to_json
+    from megatron_laser.run.preflight.finding_log import lines
 
-    ledger = Ledger(stop_at_errors=False)
-    look(loaded, ledger, _Progress())
+    log = FindingLog(stop_at_errors=False)
+    run_preflight(loaded, log, _Progress())
     if as_json:
-        typer.echo(to_json(ledger))
+        typer.echo(to_json(log))
     else:
-        for line in lines(ledger, ORDER, shutil.get_terminal_size((120, 24)).columns):
+        for line in lines(log, ORDER, shutil.get_terminal_size((120, 24)).columns):
             typer.echo(line)
-    if any(finding.level == "error" for finding in ledger.findings):
+    if any(finding.level == "error" for finding in log.findings):
         raise typer.Exit(2)
 
 

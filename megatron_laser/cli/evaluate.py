@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_laser.cli.options import (
+    API_KEY_VARIABLE,
     Batch,
     Beta,
     Concurrency,
@@ -48,7 +49,7 @@ def evaluate(
     ] = None,
     url: Urls = None,
     router: Router = None,
-    api_key_env: KeyVariable = "MEGATRON_LASER_API_KEY",
+    api_key_env: KeyVariable = API_KEY_VARIABLE,
     dtype: Dtype = "float32",
     batch: Batch = 256,
     concurrency: Concurrency = 256,
@@ -74,7 +75,7 @@ def evaluate(
 
     The paper's five:   megatron-laser eval MODEL examples/benchmarks.yaml --url http://127.0.0.1:30000
     """
-    from megatron_laser.evaluation.benchmarks import load_benchmarks
+    from megatron_laser.evaluation.benchmarks.settings import load_benchmarks
 
     choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
     folder = model_folder(model, score_token, ref_logprob, beta, stop_token_id, with_score=not no_score)
@@ -85,7 +86,7 @@ def evaluate(
         ("--deadline", deadline),
     ):
         require_positive(name, value)
-    from megatron_laser.evaluation.benchmark_run import evaluate_benchmarks
+    from megatron_laser.evaluation.benchmarks.run import evaluate_benchmarks
 
     results = evaluate_benchmarks(
         folder,

@@ -11,10 +11,15 @@ import typer
 if TYPE_CHECKING:
     from megatron_laser.testtime import EngineChoice, ModelFolder
 
+API_KEY_VARIABLE = "MEGATRON_LASER_API_KEY"
+"""Environment variable that holds the servers' API key where none is named."""
+
+ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Settings as [cyan]section.key=value[/] (YAML values), for example parallel.tensor=2."
+        help="Settings as [cyan]section.key=value[/] (YAML values), for example parallel.tensor=2 or "
+        "rollout.sglang.options.mem_fraction_static=0.8."
     ),
 ]
 Model = Annotated[
@@ -88,13 +93,12 @@ def engine_choice(
     wait: float,
 ) -> EngineChoice:
     """The engine that the options name."""
-    from megatron_laser.evaluation.engine import api_key_from_environment
     from megatron_laser.testtime import EngineChoice
 
     return EngineChoice(
         urls=tuple(urls or ()),
         router_url=router,
-        api_key=api_key_from_environment(variable),
+        api_key=os.environ.get(variable) or None,
         dtype=dtype,  # type: ignore[arg-type]
         max_batch_size=batch,
         max_concurrency=concurrency,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_laser.cli.options import (
+    API_KEY_VARIABLE,
     Batch,
     Beta,
     Concurrency,
@@ -73,7 +74,7 @@ def score(
     ] = None,
     url: Urls = None,
     router: Router = None,
-    api_key_env: KeyVariable = "MEGATRON_LASER_API_KEY",
+    api_key_env: KeyVariable = API_KEY_VARIABLE,
     dtype: Dtype = "float32",
     batch: Batch = 256,
     concurrency: Concurrency = 256,
@@ -116,7 +117,7 @@ def score(
         )
         run_proxy(folder, choice, settings, say=typer.echo)
         return
-    from megatron_laser.evaluation.held_weights import HeldWeights
+    from megatron_laser.evaluation.pinned_weights import PinnedWeights
     from megatron_laser.testtime import Scorer
     from megatron_laser.testtime.scoring import read_answers, score_file
 
@@ -125,7 +126,7 @@ def score(
         folder, source, apply_chat_template=template, prompt_suffix=suffix, end_token_id=end_token_id
     )
     target = output or source.with_name(f"{source.stem}.scored{source.suffix}")
-    with HeldWeights(choice, folder, deadline=deadline, identify=False) as weights:
+    with PinnedWeights(choice, folder, deadline=deadline, identify=False) as weights:
         counts = score_file(
             Scorer(weights.engine(), folder, end_token_id=end_token_id),
             answers,

@@ -10,19 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_laser.cli.options import ConfigFile, Overrides
+
 if TYPE_CHECKING:
     from megatron_laser.config import RunConfig
 
 
 def serve(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file: `model` and `rollout.sglang` count.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Settings as [cyan]section.key=value[/], for example rollout.sglang.servers=4 or "
-            "rollout.sglang.options.mem_fraction_static=0.8."
-        ),
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     endpoints: Annotated[
         Path | None,
         typer.Option(
@@ -48,6 +44,8 @@ def serve(
     ] = None,
 ) -> None:
     """Start this node's SGLang servers and keep them running.
+
+    Of the YAML file `model` and `rollout.sglang` count.
 
     One node, trainer and servers on GPUs of their own; the run finds the servers by the same YAML:
 

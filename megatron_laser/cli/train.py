@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megatron_laser.cli.options import Overrides, prepare_process
+from megatron_laser.cli.options import ConfigFile, Overrides, prepare_process
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    config: ConfigFile,
     overrides: Overrides = None,
     dry_run: Annotated[
         bool,
@@ -69,6 +68,6 @@ def train(
 
     folder = run(loaded, overwrite=overwrite)
     if is_main:
-        from megatron_laser.observability.extras import say
+        from megatron_laser.observability.best_effort import print_line
 
-        say(f"done: {folder}/report.md")
+        print_line(f"done: {folder}/report.md")

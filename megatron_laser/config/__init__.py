@@ -1,6 +1,11 @@
-"""Run configuration: schema, loading, checks and the dry run's plan. Imports neither torch nor Megatron."""
+"""Run configuration: schema, loading, checks and the dry run's plan. Imports neither torch nor Megatron.
 
-from megatron_laser.config.checks.structure import check_layout, check_structure
+`load_config` makes a `RunConfig` (`schema/`) of YAML and overrides and runs `checks/`; what follows from several
+settings is in `derived`. A setting is read where it is used: `config.laser.beta`.
+"""
+
+from megatron_laser.config.checks.layout import check_layout
+from megatron_laser.config.checks.settings import check_settings
 from megatron_laser.config.derived import (
     evaluation_max_new_tokens,
     longest_sequence,
@@ -23,12 +28,12 @@ from megatron_laser.config.model_folder.parameters import (
     padded_vocab_size,
     stage_parameters,
 )
-from megatron_laser.config.model_folder.score_token import (
+from megatron_laser.config.model_folder.special_tokens import (
     ScoreToken,
     read_stop_token_ids,
     resolve_score_token,
 )
-from megatron_laser.config.model_folder.weight_files import check_model_folder, look_at_model_folder
+from megatron_laser.config.model_folder.weight_checks import check_model_folder, model_folder_findings
 from megatron_laser.config.plan.resolve import Plan, resolve_plan
 from megatron_laser.config.schema.root import RunConfig, key_paths
 from megatron_laser.errors import ConfigError, ModelFolderError
@@ -44,14 +49,14 @@ __all__ = [
     "ScoreToken",
     "check_layout",
     "check_model_folder",
-    "check_structure",
+    "check_settings",
     "count_parameters",
     "evaluation_max_new_tokens",
     "key_paths",
     "load_config",
     "longest_sequence",
-    "look_at_model_folder",
     "mixing_first_step",
+    "model_folder_findings",
     "needs_reference_model",
     "old_policy_pass",
     "optimizer_steps",

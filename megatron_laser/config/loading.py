@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from megatron_laser.config.checks.structure import structure_problems
+from megatron_laser.config.checks.settings import settings_problems
 from megatron_laser.config.schema.root import RunConfig, key_paths, nested_sections
 from megatron_laser.config.yaml_source import KeyPath, read_yaml, syntax_problem
 from megatron_laser.errors import ConfigError
@@ -54,7 +54,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         problems += _describe(error, origin)
     if config is not None:
-        problems += structure_problems(config)
+        problems += settings_problems(config)
     if problems or config is None:
         raise ConfigError(problems, str(path))
     return config

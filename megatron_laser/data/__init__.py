@@ -2,11 +2,16 @@
 
 from megatron_laser.data.cursor import PromptCursor
 from megatron_laser.data.encoding import encode_chats, encode_texts
-from megatron_laser.data.looks import heed, look_at_prompts, look_at_references
+from megatron_laser.data.findings import (
+    log_warnings,
+    prompt_findings,
+    reference_findings,
+    refuse_score_token,
+    score_token_in_data,
+)
 from megatron_laser.data.prompts import PromptReport, build_prompts
 from megatron_laser.data.readers import Row, fingerprint, read_ids, read_records, read_rows
-from megatron_laser.data.score_token import look_for_score_token, refuse_score_token
-from megatron_laser.data.text import lone_surrogate
+from megatron_laser.data.surrogates import lone_surrogate
 from megatron_laser.errors import DataError
 
 __all__ = [
@@ -18,13 +23,13 @@ __all__ = [
     "encode_chats",
     "encode_texts",
     "fingerprint",
-    "heed",
+    "log_warnings",
     "lone_surrogate",
-    "look_at_prompts",
-    "look_at_references",
-    "look_for_score_token",
+    "prompt_findings",
     "read_ids",
     "read_records",
     "read_rows",
+    "reference_findings",
     "refuse_score_token",
+    "score_token_in_data",
 ]

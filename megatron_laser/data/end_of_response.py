@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.config.model_folder.score_token import named_eos_ids
+from megatron_laser.config.model_folder.special_tokens import named_eos_ids
 from megatron_laser.data.encoding import render_chat
 from megatron_laser.errors import Finding, Level
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_laser.data.encoding import encode_chats, encode_texts
 from megatron_laser.data.readers import Row
-from megatron_laser.data.text import lone_surrogate
+from megatron_laser.data.surrogates import lone_surrogate
 from megatron_laser.errors import DataError
 from megatron_laser.types import Prompt
 

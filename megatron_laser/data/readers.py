@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_laser.data.references import Reference, as_written, read_reference
-from megatron_laser.data.text import lone_surrogate
+from megatron_laser.data.surrogates import lone_surrogate
 from megatron_laser.errors import DataError
 
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]

@@ -29,6 +29,11 @@ def check_tokenizer_files(folder: str | Path) -> None:
         )
 
 
+def decode_response(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of response ids, which is what is graded: without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
 def load_tokenizer(folder: str | Path, probes: Sequence[str] = ()) -> Any:
     """The tokenizer of a Hugging Face folder.
 

@@ -103,7 +103,10 @@ def _all_reduce(group: dist.ProcessGroup, seconds: float) -> None:
 
 
 def _exchange(group: dist.ProcessGroup, seconds: float) -> None:
-    """What Megatron's interleaved schedule sends and receives, in its own order and through its own groups."""
+    """What Megatron's interleaved schedule sends and receives, in its own order and through its own groups.
+
+    `_p2p_ops` is private: read in Megatron-Core 0.16.1 and 0.19.2.
+    """
     ranks, rank = dist.get_process_group_ranks(group), group.rank()
     buffers = [torch.zeros(1, device=platform.device()) for _ in range(4)]
     requests = p2p_communication._p2p_ops(

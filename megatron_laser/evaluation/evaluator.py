@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 
 from megatron_laser.algorithms.self_reward import self_reward_scores
-from megatron_laser.evaluation.arrivals import Arrival, ArrivalFile
 from megatron_laser.evaluation.records import (
     EvaluationRecord,
     complete_records,
     open_records,
     write_records,
 )
-from megatron_laser.evaluation.sampler import EvaluationEngine, Sampler
+from megatron_laser.evaluation.responses import EvaluationEngine, ResponseFile, Sampler, SavedResponse
 from megatron_laser.evaluation.summary import summarize
 from megatron_laser.files import plain, write_atomically
 from megatron_laser.rewards import Grade, GradingPool, equivalence_classes, extract_answer
@@ -99,15 +98,15 @@ def evaluate(
     count = on_response or (lambda tokens, new: None)
     with (
         open_records(records_path, known) as file,
-        ArrivalFile(responses_path, skip_rows=known.keys()) as arrivals,
+        ResponseFile(responses_path, skip_rows=known.keys()) as responses,
     ):
         ends = time.monotonic() + deadline
-        sampler = Sampler(engine, sampling, score_token_id, arrivals, repeatable, count, ends, stop)
+        sampler = Sampler(engine, sampling, score_token_id, responses, repeatable, count, ends, stop)
         job = _Job(engine, sampling, decode, grading, score_token_id, ref_logprob, beta, targets, ends)
         for prompt in prompts:
             for record in known.get(prompt.row, []):
                 count(record.response_ids_length, False)
-        for length in arrivals.lengths():
+        for length in responses.lengths():
             count(length, False)
         for start in range(0, len(prompts), per_call):
             batch = prompts[start : start + per_call]
@@ -148,9 +147,9 @@ class _Job:
     targets: tuple[float, float]
     ends: float
 
-    def judge(self, prompts: Sequence[Prompt], groups: list[list[Arrival]]) -> list[EvaluationRecord]:
+    def judge(self, prompts: Sequence[Prompt], groups: list[list[SavedResponse]]) -> list[EvaluationRecord]:
         """The records of all responses, prompt after prompt."""
-        texts = [[self._text(arrival) for arrival in group] for group in groups]
+        texts = [[self.decode(response.text_ids) for response in group] for group in groups]
         zc_logprobs = self._score(prompts, groups)
         pairs = [(text, prompt.answer) for prompt, group in zip(prompts, texts) for text in group]
         grades = iter(self.grading.grade_many(pairs, deadline=self._left("grade")))
@@ -158,11 +157,11 @@ class _Job:
         for prompt, group, group_texts, group_zc in zip(prompts, groups, texts, zc_logprobs):
             extracted = [extract_answer(text) for text in group_texts]
             classes = equivalence_classes(extracted, self._left("compare answers"), pool=self.grading)
-            for place, arrival in enumerate(group):
+            for place, response in enumerate(group):
                 records.append(
                     self._record(
                         prompt,
-                        arrival,
+                        response,
                         text=group_texts[place],
                         grade=next(grades),
                         extracted=extracted[place],
@@ -172,18 +171,20 @@ class _Job:
                 )
         return records
 
-    def _score(self, prompts: Sequence[Prompt], groups: list[list[Arrival]]) -> list[list[float | None]]:
+    def _score(
+        self, prompts: Sequence[Prompt], groups: list[list[SavedResponse]]
+    ) -> list[list[float | None]]:
         """zc_logprob of scored responses; the engine is asked for what it did not return with them."""
         values: list[list[float | None]] = [[None] * len(group) for group in groups]
         if self.score_token_id is None:
             return values
         open_places: list[tuple[int, int]] = []
         for i, group in enumerate(groups):
-            for j, arrival in enumerate(group):
-                if not arrival.is_scored(self.sampling.stop_token_ids):
+            for j, response in enumerate(group):
+                if not response.is_scored(self.sampling.stop_token_ids):
                     continue
-                values[i][j] = arrival.zc_logprob
-                if arrival.zc_logprob is None:
+                values[i][j] = response.zc_logprob
+                if response.zc_logprob is None:
                     open_places.append((i, j))
         if open_places:
             sequences = [prompts[i].token_ids + groups[i][j].response_ids for i, j in open_places]
@@ -199,14 +200,10 @@ class _Job:
                     )
         return values
 
-    def _text(self, arrival: Arrival) -> str:
-        ids = arrival.response_ids
-        return self.decode(ids[:-1] if arrival.finish_reason == "stop" else ids)
-
     def _record(
         self,
         prompt: Prompt,
-        arrival: Arrival,
+        response: SavedResponse,
         *,
         text: str,
         grade: Grade,
@@ -216,19 +213,19 @@ class _Job:
     ) -> EvaluationRecord:
         return EvaluationRecord(
             row=prompt.row,
-            sample=arrival.sample,
+            sample=response.sample,
             problem=prompt.problem,
             answer=prompt.answer,
             response=text,
-            response_ids_length=len(arrival.response_ids),
-            finish_reason=arrival.finish_reason,
-            scored=arrival.is_scored(self.sampling.stop_token_ids),
+            response_ids_length=len(response.response_ids),
+            finish_reason=response.finish_reason,
+            scored=response.is_scored(self.sampling.stop_token_ids),
             reward=grade.reward,
             outcome=grade.outcome,
             extracted=extracted,
             zc_logprob=zc_logprob,
             score=self._self_reward(zc_logprob),
-            mean_logprob=arrival.mean_logprob,
+            mean_logprob=response.mean_logprob,
             answer_class=answer_class,
         )
 

@@ -17,7 +17,7 @@ from megatron_laser.config import (
     resolve_score_token,
 )
 from megatron_laser.data.end_of_response import check_end_of_response, end_sources
-from megatron_laser.data.tokenizer import load_tokenizer
+from megatron_laser.data.tokenizer import decode_response, load_tokenizer
 from megatron_laser.errors import TestTimeError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class ModelFolder:
         stop_token_ids: what ends a response; only such a response has a score.
         score_token_id: z_c, None without a score. ref_logprob: c_ref in nats. beta: beta_v.
         targets: what right and wrong responses were trained towards, the scale of the score.
-        from_run: settings that its training run decides, by the names of `config.Benchmark`.
+        from_run: settings that its training run decides, by the names of `benchmarks.settings.Benchmark`.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class ModelFolder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Response ids without the stop token to text."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return decode_response(self.tokenizer, ids)
 
     def require_score(self) -> tuple[int, float]:
         """(score token id, ref_logprob).

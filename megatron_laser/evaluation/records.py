@@ -10,6 +10,7 @@ from typing import TextIO
 
 from megatron_laser.data import DataError
 from megatron_laser.files import plain, write_atomically
+from megatron_laser.rewards.grade import FAILED_OUTCOMES
 
 
 @dataclass(slots=True)
@@ -54,7 +55,7 @@ class EvaluationRecord:
     @property
     def graded(self) -> bool:
         """False where grading itself failed: `right` is then no verdict on the response."""
-        return self.outcome not in ("timeout", "crash")
+        return self.outcome not in FAILED_OUTCOMES
 
     @property
     def verifiable(self) -> bool:

@@ -34,4 +34,5 @@ def fuses_gradient_accumulation(setting: Fusion, *, transformer_engine: bool) ->
 
 def has_apex_extension() -> bool:
     """Whether Megatron found apex's fused_weight_gradient_mlp_cuda."""
+    # Private: read in Megatron-Core 0.16.1 and 0.19.2.
     return bool(megatron_layers._grad_accum_fusion_available)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -55,26 +56,24 @@ def head_dim(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def rope_inverse_frequencies(config: PretrainedConfig) -> torch.Tensor:
-    """Rotary inverse frequencies [head_dim / 2] fp32, scaling included, exactly as transformers has them."""
-    rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-    rope_type = rope.get("rope_type", "default")
-    theta = rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
-    if rope_type == "default":
-        dim = head_dim(config)
-        return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+def rope_inverse_frequencies(model: Architecture) -> torch.Tensor:
+    """Rotary inverse frequencies [head_dim / 2] fp32, scaling included, bit for bit those of transformers.
 
-    if rope_type not in ROPE_INIT_FUNCTIONS or rope_type in ("dynamic", "longrope"):
-        raise ValueError(
-            f"rope_type {rope_type!r} is not supported: its frequencies depend on the sequence length"
-        )
-    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
-    if attention_factor != 1.0:
-        raise ValueError(
-            f"rope_type {rope_type!r} scales attention by {attention_factor}, which is not supported"
-        )
-    return frequencies.float()
+    llama3 (Llama 3.1): frequencies that make fewer than `low_freq_factor` turns within the original context are
+    stretched by `factor`, those of more than `high_freq_factor` turns stay, those in between are mixed.
+    """
+    positions = torch.arange(0, model.head_dim, 2, dtype=torch.float32)
+    plain = 1.0 / (model.rope_theta ** (positions / model.head_dim))
+    scaling = model.rope_scaling
+    if scaling is None:
+        return plain
+    if model.rope_type == "linear":
+        return plain / scaling.factor
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_positions / (2 * math.pi / plain)
+    share = (turns - low) / (high - low)
+    mixed = (1 - share) * plain / scaling.factor + share * plain
+    return torch.where(turns < low, plain / scaling.factor, torch.where(turns > high, plain, mixed))
 
 
 def batches_stage_exchange(virtual_pipeline: int) -> bool:

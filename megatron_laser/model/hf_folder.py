@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from megatron_laser.algorithms.numerics import is_finite
 from megatron_laser.config import Architecture, ModelFolderError
-from megatron_laser.config.model_folder.safetensors_files import INDEX, WEIGHTS, read_stored_tensors
-from megatron_laser.config.model_folder.weight_files import refuse, weight_problems
+from megatron_laser.config.model_folder.safetensors_headers import INDEX, WEIGHTS, read_stored_tensors
+from megatron_laser.config.model_folder.weight_checks import refuse, weight_problems
 from megatron_laser.files import replace_folder, take_mode, through_links
 
 # What belongs to a model besides its weights: configuration, tokenizer, chat template, licence.

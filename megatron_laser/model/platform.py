@@ -1,7 +1,7 @@
 """Where the model runs: CUDA, or a CPU made good enough for Megatron-Core 0.19.
 
 With CUDA every function here is a thin call to `torch.cuda`, and nothing in Megatron is changed here (layers without
-Transformer Engine change two functions, see `upstream`). Without it,
+Transformer Engine change two functions, see `megatron_patches`). Without it,
 `install()` lets the same Megatron code run over gloo. Megatron names CUDA in four ways that matter
 (`torch.cuda.current_device()`, `device="cuda"` in factories, CUDA streams, and `param.type()` compared with
 "torch.cuda.FloatTensor"), so on a CPU
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from megatron_laser.model.upstream import patch_upstream
+from megatron_laser.model.megatron_patches import patch_megatron
 
 # Everything that is used later must be imported before the proxies are set: a module that is imported
 # afterwards would see the real torch. Checkpoint strategies are imported lazily by Megatron.
@@ -167,7 +167,7 @@ def install() -> None:
             module.torch = proxy
     _patch_tensor_methods()
     _patch_rng()
-    patch_upstream()
+    patch_megatron()
 
 
 class _Null:

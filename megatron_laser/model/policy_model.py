@@ -1,6 +1,8 @@
 """The policy: Megatron's GPTModel that answers with log-probs of labelled rows, never logits.
 
-Everything that knows GPTModel and its layer specs is in this file: upstream has named HybridModel its successor.
+Only this module names GPTModel, its layer specs and its rotary embedding, for which upstream has announced HybridModel
+as the successor; `megatron_patches.py` changes one of its rotary functions. Read in Megatron-Core 0.19.2; 0.16.1 has no
+`output_processor`, by which the log-prob head takes the place of the output layer.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from transformers import PretrainedConfig
 
 from megatron_laser.config import padded_vocab_size
 from megatron_laser.model import hf_config
+from megatron_laser.model.megatron_patches import patch_megatron
 from megatron_laser.model.torch_layers import PackedSdpaAttention, RMSNorm
 from megatron_laser.model.transformer_engine import clear_backend_variables
-from megatron_laser.model.upstream import patch_upstream
 from megatron_laser.ops import add_weight_gradient_to_main_grad, few_row_logprob, linear_logprob
 
 
@@ -124,7 +126,7 @@ class PolicyModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.true_vocab_size = hf.vocab_size
-        self.rotary_pos_emb.inv_freq = hf_config.rope_inverse_frequencies(hf).to(
+        self.rotary_pos_emb.inv_freq = hf_config.rope_inverse_frequencies(hf_config.architecture_of(hf)).to(
             self.rotary_pos_emb.inv_freq.device
         )
         if fuse_gradient_accumulation:
@@ -172,7 +174,7 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
             # Transformer Engine has no fast attention for float32, and for packed sequences not always a slow one.
             layer.submodules.self_attention.submodules.core_attention = PackedSdpaAttention
     else:
-        patch_upstream()
+        patch_megatron()
         layer = get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
         )

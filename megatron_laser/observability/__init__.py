@@ -1,4 +1,4 @@
-"""What a run writes down and shows: metrics, timers, live view, rollout dumps, plots and the report.
+"""What a run writes down and shows: metrics (`metrics_logger`), timers, the live view and rollout dumps.
 
 Import the modules directly; importing this package imports neither torch nor matplotlib.
 """

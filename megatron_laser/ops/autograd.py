@@ -21,8 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron_laser.ops.collectives import group_size, reduce_max, reduce_sum_, start_reduction
-from megatron_laser.ops.rows import GatheredRows
+from megatron_laser.ops.collectives import GatheredRows, group_size, reduce_max, reduce_sum_, start_reduction
 from megatron_laser.ops.tiles import Shard, accumulation_dtype, add_mm_, has_label, vocabulary_shard
 from megatron_laser.ops.types import IGNORE_LABEL, LogProbs
 from megatron_laser.ops.weight_gradient import WeightGradient, main_grad_of

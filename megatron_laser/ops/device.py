@@ -8,7 +8,7 @@ import importlib.util
 import torch
 
 
-def unavailable(device: torch.device) -> str | None:
+def kernels_refuse(device: torch.device) -> str | None:
     """Why the kernels cannot run on `device`, or None: they need a CUDA device, or Triton's interpreter."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"

@@ -55,7 +55,7 @@ def write_benchmark_report(
     """Write report.md and plots/*.png.
 
     Args:
-        results: what results.json holds; see `testtime.evaluation.evaluate_benchmarks`.
+        results: what results.json holds; see `evaluation.benchmarks.run.evaluate_benchmarks`.
         scores: benchmark -> (score, right) of its scored responses.
         output: the folder.
 
@@ -137,7 +137,7 @@ def _facts(detail: Mapping[str, Any]) -> str:
 def _figures(
     name: str, detail: dict[str, Any], scores: Sequence[tuple[float, bool]], output: Path
 ) -> list[str]:
-    from megatron_laser.report.plots import benchmarks as plots_benchmark
+    from megatron_laser.report.plots import benchmarks as plots
     from megatron_laser.report.plots.style import styled
 
     values = np.array([score for score, _ in scores], dtype=np.float64)
@@ -145,8 +145,8 @@ def _figures(
     folder = output / "plots"
     with styled():
         drawn = (
-            plots_benchmark.plot_accuracy_against_k(name, detail, folder / f"{name}_votes.png"),
-            plots_benchmark.plot_scores(name, values, right, detail, folder / f"{name}_scores.png"),
+            plots.plot_accuracy_against_k(name, detail, folder / f"{name}_votes.png"),
+            plots.plot_scores(name, values, right, detail, folder / f"{name}_scores.png"),
         )
     return [f"![{path.stem}](plots/{path.name})\n" for path in drawn if path is not None]
 

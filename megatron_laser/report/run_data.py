@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from megatron_laser.config import ConfigError
 from megatron_laser.config.yaml_source import read_yaml
-from megatron_laser.observability.sinks import read_metrics
+from megatron_laser.observability.metrics_logger import read_metrics
+from megatron_laser.rewards.grade import FAILED_OUTCOMES
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,7 @@ class Evaluation:
     @property
     def scored_records(self) -> list[dict[str, Any]]:
         """Those that have a score and a verdict to compare it with."""
-        failed = ("timeout", "crash")
-        return [r for r in self.records if r["score"] is not None and r["outcome"] not in failed]
+        return [r for r in self.records if r["score"] is not None and r["outcome"] not in FAILED_OUTCOMES]
 
     def scores(self) -> tuple[FloatArray, NDArray[np.bool_]]:
         """(scores, right) of `scored_records`."""

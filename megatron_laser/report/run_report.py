@@ -42,17 +42,16 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
 
 def _draw(runs: list[Run], folder: Path) -> list[tuple[str, Path]]:
     """(heading, figure) of every figure that the runs have data for."""
-    from megatron_laser.report.plots import evaluation as plots_evaluation
-    from megatron_laser.report.plots import training as plots
+    from megatron_laser.report.plots import evaluation, training
     from megatron_laser.report.plots.style import styled
 
     makers = (
-        ("Accuracy over steps", plots.plot_learning, "accuracy"),
-        ("Self-reward over steps", plots.plot_self_reward, "self_reward"),
-        ("Scores of right and wrong responses", plots.plot_scores, "scores"),
-        ("Calibration", plots_evaluation.plot_calibration, "calibration"),
-        ("Votes", plots_evaluation.plot_votes, "votes"),
-        ("Time", plots.plot_time, "time"),
+        ("Accuracy over steps", training.plot_learning, "accuracy"),
+        ("Self-reward over steps", training.plot_self_reward, "self_reward"),
+        ("Scores of right and wrong responses", training.plot_scores, "scores"),
+        ("Calibration", evaluation.plot_calibration, "calibration"),
+        ("Votes", evaluation.plot_votes, "votes"),
+        ("Time", training.plot_time, "time"),
     )
     figures: list[tuple[str, Path]] = []
     with styled():
@@ -66,8 +65,8 @@ def _draw(runs: list[Run], folder: Path) -> list[tuple[str, Path]]:
 
 
 def _text(runs: list[Run], figures: list[tuple[str, Path]]) -> str:
-    from megatron_laser.report.table import comparison_table
-    from megatron_laser.report.words import findings
+    from megatron_laser.report.comparison_table import comparison_table
+    from megatron_laser.report.conclusions import findings
 
     sections = [
         f"# {' and '.join(run.label for run in runs)}\n",

@@ -11,7 +11,7 @@ from megatron_laser.rewards.mathematics.boxed import (
 from megatron_laser.rewards.mathematics.grading import answers_equal, grade_math
 from megatron_laser.rewards.registry import is_math_verify, known_rewards, register_reward, resolve_reward
 from megatron_laser.rewards.trial import trial, try_reward
-from megatron_laser.rewards.workers.pool import GradingPool
+from megatron_laser.rewards.workers.grading_pool import GradingPool
 
 __all__ = [
     "OUTCOMES",

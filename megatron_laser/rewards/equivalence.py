@@ -7,7 +7,7 @@ from itertools import combinations
 
 from megatron_laser.rewards.mathematics.boxed import normalize_answer
 from megatron_laser.rewards.mathematics.grading import quick_equal
-from megatron_laser.rewards.workers.pool import GradingPool
+from megatron_laser.rewards.workers.grading_pool import GradingPool
 
 
 def equivalence_classes(

@@ -10,6 +10,8 @@ from megatron_laser.errors import UserError
 
 Outcome = Literal["correct", "wrong", "no_answer", "unparsable", "timeout", "crash"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
+FAILED_OUTCOMES: tuple[str, ...] = ("timeout", "crash")
+"""Grading failed, not the response: no verdict."""
 
 
 class RewardSpecError(UserError, ValueError):
@@ -38,7 +40,7 @@ class Grade:
     @property
     def failed(self) -> bool:
         """Whether grading failed, not the response: such a reward is no label and must not be learned from."""
-        return self.outcome in ("timeout", "crash")
+        return self.outcome in FAILED_OUTCOMES
 
 
 def as_grade(value: object) -> Grade:

@@ -17,7 +17,7 @@ from types import ModuleType
 
 from megatron_laser.rewards.grade import Grade, RewardSpecError
 from megatron_laser.rewards.mathematics.grading import grade_math
-from megatron_laser.rewards.workers.place import definition, described
+from megatron_laser.rewards.workers.user_code import definition, described
 
 RewardFunction = Callable[[str, str], "float | Grade"]
 

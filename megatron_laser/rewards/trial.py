@@ -8,7 +8,7 @@ import time
 from megatron_laser.errors import Finding
 from megatron_laser.rewards.grade import Grade, GradingPoolError, RewardSpecError
 from megatron_laser.rewards.registry import is_math_verify
-from megatron_laser.rewards.workers.pool import GradingPool
+from megatron_laser.rewards.workers.grading_pool import GradingPool
 
 logger = logging.getLogger(__name__)
 

@@ -286,9 +286,7 @@ class RolloutCollector:
             logger.warning("%s (said once)", message)
 
     def _text(self, generation: Generation) -> str:
-        ids = generation.response_ids
-        stopped = generation.finish_reason == "stop"
-        return self._decode(ids[:-1] if stopped else ids)
+        return self._decode(generation.text_ids)
 
 
 def _with_seed(sampling: SamplingParams, seed: int, step: int, round_number: int) -> SamplingParams:

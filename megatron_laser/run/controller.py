@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_laser.config import RunConfig, rollout_tries
 from megatron_laser.data import PromptCursor
-from megatron_laser.evaluation.in_training import RunEvaluation
+from megatron_laser.evaluation.validation import RunEvaluation
 from megatron_laser.model import platform
 from megatron_laser.observability.rollout_metrics import rollout_metrics, scores_by_label
 from megatron_laser.observability.timers import Timers
@@ -22,7 +22,7 @@ from megatron_laser.rollout.endings import watch_endings
 from megatron_laser.rollout.engine import StoppedEarly
 from megatron_laser.run.engines import await_servers, call_engine, open_engine
 from megatron_laser.run.inputs import RunInputs
-from megatron_laser.run.record import RunRecord
+from megatron_laser.run.recorder import RunRecorder
 from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch, SamplingParams
 
@@ -110,7 +110,7 @@ class Controller:
             score_token_id=inputs.score_token_id,
             last_step=last_step,
         )
-        self._record = RunRecord(config, inputs.folder, resumed)
+        self._record = RunRecorder(config, inputs.folder, resumed)
         self._close_later("metrics", self._record.close)
 
     def _close_later(self, what: str, close: Callable[[], object]) -> None:
@@ -193,7 +193,7 @@ class Controller:
         return self._record.write(step, metrics | self._timers.collect())
 
     def record(self, step: int, result: StepResult, times: dict[str, float]) -> str:
-        """Write down one step. Returns "" or why the run has to stop, as `RunRecord.write`."""
+        """Write down one step. Returns "" or why the run has to stop, as `RunRecorder.write`."""
         batch = self.batch
         metrics: dict[str, Any] = rollout_metrics(batch, result.zc_logprobs, result.scores)
         metrics |= batch.metrics | result.metrics | times | platform.memory_gib()

@@ -11,10 +11,10 @@ import numpy as np
 from megatron_laser.config import RunConfig
 from megatron_laser.data import fingerprint
 from megatron_laser.errors import Finding
-from megatron_laser.observability.extras import say
+from megatron_laser.observability.best_effort import print_line
 from megatron_laser.run.output_folder import ClaimedFolder, claim_output_folder, move_aside
-from megatron_laser.run.preflight import Ledger, look
-from megatron_laser.run.preflight.ledger import one_line
+from megatron_laser.run.preflight import FindingLog, run_preflight
+from megatron_laser.run.preflight.finding_log import one_line
 from megatron_laser.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -51,13 +51,13 @@ def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
     Raises:
         UserError: the first error, with the setting or the file and line that is wrong.
     """
-    looked = look(config, Ledger(stop_at_errors=True, hear=_log), overwrite=overwrite)
+    looked = run_preflight(config, FindingLog(stop_at_errors=True, on_finding=_log), overwrite=overwrite)
     model, prompts = looked.model, looked.data.prompts
     assert model.special is not None  # errors have ended this by now
     data_fingerprint = fingerprint(config.data.train, [config.data.prompt_key, config.data.answer_key])
     if overwrite:
         for moved in move_aside(config):
-            say(f"moved the existing {moved.what} to {moved.to}")
+            print_line(f"moved the existing {moved.what} to {moved.to}")
     return RunInputs(
         tokenizer=model.tokenizer,
         train=prompts["train"],

@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.trainer.checkpoint import folder as checkpoints
-from megatron_laser.trainer.checkpoint import owner as owners
-from megatron_laser.trainer.checkpoint.owner import RUN, Owner, same_folder
+from megatron_laser.trainer.checkpoint import ownership
+from megatron_laser.trainer.checkpoint.ownership import RUN, Owner, same_folder
 
 FINISHED = "FINISHED"
 # What may change between the start of a run and its continuation: it decides where and how fast things run,
@@ -43,7 +43,7 @@ _MAY_CHANGE = {
 
 
 @dataclass(frozen=True)
-class Standing:
+class OutputState:
     """What an output folder holds of the run that is to write into it.
 
     record: of the run, None for a new one. finished: the steps after which it has finished, None if it has not.
@@ -57,7 +57,7 @@ class Standing:
         return self.finished is not None and steps <= self.finished
 
 
-def check_output_folder(config: RunConfig, again: Owner | None = None) -> Standing:
+def check_output_folder(config: RunConfig, again: Owner | None = None) -> OutputState:
     """Compare `run.output_dir`, which need not exist, with the run. Writes nothing.
 
     Args:
@@ -71,27 +71,27 @@ def check_output_folder(config: RunConfig, again: Owner | None = None) -> Standi
     finished = _finished_step(folder)
     if finished is not None and config.run.steps > finished:
         _check_continues(config, folder, finished)
-    return Standing(record, finished)
+    return OutputState(record, finished)
 
 
-def check_checkpoints(config: RunConfig, standing: Standing, again: Owner | None = None) -> Owner:
+def check_checkpoints(config: RunConfig, state: OutputState, again: Owner | None = None) -> Owner:
     """The run as its checkpoints name it, once the folder of its checkpoints is known to be its own. Writes nothing.
 
     Raises:
         ConfigError: the folder is another run's. CheckpointError: the newest checkpoint cannot be read.
     """
-    record = standing.record
+    record = state.record
     root = checkpoints.checkpoint_root(config)
     output_dir = str(config.run.output_dir)
     run_id = again.id if again is not None else None if record is None else record.get("id")
     if run_id is None:  # a new run, or one of an earlier version, which gave runs no id
-        there = owners.read_owner(root)
+        there = ownership.read_owner(root)
         nothing_to_lose = record is not None or not checkpoints.published(root)
         if there is not None and same_folder(there.output_dir, output_dir) and nothing_to_lose:
             run_id = there.id  # a start that was cut off had given it one already
     owner = Owner(run_id or uuid.uuid4().hex, output_dir, str(root))
-    owners.check_owner(root, owner, earlier=record is not None and "id" not in record)
-    owners.check_left_behind(None if record is None else record.get("checkpoints"), root, owner)
+    ownership.check_owner(root, owner, earlier=record is not None and "id" not in record)
+    ownership.check_left_behind(None if record is None else record.get("checkpoints"), root, owner)
     return owner
 
 

@@ -17,9 +17,16 @@ from megatron_laser.files import LOCK, lock_folder, through_links, write_atomica
 from megatron_laser.run.output_checks import FINISHED as FINISHED
 from megatron_laser.run.output_checks import check_checkpoints, check_output_folder, identity, read_record
 from megatron_laser.trainer.checkpoint import folder as checkpoints
-from megatron_laser.trainer.checkpoint import owner as owners
+from megatron_laser.trainer.checkpoint import ownership
 from megatron_laser.trainer.checkpoint.folder import checkpoint_root
-from megatron_laser.trainer.checkpoint.owner import OWNER, RUN, Owner, check_owner, read_owner, same_folder
+from megatron_laser.trainer.checkpoint.ownership import (
+    OWNER,
+    RUN,
+    Owner,
+    check_owner,
+    read_owner,
+    same_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +99,9 @@ def claim_output_folder(config: RunConfig, *, again: Owner | None = None) -> Cla
         with _writing("run.output_dir", folder):
             through_links(folder).mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(lock_folder(folder, "run.output_dir"))
-            standing = check_output_folder(config, again)
-        finished = standing.finished
-        if standing.is_done(config.run.steps):
+            state = check_output_folder(config, again)
+        finished = state.finished
+        if state.is_done(config.run.steps):
             logger.warning(
                 "the run in %s has finished its %d steps: nothing to do. Raise run.steps to train on, or choose "
                 "another run.output_dir",
@@ -107,13 +114,13 @@ def claim_output_folder(config: RunConfig, *, again: Owner | None = None) -> Cla
                 through_links(path).mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock_folder(path, setting))
         with _writing("checkpoint.folder", root):
-            owner = check_checkpoints(config, standing, again)
-            owners.write_owner(root, owner)
+            owner = check_checkpoints(config, state, again)
+            ownership.write_owner(root, owner)
         with _writing("run.output_dir", folder):
             if finished is not None:
                 (folder / FINISHED).unlink()
             (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
-            _write_record(config, folder, standing.record, owner)
+            _write_record(config, folder, state.record, owner)
             (folder / STOPPED).unlink(missing_ok=True)
         return ClaimedFolder(folder, lock, held.pop_all(), owner=owner)
 

@@ -17,13 +17,12 @@ from megatron_laser.model.hf_folder import HfFolder
 from megatron_laser.model.weights import load_weights
 from megatron_laser.trainer.bad_steps import Dump, read_dump
 from megatron_laser.trainer.checkpoint import folder as checkpoints
-from megatron_laser.trainer.checkpoint import sharded
-from megatron_laser.trainer.forward import run_forward
+from megatron_laser.trainer.checkpoint import sharded_state
+from megatron_laser.trainer.forward_backward import OptimizerStep, run_forward
 from megatron_laser.trainer.policy import Policy
-from megatron_laser.trainer.reduce import ROWS_KEY, TOKEN_MEAN_KEYS, ratio
 from megatron_laser.trainer.step_data import prepare_step
+from megatron_laser.trainer.step_metrics import ROWS_KEY, TOKEN_MEAN_KEYS, ratio
 from megatron_laser.trainer.trainer import Trainer
-from megatron_laser.trainer.update import Update
 
 # The batch is the run's, the layout is one process; what is computed does not depend on it.
 _ONE_PROCESS = (
@@ -113,10 +112,10 @@ def _load(policy: Policy, weights: Path, *, is_hf: bool) -> None:
         return
     state = checkpoints.read_state(weights)
     checkpoints.verify(weights)
-    sharded.load_state(policy, weights, state["optimizer_step"])
+    sharded_state.load_state(policy, weights, state["optimizer_step"])
 
 
-def _update_lines(update: Update) -> Iterator[str]:
+def _update_lines(update: OptimizerStep) -> Iterator[str]:
     fate = f"skipped: {', '.join(update.bad)} not finite" if update.bad else "taken"
     yield f"epoch {update.epoch}, minibatch {update.minibatch}: {fate}"
     names = sorted({name for entry in update.entries for name in entry})

@@ -1,7 +1,7 @@
 """Test time: evaluate on benchmarks, score given answers, serve votes, calibrate a score token."""
 
 from megatron_laser.errors import TestTimeError
-from megatron_laser.evaluation.engine import EngineChoice, open_engine
+from megatron_laser.evaluation.engine_choice import EngineChoice, open_engine
 from megatron_laser.evaluation.model_folder import ModelFolder, load_model_folder
 from megatron_laser.testtime.scoring import Scored, Scorer
 from megatron_laser.testtime.voting import Choice, choose

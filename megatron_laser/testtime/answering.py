@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.rewards import GradingPool, extract_answer
 from megatron_laser.rollout.engine import RolloutEngine, takes_seeds
-from megatron_laser.testtime.requests import ChatRequest, RequestError
+from megatron_laser.testtime.chat_request import ChatRequest, RequestError
 from megatron_laser.testtime.scoring import Scorer
 from megatron_laser.testtime.voting import Choice, choose
 from megatron_laser.types import SamplingParams
@@ -82,10 +82,7 @@ def answer(
         pairs = [(chat.prompt_ids, generations[place].response_ids) for place in missing]
         for place, result in zip(missing, scorer.score_ids(pairs, deadline=_left(ends)), strict=True):
             scores[place] = result.score
-    texts = []
-    for generation in generations:
-        stopped = generation.finish_reason == "stop"
-        texts.append(model.decode(generation.response_ids[:-1] if stopped else generation.response_ids))
+    texts = [model.decode(generation.text_ids) for generation in generations]
     choice = choose(texts, scores, vote=chat.vote, pool=pool, deadline=_left(ends))
     samples = [
         SampledAnswer(text, generation.response_ids, finished, score, extract_answer(text))

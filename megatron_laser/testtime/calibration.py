@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_laser.config.model_folder.score_token import resolve_score_token
 from megatron_laser.config.model_folder.spare_tokens import SpareToken, how_to_add_a_token, spare_tokens
+from megatron_laser.config.model_folder.special_tokens import resolve_score_token
 from megatron_laser.data import Row, build_prompts, read_rows
 from megatron_laser.errors import TestTimeError
-from megatron_laser.evaluation.engine import EngineChoice
-from megatron_laser.evaluation.held_weights import HeldWeights
+from megatron_laser.evaluation.engine_choice import EngineChoice
 from megatron_laser.evaluation.model_folder import ModelFolder
+from megatron_laser.evaluation.pinned_weights import PinnedWeights
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.testtime.calibration_result import Calibration, TokenStatistics
 from megatron_laser.types import Prompt, SamplingParams
@@ -80,7 +80,7 @@ def calibrate_model(
     say(f"candidates: {', '.join(token.name for token in unused)}")
     picked = random.Random(settings.seed).sample(prompts, min(settings.problems, len(prompts)))
     _check_length(model, picked, settings)
-    with HeldWeights(choice, model, deadline=settings.deadline, engine=engine) as weights:
+    with PinnedWeights(choice, model, deadline=settings.deadline, engine=engine) as weights:
         result = _measure(weights.engine(), model, picked, unused, settings, say)
         weights.check()
         return replace(result, weights=weights.identity)

@@ -11,7 +11,12 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from megatron_laser.config.checks.partition import EXCESS_LIMIT, log_partition_excess, round_up, smallest_beta
+from megatron_laser.config.checks.partition_excess import (
+    EXCESS_LIMIT,
+    log_partition_excess,
+    round_up,
+    smallest_beta,
+)
 from megatron_laser.config.model_folder.spare_tokens import SpareToken
 from megatron_laser.files import plain, write_atomically
 

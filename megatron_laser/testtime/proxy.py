@@ -9,25 +9,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
 import logging
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
 from megatron_laser.config.addresses import http_url
 from megatron_laser.errors import TestTimeError
-from megatron_laser.evaluation.engine import EngineChoice, open_engine
+from megatron_laser.evaluation.engine_choice import EngineChoice, open_engine
 from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.testtime.answering import Answer, answer
-from megatron_laser.testtime.completion import completion, stream_events
-from megatron_laser.testtime.proxy_settings import ProxySettings, listen
-from megatron_laser.testtime.requests import ChatRequest, RequestError, parse_chat_request
+from megatron_laser.testtime.chat_completion import completion, stream_events
+from megatron_laser.testtime.chat_request import ChatRequest, RequestError, parse_chat_request
 from megatron_laser.testtime.scoring import Scorer
 
 logger = logging.getLogger(__name__)
@@ -213,3 +215,63 @@ def _error(status: int, message: str, parameter: str | None, code: str) -> web.R
     headers = {"Retry-After": "1"} if status == 429 else None
     body = {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
     return web.json_response(body, status=status, headers=headers)
+
+
+@dataclass(frozen=True, slots=True)
+class ProxySettings:
+    """
+    Attributes:
+        model_name: what clients must name. host, port: where to listen.
+        api_key: that clients must send; None only on loopback.
+        k: answers sampled where a request names no number. max_k: the most it may ask for.
+        max_new_tokens: longest answer; a request may ask for less.
+        deadline: seconds for one request, waiting included.
+        engines: requests at a time with servers; in this process it is one.
+    """
+
+    model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8100
+    api_key: str | None = None
+    k: int = 8
+    max_k: int = 64
+    max_new_tokens: int = 8192
+    apply_chat_template: bool = True
+    prompt_suffix: str = ""
+    deadline: float = 600.0
+    engines: int = 8
+
+    def __post_init__(self) -> None:
+        """Refuse what would be unsafe or cannot work."""
+        if not self.api_key and not _is_loopback(self.host):
+            raise TestTimeError(
+                f"--host {self.host} can be reached from other machines: set the environment variable "
+                "MEGATRON_LASER_PROXY_KEY to a key that clients must send, or listen on 127.0.0.1"
+            )
+        if not 1 <= self.k <= self.max_k:
+            raise TestTimeError(f"--k {self.k}: expected 1 to --max-k {self.max_k}")
+        if not 0 <= self.port < 65536:
+            raise TestTimeError(f"--port {self.port}: expected 0 to 65535")
+        if self.max_new_tokens < 1:
+            raise TestTimeError(f"--max-new-tokens {self.max_new_tokens}: expected 1 or more")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0: a free one. Raises TestTimeError when it cannot be had."""
+    host = host.strip("[]")  # as in an address
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise TestTimeError(
+            f"cannot listen on --host {host} --port {port}: {error.strerror or error}"
+        ) from None
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -22,7 +22,7 @@ from megatron_laser.distributed.transport import save_arrays
 from megatron_laser.errors import DataError, UserError
 from megatron_laser.files import replace_folder
 from megatron_laser.trainer.checkpoint.folder import checkpoint_root, published
-from megatron_laser.trainer.update import Update
+from megatron_laser.trainer.forward_backward import OptimizerStep
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class BadSteps:
         self._score_token_id = score_token_id
         self._in_a_row = 0
 
-    def note(self, flat: FlatBatch, step: int, updates: Sequence[Update]) -> None:
+    def note(self, flat: FlatBatch, step: int, updates: Sequence[OptimizerStep]) -> None:
         """Take in one step. Rank 0 dumps its batch to output_dir/bad_steps/step_N when an update was skipped.
 
         Raises:
@@ -83,7 +83,7 @@ class BadSteps:
             "optimizer.lr or laser.alpha, or look at its rewards and log-probs"
         )
 
-    def _meta(self, flat: FlatBatch, step: int, bad: list[Update], updates: int) -> dict[str, Any]:
+    def _meta(self, flat: FlatBatch, step: int, bad: list[OptimizerStep], updates: int) -> dict[str, Any]:
         first = bad[0]
         where = f"epoch {first.epoch}, minibatch {first.minibatch}"
         reason = f"{', '.join(first.bad)} not finite ({where}; gradient norm {first.grad_norm:g})"

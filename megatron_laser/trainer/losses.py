@@ -6,14 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_laser.algorithms.importance import importance_outside
 from megatron_laser.algorithms.kl import kl_penalty, mismatch
-from megatron_laser.algorithms.policy_loss import importance_weights, policy_loss
+from megatron_laser.algorithms.policy_loss import importance_outside, importance_weights, policy_loss
 from megatron_laser.algorithms.self_reward import self_reward_loss, self_reward_scores
 from megatron_laser.config.schema.root import RunConfig
-from megatron_laser.trainer.micro_batch import MicroBatch
-from megatron_laser.trainer.reduce import ROWS_KEY
-from megatron_laser.trainer.step_data import MiniBatch
+from megatron_laser.trainer.step_data import MicroBatch, MiniBatch
+from megatron_laser.trainer.step_metrics import ROWS_KEY
 
 
 @dataclass(frozen=True)

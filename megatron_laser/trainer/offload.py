@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_laser.model import platform
+from megatron_laser.trainer.optimizer_state import torch_optimizers
 from megatron_laser.trainer.policy import Chunks, Policy
 
 
@@ -137,7 +136,7 @@ class StateOffload:
                 for buffer in (*module.buffers, *module.expert_parallel_buffers):  # type: ignore[misc]
                     yield buffer.grad_data
         else:
-            for optimizer in _torch_optimizers(self._policy.optimizer):
+            for optimizer in torch_optimizers(self._policy.optimizer):
                 for group in optimizer.param_groups:
                     yield from group["params"]
                 for state in optimizer.state.values():
@@ -147,13 +146,6 @@ class StateOffload:
 def _parameters(chunks: Chunks) -> Iterator[torch.Tensor]:
     for model in chunks.models:
         yield from model.parameters()
-
-
-def _torch_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
-    inner = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    for one in inner:
-        if not getattr(one, "is_stub_optimizer", False):
-            yield one.optimizer
 
 
 def host_pieces(nbytes: int) -> list[int]:

@@ -62,6 +62,12 @@ class Policy:
     scheduler: OptimizerParamScheduler
     exporter: WeightExporter
 
+    def complete_weights(self) -> None:
+        """Gather the weights of the last update where the next forward would (`overlap_param_gather`). A collective."""
+        for module in self.chunks.wrapped:
+            if module.ddp_config.overlap_param_gather:  # else they are there
+                module.start_param_sync(force_sync=True)
+
     def learning_rate(self) -> float:
         """Learning rate of the last optimizer step."""
         return float(self.optimizer.param_groups[0]["lr"])

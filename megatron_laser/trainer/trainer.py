@@ -25,12 +25,11 @@ from megatron_laser.errors import UserError
 from megatron_laser.model import platform
 from megatron_laser.observability.timers import Timers
 from megatron_laser.trainer.bad_steps import BadSteps
-from megatron_laser.trainer.forward import run_forward
+from megatron_laser.trainer.forward_backward import OptimizerStep, optimizer_step, run_forward
 from megatron_laser.trainer.losses import SampleTensors, TrainLoss
 from megatron_laser.trainer.policy import Policy, build_policy, build_reference
-from megatron_laser.trainer.reduce import means, ratio, reduce_sums
 from megatron_laser.trainer.step_data import StepData, check_token_ids, prepare_step
-from megatron_laser.trainer.update import Update, update
+from megatron_laser.trainer.step_metrics import means, ratio, reduce_sums
 
 
 class MismatchError(UserError, RuntimeError):
@@ -50,7 +49,7 @@ class StepResult:
     zc_logprobs: torch.Tensor
     scores: torch.Tensor
     advantages: torch.Tensor
-    updates: tuple[Update, ...]
+    updates: tuple[OptimizerStep, ...]
 
 
 class Trainer:
@@ -129,9 +128,9 @@ class Trainer:
         )
         with self._timers("train"):
             # A score that is missing or not finite is as bad as a loss: no advantage can be made of it.
-            updates: tuple[Update, ...]
+            updates: tuple[OptimizerStep, ...]
             if mixing and not bool(zc_logprobs[data.scored].isfinite().all()):
-                updates = (Update(0, 0, math.nan, ("zc_logprob",), []),)
+                updates = (OptimizerStep(0, 0, math.nan, ("zc_logprob",), []),)
             else:
                 updates = self._optimize(data, samples, step)
         metrics = self._metrics(updates, step)
@@ -141,9 +140,7 @@ class Trainer:
 
     def weight_stream(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face (name, full tensor) pairs on global rank 0; all ranks must exhaust it together."""
-        if self._config.optimizer.overlap_param_gather:
-            for module in self.policy.chunks.wrapped:
-                module.start_param_sync(force_sync=True)
+        self.policy.complete_weights()
         return self.policy.exporter.stream()
 
     def _old_policy_pass(self, data: StepData, flat: FlatBatch) -> torch.Tensor:
@@ -224,7 +221,7 @@ class Trainer:
         first = self_reward_first_step(self._config)
         return first is not None and step >= first
 
-    def _optimize(self, data: StepData, samples: SampleTensors, step: int) -> tuple[Update, ...]:
+    def _optimize(self, data: StepData, samples: SampleTensors, step: int) -> tuple[OptimizerStep, ...]:
         updates = []
         for epoch in range(self._config.policy.epochs):
             for index, minibatch in enumerate(data.minibatches):
@@ -236,7 +233,7 @@ class Trainer:
                     fresh=self._config.policy.old_logprobs == "recompute" or (epoch, index) == (0, 0),
                 )
                 updates.append(
-                    update(
+                    optimizer_step(
                         self.policy,
                         minibatch.micro_batches,
                         loss,
@@ -264,7 +261,7 @@ class Trainer:
                 "and uses rollout.temperature and the same precision; or raise the limit, or null"
             )
 
-    def _metrics(self, updates: tuple[Update, ...], step: int) -> dict[str, float]:
+    def _metrics(self, updates: tuple[OptimizerStep, ...], step: int) -> dict[str, float]:
         """Means over the optimizer steps that were taken, or over their tokens (see `reduce`); NaN without any.
 
         `self_reward_loss` is there where it is part of the loss; before, the same number is `self_reward_error`.

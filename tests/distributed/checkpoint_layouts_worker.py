@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 
 from megatron_laser.config import load_config
 from megatron_laser.distributed import runtime as runtimes
-from megatron_laser.trainer.checkpoint import optimizer_state
+from megatron_laser.trainer import optimizer_state
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
 from megatron_laser.trainer.trainer import Trainer
 

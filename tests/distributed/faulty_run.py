@@ -12,7 +12,7 @@ import sys
 import time
 
 from megatron_laser.cli import app
-from megatron_laser.trainer.checkpoint import sharded
+from megatron_laser.trainer.checkpoint import torch_dist
 from megatron_laser.trainer.trainer import Trainer
 
 
@@ -53,14 +53,14 @@ def main():
     Trainer.train_step = faulty
     if fault == "die in save":
         Trainer.train_step = train_step
-        write = sharded.save_state
+        write = torch_dist.write_sharded
 
         def dying(entries, folder, group):
             write(entries, folder, group)
             if folder.name == f"step_{int(step):08d}.partial" and os.environ.get("RANK", "0") == rank:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        sharded.save_state = dying
+        torch_dist.write_sharded = dying
     app(["train", *command])
 
 

@@ -24,9 +24,9 @@ from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.model.hf_config import read_hf_config
 from megatron_laser.model.hf_folder import HfFolder, write_hf_folder
 from megatron_laser.model.weights import WeightExporter
-from megatron_laser.trainer.forward import run_forward
-from megatron_laser.trainer.micro_batch import make_micro_batch
+from megatron_laser.trainer.forward_backward import run_forward
 from megatron_laser.trainer.policy import build_chunks
+from megatron_laser.trainer.step_data import make_micro_batch
 
 # Shards of 16 rows: 250 + 6 padded rows at one or two ranks. 256 rows at two ranks: rank 1 has nothing but padding.
 LAYOUTS = {

@@ -16,8 +16,8 @@ from megatron_laser.ops import (
     configure,
     few_row_logprob,
     linear_logprob,
+    torch_backend,
 )
-from megatron_laser.ops import reference as torch_reference
 
 ROWS, HIDDEN, COLUMNS = 22, 12, 40
 
@@ -40,7 +40,7 @@ def run(hidden, weight, labels, inv_temperature, factors, main_grad=False, **set
     if main_grad:
         weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight), False
         add_weight_gradient_to_main_grad(weight)
-    op = torch_reference.linear_logprob if "tile_bytes" in settings else linear_logprob
+    op = torch_backend.linear_logprob if "tile_bytes" in settings else linear_logprob
     result = op(hidden, weight, labels, inv_temperature=inv_temperature, with_entropy=True, **settings)
     ((result.logprobs * factors[0]).sum() + (result.entropy * factors[1]).sum()).backward()
     grad_weight = weight.main_grad if main_grad else weight.grad

@@ -20,7 +20,7 @@ from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.distributed import communicators
 from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.distributed.transport import broadcast_arrays
-from megatron_laser.trainer.reduce import reduce_sums
+from megatron_laser.trainer.step_metrics import reduce_sums
 from megatron_laser.trainer.trainer import Trainer
 from megatron_laser.weight_sync import sync_weights
 

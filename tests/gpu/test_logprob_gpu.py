@@ -12,7 +12,7 @@ pytestmark = [
 ]
 
 if torch.cuda.is_available():
-    from megatron_laser.ops import gpu_backend as triton_backend
+    from megatron_laser.ops import gpu_backend
     from megatron_laser.ops.cuda import few_rows as cuda_few_rows
     from megatron_laser.ops.device import capability
     from megatron_laser.ops.triton.engine import ChunkedEngine
@@ -63,7 +63,7 @@ def test_bf16_against_float64(name, shape, with_entropy):
         lambda x, w: reference(x, w, labels, **settings)[: 1 + with_entropy], hidden.double(), weight.double()
     )
     actual = gradients(
-        lambda x, w: triton_backend.linear_logprob(
+        lambda x, w: gpu_backend.linear_logprob(
             x, w, labels, with_entropy=with_entropy, engine=ENGINES[name](), **settings
         ),
         hidden,
@@ -83,9 +83,9 @@ def test_the_mean_error_is_that_of_torchs_own_product(name):
     hidden, weight, labels = problem(512, 5120, 20011)
     labelled = labels >= 0
     if name in ENGINES:
-        actual = triton_backend.linear_logprob(hidden, weight, labels, engine=ENGINES[name]()).logprobs
+        actual = gpu_backend.linear_logprob(hidden, weight, labels, engine=ENGINES[name]()).logprobs
     else:
-        actual = triton_backend.few_row_logprob(hidden, weight, labels, engine=FEW_ROWS[name]())
+        actual = gpu_backend.few_row_logprob(hidden, weight, labels, engine=FEW_ROWS[name]())
     exact = reference(hidden, weight, labels)[0]
     product = torch.mm(hidden, weight.T, out_dtype=torch.float32).double()
     vendor = torch.log_softmax(product, 1).gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -99,9 +99,7 @@ def test_twice_the_same_bits(name):
     hidden, weight, labels = problem(1025, 1536, 20011)
     runs = [
         gradients(
-            lambda x, w: triton_backend.linear_logprob(
-                x, w, labels, with_entropy=True, engine=ENGINES[name]()
-            ),
+            lambda x, w: gpu_backend.linear_logprob(x, w, labels, with_entropy=True, engine=ENGINES[name]()),
             hidden,
             weight,
         )
@@ -118,7 +116,7 @@ def test_twice_the_same_bits(name):
 def test_few_rows_against_float64(name, rows, columns):
     hidden, weight, labels = problem(rows, 1536, columns)
     actual = [
-        triton_backend.few_row_logprob(
+        gpu_backend.few_row_logprob(
             hidden, weight, labels.clamp(max=columns - 4), vocab_size=columns - 3, engine=FEW_ROWS[name]()
         )
         for _ in range(2)
@@ -139,7 +137,7 @@ def test_the_cuda_kernel_against_float64(rows, hidden_size, columns):
     labels.clamp_(max=columns - 4)
     engine = cuda_few_rows.CudaFewRowEngine()
     actual = [
-        triton_backend.few_row_logprob(hidden, weight, labels, vocab_size=columns - 3, engine=engine)
+        gpu_backend.few_row_logprob(hidden, weight, labels, vocab_size=columns - 3, engine=engine)
         for _ in range(2)
     ]
     expected = reference(hidden, weight, labels, vocab_size=columns - 3)[0]
@@ -164,7 +162,7 @@ def test_peak_memory_is_that_of_the_tiles(name):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        logprobs = triton_backend.linear_logprob(hidden, weight, labels, engine=ENGINES[name]()).logprobs
+        logprobs = gpu_backend.linear_logprob(hidden, weight, labels, engine=ENGINES[name]()).logprobs
         if backward:
             logprobs.sum().backward()
         torch.cuda.synchronize()
@@ -176,7 +174,7 @@ def test_kept_probabilities_cost_at_most_their_rounding():
     hidden, weight, labels = problem(300, 896, 5001)
 
     def op(x, w):
-        return triton_backend.linear_logprob(x, w, labels, with_entropy=True, engine=ChunkedEngine())
+        return gpu_backend.linear_logprob(x, w, labels, with_entropy=True, engine=ChunkedEngine())
 
     exact = gradients(op, hidden, weight)
     configure(keep_logits_bytes=2**30)

@@ -25,9 +25,9 @@ from megatron_laser.model.weights import WeightExporter
 from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.client.identify import Expected
 from megatron_laser.rollout.endpoints import ServerEndpoint
-from megatron_laser.trainer.forward import run_forward
-from megatron_laser.trainer.micro_batch import make_micro_batch
+from megatron_laser.trainer.forward_backward import run_forward
 from megatron_laser.trainer.policy import build_chunks
+from megatron_laser.trainer.step_data import make_micro_batch
 from megatron_laser.types import Group, Prompt, RolloutBatch, Sample, SamplingParams
 from megatron_laser.weight_sync import sync_weights
 from megatron_laser.weight_sync.disk import DiskTransport

@@ -6,9 +6,9 @@ from contextlib import nullcontext
 import pytest
 
 from megatron_laser.config.addresses import host_and_port, http_url
-from megatron_laser.evaluation.engine import EngineChoice
+from megatron_laser.evaluation.engine_choice import EngineChoice
 from megatron_laser.testtime import proxy as serving
-from megatron_laser.testtime.proxy_settings import ProxySettings
+from megatron_laser.testtime.proxy import ProxySettings
 from megatron_laser.weight_sync.group import reachable_address
 
 

@@ -7,7 +7,7 @@ import yaml
 from helpers.source_tree import ROOT
 
 from megatron_laser.config import ConfigError
-from megatron_laser.evaluation.benchmarks import load_benchmarks
+from megatron_laser.evaluation.benchmarks.settings import load_benchmarks
 
 EXAMPLE = ROOT / "examples" / "benchmarks.yaml"
 # samples and lengths of the paper (arXiv 2510.14943)

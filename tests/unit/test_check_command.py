@@ -15,9 +15,8 @@ from megatron_laser.config import ConfigError, load_config
 from megatron_laser.errors import Finding, UserError
 from megatron_laser.run import inputs
 from megatron_laser.run.output_folder import claim_output_folder
-from megatron_laser.run.preflight import CheckFailed, Ledger, look
-from megatron_laser.run.preflight.ledger import Skipped
-from megatron_laser.run.preflight.view import lines, summary
+from megatron_laser.run.preflight import CheckFailed, FindingLog, run_preflight
+from megatron_laser.run.preflight.finding_log import Skipped, lines, summary
 
 WORDS = ["<unk>", "<eos>", "what", "is", "1", "2", "+", "<|score|>"]
 
@@ -109,16 +108,16 @@ def test_a_configuration_that_cannot_be_read_is_one_message(run):
 
 def test_a_start_logs_warnings_alone_and_reads_everything_once(run, monkeypatch, caplog):
     reads = []
-    real = inputs.look
+    real = inputs.run_preflight
 
-    def watched(config, ledger, **options):
-        from megatron_laser.run.preflight import data_inputs
+    def watched(config, log, **options):
+        from megatron_laser.run.preflight import data
 
-        read = data_inputs.read_rows
-        monkeypatch.setattr(data_inputs, "read_rows", lambda *a, **k: reads.append(a) or read(*a, **k))
-        return real(config, ledger, **options)
+        read = data.read_rows
+        monkeypatch.setattr(data, "read_rows", lambda *a, **k: reads.append(a) or read(*a, **k))
+        return real(config, log, **options)
 
-    monkeypatch.setattr(inputs, "look", watched)
+    monkeypatch.setattr(inputs, "run_preflight", watched)
     with caplog.at_level(logging.INFO):
         found = inputs.read_inputs(load_config(run, ["data.max_prompt_tokens=3"]))
     found.folder.release()
@@ -137,38 +136,38 @@ def test_a_start_ends_at_an_error_before_the_output_folder_is_made(run, tmp_path
 def test_progress_is_told_batch_by_batch(run, monkeypatch):
     monkeypatch.setattr("megatron_laser.data.prompts._BATCH", 1)
     told = []
-    look(load_config(run), Ledger(), lambda *now: told.append(now))
+    run_preflight(load_config(run), FindingLog(), lambda *now: told.append(now))
     assert told == [("train", 1, 2), ("train", 2, 2)]
 
 
-def test_a_ledger_that_does_not_stop_turns_what_a_user_can_mend_into_findings():
-    ledger = Ledger(stop_at_errors=False)
-    with ledger.topic("Group", "one"):
+def test_a_log_that_does_not_stop_turns_what_a_user_can_mend_into_findings():
+    log = FindingLog(stop_at_errors=False)
+    with log.topic("Group", "one"):
         raise ConfigError(["a: wrong", "b: wrong"], "file.yaml")
-    with ledger.topic("Group", "two"):
+    with log.topic("Group", "two"):
         raise PermissionError(13, "Permission denied", "/secret")
-    with ledger.topic("Group", "three"):
+    with log.topic("Group", "three"):
         raise Skipped("the tokenizer")
-    texts = [(one.topic, one.level, one.text) for one in ledger.findings]
+    texts = [(one.topic, one.level, one.text) for one in log.findings]
     assert texts == [
         ("one", "error", "file.yaml; a: wrong; b: wrong"),
         ("two", "error", "/secret: Permission denied"),
         ("three", "note", "not looked at: it needs the tokenizer"),
     ]
-    with pytest.raises(KeyError), ledger.topic("Group", "a crash stays one"):
+    with pytest.raises(KeyError), log.topic("Group", "a crash stays one"):
         raise KeyError("x")
 
 
 def test_long_texts_are_wrapped_and_no_word_is_cut():
-    ledger = Ledger(stop_at_errors=False)
+    log = FindingLog(stop_at_errors=False)
     path = "/a/very/long/path/" + "x" * 60
     finding = Finding("topic", "error", f"{'word ' * 20}{path}", (f"{path}: here",), "do this\nand that")
-    ledger.add("Group", [finding])
-    shown = [unstyle(line) for line in lines(ledger, [], 70)]
+    log.add("Group", [finding])
+    shown = [unstyle(line) for line in lines(log, [], 70)]
     assert sum(path in line for line in shown) == 2
     assert all(len(line) <= 70 or path in line for line in shown[:-1])
     assert "-> do this and that" in "\n".join(shown)
-    assert shown[-1] == summary(ledger) == "1 error, 0 warnings: the run would not start"
+    assert shown[-1] == summary(log) == "1 error, 0 warnings: the run would not start"
 
 
 def said(done, topic):

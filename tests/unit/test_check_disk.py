@@ -9,8 +9,7 @@ from helpers.models import save_tiny_model
 from helpers.runs import run_config
 
 from megatron_laser.config import count_parameters, read_architecture
-from megatron_laser.run.preflight.disk import disk_findings, disk_needs
-from megatron_laser.run.preflight.machine import folder_finding
+from megatron_laser.run.preflight.machine import disk_findings, disk_needs, folder_finding
 
 Usage = namedtuple("Usage", "total used free")
 

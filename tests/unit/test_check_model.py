@@ -7,12 +7,12 @@ from helpers.models import save_tiny_model, save_word_tokenizer
 from helpers.runs import run_config
 
 from megatron_laser.config import ConfigError
-from megatron_laser.config.model_folder.score_token import ScoreToken, named_eos_ids, read_stop_token_ids
+from megatron_laser.config.model_folder.special_tokens import ScoreToken, named_eos_ids, read_stop_token_ids
 from megatron_laser.data import DataError
 from megatron_laser.data.end_of_response import EndSources, TurnEnd, check_end_of_response, end_of_turn
 from megatron_laser.data.tokenizer import load_tokenizer
 from megatron_laser.evaluation.model_folder import load_model_folder
-from megatron_laser.run.preflight.model_inputs import (
+from megatron_laser.run.preflight.model import (
     score_token_finding,
     template_finding,
     vocabulary_finding,

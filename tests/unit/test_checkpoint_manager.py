@@ -14,8 +14,9 @@ from helpers.rollouts import Response, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
 
 from megatron_laser.model import platform
+from megatron_laser.trainer import optimizer_state
 from megatron_laser.trainer.checkpoint import folder as folders
-from megatron_laser.trainer.checkpoint import manager, optimizer_state, sharded
+from megatron_laser.trainer.checkpoint import manager, torch_dist
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
 from megatron_laser.trainer.trainer import Trainer
@@ -147,13 +148,13 @@ def test_a_background_save_writes_the_same_files_while_training_goes_on(start, m
     waiting = folders.digests(run.root / "step_00000002", "")
     background = start("checkpoint.asynchronous=true", "checkpoint.folder=" + str(run.root.parent / "other"))
     background.train(1, 2)
-    go_on, write = threading.Event(), sharded.save_state
+    go_on, write = threading.Event(), torch_dist.write_sharded
 
     def slow(*arguments):
         assert go_on.wait(60)
         write(*arguments)
 
-    monkeypatch.setattr(sharded, "save_state", slow)
+    monkeypatch.setattr(torch_dist, "write_sharded", slow)
     background.checkpoints.save(2, STATE)
     background.train(3)  # not blocked by the save, and not seen by it
     go_on.set()
@@ -217,7 +218,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_valid_and_the_run_alive(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
-        patch.setattr(sharded, "save_state", full)
+        patch.setattr(torch_dist, "write_sharded", full)
         run.train(2)
         assert not run.save(2)
     assert (

@@ -6,7 +6,7 @@ from helpers.fake_sglang import fake_python
 from helpers.models import save_tiny_model
 from helpers.runs import run_config
 
-from megatron_laser.config import ConfigError, check_structure, resolve_plan
+from megatron_laser.config import ConfigError, check_settings, resolve_plan
 from megatron_laser.config.checks.rollout import colocated_layout_problems
 from megatron_laser.rollout.servers.start_checks import (
     different_torch,
@@ -133,5 +133,5 @@ def test_a_plan_without_a_world_size_takes_the_servers_gpus(config, tmp_path):
 )
 def test_settings_that_cannot_share_a_gpu_are_refused(config, rollout, message):
     with pytest.raises(ConfigError) as error:
-        check_structure(config(**rollout))
+        check_settings(config(**rollout))
     assert message in str(error.value)

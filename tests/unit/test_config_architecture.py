@@ -185,7 +185,7 @@ def test_the_dry_run_and_the_trainer_take_the_same_folders_and_read_the_same_in_
         return
     config = hf_config.read_hf_config(tmp_path)  # compares what transformers reads with what we read
     assert hf_config.architecture_of(config) == expected
-    assert len(hf_config.rope_inverse_frequencies(config)) == expected.head_dim // 2
+    assert len(hf_config.rope_inverse_frequencies(expected)) == expected.head_dim // 2
 
 
 def test_what_only_transformers_refuses_is_said_with_the_file(tmp_path):

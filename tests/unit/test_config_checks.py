@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from megatron_laser.config import ConfigError, RunConfig, check_layout, check_structure
-from megatron_laser.config.checks.partition import log_partition_excess, smallest_beta
+from megatron_laser.config import ConfigError, RunConfig, check_layout, check_settings
+from megatron_laser.config.checks.partition_excess import log_partition_excess, smallest_beta
 from megatron_laser.config.model_folder.architecture import Architecture, architecture_from_dict
 
 
@@ -40,7 +40,7 @@ def architecture(**changes: object) -> Architecture:
 
 
 def test_the_papers_recipe_passes():
-    check_structure(config())
+    check_settings(config())
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_the_papers_recipe_passes():
 )
 def test_impossible_combinations_are_refused(sections, parts):
     with pytest.raises(ConfigError) as error:
-        check_structure(config(**sections))
+        check_settings(config(**sections))
     assert len(error.value.problems) == 1
     for part in parts:
         assert part in error.value.problems[0]
@@ -162,12 +162,12 @@ def test_impossible_combinations_are_refused(sections, parts):
     ],
 )
 def test_combinations_that_run_are_accepted(sections):
-    check_structure(config(**sections))
+    check_settings(config(**sections))
 
 
 def test_a_score_that_would_disturb_the_policy_is_refused_with_the_smallest_beta():
     with pytest.raises(ConfigError) as error:
-        check_structure(config(laser={"ref_logprob": -11.0}))
+        check_settings(config(laser={"ref_logprob": -11.0}))
     (problem,) = error.value.problems
     # e^-11 * (e^10 - 1) = 0.367863
     assert "laser.beta 0.1 with laser.ref_logprob -11" in problem
@@ -175,19 +175,19 @@ def test_a_score_that_would_disturb_the_policy_is_refused_with_the_smallest_beta
     # 1 / log(1 + 0.05 e^11) = 0.12491
     assert "laser.beta to 0.125 or more" in problem
     assert "laser.allow_partition_excess: true" in problem
-    check_structure(config(laser={"ref_logprob": -11.0, "beta": 0.125}))
-    check_structure(config(laser={"ref_logprob": -11.0, "allow_partition_excess": True}))
+    check_settings(config(laser={"ref_logprob": -11.0, "beta": 0.125}))
+    check_settings(config(laser={"ref_logprob": -11.0, "allow_partition_excess": True}))
 
 
 def test_the_partition_check_counts_the_target_of_right_responses():
     with pytest.raises(ConfigError, match=r"e\^\(2/beta\)"):
-        check_structure(config(laser={"ref_logprob": -18.0, "targets": [2.0, 0.0]}))
-    check_structure(config(laser={"ref_logprob": -18.0}))
+        check_settings(config(laser={"ref_logprob": -18.0, "targets": [2.0, 0.0]}))
+    check_settings(config(laser={"ref_logprob": -18.0}))
 
 
 def test_the_partition_check_does_not_overflow():
     with pytest.raises(ConfigError, match=r"= e\^9977\.0, more than"):
-        check_structure(config(laser={"beta": 1e-4}))
+        check_settings(config(laser={"beta": 1e-4}))
 
 
 def test_the_partition_excess_is_the_closed_form():

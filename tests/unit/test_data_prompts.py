@@ -10,7 +10,7 @@ import tokenizers
 import transformers
 from tokenizers import processors
 
-from megatron_laser.data import DataError, Row, build_prompts, look_at_prompts
+from megatron_laser.data import DataError, Row, build_prompts, prompt_findings
 from megatron_laser.testtime.prompts import prompt_token_ids
 from megatron_laser.types import Prompt
 
@@ -133,7 +133,7 @@ def test_lengths_are_looked_at_with_counts_and_places(tokenizer: Any) -> None:
     rows = [row(0, "1"), row(1, "<bos> 1 + 2"), *(row(number, "1 + 1 + 1 + 1") for number in range(2, 6))]
     _, report = build(rows, tokenizer, apply_chat_template=False, max_prompt_tokens=5)
     assert report.lengths == (3, 5, 9, 9, 9, 9)
-    lengths, bos = look_at_prompts(report, name="data.validation")
+    lengths, bos = prompt_findings(report, name="data.validation")
     assert (lengths.topic, lengths.level) == ("prompt lengths", "warning")
     assert lengths.text == (
         "data.validation: 6 prompts of 3 to 9 tokens (half have at most 9, 90 % 9, 99 % 9); 4 (66.7%) are over "
@@ -142,7 +142,7 @@ def test_lengths_are_looked_at_with_counts_and_places(tokenizer: Any) -> None:
     assert lengths.examples == tuple(f"train.jsonl:{line}: 9 tokens" for line in (3, 4, 5))
     assert (bos.level, bos.examples) == ("warning", ("train.jsonl:2",))
     _, fine = build(rows, tokenizer, apply_chat_template=False, max_prompt_tokens=9)
-    assert [finding.level for finding in look_at_prompts(fine)] == ["ok", "warning"]
+    assert [finding.level for finding in prompt_findings(fine)] == ["ok", "warning"]
 
 
 def test_a_suffix_that_is_no_text_is_named(tokenizer: Any) -> None:

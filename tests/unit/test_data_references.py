@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_laser.data import DataError, Row, look_at_references, read_rows
-from megatron_laser.data.looks import heed
+from megatron_laser.data import DataError, Row, read_rows, reference_findings
+from megatron_laser.data.findings import log_warnings
 from megatron_laser.data.references import (
     BOX,
     EXPONENT,
@@ -173,23 +173,23 @@ def rows(*answers: str) -> list[Row]:
 
 
 def test_references_are_looked_at_with_counts_and_places() -> None:
-    (fine,) = look_at_references(rows("1", "-2.5"))
+    (fine,) = reference_findings(rows("1", "-2.5"))
     assert (fine.topic, fine.level) == ("references", "ok")
-    taken, some = look_at_references(rows("1", "so\n#### 2", "3", PROSE))
+    taken, some = reference_findings(rows("1", "so\n#### 2", "3", PROSE))
     assert taken.level == "note" and taken.examples == ("a.jsonl:2: '2'",)
     assert taken.text == f"data.train: 1 of 4 references were taken out of {HASHES} (1)"
     assert some.level == "warning" and some.examples == (f"a.jsonl:4: {PROSE!r}",)
     assert some.text == "data.train: no response can equal 1 of 4 references: prose (1)"
-    (most,) = look_at_references(rows(PROSE, "x\ny", "5"), name="data.test")
+    (most,) = reference_findings(rows(PROSE, "x\ny", "5"), name="data.test")
     assert most.level == "error" and "data.test: no response can equal 2 of 3" in most.text
     with pytest.raises(
         DataError, match=r"equal 2 of 3 references: prose \(1\), several lines \(1\) \(a\.jsonl:1"
     ):
-        heed([fine, most])
+        log_warnings([fine, most])
 
 
 def test_the_grader_is_asked_about_what_is_no_number() -> None:
     """A process of its own, and not asked where all is plain."""
-    (finding,) = look_at_references(rows("7", r"\frac{1}{2}", "@@", "§§"))
+    (finding,) = reference_findings(rows("7", r"\frac{1}{2}", "@@", "§§"))
     assert finding.level == "warning" and finding.examples == ("a.jsonl:3: '@@'", "a.jsonl:4: '§§'")
     assert "2 of 3 references that were tried are no mathematics to the grader" in finding.text

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from megatron_laser.cli import app
 from megatron_laser.data import DataError
-from megatron_laser.evaluation.benchmark_run import evaluate_benchmarks
-from megatron_laser.evaluation.benchmarks import load_benchmarks
-from megatron_laser.evaluation.progress import Progress, duration
+from megatron_laser.evaluation.benchmarks.progress import Progress, duration
+from megatron_laser.evaluation.benchmarks.run import evaluate_benchmarks
+from megatron_laser.evaluation.benchmarks.settings import load_benchmarks
 from megatron_laser.testtime import EngineChoice, TestTimeError, load_model_folder
 
 OVERRIDES = ["problems.samples=8", "problems.max_new_tokens=12", "problems.prompt_suffix=''"]

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_laser.algorithms.voting import majority_vote
 from megatron_laser.evaluation import EvaluationRecord, evaluation_detail
-from megatron_laser.evaluation.detail import accuracy_by_length, reliability_bins
+from megatron_laser.evaluation.summary import accuracy_by_length, reliability_bins
 
 
 def record(row, sample, **changes):

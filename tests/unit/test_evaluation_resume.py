@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_laser.evaluation import evaluate, read_records
-from megatron_laser.evaluation.arrivals import Arrival, ArrivalFile
-from megatron_laser.evaluation.sampler import stream_seed
+from megatron_laser.evaluation.responses import ResponseFile, SavedResponse, stream_seed
 from megatron_laser.rewards import GradingPool
 from megatron_laser.types import Generation, Prompt, SamplingParams
 
@@ -149,7 +148,7 @@ def test_a_full_disk_ends_the_evaluation_with_its_own_error(grading, tmp_path, m
     def full(self, arrival):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ArrivalFile, "add", full)
+    monkeypatch.setattr(ResponseFile, "add", full)
     with pytest.raises(OSError, match="No space left"):
         run(SeededEngine(), grading, tmp_path)
 
@@ -158,18 +157,18 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     file = tmp_path / "responses.jsonl"
     file.write_text('{"row": 1}\n{}\n')
     with pytest.raises(ValueError, match="line 1 is not a saved response"):
-        ArrivalFile(file)
+        ResponseFile(file)
 
 
 def test_the_first_arrival_of_a_place_stays(tmp_path):
-    first = Arrival.of(0, 0, Generation([5, EOS], [-0.5, -0.25], "stop", 1, zc_logprob=-3.0))
-    with ArrivalFile(tmp_path / "responses.jsonl") as arrivals:
+    first = SavedResponse.of(0, 0, Generation([5, EOS], [-0.5, -0.25], "stop", 1, zc_logprob=-3.0))
+    with ResponseFile(tmp_path / "responses.jsonl") as arrivals:
         assert arrivals.add(first)
         assert not arrivals.add(replace(first, response_ids=[9, EOS]))
         assert arrivals.missing(0, 3) == [1, 2]
     line = json.loads((tmp_path / "responses.jsonl").read_text())
     assert (line["response_ids"], line["mean_logprob"], line["zc_logprob"]) == ([5, EOS], -0.375, -3.0)
-    with ArrivalFile(tmp_path / "responses.jsonl") as again:
+    with ResponseFile(tmp_path / "responses.jsonl") as again:
         assert again.take(0, 1) == [first]
         with pytest.raises(KeyError):
             again.take(0, 1)

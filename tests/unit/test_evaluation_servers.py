@@ -12,9 +12,9 @@ from helpers.tiny_run import write_tiny_run
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
-from megatron_laser.evaluation.benchmark_run import evaluate_benchmarks
-from megatron_laser.evaluation.benchmarks import load_benchmarks
-from megatron_laser.evaluation.held_weights import HeldWeights
+from megatron_laser.evaluation.benchmarks.run import evaluate_benchmarks
+from megatron_laser.evaluation.benchmarks.settings import load_benchmarks
+from megatron_laser.evaluation.pinned_weights import PinnedWeights
 from megatron_laser.evaluation.weight_identity import WeightsChanged
 from megatron_laser.report import benchmark_report
 from megatron_laser.rollout.client.errors import ServerGone, ServerMismatch
@@ -96,7 +96,7 @@ def test_a_server_that_is_gone_has_not_changed_its_weights(server, folder):
     other.weights = server.weights
     choice = EngineChoice(urls=(server.url, other.url), wait=20.0)
     try:
-        with HeldWeights(choice, model_of(folder), deadline=30.0) as weights:
+        with PinnedWeights(choice, model_of(folder), deadline=30.0) as weights:
             first, second = weights.engine().fleet.members
             second.health = replace(second.health, state=State.DEAD, version=None)
             assert not weights.seem_changed()
@@ -175,7 +175,7 @@ def test_a_port_at_which_nobody_listens_is_said_at_once_and_given_up_soon(folder
         choice = EngineChoice(urls=(url,), wait=1.5)
         started = time.monotonic()
         with pytest.raises(TestTimeError, match=r"0 of 1 servers answered within 1\.5 s.*--wait") as found:
-            HeldWeights(choice, model_of(folder), deadline=86400.0).__enter__()
+            PinnedWeights(choice, model_of(folder), deadline=86400.0).__enter__()
         assert time.monotonic() - started < 10.0
     assert url in str(found.value) and "is the server up?" in str(found.value)
     (said,) = [record for record in caplog.records if "waiting up to" in record.message]

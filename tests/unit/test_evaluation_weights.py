@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from megatron_laser.cli import app
 from megatron_laser.config import load_config
-from megatron_laser.evaluation.arrivals import ArrivalFile
-from megatron_laser.evaluation.benchmark_run import evaluate_benchmarks
-from megatron_laser.evaluation.benchmarks import load_benchmarks
+from megatron_laser.evaluation.benchmarks.run import evaluate_benchmarks
+from megatron_laser.evaluation.benchmarks.settings import load_benchmarks
+from megatron_laser.evaluation.responses import ResponseFile
 from megatron_laser.evaluation.weight_identity import FolderWeights, WeightsChanged
 from megatron_laser.loop import train
 from megatron_laser.report import benchmark_report
@@ -147,7 +147,7 @@ def test_weights_that_change_under_an_evaluation(folder, model_copy, tmp_path, m
     shutil.copytree(model_copy, tmp_path / "other")
     save_other_weights(folder, tmp_path / "other", seed=1)
     expected = evaluate(folder, model_copy, tmp_path / "undisturbed")[1]
-    add = ArrivalFile.add
+    add = ResponseFile.add
 
     def changing(self, arrival):
         other = tmp_path / "other" / "model.safetensors"
@@ -155,7 +155,7 @@ def test_weights_that_change_under_an_evaluation(folder, model_copy, tmp_path, m
             (in_place if way == "copied over" else os.replace)(other, model_copy / "model.safetensors")
         return add(self, arrival)
 
-    monkeypatch.setattr(ArrivalFile, "add", changing)
+    monkeypatch.setattr(ResponseFile, "add", changing)
     output = tmp_path / "eval"
     if way == "replaced":
         assert evaluate(folder, model_copy, output)[1] == expected

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from megatron_laser.cli import app
 from megatron_laser.config import RunConfig, load_config, resolve_plan
-from megatron_laser.config.plan.rollout import rollout_features
+from megatron_laser.config.plan.features import rollout_features
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ROOT = EXAMPLES.parent

@@ -12,10 +12,10 @@ import pytest
 from helpers.torchrun import worker_environment
 
 from megatron_laser.model.hf_folder import write_hf_folder
-from megatron_laser.observability import sinks
-from megatron_laser.observability.extras import Extra, Output
-from megatron_laser.observability.live import LiveView
-from megatron_laser.observability.sinks import MetricsLogger, _quiet_writer_threads
+from megatron_laser.observability import metrics_logger as sinks
+from megatron_laser.observability.best_effort import BestEffort, SafeOutput
+from megatron_laser.observability.live_view import LiveView
+from megatron_laser.observability.metrics_logger import MetricsLogger, _quiet_writer_threads
 from megatron_laser.weight_sync import sync_weights
 
 
@@ -86,7 +86,7 @@ def test_a_tensorboard_that_cannot_be_opened_is_no_end_either(tmp_path, caplog):
 
 
 def test_an_extra_that_fails_is_told_once_but_another_kind_of_error_is_not_hidden(caplog):
-    extra, calls = Extra("the dump"), []
+    extra, calls = BestEffort("the dump"), []
 
     def full():
         calls.append(1)
@@ -96,7 +96,7 @@ def test_an_extra_that_fails_is_told_once_but_another_kind_of_error_is_not_hidde
         extra(full)
     assert len(calls) == len(caplog.records) == 1
     with pytest.raises(ZeroDivisionError):
-        Extra("the dump")(lambda: 1 / 0)
+        BestEffort("the dump")(lambda: 1 / 0)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_view_goes_on_in_silence_when_standard_output_is_closed(closed_pipe, m
 
 def test_a_stream_that_this_process_has_closed_is_no_end(tmp_path, caplog):
     with (tmp_path / "out").open("w") as stream:
-        output = Output(stream)
+        output = SafeOutput(stream)
     assert output.write("line\n") == 5
     output.flush()
     assert len(caplog.records) == 1
@@ -131,7 +131,9 @@ def test_a_stream_that_this_process_has_closed_is_no_end(tmp_path, caplog):
 @pytest.mark.parametrize("target", ["closed pipe", "/dev/full"])
 def test_a_process_ends_well_although_nobody_reads_what_it_says(target):
     """Python flushes standard output once more at the end, and fails if that does."""
-    script = "from megatron_laser.observability.extras import say\nsay('one')\nprint('two')"
+    script = (
+        "from megatron_laser.observability.best_effort import print_line\nprint_line('one')\nprint('two')"
+    )
     reading, writing = os.pipe()
     os.close(reading)
     if target != "closed pipe":
@@ -151,8 +153,8 @@ def test_a_process_ends_well_although_nobody_reads_what_it_says(target):
 
 def test_a_process_without_standard_streams_gets_empty_ones(tmp_path):
     script = (
-        "import sys; from megatron_laser.observability.extras import open_standard_streams, say\n"
-        "open_standard_streams(); file = open(sys.argv[1], 'w'); say('one'); print('two', file=sys.stderr)\n"
+        "import sys; from megatron_laser.observability.best_effort import open_standard_streams, print_line\n"
+        "open_standard_streams(); file = open(sys.argv[1], 'w'); print_line('one'); print('two', file=sys.stderr)\n"
         "import subprocess; child = subprocess.run(['sh', '-c', 'echo one; echo two >&2'])\n"
         "file.write(str(file.fileno() > 2 and child.returncode == 0))"
     )

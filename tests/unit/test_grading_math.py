@@ -113,7 +113,7 @@ def test_grading_works_in_a_thread_and_leaves_the_alarm_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["megatron_laser.rewards", "megatron_laser.rewards.workers.worker", "megatron_laser.data"]
+    "module", ["megatron_laser.rewards", "megatron_laser.rewards.workers.worker_main", "megatron_laser.data"]
 )
 def test_importing_does_not_import_torch_or_math_verify(module: str) -> None:
     code = f"import {module}, sys; print([m for m in ('torch', 'sympy', 'pyarrow') if m in sys.modules])"

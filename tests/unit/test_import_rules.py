@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -55,6 +56,16 @@ FREE_OF_DISTRIBUTED = (
     "rollout",
 )
 FREE_OF_MEGATRON = (*FREE_OF_DISTRIBUTED, "observability")
+
+# What upstream does not promise to keep -> the modules that name it. Each says which versions were read.
+UPSTREAM = {
+    "megatron.core.models": ("model.policy_model", "model.megatron_patches"),
+    "megatron.core.transformer.transformer_block": ("model.policy_model",),
+    "megatron.core.dist_checkpointing": ("trainer.checkpoint.torch_dist",),
+    "torch.distributed.checkpoint": ("trainer.checkpoint.torch_dist",),
+    "megatron.core.optimizer.optimizer": ("trainer.optimizer_state",),
+    "megatron.core.optimizer.distrib_optimizer": ("trainer.optimizer_state",),
+}
 
 
 def test_every_part_has_a_layer() -> None:
@@ -148,6 +159,26 @@ def test_parts_that_run_in_one_process_do_not_import_torch_distributed() -> None
         for line in attribute_lines(tree(modules()[name]), "torch.distributed")
     ]
     assert_none(found, "these parts must not use torch.distributed")
+
+
+@pytest.mark.parametrize("target", UPSTREAM)
+def test_what_upstream_may_change_is_named_in_one_module(target: str) -> None:
+    homes = {f"{PACKAGE}.{name}" for name in UPSTREAM[target]}
+    found = [
+        str(item) for module, item in all_imports() if is_under(item.target, target) and module not in homes
+    ]
+    found += [
+        f"{file.relative_to(ROOT)}:{line} names {target}"
+        for module, file in modules().items()
+        if module not in homes
+        for line in attribute_lines(tree(file), target)
+    ]
+    assert_none(found, f"{target} is used through {', '.join(sorted(homes))} only")
+    for name in homes:
+        assert any(is_under(item.target, target) for item in imports(name))
+        assert re.search(
+            r"[Rr]ead in\s(Megatron-Core )?0\.", ast.get_docstring(tree(modules()[name])) or ""
+        ), f"{name} does not say which versions of {target} were read"
 
 
 def test_sglang_is_never_imported() -> None:

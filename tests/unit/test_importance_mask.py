@@ -10,7 +10,7 @@ from helpers.plain_training import Plain, PlainTrainer
 from helpers.rollouts import Response, rollout_batch
 from helpers.runs import run_config
 
-from megatron_laser.algorithms.importance import importance_outside
+from megatron_laser.algorithms.policy_loss import importance_outside
 from megatron_laser.model import platform
 
 platform.install()

@@ -5,8 +5,14 @@ import torch
 from helpers.logprob import gradients, inputs, reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_laser.ops import IGNORE_LABEL, available_backends, check_labels, few_row_logprob, linear_logprob
-from megatron_laser.ops import reference as torch_reference
+from megatron_laser.ops import (
+    IGNORE_LABEL,
+    available_backends,
+    check_labels,
+    few_row_logprob,
+    linear_logprob,
+    torch_backend,
+)
 from megatron_laser.ops.tiles import tile_shape
 
 
@@ -16,7 +22,7 @@ def assert_matches_reference(hidden, weight, labels, *, atol=1e-5, tile_bytes=No
     if tile_bytes is not None:
 
         def op(*args, **kwargs):
-            return torch_reference.linear_logprob(*args, tile_bytes=tile_bytes, **kwargs)
+            return torch_backend.linear_logprob(*args, tile_bytes=tile_bytes, **kwargs)
 
     exact = {key: value for key, value in settings.items() if key in ("inv_temperature", "vocab_size")}
     for with_entropy in (False, True):
@@ -88,7 +94,7 @@ def test_logits_shifted_by_minus_200(tile_bytes):
     weight = torch.cat([weight, torch.ones(weight.shape[0], 1)], dim=1)
     expected, entropy = reference(hidden, weight, labels)
     kwargs = {} if tile_bytes is None else {"tile_bytes": tile_bytes}
-    actual = torch_reference.linear_logprob(hidden, weight, labels, with_entropy=True, **kwargs)
+    actual = torch_backend.linear_logprob(hidden, weight, labels, with_entropy=True, **kwargs)
     torch.testing.assert_close(actual.logprobs.double(), expected, atol=2e-6, rtol=1e-6)
     torch.testing.assert_close(actual.entropy.double(), entropy, atol=2e-6, rtol=1e-6)
 
@@ -118,7 +124,7 @@ def test_gradcheck_in_float64():
 
         def function(x, w, tile_bytes=tile_bytes):
             return tuple(
-                torch_reference.linear_logprob(
+                torch_backend.linear_logprob(
                     x,
                     w,
                     labels,
@@ -139,7 +145,7 @@ def test_bfloat16_inputs_accumulate_in_float32(tile_bytes):
     kwargs = {} if tile_bytes is None else {"tile_bytes": tile_bytes}
     expected = gradients(lambda x, w: reference(x, w, labels), hidden.double(), weight.double())
     actual = gradients(
-        lambda x, w: torch_reference.linear_logprob(x, w, labels, with_entropy=True, **kwargs),
+        lambda x, w: torch_backend.linear_logprob(x, w, labels, with_entropy=True, **kwargs),
         hidden,
         weight,
     )
@@ -181,7 +187,7 @@ def test_two_calls_are_bitwise_equal():
     hidden, weight, labels = inputs(rows=200, columns=301)
     first, second = (
         gradients(
-            lambda x, w: torch_reference.linear_logprob(x, w, labels, with_entropy=True, tile_bytes=9000),
+            lambda x, w: torch_backend.linear_logprob(x, w, labels, with_entropy=True, tile_bytes=9000),
             hidden,
             weight,
         )
@@ -212,13 +218,11 @@ def test_no_tensor_of_rows_times_vocabulary_exists(dtype):
     assert dense.nbytes >= rows * columns * 4  # the hook sees the tensor that must not exist
     with LargestTensor() as seen:
         gradients(
-            lambda x, w: torch_reference.linear_logprob(
-                x, w, labels, with_entropy=True, tile_bytes=tile_bytes
-            ),
+            lambda x, w: torch_backend.linear_logprob(x, w, labels, with_entropy=True, tile_bytes=tile_bytes),
             hidden,
             weight,
         )
-        torch_reference.few_row_logprob(hidden, weight, labels, tile_bytes=tile_bytes)
+        torch_backend.few_row_logprob(hidden, weight, labels, tile_bytes=tile_bytes)
     assert 0 < seen.nbytes <= tile_bytes < rows * columns * 4
 
 

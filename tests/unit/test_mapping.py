@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.models import FAMILIES, save_tiny_model, tiny_config, tiny_model
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_laser.config import ConfigError, ModelFolderError, padded_vocab_size
 from megatron_laser.config.model_folder.parameters import tensor_shapes
@@ -149,13 +150,33 @@ def test_transformer_engine_names_lead_to_the_same_rules():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rotary_frequencies_are_those_of_transformers(family):
     model = tiny_model(family)
-    got = rope_inverse_frequencies(model.config)
+    got = rope_inverse_frequencies(architecture_of(model.config))
     torch.testing.assert_close(got, model.model.rotary_emb.inv_freq, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "rope_theta": 1e6, "factor": 3},
+        {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0}
+        | {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+        {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4},
+    ],
+    ids=str,
+)
+def test_scaled_rotary_frequencies_are_those_of_transformers(rope):
+    config = tiny_config("llama3-rope", rope_parameters=rope, hidden_size=512, max_position_embeddings=131072)
+    expected, attention = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    got = rope_inverse_frequencies(architecture_of(config))
+    assert attention == 1.0
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def test_llama3_scaling_changes_some_frequencies():
-    plain = rope_inverse_frequencies(tiny_config("llama3-rope", rope_parameters={"rope_theta": 10000.0}))
-    scaled = rope_inverse_frequencies(tiny_config("llama3-rope"))
+    plain = rope_inverse_frequencies(
+        architecture_of(tiny_config("llama3-rope", rope_parameters={"rope_theta": 10000.0}))
+    )
+    scaled = rope_inverse_frequencies(architecture_of(tiny_config("llama3-rope")))
     changed = (plain != scaled).sum().item()
     assert 0 < changed < len(plain)
 
@@ -164,7 +185,7 @@ def test_llama3_scaling_changes_some_frequencies():
 def test_rope_types_that_are_not_covered_are_refused(rope_type):
     rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
     with pytest.raises(ValueError, match=rope_type):
-        rope_inverse_frequencies(tiny_config("llama3-rope", rope_parameters=rope))
+        rope_inverse_frequencies(architecture_of(tiny_config("llama3-rope", rope_parameters=rope)))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from megatron_laser.model import platform
 
 platform.install()
 
-from megatron_laser.trainer.checkpoint import sharded  # noqa: E402
+from megatron_laser.trainer.checkpoint import sharded_state  # noqa: E402
 from megatron_laser.trainer.offload import ALL_PARTS, Part, StateOffload, host_pieces  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 
@@ -97,12 +97,12 @@ def test_training_with_turns_equals_training_without(trainer_of):
 def test_a_checkpoint_needs_weights_and_optimizer_only(trainer_of):
     trainer = trainer_of()
     train(trainer, 1)
-    expected = {name: entry.data.clone() for name, entry in sharded.build_state(trainer.policy).items()}
+    expected = {name: entry.data.clone() for name, entry in sharded_state.build_state(trainer.policy).items()}
     state = StateOffload(trainer.policy)
     state.offload(ALL_PARTS)
     state.onload({Part.PARAMETERS, Part.OPTIMIZER})
     assert state.on_device == {Part.PARAMETERS, Part.OPTIMIZER}
-    found = sharded.build_state(trainer.policy)
+    found = sharded_state.build_state(trainer.policy)
     assert found.keys() == expected.keys()
     for name, entry in found.items():
         assert torch.equal(entry.data, expected[name]), name

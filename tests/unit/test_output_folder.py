@@ -13,7 +13,7 @@ from megatron_laser.run import output_folder
 from megatron_laser.run import output_folder as overwrite
 from megatron_laser.run.output_folder import claim_output_folder, move_aside
 from megatron_laser.trainer.checkpoint import folder as checkpoints
-from megatron_laser.trainer.checkpoint import owner as owners
+from megatron_laser.trainer.checkpoint import ownership
 
 HOLD = """
 import sys, time
@@ -210,7 +210,7 @@ def test_a_write_that_fails_is_said_of_the_folder_that_it_was_for(
     config, tmp_path, monkeypatch, file, setting
 ):
     where = tmp_path / file
-    for module in (output_folder, owners):
+    for module in (output_folder, ownership):
         real = module.write_atomically
 
         def write(path, text, real=real):

@@ -14,7 +14,7 @@ import yaml
 
 from megatron_laser.evaluation import EvaluationRecord, summarize, write_records
 from megatron_laser.files import plain
-from megatron_laser.observability.sinks import MetricsLogger
+from megatron_laser.observability.metrics_logger import MetricsLogger
 from megatron_laser.report.run_report import write_report
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -10,9 +10,9 @@ from helpers.whole_runs import after_recording, checkpoint_digests, run
 
 from megatron_laser.config import ConfigError, load_config
 from megatron_laser.data import DataError
-from megatron_laser.evaluation.arrivals import Arrival, arrivals_path
+from megatron_laser.evaluation.responses import SavedResponse, partial_responses_path
 from megatron_laser.loop import train
-from megatron_laser.observability.sinks import read_metrics
+from megatron_laser.observability.metrics_logger import read_metrics
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.trainer import Trainer
 
@@ -85,7 +85,7 @@ def test_evaluation_moves_nothing_of_training_and_a_resumed_run_evaluates_to_the
 
 def on_arrival(monkeypatch, number, action):
     """Call `action` when the evaluations' response `number`, from 1, comes in."""
-    of, seen = Arrival.of, []
+    of, seen = SavedResponse.of, []
 
     def patched(*arguments):
         seen.append(arguments)
@@ -93,7 +93,7 @@ def on_arrival(monkeypatch, number, action):
             action()
         return of(*arguments)
 
-    monkeypatch.setattr(Arrival, "of", staticmethod(patched))
+    monkeypatch.setattr(SavedResponse, "of", staticmethod(patched))
     return seen
 
 
@@ -131,11 +131,11 @@ def test_a_signal_in_the_final_evaluation_ends_it_at_once_and_the_same_command_g
 
 def test_responses_of_a_stopped_final_evaluation_are_not_those_of_other_weights(tmp_path):
     """Kept under the weights' own digest: a run that comes to the same step with other weights answers anew."""
-    ours = arrivals_path(tmp_path / "test_step_4.jsonl", {"weights": "sha256:1"})
+    ours = partial_responses_path(tmp_path / "test_step_4.jsonl", {"weights": "sha256:1"})
     ours.write_text("")
     (tmp_path / "test_step_14.0.partial").write_text("")
-    assert arrivals_path(tmp_path / "test_step_4.jsonl", {"weights": "sha256:1"}).exists()
-    assert not arrivals_path(tmp_path / "test_step_4.jsonl", {"weights": "sha256:2"}).exists()
+    assert partial_responses_path(tmp_path / "test_step_4.jsonl", {"weights": "sha256:1"}).exists()
+    assert not partial_responses_path(tmp_path / "test_step_4.jsonl", {"weights": "sha256:2"}).exists()
     assert [path.name for path in tmp_path.iterdir()] == ["test_step_14.0.partial"]
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
-from megatron_laser.config import ConfigError, RunConfig, check_structure
+from megatron_laser.config import ConfigError, RunConfig, check_settings
 from megatron_laser.config.checks.rollout import deadline_problems
 from megatron_laser.config.server_options import OWN_OPTIONS
 from megatron_laser.rollout.servers.command import server_command
@@ -58,7 +58,7 @@ CAP = {"importance_cap": 2.0}
     ],
 )
 def test_combinations_that_work_pass(settings):
-    check_structure(config(**settings))
+    check_settings(config(**settings))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_combinations_that_work_pass(settings):
 )
 def test_what_cannot_work_is_refused_with_the_keys_and_what_to_do(settings, parts):
     with pytest.raises(ConfigError) as error:
-        check_structure(config(**settings))
+        check_settings(config(**settings))
     (problem,) = error.value.problems
     for part in parts:
         assert part in problem
@@ -227,17 +227,17 @@ class TestOffPolicyResponses:
     @pytest.mark.parametrize("old", ["recompute", "on_policy"])
     def test_no_correction_is_refused_whatever_the_ratio_is_taken_against(self, reason, old):
         with pytest.raises(ConfigError) as error:
-            check_structure(config(**self.settings(reason), policy={"old_logprobs": old}))
+            check_settings(config(**self.settings(reason), policy={"old_logprobs": old}))
         (problem,) = error.value.problems
         assert problem.startswith(
             f"{reason} trains on responses of older weights; set policy.importance_cap (2.0"
         )
         for corrected in ({"old_logprobs": old} | CAP, {"old_logprobs": "rollout"}):
-            check_structure(config(**self.settings(reason), policy=corrected))
+            check_settings(config(**self.settings(reason), policy=corrected))
 
     def test_scores_come_from_the_trainer(self, reason):
         with pytest.raises(ConfigError) as error:
-            check_structure(config(**self.settings(reason), policy=CAP, laser={"score_source": "server"}))
+            check_settings(config(**self.settings(reason), policy=CAP, laser={"score_source": "server"}))
         (problem,) = error.value.problems
         assert (
             f"{reason} with laser.score_source server" in problem
@@ -246,7 +246,7 @@ class TestOffPolicyResponses:
 
     def test_the_in_process_engine_cannot(self, reason):
         with pytest.raises(ConfigError) as error:
-            check_structure(config(**self.settings(reason, engine="in_process"), policy=CAP))
+            check_settings(config(**self.settings(reason, engine="in_process"), policy=CAP))
         assert list(error.value.problems) == [
             f"{reason} needs rollout.engine: sglang; the in-process engine generates in one piece"
         ]
@@ -254,7 +254,7 @@ class TestOffPolicyResponses:
 
 def test_a_bound_on_age_that_every_response_would_pass_is_refused():
     with pytest.raises(ConfigError) as error:
-        check_structure(config(rollout={"ahead": 1, "oversample": 1.5, "max_staleness": 1}, policy=CAP))
+        check_settings(config(rollout={"ahead": 1, "oversample": 1.5, "max_staleness": 1}, policy=CAP))
     assert list(error.value.problems) == [
         "rollout.max_staleness: 1; rollout.ahead 1 and rollout.oversample 1.5 need 2 or more"
     ]
@@ -262,7 +262,7 @@ def test_a_bound_on_age_that_every_response_would_pass_is_refused():
 
 def test_all_problems_are_told_at_once():
     with pytest.raises(ConfigError) as error:
-        check_structure(
+        check_settings(
             config(
                 rollout={"ahead": 1, "oversample": 2, "max_staleness": 1, "min_servers": 5},
                 sglang={"host": "0.0.0.0", "options": {"port": 1}},

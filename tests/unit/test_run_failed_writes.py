@@ -9,18 +9,18 @@ from helpers.tiny_run import metrics_without_times, write_tiny_run
 from helpers.whole_runs import before_recording, checkpoint_digests, run
 
 from megatron_laser.config import ConfigError, load_config
-from megatron_laser.evaluation import in_training as run_evaluation
+from megatron_laser.evaluation import validation as run_evaluation
 from megatron_laser.loop import train
-from megatron_laser.observability import sinks
-from megatron_laser.observability.sinks import MetricsLogger
+from megatron_laser.observability import metrics_logger as sinks
+from megatron_laser.observability.metrics_logger import MetricsLogger
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.in_process import InProcessEngine
 from megatron_laser.run import export
-from megatron_laser.run import record as run_record
+from megatron_laser.run import recorder as run_record
 from megatron_laser.run.output_folder import claim_output_folder
 from megatron_laser.run.ranks import RunEnded
 from megatron_laser.trainer.checkpoint import folder as folders
-from megatron_laser.trainer.checkpoint import sharded
+from megatron_laser.trainer.checkpoint import torch_dist
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 
 pytestmark = pytest.mark.slow
@@ -37,14 +37,14 @@ def test_a_failed_save_is_survived_but_a_failed_last_save_is_an_error(
     undisturbed, tmp_path, monkeypatch, caplog
 ):
     file, expected = undisturbed
-    write = sharded.save_state
+    write = torch_dist.write_sharded
 
     def full_at(entries, folder, group):
         if folder.name == broken:
             full()
         write(entries, folder, group)
 
-    monkeypatch.setattr(sharded, "save_state", full_at)
+    monkeypatch.setattr(torch_dist, "write_sharded", full_at)
     broken = "step_00000002.partial"
     run(file, tmp_path / "out")
     assert (

@@ -10,7 +10,8 @@ from helpers.runs import SCORE_TOKEN, run_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_laser.model import platform
-from megatron_laser.trainer.checkpoint import optimizer_state, sharded, staging
+from megatron_laser.trainer import optimizer_state
+from megatron_laser.trainer.checkpoint import sharded_state, torch_dist
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
 from megatron_laser.trainer.trainer import Trainer
 
@@ -95,12 +96,12 @@ def gathering(monkeypatch):
 
 def test_a_save_needs_at_most_two_bytes_a_parameter_on_the_device(trainer, monkeypatch):
     parameters = sum(p.numel() for model in trainer.policy.chunks.models for p in model.parameters())
-    alone = sharded.build_state(trainer.policy)
+    alone = sharded_state.build_state(trainer.policy)
     gathering(monkeypatch)
-    seen, empty = Allocations(), staging.host_buffer
-    monkeypatch.setattr(staging, "host_buffer", lambda *a, **k: seen.on_host(empty(*a, **k)))
+    seen, empty = Allocations(), sharded_state.host_buffer
+    monkeypatch.setattr(sharded_state, "host_buffer", lambda *a, **k: seen.on_host(empty(*a, **k)))
     with seen:
-        entries = sharded.build_state(trainer.policy, copy=True)
+        entries = sharded_state.build_state(trainer.policy, copy=True)
     assert 0 < seen.peak["device"] / parameters <= 2.0
     # bf16 weights, three float32 tensors, and the buffers of the parameter at hand
     assert 14.0 <= seen.peak["host"] / parameters <= 16.0
@@ -111,7 +112,7 @@ def test_a_save_needs_at_most_two_bytes_a_parameter_on_the_device(trainer, monke
 def test_a_resume_reads_no_optimizer_state_of_parameters_whose_slices_other_ranks_have(
     trainer, monkeypatch, tmp_path
 ):
-    places, read, names = optimizer_state.places, sharded._read, []
+    places, read, names = optimizer_state.places, torch_dist.Reader.read_sharded, []
     trainer.checkpoints.save(1, None)
     assert trainer.checkpoints.wait()
     elsewhere = {name for name, _ in trainer.policy.chunks.models[0].named_parameters() if "layers.2" in name}
@@ -124,7 +125,9 @@ def test_a_resume_reads_no_optimizer_state_of_parameters_whose_slices_other_rank
             for key, place in places(optimizer).items()
         },
     )
-    monkeypatch.setattr(sharded, "_read", lambda reader, wanted: (names.extend(wanted), read(reader, wanted)))
+    monkeypatch.setattr(
+        torch_dist.Reader, "read_sharded", lambda reader, wanted: (names.extend(wanted), read(reader, wanted))
+    )
     assert trainer.checkpoints.resume()["step"] == 1
     state = {name for name in names if name.startswith("optimizer.")}
     assert any(".layers.1." in name for name in state) and not any(".layers.2." in name for name in state)
@@ -133,10 +136,10 @@ def test_a_resume_reads_no_optimizer_state_of_parameters_whose_slices_other_rank
 
 def test_gathering_keeps_every_bit(trainer, monkeypatch):
     gathering(monkeypatch)
-    monkeypatch.setattr(staging, "CHUNK_ELEMENTS", 1000)  # no parameter's size is a multiple of it
+    monkeypatch.setattr(sharded_state, "CHUNK_ELEMENTS", 1000)  # no parameter's size is a multiple of it
     for place in optimizer_state.places(trainer.policy.optimizer).values():
         place.slot.tensor("exp_avg").view(-1)[:3] = torch.tensor([-0.0, float("nan"), 1e-42])
-    entries = sharded.build_state(trainer.policy)
+    entries = sharded_state.build_state(trainer.policy)
     first = entries["optimizer.exp_avg.model.norm.weight"].data[:3].view(torch.int32)
     assert first.tolist() == torch.tensor([-0.0, float("nan"), 1e-42]).view(torch.int32).tolist()
 
@@ -147,7 +150,7 @@ def test_running_out_of_memory_while_copying_fails_the_save_and_not_the_run(trai
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 544.00 MiB.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"megatron_laser.trainer.checkpoint.staging.{where}", full)
+        patch.setattr(f"megatron_laser.trainer.checkpoint.sharded_state.{where}", full)
         trainer.checkpoints.save(1, None)
     assert not trainer.checkpoints.wait()
     assert trainer.checkpoints.trouble == (
@@ -162,8 +165,8 @@ def test_the_writing_thread_takes_no_cuda_stream(trainer, monkeypatch):
         raise AssertionError("this makes a context on device 0 for every rank")
 
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem._OverlappingCpuLoader", taken)
-    entries = sharded.build_state(trainer.policy)
-    monkeypatch.setattr(sharded, "build_state", lambda *_, **__: entries)
+    entries = sharded_state.build_state(trainer.policy)
+    monkeypatch.setattr(sharded_state, "build_state", lambda *_, **__: entries)
     with monkeypatch.context() as patch:
         patch.setattr(platform, "has_cuda", lambda: False)  # what torch's writer sees is the question
         patch.setattr(torch.cuda, "is_available", lambda: True)
@@ -174,8 +177,8 @@ def test_the_writing_thread_takes_no_cuda_stream(trainer, monkeypatch):
 def test_every_parameter_has_one_owner_and_the_owners_have_about_equally_much():
     elements = [544, 27, 64, 9, 64, 27, 9, 27, 64] * 4
     for ranks in (1, 2, 3, 8):
-        owners = staging.owners(elements, ranks)
+        owners = sharded_state.storing_ranks(elements, ranks)
         loads = [sum(n for n, owner in zip(elements, owners) if owner == rank) for rank in range(ranks)]
         assert set(owners) <= set(range(ranks))
         assert max(loads) - min(loads) <= max(elements)
-    assert staging.owners([5, 5], 4) == [0, 1]
+    assert sharded_state.storing_ranks([5, 5], 4) == [0, 1]

@@ -11,9 +11,12 @@ from megatron_laser.model import platform
 
 platform.install()
 
-from megatron_laser.trainer.micro_batch import make_micro_batch  # noqa: E402
-from megatron_laser.trainer.reduce import MAX_KEYS, SUM_KEYS, reduce_sums  # noqa: E402
-from megatron_laser.trainer.step_data import pad_multiple, prepare_step  # noqa: E402
+from megatron_laser.trainer.step_data import (  # noqa: E402
+    make_micro_batch,
+    pad_multiple,
+    prepare_step,
+)
+from megatron_laser.trainer.step_metrics import MAX_KEYS, SUM_KEYS, reduce_sums  # noqa: E402
 
 GROUPS = [
     [Response(5, True), Response(12, False), Response(20, False, truncated=True)],

@@ -11,7 +11,7 @@ from helpers.tiny_run import write_tiny_run
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
-from megatron_laser.evaluation.engine import other_weights
+from megatron_laser.evaluation.engine_choice import other_weights
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.client.identify import Expected, ServerFacts
 from megatron_laser.testtime import (

@@ -12,12 +12,12 @@ from helpers.runs import SCORE_TOKEN, run_config
 
 from megatron_laser.model import platform
 from megatron_laser.ops import settings
-from megatron_laser.ops.reference import TorchEngine
+from megatron_laser.ops.torch_backend import TorchEngine
 
 platform.install()
 
 from megatron_laser.trainer import trainer as trainer_module  # noqa: E402
-from megatron_laser.trainer.micro_batch import make_micro_batch  # noqa: E402
+from megatron_laser.trainer.step_data import make_micro_batch  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 
 R, W, T = (lambda n: Response(n, True)), (lambda n: Response(n, False)), (lambda n: Response(n, False, True))

@@ -11,19 +11,25 @@ from helpers.logprob import gradients, inputs, reference
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from megatron_laser.ops import IGNORE_LABEL, available_backends, configure, few_row_logprob, linear_logprob
-from megatron_laser.ops import device as triton_device
-from megatron_laser.ops import gpu_backend as triton_backend
+from megatron_laser.ops import (
+    IGNORE_LABEL,
+    available_backends,
+    configure,
+    few_row_logprob,
+    gpu_backend,
+    linear_logprob,
+)
 from megatron_laser.ops.autograd import Problem, Statistics, finish
-from megatron_laser.ops.rows import GatheredRows
+from megatron_laser.ops.collectives import GatheredRows
+from megatron_laser.ops.device import interpreted
 from megatron_laser.ops.tiles import Shard
-from megatron_laser.ops.triton import tiles as triton_tiles
+from megatron_laser.ops.triton import tile_kernels
 from megatron_laser.ops.triton.engine import ChunkedEngine, TilePlan
 from megatron_laser.ops.triton.few_rows import FewRowEngine, FewRowTile
 from megatron_laser.ops.triton.fused import FusedEngine, FusedTile, best_splits
 
 pytestmark = pytest.mark.skipif(
-    not triton_device.interpreted(), reason="these tests want Triton's interpreter: TRITON_INTERPRET=1"
+    not interpreted(), reason="these tests want Triton's interpreter: TRITON_INTERPRET=1"
 )
 
 FUSED = FusedEngine(
@@ -53,7 +59,7 @@ def assert_matches_float64(
             weight.double(),
         )
         actual = gradients(
-            lambda x, w, on=with_entropy: triton_backend.linear_logprob(
+            lambda x, w, on=with_entropy: gpu_backend.linear_logprob(
                 x, w, labels, with_entropy=on, engine=engine, **settings
             ),
             hidden,
@@ -108,7 +114,7 @@ def test_strided_inputs_are_read_as_they_are(engine):
     assert not wide.is_contiguous() and not both.is_contiguous() and temperature.stride() == (0,)
     assert_matches_float64(engine, wide, weight, both, inv_temperature=temperature, entropies=(True,))
     rows = torch.stack([hidden[:16], hidden[:16]], dim=1).flatten(0, 1)[::2]
-    few = triton_backend.few_row_logprob(rows, weight, both[:16], engine=FEW_ROWS)
+    few = gpu_backend.few_row_logprob(rows, weight, both[:16], engine=FEW_ROWS)
     expected = reference(hidden[:16], weight, labels[:16])[0]
     torch.testing.assert_close(few.double(), expected, atol=1e-5, rtol=1e-6)
 
@@ -120,7 +126,7 @@ def test_padded_columns_have_no_probability_and_no_gradient(engine):
     labels = labels.clamp(max=49)
     assert_matches_float64(engine, hidden, weight, labels, vocab_size=50)
     _, _, grad = gradients(
-        lambda x, w: triton_backend.linear_logprob(x, w, labels, vocab_size=50, engine=engine), hidden, weight
+        lambda x, w: gpu_backend.linear_logprob(x, w, labels, vocab_size=50, engine=engine), hidden, weight
     )
     assert not grad[50:].any() and grad[:50].any()
 
@@ -145,7 +151,7 @@ def test_logits_shifted_by_minus_200(engine):
     hidden = torch.cat([hidden, torch.full((21, 8), -25.0)], dim=1)
     weight = torch.cat([weight, torch.ones(77, 8)], dim=1)
     expected, entropy = reference(hidden, weight, labels)
-    actual = triton_backend.linear_logprob(hidden, weight, labels, with_entropy=True, engine=engine)
+    actual = gpu_backend.linear_logprob(hidden, weight, labels, with_entropy=True, engine=engine)
     torch.testing.assert_close(actual.logprobs.double(), expected, atol=2e-6, rtol=1e-6)
     torch.testing.assert_close(actual.entropy.double(), entropy, atol=2e-6, rtol=1e-6)
 
@@ -156,7 +162,7 @@ def test_one_row_no_rows_and_no_labels(engine):
     assert_matches_float64(engine, hidden, weight, torch.tensor([7]))
 
     def op(x, w):
-        return triton_backend.linear_logprob(x, w, labels, with_entropy=True, engine=engine)
+        return gpu_backend.linear_logprob(x, w, labels, with_entropy=True, engine=engine)
 
     hidden, weight, labels = inputs(rows=0)
     outputs, dx, dw = gradients(op, hidden, weight)
@@ -209,7 +215,7 @@ def test_gradcheck_in_float64():
 
     def function(x, w):
         return tuple(
-            triton_backend.linear_logprob(
+            gpu_backend.linear_logprob(
                 x,
                 w,
                 labels,
@@ -230,7 +236,7 @@ def test_kept_probabilities_cost_at_most_their_rounding(keep):
     configure(tile_bytes=4 * 37 * 128)
 
     def op(x, w):
-        return triton_backend.linear_logprob(x, w, labels, with_entropy=True, engine=engine)
+        return gpu_backend.linear_logprob(x, w, labels, with_entropy=True, engine=engine)
 
     recomputed = gradients(op, hidden, weight)
     configure(tile_bytes=4 * 37 * 128, keep_logits_bytes=keep)
@@ -286,7 +292,7 @@ def test_a_tile_may_reach_beyond_two_billion_values(monkeypatch):
     kept = spread_out(torch.zeros(rows, columns, dtype=torch.bfloat16), stride)
     maxima = torch.zeros(rows, 2)
     tile = spread_out(z, stride)
-    triton_tiles.launch_statistics(tile, labels, ones, state, 0, (kept, maxima), 16)
+    tile_kernels.launch_statistics(tile, labels, ones, state, 0, (kept, maxima), 16)
     torch.testing.assert_close(state[0] + state[1].log(), lse)
     torch.testing.assert_close(state[2], z.gather(1, labels[:, None]).squeeze(1))
     p = z.softmax(1)
@@ -294,10 +300,10 @@ def test_a_tile_may_reach_beyond_two_billion_values(monkeypatch):
     scale = (maxima - lse[:, None]).exp().repeat_interleave(16, 1)[:, :columns]
     # the interpreter cuts bfloat16 off where the device rounds
     torch.testing.assert_close(kept.float() * scale, p, rtol=2**-7, atol=1e-6)
-    triton_tiles.launch_gradient(kept, labels, ones, (lse, None, grads, None), tile, 0, maxima, 16)
+    tile_kernels.launch_gradient(kept, labels, ones, (lse, None, grads, None), tile, 0, maxima, 16)
     torch.testing.assert_close(tile.clone(), expected, rtol=2**-7, atol=1e-6)
     tile.copy_(z)
-    triton_tiles.launch_gradient(tile, labels, ones, (lse, None, grads, None), tile, 0, None, 16)
+    tile_kernels.launch_gradient(tile, labels, ones, (lse, None, grads, None), tile, 0, None, 16)
     torch.testing.assert_close(tile.clone(), expected)
 
 
@@ -306,7 +312,7 @@ def test_two_calls_are_bitwise_equal(engine):
     hidden, weight, labels = inputs(rows=20, columns=90)
     first, second = (
         gradients(
-            lambda x, w: triton_backend.linear_logprob(x, w, labels, with_entropy=True, engine=engine),
+            lambda x, w: gpu_backend.linear_logprob(x, w, labels, with_entropy=True, engine=engine),
             hidden,
             weight,
         )
@@ -320,7 +326,7 @@ def test_two_calls_are_bitwise_equal(engine):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_rows_match_float64(rows, columns, dtype):
     hidden, weight, labels = inputs(rows, 48, columns, dtype)
-    actual = triton_backend.few_row_logprob(hidden, weight, labels, engine=FEW_ROWS)
+    actual = gpu_backend.few_row_logprob(hidden, weight, labels, engine=FEW_ROWS)
     expected = reference(hidden, weight, labels)[0]
     assert actual.dtype == torch.float32 and not actual.requires_grad
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-6)
@@ -332,7 +338,7 @@ def test_few_rows_mask_the_padding_and_survive_a_shift():
     labels.clamp_(max=69)
     hidden = torch.cat([hidden, torch.full((12, 8), -25.0)], dim=1)
     weight = torch.cat([weight, torch.ones(90, 8)], dim=1)
-    actual = triton_backend.few_row_logprob(hidden, weight, labels, vocab_size=70, engine=FEW_ROWS)
+    actual = gpu_backend.few_row_logprob(hidden, weight, labels, vocab_size=70, engine=FEW_ROWS)
     expected = reference(hidden, weight, labels, vocab_size=70)[0]
     torch.testing.assert_close(
         actual.double(), expected, atol=6e-5, rtol=1e-6

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_laser.observability.sinks import MetricsLogger
+from megatron_laser.observability.metrics_logger import MetricsLogger
 from megatron_laser.observability.wandb_sink import WandbSink, open_wandb
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_laser.config import ModelFolderError, check_model_folder, look_at_model_folder, resolve_plan
+from megatron_laser.config import ModelFolderError, check_model_folder, model_folder_findings, resolve_plan
 from megatron_laser.config.model_folder.architecture import architecture_from_dict
 from megatron_laser.config.model_folder.parameters import EMBEDDING, HEAD, tensor_shapes
-from megatron_laser.config.model_folder.safetensors_files import INDEX, WEIGHTS, has_weight_files
+from megatron_laser.config.model_folder.safetensors_headers import INDEX, WEIGHTS, has_weight_files
 
 CONFIG = {
     "model_type": "qwen3",
@@ -55,18 +55,18 @@ def model(tmp_path):
 
 
 def refusal(folder):
-    """Why the folder is refused, in one line, and by look_at_model_folder as well."""
+    """Why the folder is refused, in one line, and by model_folder_findings as well."""
     with pytest.raises(ModelFolderError) as error:
         check_model_folder(folder)
     text = str(error.value)
     assert "\n" not in text and str(folder) in text
-    errors = [finding for finding in look_at_model_folder(folder) if finding.level == "error"]
+    errors = [finding for finding in model_folder_findings(folder) if finding.level == "error"]
     assert errors and all(finding.text in text for finding in errors)
     return text
 
 
 def findings(folder, **settings):
-    found = look_at_model_folder(folder, **settings)
+    found = model_folder_findings(folder, **settings)
     assert len({finding.topic for finding in found}) == len(found)
     return {finding.topic: finding for finding in found}
 
@@ -328,13 +328,13 @@ class TestNeighbours:
     def test_files_that_only_servers_would_load_are_a_warning(self, model):
         save_file({"a": torch.zeros(1)}, model / "model-00001-of-00002.safetensors")
         check_model_folder(model)
-        (warning,) = [finding for finding in look_at_model_folder(model) if finding.level == "warning"]
+        (warning,) = [finding for finding in model_folder_findings(model) if finding.level == "warning"]
         assert warning.examples == ("model-00001-of-00002.safetensors",)
 
 
 def test_a_config_json_of_no_model_is_one_finding(model):
     (model / "config.json").write_text(json.dumps(CONFIG | {"hidden_size": "wide"}))
-    (finding,) = look_at_model_folder(model)
+    (finding,) = model_folder_findings(model)
     assert finding.level == "error" and "hidden_size" in finding.text and "\n" not in finding.text
 
 

@@ -15,21 +15,19 @@ def engines(stage: Stage) -> None:
     """Rounding of the products, then the Triton engines: log-probs, entropies, dX, dW, same bits twice."""
     if not stage.rehearse:
         _rounding(stage)
-    from megatron_laser.ops import gpu_backend as triton_backend
+    from megatron_laser.ops import gpu_backend
 
     dtype = torch.float32 if stage.rehearse else torch.bfloat16
     configure(tile_bytes=stage.size(8 * 2**20, 4096))
     failed = []
     shapes = stage.size([(1, 64, 100), (37, 128, 1003), (1025, 1536, 20011)], [(1, 16, 33), (12, 16, 70)])
     for rows, hidden_size, columns in shapes:
-        for name, engine in triton_backend.FORWARD_ENGINES.items():
+        for name, engine in gpu_backend.FORWARD_ENGINES.items():
             hidden, weight, labels = _problem(rows, hidden_size, columns, dtype)
             settings = stage.size({}, {"block": 64} if name == "chunked" else {})
 
             def op(x, w, labels=labels, engine=engine, settings=settings):
-                return triton_backend.linear_logprob(
-                    x, w, labels, with_entropy=True, engine=engine(**settings)
-                )
+                return gpu_backend.linear_logprob(x, w, labels, with_entropy=True, engine=engine(**settings))
 
             try:
                 got, *grads = gradients(op, hidden, weight)
@@ -74,7 +72,7 @@ def cuda_kernel(stage: Stage) -> None:
         if stage.rehearse:
             return
         raise SystemExit(f"the CUDA C++ kernel cannot run: {reason}")
-    from megatron_laser.ops import gpu_backend as triton_backend
+    from megatron_laser.ops import gpu_backend
 
     wrong = False
     for shape in (
@@ -87,7 +85,7 @@ def cuda_kernel(stage: Stage) -> None:
     ):
         hidden, weight, labels = _problem(*shape, torch.bfloat16)
         got = [
-            triton_backend.few_row_logprob(hidden, weight, labels, engine=cuda_few_rows.CudaFewRowEngine())
+            gpu_backend.few_row_logprob(hidden, weight, labels, engine=cuda_few_rows.CudaFewRowEngine())
             for _ in range(3)
         ]
         error = float((got[0].double() - reference(hidden, weight, labels)[0]).abs().max())

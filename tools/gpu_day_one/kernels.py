@@ -77,15 +77,15 @@ def _head(
     backward: bool = True,
     **settings: int,
 ) -> None:
-    from megatron_laser.ops import gpu_backend as triton_backend
+    from megatron_laser.ops import gpu_backend
 
     before = configure(**settings)
     try:
         hidden, weight, labels = logprob.inputs(Shape(rows, hidden_size, columns, 1), backward)
 
         def forward() -> torch.Tensor:
-            engine = triton_backend.FORWARD_ENGINES[name]()
-            return triton_backend.linear_logprob(hidden, weight, labels, engine=engine).logprobs
+            engine = gpu_backend.FORWARD_ENGINES[name]()
+            return gpu_backend.linear_logprob(hidden, weight, labels, engine=engine).logprobs
 
         def both() -> None:
             hidden.grad = weight.grad = None

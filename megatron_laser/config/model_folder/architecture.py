@@ -25,6 +25,19 @@ _QWEN3_HEAD_DIM = 128
 
 
 @dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """The numbers by which rotary frequencies are stretched; a kind that does not have one leaves it 0.
+
+    original_positions: `original_max_position_embeddings`, of the model before it was stretched.
+    """
+
+    factor: float  # linear and llama3
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    original_positions: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """A dense decoder: RMSNorm, rotary attention with grouped key/value heads, SwiGLU."""
 
@@ -42,7 +55,8 @@ class Architecture:
     qkv_bias: bool  # Qwen2
     qk_norm: bool  # Qwen3: RMSNorm over head_dim on queries and keys
     rope_theta: float
-    rope_type: str  # default, linear or llama3; the model reads the scaling's own numbers
+    rope_type: str  # default, linear or llama3
+    rope_scaling: RopeScaling | None  # None: default
 
 
 def read_architecture(folder: str | Path) -> Architecture:
@@ -95,7 +109,6 @@ def architecture_from_dict(raw: dict[str, Any], source: str = "config.json") -> 
         problems.append(f"head_dim {head_dim} is odd, and rotary positions turn pairs of elements")
     if heads % kv_heads:
         problems.append(f"num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}")
-    rope = _rope(raw, problems)
     tied = raw.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         problems.append(f"tie_word_embeddings: expected true or false, got {tied!r}")
@@ -103,6 +116,7 @@ def architecture_from_dict(raw: dict[str, Any], source: str = "config.json") -> 
     positions = _MAX_POSITIONS[model_type]
     if raw.get("max_position_embeddings") is not None:
         positions = _positive(raw, "max_position_embeddings", problems)
+    rope_theta, rope_type, rope_scaling = _rope(raw, positions, problems)
     if problems:
         raise ConfigError(problems, source)
     return Architecture(
@@ -119,8 +133,9 @@ def architecture_from_dict(raw: dict[str, Any], source: str = "config.json") -> 
         max_position_embeddings=positions,
         qkv_bias=model_type == "qwen2",
         qk_norm=model_type == "qwen3",
-        rope_theta=rope[0],
-        rope_type=rope[1],
+        rope_theta=rope_theta,
+        rope_type=rope_type,
+        rope_scaling=rope_scaling,
     )
 
 
@@ -166,22 +181,25 @@ def _unsupported(raw: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _rope(raw: dict[str, Any], problems: list[str]) -> tuple[float, str]:
-    """Base and kind of scaling: `rope_parameters` holds both in transformers 5, `rope_theta` and
+def _rope(raw: dict[str, Any], positions: int, problems: list[str]) -> tuple[float, str, RopeScaling | None]:
+    """Base, kind and numbers of the scaling: `rope_parameters` holds all in transformers 5, `rope_theta` and
     `rope_scaling` do before. Where a file has several, transformers' order counts."""
     name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     parameters = raw.get(name) or {}
     if not isinstance(parameters, dict):
         problems.append(f"{name}: expected an object, got {parameters!r}")
-        return _ROPE_THETA, "default"
+        return _ROPE_THETA, "default", None
     source = parameters if "rope_theta" in parameters else raw
     theta = _number(source, "rope_theta", problems, default=_ROPE_THETA)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if str(kind) not in _ROPE_NUMBERS:
+    kind = str(parameters.get("rope_type", parameters.get("type", "default")))
+    if kind not in _ROPE_NUMBERS:
         problems.append(f"rope_type: {kind!r} is not supported, expected {', '.join(_ROPE_NUMBERS)}")
-    for key in _ROPE_NUMBERS.get(str(kind), ()):
-        _number(parameters, key, problems, inside=f"{name}, rope_type {kind}: ")
+    inside = f"{name}, rope_type {kind}: "
+    numbers = {key: _number(parameters, key, problems, inside=inside) for key in _ROPE_NUMBERS.get(kind, ())}
+    if kind == "llama3":
+        key = "original_max_position_embeddings"
+        numbers["original_positions"] = _number(parameters, key, problems, default=positions, inside=inside)
     partial = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         problems.append(f"partial_rotary_factor: {partial!r} is not supported, expected 1")
-    return theta, str(kind)
+    return theta, kind, RopeScaling(**numbers) if numbers else None

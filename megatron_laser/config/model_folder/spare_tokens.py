@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.config.model_folder.score_token import read_vocabulary
+from megatron_laser.config.model_folder.special_tokens import read_vocabulary
 
 # Reserved for nobody (Llama 3, Gemma, Phi, and names that people give), or for pictures, which a text model never sees
 # (Qwen: the paper's own choice).

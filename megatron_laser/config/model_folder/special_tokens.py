@@ -1,19 +1,200 @@
-"""Token ids with a part in the algorithm: what ends a response, and the score token; one rule for dry run and run."""
+"""Token ids with a part in the algorithm, from a folder's JSON files: what ends a response, and the score token.
+
+One rule for dry run and run; no tokenizer is loaded.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_laser.config.model_folder.architecture import Architecture
-from megatron_laser.config.model_folder.score_token import (
-    ScoreToken,
-    Vocabulary,
-    named_eos_ids,
-    resolve_score_token,
-)
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreToken:
+    """What `laser.score_token` names.
+
+    Attributes:
+        id: token id; None when the setting is a string and no file says which id it has.
+        text: the token; None when no file names the id.
+        verified: id and text were found together in the folder's files.
+        note: why it is unverified, or what is unusual about it; "" otherwise.
+    """
+
+    id: int | None
+    text: str | None
+    verified: bool
+    note: str = ""
+
+
+@dataclass
+class Vocabulary:
+    """Tokens named by the folder's files: text -> id, and which of them are special."""
+
+    ids: dict[str, int] = field(default_factory=dict)
+    special: set[str] = field(default_factory=set)
+    files: list[str] = field(default_factory=list)
+
+
+def resolve_score_token(
+    folder: str | Path, token: str | int, vocabulary: Vocabulary | None = None
+) -> ScoreToken:
+    """Looks `token` up in tokenizer.json, added_tokens.json, tokenizer_config.json and vocab.json.
+
+    Args:
+        vocabulary: what `read_vocabulary` gave for the folder, if it was read already.
+
+    Raises:
+        ConfigError: the files name the tokens and this string is none of them (near special tokens are
+            listed), or one of the files is no valid JSON.
+    """
+    vocabulary = vocabulary or read_vocabulary(Path(folder))
+    if not vocabulary.files:
+        note = "the model folder has no tokenizer files"
+        if isinstance(token, int):
+            return ScoreToken(token, None, False, note)
+        return ScoreToken(None, token, False, note)
+    if isinstance(token, int):
+        texts = [text for text, token_id in vocabulary.ids.items() if token_id == token]
+        if not texts:
+            return ScoreToken(token, None, False, f"no token has this id in {', '.join(vocabulary.files)}")
+        text = texts[0]
+    elif token in vocabulary.ids:
+        text = token
+    else:
+        raise ConfigError([_missing(token, vocabulary)], str(folder))
+    note = "" if text in vocabulary.special else "not a special token: text may contain it"
+    return ScoreToken(vocabulary.ids[text], text, True, note)
+
+
+def read_stop_token_ids(folder: str | Path) -> tuple[int, ...]:
+    """The EOS ids of generation_config.json, else of config.json; empty when neither names any."""
+    return next(iter(named_eos_ids(folder).values()), ())
+
+
+def named_eos_ids(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """The EOS ids that each file names, by its name, in the order in which they count; files without any are left out.
+
+    Raises:
+        ConfigError: one is no valid JSON, or names something that is no token id.
+    """
+    found = {}
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(Path(folder) / name)
+        if value is None:
+            continue
+        if not isinstance(value, dict):
+            raise ConfigError([f"expected an object, got {type(value).__name__}"], str(Path(folder) / name))
+        eos = value.get("eos_token_id")
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
+            raise ConfigError(
+                [f"eos_token_id: expected a token id or a list of them, got {eos!r}"],
+                str(Path(folder) / name),
+            )
+        if ids:
+            found[name] = tuple(ids)
+    return found
+
+
+def _missing(token: str, vocabulary: Vocabulary) -> str:
+    near = difflib.get_close_matches(token, vocabulary.special, n=3, cutoff=0.4)
+    if near:
+        hint = f"near special tokens: {_listed(near)}"
+    elif vocabulary.special:
+        shown = sorted(vocabulary.special)[:8]
+        more = ", ..." if len(vocabulary.special) > len(shown) else ""
+        hint = f"its special tokens are {_listed(shown)}{more}"
+    else:
+        hint = "it has no special tokens"
+    return f"laser.score_token: {token!r} is not in the tokenizer ({', '.join(vocabulary.files)}); {hint}"
+
+
+def _listed(tokens: Iterable[str]) -> str:
+    return ", ".join(repr(token) for token in tokens)
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """Merges the files, those that say which tokens are special first.
+
+    Raises:
+        ConfigError: one of them is damaged, or they name no token.
+    """
+    vocabulary = Vocabulary()
+    for name, take in _TOKENS.items():
+        content = _read_json(folder / name)
+        if content is None:
+            continue
+        if not isinstance(content, dict):
+            raise ConfigError([f"expected an object, got {type(content).__name__}"], str(folder / name))
+        try:
+            known = take(vocabulary, content)
+        except (AttributeError, TypeError, ValueError) as error:
+            reason = f"names its tokens in no form that is known ({type(error).__name__}: {error})"
+            raise ConfigError([reason], str(folder / name)) from error
+        if known:
+            vocabulary.files.append(name)
+    if vocabulary.files and not vocabulary.ids:
+        raise ConfigError(["names no token"], str(folder / vocabulary.files[0]))
+    return vocabulary
+
+
+def _take_tokenizer(vocabulary: Vocabulary, content: dict[str, Any]) -> bool:
+    for entry in content.get("added_tokens") or []:
+        _add(vocabulary, entry.get("content"), entry.get("id"), bool(entry.get("special")))
+    vocab = (content.get("model") or {}).get("vocab")
+    if isinstance(vocab, dict):  # BPE, WordPiece, WordLevel
+        _take_plain(vocabulary, vocab)
+    elif isinstance(vocab, list):  # Unigram: [[text, score], ...]
+        for token_id, (text, _) in enumerate(vocab):
+            _add(vocabulary, text, token_id, False)
+    return True
+
+
+def _take_settings(vocabulary: Vocabulary, content: dict[str, Any]) -> bool:
+    added = content.get("added_tokens_decoder")
+    if not isinstance(added, dict):
+        return False
+    for token_id, entry in added.items():
+        _add(vocabulary, entry.get("content"), int(token_id), bool(entry.get("special")))
+    return bool(added)
+
+
+def _take_plain(vocabulary: Vocabulary, content: dict[str, Any]) -> bool:
+    for text, token_id in content.items():
+        _add(vocabulary, text, token_id, False)
+    return True
+
+
+_TOKENS = {
+    "tokenizer.json": _take_tokenizer,
+    "tokenizer_config.json": _take_settings,
+    "added_tokens.json": _take_plain,
+    "vocab.json": _take_plain,
+}
+
+
+def _add(vocabulary: Vocabulary, text: Any, token_id: Any, special: bool) -> None:
+    if isinstance(text, str) and isinstance(token_id, int):
+        vocabulary.ids.setdefault(text, token_id)
+        if special:
+            vocabulary.special.add(text)
+
+
+def _read_json(file: Path) -> Any:
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"cannot be read as JSON: {error}"], str(file)) from error
 
 
 @dataclass(frozen=True, slots=True)

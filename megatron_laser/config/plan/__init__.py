@@ -1,1 +1,4 @@
-"""The resolved run on a given number of ranks: layout, batch arithmetic, memory. What a dry run shows."""
+"""The dry run: `resolve` works out what a run would be, `features` what is on, `memory` what a rank holds.
+
+`view` shows it.
+"""

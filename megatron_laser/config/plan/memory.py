@@ -27,7 +27,7 @@ COMMUNICATOR_BYTES = 400 * MIB  # NCCL's channels and buffers, for each group of
 SERVER_REST_BYTES = 2 * GIB  # a colocated server whose pools are released: context and graphs
 ALLOCATOR_SHARE = 0.05  # of what torch allocates, lost between blocks
 TILE_BYTES = 512 * MIB  # the log-prob op's tile of float32 logits (ops/settings.py)
-SAVE_CHUNK_BYTES = 64 * MIB  # checkpoint/staging.py
+SAVE_CHUNK_BYTES = 64 * MIB  # trainer/checkpoint/sharded_state.py
 STEP_BYTES_PER_TOKEN = 56  # ids, positions, labels, log-probs, weights of a step's micro-batches
 MEM_FRACTION_STATIC = 0.85  # of a colocated server, where its options do not say
 

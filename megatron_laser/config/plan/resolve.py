@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_laser.config.checks.layout import check_layout
 from megatron_laser.config.checks.rollout import colocated_gpus
-from megatron_laser.config.checks.structure import check_layout, check_structure
+from megatron_laser.config.checks.settings import check_settings
 from megatron_laser.config.derived import (
     longest_sequence,
-    mixing_first_step,
     needs_reference_model,
-    old_policy_pass,
-    optimizer_steps,
-    reference_model_reasons,
-    self_reward_first_step,
 )
 from megatron_laser.config.model_folder.architecture import Architecture, read_architecture
 from megatron_laser.config.model_folder.parameters import (
@@ -24,12 +20,11 @@ from megatron_laser.config.model_folder.parameters import (
     rank_bytes,
     stage_parameters,
 )
-from megatron_laser.config.model_folder.safetensors_files import has_weight_files
-from megatron_laser.config.model_folder.score_token import ScoreToken
-from megatron_laser.config.model_folder.special_tokens import resolve_score, resolve_stops
-from megatron_laser.config.model_folder.weight_files import check_model_folder
+from megatron_laser.config.model_folder.safetensors_headers import has_weight_files
+from megatron_laser.config.model_folder.special_tokens import ScoreToken, resolve_score, resolve_stops
+from megatron_laser.config.model_folder.weight_checks import check_model_folder
+from megatron_laser.config.plan.features import Feature, run_features
 from megatron_laser.config.plan.memory import GPU_MEMORY_GIB, MemorySum, memory_sum
-from megatron_laser.config.plan.rollout import rollout_features
 from megatron_laser.config.schema.root import RunConfig
 
 
@@ -46,15 +41,6 @@ class BatchPlan:
     sequences_per_rank: int  # per optimizer step, on the fullest data-parallel rank
     tokens_per_rank: int  # upper bound, per optimizer step
     micro_batches_per_rank: int  # upper bound, per optimizer step
-
-
-@dataclass(frozen=True, slots=True)
-class Feature:
-    """One part of the algorithm: whether this run uses it, and from when or why (not)."""
-
-    name: str
-    on: bool
-    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +77,7 @@ def resolve_plan(
         ConfigError: no such model, an impossible layout, or a score token that cannot be one.
         ModelFolderError: the folder's weights are not those of its config.json, or cannot be used.
     """
-    check_structure(config)
+    check_settings(config)
     architecture = read_architecture(config.model.path)
     if has_weight_files(config.model.path):
         check_model_folder(config.model.path)
@@ -116,7 +102,7 @@ def resolve_plan(
         bytes_per_rank=size,
         memory=_memory(config, architecture, layout, size, batch, gpu_memory_gib),
         gpu_memory_gib=gpu_memory_gib,
-        features=_features(config),
+        features=run_features(config),
         score_token=_score_token(config, architecture),
     )
 
@@ -185,68 +171,6 @@ def _batch(config: RunConfig, layout: Layout) -> BatchPlan:
         tokens_per_rank=per_rank * longest,
         micro_batches_per_rank=-(-per_rank // (config.batching.tokens_per_micro_batch // longest)),
     )
-
-
-def _features(config: RunConfig) -> tuple[Feature, ...]:
-    laser, policy = config.laser, config.policy
-    reasons = reference_model_reasons(config)
-    passes = {
-        "full": "policy.old_logprobs is recompute: one no-grad pass before the update",
-        "score_rows": f"policy.old_logprobs is {policy.old_logprobs}, but laser.score_source trainer needs a "
-        "no-grad pass whose head runs on the EOS rows only",
-        "none": f"policy.old_logprobs is {policy.old_logprobs}"
-        + (" and the engine computes the scores" if laser.enabled else ""),
-    }
-    old_pass = old_policy_pass(config)
-    cap = policy.importance_cap
-    return (
-        *(Feature(*line) for line in rollout_features(config)),
-        _scheduled("self-reward loss", self_reward_first_step(config), config, f"alpha {laser.alpha:g}"),
-        _scheduled("self-reward advantages", mixing_first_step(config), config, f"tau {laser.tau:g}"),
-        Feature(
-            "KL loss", policy.kl_coefficient > 0, _coefficient(policy.kl_coefficient, policy.kl_estimator)
-        ),
-        Feature("entropy bonus", policy.entropy_coefficient > 0, _coefficient(policy.entropy_coefficient)),
-        Feature(
-            "reference model",
-            bool(reasons),
-            "loaded: " + "; ".join(reasons) if reasons else "not loaded: no KL and a constant reference",
-        ),
-        Feature("old-policy pass", old_pass != "none", passes[old_pass]),
-        Feature("importance correction", cap is not None, f"cap {cap:g}" if cap is not None else "no cap"),
-        Feature(
-            "evaluation",
-            config.evaluation.every > 0,
-            f"every {config.evaluation.every} steps" if config.evaluation.every else "evaluation.every is 0",
-        ),
-        Feature(
-            "final evaluation",
-            config.data.test is not None,
-            f"{config.evaluation.final_samples_per_prompt} responses per problem of data.test"
-            if config.data.test is not None
-            else "data.test is null",
-        ),
-        Feature(
-            "optimizer",
-            True,
-            f"{optimizer_steps(config)} steps, lr {config.optimizer.lr:g} {config.optimizer.schedule}"
-            + (", distributed" if config.optimizer.distributed else ""),
-        ),
-    )
-
-
-def _scheduled(name: str, first_step: int | None, config: RunConfig, weight: str) -> Feature:
-    if first_step is None:
-        return Feature(name, False, "laser.enabled is false" if not config.laser.enabled else weight)
-    if first_step > config.run.steps:
-        return Feature(
-            name, False, f"would start at step {first_step}, but run.steps is {config.run.steps}; {weight}"
-        )
-    return Feature(name, True, f"from step {first_step} of {config.run.steps}, {weight}")
-
-
-def _coefficient(value: float, kind: str = "") -> str:
-    return f"coefficient {value:g}" + (f", {kind}" if kind and value > 0 else "")
 
 
 def _score_token(config: RunConfig, architecture: Architecture) -> ScoreToken | None:

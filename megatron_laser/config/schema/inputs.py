@@ -84,7 +84,7 @@ class RewardConfig(Section):
     0 (wrong) to 1 (right); an error or anything else is the outcome `crash`, and such a response is left out of the
     step. It is tried before the run starts, and a step in which nothing could be graded stops the run."""
     workers: Count = 2
-    """Grading processes."""
+    """Worker processes that grade."""
     deadline: Positive = 5.0
     """Seconds for one response; a worker that takes longer is killed and the outcome is `timeout`: the
     response is left out of the step."""

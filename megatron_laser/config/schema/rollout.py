@@ -82,25 +82,26 @@ class RolloutConfig(Section):
     """Who generates: `in_process` runs the policy's weights inside rank 0's process (small models);
     `sglang` uses SGLang servers, see `sglang.*` below."""
     prompts_per_step: Count = 128
-    """Problems per training step."""
+    """Prompts per training step; each makes one group."""
     samples_per_prompt: Count = 8
-    """Responses per problem, the group size G of GRPO; 2 or more, but with `policy.advantage: reinforce_pp`."""
+    """Samples per prompt, the group size G of GRPO; 2 or more, but with `policy.advantage: reinforce_pp`."""
     drop_uniform_groups: bool = False
-    """Drop problems whose responses all have one reward, which teach nothing about right and wrong, and try
-    further ones until `prompts_per_step` are there. `groups_dropped_right` and `groups_dropped_wrong` count them;
-    `accuracy_tried` is the accuracy over everything that was graded, `reward_mean` that of the batch."""
+    """Drop groups whose samples all have one reward, which teach nothing about right and wrong, and try further
+    prompts until `prompts_per_step` groups are there (dynamic sampling). `groups_dropped_right` and
+    `groups_dropped_wrong` count them; `accuracy_tried` is the accuracy over everything that was graded, `reward_mean`
+    that of the batch."""
     oversampling_cap: AtLeastOne = 3.0
-    """With `drop_uniform_groups`: a step tries at most this many times `prompts_per_step` problems, then trains
+    """With `drop_uniform_groups`: a step tries at most this many times `prompts_per_step` prompts, then trains
     on what it has (on uniform groups when there is nothing else)."""
     oversample: AtLeastOne = 1.0
-    """Start this many times the problems that are still missing at once and stop when enough are complete; what
+    """Start this many times the prompts that are still missing at once and stop when enough are complete; what
     is unfinished is kept and resumed in the next step, under newer weights. Above 1 needs `engine: sglang`."""
     ahead: Literal[0, 1] = 0
     """1: generate for the next step while this one trains, so that responses come from weights one step old
     (needs `engine: sglang` and a correction, see `policy.importance_cap`). 0: strictly on-policy."""
     max_staleness: Count = 2
-    """Largest number of steps by which a token's weights may be older than those that are trained; a carried
-    response that would pass it is generated anew, and then the step waits for it."""
+    """Largest number of steps by which a token's weights may be older than those that are trained; a partial
+    response of an earlier step that would pass it is generated anew, and then the step waits for it."""
     max_new_tokens: Count = 8192
     """Longest response, in tokens. A response cut here has no score."""
     temperature: Positive = 1.0
@@ -125,13 +126,13 @@ class RolloutConfig(Section):
     """Seconds to wait for `min_servers` healthy servers before the run saves and stops, with the reason."""
     weight_sync: Literal["distributed", "disk", "colocated"] = "distributed"
     """How servers get new weights: `distributed` broadcasts buckets (NCCL between GPUs, gloo on CPUs); `disk`
-    writes a folder that all servers can read; `colocated`: server and trainer take turns on one GPU, and weights are
-    handed over by CUDA IPC."""
+    writes a folder that all servers can read; `colocated`: servers share the trainer's GPUs, each side
+    offloads its memory while the other computes, and weights are handed over by CUDA IPC."""
     sync_folder: FilePath | None = None
     """With `weight_sync: disk`: folder for the weights, which trainer and servers both see, and of this run alone:
     older weights in it are deleted; null: `output_dir`/weights."""
     sync_bucket_mib: Count = 512
-    """Size of a bucket of weights in MiB. Rank 0 holds two of them beside its share of the model."""
+    """Size of a bucket of weights in MiB. Rank 0 holds two of them beside its shard of the model."""
     sync_flatten: bool = True
     """With `weight_sync: distributed`: one broadcast for each bucket; false: one for each tensor."""
     sync_deadline: Positive = 600.0

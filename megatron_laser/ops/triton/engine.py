@@ -15,7 +15,7 @@ import torch
 from megatron_laser.ops.autograd import HiddenGradient, Problem, Statistics, Upstream, no_columns
 from megatron_laser.ops.settings import settings
 from megatron_laser.ops.tiles import accumulation_dtype, mm, mm_operand
-from megatron_laser.ops.triton import tiles as triton_tiles
+from megatron_laser.ops.triton import tile_kernels
 from megatron_laser.ops.weight_gradient import WeightGradient
 
 # Fewest columns of a tile: below that the products are narrow; then the rows are cut instead.
@@ -92,7 +92,7 @@ class Kept:
 class ChunkedEngine:
     """The `Engine` that is described above."""
 
-    def __init__(self, block: int = triton_tiles.BLOCK, min_columns: int = MIN_COLUMNS) -> None:
+    def __init__(self, block: int = tile_kernels.BLOCK, min_columns: int = MIN_COLUMNS) -> None:
         """`block`: columns that one program of a kernel handles at a time; `min_columns`: see `TilePlan.of`."""
         self._block, self._min_columns = block, min_columns
 
@@ -129,7 +129,7 @@ class ChunkedEngine:
             for block in plan.row_slices():
                 z = _tile(buffer, block, width)
                 _logits(problem, plan, block, weight, z)
-                triton_tiles.launch_statistics(
+                tile_kernels.launch_statistics(
                     z,
                     problem.labels[block],
                     inv_temperature[block],
@@ -177,7 +177,7 @@ class ChunkedEngine:
                 else:
                     z, kept_maximum = tile
                 dz = _tile(grads, block, width)
-                triton_tiles.launch_gradient(
+                tile_kernels.launch_gradient(
                     z,
                     problem.labels[block],
                     inv_temperature[block],

@@ -84,7 +84,7 @@ def normalize_answer(answer: str) -> str:
     answer = answer.strip()
     if (
         len(answer) > MAX_ANSWER_CHARS
-    ):  # it is not read (see `read_answer`), and each pass may undo one mark only
+    ):  # it is not read (see `parse_answer`), and each pass may undo one mark only
         return answer
     previous = None
     while previous != answer:

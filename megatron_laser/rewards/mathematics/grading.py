@@ -1,7 +1,8 @@
 """Mathematical answers against references: plain numbers and spelling at once, the rest with math-verify and SymPy.
 
 The rules are those of LaSeR (arXiv 2510.14943): 1 if the last box equals the reference, else 0. An answer is brought to
-one spelling (`spelling`), read (`reading`; single expressions by math-verify's parser) and compared (`equality`).
+one spelling (`normalization`), parsed (`answer_parser`; single expressions by math-verify's parser) and compared
+(`answer_equality`).
 Nothing here has a deadline; `GradingPool` runs it in processes that it can kill.
 """
 
@@ -18,7 +19,7 @@ from megatron_laser.rewards.mathematics.boxed import (
     gold_answer,
     normalize_answer,
 )
-from megatron_laser.rewards.mathematics.spelling import number_value, plain_spelling
+from megatron_laser.rewards.mathematics.normalization import normalize_latex, number_value
 
 CORRECT = Grade(1.0, "correct")
 WRONG = Grade(0.0, "wrong")
@@ -64,7 +65,7 @@ def quick_equal(left: str, right: str) -> bool | None:
     """
     if left == right:
         return True
-    (first, first_value), (second, second_value) = _spelt(left), _spelt(right)
+    (first, first_value), (second, second_value) = _normalized(left), _normalized(right)
     if first == second:
         return True
     if first_value is not None and second_value is not None:
@@ -89,13 +90,13 @@ def compare_answers(left: str, right: str) -> bool | None:
     quick = quick_equal(left, right)
     if quick is not None:
         return quick
-    from megatron_laser.rewards.mathematics.equality import (
-        readings_equal,  # SymPy takes 0.3 s: only where it is used
+    from megatron_laser.rewards.mathematics.answer_equality import (
+        parsed_answers_equal,  # SymPy takes 0.3 s: only where it is used
     )
-    from megatron_laser.rewards.mathematics.reading import read_answer
+    from megatron_laser.rewards.mathematics.answer_parser import parse_answer
 
     try:
-        return readings_equal(read_answer(left), read_answer(right))
+        return parsed_answers_equal(parse_answer(left), parse_answer(right))
     except MemoryError:
         raise  # not a verdict on the answer
     except Exception:  # SymPy raises anything on odd input
@@ -123,6 +124,6 @@ def warm_up() -> None:
 
 
 @lru_cache(maxsize=8192)
-def _spelt(answer: str) -> tuple[str, Fraction | None]:
-    spelling = plain_spelling(answer)
-    return spelling, number_value(spelling)
+def _normalized(answer: str) -> tuple[str, Fraction | None]:
+    text = normalize_latex(answer)
+    return text, number_value(text)

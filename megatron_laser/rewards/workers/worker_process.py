@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_laser.rewards.grade import GradingPoolError, RewardSpecError
-from megatron_laser.rewards.workers.place import place_in_dump
-from megatron_laser.rewards.workers.sources import SourceSnapshot
-from megatron_laser.rewards.workers.wire import receive_message, send_message
+from megatron_laser.rewards.workers.messages import receive_message, send_message
+from megatron_laser.rewards.workers.source_snapshot import SourceSnapshot
+from megatron_laser.rewards.workers.user_code import place_in_dump
 
 _GUARD_SECONDS = 2.0  # for the guard to kill what the grader has started, and end
 _REAP_DEADLINE = 10.0  # seconds for the kernel to bury a killed process
@@ -169,7 +169,13 @@ class WorkerProcess:
                 passed = (other.fileno(), lifeline, dump.fileno())
                 process = subprocess.Popen(
                     # -P: without the working directory, where a file may be called like a module of the library
-                    [sys.executable, "-P", "-m", "megatron_laser.rewards.workers.worker", *map(str, passed)],
+                    [
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        "megatron_laser.rewards.workers.worker_main",
+                        *map(str, passed),
+                    ],
                     pass_fds=passed,
                     stdin=subprocess.DEVNULL,
                     stdout=2,  # prints of a custom function go to stderr, away from the run's output

@@ -18,7 +18,7 @@ from typing import IO
 
 from megatron_laser.config import ConfigError, RunConfig, check_model_folder
 from megatron_laser.config.addresses import http_url
-from megatron_laser.config.model_folder.safetensors_files import has_weight_files
+from megatron_laser.config.model_folder.safetensors_headers import has_weight_files
 from megatron_laser.config.schema.rollout import SglangConfig
 from megatron_laser.rollout.open_files import raise_open_files
 from megatron_laser.rollout.servers.command import assign_gpus, find_python

@@ -1,9 +1,9 @@
-"""What a run starts from, looked at before anything expensive: model folder, tokenizer, data, reward, disks.
+"""Preflight: what a run starts from, checked before anything expensive: model folder, tokenizer, data, reward, disks.
 
-`train` calls `look` and stops at the first error; `megatron-laser check` calls it and prints everything.
+`train` calls `run_preflight` and stops at the first error; `megatron-laser check` calls it and prints everything.
 """
 
-from megatron_laser.run.preflight.inputs import Looked, look
-from megatron_laser.run.preflight.ledger import CheckFailed, Ledger
+from megatron_laser.run.preflight.checks import PreflightResult, run_preflight
+from megatron_laser.run.preflight.finding_log import CheckFailed, FindingLog
 
-__all__ = ["CheckFailed", "Ledger", "Looked", "look"]
+__all__ = ["CheckFailed", "FindingLog", "PreflightResult", "run_preflight"]

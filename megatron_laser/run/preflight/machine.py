@@ -3,52 +3,55 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_laser.config import ConfigError, RunConfig
+from megatron_laser.config import ConfigError, RunConfig, count_parameters, read_architecture
+from megatron_laser.config.model_folder.parameters import rank_bytes
 from megatron_laser.errors import Finding
 from megatron_laser.rollout.servers.start_checks import check_start
-from megatron_laser.run.output_checks import Standing, check_checkpoints, check_output_folder
+from megatron_laser.run.output_checks import OutputState, check_checkpoints, check_output_folder
 from megatron_laser.run.output_folder import also_written
-from megatron_laser.run.preflight.disk import disk_findings, existing_part
-from megatron_laser.run.preflight.ledger import Ledger, needed
-from megatron_laser.run.preflight.model_inputs import ModelInputs
+from megatron_laser.run.preflight.finding_log import FindingLog, needed
+from megatron_laser.run.preflight.model import ModelInputs
 from megatron_laser.weight_sync.feasibility import check_servers
 
 GROUP = "Machine"
 
 
-def look_at_servers(config: RunConfig, ledger: Ledger) -> None:
+def check_server_start(config: RunConfig, log: FindingLog) -> None:
     """Whether servers can be started and given weights; asks their interpreter, which may take seconds."""
-    with ledger.topic(GROUP, "servers"):
+    with log.topic(GROUP, "servers"):
         check_start(config)
         check_servers(config)
-        ledger.add(GROUP, [Finding("servers", "ok", _servers(config))])
+        log.add(GROUP, [Finding("servers", "ok", _servers(config))])
 
 
-def look_at_disks(config: RunConfig, model: ModelInputs, ledger: Ledger, *, overwrite: bool = False) -> None:
+def check_disks(config: RunConfig, model: ModelInputs, log: FindingLog, *, overwrite: bool = False) -> None:
     """Whether what the run writes has room."""
-    with ledger.topic(GROUP, "disk space"):
+    with log.topic(GROUP, "disk space"):
         needed(model.architecture, "config.json")
-        ledger.add(GROUP, disk_findings(config, overwrite=overwrite))
+        log.add(GROUP, disk_findings(config, overwrite=overwrite))
 
 
-def look_at_layers(config: RunConfig, ledger: Ledger) -> None:
+def check_layers(config: RunConfig, log: FindingLog) -> None:
     """Whether this machine can build the layers of `model.layers`; a warning, since the run may have another one."""
     from megatron_laser.model.transformer_engine import use_transformer_engine
 
     topic = "layers"
-    with ledger.topic(GROUP, topic):
+    with log.topic(GROUP, topic):
         try:
             with_engine = use_transformer_engine(config.model.layers)
         except ConfigError as error:
-            ledger.add(GROUP, [Finding(topic, "warning", f"on this machine {'; '.join(error.problems)}")])
+            log.add(GROUP, [Finding(topic, "warning", f"on this machine {'; '.join(error.problems)}")])
             return
         text = "of Transformer Engine" if with_engine else "of torch"
-        ledger.add(GROUP, [Finding(topic, "ok", f"{text} (model.layers is {config.model.layers})")])
+        log.add(GROUP, [Finding(topic, "ok", f"{text} (model.layers is {config.model.layers})")])
 
 
-def look_at_folders(config: RunConfig, ledger: Ledger, *, overwrite: bool = False) -> bool:
+def check_folders(config: RunConfig, log: FindingLog, *, overwrite: bool = False) -> bool:
     """Whether the run can write where it is told to, and no other run is there. Creates nothing.
 
     Args:
@@ -57,32 +60,34 @@ def look_at_folders(config: RunConfig, ledger: Ledger, *, overwrite: bool = Fals
     Returns:
         Whether this run is there and has finished, so that it will write nothing.
     """
-    standing: Standing | None = None
-    with ledger.topic(GROUP, "run.output_dir"):
+    state: OutputState | None = None
+    with log.topic(GROUP, "run.output_dir"):
         output = Path(config.run.output_dir)
         finding = folder_finding("run.output_dir", output)
         if finding.level != "error" and not overwrite:
-            standing = check_output_folder(config)
-            finding = _standing_finding(config, standing) or finding
-        ledger.add(GROUP, [finding])
-    done = standing is not None and standing.is_done(config.run.steps)
+            state = check_output_folder(config)
+            finding = _state_finding(config, state) or finding
+        log.add(GROUP, [finding])
+    done = state is not None and state.is_done(config.run.steps)
     named = {"checkpoint.folder": config.checkpoint.folder, "rollout.sync_folder": config.rollout.sync_folder}
     for setting, folder in also_written(config):
-        with ledger.topic(GROUP, setting):
+        with log.topic(GROUP, setting):
             finding = folder_finding(setting, folder)
-            if setting == "checkpoint.folder" and finding.level != "error" and standing and not done:
-                check_checkpoints(config, standing)
+            if setting == "checkpoint.folder" and finding.level != "error" and state and not done:
+                check_checkpoints(config, state)
             if finding.level == "error" or named[setting] is not None:
-                ledger.add(GROUP, [finding])
+                log.add(GROUP, [finding])
     return done
 
 
-def _standing_finding(config: RunConfig, standing: Standing) -> Finding | None:
+def _state_finding(config: RunConfig, state: OutputState) -> Finding | None:
     topic, folder = "run.output_dir", config.run.output_dir
-    if standing.record is None:
+    if state.record is None:
         return None
-    if standing.is_done(config.run.steps):
-        text = f"{folder} holds this run, which has finished its {standing.finished} steps: nothing is left to do"
+    if state.is_done(config.run.steps):
+        text = (
+            f"{folder} holds this run, which has finished its {state.finished} steps: nothing is left to do"
+        )
         return Finding(
             topic, "note", text, (), "raise run.steps to train on, or choose another run.output_dir"
         )
@@ -119,3 +124,120 @@ def _servers(config: RunConfig) -> str:
         if (sglang.device == "cuda")
         else f"{sglang.servers} on CPUs can be started here"
     )
+
+
+TOPIC = "disk space"
+_TEXT_BYTES = 4  # of a token as text, about
+_SPARE = 0.02  # of the need: folders, metrics, logs
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes that the run writes into `folder`.
+
+    first: until the run first publishes it, without which nothing of it is saved. most: at the fullest moment. what: in
+    words. certain: False for an upper bound.
+    """
+
+    folder: Path
+    what: str
+    most: int
+    first: int
+    certain: bool = True
+
+
+def disk_findings(config: RunConfig, *, overwrite: bool = False) -> list[Finding]:
+    """One finding for each file system that the run writes to."""
+    by_device: dict[int, list[Need]] = {}
+    for need in disk_needs(config, overwrite=overwrite):
+        by_device.setdefault(existing_part(need.folder).stat().st_dev, []).append(need)
+    return [_finding(needs) for needs in by_device.values()]
+
+
+def disk_needs(config: RunConfig, *, overwrite: bool = False) -> Iterator[Need]:
+    """What the run writes: checkpoints, the export, weights for servers, responses.
+
+    Args:
+        overwrite: an earlier run is renamed, so that what it has written stays on the disk.
+    """
+    output = Path(config.run.output_dir)
+    parameters = count_parameters(read_architecture(config.model.path))
+    whole = rank_bytes(parameters, config.model.dtype, shards=1, reference_model=False)
+    weights, checkpoint = whole.weights, whole.weights + whole.optimizer
+    settings, steps = config.checkpoint, config.run.steps
+    if settings.every:
+        root = Path(settings.folder or output / "checkpoints")
+        there = [] if overwrite else list(root.glob("step_*"))
+        saved = steps // settings.every + bool(steps % settings.every)
+        for_good = steps // settings.keep_every if settings.keep_every else 0
+        # A new one is complete before the oldest is deleted.
+        kept = min(saved, for_good + min(settings.keep_last, saved) + 1)
+        yield Need(
+            root,
+            f"{kept} checkpoints of {_size(checkpoint)}"
+            if kept > 1
+            else f"a checkpoint of {_size(checkpoint)}",
+            max(0, kept * checkpoint - sum(map(_folder_bytes, there))),
+            0 if there else checkpoint,
+        )
+    if settings.export_hf:
+        yield Need(output, f"the export to hf/ of {_size(weights)}", weights, weights)
+    if config.rollout.engine == "sglang" and config.rollout.weight_sync == "disk":
+        folder = Path(config.rollout.sync_folder or output / "weights")
+        moved = overwrite and config.rollout.sync_folder is None
+        # the first new ones replace them
+        left = 0 if moved else sum(_folder_bytes(old) for old in folder.glob("weights-*"))
+        need = max(0, 2 * weights - left)
+        yield Need(folder, f"weights for servers, twice {_size(weights)}", need, need)
+    if config.logging.rollouts_every:
+        rollout = config.rollout
+        responses = rollout.prompts_per_step * rollout.samples_per_prompt
+        size = (steps // config.logging.rollouts_every) * responses * rollout.max_new_tokens * _TEXT_BYTES
+        yield Need(output, f"responses, at most {_size(size)}", size, 0, certain=False)
+
+
+def _finding(needs: list[Need]) -> Finding:
+    place = existing_part(needs[0].folder)
+    free = shutil.disk_usage(place).free
+    certain = sum(need.most for need in needs if need.certain)
+    everything = sum(need.most for need in needs)
+    first = sum(need.first for need in needs)
+    what = ", ".join(need.what for need in needs)
+    text = f"{place}: {_size(free)} free; the run writes {what}"
+    cure = "free space, or lower checkpoint.keep_last, raise checkpoint.every, or set checkpoint.folder to another disk"
+    if first * (1 + _SPARE) > free:
+        return Finding(
+            TOPIC, "error", f"{text}; {_size(first)} are needed for the first of each, so that nothing could be saved",
+            (), cure,
+        )  # fmt: skip
+    if certain * (1 + _SPARE) > free:
+        return Finding(TOPIC, "warning", f"{text}; together {_size(certain)}, more than there is", (), cure)
+    if everything * (1 + _SPARE) > free:
+        return Finding(
+            TOPIC, "note", f"{text}; together up to {_size(everything)}, if every response is the longest",
+            (), "raise logging.rollouts_every, or keep an eye on it",
+        )  # fmt: skip
+    return Finding(TOPIC, "ok", text)
+
+
+def existing_part(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that is there."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for root, _, files in os.walk(folder):
+        total += sum(os.lstat(os.path.join(root, name)).st_size for name in files)
+    return total
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

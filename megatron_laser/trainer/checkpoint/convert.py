@@ -1,6 +1,6 @@
 """Between a checkpoint folder and a Hugging Face folder, in one process without process groups or a model.
 
-The checkpoint's tensors already lie under their Hugging Face names (`sharded.py`), so no layout has to be
+The checkpoint's tensors already lie under their Hugging Face names (`sharded_state.py`), so no layout has to be
 undone: whole tensors are read from one side and written to the other, one at a time.
 """
 
@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from transformers import PretrainedConfig
 
 from megatron_laser.algorithms.numerics import is_finite
@@ -21,12 +18,12 @@ from megatron_laser.model.hf_config import architecture_of, read_hf_config
 from megatron_laser.model.hf_folder import MAX_SHARD_BYTES, HfFolder, write_hf_folder
 from megatron_laser.model.mapping import Geometry, Vocabulary, rules
 from megatron_laser.model.platform import DTYPES
+from megatron_laser.trainer import optimizer_state
 from megatron_laser.trainer.checkpoint import folder as folders
-from megatron_laser.trainer.checkpoint import optimizer_state
+from megatron_laser.trainer.checkpoint import torch_dist
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.identity import differences, model_identity
-from megatron_laser.trainer.checkpoint.reading import IndexedReader, without_collectives
-from megatron_laser.trainer.checkpoint.staging import WEIGHTS
+from megatron_laser.trainer.checkpoint.sharded_state import WEIGHTS
 
 # (bytes done, bytes in all) after each tensor
 Progress = Callable[[int, int], None]
@@ -120,7 +117,8 @@ def hf_to_checkpoint(
     try:
         with HfFolder(source) as reader:
             reader.require(architecture_of(config))
-            _write(partial, _Tensors(reader, list(_vocabulary_rows(config)), dtype, progress))
+            tensors = _Tensors(reader, list(_vocabulary_rows(config)), dtype, progress)
+            torch_dist.write_one_by_one(tensors.placeholders(), tensors.make, partial)
         folders.sync_files(path for path in partial.iterdir() if path.is_file())
         state = {
             "step": 0,
@@ -141,14 +139,10 @@ class _Stored:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._reader = IndexedReader(folder)
-        self._tensors = {
-            name: entry
-            for name, entry in self._reader.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        self._reader = torch_dist.Reader(folder)
+        self._tensors = self._reader.tensors()
 
-    def _entry(self, name: str) -> TensorStorageMetadata:
+    def _entry(self, name: str) -> tuple[torch.Size, torch.dtype]:
         if f"{WEIGHTS}.{name}" not in self._tensors:
             raise CheckpointError(f"checkpoint {self._folder}: tensor {name!r} is missing from it")
         return self._tensors[f"{WEIGHTS}.{name}"]
@@ -157,14 +151,13 @@ class _Stored:
         return [key.removeprefix(f"{WEIGHTS}.") for key in self._tensors if key.startswith(f"{WEIGHTS}.")]
 
     def bytes(self, name: str) -> int:
-        entry = self._entry(name)
-        return int(entry.size.numel() * entry.properties.dtype.itemsize)
+        shape, dtype = self._entry(name)
+        return int(shape.numel() * dtype.itemsize)
 
     def read(self, name: str) -> torch.Tensor:
-        entry = self._entry(name)
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        with without_collectives():
-            dcp.load({f"{WEIGHTS}.{name}": tensor}, storage_reader=self._reader, no_dist=True)
+        shape, dtype = self._entry(name)
+        tensor = torch.empty(shape, dtype=dtype)
+        self._reader.read_into(f"{WEIGHTS}.{name}", tensor)
         if not is_finite(tensor):
             raise CheckpointError(
                 f"checkpoint {self._folder}: tensor {name!r} holds NaN or infinity; convert an earlier checkpoint"
@@ -210,30 +203,6 @@ class _Tensors:
         if self._progress is not None:
             self._progress(self._done, self._total)
         return tensor
-
-
-class _Planner(dcp.DefaultSavePlanner):
-    """Asks for each tensor when it is written, so that the model is never in memory as a whole."""
-
-    def __init__(self, tensors: _Tensors) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._tensors = tensors
-
-    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        return self._tensors.make(index.fqn)
-
-
-def _write(folder: Path, tensors: _Tensors) -> None:
-    """The same files as `sharded.save_state` on one rank."""
-    torch.save({}, folder / "common.pt")
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-    with without_collectives():
-        dcp.save(
-            tensors.placeholders(),
-            storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
-            planner=_Planner(tensors),
-            no_dist=True,
-        )
 
 
 def _geometry(config: PretrainedConfig) -> Geometry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import shutil
 import threading
 from pathlib import Path
@@ -11,17 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.distributed.runtime import Runtime, gloo_group
 from megatron_laser.distributed.transport import broadcast_arrays
 from megatron_laser.model import platform
+from megatron_laser.trainer import optimizer_state
 from megatron_laser.trainer.checkpoint import folder as folders
-from megatron_laser.trainer.checkpoint import optimizer_state, sharded
+from megatron_laser.trainer.checkpoint import sharded_state, torch_dist
+from megatron_laser.trainer.checkpoint.collective_errors import gathered_errors, on_every_rank, reason
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.identity import differences, model_identity
-from megatron_laser.trainer.checkpoint.random_states import collect_random_states, restore_random_states
-from megatron_laser.trainer.checkpoint.together import everywhere, gathered_errors, reason
 from megatron_laser.trainer.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ class CheckpointManager:
         self.wait()
         asynchronous = self._settings.asynchronous
         try:
-            entries = sharded.build_state(self._policy, copy=asynchronous, group=self._group)
+            entries = sharded_state.build_state(self._policy, copy=asynchronous, group=self._group)
         except CheckpointError as error:  # the same on every rank
             self._failed(f"copying the state to host memory: {error}")
             return
@@ -75,7 +77,7 @@ class CheckpointManager:
             "world_size": self._runtime.world_size,
             "run": run_state,
         }
-        random_states = collect_random_states()
+        random_states = _random_states()
         self._writer = _Writer(lambda: self._write(step, entries, state, random_states))
         if asynchronous:
             self._writer.start()
@@ -109,8 +111,8 @@ class CheckpointManager:
         path = self._newest()
         if path is None:
             return None
-        state: dict[str, Any] = everywhere(lambda: self._checked_state(path), self._group)
-        everywhere(lambda: self._load(path, state), self._group)
+        state: dict[str, Any] = on_every_rank(lambda: self._checked_state(path), self._group)
+        on_every_rank(lambda: self._load(path, state), self._group)
         return state
 
     def _checked_state(self, path: Path) -> dict[str, Any]:
@@ -131,12 +133,12 @@ class CheckpointManager:
 
     def _load(self, path: Path, state: dict[str, Any]) -> None:
         try:
-            sharded.load_state(self._policy, path, state["optimizer_step"])
+            sharded_state.load_state(self._policy, path, state["optimizer_step"])
             # The rates come from today's configuration: run.steps, which schedules end at, may have been raised.
             self._policy.scheduler.step(increment=state["scheduler"]["num_steps"])
             if state["world_size"] == self._runtime.world_size:
                 file = path / _random_file(self._runtime.rank)
-                restore_random_states(torch.load(file, weights_only=False))
+                _set_random_states(torch.load(file, weights_only=False))
         except Exception as error:
             raise CheckpointError(
                 f"checkpoint {path} cannot be loaded: {reason(error)}"
@@ -174,29 +176,30 @@ class CheckpointManager:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
 
-        everywhere(create, self._group)
-        sharded.save_state(entries, partial, self._group)
+        on_every_rank(create, self._group)
+        torch_dist.write_sharded(entries, partial, self._group)
         files: list[Any] = [None] * self._runtime.world_size
 
         def own_files() -> dict[str, list[Any]]:
             torch.save(random_states, partial / _random_file(rank))
             folders.sync_files([partial / _random_file(rank)])
-            return folders.digests(partial, f"__{rank}_") | folders.digests(partial, _random_file(rank))
+            return folders.digests(partial, torch_dist.rank_prefix(rank)) | folders.digests(
+                partial, _random_file(rank)
+            )
 
-        dist.all_gather_object(files, everywhere(own_files, self._group), group=self._group)
+        dist.all_gather_object(files, on_every_rank(own_files, self._group), group=self._group)
 
         def publish() -> None:
             if rank != 0:
                 return
             listed = {name: digest for part in files for name, digest in part.items()}
-            shared = ("common.pt", "metadata.json", ".metadata")
-            folders.sync_files(partial / name for name in shared)
-            for name in shared:
+            folders.sync_files(partial / name for name in torch_dist.SHARED_FILES)
+            for name in torch_dist.SHARED_FILES:
                 listed |= folders.digests(partial, name)
             folders.publish(partial, state, listed)
             self._retain()
 
-        everywhere(publish, self._group)
+        on_every_rank(publish, self._group)
 
     def _retain(self) -> None:
         try:
@@ -236,6 +239,24 @@ class _Writer:
         if self._thread is not None:
             self._thread.join()  # its collectives carry checkpoint.deadline
         return self._error
+
+
+def _random_states() -> dict[str, Any]:
+    """The states of all generators of this process: Python's, numpy's, torch's and Megatron's model-parallel ones."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "model_parallel": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    """The inverse of `_random_states`."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    get_cuda_rng_tracker().set_states(states["model_parallel"])
 
 
 def _random_file(rank: int) -> str:

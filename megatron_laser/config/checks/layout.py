@@ -1,0 +1,91 @@
+"""Whether a model fits the lengths and the split of a run, and the run its number of ranks."""
+
+from __future__ import annotations
+
+from megatron_laser.config.checks.rollout import colocated_layout_problems, deadline_problems
+from megatron_laser.config.derived import evaluation_max_new_tokens
+from megatron_laser.config.model_folder.architecture import Architecture
+from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.errors import ConfigError
+
+
+def check_layout(config: RunConfig, architecture: Architecture, world_size: int) -> None:
+    """Raises ConfigError with everything that `layout_problems` finds."""
+    if problems := layout_problems(config, architecture, world_size):
+        raise ConfigError(problems)
+
+
+def layout_problems(config: RunConfig, architecture: Architecture, world_size: int) -> list[str]:
+    """Problems of this model on this many ranks; one line each, with the arithmetic."""
+    parallel = config.parallel
+    problems = split_problems(config, architecture)
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    label = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} ="
+    if world_size < 1:
+        problems.append(f"world size {world_size}: expected 1 or more")
+    elif world_size % model_ranks:
+        problems += divisible("world size", world_size, label, model_ranks)
+    else:
+        problems += _share_problems(config, world_size // model_ranks)
+        problems += colocated_layout_problems(config.rollout, world_size)
+        problems += deadline_problems(config, world_size)
+    problems += position_problems(config, architecture)
+    return problems
+
+
+def split_problems(config: RunConfig, architecture: Architecture) -> list[str]:
+    """Parts of this model that `parallel.tensor` and the pipeline do not divide, on any number of ranks."""
+    parallel = config.parallel
+    problems = []
+    for name, value in (
+        ("num_attention_heads", architecture.num_attention_heads),
+        ("num_key_value_heads", architecture.num_key_value_heads),
+        ("hidden_size", architecture.hidden_size),
+        ("intermediate_size", architecture.intermediate_size),
+    ):
+        problems += divisible(name, value, "parallel.tensor", parallel.tensor)
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    label = "parallel.pipeline"
+    if parallel.virtual_pipeline > 1:
+        label = f"parallel.pipeline {parallel.pipeline} x virtual_pipeline {parallel.virtual_pipeline} ="
+    problems += divisible("num_hidden_layers", architecture.num_layers, label, chunks)
+    return problems
+
+
+def position_problems(config: RunConfig, architecture: Architecture) -> list[str]:
+    """Longest sequences for which the model has no positions; one line each, with the arithmetic."""
+    limit = architecture.max_position_embeddings
+    problems = []
+    prompt = config.data.max_prompt_tokens
+    for name, new in (
+        ("rollout.max_new_tokens", config.rollout.max_new_tokens),
+        ("evaluation.max_new_tokens", evaluation_max_new_tokens(config)),
+    ):
+        if name.startswith("evaluation") and config.evaluation.max_new_tokens is None:
+            continue  # the rollout's, said already
+        if prompt + new > limit:
+            problems.append(
+                f"data.max_prompt_tokens {prompt} + {name} {new} = {prompt + new} is more than the model's "
+                f"max_position_embeddings {limit}"
+            )
+    return problems
+
+
+def divisible(name: str, value: int, divisor_name: str, divisor: int) -> list[str]:
+    """[] where `divisor` divides `value`; else one line with the arithmetic."""
+    rest = value % divisor
+    if rest == 0:
+        return []
+    return [f"{name} {value} is not divisible by {divisor_name} {divisor}: {value} % {divisor} = {rest}"]
+
+
+def _share_problems(config: RunConfig, data_parallel: int) -> list[str]:
+    rollout, policy = config.rollout, config.policy
+    sequences = rollout.prompts_per_step * rollout.samples_per_prompt // policy.minibatches
+    if sequences >= data_parallel:
+        return []
+    return [
+        f"rollout.prompts_per_step {rollout.prompts_per_step} x rollout.samples_per_prompt "
+        f"{rollout.samples_per_prompt} / policy.minibatches {policy.minibatches} = {sequences} sequences per "
+        f"optimizer step, fewer than the data-parallel size {data_parallel}: some ranks would never train"
+    ]

@@ -1,0 +1,220 @@
+"""Cross-field checks of the settings alone: combinations that cannot run or would not mean what they say."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_laser.config.checks.layout import divisible
+from megatron_laser.config.checks.partition_excess import (
+    EXCESS_LIMIT,
+    log_partition_excess,
+    round_up,
+    smallest_beta,
+)
+from megatron_laser.config.checks.rollout import rollout_problems
+from megatron_laser.config.derived import (
+    longest_sequence,
+    needed_pad_multiple,
+    optimizer_steps,
+)
+from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.config.schema.training import PolicyConfig
+from megatron_laser.errors import ConfigError
+
+
+def check_settings(config: RunConfig) -> None:
+    """Raises ConfigError with everything that `settings_problems` finds."""
+    if problems := settings_problems(config):
+        raise ConfigError(problems)
+
+
+def settings_problems(config: RunConfig) -> list[str]:
+    """Problems that show without the model and the world size; one line each, with the arithmetic."""
+    return [
+        *_model_problems(config),
+        *_laser_problems(config),
+        *_policy_problems(config),
+        *_optimizer_problems(config),
+        *_parallel_problems(config),
+        *_batch_problems(config),
+        *rollout_problems(config),
+    ]
+
+
+def _model_problems(config: RunConfig) -> list[str]:
+    model = config.model
+    if model.attention == "auto":
+        return []
+    where = ""
+    if model.layers == "torch":
+        where = "model.layers torch, which has torch's attention"
+    elif model.dtype == "float32":
+        where = "model.dtype float32, which no kernel of Transformer Engine takes"
+    if not where:
+        return []
+    return [f"model.attention: {model.attention} with {where}; set model.attention to auto"]
+
+
+def _laser_problems(config: RunConfig) -> list[str]:
+    laser = config.laser
+    if not laser.enabled:
+        return []
+    problems = []
+    if laser.score_token is None:
+        problems.append(
+            "laser.score_token: required while laser.enabled is true; name an unused special token of the "
+            "tokenizer, such as '<|vision_start|>' for Qwen2.5"
+        )
+    if laser.ref_logprob is None and laser.reference == "constant":
+        problems.append(
+            "laser.ref_logprob: required while laser.enabled is true and laser.reference is constant; it is "
+            "the mean log-prob of the score token after the initial model's responses (Qwen2.5: -23.0)"
+        )
+    right, wrong = laser.targets
+    if right <= wrong:
+        problems.append(
+            f"laser.targets: [right, wrong] = [{right:g}, {wrong:g}]; right must be greater than wrong"
+        )
+    if laser.loss == "bce" and laser.targets != (1.0, 0.0):
+        problems.append(
+            f"laser.targets: [{right:g}, {wrong:g}] with laser.loss bce, whose labels are always [1.0, 0.0]; "
+            "remove laser.targets or set laser.loss to mse"
+        )
+    # With reference: model the constant is only an estimate, but checked where it is given.
+    if laser.ref_logprob is not None and right > 0 and not laser.allow_partition_excess:
+        problems += _partition_problems(laser.ref_logprob, laser.beta, right)
+    return problems
+
+
+def _partition_problems(ref_logprob: float, beta: float, right: float) -> list[str]:
+    log_excess = log_partition_excess(ref_logprob, beta, right)
+    if log_excess <= math.log(EXCESS_LIMIT):
+        return []
+    excess = f"{math.exp(log_excess):.3g}" if log_excess < 100 else f"e^{log_excess:.1f}"
+    least = round_up(smallest_beta(ref_logprob, right))
+    return [
+        f"laser.beta {beta:g} with laser.ref_logprob {ref_logprob:g}: Z - 1 = e^ref_logprob * "
+        f"(e^({right:g}/beta) - 1) = e^{ref_logprob:g} * (e^{right / beta:.4g} - 1) = {excess}, more than "
+        f"{EXCESS_LIMIT}; the score token would take probability from the policy's own tokens. Set "
+        f"laser.beta to {least:g} or more, or laser.allow_partition_excess: true to run all the same"
+    ]
+
+
+def _policy_problems(config: RunConfig) -> list[str]:
+    policy, rollout = config.policy, config.rollout
+    problems = []
+    if rollout.samples_per_prompt < 2 and policy.advantage != "reinforce_pp":
+        problems.append(
+            f"rollout.samples_per_prompt: {rollout.samples_per_prompt} with policy.advantage {policy.advantage}; "
+            "a group of one has no spread and no advantage: use 2 or more, or policy.advantage reinforce_pp"
+        )
+    if rollout.samples_per_prompt < 2 and rollout.drop_uniform_groups:
+        problems.append(
+            f"rollout.drop_uniform_groups: true with rollout.samples_per_prompt {rollout.samples_per_prompt}; "
+            "every group of one is uniform and would be dropped: use 2 or more, or false"
+        )
+    if not policy.normalize_std and policy.advantage == "reinforce_pp":
+        problems.append(
+            "policy.normalize_std: false with policy.advantage reinforce_pp, which normalises over the batch; "
+            "remove it, or use grpo, dr_grpo or rloo"
+        )
+    updates = policy.minibatches * policy.epochs
+    if policy.old_logprobs == "on_policy" and updates != 1:
+        problems.append(
+            f"policy.old_logprobs: on_policy needs one optimizer step per rollout batch, but "
+            f"policy.minibatches {policy.minibatches} x policy.epochs {policy.epochs} = {updates}; use "
+            "recompute, or set both to 1"
+        )
+    if policy.importance_cap is not None and policy.old_logprobs == "rollout":
+        problems.append(
+            f"policy.importance_cap: {policy.importance_cap:g} with policy.old_logprobs rollout; the ratio "
+            "is pi / pi_rollout already and would be corrected twice. Use recompute or on_policy, or null"
+        )
+    problems += _mask_problems(policy)
+    problems += divisible(
+        "rollout.prompts_per_step", rollout.prompts_per_step, "policy.minibatches", policy.minibatches
+    )
+    if config.evaluation.every and config.data.validation is None:
+        problems.append(
+            f"evaluation.every: {config.evaluation.every} needs data.validation, which is null; give a file "
+            "or set evaluation.every to 0"
+        )
+    return problems
+
+
+def _mask_problems(policy: PolicyConfig) -> list[str]:
+    if policy.importance_mask is None:
+        return []
+    low, high = policy.importance_mask
+    problems = []
+    if not 0.0 <= low < 1.0 < high:
+        problems.append(
+            f"policy.importance_mask: [{low:g}, {high:g}]; expected 0 <= low < 1 < high, since a token on which "
+            "trainer and engine agree has the ratio 1"
+        )
+    if policy.old_logprobs == "rollout":
+        problems.append(
+            f"policy.importance_mask: [{low:g}, {high:g}] with policy.old_logprobs rollout, whose old "
+            "log-probs are the engine's, so that the ratio is always 1. Use recompute or on_policy, or null"
+        )
+    return problems
+
+
+def _optimizer_problems(config: RunConfig) -> list[str]:
+    optimizer = config.optimizer
+    problems = []
+    if optimizer.overlap_param_gather:
+        missing = [name for name in ("distributed", "overlap_grad_reduce") if not getattr(optimizer, name)]
+        if missing:
+            problems.append(
+                "optimizer.overlap_param_gather: true needs "
+                + " and ".join(f"optimizer.{name}: true" for name in missing)
+            )
+    if optimizer.min_lr > optimizer.lr:
+        problems.append(f"optimizer.min_lr: {optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}")
+    total = optimizer_steps(config)
+    if optimizer.schedule != "constant" and optimizer.warmup_steps >= total:
+        problems.append(
+            f"optimizer.warmup_steps: {optimizer.warmup_steps} leaves nothing for the {optimizer.schedule} "
+            f"schedule: run.steps {config.run.steps} x policy.epochs {config.policy.epochs} x "
+            f"policy.minibatches {config.policy.minibatches} = {total} optimizer steps"
+        )
+    return problems
+
+
+def _parallel_problems(config: RunConfig) -> list[str]:
+    parallel = config.parallel
+    problems = []
+    if parallel.sequence and parallel.tensor == 1:
+        problems.append("parallel.sequence: true needs parallel.tensor above 1, got 1")
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        problems.append(
+            f"parallel.virtual_pipeline: {parallel.virtual_pipeline} needs parallel.pipeline above 1, got 1"
+        )
+    if parallel.context > 1:
+        problems.append(f"parallel.context: {parallel.context}; context parallelism is not built yet, use 1")
+    if parallel.expert > 1:
+        problems.append(
+            f"parallel.expert: {parallel.expert}; the supported models (llama, qwen2, qwen3) are dense and "
+            "have no experts to split, use 1"
+        )
+    return problems
+
+
+def _batch_problems(config: RunConfig) -> list[str]:
+    budget, longest = config.batching.tokens_per_micro_batch, longest_sequence(config)
+    problems = []
+    pad, needed = config.batching.pad_multiple, needed_pad_multiple(config.parallel)
+    if pad is not None and pad % needed:
+        problems += [
+            f"batching.pad_multiple: {pad} is not divisible by {needed}, over which parallel.tensor "
+            f"{config.parallel.tensor} with parallel.sequence divides packed sequences; use a multiple of it, or null"
+        ]
+    if budget >= longest:
+        return problems
+    return [
+        *problems,
+        f"batching.tokens_per_micro_batch: {budget} is less than the longest sequence, "
+        f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_new_tokens "
+        f"{config.rollout.max_new_tokens} = {longest}; every sequence must fit",
+    ]

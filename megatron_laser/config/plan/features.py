@@ -1,0 +1,142 @@
+"""What a dry run says about what is on: rollouts and weight sync, losses and passes, evaluation, optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_laser.config.checks.rollout import off_policy_reason
+from megatron_laser.config.derived import (
+    mixing_first_step,
+    old_policy_pass,
+    optimizer_steps,
+    reference_model_reasons,
+    self_reward_first_step,
+)
+from megatron_laser.config.schema.rollout import RolloutConfig
+from megatron_laser.config.schema.root import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One part of the algorithm: whether this run uses it, and from when or why (not)."""
+
+    name: str
+    on: bool
+    detail: str
+
+
+def run_features(config: RunConfig) -> tuple[Feature, ...]:
+    """What is on in a run and what is not, in the order in which a dry run shows it."""
+    laser, policy = config.laser, config.policy
+    reasons = reference_model_reasons(config)
+    passes = {
+        "full": "policy.old_logprobs is recompute: one no-grad pass before the update",
+        "score_rows": f"policy.old_logprobs is {policy.old_logprobs}, but laser.score_source trainer needs a "
+        "no-grad pass whose head runs on the EOS rows only",
+        "none": f"policy.old_logprobs is {policy.old_logprobs}"
+        + (" and the engine computes the scores" if laser.enabled else ""),
+    }
+    old_pass = old_policy_pass(config)
+    cap = policy.importance_cap
+    return (
+        *(Feature(*line) for line in rollout_features(config)),
+        _scheduled("self-reward loss", self_reward_first_step(config), config, f"alpha {laser.alpha:g}"),
+        _scheduled("self-reward advantages", mixing_first_step(config), config, f"tau {laser.tau:g}"),
+        Feature(
+            "KL loss", policy.kl_coefficient > 0, _coefficient(policy.kl_coefficient, policy.kl_estimator)
+        ),
+        Feature("entropy bonus", policy.entropy_coefficient > 0, _coefficient(policy.entropy_coefficient)),
+        Feature(
+            "reference model",
+            bool(reasons),
+            "loaded: " + "; ".join(reasons) if reasons else "not loaded: no KL and a constant reference",
+        ),
+        Feature("old-policy pass", old_pass != "none", passes[old_pass]),
+        Feature("importance correction", cap is not None, f"cap {cap:g}" if cap is not None else "no cap"),
+        Feature(
+            "evaluation",
+            config.evaluation.every > 0,
+            f"every {config.evaluation.every} steps" if config.evaluation.every else "evaluation.every is 0",
+        ),
+        Feature(
+            "final evaluation",
+            config.data.test is not None,
+            f"{config.evaluation.final_samples_per_prompt} responses per problem of data.test"
+            if config.data.test is not None
+            else "data.test is null",
+        ),
+        Feature(
+            "optimizer",
+            True,
+            f"{optimizer_steps(config)} steps, lr {config.optimizer.lr:g} {config.optimizer.schedule}"
+            + (", distributed" if config.optimizer.distributed else ""),
+        ),
+    )
+
+
+def rollout_features(config: RunConfig) -> list[tuple[str, bool, str]]:
+    """(name, whether it is on, detail) of each line."""
+    rollout = config.rollout
+    if rollout.engine == "in_process":
+        detail = f"rank 0 generates, up to {rollout.max_batch_size} sequences at once, from its own copy of the weights"
+        return [("rollout", True, f"in_process: {detail}")]
+    reason = off_policy_reason(rollout)
+    return [
+        ("rollout", True, f"sglang: {_servers(rollout)}"),
+        ("weight sync", True, _sync(rollout)),
+        (
+            "off-policy rollout",
+            reason is not None,
+            f"{reason}; tokens are at most {rollout.max_staleness} steps old"
+            if reason is not None
+            else "none: every response comes from the weights that are trained on it",
+        ),
+    ]
+
+
+def _servers(rollout: RolloutConfig) -> str:
+    sglang = rollout.sglang
+    if sglang.urls is not None:
+        router = ", generation through the router" if sglang.router_url is not None else ""
+        return f"{_count(len(sglang.urls), 'server')} at the addresses of rollout.sglang.urls{router}"
+    if sglang.device == "cpu":
+        size = f"{_count(sglang.servers, 'server')} on the CPU"
+    else:
+        size = (
+            f"{_count(sglang.servers, 'server')} x {_count(sglang.tensor, 'GPU')} = "
+            f"{_count(sglang.servers * sglang.tensor, 'GPU')}"
+        )
+    router = ", behind a router" if sglang.router else ""
+    if sglang.endpoints is None:
+        return f"{size} on rank 0's node, started by the run{router}"
+    return (
+        f"{size} on each node that runs `megatron-laser serve`{router}; found in {sglang.endpoints}; goes on with "
+        f"{rollout.min_servers} or more"
+    )
+
+
+def _sync(rollout: RolloutConfig) -> str:
+    if rollout.weight_sync == "disk":
+        return f"disk: a folder in {rollout.sync_folder or 'run.output_dir/weights'}, which servers must see"
+    buckets = f"buckets of {rollout.sync_bucket_mib:,} MiB, two of them on rank 0"
+    if rollout.weight_sync == "colocated":
+        return f"colocated: trainer and servers share GPUs and offload in turn, not proven on GPUs yet; {buckets}"
+    return f"distributed: broadcast from rank 0, {buckets}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _scheduled(name: str, first_step: int | None, config: RunConfig, weight: str) -> Feature:
+    if first_step is None:
+        return Feature(name, False, "laser.enabled is false" if not config.laser.enabled else weight)
+    if first_step > config.run.steps:
+        return Feature(
+            name, False, f"would start at step {first_step}, but run.steps is {config.run.steps}; {weight}"
+        )
+    return Feature(name, True, f"from step {first_step} of {config.run.steps}, {weight}")
+
+
+def _coefficient(value: float, kind: str = "") -> str:
+    return f"coefficient {value:g}" + (f", {kind}" if kind and value > 0 else "")

@@ -1,0 +1,233 @@
+"""What there is to say about references and prompts before a run starts, and whether the score token occurs in them.
+
+It must not: z_c is what the model says about a response, never part of one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from megatron_laser.data.prompts import PromptReport
+from megatron_laser.data.readers import Row
+from megatron_laser.data.references import why_unequal
+from megatron_laser.errors import DataError, Finding, Level
+from megatron_laser.rewards import GradingPool
+from megatron_laser.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+_NAMED = 3  # rows of each kind
+_ASKED = 64  # different references that the grader is asked about
+_OTHER = "-91736.25"  # an answer that no reference is expected to be
+_REFUSED_SHARE = 0.5
+
+_CURE = (
+    "name the column with the final answers (data.answer_key), let tools/prepare_data.py make one, or grade with a "
+    "reward.function of your own, which gets the column as it is"
+)
+
+
+def reference_findings(
+    rows: Sequence[Row], *, name: str = "data.train", ask_grader: bool = True, deadline: float = 2.0
+) -> list[Finding]:
+    """Whether responses can equal the references at all: for rows read with `mathematics=True`.
+
+    Args:
+        name: of the setting with the files.
+        ask_grader: let the mathematical grader read some of those that are no plain numbers, in a process of its own
+            (a second).
+        deadline: seconds for one of them.
+    """
+    if not rows:
+        return []
+    findings = []
+    taken = [row for row in rows if row.taken_from]
+    if taken:
+        kinds = Counter(row.taken_from for row in taken)
+        findings.append(
+            Finding(
+                "references",
+                "note",
+                f"{name}: {len(taken)} of {len(rows)} references were taken out of "
+                + ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common()),
+                _examples((row.source, row.answer) for row in taken),
+            )
+        )
+    faults = [(row, why) for row in rows if (why := why_unequal(row.answer))]
+    if faults:
+        counts = Counter(why for _, why in faults)
+        level: Level = "error" if len(faults) > _REFUSED_SHARE * len(rows) else "warning"
+        findings.append(
+            Finding(
+                "references",
+                level,
+                f"{name}: no response can equal {len(faults)} of {len(rows)} references: "
+                + ", ".join(f"{why} ({count})" for why, count in counts.most_common()),
+                _examples((row.source, row.answer) for row, _ in faults),
+                _CURE,
+            )
+        )
+    if ask_grader:
+        bad = {row.row for row, _ in faults}
+        findings += _unread([row for row in rows if row.row not in bad], name, deadline)
+    if not findings:
+        findings.append(Finding("references", "ok", f"{name}: {len(rows)} references, all of them answers"))
+    return findings
+
+
+def prompt_findings(report: PromptReport, *, name: str = "data.train") -> list[Finding]:
+    """Lengths over the limit, and BOS tokens that prompts brought along.
+
+    Args:
+        report: of `build_prompts`.
+        name: of the setting with the files.
+    """
+    lengths = sorted(report.lengths)
+    if not lengths:
+        return []
+    at = {share: lengths[math.ceil(share * len(lengths)) - 1] for share in (0.5, 0.9, 0.99)}
+    text = (
+        f"{name}: {report.total} prompts of {lengths[0]} to {lengths[-1]} tokens (half have at most {at[0.5]}, "
+        f"90 % {at[0.9]}, 99 % {at[0.99]}); "
+    )
+    limit = f"{report.section}.max_prompt_tokens = {report.max_prompt_tokens}"
+    if report.rows:
+        share = len(report.rows) / report.total
+        level: Level = "error" if share == 1.0 else ("warning" if share > 0.01 else "note")
+        finding = Finding(
+            "prompt lengths",
+            level,
+            f"{text}{len(report.rows)} ({share:.1%}) are over {limit} and left out",
+            tuple(f"{source}: {length} tokens" for source, length in report.rows[:_NAMED]),
+            "" if level == "note" else f"raise {report.section}.max_prompt_tokens, or shorten the problems",
+        )
+    else:
+        finding = Finding("prompt lengths", "ok", f"{text}none is over {limit}")
+    findings = [finding]
+    if report.bos_repeated:
+        findings.append(
+            Finding(
+                "BOS",
+                "warning",
+                f"{name}: {len(report.bos_repeated)} of {report.total} prompts bring along the BOS that the tokenizer "
+                "or its template writes; one of the two is left out",
+                report.bos_repeated[:_NAMED],
+                "the problems were rendered by a template before: give them plain, or set "
+                f"{report.section}.apply_chat_template: false if the template's turns are in them already",
+            )
+        )
+    return findings
+
+
+def log_warnings(findings: Iterable[Finding]) -> None:
+    """Log the warnings.
+
+    Raises:
+        DataError: an error is among them.
+    """
+    for finding in findings:
+        if finding.level == "error":
+            raise DataError(finding.line)
+        if finding.level == "warning":
+            logger.warning("%s", finding.line)
+
+
+def _unread(rows: Sequence[Row], name: str, deadline: float) -> list[Finding]:
+    """References that the grader cannot parse, among at most `_ASKED` different ones over the whole data."""
+    places = {row.answer: row.source for row in reversed(rows) if not _is_number(row.answer)}
+    texts = list(reversed(places))
+    if not texts:
+        return []
+    step = max(1, math.ceil(len(texts) / _ASKED))
+    asked = texts[::step]
+    with GradingPool(workers=1, deadline=deadline) as pool:
+        grades = pool.grade_many([(f"\\boxed{{{text}}}", _OTHER) for text in asked])
+    unread = [text for text, grade in zip(asked, grades) if grade.outcome not in ("correct", "wrong")]
+    if not unread:
+        return []
+    level: Level = "warning" if len(unread) > _REFUSED_SHARE * len(asked) else "note"
+    return [
+        Finding(
+            "references",
+            level,
+            f"{name}: {len(unread)} of {len(asked)} references that were tried are no mathematics to the grader: only "
+            "responses with the same words are right",
+            _examples((places[text], text) for text in unread),
+            _CURE if level == "warning" else "",
+        )
+    ]
+
+
+def _is_number(text: str) -> bool:
+    return text.lstrip("+-").replace(".", "", 1).isdecimal()
+
+
+def _examples(found: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    lines: list[str] = []
+    for source, text in found:
+        if len(lines) == _NAMED:
+            break
+        lines.append(f"{source}: {text!r:.100}")
+    return tuple(lines)
+
+
+_BATCH = 1000  # texts for one call of the tokenizer
+
+
+def score_token_in_data(
+    rows: Sequence[Row],
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    score_token_id: int,
+    *,
+    name: str = "data.train",
+) -> Finding:
+    """Whether any prompt, chat template included, or any reference answer holds the score token.
+
+    A prompt with z_c in it shows the model the token outside its one place behind EOS, and an answer with it is
+    one that no response should give.
+
+    Args:
+        rows: as read; `prompts` are made from them and may leave some out.
+        tokenizer: a Hugging Face tokenizer.
+        name: of the setting with the files.
+    """
+    found = list(_places(rows, prompts, tokenizer, score_token_id))
+    token = f"the score token {tokenizer.decode([score_token_id])!r} (id {score_token_id})"
+    if not found:
+        return Finding("score token", "ok", f"{name}: no prompt and no answer holds {token}")
+    return Finding(
+        "score token",
+        "error",
+        f"{name}: {len(found)} prompts or answers of {len(rows)} rows hold {token}",
+        tuple(found[:_NAMED]),
+        "choose a token for laser.score_token that is not in the data, or remove these rows",
+    )
+
+
+def refuse_score_token(
+    rows: Sequence[Row], prompts: Sequence[Prompt], tokenizer: Any, score_token_id: int
+) -> None:
+    """Raises DataError where `score_token_in_data` finds any."""
+    finding = score_token_in_data(rows, prompts, tokenizer, score_token_id, name="the data")
+    if finding.level == "error":
+        raise DataError(finding.line)
+
+
+def _places(
+    rows: Sequence[Row], prompts: Sequence[Prompt], tokenizer: Any, score_token_id: int
+) -> Iterator[str]:
+    source = {row.row: row.source for row in rows}
+    for prompt in prompts:
+        if score_token_id in prompt.token_ids:
+            yield f"{source[prompt.row]}: the prompt"
+    for start in range(0, len(rows), _BATCH):
+        batch = rows[start : start + _BATCH]
+        encoded = tokenizer([row.answer for row in batch], add_special_tokens=False)["input_ids"]
+        for row, token_ids in zip(batch, encoded, strict=True):
+            if score_token_id in token_ids:
+                yield f"{row.source}: the answer"

@@ -1,0 +1,155 @@
+"""Evaluations of a training run: of the weights that its engine holds, on its validation and test splits."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_laser.config import RunConfig, evaluation_max_new_tokens
+from megatron_laser.data.tokenizer import decode_response
+from megatron_laser.evaluation import evaluate, generation_batch, partial_responses_path
+from megatron_laser.evaluation.weight_identity import engine_digest
+from megatron_laser.observability.timers import Timers
+from megatron_laser.rewards import GradingPool
+from megatron_laser.rollout.client.errors import ServerGone
+from megatron_laser.rollout.engine import RolloutEngine, StopEarly, StoppedEarly
+from megatron_laser.types import Prompt, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r".+_step_(\d+)\.jsonl?")
+
+
+class RunEvaluation:
+    """Evaluates on request; `stop` ends one that runs, and every later one, within seconds."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        splits: Mapping[str, Sequence[Prompt] | None],
+        engine: RolloutEngine,
+        grading: GradingPool,
+        timers: Timers,
+        *,
+        tokenizer: Any,
+        stop_token_ids: tuple[int, ...],
+        score_token_id: int | None,
+        last_step: int,
+    ) -> None:
+        """Remove evaluations of steps beyond `last_step`, where the run goes on: they are of weights that are gone.
+
+        Args: splits: prompts of "validation" and "test"; None or missing: that split is not given.
+        """
+        self._config = config
+        self._splits = splits
+        self._tokenizer = tokenizer
+        self._stop_token_ids = stop_token_ids
+        self._score_token_id = score_token_id
+        self._engine = engine
+        self._grading = grading
+        self._timers = timers
+        self._folder = Path(config.run.output_dir) / "evaluation"
+        self._stop = StopEarly()
+        self.stop_reason = ""
+        for path in self._folder.glob("*_step_*.json*"):
+            match = _NAME.fullmatch(path.name)
+            if match and int(match[1]) > last_step:
+                path.unlink(missing_ok=True)
+
+    def stop(self, reason: str) -> None:
+        """Safe in a signal handler."""
+        self.stop_reason = reason
+        self._stop.set()
+
+    @contextmanager
+    def left_out_on_stop(self) -> Iterator[None]:
+        """What is evaluated in here may be missing when the run is stopped."""
+        try:
+            yield
+        except StoppedEarly as error:
+            logger.warning("%s: an evaluation is left out (%s)", self.stop_reason, error)
+
+    def is_done(self, split: str, step: int) -> bool:
+        """Whether its numbers are there."""
+        return (self._folder / f"{split}_step_{step}.json").exists()
+
+    def run(self, split: str, step: int, *, resumable: bool = False) -> dict[str, float]:
+        """Evaluate the engine's current weights on `validation` or `test`; {} when the split is not given.
+
+        Names are eval/<metric> for validation and test/<metric> for test.
+
+        Args:
+            resumable: go on with the responses that a stopped attempt has sampled from the same weights.
+
+        Raises:
+            StoppedEarly: after `stop`; with `resumable`, what has been sampled is kept.
+        """
+        config, settings = self._config, self._config.evaluation
+        prompts = self._splits.get(split)
+        if not prompts:
+            return {}
+        prompts = prompts[: settings.max_prompts]
+        samples = settings.samples_per_prompt if split == "validation" else settings.final_samples_per_prompt
+        sampling = SamplingParams(
+            samples_per_prompt=samples,
+            max_new_tokens=evaluation_max_new_tokens(config),
+            stop_token_ids=self._stop_token_ids,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=settings.seed,
+        )
+        in_process = config.rollout.engine == "in_process"
+        batch = generation_batch(
+            in_process=in_process,
+            max_batch_size=config.rollout.max_batch_size,
+            max_concurrency=config.rollout.max_concurrency,
+        )
+        records = self._folder / f"{split}_step_{step}.jsonl"
+        with self._timers("evaluate"):
+            responses = self._responses(records, prompts, sampling, batch) if resumable else None
+            records.unlink(missing_ok=True)  # an earlier attempt's verdicts are made anew
+            summary = evaluate(
+                self._engine,
+                prompts,
+                sampling=sampling,
+                decode=partial(decode_response, self._tokenizer),
+                grading=self._grading,
+                score_token_id=self._score_token_id,
+                ref_logprob=config.laser.ref_logprob,
+                beta=config.laser.beta,
+                targets=config.laser.targets,
+                records_path=records,
+                deadline=config.rollout.deadline,
+                generation_batch=batch,
+                responses_path=responses,
+                repeatable=in_process,
+                stop=self._stop,
+            )
+            if responses is not None:
+                responses.unlink(missing_ok=True)
+        return summary.prefixed("eval/" if split == "validation" else "test/")
+
+    def _responses(
+        self, records: Path, prompts: Sequence[Prompt], sampling: SamplingParams, batch: int
+    ) -> Path | None:
+        """Where responses of just these weights are kept; None where the engine does not tell them from others."""
+        try:
+            weights = engine_digest(self._engine)
+        except ServerGone:  # the others will answer, but nothing is kept for a later attempt
+            return None
+        if weights is None:
+            return None
+        identity: dict[str, Any] = {
+            "weights": weights,
+            "prompts": [[prompt.row, list(prompt.token_ids)] for prompt in prompts],
+            "score_token_id": self._score_token_id,
+            "batch": batch,
+            **asdict(sampling),
+        }
+        return partial_responses_path(records, identity)

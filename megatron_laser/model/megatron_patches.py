@@ -1,0 +1,65 @@
+"""Two things in Megatron-Core that layers without Transformer Engine need changed, on a CPU and on CUDA.
+
+The functions are private: read in 0.16.1 and 0.19.2.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def patch_megatron() -> None:
+    """Change what is wrong or slow in Megatron-Core 0.19 without Transformer Engine. Idempotent."""
+    # moe_utils names te_general_gemm without binding it when Transformer Engine is missing.
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not getattr(moe_utils, "HAVE_TE", False):
+        moe_utils.te_general_gemm = None
+    # The unfused THD rotary embedding slices once per sequence in Python, for q and k of every layer. With hundreds
+    # of short sequences a micro-batch that costs more than the matrix products, and on CUDA it waits for the device
+    # each time, to read the lengths. One table per micro-batch gives the same values.
+    rope: Any = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
+    original = rope._apply_rotary_pos_emb_thd
+    table = _RotaryTable()
+
+    def apply_thd(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, **kwargs: Any) -> Any:
+        group = kwargs.pop("cp_group", None)
+        special = kwargs.get("multi_latent_attention") or kwargs.get("mla_rotary_interleaved")
+        plain = not special and kwargs.get("mscale", 1.0) == 1.0
+        if group is None or group.size() > 1 or not plain or freqs.shape[-1] != t.shape[-1]:
+            return original(t, cu_seqlens, freqs, cp_group=group, **kwargs)
+        cos, sin = table.of(t, cu_seqlens, freqs)
+        return t * cos + rope._rotate_half(t, kwargs.get("rotary_interleaved", False)) * sin
+
+    apply_thd.original = original  # type: ignore[attr-defined]
+    rope._apply_rotary_pos_emb_thd = apply_thd
+
+
+class _RotaryTable:
+    """cos and sin [tokens, 1, head_dim] of the last micro-batch seen."""
+
+    def __init__(self) -> None:
+        self._key: tuple[torch.Tensor, torch.Tensor, torch.dtype] | None = None
+        self._values: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def of(
+        self, t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The table for the packed tokens `t`; built anew when the packing, the frequencies or the dtype change."""
+        key = self._key
+        if key is None or key[0] is not cu_seqlens or key[1] is not freqs or key[2] != t.dtype:
+            angles = freqs.squeeze(1)
+            # As many frequencies as packed tokens are one for each token, upstream; else every sequence starts at 0.
+            if freqs.shape[0] != t.shape[0]:
+                lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+                # With output_size nothing has to be read back from a GPU.
+                starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=t.shape[0])
+                angles = angles[torch.arange(t.shape[0], device=t.device) - starts]
+            self._key = (cu_seqlens, freqs, t.dtype)
+            self._values = (angles.cos().to(t.dtype), angles.sin().to(t.dtype))
+        assert self._values is not None
+        return self._values

@@ -1,0 +1,71 @@
+"""All checks of what a run starts from, in the order in which they depend on each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_laser.config import RunConfig
+from megatron_laser.data.tokenizer import load_tokenizer
+from megatron_laser.rewards.trial import trial
+from megatron_laser.run.preflight.data import GROUP as DATA
+from megatron_laser.run.preflight.data import DataInputs, Progress, check_data, read_data
+from megatron_laser.run.preflight.finding_log import FindingLog, needed
+from megatron_laser.run.preflight.machine import GROUP as MACHINE
+from megatron_laser.run.preflight.machine import (
+    check_disks,
+    check_folders,
+    check_layers,
+    check_server_start,
+)
+from megatron_laser.run.preflight.model import GROUP as MODEL
+from megatron_laser.run.preflight.model import ModelInputs, check_model, check_tokenizer
+
+REWARD = "Reward"
+_TOKENIZER_PROBES = 16
+
+
+@dataclass
+class PreflightResult:
+    """What was read on the way, so that nobody reads it again."""
+
+    model: ModelInputs
+    data: DataInputs
+
+
+def run_preflight(
+    config: RunConfig,
+    log: FindingLog,
+    progress: Progress = lambda split, done, total: None,
+    *,
+    overwrite: bool = False,
+) -> PreflightResult:
+    """Check everything; what was found goes into `log`.
+
+    Reads, and writes nothing. Quick checks come first, so that a run that cannot start says so soon.
+
+    Args:
+        overwrite: a run that is in the output folder will be moved aside, and may be any.
+
+    Raises:
+        UserError: the first error, where `log.stop_at_errors`.
+    """
+    check_server_start(config, log)
+    model = check_model(config, log)
+    check_layers(config, log)
+    if not check_folders(config, log, overwrite=overwrite):
+        check_disks(config, model, log, overwrite=overwrite)
+    data = read_data(config, log)
+    with log.topic(REWARD, "reward function"):
+        answers = [row.answer for row in data.rows.get("train", [])[:1]]
+        log.add(REWARD, trial(config.reward.function, *answers, deadline=config.reward.deadline))
+    with log.topic(MODEL, "tokenizer"):
+        needed(model.vocabulary, "config.json")  # without it, or with a broken file, that is said by now
+        probes = [row.problem for row in data.rows.get("train", [])[:_TOKENIZER_PROBES]]
+        model.tokenizer = load_tokenizer(config.model.path, probes)
+    check_tokenizer(config, model, log)
+    check_data(config, model, data, log, progress)
+    return PreflightResult(model, data)
+
+
+ORDER = (MODEL, DATA, REWARD, MACHINE)
+"""In which groups are shown."""

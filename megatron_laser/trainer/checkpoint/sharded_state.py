@@ -1,0 +1,254 @@
+"""Weights and optimizer state as tensors under Hugging Face names, between the model and a checkpoint.
+
+Every tensor-parallel shard of a Megatron parameter is a contiguous block of one to three Hugging Face tensors
+(a rank's query heads are consecutive rows of q_proj, and so on). So the tensors are stored under their Hugging
+Face names: `weights.<name>`, and `optimizer.<kind>.<name>`. A checkpoint then knows nothing of pipeline stages,
+fused norms or local and Transformer Engine module names, loads into any layout, and converts to a Hugging Face
+folder one tensor at a time. Vocabulary padding belongs to a layout, so its shape may differ between the two.
+
+Every parameter of a model-parallel rank is held by all its data-parallel ranks; one of them stores it, so that the
+ranks write about equally much. Under the distributed optimizer that rank gets the others' slices through a buffer of
+`CHUNK_ELEMENTS` float32 numbers, which is all that a save takes on the device. In host memory a rank holds its share
+of the state (14 bytes a parameter in bf16, divided by the data-parallel size) until it is written, and a page-locked
+buffer of its largest parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_laser.model.mapping import Geometry, Replicated, Row, Rule, Vocabulary, global_names, rules
+from megatron_laser.trainer import optimizer_state
+from megatron_laser.trainer.checkpoint import torch_dist
+from megatron_laser.trainer.checkpoint.collective_errors import on_every_rank
+from megatron_laser.trainer.checkpoint.torch_dist import ShardedTensor
+from megatron_laser.trainer.policy import Policy
+
+WEIGHTS = "weights"
+CHUNK_ELEMENTS = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class MappedParameter:
+    """One parameter of this rank, with its rule."""
+
+    rule: Rule
+    parameter: torch.nn.Parameter
+    owned: bool  # False for the copy of a tied embedding on the last pipeline stage: loaded, not stored
+
+
+def build_state(
+    policy: Policy, *, copy: bool = False, group: dist.ProcessGroup | None = None
+) -> dict[str, ShardedTensor]:
+    """This rank's share of everything to be stored, in host memory, by its name. A collective.
+
+    Args:
+        copy: false: on a CPU, tensors that need no gathering may be the live ones, so write them before the next step.
+        group: all ranks (None: the default group), on which they agree that nobody failed.
+
+    Raises:
+        CheckpointError: on every rank, with the same text, when memory ran out on one.
+    """
+    policy.complete_weights()
+    parameters = [mapped for mapped in _mapped_parameters(policy) if mapped.owned and _stored_here(mapped)]
+
+    # Whatever can run out of memory on one rank alone does so before the first collective.
+    stager = on_every_rank(lambda: Stager(policy, parameters, copy=copy), group)
+    return on_every_rank(stager.stage, group)
+
+
+def load_state(policy: Policy, folder: Path, optimizer_step: int) -> None:
+    """Load weights and optimizer state from `folder` into the policy, whatever layout stored them.
+
+    Tensor by tensor: the host holds a few copies of this rank's largest parameter, not of its state. No collective.
+    """
+    geometry = policy.chunks.geometry
+    places = optimizer_state.places(policy.optimizer)
+    reader = torch_dist.Reader(folder)
+
+    def load(prefix: str, mapped: MappedParameter, dtype: torch.dtype) -> torch.Tensor:
+        empty = torch.empty(mapped.parameter.shape, dtype=dtype)
+        wanted = _sharded(prefix, mapped.rule, empty, geometry)
+        reader.read_sharded(wanted)
+        loaded = {name: entry.data for name, entry in wanted.items()}
+        return _joined(prefix, mapped.rule, loaded, geometry)
+
+    with torch.no_grad():
+        for mapped in _mapped_parameters(policy):
+            place = places[id(mapped.parameter)]
+            mapped.parameter.copy_(load(WEIGHTS, mapped, mapped.parameter.dtype))
+            if place.slot is None:  # another data-parallel rank has the state of this parameter
+                continue
+            for kind in optimizer_state.KINDS:
+                if kind == optimizer_state.MAIN and not policy.chunks.config.bf16:
+                    place.restore(kind, mapped.parameter.detach())
+                else:
+                    place.restore(kind, load(f"optimizer.{kind}", mapped, torch.float32))
+    optimizer_state.set_step(policy.optimizer, optimizer_step)
+
+
+class Stager:
+    """One save's copies. Making it allocates and runs no collective; `stage` runs them."""
+
+    def __init__(self, policy: Policy, parameters: Sequence[MappedParameter], *, copy: bool) -> None:
+        """`parameters`: what this rank's data-parallel group stores, in the same order on all of its ranks."""
+        self._parameters, self._geometry = parameters, policy.chunks.geometry
+        self._places = optimizer_state.places(policy.optimizer)
+        # fp32 training updates the weights themselves: there is no other main copy.
+        main = (optimizer_state.MAIN,) if policy.chunks.config.bf16 else ()
+        self._kinds = [*main, optimizer_state.EXP_AVG, optimizer_state.EXP_AVG_SQ]
+        self._rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        self._stored_by = storing_ranks([mapped.parameter.numel() for mapped in parameters], size)
+        largest = max((mapped.parameter.numel() for mapped in parameters), default=0)
+        device = parameters[0].parameter.device if parameters else torch.device("cpu")
+        self._copy = copy or device.type != "cpu"
+        gathers = any(self._places[id(mapped.parameter)].group is not None for mapped in parameters)
+        self._chunk = torch.empty(min(largest, CHUNK_ELEMENTS) if gathers else 0, device=device)
+        self._host = host_buffer(largest if self._copy or gathers else 0, pinned=device.type == "cuda")
+
+    @torch.no_grad()
+    def stage(self) -> dict[str, ShardedTensor]:
+        """The tensors that this rank stores. A collective on each data-parallel group.
+
+        Raises what went wrong on this rank, after the last collective: the others are not left waiting.
+        """
+        entries: dict[str, ShardedTensor] = {}
+        trouble: Exception | None = None
+        for mapped, storing in zip(self._parameters, self._stored_by, strict=True):
+            place, parameter = self._places[id(mapped.parameter)], mapped.parameter.detach()
+            for kind in (None, *self._kinds):
+                if kind is not None and place.group is not None:
+                    self._gather(place, kind, parameter.numel(), storing)
+                if storing != self._rank or trouble is not None:
+                    continue
+                try:
+                    prefix = WEIGHTS if kind is None else f"optimizer.{kind}"
+                    entries |= self._stored(prefix, mapped, self._shard(place, kind, parameter))
+                except Exception as error:
+                    trouble = error
+                    entries.clear()
+        if trouble is not None:
+            raise trouble
+        return entries
+
+    def _shard(self, place: optimizer_state.Place, kind: str | None, parameter: torch.Tensor) -> torch.Tensor:
+        """The tensor in host memory: in the buffer, or the live one where no copy is asked for."""
+        if kind is not None and place.group is not None:
+            return self._host[: parameter.numel()].view(parameter.shape)
+        live = parameter.flatten() if kind is None else place.whole(kind)
+        if not self._copy:
+            return live.view(parameter.shape)
+        host = self._host.view(live.dtype)[: live.numel()]
+        host.copy_(live)
+        return host.view(parameter.shape)
+
+    def _stored(self, prefix: str, mapped: MappedParameter, shard: torch.Tensor) -> dict[str, ShardedTensor]:
+        entries = _sharded(prefix, mapped.rule, shard, self._geometry)
+        buffer = self._host.untyped_storage().data_ptr()
+        for entry in entries.values():  # a norm is not cut: it still lies in the buffer
+            if self._host.numel() and entry.data.untyped_storage().data_ptr() == buffer:
+                entry.data = entry.data.clone()
+        return entries
+
+    def _gather(self, place: optimizer_state.Place, kind: str, elements: int, storing: int) -> None:
+        """Fill the host buffer of the rank that is `storing` it with the slices of all ranks, a chunk at a time."""
+        for start in range(0, elements, len(self._chunk)):
+            stop = min(start + len(self._chunk), elements)
+            chunk = self._chunk[: stop - start].zero_()
+            part = place.part(kind, start, stop)
+            if part is not None:
+                first, values = part
+                chunk[first - start : first - start + len(values)] = values
+            # Added as integers, zeros leave every bit as it is: -0.0 and NaN, too.
+            dist.reduce(chunk.view(torch.int32), group_dst=storing, group=place.group)
+            if storing == self._rank:
+                self._host[start:stop].copy_(chunk)
+
+
+def storing_ranks(elements: Sequence[int], ranks: int) -> list[int]:
+    """For each parameter of so many elements the rank that stores it: the largest first, to whom has least."""
+    load = [0] * ranks
+    found = [0] * len(elements)
+    for index in sorted(range(len(elements)), key=lambda index: -elements[index]):
+        found[index] = min(range(ranks), key=load.__getitem__)
+        load[found[index]] += elements[index]
+    return found
+
+
+def host_buffer(elements: int, *, pinned: bool) -> torch.Tensor:
+    """[elements] float32 in host memory."""
+    return torch.empty(elements, dtype=torch.float32, pin_memory=pinned)
+
+
+def _mapped_parameters(policy: Policy) -> Iterator[MappedParameter]:
+    parameters = global_names(policy.chunks.models)
+    for rule in rules(policy.chunks.hf):
+        parameter = parameters.get(rule.megatron)
+        if parameter is not None:
+            yield MappedParameter(rule, parameter, owned=rule.exported)
+
+
+def _stored_here(mapped: MappedParameter) -> bool:
+    """Norms are the same on all tensor-parallel ranks: the first one stores them."""
+    replicated = isinstance(mapped.rule.layout, Replicated)
+    return not replicated or parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def _local(geometry: Geometry) -> Geometry:
+    """The geometry of one shard, as if it were a whole, unpadded model."""
+    tp = geometry.tensor
+    return replace(
+        geometry,
+        heads=geometry.heads // tp,
+        kv_heads=geometry.kv_heads // tp,
+        ffn=geometry.ffn // tp,
+        vocab=geometry.padded_vocab // tp,
+        padded_vocab=geometry.padded_vocab // tp,
+        tensor=1,
+    )
+
+
+def _sharded(prefix: str, rule: Rule, shard: torch.Tensor, geometry: Geometry) -> dict[str, ShardedTensor]:
+    """The Hugging Face blocks of one shard, placed in their global tensors."""
+    axis = None if isinstance(rule.layout, Replicated) else int(isinstance(rule.layout, Row))
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    pieces = rule.layout.export([shard], _local(geometry))
+    return {
+        f"{prefix}.{name}": torch_dist.sharded_tensor(
+            f"{prefix}.{name}",
+            piece.contiguous(),
+            axis=axis,
+            rank=rank,
+            ranks=geometry.tensor,
+            allow_shape_mismatch=isinstance(rule.layout, Vocabulary),
+        )
+        for name, piece in zip(rule.hf, pieces, strict=True)
+    }
+
+
+class _Pieces:
+    """A TensorReader over the blocks of one shard."""
+
+    def __init__(self, prefix: str, loaded: Mapping[str, Any]) -> None:
+        self._prefix, self._loaded = prefix, loaded
+
+    def full(self, name: str) -> torch.Tensor:
+        return self._loaded[f"{self._prefix}.{name}"]
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.full(name)[start:stop]
+
+    def columns(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.full(name)[:, start:stop]
+
+
+def _joined(prefix: str, rule: Rule, loaded: Mapping[str, Any], geometry: Geometry) -> torch.Tensor:
+    return rule.layout.load(_Pieces(prefix, loaded), rule.hf, _local(geometry), 0)

@@ -1,0 +1,154 @@
+"""Micro-batches through Megatron's schedules: passes without gradients, and optimizer steps.
+
+All ranks take or skip an optimizer step together: a bad number never reaches weights or Adam's state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+from megatron_laser.model.policy_model import HeadInputs
+from megatron_laser.trainer.policy import Chunks, Policy
+from megatron_laser.trainer.step_data import MicroBatch
+
+# output [1 or 2, rows] of the head -> (scalar loss, named float64 sums)
+LossFunction = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+TOTAL, NORM = "total_loss", "grad_norm"
+#: What is looked at; a step is skipped when TOTAL or NORM is not finite, the others say why.
+TERMS = ("policy_loss", "self_reward_loss", "self_reward_error", "kl_loss", "entropy", TOTAL, NORM)
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """One optimizer step of a rollout batch.
+
+    epoch, minibatch: from 0. bad: what was not finite, the same on every rank; not empty when the step was
+    skipped. entries: this rank's named sums, one dict for each micro-batch; empty but on the last pipeline
+    stage.
+    """
+
+    epoch: int
+    minibatch: int
+    grad_norm: float
+    bad: tuple[str, ...]
+    entries: list[dict[str, torch.Tensor]]
+
+
+@torch.no_grad()
+def run_forward(
+    chunks: Chunks,
+    micro_batches: Sequence[MicroBatch],
+    head: Callable[[MicroBatch], HeadInputs] = lambda micro_batch: micro_batch.head,
+) -> list[torch.Tensor]:
+    """No-gradient pass: the head's output [1 or 2, rows] per micro-batch on the last stage, else []."""
+
+    def step(iterator: Any, model: Any) -> Any:
+        micro_batch = next(iterator)
+
+        def collect(output: torch.Tensor) -> Any:
+            zero = torch.zeros((), dtype=torch.int, device=output.device)
+            return output.sum() * 0.0, zero, {"output": output}
+
+        return _call(model, micro_batch, head(micro_batch)), collect
+
+    return [entry["output"] for entry in _run(chunks, micro_batches, step, forward_only=True)]
+
+
+def optimizer_step(
+    policy: Policy,
+    micro_batches: Sequence[MicroBatch],
+    loss: LossFunction,
+    *,
+    epoch: int,
+    minibatch: int,
+    group: dist.ProcessGroup | None,
+) -> OptimizerStep:
+    """Forward, backward and, if every rank found finite numbers, the optimizer step.
+
+    The learning-rate schedule counts a skipped step too: it follows the run's plan.
+
+    Args:
+        group: all ranks over gloo; None on one process.
+    """
+    for module in policy.chunks.wrapped:
+        module.zero_grad_buffer()
+    policy.optimizer.zero_grad()
+    entries = run_forward_backward(policy.chunks, micro_batches, loss)
+    policy.scheduler.step(increment=1)
+    # Megatron's step clips and applies in one call. Its first half, called alone, only points the main
+    # gradients at the reduced buffers; `step` does the same again, so nothing is lost and nothing touched.
+    policy.optimizer.prepare_grads()
+    norm = float(policy.optimizer.get_grad_norm())
+    bad = _agree(_not_finite(entries, norm), group)
+    if TOTAL in bad or NORM in bad:
+        return OptimizerStep(epoch, minibatch, norm, bad, entries)
+    policy.optimizer.step()
+    return OptimizerStep(epoch, minibatch, norm, (), entries)
+
+
+def run_forward_backward(
+    chunks: Chunks, micro_batches: Sequence[MicroBatch], loss_function: LossFunction
+) -> list[dict[str, torch.Tensor]]:
+    """Forward and backward over all micro-batches of one optimizer step.
+
+    Returns one dict of detached sums per micro-batch on the last pipeline stage, an empty list elsewhere.
+    """
+
+    def step(iterator: Any, model: Any) -> Any:
+        micro_batch = next(iterator)
+
+        def loss(output: torch.Tensor) -> Any:
+            value, sums = loss_function(micro_batch, output)
+            # A zero count: the loss is complete, nothing is divided by Megatron.
+            return value, torch.zeros((), dtype=torch.int, device=output.device), sums
+
+        return _call(model, micro_batch, micro_batch.head), loss
+
+    return _run(chunks, micro_batches, step, forward_only=False)
+
+
+def _run(
+    chunks: Chunks, micro_batches: Sequence[MicroBatch], step: Callable[..., Any], *, forward_only: bool
+) -> list[dict[str, torch.Tensor]]:
+    several = len(chunks.wrapped) > 1
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(micro_batches) for _ in chunks.wrapped] if several else iter(micro_batches),
+        model=chunks.wrapped if several else chunks.wrapped[0],
+        num_microbatches=len(micro_batches),
+        seq_length=max(micro_batch.tokens.shape[1] for micro_batch in micro_batches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def _call(model: Any, micro_batch: MicroBatch, head: HeadInputs) -> torch.Tensor:
+    return model(
+        input_ids=micro_batch.tokens,
+        position_ids=micro_batch.position_ids,
+        attention_mask=None,
+        packed_seq_params=micro_batch.packed,
+        head_inputs=head,
+    )
+
+
+def _not_finite(entries: Sequence[dict[str, torch.Tensor]], norm: float) -> list[bool]:
+    sums = {name: sum(float(entry[name]) for entry in entries if name in entry) for name in TERMS[:-1]}
+    return [not math.isfinite(value) for value in (*sums.values(), norm)]
+
+
+def _agree(flags: list[bool], group: dist.ProcessGroup | None) -> tuple[str, ...]:
+    """The terms that are bad on any rank."""
+    if group is not None:
+        found = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+        flags = [bool(flag) for flag in found.tolist()]
+    return tuple(name for name, flag in zip(TERMS, flags, strict=True) if flag)
