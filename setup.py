@@ -45,7 +45,6 @@ INSTALL_REQUIRES = [
     "numpy>=1.26",  # with NumPy 1 also pyarrow<26, which pip cannot be told
     "aiohttp>=3.11",
     "orjson",
-    "tenacity",
     "pebble>=5",
     "pyarrow>=24",
     "matplotlib",

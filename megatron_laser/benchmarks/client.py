@@ -27,7 +27,7 @@ from megatron_laser.config import RunConfig, read_architecture, read_stop_token_
 from megatron_laser.data import build_prompts, read_rows
 from megatron_laser.data.tokenizer import load_tokenizer
 from megatron_laser.rollout.client.engine import SglangEngine
-from megatron_laser.rollout.client.wire import generate_body
+from megatron_laser.rollout.sglang_api import GENERATE, generate_body
 from megatron_laser.run.engines import open_engine
 from megatron_laser.types import SamplingParams
 
@@ -188,7 +188,7 @@ async def bare_loop(
             body = generate_body(ids, sampling, max_new_tokens=sampling.max_new_tokens, rid=uuid.uuid4().hex)
             async with (
                 slots,
-                session.post(f"{url}/generate", data=orjson.dumps(body), timeout=timeout) as answer,
+                session.post(url + GENERATE, data=orjson.dumps(body), timeout=timeout) as answer,
             ):
                 answer.raise_for_status()
                 return len(orjson.loads(await answer.read())["output_ids"])

@@ -64,7 +64,7 @@ def serve(
     """
     from megatron_laser.config import load_config
     from megatron_laser.rollout.servers.fleet_plan import endpoints_file
-    from megatron_laser.rollout.servers.waiting import wait_for_servers
+    from megatron_laser.rollout.servers.launcher import wait_for_servers
 
     loaded = load_config(config, overrides or [])
     if wait is not None:

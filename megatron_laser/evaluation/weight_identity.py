@@ -24,6 +24,7 @@ from megatron_laser.errors import UserError
 from megatron_laser.files import write_atomically
 from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.client.errors import ServerError, ServerGone, ServerMismatch
+from megatron_laser.rollout.sglang_api import CHECKSUM_BODY, WEIGHTS_CHECKER
 from megatron_laser.weight_sync.checksums import fingerprint, no_checksums
 
 logger = logging.getLogger(__name__)
@@ -189,8 +190,7 @@ def _servers_digest(engine: SglangEngine) -> str | None:
     sums: dict[int, tuple[tuple[str, ...], str]] = {}  # tensor-parallel size -> (checksums, a server's URL)
     members = engine.fleet.updatable()
     for member in members:
-        body = {"action": "checksum"}
-        work = member.client.post("/weights_checker", body, deadline=_CHECKSUM_SECONDS, phase=phase)
+        work = member.client.post(WEIGHTS_CHECKER, CHECKSUM_BODY, deadline=_CHECKSUM_SECONDS, phase=phase)
         try:
             report = engine.run(work, _CHECKSUM_SECONDS, phase)
         except ServerError as error:
@@ -214,7 +214,7 @@ def _servers_digest(engine: SglangEngine) -> str | None:
                 f"its weights are not those of {first[1]}: numbers would be of two models; give both the same weights",
             )
     # Checksums are of shards: without a server of its size a part of the identity would be missing.
-    sizes = {member.tensor for member in engine.fleet.members if member.device is not None}
+    sizes = {member.tensor for member in engine.fleet.identified()}
     if not sums or sizes - {member.tensor for member in members}:
         raise ServerGone("of this engine", phase, "none can be asked at the moment")
     text = json.dumps(sorted((size, found) for size, (found, _) in sums.items()))

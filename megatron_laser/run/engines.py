@@ -77,7 +77,7 @@ def open_engine(config: RunConfig) -> RolloutEngine:
         )
         if isinstance(transport, DistributedTransport):  # it would be found at the first sync, too, but later
             # Those that came up since then say who they are before they are first given weights.
-            transport.peers.backend([member for member in engine.fleet.members if member.device is not None])
+            transport.peers.backend(engine.fleet.identified())
         if not takes_seeds(engine):
             logger.info(
                 "run.seed and evaluation.seed do not reach what the servers sample, which were started without "

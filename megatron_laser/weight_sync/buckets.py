@@ -28,7 +28,7 @@ class Bucket:
         return torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in self.tensors])
 
     def describe(self) -> dict[str, list]:
-        """names, dtypes and shapes as `/update_weights_from_distributed` takes them."""
+        """names, dtypes and shapes as `sglang_api.from_distributed_body` takes them."""
         return {
             "names": [name for name, _ in self.tensors],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in self.tensors],

@@ -1,4 +1,5 @@
-"""Do the servers hold what the trainer sent? Their checksums against ours, parameter by parameter and rank by rank.
+"""Do the servers hold what the trainer sent? Their checksums against ours, parameter by parameter and rank by rank,
+after an update and while generation is still paused.
 
 SGLang keeps query, key and value in one parameter and gate and up projection in another, and every tensor-parallel rank
 a share of them: ours are made of the streamed tensors' shares in that order (`sglang/srt/layers/linear.py` and
@@ -7,14 +8,34 @@ a share of them: ours are made of the streamed tensors' shares in that order (`s
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from megatron_laser.rollout.client.errors import ServerFault, StaleServer
+from megatron_laser.rollout.client.fleet import Member
+from megatron_laser.rollout.sglang_api import (
+    CHECKSUM_BODY,
+    WEIGHTS_CHECKER,
+    WireError,
+    rank_checksums,
+)
 from megatron_laser.weight_sync.hashes import ParameterHash, Sha256, TileSums
+from megatron_laser.weight_sync.update import Update, on_cpu
+
+logger = logging.getLogger(__name__)
+
+_PHASE = "comparing checksums"
+_SECONDS = 300.0
+_SHOWN = 3  # parameters in a message
+_VERSIONS = (
+    2  # the first weights sent are often those that servers have loaded: only the next ones prove an update
+)
 
 _FUSED = (
     (re.compile(r"(.*\.self_attn\.)[qkv]_proj\.(weight|bias)"), r"\1qkv_proj.\2"),
@@ -125,16 +146,15 @@ def server_name(name: str) -> str:
 
 
 def no_checksums(reported: Any) -> str | None:
-    """Why a server's `/weights_checker` answer cannot be compared, and so must not pass for one that agrees.
+    """Why a server's `WEIGHTS_CHECKER` answer cannot be compared, and so must not pass for one that agrees.
 
     None when it can.
     """
-    ranks = reported.get("ranks") if isinstance(reported, dict) else None
-    whole = isinstance(ranks, list) and all(
-        isinstance(rank, dict) and isinstance(rank.get("checksums"), dict) and rank.get("per_gpu_checksum")
-        for rank in ranks
-    )
-    return None if ranks and whole else f"its answer has no checksums: {str(reported)[:200]}"
+    try:
+        rank_checksums(reported)
+    except WireError as error:
+        return f"its answer has no checksums: {error}"
+    return None
 
 
 def not_compared(digest: StreamDigest, size: int) -> str | None:
@@ -146,14 +166,14 @@ def not_compared(digest: StreamDigest, size: int) -> str | None:
     return None
 
 
-def differences(digest: StreamDigest, reported: dict[str, Any]) -> list[str]:
-    """What of a server's `/weights_checker` answer differs from what was sent; empty when all agrees."""
-    ranks = reported["ranks"]
+def differences(digest: StreamDigest, reported: Any) -> list[str]:
+    """What of a server's `WEIGHTS_CHECKER` answer differs from what was sent; empty when all agrees."""
+    ranks = rank_checksums(reported)
     wrong = []
     for index, rank in enumerate(ranks):
-        number = _tensor_rank(rank, index)
+        number = index if rank.rank is None else rank.rank
         where = f"rank {number}, " if len(ranks) > 1 else ""
-        sums, theirs = digest.sums(len(ranks), number), rank["checksums"]
+        sums, theirs = digest.sums(len(ranks), number), rank.parameters
         if not sums:
             wrong.append(
                 f"{where}its tensor-parallel size is {len(ranks)}, not what it was when it was asked"
@@ -166,18 +186,80 @@ def differences(digest: StreamDigest, reported: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def _tensor_rank(rank: dict[str, Any], index: int) -> int:
-    """SGLang lists one entry for each of its models; `index` where it says nothing."""
-    info = rank.get("parallelism_info")
-    info = info[0] if isinstance(info, list) and info else info
-    return int(info.get("tp_rank", index)) if isinstance(info, dict) else index
-
-
-def fingerprint(reported: dict[str, Any]) -> tuple[str, ...]:
+def fingerprint(reported: Any) -> tuple[str, ...]:
     """What must be equal on all servers of one tensor-parallel size."""
-    ordered = sorted(reported["ranks"], key=lambda rank: str(rank.get("parallelism_info")))
-    return tuple(str(rank["per_gpu_checksum"]) for rank in ordered)
+    return tuple(rank.total for rank in sorted(rank_checksums(reported), key=lambda rank: rank.place))
 
 
-def _may_be_tied(name: str, theirs: dict[str, str]) -> bool:
+def _may_be_tied(name: str, theirs: Mapping[str, str]) -> bool:
     return name == "lm_head.weight" and "model.embed_tokens.weight" in theirs
+
+
+class Checks:
+    """Which syncs are verified: every one, or the first weights and the first other ones."""
+
+    def __init__(self, *, always: bool, layout: ServerLayout | None = None) -> None:
+        self._always = always
+        self._layout = layout or ServerLayout()
+        self._versions: set[int] = set()
+        self._said: set[str] = set()
+
+    def digest(self, members: list[Member], dtype: torch.dtype, version: int) -> StreamDigest | None:
+        """For the stream of `version` that `members` are about to get; None: that sync is not verified."""
+        if not (self._always or (len(self._versions) < _VERSIONS and version not in self._versions)):
+            return None
+        sizes = {member.tensor for member in members}
+        return StreamDigest(dtype=dtype, on_cpu=on_cpu(members), sizes=sizes, layout=self._layout)
+
+    def verify(self, update: Update, digest: StreamDigest | None, version: int) -> None:
+        """Drops every server of `update` whose weights are not those that `digest` saw; nothing for None.
+
+        Raises SyncFailed when none is left.
+        """
+        if digest is None:
+            return
+        for size in {member.tensor for member in update.members}:
+            reason = not_compared(digest, size)
+            if reason is not None and reason not in self._said:
+                self._said.add(reason)
+                logger.warning(
+                    "weights of servers are not compared with the trainer's, or not all, but with each other only: %s",
+                    reason,
+                )
+        verify(update, digest)
+        self._versions.add(version)
+
+
+def verify(update: Update, digest: StreamDigest) -> None:
+    """See `Checks.verify`."""
+    reports = update.post_all(WEIGHTS_CHECKER, CHECKSUM_BODY, phase=_PHASE, seconds=_SECONDS)
+    for member, report in reports.items():
+        unclear = no_checksums(report)
+        if unclear is not None:
+            update.drop(member, ServerFault(member.url, _PHASE, unclear))
+            continue
+        wrong = [] if digest.layout.quantized is not None else differences(digest, report)
+        if wrong:
+            shown = "; ".join(wrong[:_SHOWN]) + (
+                f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+            )
+            update.drop(
+                member, StaleServer(member.url, _PHASE, f"its weights are not the trainer's: {shown}")
+            )
+    _compare_servers(
+        update, {member: report for member, report in reports.items() if member in update.members}
+    )
+    update.require_members()
+
+
+def _compare_servers(update: Update, reports: dict[Member, Any]) -> None:
+    groups: dict[int, dict[tuple[str, ...], list[Member]]] = defaultdict(lambda: defaultdict(list))
+    for member, report in reports.items():
+        groups[member.tensor][fingerprint(report)].append(member)
+    for same in groups.values():
+        largest = max(same.values(), key=len)
+        for members in same.values():
+            if members is not largest:
+                for member in members:
+                    message = f"its weights differ from those of {largest[0].url}, which got the same update"
+                    update.drop(member, StaleServer(member.url, _PHASE, message))

@@ -18,10 +18,10 @@ import torch.multiprocessing
 
 from megatron_laser.model import platform
 from megatron_laser.rollout.client.engine import SglangEngine
+from megatron_laser.rollout.sglang_api import UPDATE_WEIGHTS_FROM_TENSOR, from_tensor_body
 from megatron_laser.weight_sync.buckets import Bucket, buckets
-from megatron_laser.weight_sync.checksums import ServerLayout
-from megatron_laser.weight_sync.control import Update
-from megatron_laser.weight_sync.verify import Checks
+from megatron_laser.weight_sync.checksums import Checks, ServerLayout
+from megatron_laser.weight_sync.update import Update
 
 _PHASE = "taking over weights"
 
@@ -38,7 +38,7 @@ class ColocatedTransport:
         always_verify: bool,
         layout: ServerLayout | None = None,
     ) -> None:
-        """What this needs of the machine is asked by `rollout.serving.colocated`, before anything starts."""
+        """What this needs of the machine is asked by `rollout.servers.start_checks`, before anything starts."""
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
         self._seconds = seconds
@@ -58,7 +58,7 @@ class ColocatedTransport:
         with update.paused(go_on=False):
             update.begin_session()
             for bucket in buckets(watched, self._bucket_bytes, dtype=self._dtype):
-                self._give(update, bucket)
+                self._send_bucket(update, bucket)
             update.end_session()
             self._checks.verify(update, digest, version)
 
@@ -66,19 +66,17 @@ class ColocatedTransport:
         """Free what servers have closed since; nothing else outlives a call of `send`."""
         platform.collect_shared_memory()
 
-    def _give(self, update: Update, bucket: Bucket) -> None:
+    def _send_bucket(self, update: Update, bucket: Bucket) -> None:
         with shareable():
-            body: dict[str, object] = {"flush_cache": bucket.last}
-            if bucket.last:
-                body["weight_version"] = update.label
+            label = update.label if bucket.last else None
             handles = {member: [_handles(bucket) for _ in range(member.tensor)] for member in update.members}
             update.post_all(
-                "/update_weights_from_tensor",
-                lambda member: body | {"serialized_named_tensors": handles[member]},
+                UPDATE_WEIGHTS_FROM_TENSOR,
+                lambda member: from_tensor_body(handles[member], label=label),
                 phase=_PHASE,
                 seconds=self._seconds,
             )
-            update.need_some()
+            update.require_members()
         # Now: what servers have opened is freed only then, and at the end of the sync that would be the whole model.
         platform.collect_shared_memory()
 

@@ -10,17 +10,20 @@ import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_laser.model.hf_folder import write_hf_folder
 from megatron_laser.rollout.client.engine import SglangEngine
-from megatron_laser.rollout.client.errors import StaleServer
-from megatron_laser.rollout.client.member import Member
-from megatron_laser.weight_sync.checksums import ServerLayout
-from megatron_laser.weight_sync.control import Update, quiet
-from megatron_laser.weight_sync.verify import Checks
+from megatron_laser.rollout.client.fleet import Member
+from megatron_laser.rollout.sglang_api import (
+    CONTINUE_GENERATION,
+    UPDATE_WEIGHTS_FROM_DISK,
+    continue_body,
+    from_disk_body,
+)
+from megatron_laser.weight_sync.checksums import Checks, ServerLayout
+from megatron_laser.weight_sync.update import Update, check_version, pause_and_flush
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +60,7 @@ class DiskTransport:
         self, engine: SglangEngine, weights: Iterable[tuple[str, torch.Tensor]], version: int, label: str
     ) -> None:
         """See `WeightTransport.send`. Raises SyncFailed, OSError (a full disk, a folder that is not writable)."""
-        new = [member for member in engine.fleet.updatable() if member.device is None]
-        if new:  # those that do not fit are left out by the update
-            engine.identify(new)
+        engine.identify_late()  # those that cannot be used are left out by the update
         digest = self._checks.digest(engine.fleet.updatable(), self._dtype, version)
         watched = weights if digest is None else digest.watch(weights)
         target = self._folder / f"{_PREFIX}{label}"
@@ -67,9 +68,9 @@ class DiskTransport:
         write_hf_folder(watched, target, source=self._source, dtype=self._dtype)
         update = Update(engine, label, seconds=self._seconds)
         with update.paused():
-            body = _body(target, label)
+            body = from_disk_body(str(target), label)
             update.post_all(
-                "/update_weights_from_disk", body, phase="loading weights from disk", seconds=self._seconds
+                UPDATE_WEIGHTS_FROM_DISK, body, phase="loading weights from disk", seconds=self._seconds
             )
             self._checks.verify(update, digest, version)
             self._current = (
@@ -85,13 +86,11 @@ class DiskTransport:
         label, target = self._current
         phase = "catching up from disk"
         client, seconds = member.client, self._seconds
-        await quiet(member, seconds)
-        await client.post("/update_weights_from_disk", _body(target, label), deadline=seconds, phase=phase)
-        info = await client.get("/model_info", deadline=seconds, phase=phase)
-        version = info.get("weight_version") if isinstance(info, dict) else None
-        if version != label:
-            raise StaleServer(member.url, phase, f"holds weights {version!r} after an update to {label!r}")
-        await client.post("/continue_generation", {}, deadline=seconds, phase=phase)
+        await pause_and_flush(member, seconds)
+        body = from_disk_body(str(target), label)
+        await client.post(UPDATE_WEIGHTS_FROM_DISK, body, deadline=seconds, phase=phase)
+        await check_version(member, label, deadline=seconds, phase=phase)
+        await client.post(CONTINUE_GENERATION, continue_body(), deadline=seconds, phase=phase)
         logger.info("server %s has caught up with weights %s", member.url, label)
         return label
 
@@ -108,7 +107,3 @@ class DiskTransport:
             shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)
         self._written.clear()
         self._current = None
-
-
-def _body(target: Path, label: str) -> dict[str, Any]:
-    return {"model_path": str(target), "weight_version": label, "flush_cache": True}

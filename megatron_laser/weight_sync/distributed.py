@@ -21,14 +21,19 @@ import torch
 
 from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.client.errors import ServerError, ServerFault, ServerTimeout
-from megatron_laser.rollout.client.member import Member
-from megatron_laser.weight_sync.broadcast import Broadcast
+from megatron_laser.rollout.client.fleet import Member
+from megatron_laser.rollout.sglang_api import (
+    DESTROY_WEIGHTS_UPDATE_GROUP,
+    UPDATE_WEIGHTS_FROM_DISTRIBUTED,
+    from_distributed_body,
+    leave_group_body,
+    refusal,
+)
 from megatron_laser.weight_sync.buckets import Bucket, buckets
-from megatron_laser.weight_sync.checksums import ServerLayout
-from megatron_laser.weight_sync.control import SyncFailed, Update
-from megatron_laser.weight_sync.group import PastGroups, UpdateGroup, reachable_address
+from megatron_laser.weight_sync.checksums import Checks, ServerLayout
+from megatron_laser.weight_sync.group import Broadcast, PastGroups, UpdateGroup, reachable_address
 from megatron_laser.weight_sync.peers import Peers
-from megatron_laser.weight_sync.verify import Checks
+from megatron_laser.weight_sync.update import SyncFailed, Update
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +44,7 @@ _POLL = 0.002
 
 
 @dataclass
-class _Flight:
+class _InFlight:
     """A bucket on its way: the broadcasts, and each server's reply."""
 
     broadcast: Broadcast
@@ -91,10 +96,10 @@ class DistributedTransport:
             with update.paused():
                 group = self._join(update)
                 update.begin_session()
-                self._all_there(update, group)
+                self._check_complete(update, group)
                 self._stream(update, group, watched)
                 update.end_session()
-                self._all_there(update, group)
+                self._check_complete(update, group)
                 self._checks.verify(update, digest, version)
         except BaseException:
             self._leave()
@@ -117,7 +122,7 @@ class DistributedTransport:
                 self._forget(update, [self._group.name])
             self._leave()
         self._forget(update, self._past.of_other_sessions(session))
-        update.need_some()
+        update.require_members()
         self._groups += 1
         name = f"laser-{session}-{self._groups}"
         self._past.add(name)
@@ -129,11 +134,11 @@ class DistributedTransport:
         """Servers leave these groups, if they are in them. One that stops answering over it is dropped."""
         for name in names:
 
-            async def one(member: Member, body: dict[str, str]) -> None:
+            async def one(member: Member, body: dict[str, Any]) -> None:
                 post = member.client.post
-                await post("/destroy_weights_update_group", body, deadline=_LEAVE_SECONDS, phase=_LEAVING)
+                await post(DESTROY_WEIGHTS_UPDATE_GROUP, body, deadline=_LEAVE_SECONDS, phase=_LEAVING)
 
-            work = functools.partial(one, body={"group_name": name})
+            work = functools.partial(one, body=leave_group_body(name))
             found = update.gather(work, list(update.members), _LEAVE_SECONDS, _LEAVING)
             self._past.remove([name])  # not a second time: it is not worth another server
             for member, result in found.items():
@@ -142,47 +147,44 @@ class DistributedTransport:
                 elif isinstance(result, ServerError):
                     logger.debug("server %s: %s", member.url, result)
 
-    def _all_there(self, update: Update, group: UpdateGroup) -> None:
+    def _check_complete(self, update: Update, group: UpdateGroup) -> None:
         if len(update.members) < len(group.members):
             raise SyncFailed(f"a server left during the sync: {'; '.join(update.failures)}", retry=True)
 
     def _stream(
         self, update: Update, group: UpdateGroup, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> None:
-        flight: _Flight | None = None
+        flight: _InFlight | None = None
         for bucket in buckets(weights, self._bucket_bytes, dtype=self._dtype):
             if flight is not None:
-                self._land(update, flight)
-            # What has landed goes before the next one is made: two buckets at a time, this one and one that grows.
+                self._wait_for(update, flight)
+            # What has arrived goes before the next one is made: two buckets at a time, this one and one that grows.
             flight = None
             flight = self._start(update, group, bucket)
             del bucket
         if flight is not None:
-            self._land(update, flight)
+            self._wait_for(update, flight)
 
-    def _start(self, update: Update, group: UpdateGroup, bucket: Bucket) -> _Flight:
-        body: dict[str, Any] = bucket.describe() | {"group_name": group.name, "flush_cache": bucket.last}
-        if bucket.last:
-            body["weight_version"] = update.label
-        if self._flattened:
-            body["load_format"] = "flattened_bucket"
-            sent = [bucket.flat()]
-        else:
-            sent = [tensor for _, tensor in bucket.tensors]
+    def _start(self, update: Update, group: UpdateGroup, bucket: Bucket) -> _InFlight:
+        label = update.label if bucket.last else None
+        body = from_distributed_body(
+            bucket.describe(), group=group.name, flattened=self._flattened, label=label
+        )
+        sent = [bucket.flat()] if self._flattened else [tensor for _, tensor in bucket.tensors]
         if group.backend == "gloo":
             sent = [tensor.cpu() for tensor in sent]
         replies = {
             member: asyncio.run_coroutine_threadsafe(
                 member.client.post(
-                    "/update_weights_from_distributed", body, deadline=update.left(), phase=_PHASE
+                    UPDATE_WEIGHTS_FROM_DISTRIBUTED, body, deadline=update.left(), phase=_PHASE
                 ),
                 update.engine.loop,
             )
             for member in update.members
         }
-        return _Flight(Broadcast(group.broadcast, sent), replies)
+        return _InFlight(Broadcast(group.broadcast, sent), replies)
 
-    def _land(self, update: Update, flight: _Flight) -> None:
+    def _wait_for(self, update: Update, flight: _InFlight) -> None:
         """Until every server has the bucket.
 
         Raises SyncFailed as soon as one refuses or dies, or at the deadline: the group is broken then, and the
@@ -217,9 +219,8 @@ class DistributedTransport:
 
     def _check_reply(self, update: Update, member: Member, reply: Future[Any]) -> None:
         error = reply.exception()
-        answer = None if error is not None else reply.result()
-        if error is None and isinstance(answer, dict) and answer.get("success") is False:
-            error = ServerFault(member.url, _PHASE, str(answer.get("message")))
+        if error is None and (why := refusal(reply.result())) is not None:
+            error = ServerFault(member.url, _PHASE, why)
         if error is None:
             return
         if not isinstance(error, ServerError):

@@ -14,7 +14,6 @@ import torch
 
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.model import platform
-from megatron_laser.rollout.client.identify import parse_version
 from megatron_laser.rollout.endpoints import EndpointsError, read_endpoints
 from megatron_laser.rollout.nccl import (
     debugs_collectives,
@@ -26,6 +25,7 @@ from megatron_laser.rollout.nccl import (
 from megatron_laser.rollout.servers.command import child_environment, find_python
 from megatron_laser.rollout.servers.installed import check_sglang
 from megatron_laser.rollout.servers.start_checks import different_torch, expandable_segments, several_nodes
+from megatron_laser.rollout.sglang_api import parse_version
 
 _FRESH = 120.0  # seconds; `serve` writes its file every 30
 

@@ -1,7 +1,7 @@
 """The process group that trainer and servers share for broadcasts: hosted by the trainer, apart from its own groups.
 
 Under torchrun every `tcp://` rendezvous becomes a client of the agent's store, so the trainer hosts a store of its
-own. The servers join through `/init_weights_update_group`, which makes the same kind of group from the same store.
+own. The servers join through `INIT_WEIGHTS_UPDATE_GROUP`, which makes the same kind of group from the same store.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import logging
 import socket
 import threading
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,13 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from megatron_laser.config.addresses import host_and_port
-from megatron_laser.rollout.client.member import Member
+from megatron_laser.model import platform
+from megatron_laser.rollout.client.fleet import Member
 from megatron_laser.rollout.endpoints import write_private
-from megatron_laser.weight_sync.control import SyncFailed, Update
+from megatron_laser.rollout.sglang_api import INIT_WEIGHTS_UPDATE_GROUP, init_group_body
+from megatron_laser.weight_sync.update import SyncFailed, Update
+
+logger = logging.getLogger(__name__)
 
 _JOIN_SECONDS = 120.0
 
@@ -63,15 +68,15 @@ class UpdateGroup:
         thread.start()
         wanted = len(update.members)
         answers = update.post_all(
-            "/init_weights_update_group",
-            lambda member: {
-                "master_address": address,
-                "master_port": self._store.port,
-                "rank_offset": offsets[member],
-                "world_size": world,
-                "group_name": name,
-                "backend": backend,
-            },
+            INIT_WEIGHTS_UPDATE_GROUP,
+            lambda member: init_group_body(
+                name,
+                backend=backend,
+                address=address,
+                port=self._store.port,
+                rank_offset=offsets[member],
+                world_size=world,
+            ),
             phase="joining the weight group",
             seconds=seconds,
         )
@@ -153,9 +158,6 @@ def reachable_address(url: str) -> str:
         return str(probe.getsockname()[0])
 
 
-logger = logging.getLogger(__name__)
-
-
 class PastGroups:
     """What `file` knows; None: nothing is remembered, since the servers end with the run."""
 
@@ -192,3 +194,45 @@ class PastGroups:
         except OSError as error:  # only a later run's tidying depends on it
             logger.warning("%s cannot be written, weight groups will outlive this run: %s", self._file, error)
             self._file = None
+
+
+class Broadcast:
+    """One or more broadcasts, in order; `tensors` live until this object is gone."""
+
+    def __init__(self, send: Callable[[torch.Tensor], dist.Work], tensors: Sequence[torch.Tensor]) -> None:
+        """Args: send: starts one of them."""
+        self._tensors = list(tensors)
+        self._works: list[dist.Work] = []
+        self._error: BaseException | None = None
+        self._issued = threading.Event()
+        device = tensors[0].device.index if tensors else None
+
+        def issue() -> None:
+            try:
+                if device is not None:
+                    platform.set_local_device(device)  # a new thread has the first one
+                for tensor in self._tensors:
+                    self._works.append(send(tensor))
+            except BaseException as error:
+                self._error = error
+            self._issued.set()
+
+        # A daemon: one that never comes back must not keep the process from ending.
+        threading.Thread(target=issue, name="weight broadcast", daemon=True).start()
+
+    @property
+    def issued(self) -> bool:
+        """Whether the collectives have been started, so that the group's communicator is connected."""
+        return self._issued.is_set()
+
+    def done(self) -> bool:
+        """Whether every server has everything. Raises RuntimeError when a broadcast failed."""
+        if not self.issued:
+            return False
+        if self._error is not None:
+            raise RuntimeError(str(self._error) or repr(self._error)) from self._error
+        if not all(work.is_completed() for work in self._works):
+            return False
+        for work in self._works:
+            work.wait()  # raises what went wrong on the device
+        return True

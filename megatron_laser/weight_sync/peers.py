@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from megatron_laser.config import ConfigError
-from megatron_laser.rollout.client.member import Member
+from megatron_laser.rollout.client.fleet import Member
 from megatron_laser.rollout.nccl import SETTINGS, setting_problems, trainer_settings
 from megatron_laser.weight_sync.feasibility import debug_problems, nccl_problem
 

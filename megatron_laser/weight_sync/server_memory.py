@@ -13,16 +13,26 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from megatron_laser.rollout.client.engine import SglangEngine
-from megatron_laser.rollout.client.errors import ServerError, ServerRefused
+from megatron_laser.rollout.client.errors import ServerError
+from megatron_laser.rollout.client.fleet import Member
 from megatron_laser.rollout.client.health import RequestFailed, State, UpdateDone, UpdateFailed
-from megatron_laser.rollout.client.member import Member
+from megatron_laser.rollout.sglang_api import (
+    CONTINUE_GENERATION,
+    MEMORY_TAGS,
+    PAUSE_GENERATION,
+    RELEASE_MEMORY_OCCUPATION,
+    RESUME_MEMORY_OCCUPATION,
+    continue_body,
+    memory_body,
+    pause_body,
+)
+from megatron_laser.weight_sync.update import flush
 
 logger = logging.getLogger(__name__)
 
-CACHE, WEIGHTS, GRAPHS = "kv_cache", "weights", "cuda_graph"
+CACHE, WEIGHTS, GRAPHS = MEMORY_TAGS
 ALL_TAGS = frozenset({CACHE, WEIGHTS, GRAPHS})
 
-_POLL = 0.2  # seconds between two tries to flush a server that is not idle yet
 _ABSENT = (State.STARTING, State.RESTARTING, State.DEAD)
 
 
@@ -48,9 +58,11 @@ class ServerMemory:
             leaving = [tag for tag in (CACHE, WEIGHTS, GRAPHS) if tag in tags and tag in self.held(member)]
             if not leaving:
                 return
-            await self._post(member, "/pause_generation", {"mode": "abort"}, phase)
-            await self._flush(member, phase)
-            await self._post(member, "/release_memory_occupation", {"tags": leaving}, phase)
+            await self._post(member, PAUSE_GENERATION, pause_body(), phase)
+            # An aborted batch may still be on the device for a moment; giving memory back would end the server then.
+            ends = time.monotonic() + self._seconds
+            await flush(member, ends=ends, give_up=ends, phase=phase)
+            await self._post(member, RELEASE_MEMORY_OCCUPATION, memory_body(leaving), phase)
             self._released.setdefault((member, member.start), set()).update(leaving)
 
         self._all(one, "servers give back memory")
@@ -67,15 +79,15 @@ class ServerMemory:
             phase = "taking memory again"
             wanted = [tag for tag in (WEIGHTS, GRAPHS, CACHE) if tag in tags and tag not in self.held(member)]
             for tag in wanted:  # the cache last: the others must find room
-                await self._post(member, "/resume_memory_occupation", {"tags": [tag]}, phase)
+                await self._post(member, RESUME_MEMORY_OCCUPATION, memory_body([tag]), phase)
                 self._released[member, member.start].discard(tag)
             if go_on:
                 await self._post(
-                    member, "/continue_generation", {"torch_empty_cache": True}, "continuing generation"
+                    member, CONTINUE_GENERATION, continue_body(empty_cache=True), "continuing generation"
                 )
                 fleet, label = self._engine.fleet, self._engine.label(self._engine.version)
                 fleet.wanted = label
-                fleet.tell(member, UpdateDone(label))  # ignored unless it was being updated
+                fleet.handle(member, UpdateDone(label))  # ignored unless it was being updated
 
         failures = self._all(one, "servers take memory again")
         if go_on and failures and not self._engine.on_loop(self._engine.fleet.available):
@@ -92,7 +104,7 @@ class ServerMemory:
                 logger.warning("%s", error)
                 updating = member.health.state is State.UPDATING
                 event = UpdateFailed(str(error)) if updating else RequestFailed(str(error), gone=error.gone)
-                self._engine.fleet.tell(member, event)
+                self._engine.fleet.handle(member, event)
                 return str(error)
             return None
 
@@ -106,15 +118,3 @@ class ServerMemory:
 
     async def _post(self, member: Member, path: str, body: dict[str, object], phase: str) -> None:
         await member.client.post(path, body, deadline=self._seconds, phase=phase)
-
-    async def _flush(self, member: Member, phase: str) -> None:
-        """An aborted batch may still be on the device for a moment; giving memory back would end the server then."""
-        ends = time.monotonic() + self._seconds
-        while True:
-            try:
-                await self._post(member, "/flush_cache", {}, phase)
-                return
-            except ServerRefused:
-                if time.monotonic() > ends:
-                    raise
-                await asyncio.sleep(_POLL)

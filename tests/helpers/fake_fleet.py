@@ -10,9 +10,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from megatron_laser.rollout.client.errors import ServerError, ServerFault
-from megatron_laser.rollout.client.fleet import Fleet
+from megatron_laser.rollout.client.fleet import Fleet, Member
 from megatron_laser.rollout.client.health import Answered, Limits
-from megatron_laser.rollout.client.member import Member
 from megatron_laser.rollout.endpoints import ServerEndpoint
 
 
@@ -90,7 +89,7 @@ class FakeEngine:
         self.fleet = Fleet(lambda: endpoints, None, limits=limits)  # type: ignore[arg-type]
         for member, server in zip(self.fleet.members, self.servers):
             member.client, member.device = server, "cpu"  # type: ignore[assignment]
-            self.fleet.tell(member, Answered("default"))
+            self.fleet.handle(member, Answered("default"))
 
     @functools.cached_property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -108,9 +107,9 @@ class FakeEngine:
     def on_loop(self, call: Callable[[], Any]) -> Any:
         return call()
 
-    def identify(self, members: list[Member]) -> dict[Member, ServerError]:
+    def identify_late(self) -> dict[Member, ServerError]:
         """They fit, and compute on CPUs."""
-        for member in members:
+        for member in self.fleet.late():
             member.device = "cpu"
         return {}
 

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.client.identify import Expected
 from megatron_laser.rollout.endpoints import ServerEndpoint
-from megatron_laser.weight_sync.control import Update
+from megatron_laser.weight_sync.update import Update
 
 VOCABULARY, STOP, SCORE = 28, 1, 2
 LENGTH = 4  # tokens of a whole response, the stop token included

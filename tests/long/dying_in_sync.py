@@ -15,14 +15,14 @@ from megatron_laser.weight_sync.distributed import DistributedTransport
 
 def main():
     step, *command = sys.argv[1:]
-    land = DistributedTransport._land
+    wait_for = DistributedTransport._wait_for
 
     def dying(self, update, flight):
         if update.label.endswith(f"-{step}"):
             os.kill(os.getpid(), signal.SIGKILL)
-        land(self, update, flight)
+        wait_for(self, update, flight)
 
-    DistributedTransport._land = dying
+    DistributedTransport._wait_for = dying
     app(["train", *command])
 
 

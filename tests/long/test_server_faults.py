@@ -282,19 +282,19 @@ def test_a_server_killed_while_it_loads_weights_from_disk_is_left_out_and_catche
     with servers.engine(transport) as engine:
         synced(engine, weights, 1)
         before = servers.read().servers[1]
-        scheduler, body = servers.scheduler(1), disk._body
+        scheduler, body = servers.scheduler(1), disk.from_disk_body
 
-        def stop_then_kill(target, label):
+        def stop_then_kill(folder, label):
             if scheduler.status() != psutil.STATUS_STOPPED:
                 scheduler.suspend()  # the update reaches it and cannot end
                 threading.Timer(1.0, servers.kill, [1]).start()
-            return body(target, label)
+            return body(folder, label)
 
-        monkeypatch.setattr(disk, "_body", stop_then_kill)
+        monkeypatch.setattr(disk, "from_disk_body", stop_then_kill)
         started = time.monotonic()
         synced(engine, weights, 2)
         print(f"\nthe other has the weights after {time.monotonic() - started:.1f} s")
-        monkeypatch.setattr(disk, "_body", body)
+        monkeypatch.setattr(disk, "from_disk_body", body)
         assert time.monotonic() - started < SYNC
         generate(engine)
         servers.wait_until_seen_to_be_gone(1, before.start)

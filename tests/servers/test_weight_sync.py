@@ -104,12 +104,12 @@ def test_a_server_with_other_weights_under_the_right_name_is_found_by_checksum(
     try:
         sent = stream(changed_model(sglang_server, 20))
         assert sync_weights(sent, engine, 0) is None
-        before = disk._body
-        disk._body = lambda target, label: before(sglang_server.model, label)
+        before = disk.from_disk_body
+        disk.from_disk_body = lambda folder, label: before(str(sglang_server.model), label)
         try:
             trouble = sync_weights(stream(changed_model(sglang_server, 21)), engine, 1)
         finally:
-            disk._body = before
+            disk.from_disk_body = before
         assert trouble is not None and "its weights are not the trainer's" in trouble
         assert engine.version == 0
         engine.run(engine.fleet.wait_until_up(1, 30.0), 30.0, "waiting")

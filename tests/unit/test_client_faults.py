@@ -147,8 +147,8 @@ def test_a_score_that_is_late_makes_no_server_suspect(servers):
     engine = servers.engine(server)
     states = set()
     (member,) = engine.fleet.members
-    tell = engine.fleet.tell
-    engine.fleet.tell = lambda member, event: (tell(member, event), states.add(member.health.state))
+    handle = engine.fleet.handle
+    engine.fleet.handle = lambda member, event: (handle(member, event), states.add(member.health.state))
     started = time.monotonic()
     with pytest.raises(TimeoutError, match="score: 1 of 1 requests were not done in time"):
         engine.score([[4, 5, 6]], SCORE, deadline=0.5)

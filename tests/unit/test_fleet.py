@@ -50,12 +50,12 @@ def test_only_healthy_servers_with_the_wanted_weights_take_work():
     fleet.wanted = "run-1"
     assert fleet.available() == [] and len(fleet.updatable()) == 4
     for number in (0, 1, 2):
-        fleet.tell(engine.member(number), UpdateBegan())
+        fleet.handle(engine.member(number), UpdateBegan())
     assert len(fleet.updatable()) == 1
-    fleet.tell(engine.member(0), UpdateDone("run-1"))
-    fleet.tell(engine.member(1), UpdateDone("run-0"))
+    fleet.handle(engine.member(0), UpdateDone("run-1"))
+    fleet.handle(engine.member(1), UpdateDone("run-0"))
     assert [member.url for member in fleet.available()] == ["http://s0"]
-    fleet.tell(engine.member(0), DrainBegan())
+    fleet.handle(engine.member(0), DrainBegan())
     assert fleet.available() == []
 
 
@@ -63,9 +63,9 @@ def test_what_is_said_of_a_fleet_names_every_server_its_state_and_why():
     engine = FakeEngine(3)
     fleet = engine.fleet
     fleet.wanted = "run-1"
-    fleet.tell(engine.member(1), Missed("no answer to /v1/loads within 10 s"))
+    fleet.handle(engine.member(1), Missed("no answer to /v1/loads within 10 s"))
     for _ in range(3):
-        fleet.tell(engine.member(2), Missed("refused", refused=True))
+        fleet.handle(engine.member(2), Missed("refused", refused=True))
     first, second, third = fleet.describe().split("; ")
     assert first == "http://s0 healthy for 0 s, holds weights 'default' instead of 'run-1'"
     assert second == "http://s1 suspect for 0 s (no answer to /v1/loads within 10 s)"
@@ -75,9 +75,9 @@ def test_what_is_said_of_a_fleet_names_every_server_its_state_and_why():
 
 def test_a_server_that_starts_says_what_it_waits_for():
     fleet, _ = fleet_of("http://a")
-    fleet.tell(fleet.members[0], Missed("server http://a, probe: Connect call failed", refused=True))
+    fleet.handle(fleet.members[0], Missed("server http://a, probe: Connect call failed", refused=True))
     assert fleet.describe() == "http://a starting for 0 s (server http://a, probe: Connect call failed)"
-    fleet.tell(fleet.members[0], Answered("default"))
+    fleet.handle(fleet.members[0], Answered("default"))
     assert fleet.describe() == "http://a healthy for 0 s"
 
 
@@ -86,7 +86,7 @@ def test_servers_come_go_and_get_new_processes_as_the_endpoints_say():
         fleet, source = fleet_of("http://a", "http://b")
         a, b = fleet.members
         for member in (a, b):
-            fleet.tell(member, Answered("run-1"))
+            fleet.handle(member, Answered("run-1"))
         requests = [asyncio.create_task(asyncio.sleep(60)) for _ in range(2)]
         for member, request in zip((a, b), requests):
             member.running.add(request)
@@ -98,7 +98,7 @@ def test_servers_come_go_and_get_new_processes_as_the_endpoints_say():
         assert all(request.cancelled() for request in requests)
         fleet._look()  # nothing new
         assert states(fleet) == {"http://a": State.RESTARTING, "http://c": State.STARTING}
-        fleet.tell(a, Answered("default"))
+        fleet.handle(a, Answered("default"))
         assert not a.health.takes_work("run-1") and a.health.can_be_updated()
 
     asyncio.run(main())
@@ -116,14 +116,14 @@ def test_a_server_that_dies_ends_its_requests_and_a_suspect_one_does_not():
     async def main():
         fleet, _ = fleet_of("http://a")
         (member,) = fleet.members
-        fleet.tell(member, Answered("run-1"))
+        fleet.handle(member, Answered("run-1"))
         request = asyncio.create_task(asyncio.sleep(60))
         member.running.add(request)
         fleet.failed(member, ServerFault("http://a", "generation", "500"))
         await asyncio.sleep(0)
         assert member.health.state is State.SUSPECT and not request.cancelled()
         for _ in range(3):
-            fleet.tell(member, Missed("refused", refused=True))
+            fleet.handle(member, Missed("refused", refused=True))
         await asyncio.wait([request], timeout=10)
         assert member.health.state is State.DEAD and request.cancelled()
 
@@ -135,14 +135,14 @@ def test_waiting_for_servers_ends_at_its_deadline_with_each_servers_reason():
 
     async def main():
         fleet, _ = fleet_of("http://a", "http://b", clock=lambda: now[0])
-        fleet.tell(fleet.members[0], Answered("default"))
-        fleet.tell(fleet.members[1], Missed("it loads"))
+        fleet.handle(fleet.members[0], Answered("default"))
+        fleet.handle(fleet.members[1], Missed("it loads"))
         assert await fleet.wait_until_up(1, 5.0) == [fleet.members[0]]
         now[0] = 3.0
         waiting = asyncio.create_task(fleet.wait_until_up(2, 5.0))
         await asyncio.sleep(0)
         now[0] = 9.0
-        fleet.tell(fleet.members[1], Missed("it loads"))  # whoever waits looks again
+        fleet.handle(fleet.members[1], Missed("it loads"))  # whoever waits looks again
         with pytest.raises(ServersLost) as error:
             await waiting
         assert str(error.value) == (
@@ -161,14 +161,14 @@ def test_a_probe_sees_a_scheduler_that_hangs_behind_an_open_port_and_what_is_no_
         return member.health.state
 
     first = engine.log[:]
-    assert probe() is State.HEALTHY and member.trouble is None
+    assert probe() is State.HEALTHY and member.probe_error is None
     paths = [path for _, path in engine.log[len(first) :]]
     assert paths[0] != "/model_info" and paths[-1] == "/model_info"  # one of them goes through the scheduler
     hang = ServerGone("http://s0", "probe", "broken")
     server.fails[paths[0]] = hang
-    assert probe() is State.SUSPECT and member.trouble is hang
+    assert probe() is State.SUSPECT and member.probe_error is hang
     server.fails.clear()
-    assert probe() is State.HEALTHY and member.trouble is None
+    assert probe() is State.HEALTHY and member.probe_error is None
     for answer in ({}, [], None, {"model_path": "m"}):
         server.fails["/model_info"] = answer
         assert probe() is State.SUSPECT

@@ -341,7 +341,7 @@ def test_serves_of_one_folder_share_a_key(tmp_path):
 
 def test_waiting_for_servers_ends_when_all_of_all_nodes_answer_or_at_the_deadline(tmp_path):
     from megatron_laser.rollout.endpoints import Endpoints, ServerEndpoint, publish
-    from megatron_laser.rollout.servers.waiting import wait_for_servers
+    from megatron_laser.rollout.servers.launcher import wait_for_servers
 
     folder = tmp_path / "servers"
     config = load_config(write_run(tmp_path, servers=2, start_deadline=1, endpoints=str(folder)))
@@ -360,7 +360,7 @@ def test_waiting_for_servers_ends_when_all_of_all_nodes_answer_or_at_the_deadlin
 
 def test_waiting_for_servers_does_not_count_the_file_of_a_node_that_went_down(tmp_path):
     from megatron_laser.rollout.endpoints import Endpoints, ServerEndpoint, publish
-    from megatron_laser.rollout.servers.waiting import wait_for_servers
+    from megatron_laser.rollout.servers.launcher import wait_for_servers
 
     folder = tmp_path / "servers"
     config = load_config(write_run(tmp_path, start_deadline=1, endpoints=str(folder)))

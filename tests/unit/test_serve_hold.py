@@ -7,8 +7,8 @@ import pytest
 from helpers.faulty_server import FaultyServer
 from helpers.runs import run_config
 
-from megatron_laser.rollout.servers.managed import ManagedServer
 from megatron_laser.rollout.servers.probe import Answer, Prober
+from megatron_laser.rollout.servers.server import ManagedServer
 
 
 @pytest.mark.parametrize(("version", "held"), [("default", True), ("run-3", False)])

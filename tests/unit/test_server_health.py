@@ -15,8 +15,14 @@ from megatron_laser.rollout.client.health import (
     UpdateDone,
     UpdateFailed,
 )
-from megatron_laser.rollout.client.identify import Expected, mismatches, parse_version
-from megatron_laser.rollout.client.wire import WireError, parse_generate, parse_score
+from megatron_laser.rollout.client.identify import Expected, mismatches
+from megatron_laser.rollout.sglang_api import (
+    WireError,
+    parse_generate,
+    parse_score,
+    parse_version,
+    server_facts,
+)
 
 LIMITS = Limits(start=100.0, update=60.0, silence=30.0)
 
@@ -128,9 +134,9 @@ def test_a_server_that_does_not_fit_is_named_with_what_differs():
     expected = Expected(28, model_type="qwen2", dtype="float32", longest=64)
     info = {"model_type": "qwen2", "is_generation": True, "model_path": "m"}
     fits = {"version": "0.5.23", "dtype": "float32", "max_req_input_len": 64}
-    assert mismatches(info, fits, expected) == []
-    assert "0.5.23 or newer" in mismatches(info, fits | {"version": "0.5.9"}, expected)[0]
-    assert "is a qwen2" in mismatches(info | {"model_type": "llama"}, fits, expected)[0]
-    assert "--dtype float32" in mismatches(info, fits | {"dtype": "bfloat16"}, expected)[0]
-    assert "takes 58 tokens" in mismatches(info, fits | {"max_req_input_len": 58}, expected)[0]
+    assert mismatches(server_facts(info, fits), expected) == []
+    assert "0.5.23 or newer" in mismatches(server_facts(info, fits | {"version": "0.5.9"}), expected)[0]
+    assert "is a qwen2" in mismatches(server_facts(info | {"model_type": "llama"}, fits), expected)[0]
+    assert "--dtype float32" in mismatches(server_facts(info, fits | {"dtype": "bfloat16"}), expected)[0]
+    assert "takes 58 tokens" in mismatches(server_facts(info, fits | {"max_req_input_len": 58}), expected)[0]
     assert parse_version("0.5.23rc1") == (0, 5, 23) and parse_version("?") == ()

@@ -12,9 +12,10 @@ from helpers.plain_http import answering
 from megatron_laser.rollout.client import identify as identity
 from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.client.errors import ServerMismatch, ServerRefused, ServersLost
-from megatron_laser.rollout.client.identify import MIN_SGLANG, Expected, mismatches
+from megatron_laser.rollout.client.identify import Expected, mismatches
 from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.engine import takes_seeds
+from megatron_laser.rollout.sglang_api import MIN_SGLANG, server_facts
 
 EXPECTED = Expected(
     152, model_type="qwen2", dtype="bfloat16", longest=100, sizes={"vocab_size": 152, "hidden_size": 64}
@@ -281,11 +282,11 @@ def test_a_server_that_samples_otherwise_than_it_is_asked_to_is_refused():
 
 
 def test_all_that_differs_is_told_at_once():
-    problems = mismatches(
+    facts = server_facts(
         {"model_type": "llama", "is_generation": True},
         {"version": "0.5.1", "dtype": "float32", "max_req_input_len": 5},
-        EXPECTED,
     )
+    problems = mismatches(facts, EXPECTED)
     assert len(problems) == 4
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_laser.rollout.client.driver import retried
 from megatron_laser.rollout.client.errors import ServerFault, ServerRefused, ServersLost
-from megatron_laser.rollout.client.event_loop import retried
-from megatron_laser.rollout.client.traffic import Traffic
-from megatron_laser.rollout.client.wire import Reply, generate_body, joined, response_seed, score_body
+from megatron_laser.rollout.client.responses import RequestStats, joined
+from megatron_laser.rollout.sglang_api import Reply, generate_body, response_seed, score_body
 from megatron_laser.types import Generation, SamplingParams, WeightSpan
 
 STOPS = (1, 4)
@@ -106,23 +106,23 @@ def test_weights_under_which_a_request_was_only_queued_do_not_make_it_old():
 # what is counted and repeated
 
 
-def test_traffic_is_told_as_shares_and_counted_anew():
-    traffic = Traffic(requests=8, retries=2, stale_replies=1, prompt_tokens=100, cached_tokens=75)
-    plain = traffic.metrics()
+def test_request_stats_are_told_as_shares_and_counted_anew():
+    stats = RequestStats(requests=8, retries=2, stale_replies=1, prompt_tokens=100, cached_tokens=75)
+    plain = stats.metrics()
     assert plain == {
         "rollout/requests": 8.0,
         "rollout/retries": 2.0,
         "rollout/stale_replies": 1.0,
         "rollout/prefix_cached_fraction": 0.75,
     }
-    traffic.generate_seconds, traffic.scores, traffic.score_seconds = 9.0, 4, 1.0
-    traffic.score_tokens, traffic.score_cached_tokens = 120, 116
-    assert traffic.take() == plain | {
+    stats.generate_seconds, stats.scores, stats.score_seconds = 9.0, 4, 1.0
+    stats.score_tokens, stats.score_cached_tokens = 120, 116
+    assert stats.take() == plain | {
         "rollout/score_cached_fraction": 116 / 120,
         "rollout/score_uncached_tokens": 1.0,
         "rollout/score_time_fraction": 0.1,
     }
-    assert traffic == Traffic() and traffic.metrics()["rollout/prefix_cached_fraction"] == 0.0
+    assert stats == RequestStats() and stats.metrics()["rollout/prefix_cached_fraction"] == 0.0
 
 
 def attempts(*outcomes):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 from collections.abc import Iterator
 
+import pytest
 from helpers.source_tree import PACKAGE, ROOT, assert_none, modules, tree
 
 # Of every module. A page that two shallow files would make a reader turn back and forth may be this long.
@@ -65,6 +67,60 @@ def test_nothing_is_left_to_do() -> None:
             if comment or (token.type == tokenize.NAME and token.string == "NotImplementedError"):
                 found.append(f"{file.relative_to(ROOT)}:{token.start[0]} {token.string}")
     assert_none(found, "unfinished work")
+
+
+SGLANG_API = f"{PACKAGE}.rollout.sglang_api"
+
+
+def test_paths_of_sglangs_http_api_are_named_in_one_module() -> None:
+    paths = sglang_paths()
+    assert {"/generate", "/pause_generation", "/server_info", "/weights_checker"} <= paths
+    found = [
+        f"{file.relative_to(ROOT)}:{line} {text}"
+        for module, file in modules().items()
+        if module != SGLANG_API
+        for line, text in spelled_paths(tree(file), paths)
+    ]
+    assert_none(found, f"only {SGLANG_API} spells what may change in SGLang's next release")
+
+
+def sglang_paths() -> set[str]:
+    """Values of that module's constants which are paths."""
+    found = {
+        node.value.value
+        for node in tree(modules()[SGLANG_API]).body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    }
+    return {value for value in found if isinstance(value, str) and value.startswith("/")}
+
+
+def spelled_paths(root: ast.Module, paths: set[str]) -> Iterator[tuple[int, str]]:
+    """Strings that have one of `paths` in them (docstrings too), and any path given to a `ServerClient`."""
+    word = re.compile("|".join(rf"(?<![\w.}}]){re.escape(path)}(?!\w)" for path in sorted(paths)))
+    for node in ast.walk(root):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and word.search(node.value):
+            yield node.lineno, word.search(node.value)[0]
+        if isinstance(node, ast.Call) and {"deadline", "phase"} <= {key.arg for key in node.keywords}:
+            yield from ((node.lineno, ast.unparse(text)) for text in node.args[:1] if is_text(text))
+
+
+def is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+@pytest.mark.parametrize(
+    ("code", "seen"),
+    [
+        ('client.post("/generate", {})', ["/generate"]),
+        ('ask(f"{url}/generate")', ["/generate"]),
+        ('client.get("/new_in_the_next_one", deadline=1, phase="p")', ["'/new_in_the_next_one'"]),
+        ('"POST /generate; ends when the server dies"', ["/generate"]),
+        ('"megatron_laser/generate.py", "/generated"', []),
+        ("client.get(PATH, deadline=1, phase=p)", []),
+    ],
+)
+def test_a_path_is_seen_wherever_it_is_spelled(code: str, seen: list[str]) -> None:
+    assert [text for _, text in spelled_paths(ast.parse(code), {"/generate"})] == seen
 
 
 def test_a_function_that_only_passes_is_seen() -> None:

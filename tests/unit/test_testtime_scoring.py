@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from megatron_laser.cli import app
 from megatron_laser.evaluation.engine_choice import other_weights
 from megatron_laser.rewards import GradingPool
-from megatron_laser.rollout.client.identify import Expected, ServerFacts
+from megatron_laser.rollout.client.identify import Expected
+from megatron_laser.rollout.sglang_api import ServerFacts
 from megatron_laser.testtime import (
     EngineChoice,
     Scorer,

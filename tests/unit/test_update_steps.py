@@ -5,7 +5,8 @@ from helpers.faulty_server import STOP, FaultyServer, open_engine
 
 from megatron_laser.rollout.client import fleet
 from megatron_laser.types import SamplingParams
-from megatron_laser.weight_sync import control, sync_weights
+from megatron_laser.weight_sync import sync_weights
+from megatron_laser.weight_sync import update as steps
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_a_cache_that_cannot_be_flushed_for_a_moment_is_no_failure(servers, engi
 
 
 def test_a_server_whose_cache_cannot_be_flushed_is_left_out(servers, engine, monkeypatch):
-    monkeypatch.setattr(control, "_FLUSH_SECONDS", 0.5)
+    monkeypatch.setattr(steps, "_FLUSH_SECONDS", 0.5)
     servers[1].flush_refusals = 10**6
     assert sync_weights([], engine, 1) is None
     assert servers[1].version == "default"
@@ -56,7 +57,7 @@ def test_a_server_whose_cache_cannot_be_flushed_is_left_out(servers, engine, mon
 
 
 def test_when_no_server_takes_the_weights_each_reason_is_told(servers, engine, monkeypatch):
-    monkeypatch.setattr(control, "_FLUSH_SECONDS", 0.5)
+    monkeypatch.setattr(steps, "_FLUSH_SECONDS", 0.5)
     for server in servers:
         server.flush_refusals = 10**6
     trouble = sync_weights([], engine, 1)

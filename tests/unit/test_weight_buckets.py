@@ -115,7 +115,7 @@ def test_the_next_bucket_is_gathered_while_one_is_on_its_way_and_two_are_in_memo
             log.append(f"start {names}")
             return names, flat
 
-        def _land(self, update, flight):
+        def _wait_for(self, update, flight):
             log.append(f"land {flight[0]}")
 
     def gathering():

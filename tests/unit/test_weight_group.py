@@ -11,11 +11,10 @@ from helpers.fake_fleet import FakeEngine
 from megatron_laser.rollout.client.errors import ServerRefused, ServerTimeout
 from megatron_laser.rollout.client.health import Restarted, State
 from megatron_laser.weight_sync import distributed
-from megatron_laser.weight_sync.broadcast import Broadcast
-from megatron_laser.weight_sync.control import SyncFailed
 from megatron_laser.weight_sync.distributed import DistributedTransport
-from megatron_laser.weight_sync.group import UpdateGroup
+from megatron_laser.weight_sync.group import Broadcast, UpdateGroup
 from megatron_laser.weight_sync.peers import Peers
+from megatron_laser.weight_sync.update import SyncFailed
 
 WEIGHTS = [("a", torch.ones(4)), ("b", torch.ones(4))]
 
@@ -162,7 +161,7 @@ def test_a_group_is_left_for_a_larger_one_but_not_when_a_peer_of_it_is_gone(grou
     engine.fleet._members["http://s2"] = late
     send(engine, moved, 2)
     assert [server.left for server in engine.servers] == [["laser-run-1"]] * 3
-    engine.fleet.tell(late, Restarted())
+    engine.fleet.handle(late, Restarted())
     late.start += 1
     engine.run(engine.fleet.probe(late), 5.0, "probe")
     send(engine, moved, 3)

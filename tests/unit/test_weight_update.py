@@ -9,13 +9,19 @@ import torch
 from helpers.fake_fleet import FakeEngine
 from safetensors.torch import load_file
 
-from megatron_laser.rollout.client.errors import ServerFault, ServerGone, ServerRefused, ServerTimeout
+from megatron_laser.rollout.client.errors import (
+    ServerFault,
+    ServerGone,
+    ServerMismatch,
+    ServerRefused,
+    ServerTimeout,
+)
 from megatron_laser.rollout.client.health import Answered, Restarted, State
-from megatron_laser.weight_sync import control, sync_weights
-from megatron_laser.weight_sync.checksums import ServerLayout, StreamDigest
-from megatron_laser.weight_sync.control import SyncFailed, Update
+from megatron_laser.weight_sync import sync_weights
+from megatron_laser.weight_sync import update as steps
+from megatron_laser.weight_sync.checksums import Checks, ServerLayout, StreamDigest
 from megatron_laser.weight_sync.disk import DiskTransport
-from megatron_laser.weight_sync.verify import Checks
+from megatron_laser.weight_sync.update import SyncFailed, Update
 
 GIVE = "/update_weights_from_disk"
 STEPS = ["/pause_generation", "/flush_cache", GIVE, "/model_info", "/continue_generation"]
@@ -25,7 +31,7 @@ WEIGHTS = [("a.weight", torch.arange(6.0).reshape(2, 3)), ("b.bias", torch.ones(
 
 @pytest.fixture(autouse=True)
 def no_long_flush(monkeypatch):
-    monkeypatch.setattr(control, "_FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr(steps, "_FLUSH_SECONDS", 0.05)
 
 
 def update(engine, version=1, *, check=None, checks=None):
@@ -83,7 +89,7 @@ def test_a_server_that_fails_a_step_is_left_out_and_the_others_go_on(step, error
         assert engine.calls(number) == ORDER and engine.member(number).health.takes_work("run-1")
     # Whatever it says of itself, it gets no work before another update has reached it.
     for version in ("run-1", "default"):
-        engine.fleet.tell(failed, Answered(version))
+        engine.fleet.handle(failed, Answered(version))
         assert not failed.health.takes_work("run-1")
     engine.servers[1].fails.clear()
     update(engine, 2)
@@ -104,7 +110,7 @@ def test_when_all_fail_a_step_the_sync_failed_and_may_be_tried_again(step):
     assert not any(member.health.takes_work("run-1") for member in engine.fleet.members)
     for member, server in zip(engine.fleet.members, engine.servers):
         server.fails.clear()
-        engine.fleet.tell(member, Answered(server.version))
+        engine.fleet.handle(member, Answered(server.version))
     update(engine)
     assert all(member.health.takes_work("run-1") for member in engine.fleet.members)
 
@@ -330,7 +336,7 @@ def test_a_failed_sync_says_why_runs_the_stream_to_its_end_and_keeps_the_folder_
     assert seen == ["a.weight", "b.bias"] and engine.version == 0
     assert folders(tmp_path) == ["weights-run-0", "weights-run-1"]
     engine.servers[0].fails.clear()
-    engine.fleet.tell(engine.member(0), Answered("run-0"))
+    engine.fleet.handle(engine.member(0), Answered("run-0"))
     assert sync_weights(iter(WEIGHTS), engine, 1) is None
     assert folders(tmp_path) == ["weights-run-1"]
 
@@ -367,7 +373,7 @@ def test_a_failure_that_another_attempt_would_not_mend_ends_the_run():
 def restart(engine, number):
     """Its server has a new process, which holds the weights of the model folder."""
     engine.servers[number].version = "default"
-    engine.fleet.tell(engine.member(number), Restarted())
+    engine.fleet.handle(engine.member(number), Restarted())
 
 
 def probe(engine, number):
@@ -385,6 +391,32 @@ def test_a_restarted_server_catches_up_from_the_folder_before_it_gets_work(tmp_p
     engine.log.clear()
     probe(engine, 1)
     assert len(engine.calls(1)) == 2  # once is enough
+
+
+def test_a_server_that_came_late_says_who_it_is_before_it_catches_up(tmp_path, source):
+    engine = SyncingEngine(2, transport(tmp_path, source))
+    assert sync_weights(iter(WEIGHTS), engine, 4) is None
+    restart(engine, 1)
+    late, asked = engine.member(1), []
+    late.device = None
+
+    async def another_model(member):
+        asked.append(member.url)
+        raise ServerMismatch(member.url, "identifying the server", "it serves another model")
+
+    async def fits(member):
+        member.device = "cpu"
+
+    engine.fleet.identify = another_model
+    engine.log.clear()
+    for _ in range(3):
+        probe(engine, 1)
+    assert asked == ["http://s1"] and GIVE not in engine.calls(1)  # asked once: it will not change
+    assert not late.health.takes_work("run-4")
+    engine.fleet.identify = fits
+    late.unfit = False  # as with a new process
+    probe(engine, 1)
+    assert late.health.takes_work("run-4") and engine.servers[1].version == "run-4"
 
 
 def test_a_server_that_does_not_catch_up_gets_no_work_and_stays_paused(tmp_path, source):

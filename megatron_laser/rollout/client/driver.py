@@ -7,33 +7,54 @@ after its request was given up is dropped with its connection. So no response is
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from megatron_laser.rollout.client.errors import ServerError, ServerFault
-from megatron_laser.rollout.client.event_loop import all_or_first_error, retried
-from megatron_laser.rollout.client.exchange import Exchange
-from megatron_laser.rollout.client.fleet import Fleet
-from megatron_laser.rollout.client.member import Member
+from megatron_laser.rollout.client.errors import (
+    ServerBusy,
+    ServerError,
+    ServerFault,
+    ServerGone,
+    ServerRefused,
+    ServerTimeout,
+    StaleServer,
+)
+from megatron_laser.rollout.client.event_loop import all_or_first_error, cancelling
+from megatron_laser.rollout.client.fleet import Fleet, Member
+from megatron_laser.rollout.client.health import Answered
+from megatron_laser.rollout.client.http import ServerClient
+from megatron_laser.rollout.client.responses import RequestStats, Weights, joined
 from megatron_laser.rollout.client.router import Router
-from megatron_laser.rollout.client.traffic import Traffic, Weights
-from megatron_laser.rollout.client.wire import (
+from megatron_laser.rollout.engine import StopEarly
+from megatron_laser.rollout.sglang_api import (
+    ABORT_REQUEST,
+    Reply,
+    ScoreReply,
+    abort_body,
+    abort_message,
     generate_body,
-    joined,
     parse_generate,
     parse_score,
     score_body,
 )
-from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.types import Generation, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R", Reply, ScoreReply)
+T = TypeVar("T")
 
 # Seconds of one request: a queue in front of it, and every token of it, on a loaded server.
 _REQUEST_SECONDS = 120.0
 _TOKEN_SECONDS = 0.25
+_ABORT_SECONDS = 10.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds at most between two attempts; doubles from one to the other
 
 
 @dataclass(eq=False)
@@ -58,8 +79,8 @@ class Driver:
         self._vocab_size = vocab_size
         self._slots = asyncio.Semaphore(max_concurrency)
         self._trouble = ""  # what a request was last repeated for
-        self.traffic = Traffic()
-        self._exchange = Exchange(fleet, self.traffic, router)
+        self.stats = RequestStats()
+        self._sender = RequestSender(fleet, self.stats, router)
 
     async def generate(
         self,
@@ -73,9 +94,8 @@ class Driver:
         stop: StopEarly | None,
     ) -> list[list[Generation | None]]:
         """See `SglangEngine.generate`; `ends` by time.monotonic()."""
-        if (
-            sampling.seed is None
-        ):  # a server with deterministic inference would take the same one for every response
+        if sampling.seed is None:
+            # A server with deterministic inference would take the same one for every response.
             sampling = replace(sampling, seed=secrets.randbits(62))
         samples = sampling.samples_per_prompt
         results: list[list[Generation | None]] = [[None] * samples for _ in prompts]
@@ -88,14 +108,14 @@ class Driver:
                 else:
                     results[p][s] = known
                     jobs.append(_Job(p, s, ids, known))
-        homes: dict[int, Member] = {}
+        cached_on: dict[int, Member] = {}
         stopped = asyncio.Event()
 
         async def run(job: _Job) -> None:
             async with self._slots:
                 if stopped.is_set():
                     return
-                generation = await self._generate_one(job, sampling, weights, homes, ends, stopped)
+                generation = await self._generate_one(job, sampling, weights, cached_on, ends, stopped)
             if generation is None:
                 return
             results[job.prompt][job.sample] = generation
@@ -133,7 +153,7 @@ class Driver:
         job: _Job,
         sampling: SamplingParams,
         weights: Weights,
-        homes: dict[int, Member],
+        cached_on: dict[int, Member],
         ends: float,
         stopped: asyncio.Event,
     ) -> Generation | None:
@@ -146,16 +166,16 @@ class Driver:
             if stopped.is_set():
                 return partial
             job.member = None
-            member = await self._fleet.pick("generation", homes.get(job.prompt), failed)
+            member = await self._fleet.pick("generation", cached_on.get(job.prompt), failed)
             # The samples of a prompt go to one server: its prefix cache has the prompt after the first.
-            homes[job.prompt] = job.member = member
+            cached_on[job.prompt] = job.member = member
             job.rid = uuid.uuid4().hex
             place = (job.prompt, job.sample)
             body = generate_body(input_ids, sampling, max_new_tokens=left, rid=job.rid, place=place)
             seconds = min(ends - time.monotonic(), _REQUEST_SECONDS + _TOKEN_SECONDS * left)
             started = time.monotonic()
             try:
-                reply = await self._exchange.ask(
+                reply = await self._sender.ask(
                     member,
                     body,
                     lambda answer: parse_generate(
@@ -168,11 +188,11 @@ class Driver:
                 )
             finally:
                 job.rid = ""
-                self.traffic.generate_seconds += time.monotonic() - started
+                self.stats.generate_seconds += time.monotonic() - started
             if reply.finish_reason == "abort" and not stopped.is_set():
                 raise ServerFault(member.url, "generation", "aborted, but not by this run")
-            self.traffic.prompt_tokens += reply.prompt_tokens
-            self.traffic.cached_tokens += reply.cached_tokens
+            self.stats.prompt_tokens += reply.prompt_tokens
+            self.stats.cached_tokens += reply.cached_tokens
             return joined(partial, reply, weights.version, sampling)
 
         generation = await self._retried(attempt, lambda: job.member)
@@ -198,7 +218,7 @@ class Driver:
             body = score_body(sequence, token_id, rid=uuid.uuid4().hex)
             started = time.monotonic()
             try:
-                reply = await self._exchange.ask(
+                reply = await self._sender.ask(
                     member,
                     body,
                     lambda answer: parse_score(answer, token_id, prompt_tokens=len(sequence)),
@@ -211,10 +231,10 @@ class Driver:
                     patient=True,
                 )
             finally:
-                self.traffic.score_seconds += time.monotonic() - started
-            self.traffic.scores += 1
-            self.traffic.score_tokens += reply.prompt_tokens
-            self.traffic.score_cached_tokens += reply.cached_tokens
+                self.stats.score_seconds += time.monotonic() - started
+            self.stats.scores += 1
+            self.stats.score_tokens += reply.prompt_tokens
+            self.stats.score_cached_tokens += reply.cached_tokens
             return reply.logprob
 
         return await self._retried(attempt, lambda: member)
@@ -227,19 +247,13 @@ class Driver:
         """`attempt` until it succeeds; it is told the server that it failed on, which `last` names."""
         failed: Member | None = None
 
-        async def next_attempt() -> Any:
+        def note(error: ServerError) -> None:
             nonlocal failed
-            try:
-                return await attempt(failed)
-            except ServerError:
-                failed = last()
-                raise
-
-        def note(error: BaseException) -> None:
-            self.traffic.retries += 1
+            failed = last()
+            self.stats.retries += 1
             self._trouble = str(error)
 
-        return await retried(next_attempt, note)
+        return await retried(lambda: attempt(failed), note)
 
     def _late(self, phase: str) -> Callable[[int, int], str]:
         """What to say when time is up."""
@@ -259,12 +273,124 @@ class Driver:
         await stopped.wait()
         while True:
             held = [(job.member, job.rid) for job in jobs if job.rid and job.member is not None]
-            await asyncio.gather(*(self._exchange.abort(member, rid) for member, rid in held))
+            await asyncio.gather(*(self._sender.abort(member, rid) for member, rid in held))
             await asyncio.sleep(0.5)
 
 
-def whole(generation: Generation | None) -> Generation:
-    """A finished response. Raises StoppedEarly for one that was not begun or was aborted."""
-    if generation is None or generation.finish_reason == "abort":
-        raise StoppedEarly("the servers were told to stop generating")
-    return generation
+async def retried(attempt: Callable[[], Awaitable[T]], note: Callable[[ServerError], None]) -> T:
+    """`attempt` until it succeeds, with jitter between; what would only repeat itself ends it.
+
+    Whoever waits for it cancels it at the end of time; a request whose own time is up just then ends with that error
+    instead, and is not repeated either. `note` is called with the error before each further attempt.
+    """
+    longest = _FIRST_PAUSE
+    while True:
+        try:
+            return await attempt()
+        except ServerError as error:
+            if isinstance(error, ServerRefused) or cancelling():
+                raise
+            note(error)
+        await asyncio.sleep(random.uniform(0.0, longest))
+        longest = min(2 * longest, _LONGEST_PAUSE)
+
+
+class RequestSender:
+    """Sends requests to members of `fleet`, or through `router`; tells the fleet how they fared."""
+
+    def __init__(self, fleet: Fleet, stats: RequestStats, router: Router | None) -> None:
+        self._fleet = fleet
+        self._stats = stats
+        self._router = router
+        if router is not None:
+            fleet.on_hang = router.cancel_requests
+
+    async def ask(
+        self,
+        member: Member,
+        body: dict[str, Any],
+        parse: Callable[[Any], R],
+        *,
+        weights: Weights,
+        seconds: float,
+        phase: str,
+        direct: bool,
+        patient: bool = False,
+    ) -> R:
+        """POST `GENERATE`; ends when the server dies.
+
+        Args:
+            parse: raises ValueError, LookupError or TypeError for what is no answer.
+            direct: to `member` itself, and not through the router, which might choose what failed before.
+            patient: an answer that is late says nothing of the server, whose probes do.
+
+        Raises:
+            ServerError: as the request failed, or its answer is none, or is of other weights.
+        """
+        self._stats.requests += 1
+        routed = None if direct or self._router is None or not self._router.takes_work() else self._router
+        if routed is None:
+            answer = await self._send(member, body, seconds, phase, patient)
+        else:
+            # Given up, it ends by itself: the router leaves a server when its own client leaves.
+            answer = await routed.request(body, deadline=seconds, phase=phase, patient=patient)
+        url = member.url if routed is None else routed.url
+        try:
+            refused = abort_message(answer)
+            if refused is not None:
+                raise ServerRefused(url, phase, refused)
+            reply = parse(answer)
+        except (LookupError, TypeError, ValueError) as error:
+            fault = ServerFault(url, phase, f"its answer has {error}")
+            if routed is None:
+                self._fleet.failed(member, fault)
+            raise fault from error
+        wrong = [version for version in reply.versions if weights.label not in (None, version)]
+        if wrong:
+            self._stats.stale_replies += 1
+            if routed is None:
+                self._fleet.handle(member, Answered(wrong[0]))
+                await self._fleet.ask_again(member)  # one odd answer is no reason for a weight sync
+            raise StaleServer(
+                url, phase, f"answered with weights {wrong[0]!r} instead of {weights.label!r}; dropped"
+            )
+        return reply
+
+    async def abort(self, member: Member, rid: str) -> None:
+        """End a request that `member` may have, or, behind a router, any server."""
+        holders = [member] if self._router is None else [member, *self._fleet.available()]
+        await asyncio.gather(*(self._abort(client, rid) for client in {each.client for each in holders}))
+
+    async def _send(
+        self, member: Member, body: dict[str, Any], seconds: float, phase: str, patient: bool
+    ) -> Any:
+        task = asyncio.ensure_future(member.client.request(body, deadline=seconds, phase=phase))
+        member.running.add(task)
+        try:
+            answer = await task
+        except asyncio.CancelledError:
+            if task.cancelled() and not cancelling():
+                raise ServerGone(
+                    member.url, phase, member.health.reason or "it is no longer in use"
+                ) from None
+            task.cancel()
+            await self._abort(member.client, body["rid"])
+            raise
+        except ServerError as error:
+            late = patient and isinstance(error, ServerTimeout)
+            if not late and not isinstance(error, ServerRefused | ServerBusy):
+                self._fleet.failed(member, error)
+            if not error.gone:
+                await self._abort(member.client, body["rid"])
+            raise
+        finally:
+            member.running.discard(task)
+        self._fleet.succeeded(member)
+        return answer
+
+    async def _abort(self, client: ServerClient, rid: str) -> None:
+        """Best effort: a request that is not aborted ends by itself, and its answer is dropped."""
+        try:
+            await client.post(ABORT_REQUEST, abort_body(rid), deadline=_ABORT_SECONDS, phase="abort")
+        except ServerError as error:
+            logger.debug("%s", error)

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from megatron_laser.rollout.client.driver import Driver, whole
+from megatron_laser.rollout.client.driver import Driver
 from megatron_laser.rollout.client.errors import ServerError
 from megatron_laser.rollout.client.event_loop import SLACK, LoopThread
-from megatron_laser.rollout.client.fleet import Fleet
+from megatron_laser.rollout.client.fleet import Fleet, Member
 from megatron_laser.rollout.client.health import Limits
 from megatron_laser.rollout.client.http import ServerClient, Sessions
-from megatron_laser.rollout.client.identify import Expected, SayingThatItWaits, ServerFacts, identify_members
-from megatron_laser.rollout.client.member import Member
+from megatron_laser.rollout.client.identify import (
+    Expected,
+    StartupCheck,
+    identify_member,
+    identify_members,
+)
+from megatron_laser.rollout.client.responses import Weights, require_finished
 from megatron_laser.rollout.client.router import Router
-from megatron_laser.rollout.client.traffic import Weights
 from megatron_laser.rollout.endpoints import ServerEndpoint
 from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.rollout.open_files import raise_open_files
+from megatron_laser.rollout.sglang_api import ServerFacts
 from megatron_laser.types import Generation, SamplingParams
 
 if TYPE_CHECKING:
@@ -102,9 +108,10 @@ class SglangEngine:
                 min_servers=min_servers,
                 servers_deadline=servers_deadline,
             )
+            fleet.identify = functools.partial(identify_member, expected=expected, deadline=SLACK)
             router = None
             if router_url is not None:
-                router = Router(ServerClient(router_url, sessions), patience=fleet.probe_deadline)
+                router = Router(ServerClient(router_url, sessions), probe_deadline=fleet.probe_deadline)
             driver = Driver(
                 fleet, vocab_size=expected.vocab_size, max_concurrency=max_concurrency, router=router
             )
@@ -113,7 +120,7 @@ class SglangEngine:
 
         self._sessions, self.fleet, self._driver = self.run(connect(), 30.0, "connecting")
         try:
-            check = SayingThatItWaits(min_servers, start_deadline)
+            check = StartupCheck(min_servers, start_deadline)
             up = self.fleet.wait_until_up(min_servers, start_deadline, check)
             self.run(up, start_deadline, "waiting for servers")
             self.identify_all()
@@ -152,7 +159,7 @@ class SglangEngine:
     @property
     def takes_seeds(self) -> bool:
         """Whether `sampling.seed` decides what is sampled: every server was started with deterministic inference."""
-        return all(member.takes_seeds for member in self.fleet.members if member.device is not None)
+        return all(member.takes_seeds for member in self.fleet.identified())
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -181,7 +188,7 @@ class SglangEngine:
 
         Raises also WeightsNeeded and ServersLost (see `Fleet.pick`) and ServerError."""
         found = self.generate_some(prompts, sampling, deadline=deadline, on_finished=on_finished, stop=stop)
-        return [[whole(generation) for generation in group] for group in found]
+        return [[require_finished(generation) for generation in group] for group in found]
 
     def generate_some(
         self,
@@ -229,21 +236,31 @@ class SglangEngine:
     def identify_all(self) -> dict[str, ServerFacts]:
         """Ask every server that answers who it is. Raises ServerError: one cannot be used."""
         facts = {}
-        for member, found in self.identify(self.fleet.updatable()).items():
+        for member, found in self._identify(self.fleet.updatable()).items():
             if isinstance(found, ServerError):
                 raise found
             facts[member.url] = found
         return facts
 
-    def identify(self, members: Sequence[Member]) -> dict[Member, ServerFacts | ServerError]:
-        """See `identify_members`."""
+    def identify_late(self) -> dict[Member, ServerError]:
+        """Ask servers that came up after this engine was opened who they are; returns those that cannot be used.
+
+        No server is given weights before it has said who it is: whoever sends some calls this first, and a server
+        that catches up by itself is asked by the fleet.
+        """
+        found = self._identify(self.fleet.late())
+        return {member: error for member, error in found.items() if isinstance(error, ServerError)}
+
+    def _identify(self, members: Sequence[Member]) -> dict[Member, ServerFacts | ServerError]:
+        if not members:
+            return {}
         work = identify_members(members, self._expected, deadline=SLACK)
         return self.run(work, 3 * SLACK, "identifying servers")
 
     def take_metrics(self) -> dict[str, float]:
         """See `ResumableEngine.take_metrics`."""
         members = self.fleet.members
-        return self.on_loop(self._driver.traffic.take) | {
+        return self.on_loop(self._driver.stats.take) | {
             "rollout/servers": float(len(members)),
             "rollout/servers_healthy": float(len(self.fleet.available())),
             "rollout/server_deaths": float(sum(member.health.deaths for member in members)),

@@ -37,7 +37,7 @@ class ServerFault(ServerError):
     """The server answered with an error of its own (5xx) or with something that is no answer."""
 
 
-class StrangeAnswer(ServerFault):
+class UnexpectedAnswer(ServerFault):
     """The server answered in full, but not as an SGLang server does."""
 
 

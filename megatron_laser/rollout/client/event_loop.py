@@ -9,10 +9,6 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
-
-from megatron_laser.rollout.client.errors import ServerError, ServerRefused
-
 T = TypeVar("T")
 
 SLACK = 30.0  # seconds that the work gets to report a deadline itself
@@ -89,28 +85,3 @@ async def all_or_first_error(
         for task in tasks:
             if task.done() and not task.cancelled():
                 task.exception()  # heard: a thousand requests that fail alike are one error, not a thousand lines
-
-
-async def retried(attempt: Callable[[], Any], note: Callable[[BaseException], None]) -> Any:
-    """`attempt` until it succeeds, with jitter between; what would only repeat itself ends it.
-
-    Whoever waits for it cancels it at the end of time; a request whose own time is up just then ends with that error
-    instead, and is not repeated either. `note` is called with the error before each further attempt.
-    """
-
-    def before(state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome is not None else None
-        if error is not None:
-            note(error)
-
-    retrying = AsyncRetrying(
-        retry=retry_if_exception(
-            lambda error: (
-                isinstance(error, ServerError) and not isinstance(error, ServerRefused) and not cancelling()
-            )
-        ),
-        wait=wait_random_exponential(multiplier=0.1, max=5.0),
-        before_sleep=before,
-        reraise=True,
-    )
-    return await retrying(attempt)

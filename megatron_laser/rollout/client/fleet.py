@@ -1,7 +1,7 @@
 """All servers of a run: who is up, who holds the wanted weights, and who gets the next request.
 
 Lives in one event loop. A monitor probes every server; requests report what they see. Probes go through the
-scheduler (`/server_info`; `/v1/loads` reads shared memory), so one that hangs behind a live HTTP port is noticed.
+scheduler (`SERVER_INFO`), so one that hangs behind a live HTTP port is noticed.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_laser.rollout.client.errors import (
     OutOfFiles,
     ServerError,
+    ServerMismatch,
     ServersLost,
-    StrangeAnswer,
+    UnexpectedAnswer,
     WeightsNeeded,
 )
 from megatron_laser.rollout.client.health import (
@@ -33,13 +36,63 @@ from megatron_laser.rollout.client.health import (
     UpdateFailed,
 )
 from megatron_laser.rollout.client.http import ServerClient, Sessions
-from megatron_laser.rollout.client.member import Member, level_of
 from megatron_laser.rollout.endpoints import EndpointsError, ServerEndpoint
+from megatron_laser.rollout.sglang_api import MODEL_INFO, SERVER_INFO, weight_version
 
 logger = logging.getLogger(__name__)
 
 PROBE_EVERY = 2.0  # seconds
 _PROBE_DEADLINE = 10.0  # at most; three must fit into the hang deadline
+
+
+@dataclass(eq=False)
+class Member:
+    """One server as the fleet sees it.
+
+    Attributes:
+        endpoint: what is published of it.
+        start: which of its processes this is.
+        tensor, device, takes_seeds: its tensor-parallel size, "cpu" or "cuda", and whether it samples by a request's
+            seed, once it has been identified.
+        unfit: it cannot be used, as it said when it was to catch up; the next weight update asks again.
+        running: its open requests; they end when it dies.
+        probe_error, probing: of the last probe, and the one that runs.
+    """
+
+    client: ServerClient
+    health: Health
+    endpoint: ServerEndpoint
+    start: int = 0
+    tensor: int = 1
+    device: str | None = None
+    takes_seeds: bool = False
+    unfit: bool = False
+    running: set[asyncio.Task[Any]] = field(default_factory=set)
+    probe_error: ServerError | None = None
+    probing: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return self.client.url
+
+    @property
+    def identified(self) -> bool:
+        """Whether it has said who it is, and fits: see `SglangEngine.identify_late`."""
+        return self.device is not None
+
+    @property
+    def load(self) -> float:
+        """Open requests for each of its GPUs."""
+        return len(self.running) / self.tensor
+
+
+def log_level(states: set[State]) -> int:
+    """How loudly a change between two states is told: every step has an update, and no update is news."""
+    if states <= {State.HEALTHY, State.UPDATING}:
+        return logging.DEBUG
+    quiet = {State.HEALTHY, State.UPDATING, State.STARTING, State.DRAINING}
+    return logging.INFO if states <= quiet else logging.WARNING
 
 
 class Fleet:
@@ -67,6 +120,8 @@ class Fleet:
         self._short_since: float | None = None
         self._said_source = ""
         self.wanted: str | None = None
+        # Asks a server who it is; raises for one that cannot be used.
+        self.identify: Callable[[Member], Awaitable[object]] | None = None
         # Gives a server that came back the current weights, without the trainer; returns their name.
         self.catch_up: Callable[[Member], Awaitable[str]] | None = None
         # Called when a server has fallen silent behind an open port, which breaks no connection.
@@ -85,6 +140,14 @@ class Fleet:
     def updatable(self) -> list[Member]:
         """Those that weights can be sent to."""
         return [member for member in self.members if member.health.can_be_updated()]
+
+    def identified(self) -> list[Member]:
+        """Those that have said who they are, dead ones too."""
+        return [member for member in self.members if member.identified]
+
+    def late(self) -> list[Member]:
+        """Those that answer and have not been asked yet who they are: they came up after the engine was opened."""
+        return [member for member in self.updatable() if not member.identified]
 
     def describe(self) -> str:
         """One line: every server with its state and why."""
@@ -115,12 +178,12 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
-    def tell(self, member: Member, event: Event) -> None:
+    def handle(self, member: Member, event: Event) -> None:
         """Feed one event to a server's state; ends its open requests when it died or has a new process."""
         before = member.health
         member.health = after = before.after(event, self._clock(), self._limits)
         if before.state is not after.state:
-            level = level_of({before.state, after.state})
+            level = log_level({before.state, after.state})
             logger.log(
                 level,
                 "server %s: %s -> %s%s",
@@ -221,33 +284,37 @@ class Fleet:
         """Ask scheduler and HTTP process once; feeds what they say to the server's state."""
         client = member.client
         try:
-            await client.get("/server_info", deadline=self.probe_deadline, phase="probe")
-            info = await client.get("/model_info", deadline=self.probe_deadline, phase="probe")
-            if not isinstance(info, dict) or "weight_version" not in info:
-                raise StrangeAnswer(member.url, "probe", "/model_info names no weight_version")
-            version = str(info["weight_version"])
+            await client.get(SERVER_INFO, deadline=self.probe_deadline, phase="probe")
+            info = await client.get(MODEL_INFO, deadline=self.probe_deadline, phase="probe")
+            version = weight_version(info)
+            if version is None:
+                raise UnexpectedAnswer(member.url, "probe", f"{MODEL_INFO} names no weight_version")
         except OutOfFiles as error:
-            member.trouble = error
+            member.probe_error = error
         except ServerError as error:
-            member.trouble = error
+            member.probe_error = error
             refused = error.gone and "Connect call failed" in str(error)
-            self.tell(member, Missed(str(error), refused=refused))
+            self.handle(member, Missed(str(error), refused=refused))
         else:
-            member.trouble = None
+            member.probe_error = None
             if version != member.health.version or member.health.state is not State.HEALTHY:
-                self.tell(member, Answered(version))
+                self.handle(member, Answered(version))
             else:
                 member.health = member.health.after(Answered(version), self._clock(), self._limits)
         stale = member.health.state is State.HEALTHY and not member.health.takes_work(self.wanted)
-        if stale and self.wanted is not None and self.catch_up is not None:
+        if stale and not member.unfit and self.wanted is not None and self.catch_up is not None:
             await self._catch_up(member, self.catch_up)
 
     async def _catch_up(self, member: Member, catch_up: Callable[[Member], Awaitable[str]]) -> None:
-        self.tell(member, UpdateBegan())
+        self.handle(member, UpdateBegan())
         try:
-            self.tell(member, UpdateDone(await catch_up(member)))
+            if not member.identified and self.identify is not None:
+                await self.identify(member)
+            member.unfit = False
+            self.handle(member, UpdateDone(await catch_up(member)))
         except Exception as error:  # whatever it is, the server must not stay in `updating`
-            self.tell(member, UpdateFailed(str(error) or repr(error)))
+            member.unfit = isinstance(error, ServerMismatch)
+            self.handle(member, UpdateFailed(str(error) or repr(error)))
 
     def _look(self) -> None:
         """Take over what `source` says: new servers, new processes, servers that are no more."""
@@ -268,8 +335,8 @@ class Fleet:
                 continue
             member.endpoint = endpoint
             if endpoint.start > member.start:
-                member.start = endpoint.start
-                self.tell(member, Restarted())
+                member.start, member.unfit = endpoint.start, False
+                self.handle(member, Restarted())
         for url in set(self._members) - named:
             member = self._members.pop(url)
             logger.warning("server %s is no longer among the endpoints", url)
@@ -282,4 +349,4 @@ class Fleet:
 
     def failed(self, member: Member, error: ServerError) -> None:
         """A request to it failed."""
-        self.tell(member, RequestFailed(str(error), gone=error.gone))
+        self.handle(member, RequestFailed(str(error), gone=error.gone))

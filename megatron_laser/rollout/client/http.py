@@ -16,8 +16,9 @@ from megatron_laser.rollout.client.errors import (
     ServerGone,
     ServerRefused,
     ServerTimeout,
-    StrangeAnswer,
+    UnexpectedAnswer,
 )
+from megatron_laser.rollout.sglang_api import GENERATE, PROSE
 
 _CONNECT_SECONDS = 10.0
 _BUSY = (408, 429, 503)  # a full queue, a router without workers, a server that starts: worth another try
@@ -40,8 +41,8 @@ class ServerClient:
         return await self._call("POST", path, body, deadline, phase, self._sessions.control)
 
     async def request(self, body: dict[str, Any], *, deadline: float, phase: str) -> Any:
-        """The JSON behind `/generate`, over a kept connection."""
-        return await self._call("POST", "/generate", body, deadline, phase, self._sessions.data)
+        """The JSON behind `GENERATE`, over a kept connection."""
+        return await self._call("POST", GENERATE, body, deadline, phase, self._sessions.data)
 
     async def _call(
         self,
@@ -82,9 +83,9 @@ class ServerClient:
         try:
             return orjson.loads(raw)
         except orjson.JSONDecodeError as error:
-            if path in ("/flush_cache",):  # answers in prose
+            if path in PROSE:
                 return raw.decode(errors="replace")
-            raise StrangeAnswer(
+            raise UnexpectedAnswer(
                 self.url,
                 phase,
                 f"{path} answered {len(raw)} bytes that are not JSON ({error}): {_words(raw)}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -18,16 +17,22 @@ from megatron_laser.rollout.client.errors import (
     ServerMismatch,
     ServerRefused,
     ServerTimeout,
-    StrangeAnswer,
+    UnexpectedAnswer,
 )
+from megatron_laser.rollout.client.fleet import Member
 from megatron_laser.rollout.client.http import ServerClient
-from megatron_laser.rollout.client.member import Member
-from megatron_laser.rollout.client.wire import score_body
+from megatron_laser.rollout.sglang_api import (
+    MIN_SGLANG,
+    MODEL_INFO,
+    SERVER_INFO,
+    ServerFacts,
+    parse_version,
+    score_body,
+    server_facts,
+    weight_version,
+)
 
 logger = logging.getLogger(__name__)
-
-MIN_SGLANG = (0, 5, 23)
-"""Weight-update sessions (`/begin_weight_update`) and spans of weight versions are as of this release."""
 
 NO_SERVER = f"this is no SGLang server, or one older than {'.'.join(map(str, MIN_SGLANG))}, which is needed"
 
@@ -62,31 +67,27 @@ class Expected:
     deterministic: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ServerFacts:
-    """What a server says of itself."""
+async def identify_member(member: Member, expected: Expected, *, deadline: float) -> ServerFacts:
+    """Ask a server who it is; notes its tensor-parallel size, its device, and whether it takes seeds.
 
-    sglang_version: str
-    tensor: int
-    model_path: str
-    weight_version: str
-    device: str  # "cpu", "cuda"
-    deterministic: bool = False  # whether seeds decide what it samples
+    Raises as `identify` does.
+    """
+    facts = await identify(member.client, expected, deadline=deadline)
+    member.tensor, member.device = facts.tensor, facts.device
+    member.takes_seeds = facts.deterministic
+    return facts
 
 
 async def identify_members(
     members: Sequence[Member], expected: Expected, *, deadline: float
 ) -> dict[Member, ServerFacts | ServerError]:
-    """Ask servers at once who they are; notes on each its tensor-parallel size, its device, whether it takes seeds."""
+    """`identify_member` for all at once: what each says, or why it cannot be used."""
 
     async def ask(member: Member) -> ServerFacts | ServerError:
         try:
-            facts = await identify(member.client, expected, deadline=deadline)
+            return await identify_member(member, expected, deadline=deadline)
         except ServerError as error:
             return error
-        member.tensor, member.device = facts.tensor, facts.device
-        member.takes_seeds = facts.deterministic
-        return facts
 
     return dict(zip(members, await asyncio.gather(*(ask(member) for member in members))))
 
@@ -100,36 +101,30 @@ async def identify(client: ServerClient, expected: Expected, *, deadline: float)
     """
     url = client.url
     try:
-        info = await client.get("/model_info", deadline=deadline, phase=_PHASE)
-        server = await client.get("/server_info", deadline=deadline, phase=_PHASE)
-    except (ServerRefused, StrangeAnswer) as error:
+        info = await client.get(MODEL_INFO, deadline=deadline, phase=_PHASE)
+        server = await client.get(SERVER_INFO, deadline=deadline, phase=_PHASE)
+    except (ServerRefused, UnexpectedAnswer) as error:
         raise _no_server(error) from error
-    if not (isinstance(info, dict) and isinstance(server, dict) and "weight_version" in info):
-        raise ServerMismatch(url, _PHASE, f"/model_info names no weight_version: {NO_SERVER}")
-    folder = _config_of(str(info.get("model_path")))
-    problems = mismatches(info, server, expected, folder)
-    if not problems and "vocab_size" not in server | folder:
+    if not isinstance(server, dict) or weight_version(info) is None:
+        raise ServerMismatch(url, _PHASE, f"{MODEL_INFO} names no weight_version: {NO_SERVER}")
+    facts = server_facts(info, server)
+    folder = _config_of(facts.model_path)
+    problems = mismatches(facts, expected, folder)
+    if not problems and facts.vocab_size is None and "vocab_size" not in folder:
         problems = await _vocabulary_problems(client, expected, deadline)
     if problems:
         raise ServerMismatch(url, _PHASE, "; ".join(problems))
-    return ServerFacts(
-        str(server.get("version", "")),
-        int(server.get("tp_size") or 1),
-        str(info.get("model_path")),
-        str(info["weight_version"]),
-        str(server.get("device") or "cuda"),
-        _deterministic(server),
-    )
+    return facts
 
 
-def refuse_strangers(members: Sequence[Member]) -> None:
+def refuse_other_servers(members: Sequence[Member]) -> None:
     """Raises ServerMismatch or ServerRefused when one has answered its last probe, but not as an SGLang server does."""
     for member in members:
-        if isinstance(member.trouble, ServerRefused | StrangeAnswer):
-            raise _no_server(member.trouble)
+        if isinstance(member.probe_error, ServerRefused | UnexpectedAnswer):
+            raise _no_server(member.probe_error)
 
 
-def _no_server(error: ServerRefused | StrangeAnswer) -> ServerError:
+def _no_server(error: ServerRefused | UnexpectedAnswer) -> ServerError:
     if isinstance(error, ServerRefused) and error.status in (401, 403):
         return error
     return ServerMismatch(error.url, _PHASE, f"{error.message}: {NO_SERVER}")
@@ -159,98 +154,82 @@ def _config_of(model_path: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def mismatches(
-    info: dict[str, Any],
-    server: dict[str, Any],
-    expected: Expected,
-    folder: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """What of a server's `/model_info`, `/server_info` and model folder does not fit the run; pure.
+def mismatches(facts: ServerFacts, expected: Expected, folder: Mapping[str, Any] | None = None) -> list[str]:
+    """What of a server and its model folder does not fit the run; pure.
 
     Args: folder: the config.json of its model; None: not known.
     """
     problems = []
-    version = str(server.get("version", ""))
+    found = folder or {}
+    version = facts.sglang_version
     if parse_version(version) < MIN_SGLANG:
         needed = ".".join(map(str, MIN_SGLANG))
         problems.append(
             f"SGLang {version or 'of unknown version'}; {needed} or newer is needed: its servers take weights in "
             "sessions and say which weights sampled which token"
         )
-    if not info.get("is_generation", True):
+    if not facts.generates:
         problems.append("it serves an embedding model, which generates nothing")
-    if expected.model_type is not None and info.get("model_type") not in (None, expected.model_type):
+    if expected.model_type is not None and facts.model_type not in (None, expected.model_type):
         problems.append(
-            f"it serves a {info.get('model_type')} model from {info.get('model_path')}, but model.path is a "
+            f"it serves a {facts.model_type} model from {facts.model_path}, but model.path is a "
             f"{expected.model_type}; start it with the trainer's model.path"
         )
-    dtype = str(server.get("dtype"))
-    if expected.dtype is not None and dtype not in _TESTED_DTYPES[expected.dtype]:
+    if expected.dtype is not None and facts.dtype not in _TESTED_DTYPES[expected.dtype]:
         problems.append(
-            f"it computes in {dtype}, model.dtype is {expected.dtype}; start it with --dtype {expected.dtype}"
+            f"it computes in {facts.dtype}, model.dtype is {expected.dtype}; start it with --dtype {expected.dtype}"
         )
-    limit = server.get("max_req_input_len")
-    if expected.longest is not None and isinstance(limit, int) and limit < expected.longest:
+    limit = facts.longest_input
+    if expected.longest is not None and limit is not None and limit < expected.longest:
         problems.append(
             f"it takes {limit} tokens, but data.max_prompt_tokens + rollout.max_new_tokens is {expected.longest} "
             "(a response is sent back whole to be scored or resumed); raise its --context-length or "
             "--max-total-tokens, or lower those settings"
         )
-    if expected.deterministic and not _deterministic(server):
+    if expected.deterministic and not facts.deterministic:
         problems.append(
             "it was started without --enable-deterministic-inference and ignores seeds; start it with that option "
             "(rollout.sglang.deterministic: true for megatron-laser serve), or set rollout.sglang.deterministic: false"
         )
-    if preferred := info.get("preferred_sampling_params"):
+    if facts.preferred_sampling:
         problems.append(
-            f"it was started with --preferred-sampling-params {preferred}, which change what it samples behind every "
-            "request, while log-probs stay those of the whole distribution; start it without them"
+            f"it was started with --preferred-sampling-params {facts.preferred_sampling}, which change what it "
+            "samples behind every request, while log-probs stay those of the whole distribution; start it without them"
         )
-    vocabulary = (server | dict(folder or {})).get("vocab_size")
+    vocabulary = found.get("vocab_size", facts.vocab_size)
     if isinstance(vocabulary, int) and vocabulary < expected.vocab_size:
         problems.append(_smaller_vocabulary(expected, f"it has {vocabulary}"))
-    found = folder or {}
-    problems += _size_problems(info, found, expected) + _tie_problems(info, found, expected)
-    return problems + _code_problems(info, found, expected)
+    return problems + _folder_problems(facts.model_path, found, expected)
 
 
-def _deterministic(server: Mapping[str, Any]) -> bool:
-    return bool(server.get("enable_deterministic_inference"))
-
-
-def _size_problems(info: dict[str, Any], folder: Mapping[str, Any], expected: Expected) -> list[str]:
-    """A bigger or smaller model of the same type."""
+def _folder_problems(path: str, folder: Mapping[str, Any], expected: Expected) -> list[str]:
+    """What the config.json of a server's model, at `path` on its node, has that the trainer's has not."""
+    if not folder:
+        return []
+    problems = []
     differing = [
         f"{name} {folder.get(name)} instead of {size}"
         for name, size in expected.sizes.items()
-        if folder and folder.get(name) != size
+        if folder.get(name) != size
     ]
-    if not differing:
-        return []
-    return [
-        f"its model {info.get('model_path')} has {', '.join(differing)}; start it with the trainer's model.path"
-    ]
-
-
-def _tie_problems(info: dict[str, Any], folder: Mapping[str, Any], expected: Expected) -> list[str]:
-    """A server with tied embeddings drops the output layer that it is sent; one without keeps its own."""
+    if differing:  # a bigger or smaller model of the same type
+        problems.append(
+            f"its model {path} has {', '.join(differing)}; start it with the trainer's model.path"
+        )
+    # A server with tied embeddings drops the output layer that it is sent; one without keeps its own.
     tied = bool(folder.get("tie_word_embeddings", False))
-    if not folder or expected.tied is None or tied == expected.tied:
-        return []
-    return [
-        f"the config.json of its model {info.get('model_path')} says tie_word_embeddings {str(tied).lower()}, that of "
-        f"model.path {str(expected.tied).lower()}; start it with the trainer's model.path"
-    ]
-
-
-def _code_problems(info: dict[str, Any], folder: Mapping[str, Any], expected: Expected) -> list[str]:
-    """A server of quantized weights would keep its scales beside the plain weights that a run sends."""
-    if expected.dtype is None or not folder.get("quantization_config"):
-        return []
-    return [
-        f"the config.json of its model {info.get('model_path')} has a quantization_config, and a run sends plain "
-        "weights; start it with the trainer's model.path"
-    ]
+    if expected.tied not in (None, tied):
+        problems.append(
+            f"the config.json of its model {path} says tie_word_embeddings {str(tied).lower()}, that of model.path "
+            f"{str(expected.tied).lower()}; start it with the trainer's model.path"
+        )
+    # A server of quantized weights would keep its scales beside the plain weights that a run sends.
+    if expected.dtype is not None and folder.get("quantization_config"):
+        problems.append(
+            f"the config.json of its model {path} has a quantization_config, and a run sends plain weights; start it "
+            "with the trainer's model.path"
+        )
+    return problems
 
 
 def _smaller_vocabulary(expected: Expected, found: str) -> str:
@@ -260,17 +239,11 @@ def _smaller_vocabulary(expected: Expected, found: str) -> str:
     )
 
 
-def parse_version(text: str) -> tuple[int, ...]:
-    """ "0.5.23rc1" -> (0, 5, 23); unreadable: ()."""
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
-    return tuple(int(part or 0) for part in match.groups()) if match else ()
-
-
 _SAY_EVERY = 30.0  # seconds between two words
 
 
-class SayingThatItWaits:
-    """A check for `Fleet.wait_until_up`: raises for strangers, and says at once and now and again what is awaited.
+class StartupCheck:
+    """For `Fleet.wait_until_up`: raises for what is no SGLang server, says at once and then now and again who is late.
 
     A port at which nobody listens may be a mistake, or a server that starts: only the user knows.
     """
@@ -280,9 +253,9 @@ class SayingThatItWaits:
         self._next = 0.0
 
     def __call__(self, members: Sequence[Member]) -> None:
-        refuse_strangers(members)
+        refuse_other_servers(members)
         now = time.monotonic()
-        troubles = [str(member.trouble) for member in members if member.trouble is not None]
-        if troubles and now >= self._next:
+        errors = [str(member.probe_error) for member in members if member.probe_error is not None]
+        if errors and now >= self._next:
             self._next = now + _SAY_EVERY
-            logger.warning("%s: %s", self._what, "; ".join(troubles))
+            logger.warning("%s: %s", self._what, "; ".join(errors))

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_laser.rollout.client.errors import ServerError, ServerGone, ServerTimeout
 from megatron_laser.rollout.client.event_loop import cancelling
 from megatron_laser.rollout.client.http import ServerClient
+from megatron_laser.rollout.sglang_api import ROUTER_WORKERS
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +26,10 @@ _MISSES = 2  # probes in a row without an answer: it hangs
 class Router:
     """One router. Create and use inside one event loop."""
 
-    def __init__(self, client: ServerClient, *, patience: float) -> None:
-        """Args: patience: seconds for the answer to a probe."""
+    def __init__(self, client: ServerClient, *, probe_deadline: float) -> None:
+        """Args: probe_deadline: seconds for the answer to a probe."""
         self._client = client
-        self._patience = patience
+        self._probe_deadline = probe_deadline
         self._rests_until = 0.0
         self._running: set[asyncio.Task[Any]] = set()
         self._monitor = asyncio.create_task(self._watch())
@@ -45,11 +46,11 @@ class Router:
     async def request(
         self, body: dict[str, Any], *, deadline: float, phase: str, patient: bool = False
     ) -> Any:
-        """The answer to `/generate` of whichever server the router chooses.
+        """The answer to `GENERATE` of whichever server the router chooses.
 
         patient: an answer that is late says nothing of the router.
 
-        Raises ServerError; ServerGone also when `give_up` was called meanwhile.
+        Raises ServerError; ServerGone also when `cancel_requests` was called meanwhile.
         """
         phase = f"{phase} through the router"
         task = asyncio.ensure_future(self._client.request(body, deadline=deadline, phase=phase))
@@ -68,7 +69,7 @@ class Router:
         finally:
             self._running.discard(task)
 
-    def give_up(self) -> None:
+    def cancel_requests(self) -> None:
         """End all requests that are open through it: one of its servers hangs, and nobody knows what that one has."""
         for task in list(self._running):
             task.cancel()
@@ -84,12 +85,14 @@ class Router:
         while True:
             await asyncio.sleep(_PROBE_EVERY)
             try:
-                await self._client.get("/workers", deadline=self._patience, phase="probe of the router")
+                await self._client.get(
+                    ROUTER_WORKERS, deadline=self._probe_deadline, phase="probe of the router"
+                )
                 misses = 0
             except ServerTimeout as error:
                 misses += 1
                 if misses >= _MISSES:
                     self._rest(str(error))
-                    self.give_up()
+                    self.cancel_requests()
             except ServerError as error:
                 logger.debug("%s", error)  # a proxy of another kind, or gone: requests say so themselves

@@ -16,6 +16,7 @@ from megatron_laser.config.schema.rollout import SglangConfig
 from megatron_laser.config.server_options import server_option
 from megatron_laser.rollout.nccl import server_settings
 from megatron_laser.rollout.servers.guard import MARK
+from megatron_laser.rollout.sglang_api import MODEL_INFO
 
 ROUTER_KEY = "MEGATRON_LASER_ROUTER_KEY"
 PYTHON_VARIABLE = "MEGATRON_LASER_SGLANG_PYTHON"
@@ -182,8 +183,8 @@ def router_command(
     sglang = config.rollout.sglang
     arguments = [python, "-c", _ROUTER_SCRIPT, "--host", sglang.host, "--port", str(port)]
     arguments += ["--worker-urls", *workers, "--policy", "cache_aware"]
-    # /health answers 503 while a server is paused for a weight update; /model_info goes on answering.
-    arguments += ["--health-check-endpoint", "/model_info", "--health-check-interval-secs", "5"]
+    # SGLang's own health check answers 503 while a server is paused for a weight update; this goes on answering.
+    arguments += ["--health-check-endpoint", MODEL_INFO, "--health-check-interval-secs", "5"]
     arguments += ["--health-failure-threshold", "2", "--health-success-threshold", "1"]
     arguments += ["--health-check-timeout-secs", "20"]
     # Repeating is the run's decision: it knows what was received already.

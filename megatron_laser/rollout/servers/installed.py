@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 import subprocess
 from dataclasses import dataclass
 
 from megatron_laser.config import ConfigError
 from megatron_laser.rollout.nccl import loaded_version
 from megatron_laser.rollout.servers.command import child_environment
+from megatron_laser.rollout.sglang_api import MIN_SGLANG, parse_version
 
-MIN_SGLANG = (0, 5, 23)  # the first with which the weight updates of a session were measured
 _ASK_DEADLINE = 120.0  # seconds for an interpreter to say what it has installed
 
 # NCCL comes with torch, and which one is loaded only shows then; importing it takes seconds, so only where it matters.
@@ -102,8 +101,7 @@ def check_sglang(python: str, *, router: bool, cuda: bool = False, nccl: bool | 
                 "model"
             ]
         )
-    numbers = tuple(int(part) for part in re.findall(r"\d+", found.sglang)[:3])
-    if numbers < MIN_SGLANG:
+    if parse_version(found.sglang) < MIN_SGLANG:
         raise ConfigError(
             [
                 f"rollout.sglang.python: {python} has SGLang {found.sglang}, and {needed} or newer is needed; "

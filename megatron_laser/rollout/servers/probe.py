@@ -7,6 +7,22 @@ from typing import Any
 
 import aiohttp
 
+from megatron_laser.rollout.sglang_api import (
+    CONTINUE_GENERATION,
+    FREEZE_GC,
+    MODEL_INFO,
+    PAUSE_GENERATION,
+    READY,
+    ROUTER_WORKERS,
+    SERVER_INFO,
+    add_worker_body,
+    continue_body,
+    pause_body,
+    router_workers,
+    server_facts,
+    weight_version,
+)
+
 _QUICK = 10.0  # seconds for an answer that needs no scheduler
 
 
@@ -39,15 +55,14 @@ class Prober:
     async def ask(self, url: str, deadline: float) -> Answer | None:
         """Whether the server's scheduler answers within `deadline` seconds, paused or not; None: it does not.
 
-        /health would not do: it generates a token, and answers 503 while generation is paused.
+        SGLang's own health check would not do: it generates a token, and answers 503 while generation is paused.
         """
-        info = await self._json("GET", f"{url}/server_info", deadline)
-        if info is None or "version" not in info:
+        server = await self._json("GET", url + SERVER_INFO, deadline)
+        info = None if server is None else await self._json("GET", url + MODEL_INFO, _QUICK)
+        if server is None or info is None:
             return None
-        model = await self._json("GET", f"{url}/model_info", _QUICK)
-        if model is None:
-            return None
-        return Answer(str(info["version"]), str(model.get("weight_version")))
+        facts = server_facts(info, server)
+        return Answer(facts.sglang_version, facts.weight_version) if facts.sglang_version else None
 
     async def takes_requests(self, url: str) -> bool | None:
         """Whether the server has finished its own start-up and is not paused; None: it does not say.
@@ -55,9 +70,7 @@ class Prober:
         The HTTP process answers that by itself, whatever its scheduler does.
         """
         try:
-            async with self._session.get(
-                f"{url}/ready", timeout=aiohttp.ClientTimeout(total=_QUICK)
-            ) as reply:
+            async with self._session.get(url + READY, timeout=aiohttp.ClientTimeout(total=_QUICK)) as reply:
                 return {200: True, 503: False}.get(reply.status)
         except (aiohttp.ClientError, TimeoutError, OSError):
             return None
@@ -68,12 +81,12 @@ class Prober:
         A run may have done so since the server was last asked. The pause came after its continuing then, and nobody
         else would end it.
         """
-        if await self._json("POST", f"{url}/pause_generation", _QUICK, {"mode": "in_place"}) is None:
+        if await self._json("POST", url + PAUSE_GENERATION, _QUICK, pause_body(keep_requests=True)) is None:
             return False
-        model = await self._json("GET", f"{url}/model_info", _QUICK)
-        if model is None or str(model.get("weight_version")) == initial_version:
+        info = await self._json("GET", url + MODEL_INFO, _QUICK)
+        if info is None or weight_version(info) == initial_version:
             return True
-        await self._json("POST", f"{url}/continue_generation", _QUICK, {})
+        await self._json("POST", url + CONTINUE_GENERATION, _QUICK, continue_body())
         return False
 
     async def freeze_gc(self, url: str) -> bool:
@@ -84,22 +97,19 @@ class Prober:
         """
         timeout = aiohttp.ClientTimeout(total=_QUICK)
         try:
-            async with self._session.post(f"{url}/freeze_gc", timeout=timeout) as reply:
+            async with self._session.post(url + FREEZE_GC, timeout=timeout) as reply:
                 return reply.status < 300
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
 
     async def router_workers(self, url: str) -> dict[str, bool] | None:
         """A router's workers: {address: healthy}; None: it does not answer."""
-        reply = await self._json("GET", f"{url}/workers", _QUICK)
-        if reply is None or not isinstance(reply.get("workers"), list):
-            return None
-        return {str(item.get("url")): bool(item.get("is_healthy")) for item in reply["workers"]}
+        return router_workers(await self._json("GET", url + ROUTER_WORKERS, _QUICK))
 
     async def add_worker(self, url: str, worker: str, api_key: str | None) -> bool:
         """Tell a router of a worker; it checks and adds it later. True if it has taken the order."""
-        body = {"url": worker} | ({"api_key": api_key} if api_key is not None else {})
-        return await self._json("POST", f"{url}/workers", _QUICK, body) is not None
+        body = add_worker_body(worker, api_key)
+        return await self._json("POST", url + ROUTER_WORKERS, _QUICK, body) is not None
 
     async def _json(
         self, method: str, url: str, deadline: float, body: dict[str, Any] | None = None

@@ -46,7 +46,7 @@ class ManagedRouter:
                 lines += await self._check(prober, now, workers)
             problem = self.slot.problem(now, self.child.ended())
             if problem is not None:
-                lines.append(self._bury(problem, now))
+                lines.append(self._clean_up(problem, now))
         if self.slot.due(now):
             self._start(now, workers)
         return lines
@@ -88,7 +88,7 @@ class ManagedRouter:
         self.answers = True
         return [f"{self.slot.name} answers for {len(known)} of {len(workers)} servers"] if first else []
 
-    def _bury(self, problem: str, now: float) -> str:
+    def _clean_up(self, problem: str, now: float) -> str:
         assert self.child is not None
         tail = self.child.tail(_TAIL)
         self.child.kill()

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from megatron_laser.rollout.endpoints import Endpoints, ServerEndpoint, publish
 from megatron_laser.rollout.servers.fleet_plan import FleetPlan
-from megatron_laser.rollout.servers.managed import ManagedServer
 from megatron_laser.rollout.servers.probe import Prober
 from megatron_laser.rollout.servers.process import Guard, ServeError
 from megatron_laser.rollout.servers.router import ManagedRouter
+from megatron_laser.rollout.servers.server import ManagedServer
 
 _TICK = 0.25  # seconds between two looks at the processes
 _PROGRESS = 10.0  # seconds between two lines while servers start
@@ -84,7 +84,7 @@ class Supervisor:
         if all(server.slot.state == "failed" for server in self._servers):
             raise ServeError(
                 "every server has died too often and is given up; the last reasons:\n"
-                + "\n".join(f"  {server.obituary()}" for server in self._servers)
+                + "\n".join(f"  {server.describe_failure()}" for server in self._servers)
             )
         self._report_start(now)
         if self.plan.router_port is not None and self._all_answered_once():

@@ -1,4 +1,4 @@
-"""The steps of a weight update on all servers at once: pause, flush, give, check the version, continue.
+"""A weight update: the stream to the engine, and its steps on all servers: pause, flush, send, check, continue.
 
 The order matters. Weights that change under a running request mix two policies in one response, and a disk update
 without a pause has been seen to answer 400 after it had changed the weights. A server that fails a step is left out
@@ -11,44 +11,75 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.client.errors import ServerError, ServerFault, ServerRefused, StaleServer
+from megatron_laser.rollout.client.fleet import Member
 from megatron_laser.rollout.client.health import UpdateBegan, UpdateDone, UpdateFailed
-from megatron_laser.rollout.client.member import Member
+from megatron_laser.rollout.engine import RolloutEngine
+from megatron_laser.rollout.sglang_api import (
+    BEGIN_WEIGHT_UPDATE,
+    CONTINUE_GENERATION,
+    END_WEIGHT_UPDATE,
+    FLUSH_CACHE,
+    MODEL_INFO,
+    PAUSE_GENERATION,
+    continue_body,
+    pause_body,
+    refusal,
+    weight_version,
+)
 
 logger = logging.getLogger(__name__)
 
 _STEP_SECONDS = 60.0
 _FLUSH_SECONDS = 20.0  # until a cache that cannot be flushed is given up
+_FLUSH_PAUSE = 0.1  # seconds between two tries
 
 
-async def quiet(member: Member, seconds: float, *, wake: bool = True) -> None:
-    """Pause one server: what runs there is aborted, its cache is empty.
+def sync_weights(
+    stream: Iterable[tuple[str, torch.Tensor]], engine: RolloutEngine | None, version: int
+) -> str | None:
+    """Feed `stream` to the engine on rank 0; take part in its collectives on the other ranks.
 
-    Args: wake: let it go on first; not one that has given its cache away, which could not.
+    Args:
+        stream: the trainer's `weight_stream()`. Every rank must pass its own and call this function.
+        engine: None on ranks without one.
+        version: the step whose weights these are.
 
-    Raises ServerError, at the latest after `seconds`.
+    Returns:
+        None, or, on rank 0, why the servers do not have the weights although another attempt may succeed: a
+        server died on the way. The stream has then been run to its end, so that no rank waits in it.
+
+    Raises:
+        RuntimeError: the engine does not report `version` afterwards.
+        SyncFailed: what another attempt would not mend.
+        (A folder that cannot be written, with `weight_sync: disk`, is told like a server that died.)
     """
-    client, phase = member.client, "pausing generation"
-    ends = time.monotonic() + seconds
-    # One that stands still, as `serve` holds a restarted one, would not end what it has half done, and keep its cache.
-    if wake:
-        await client.post("/continue_generation", {}, deadline=seconds, phase=phase)
-    await client.post("/pause_generation", {"mode": "abort"}, deadline=ends - time.monotonic(), phase=phase)
-    while True:
-        try:
-            left = ends - time.monotonic()
-            await client.post("/flush_cache", {}, deadline=left, phase="flushing the cache")
-            return
-        except (ServerFault, ServerRefused):
-            # A health check of somebody else may still be on its way through.
-            if time.monotonic() > ends - seconds + min(seconds / 2, _FLUSH_SECONDS):
-                raise
-        await asyncio.sleep(0.1)
+    stream = iter(stream)
+    if engine is None:
+        deque(stream, maxlen=0)  # gathers are collectives: all ranks must run them
+        return None
+    try:
+        engine.update_weights(stream, version)
+    except (SyncFailed, ServerError, OSError) as error:
+        if isinstance(error, SyncFailed) and not error.retry:
+            raise
+        logger.warning("weight sync of step %d: %s", version, error)
+        deque(stream, maxlen=0)
+        return str(error)
+    if engine.version != version:
+        raise RuntimeError(
+            f"weight sync: the engine reports version {engine.version} after an update to {version}; "
+            "its rollouts would come from other weights than the trainer's"
+        )
+    return None
 
 
 class SyncFailed(RuntimeError):
@@ -67,21 +98,15 @@ class Update:
         self.engine = engine
         self.label = label
         self.ends = time.monotonic() + seconds
-        self.members: list[Member] = engine.fleet.updatable()
         self.failures: list[str] = []
-        self._identify_new()
+        for error in engine.identify_late().values():
+            logger.warning("%s", error)
+            self.failures.append(str(error))
+        self.members: list[Member] = [member for member in engine.fleet.updatable() if member.identified]
         if not self.members:
             raise SyncFailed(
                 f"weights {label}: no server can be updated: {engine.fleet.describe()}", retry=True
             )
-
-    def _identify_new(self) -> None:
-        """Servers that came after the start of the run are asked who they are; what does not fit is left out."""
-        new = [member for member in self.members if member.device is None]
-        for member, found in (self.engine.identify(new) if new else {}).items():
-            if isinstance(found, ServerError):
-                logger.warning("%s", found)
-                self.drop(member, found)
 
     def begin_session(self) -> None:
         """Open a weight-update session on every server.
@@ -91,14 +116,14 @@ class Update:
         """
 
         async def end(member: Member) -> None:
-            await member.client.post("/end_weight_update", {}, deadline=30.0, phase="ending a session")
+            await member.client.post(END_WEIGHT_UPDATE, {}, deadline=30.0, phase="ending a session")
 
         self.gather(end, self.members, 30.0, "ending a session")
-        self.post_all("/begin_weight_update", {}, phase="begin of the weight update")
+        self.post_all(BEGIN_WEIGHT_UPDATE, {}, phase="begin of the weight update")
 
     def end_session(self) -> None:
         """Close it: the servers bring what they were given into its final form."""
-        self.post_all("/end_weight_update", {}, phase="end of the weight update")
+        self.post_all(END_WEIGHT_UPDATE, {}, phase="end of the weight update")
 
     def left(self) -> float:
         """Seconds until the update's deadline; at least a moment."""
@@ -118,8 +143,8 @@ class Update:
         async def one(member: Member) -> Any:
             content = body(member) if callable(body) else body
             answer = await member.client.post(path, content, deadline=limit, phase=phase)
-            if isinstance(answer, dict) and answer.get("success") is False:
-                raise ServerFault(member.url, phase, f"{path}: {answer.get('message')}")
+            if (why := refusal(answer)) is not None:
+                raise ServerFault(member.url, phase, f"{path}: {why}")
             return answer
 
         return self._keep(self.gather(one, self.members, limit, phase))
@@ -155,7 +180,7 @@ class Update:
         """Go on without a server."""
         self.failures.append(str(error))
         self.members.remove(member)
-        self.engine.on_loop(lambda: self.engine.fleet.tell(member, UpdateFailed(str(error))))
+        self.engine.on_loop(lambda: self.engine.fleet.handle(member, UpdateFailed(str(error))))
 
     @contextmanager
     def paused(self, *, go_on: bool = True) -> Iterator[None]:
@@ -163,19 +188,19 @@ class Update:
 
         Args: go_on: False leaves the servers paused and `updating`, for whoever has more to do before they go on.
         """
-        tell = self.engine.fleet.tell
-        self.engine.on_loop(lambda: [tell(member, UpdateBegan()) for member in self.members])
+        handle = self.engine.fleet.handle
+        self.engine.on_loop(lambda: [handle(member, UpdateBegan()) for member in self.members])
         try:
             limit = min(self.left(), _STEP_SECONDS)
-            work = functools.partial(quiet, seconds=limit, wake=go_on)
+            work = functools.partial(pause_and_flush, seconds=limit, wake=go_on)
             self._keep(self.gather(work, self.members, limit, "pausing generation"))
-            self.need_some()
+            self.require_members()
             yield
             self._check_versions()
             if go_on:
-                body = {"torch_empty_cache": True}
-                self.post_all("/continue_generation", body, phase="continuing generation")
-                self.need_some()
+                body = continue_body(empty_cache=True)
+                self.post_all(CONTINUE_GENERATION, body, phase="continuing generation")
+                self.require_members()
         except BaseException as error:
             for member in list(self.members):
                 self.drop(
@@ -191,29 +216,64 @@ class Update:
         fleet = self.engine.fleet
         fleet.wanted = self.label
         for member in self.members:
-            fleet.tell(member, UpdateDone(self.label))
+            fleet.handle(member, UpdateDone(self.label))
 
     def _check_versions(self) -> None:
         limit = min(self.left(), _STEP_SECONDS)
 
         async def one(member: Member) -> None:
-            phase = "checking the version"
-            info = await member.client.get("/model_info", deadline=limit, phase=phase)
-            version = info.get("weight_version") if isinstance(info, dict) else None
-            if version != self.label:
-                raise StaleServer(
-                    member.url, phase, f"holds weights {version!r} after an update to {self.label!r}"
-                )
+            await check_version(member, self.label, deadline=limit, phase="checking the version")
 
         self._keep(self.gather(one, self.members, limit, "checking versions"))
-        self.need_some()
+        self.require_members()
 
-    def need_some(self) -> None:
+    def require_members(self) -> None:
         """Raises SyncFailed when no server is left."""
         if not self.members:
             raise SyncFailed(
                 f"weights {self.label}: no server took them: {'; '.join(self.failures)}", retry=True
             )
+
+
+async def pause_and_flush(member: Member, seconds: float, *, wake: bool = True) -> None:
+    """Pause one server: what runs there is aborted, its cache is empty.
+
+    Args: wake: let it go on first; not one that has given its cache away, which could not.
+
+    Raises ServerError, at the latest after `seconds`.
+    """
+    client, phase = member.client, "pausing generation"
+    ends = time.monotonic() + seconds
+    # One that stands still, as `serve` holds a restarted one, would not end what it has half done, and keep its cache.
+    if wake:
+        await client.post(CONTINUE_GENERATION, continue_body(), deadline=seconds, phase=phase)
+    await client.post(PAUSE_GENERATION, pause_body(), deadline=ends - time.monotonic(), phase=phase)
+    give_up = ends - seconds + min(seconds / 2, _FLUSH_SECONDS)
+    await flush(member, ends=ends, give_up=give_up, phase="flushing the cache")
+
+
+async def flush(member: Member, *, ends: float, give_up: float, phase: str) -> None:
+    """Empty a paused server's cache, which it refuses while an aborted batch, or a health check, is on its way through.
+
+    Args: ends, give_up: of the whole, and of trying it again, by time.monotonic().
+
+    Raises ServerError.
+    """
+    while True:
+        try:
+            await member.client.post(FLUSH_CACHE, {}, deadline=ends - time.monotonic(), phase=phase)
+            return
+        except (ServerFault, ServerRefused):
+            if time.monotonic() > give_up:
+                raise
+        await asyncio.sleep(_FLUSH_PAUSE)
+
+
+async def check_version(member: Member, label: str, *, deadline: float, phase: str) -> None:
+    """Raises StaleServer when a server does not hold the weights of that name; ServerError when it does not say."""
+    version = weight_version(await member.client.get(MODEL_INFO, deadline=deadline, phase=phase))
+    if version != label:
+        raise StaleServer(member.url, phase, f"holds weights {version!r} after an update to {label!r}")
 
 
 def on_cpu(members: Sequence[Member]) -> bool:

@@ -65,7 +65,7 @@ class ManagedServer:
                 lines += await self._answered(answer, prober, now, fleet_was_updated)
             problem = self.slot.problem(now, self.child.ended())
             if problem is not None:
-                lines.append(await self._bury(problem, now))
+                lines.append(await self._clean_up(problem, now))
         if self.slot.due(now):
             self._start(now)
         return lines
@@ -75,7 +75,7 @@ class ManagedServer:
         doing = self.child.last_line() if self.child is not None else ""
         return f"{self.slot.name} starts since {self.slot.age(now):.0f} s: {doing or 'no output yet'}"
 
-    def obituary(self) -> str:
+    def describe_failure(self) -> str:
         """Why the slot was given up."""
         return f"{self.slot.name} {self.slot.reason}; log: {self.log}"
 
@@ -142,7 +142,7 @@ class ManagedServer:
             line += "; it is paused until the run sends it the current weights"
         return [line]
 
-    async def _bury(self, problem: str, now: float) -> str:
+    async def _clean_up(self, problem: str, now: float) -> str:
         """Clean up after a process that ended, hung or was late, and plan the next one."""
         assert self.child is not None
         tail = self.child.tail(_TAIL)
