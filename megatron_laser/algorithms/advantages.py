@@ -1,17 +1,17 @@
-"""Advantages: from the verifier's rewards (four estimators), from the self-reward scores, and their mixture.
+"""Advantages: from the verifier's rewards (`ESTIMATORS`), from the self-reward scores, and their mixture.
 
 Samples may come in any order and groups may have any ids and sizes. Everything is computed in float64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Unscored = Literal["zero", "exclude"]
-Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"]
 
 _EPSILON = 1e-6  # added to the standard deviation of the rewards, as in GRPO
 
@@ -76,27 +76,34 @@ def reinforce_pp_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
     return (batch.deviation / (batch.std + _EPSILON)).float()
 
 
+# `policy.advantage`: name -> A_v of (rewards [samples], group_ids [samples]), [samples] float32.
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "grpo": grpo_advantages,
+    "dr_grpo": dr_grpo_advantages,
+    "rloo": rloo_advantages,
+    "reinforce_pp": reinforce_pp_advantages,
+}
+
+
 def verifier_advantages(
-    rewards: Tensor, group_ids: Tensor, *, estimator: Estimator, normalize_std: bool = True
+    rewards: Tensor, group_ids: Tensor, *, estimator: str, normalize_std: bool = True
 ) -> Tensor:
     """A_v of every sample by `policy.advantage`, [samples] float32; `normalize_std` is for `grpo` only.
 
     Args:
         rewards: [samples], every sample graded.
         group_ids: [samples] int64.
+        estimator: a name of `ESTIMATORS`.
 
     Raises:
         ValueError: a reward is not finite, shapes differ, or the estimator is unknown.
     """
-    if estimator == "grpo":
-        return grpo_advantages(rewards, group_ids, normalize_std=normalize_std)
-    if estimator == "dr_grpo":
-        return dr_grpo_advantages(rewards, group_ids)
-    if estimator == "rloo":
-        return rloo_advantages(rewards, group_ids)
-    if estimator == "reinforce_pp":
-        return reinforce_pp_advantages(rewards, group_ids)
-    raise ValueError(f"policy.advantage is {estimator!r}; expected grpo, dr_grpo, rloo or reinforce_pp")
+    if estimator == "grpo" and not normalize_std:
+        estimator = "dr_grpo"
+    if estimator not in ESTIMATORS:
+        *names, last = ESTIMATORS
+        raise ValueError(f"policy.advantage is {estimator!r}; expected {', '.join(names)} or {last}")
+    return ESTIMATORS[estimator](rewards, group_ids)
 
 
 def self_reward_advantages(

@@ -2,10 +2,12 @@
 
 import math
 from statistics import fmean, stdev
+from typing import get_args
 
 import pytest
 import torch
 
+from megatron_laser.algorithms.advantages import ESTIMATORS as TABLE
 from megatron_laser.algorithms.advantages import (
     mix_advantages,
     reinforce_pp_advantages,
@@ -13,6 +15,7 @@ from megatron_laser.algorithms.advantages import (
     self_reward_advantages,
     verifier_advantages,
 )
+from megatron_laser.config.schema.training import PolicyConfig
 
 ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_pp")
 
@@ -118,6 +121,10 @@ def test_an_empty_batch_has_no_advantages_and_an_ungraded_sample_is_refused(esti
         verifier_advantages(
             torch.tensor([1.0, math.nan]), torch.zeros(2, dtype=torch.long), estimator=estimator
         )
+
+
+def test_the_setting_and_the_table_name_the_same_estimators():
+    assert get_args(PolicyConfig.model_fields["advantage"].annotation) == tuple(TABLE) == ESTIMATORS
 
 
 def test_an_unknown_estimator_is_refused():
