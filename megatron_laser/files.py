@@ -15,6 +15,9 @@ from typing import IO, Any
 
 from megatron_laser.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+LOCK = "run.lock"
+
 
 def through_links(path: str | Path) -> Path:
     """Where `path` really lies: a link is kept and written through. What it points to need not exist yet."""
@@ -97,11 +100,6 @@ def write_atomically(path: Path, text: str) -> None:
         replace_file(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-logger = logging.getLogger(__name__)
-
-LOCK = "run.lock"
 
 
 def lock_folder(folder: Path, setting: str, *, name: str = LOCK) -> IO[str]:

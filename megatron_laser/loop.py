@@ -6,13 +6,14 @@ Every rank runs `train`; rank 0 also has a `Controller`: prompts, rollout engine
     share     the finished batch goes to every rank as flat arrays
     train     old-policy pass, scores, advantages, optimizer steps: Megatron's schedules on all ranks
     sync      the new weights go to the engine as one stream of Hugging Face tensors
-    report    metrics, dumps, evaluation
+    evaluate  when due: the validation split, on the engine
+    record    metrics, dumps of rollouts, live view
     save      when due: weights, optimizer, cursor; published by one rename
 
 so generation for step n + 1 uses the weights of step n (strictly on-policy), or, with `rollout.ahead: 1`, those of
 step n - 1, and then overlaps with the training of step n.
 
-A function given to `with_engine` runs on rank 0 alone. When it finds servers that lost their weights (one was started
+A function given to `on_rank_zero` runs there alone. When it finds servers that lost their weights (one was started
 again), all ranks sync, and it is called once more. `CannotGoOn` is raised on every rank at once.
 """
 
@@ -23,9 +24,9 @@ from pathlib import Path
 
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.model import platform
-from megatron_laser.run.colocation import Phase
+from megatron_laser.run.colocation import MemoryPhase
 from megatron_laser.run.controller import Controller, evaluation_due
-from megatron_laser.run.engines import uses_servers
+from megatron_laser.run.engines import WorkResult, uses_servers
 from megatron_laser.run.export import export_hf
 from megatron_laser.run.ranks import CannotGoOn, RunEnded
 from megatron_laser.run.setup import Run, open_run
@@ -40,7 +41,7 @@ def train(config: RunConfig, *, overwrite: bool = False) -> Path:
     with open_run(config, overwrite=overwrite) as run:
         if run is not None:  # None: all its steps were done before
             try:
-                all_done = train_steps(run)
+                all_done = run_steps(run)
             except CannotGoOn as error:
                 save_and_stop(run, error.step, error.reason)
                 raise RunEnded(f"saved after step {error.step} and stopped: {error.reason}") from None
@@ -49,38 +50,40 @@ def train(config: RunConfig, *, overwrite: bool = False) -> Path:
     return Path(config.run.output_dir)
 
 
-def train_steps(run: Run) -> bool:
+def run_steps(run: Run) -> bool:
     """All steps that are left, or as many as until somebody asks to stop; whether all are done."""
     if run.needs_sync:
         sync(run, run.first_step - 1)
-    with_engine(run, "first evaluation", run.first_step - 1, Controller.evaluate_first)
-    if stopped_on_request(run, run.first_step - 1):
+    on_rank_zero(run, "first evaluation", run.first_step - 1, Controller.evaluate_first)
+    if stop_if_requested(run, run.first_step - 1):
         return False
-    for number in range(run.first_step, run.config.run.steps + 1):
-        step(run, number)
-        if stopped_on_request(run, number):
+    for step in range(run.first_step, run.config.run.steps + 1):
+        run_step(run, step)
+        if stop_if_requested(run, step):
             return False
-        if run.checkpoints.due(number):
-            save(run, number)
+        if run.checkpoints.due(step):
+            save(run, step)
     return True
 
 
-def step(run: Run, step: int) -> None:
+def run_step(run: Run, step: int) -> None:
     """One rollout batch: generate and grade, train, sync, evaluate when due, record."""
     platform.reset_peak_memory()
-    platform.trim_host_memory(step)
+    platform.trim_host_memory(step)  # every few steps
     lost: CannotGoOn | None = None
     with run.timers("total"):
-        with_engine(run, f"rollout of step {step}", step - 1, lambda rank0: rank0.collect(step))
+        on_rank_zero(run, f"rollout of step {step}", step - 1, lambda rank0: rank0.collect(step))
         batch = run.ranks.share_batch()
         if run.ranks.controller is not None:
             run.ranks.controller.start_ahead(step + 1)  # with rollout.ahead: while this step trains
-        run.colocation.enter(Phase.TRAIN, run.ranks)
+        run.colocation.switch_to(
+            MemoryPhase.TRAIN, run.ranks
+        )  # servers offload, the trainer onloads; nothing else
         with run.ranks.phase(f"train step {step}"):
             result = run.trainer.train_step(batch, step)
         try:
             if run.config.rollout.ahead:
-                with_engine(run, f"rollout ahead of step {step + 1}", step, Controller.finish_ahead)
+                on_rank_zero(run, f"rollout ahead of step {step + 1}", step, Controller.finish_ahead)
             sync(run, step)
         except CannotGoOn as error:
             lost = error  # the step itself is complete: it is recorded before the run stops
@@ -88,51 +91,54 @@ def step(run: Run, step: int) -> None:
     run.stragglers.add(step, times)
     if lost is None and evaluation_due(run.config, step):
         try:
-            with_engine(run, f"evaluation after step {step}", step, lambda rank0: rank0.evaluate(step))
+            on_rank_zero(run, f"evaluation after step {step}", step, lambda rank0: rank0.evaluate(step))
         except CannotGoOn as error:
             lost = error
-    with_engine(run, f"recording step {step}", step, lambda rank0: rank0.record(step, result, times))
+    on_rank_zero(run, f"recording step {step}", step, lambda rank0: rank0.record(step, result, times))
     if lost is not None:
         raise lost
 
 
-def with_engine(run: Run, phase: str, version: int, work: Callable[[Controller], str]) -> None:
-    """Rank 0 works with the engine, which holds the weights of step `version` or is given them in between."""
-    run.ranks.run_with_engine(phase, version, work, sync=lambda: sync(run, version))
+def on_rank_zero(run: Run, phase: str, last_step: int, work: Callable[[Controller], WorkResult]) -> None:
+    """Rank 0 does `work`, the others wait; raises CannotGoOn when it comes to that.
+
+    `last_step` is complete: servers that came back without weights are given the trainer's, which are of that step.
+    """
+    run.ranks.run_or_stop(phase, last_step, work, sync=lambda: sync(run, last_step))
 
 
 def sync(run: Run, version: int) -> None:
     """Give the engine the trained weights; again, to the servers that are left, when one dies on the way."""
-    trouble = ""
+    failure = ""
     for _ in range(_SYNC_ATTEMPTS):
         if uses_servers(run.config):
-            with_engine(run, "waiting for servers", version, Controller.await_servers)
-        run.colocation.enter(Phase.SYNC, run.ranks)
+            on_rank_zero(run, "waiting for servers", version, Controller.await_servers)
+        run.colocation.switch_to(MemoryPhase.SYNC, run.ranks)
         with run.timers("sync"), run.ranks.phase(f"weight sync of step {version}"):
-            sent = sync_weights(run.trainer.weight_stream(), run.ranks.engine, version=version)
-            trouble = run.ranks.broadcast_text(sent)
-        trouble = trouble or run.colocation.enter(Phase.GENERATE, run.ranks)
-        if not trouble:
+            own_failure = sync_weights(run.trainer.weight_stream(), run.ranks.engine, version=version)
+            failure = run.ranks.broadcast_text(own_failure)
+        failure = failure or run.colocation.switch_to(MemoryPhase.GENERATE, run.ranks)
+        if not failure:
             return
-    raise CannotGoOn(version, f"{_SYNC_ATTEMPTS} weight syncs in a row failed: {trouble}")
+    raise CannotGoOn(version, f"{_SYNC_ATTEMPTS} weight syncs in a row failed: {failure}")
 
 
 def save(run: Run, step: int) -> None:
     """Checkpoint weights, optimizer and rank 0's state; the files may still be written when this returns."""
     controller = run.ranks.controller
     saving = run.ranks.phase(f"saving step {step}")
-    with run.timers("checkpoint"), saving, run.colocation.during(Phase.SAVE, run.ranks):
+    with run.timers("checkpoint"), saving, run.colocation.during(MemoryPhase.SAVE, run.ranks):
         run.checkpoints.save(step, None if controller is None else controller.state())
 
 
-def is_saved(run: Run) -> bool:
+def wait_for_save(run: Run) -> bool:
     """Wait for the checkpoint that is being written; whether the newest one is on the disk."""
     with run.ranks.phase("waiting for the last save"):
         return run.checkpoints.wait()
 
 
-def stopped_on_request(run: Run, step: int) -> bool:
-    """Whether a signal on any rank asked to stop; then the run is saved after `step`."""
+def stop_if_requested(run: Run, step: int) -> bool:
+    """Save after `step` and return True when a signal on any rank asked to stop."""
     reason = run.ranks.coordinator.agree_to_stop(step)
     if reason is not None:
         save_and_stop(run, step, reason)
@@ -142,24 +148,26 @@ def stopped_on_request(run: Run, step: int) -> bool:
 def save_and_stop(run: Run, step: int, reason: str) -> None:
     """Save, so that the same command continues after `step`."""
     save(run, step)
-    if not is_saved(run):
+    if not wait_for_save(run):
         raise CheckpointError(f"stopping after step {step} ({reason}): {run.checkpoints.trouble}")
-    run.ranks.run_on_controller("stopping", lambda rank0: rank0.stopped(step, reason))
+    run.ranks.run_on_controller("stopping", lambda rank0: rank0.record_stop(step, reason))
 
 
 def finish(run: Run) -> None:
     """Export the trained model, evaluate it on the test split, write the report."""
-    saved, steps, trouble = is_saved(run), run.config.run.steps, ""
+    saved, steps, failure = wait_for_save(run), run.config.run.steps, ""
     if run.config.checkpoint.export_hf:
-        with run.colocation.during(Phase.SYNC, run.ranks), run.ranks.phase("export"):
-            exported = export_hf(run.config, run.trainer.weight_stream(), is_main=run.ranks.runtime.is_main)
-            trouble = run.ranks.broadcast_text(exported)
+        with run.colocation.during(MemoryPhase.SYNC, run.ranks), run.ranks.phase("export"):
+            own_failure = export_hf(
+                run.config, run.trainer.weight_stream(), is_main=run.ranks.runtime.is_main
+            )
+            failure = run.ranks.broadcast_text(own_failure)
     try:
-        complete = saved and not trouble
-        with_engine(run, "final evaluation", steps, lambda rank0: rank0.finish(complete=complete))
+        complete = saved and not failure
+        on_rank_zero(run, "final evaluation", steps, lambda rank0: rank0.finish(complete=complete))
     except CannotGoOn as error:
-        trouble = trouble or error.reason
+        failure = failure or error.reason
     if not saved:
         raise CheckpointError(f"all steps are done, but the last save failed: {run.checkpoints.trouble}")
-    if trouble:
-        raise RunEnded(f"all {steps} steps are done: {trouble}; the same command goes on here")
+    if failure:
+        raise RunEnded(f"all {steps} steps are done: {failure}; the same command goes on here")

@@ -36,7 +36,7 @@ files=(
   tests/unit/test_verification_metrics.py
   tests/unit/test_voting.py
   tests/unit/test_weight_buckets.py
-  tests/distributed/test_transport.py
+  tests/distributed/test_broadcast.py
 )
 
 stamp="$wanted $("$python" -c 'import sys; print(sys.version)')"

@@ -8,7 +8,8 @@ from pathlib import Path
 from megatron_laser.benchmarks.measure import Ceilings
 from megatron_laser.benchmarks.result import Result, aligned
 from megatron_laser.model import platform
-from megatron_laser.report.plots.style import new_figure, save, styled
+
+_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#8C6D1F", "#E69F00", "#D55E00", "#AA3377", "#000000", "#999999")
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,10 @@ class Report(Result):
         return [self.write_json(folder / f"{name}.json"), plot(self, folder / f"{name}.png")]
 
 
-_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#8C6D1F", "#E69F00", "#D55E00", "#AA3377", "#000000", "#999999")
-
-
 def plot(report: Report, path: Path) -> Path:
     """Write the figure; contenders without a time are left out."""
+    from megatron_laser.report.plots.style import new_figure, save, styled  # matplotlib: only for a figure
+
     shapes = list(dict.fromkeys(one.shape for one in report.measurements))
     names = list(dict.fromkeys(one.implementation for one in report.measurements))
     panels = [("forward", "forward_floor")]

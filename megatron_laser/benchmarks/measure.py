@@ -12,6 +12,8 @@ import torch
 
 from megatron_laser.model import platform
 
+_RESAMPLES = 2000
+
 # A sample lasts at least this long, so that what the host needs for a launch and the clock does not count.
 _SAMPLE_SECONDS = 0.02
 _SAMPLES = 7
@@ -82,9 +84,6 @@ def peak_allocated_bytes(call: Callable[[], None]) -> int:
         current += event.nbytes()
         peak = max(peak, current)
     return peak
-
-
-_RESAMPLES = 2000
 
 
 def median_ratio(figures: Sequence[float], over: Sequence[float]) -> tuple[float, float, float]:

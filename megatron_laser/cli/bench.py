@@ -94,7 +94,8 @@ def bench_client(
 ) -> None:
     """What our rollout client costs: tokens per second over a bare asyncio loop that posts the same requests.
 
-    Servers, prompts and sampling are those of a run's YAML file with rollout.engine: sglang.
+    Servers, prompts and sampling are those of a run's YAML file with rollout.engine: sglang; servers that run already:
+    rollout.sglang.urls=[...].
 
     On a machine without a GPU: megatron-laser bench client examples/tiny_sum/laser_sglang.yaml
     """

@@ -21,6 +21,13 @@ from megatron_laser.rollout.nccl import server_settings, trainer_settings
 from megatron_laser.rollout.servers.command import child_environment, find_python
 from megatron_laser.weight_sync.feasibility import SyncSide, sync_feasibility
 
+ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+SHOWN = (
+    *("NVTE_", "NCCL_", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TORCH_DISTRIBUTED_DEBUG"),
+    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS"),
+)
+_COMPARED = ("python", "torch", "cuda", "nccl", "triton", "transformers", "numpy")
+
 _FACTS = Path(__file__).with_name("environment_facts.py")
 _DEADLINE = (
     180.0  # seconds: the first import of torch and Transformer Engine from a network file system is slow
@@ -73,14 +80,6 @@ def gpus() -> dict[str, str]:
         found["driver"] = driver
         found[f"GPU {index}"] = f"{name}, {memory}"
     return found or {"driver": "no GPU"}
-
-
-ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
-SHOWN = (
-    *("NVTE_", "NCCL_", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "TORCH_DISTRIBUTED_DEBUG"),
-    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS"),
-)
-_COMPARED = ("python", "torch", "cuda", "nccl", "triton", "transformers", "numpy")
 
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> dict[str, str]:

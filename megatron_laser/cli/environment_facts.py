@@ -87,5 +87,6 @@ def _short(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose modules are nobody's top-level packages
+    here = Path(__file__).resolve().parent  # its modules are nobody's top-level packages
+    sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != here]
     print(json.dumps(collect()))

@@ -28,7 +28,7 @@ def needs_reference_model(config: RunConfig) -> bool:
     return bool(reference_model_reasons(config))
 
 
-def old_policy_pass(config: RunConfig) -> OldPolicyPass:
+def old_policy_pass_kind(config: RunConfig) -> OldPolicyPass:
     """The trainer's no-grad pass before the update.
 
     "full": log-probs of all labelled rows (`old_logprobs: recompute`); "score_rows": only the EOS rows go

@@ -17,6 +17,21 @@ from megatron_laser.config.schema.root import RunConfig, key_paths, nested_secti
 from megatron_laser.config.yaml_source import KeyPath, read_yaml, syntax_problem
 from megatron_laser.errors import ConfigError
 
+PATH_KEYS = frozenset(
+    {
+        ("model", "path"),
+        ("data", "train"),
+        ("data", "validation"),
+        ("data", "test"),
+        ("run", "output_dir"),
+        ("checkpoint", "folder"),
+        ("rollout", "sync_folder"),
+        ("rollout", "sglang.endpoints"),
+    }
+)
+FUNCTION_KEY = ("reward", "function")
+PROGRAM_KEY = ("rollout", "sglang.python")
+
 _EXPECTED = {
     "float_type": "a number",
     "int_type": "an integer",
@@ -202,22 +217,6 @@ def _reason(path: KeyPath, detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     message = message if message.startswith("expected") else f"expected {message}"
     return f"{message}, got {value!r}"
-
-
-PATH_KEYS = frozenset(
-    {
-        ("model", "path"),
-        ("data", "train"),
-        ("data", "validation"),
-        ("data", "test"),
-        ("run", "output_dir"),
-        ("checkpoint", "folder"),
-        ("rollout", "sync_folder"),
-        ("rollout", "sglang.endpoints"),
-    }
-)
-FUNCTION_KEY = ("reward", "function")
-PROGRAM_KEY = ("rollout", "sglang.python")
 
 
 def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:

@@ -18,6 +18,8 @@ from megatron_laser.errors import DataError, Finding, Level
 from megatron_laser.rewards import GradingPool
 from megatron_laser.types import Prompt
 
+_BATCH = 1000  # texts for one call of the tokenizer
+
 logger = logging.getLogger(__name__)
 
 _NAMED = 3  # rows of each kind
@@ -173,9 +175,6 @@ def _examples(found: Iterable[tuple[str, str]]) -> tuple[str, ...]:
             break
         lines.append(f"{source}: {text!r:.100}")
     return tuple(lines)
-
-
-_BATCH = 1000  # texts for one call of the tokenizer
 
 
 def score_token_in_data(

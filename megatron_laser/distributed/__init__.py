@@ -1,1 +1,1 @@
-"""The ranks of a run: meeting, process groups, rank 0's lead, signs of life, arrays from one to all."""
+"""The ranks of a run: meeting, process groups, work on rank 0 alone, signs of life, arrays from one to all."""

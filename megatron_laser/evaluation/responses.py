@@ -80,7 +80,7 @@ def partial_responses_path(records_path: Path, identity: Mapping[str, Any]) -> P
 
 
 class ResponseFile:
-    """Arrivals by (row, sample), appended to a file line by line; in memory only without a path.
+    """Responses by (row, sample), appended to a file line by line; in memory only without a path.
 
     A line that a kill cut off is dropped when the file is opened. Thread-safe.
     """

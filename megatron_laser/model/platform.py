@@ -1,7 +1,7 @@
 """Where the model runs: CUDA, or a CPU made good enough for Megatron-Core 0.19.
 
-With CUDA every function here is a thin call to `torch.cuda`, and nothing in Megatron is changed here (layers without
-Transformer Engine change two functions, see `megatron_patches`). Without it,
+With CUDA the functions for the device are thin calls to `torch.cuda`, and nothing in Megatron is changed here (layers
+without Transformer Engine change two functions, see `megatron_patches`). Without it,
 `install()` lets the same Megatron code run over gloo. Megatron names CUDA in four ways that matter
 (`torch.cuda.current_device()`, `device="cuda"` in factories, CUDA streams, and `param.type()` compared with
 "torch.cuda.FloatTensor"), so on a CPU
@@ -31,6 +31,9 @@ from typing import Any
 import torch
 
 from megatron_laser.model.megatron_patches import patch_megatron
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_STEPS_BETWEEN = 10
 
 # Everything that is used later must be imported before the proxies are set: a module that is imported
 # afterwards would see the real torch. Checkpoint strategies are imported lazily by Megatron.
@@ -294,12 +297,6 @@ def _patch_rng() -> None:
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-_STEPS_BETWEEN = 10
 
 
 def trim_host_memory(step: int) -> None:

@@ -20,6 +20,23 @@ from rich.text import Text
 
 from megatron_laser.observability.best_effort import SafeOutput
 
+HISTORY = 2048  # steps that a sparkline covers
+_SPARK_WIDTH = 48
+_BAR_WIDTH = 40
+_PHASE_STYLES = {
+    "generate": "blue",
+    "grade": "yellow",
+    "logprob": "magenta",
+    "train": "green",
+    "sync": "cyan",
+}
+LiveMode = Literal["auto", "on", "off"]
+_REFRESHES_PER_SECOND = 2.0
+_SECONDS_BETWEEN_LINES = 2.0
+_ETA_STEPS = 50  # recent steps whose pace the remaining time is estimated from
+_EVALUATIONS = ("eval/", "test/")
+_HISTORIES = ("reward_mean", "self_reward_f1")
+
 PHASES = ("generate", "grade", "logprob", "train", "sync")
 
 # label, metric, format; in the order in which a person looks
@@ -142,18 +159,6 @@ def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) 
     return "".join(blocks[round((mean - low) / (high - low) * (len(blocks) - 1))] for mean in means)
 
 
-HISTORY = 2048  # steps that a sparkline covers
-_SPARK_WIDTH = 48
-_BAR_WIDTH = 40
-_PHASE_STYLES = {
-    "generate": "blue",
-    "grade": "yellow",
-    "logprob": "magenta",
-    "train": "green",
-    "sync": "cyan",
-}
-
-
 @dataclass(slots=True)
 class ViewState:
     """What is shown. The training thread writes it, the refresh thread reads it."""
@@ -237,15 +242,6 @@ def _spark(state: ViewState, name: str, style: str, ascii_only: bool) -> Rendera
         return None
     text = Text(sparkline(values, _SPARK_WIDTH, ascii_only=ascii_only), style=style)
     return text.append(f"  {min(values):.2f} to {max(values):.2f}", style="dim")
-
-
-LiveMode = Literal["auto", "on", "off"]
-
-_REFRESHES_PER_SECOND = 2.0
-_SECONDS_BETWEEN_LINES = 2.0
-_ETA_STEPS = 50  # recent steps whose pace the remaining time is estimated from
-_EVALUATIONS = ("eval/", "test/")
-_HISTORIES = ("reward_mean", "self_reward_f1")
 
 
 class LiveView:

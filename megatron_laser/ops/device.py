@@ -1,4 +1,4 @@
-"""What the Triton kernels ask about the device, and whether Triton runs in its interpreter."""
+"""What the kernels ask about the device, and whether Triton runs in its interpreter."""
 
 from __future__ import annotations
 

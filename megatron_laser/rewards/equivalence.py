@@ -16,7 +16,7 @@ def equivalence_classes(
     """Group extracted answers by the relation that grades too: one class where one would be right for the other.
 
     The classes are the connected components over all pairs, hence independent of the answers' order (see
-    `math_grading.compare_answers`; what it cannot decide stands apart).
+    `mathematics.grading.compare_answers`; what it cannot decide stands apart).
 
     Args:
         answers: one per response (see `extract_answer`); None abstains.

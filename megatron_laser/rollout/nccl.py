@@ -3,7 +3,7 @@
 NCCL reads them in every process for itself and asks nobody: of two processes of one node, of which one allocates by
 `cuMem` and the other does not, each opens the other's buffers in its own way and fails with "invalid argument".
 
-`environment/facts.py` also runs this file in the servers' interpreter, where this package is not installed.
+`cli/environment_facts.py` also runs this file in the servers' interpreter, where this package is not installed.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from enum import Enum
 
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.distributed.broadcast import barrier
 from megatron_laser.distributed.runtime import Runtime
-from megatron_laser.distributed.transport import meet
 from megatron_laser.model import platform
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rollout.client.engine import SglangEngine
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _NOTHING: frozenset[str] = frozenset()
 
 
-class Phase(Enum):
+class MemoryPhase(Enum):
     """What the GPUs are needed for; see the module's text."""
 
     SYNC = "sync"
@@ -43,17 +43,17 @@ class Phase(Enum):
     SAVE = "save"
 
 
-TRAINER_HOLDS: dict[Phase, frozenset[Part]] = {
-    Phase.SYNC: frozenset({Part.PARAMETERS}),
-    Phase.GENERATE: frozenset(),
-    Phase.TRAIN: ALL_PARTS,
-    Phase.SAVE: frozenset({Part.PARAMETERS, Part.OPTIMIZER}),
+TRAINER_HOLDS: dict[MemoryPhase, frozenset[Part]] = {
+    MemoryPhase.SYNC: frozenset({Part.PARAMETERS}),
+    MemoryPhase.GENERATE: frozenset(),
+    MemoryPhase.TRAIN: ALL_PARTS,
+    MemoryPhase.SAVE: frozenset({Part.PARAMETERS, Part.OPTIMIZER}),
 }
-SERVERS_HOLD: dict[Phase, frozenset[str]] = {
-    Phase.SYNC: frozenset({WEIGHTS}),
-    Phase.GENERATE: ALL_TAGS,
-    Phase.TRAIN: _NOTHING,
-    Phase.SAVE: frozenset({WEIGHTS}),
+SERVERS_HOLD: dict[MemoryPhase, frozenset[str]] = {
+    MemoryPhase.SYNC: frozenset({WEIGHTS}),
+    MemoryPhase.GENERATE: ALL_TAGS,
+    MemoryPhase.TRAIN: _NOTHING,
+    MemoryPhase.SAVE: frozenset({WEIGHTS}),
 }
 
 
@@ -79,7 +79,7 @@ class Colocation:
         if self._state is not None:
             self._leave(self._state, frozenset(), "servers start")
 
-    def enter(self, phase: Phase, ranks: Ranks) -> str:
+    def switch_to(self, phase: MemoryPhase, ranks: Ranks) -> str:
         """Before `phase`: who has to leave leaves, who is needed enters.
 
         Returns:
@@ -94,7 +94,7 @@ class Colocation:
                     f"{phase.value}: servers give back memory",
                     lambda controller: self._release(controller, phase),
                 )
-            with ranks.coordinator.phase(f"{phase.value}: moving the trainer's state"):
+            with ranks.phase(f"{phase.value}: moving the trainer's state"):
                 self._leave(self._state, TRAINER_HOLDS[phase], phase.value)
                 taken = self._state.onload(TRAINER_HOLDS[phase])
                 if taken:
@@ -107,25 +107,25 @@ class Colocation:
             )
 
     @contextmanager
-    def during(self, phase: Phase, ranks: Ranks) -> Iterator[None]:
+    def during(self, phase: MemoryPhase, ranks: Ranks) -> Iterator[None]:
         """`phase` between two rollouts; a server that does not come back from it is found at the next one."""
-        self.enter(phase, ranks)
+        self.switch_to(phase, ranks)
         yield
-        self.enter(Phase.GENERATE, ranks)
+        self.switch_to(MemoryPhase.GENERATE, ranks)
 
     def _leave(self, state: StateOffload, staying: frozenset[Part], phase: str) -> None:
         """Everything but `staying` leaves the device, on all ranks before any goes on: a server has several GPUs."""
         freed = state.offload(ALL_PARTS - staying)
         if freed:
             _log(phase, f"the trainer gave back {_gib(freed)}")
-        meet(self._runtime)
+        barrier(self._runtime)
 
-    def _release(self, controller: Controller, phase: Phase) -> None:
+    def _release(self, controller: Controller, phase: MemoryPhase) -> None:
         tags = ALL_TAGS - SERVERS_HOLD[phase]
         self._of(controller).release(tags)
         _log(phase.value, f"servers gave back {', '.join(sorted(tags))}")
 
-    def _resume(self, controller: Controller, phase: Phase) -> str:
+    def _resume(self, controller: Controller, phase: MemoryPhase) -> str:
         tags = SERVERS_HOLD[phase]
         trouble = self._of(controller).resume(tags)
         _log(phase.value, trouble or f"servers hold {', '.join(sorted(tags))}")

@@ -6,11 +6,13 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_laser.config import RunConfig, rollout_tries
 from megatron_laser.data import PromptCursor
+from megatron_laser.data.tokenizer import decode_response
 from megatron_laser.evaluation.validation import RunEvaluation
 from megatron_laser.model import platform
 from megatron_laser.observability.rollout_metrics import rollout_metrics, scores_by_label
@@ -20,7 +22,7 @@ from megatron_laser.rollout.ahead import RolloutAhead
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.endings import watch_endings
 from megatron_laser.rollout.engine import StoppedEarly
-from megatron_laser.run.engines import await_servers, call_engine, open_engine
+from megatron_laser.run.engines import WorkResult, await_servers, call_engine, open_engine
 from megatron_laser.run.inputs import RunInputs
 from megatron_laser.run.recorder import RunRecorder
 from megatron_laser.trainer.trainer import StepResult
@@ -83,7 +85,7 @@ class Controller:
             prompts_per_step=rollout.prompts_per_step,
             tries=rollout_tries(config) if rollout.drop_uniform_groups else None,
             fewest_groups=config.policy.minibatches,
-            decode=self._decode,
+            decode=partial(decode_response, inputs.tokenizer),
             deadline=rollout.deadline,
             seed=config.run.seed,
             timers=self._timers,
@@ -124,7 +126,7 @@ class Controller:
 
         self._closing.callback(closing)
 
-    def collect(self, step: int) -> str:
+    def collect(self, step: int) -> WorkResult:
         """Get the graded groups of step `step` into `batch`.
 
         Returns:
@@ -143,8 +145,8 @@ class Controller:
         if self._ahead is not None and step <= self._config.run.steps:
             self._ahead.begin(step)
 
-    def finish_ahead(self) -> str:
-        """Wait until nothing is being generated, so that weights may change. Returns as `collect` does."""
+    def finish_ahead(self) -> WorkResult:
+        """Wait until nothing is being generated, so that weights may change."""
         ahead = self._ahead
         if ahead is None:
             return ""
@@ -153,7 +155,7 @@ class Controller:
         with self._timers("generate_ahead"):
             return call_engine("waiting for the rollout ahead", lambda: ahead.wait(patience))
 
-    def await_servers(self) -> str:
+    def await_servers(self) -> WorkResult:
         """Wait for servers that can be given weights: "" or why the run has to stop."""
         return call_engine("waiting for servers", lambda: await_servers(self._config, self.engine))
 
@@ -163,8 +165,8 @@ class Controller:
         assert self._batch is not None
         return self._batch
 
-    def evaluate(self, step: int) -> str:
-        """Evaluate on the validation split; `record` writes what comes out. Returns as `collect` does."""
+    def evaluate(self, step: int) -> WorkResult:
+        """Evaluate on the validation split; `record` writes what comes out."""
 
         def work() -> None:
             with self._evaluation.left_out_on_stop():
@@ -172,9 +174,9 @@ class Controller:
 
         return call_engine(f"evaluation after step {step}", work)
 
-    def evaluate_first(self) -> str:
+    def evaluate_first(self) -> WorkResult:
         """Before the first step of this start: evaluate the initial model, so that the report can say what training
-        changed, or make up for an evaluation that a stop left out. Returns as `collect` does."""
+        changed, or make up for an evaluation that a stop left out."""
         settings, step = self._config.evaluation, self._last_step
 
         metrics: dict[str, float] = {}
@@ -192,7 +194,7 @@ class Controller:
             return trouble
         return self._record.write(step, metrics | self._timers.collect())
 
-    def record(self, step: int, result: StepResult, times: dict[str, float]) -> str:
+    def record(self, step: int, result: StepResult, times: dict[str, float]) -> WorkResult:
         """Write down one step. Returns "" or why the run has to stop, as `RunRecorder.write`."""
         batch = self.batch
         metrics: dict[str, Any] = rollout_metrics(batch, result.zc_logprobs, result.scores)
@@ -221,16 +223,16 @@ class Controller:
         else:
             self._ahead.load_state(state)
 
-    def stopped(self, step: int, reason: str) -> None:
+    def record_stop(self, step: int, reason: str) -> None:
         """Say that the run stopped early and can be continued."""
-        self._record.stopped(step, reason)
+        self._record.record_stop(step, reason)
 
     def stop_evaluating(self, reason: str) -> None:
         """End the evaluation that runs, and every later one, within seconds; safe in a signal handler."""
         self._evaluation.stop(reason)
 
-    def finish(self, *, complete: bool) -> str:
-        """Evaluate the final weights on the test split and write the report. Returns as `collect` does.
+    def finish(self, *, complete: bool) -> WorkResult:
+        """Evaluate the final weights on the test split and write the report.
 
         Stopped in the evaluation, it says so: the same command goes on with what has been sampled.
 
@@ -245,7 +247,7 @@ class Controller:
         try:
             trouble = call_engine("final evaluation", work)
         except StoppedEarly:
-            self.stopped(steps, self._evaluation.stop_reason)
+            self.record_stop(steps, self._evaluation.stop_reason)
             return ""
         if trouble:
             return trouble
@@ -261,9 +263,6 @@ class Controller:
     def close(self) -> None:
         """Stop workers and close files; safe after a failure and safe to call twice."""
         self._closing.close()
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._inputs.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 _HEADLINES = {

@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 _SAY_EVERY = 30.0  # seconds between two words about servers that are not ready
 
-NEEDS_WEIGHTS = "needs weights"
+WorkResult = str
+"""What rank 0's work came to: "" when it is done, `NEEDS_WEIGHTS`, or why the run has to stop."""
+NEEDS_WEIGHTS: WorkResult = "needs weights"
 """Servers came back without the current weights: sync them, and do the same again."""
 
 
@@ -104,7 +106,7 @@ def await_servers(config: RunConfig, engine: RolloutEngine) -> None:
         )
 
 
-def call_engine(phase: str, work: Callable[[], None]) -> str:
+def call_engine(phase: str, work: Callable[[], None]) -> WorkResult:
     """Do `work`, which uses the engine: "" when it is done, `NEEDS_WEIGHTS`, or why the run has to stop.
 
     An OSError is a reason to stop, too: a full disk, too many open files. The run is saved then.

@@ -9,13 +9,13 @@ from typing import TypeVar
 
 from megatron_laser.batching.flat import FlatBatch, flatten
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.distributed.broadcast import broadcast_arrays, broadcast_text
 from megatron_laser.distributed.coordinator import Coordinator
 from megatron_laser.distributed.runtime import Runtime
-from megatron_laser.distributed.transport import broadcast_arrays, broadcast_text
 from megatron_laser.errors import UserError
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.run.controller import Controller
-from megatron_laser.run.engines import NEEDS_WEIGHTS
+from megatron_laser.run.engines import NEEDS_WEIGHTS, WorkResult
 
 T = TypeVar("T")
 
@@ -69,14 +69,13 @@ class Ranks:
         with self.coordinator.phase(f"{phase}: telling the others"):
             return broadcast_text(own, self.runtime)
 
-    def run_with_engine(
-        self, phase: str, step: int, work: Callable[[Controller], str], sync: Callable[[], None]
+    def run_or_stop(
+        self, phase: str, step: int, work: Callable[[Controller], WorkResult], sync: Callable[[], None]
     ) -> None:
         """Rank 0's work with the engine; `sync` runs on every rank in between when servers came back without weights.
 
         Args:
             step: the last one that is complete.
-            work: returns "", `NEEDS_WEIGHTS`, or why the run cannot go on.
 
         Raises:
             CannotGoOn: on every rank, with that reason.

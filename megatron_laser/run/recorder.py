@@ -115,7 +115,7 @@ class RunRecorder:
         """Print a line above the live view."""
         self._view.message(text)
 
-    def stopped(self, step: int, reason: str) -> None:
+    def record_stop(self, step: int, reason: str) -> None:
         """Say that the run stopped early and can be continued."""
         note = {"step": step, "reason": reason}
         try:

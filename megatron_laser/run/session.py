@@ -24,6 +24,9 @@ from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
 from megatron_laser.model.transformer_engine import backend_variable_problems, use_transformer_engine
 from megatron_laser.observability.timers import Timers
 
+_FLASH_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
 
 @contextmanager
 def session(config: RunConfig, timers: Timers) -> Iterator[tuple[Runtime, Coordinator]]:
@@ -51,9 +54,6 @@ def session(config: RunConfig, timers: Timers) -> Iterator[tuple[Runtime, Coordi
         raise
     coordinator.close()
     runtimes.stop()
-
-
-_FLASH_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
 
 
 def check_machine(config: RunConfig, runtime: Runtime) -> None:
@@ -111,9 +111,6 @@ def _installed(package: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextlib.contextmanager

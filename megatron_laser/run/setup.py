@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from megatron_laser.config.schema.root import RunConfig
-from megatron_laser.distributed.transport import broadcast_arrays
+from megatron_laser.distributed.broadcast import broadcast_arrays
 from megatron_laser.observability.timers import Timers
 from megatron_laser.run.colocation import Colocation, open_colocation
 from megatron_laser.run.controller import Controller

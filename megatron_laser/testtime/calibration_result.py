@@ -24,7 +24,7 @@ BETAS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 PROPOSED_EXCESS = 1e-3
 """Z - 1 of the proposed beta at most: a right answer is asked for about this probability of the score token. A run
-refuses more than `partition.EXCESS_LIMIT`."""
+refuses more than `partition_excess.EXCESS_LIMIT`."""
 MAX_EOS_GAP = 1.0
 """Nats between the means behind different EOS tokens: one c_ref cannot serve both."""
 

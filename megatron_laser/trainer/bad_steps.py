@@ -17,8 +17,8 @@ import torch.distributed as dist
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.config.loading import resolved_yaml
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.distributed.broadcast import save_arrays
 from megatron_laser.distributed.runtime import Runtime
-from megatron_laser.distributed.transport import save_arrays
 from megatron_laser.errors import DataError, UserError
 from megatron_laser.files import replace_folder
 from megatron_laser.trainer.checkpoint.folder import checkpoint_root, published

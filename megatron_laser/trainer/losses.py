@@ -18,12 +18,12 @@ from megatron_laser.trainer.step_metrics import ROWS_KEY
 class SampleTensors:
     """Per sample of the rollout batch, [samples] float32 on the device.
 
-    advantages: the mixed advantages; labels: the verifier's r_v; reference_zc: c_ref of each sample.
+    advantages: the mixed advantages; rewards: the verifier's r_v; reference_zc_logprobs: c_ref of each sample.
     """
 
     advantages: torch.Tensor
-    labels: torch.Tensor
-    reference_zc: torch.Tensor
+    rewards: torch.Tensor
+    reference_zc_logprobs: torch.Tensor
 
 
 class TrainLoss:
@@ -36,20 +36,20 @@ class TrainLoss:
         samples: SampleTensors,
         *,
         with_self_reward: bool,
-        fresh: bool,
+        compares_with_engine: bool,
     ) -> None:
-        """`fresh`: the weights are those that generated the batch: log-probs compare to the engine's."""
+        """`compares_with_engine`: the old log-probs are of the weights that generated, and compare to the engine's."""
         self._policy = config.policy
         self._laser = config.laser
         self._minibatch = minibatch
         self._samples = samples
         self._with_self_reward = with_self_reward
-        self._fresh = fresh
+        self._compares_with_engine = compares_with_engine
 
     def __call__(
         self, micro_batch: MicroBatch, output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and detached sums (see `reduce`) from the head's output [1 or 2, rows]."""
+        """Loss and detached sums (see `step_metrics`) from the head's output [1 or 2, rows]."""
         logprobs = output[0].index_select(0, micro_batch.policy_rows)
         weights = self._minibatch.token_weights[micro_batch.policy_sample]
         total, sums = self._policy_terms(micro_batch, logprobs, weights)
@@ -100,7 +100,7 @@ class TrainLoss:
             "clip_fraction": terms.clipped,
             "approx_kl": terms.approx_kl,
         }
-        if self._fresh:
+        if self._compares_with_engine:
             trainer_logprobs = logprobs if policy.old_logprobs == "rollout" else old
             difference = mismatch(trainer_logprobs, micro_batch.rollout_logprobs)
             sums["mismatch_count"] = difference.count
@@ -118,10 +118,10 @@ class TrainLoss:
 
     def _self_reward(self, micro_batch: MicroBatch, zc_logprobs: torch.Tensor) -> torch.Tensor:
         laser = self._laser
-        reference = self._samples.reference_zc[micro_batch.score_sample]
+        reference = self._samples.reference_zc_logprobs[micro_batch.score_sample]
         return self_reward_loss(
             self_reward_scores(zc_logprobs, ref_logprob=reference, beta=laser.beta),
-            self._samples.labels[micro_batch.score_sample],
+            self._samples.rewards[micro_batch.score_sample],
             class_weights=self._minibatch.class_weights,
             num_scored=self._minibatch.num_scored,
             targets=laser.targets,

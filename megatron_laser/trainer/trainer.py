@@ -16,7 +16,7 @@ from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.config.derived import (
     mixing_first_step,
     needs_reference_model,
-    old_policy_pass,
+    old_policy_pass_kind,
     self_reward_first_step,
 )
 from megatron_laser.config.schema.root import RunConfig
@@ -114,17 +114,20 @@ class Trainer:
         )
         with self._timers("logprob"):
             zc_logprobs = self._old_policy_pass(data, flat)
-            reference_zc = self._reference_pass(data)
+            reference_zc_logprobs = self._reference_pass(data)
         scores = self_reward_scores(
-            zc_logprobs, ref_logprob=reference_zc, beta=config.laser.beta, targets=config.laser.targets
+            zc_logprobs,
+            ref_logprob=reference_zc_logprobs,
+            beta=config.laser.beta,
+            targets=config.laser.targets,
         )
         mixing = self._mixes(step)
         advantages, mixed = self._advantages(data, scores, mixing=mixing)
         device = platform.device()
         samples = SampleTensors(
             advantages=advantages.to(device),
-            labels=data.rewards.to(device),
-            reference_zc=reference_zc.to(device),
+            rewards=data.rewards.to(device),
+            reference_zc_logprobs=reference_zc_logprobs.to(device),
         )
         with self._timers("train"):
             # A score that is missing or not finite is as bad as a loss: no advantage can be made of it.
@@ -145,7 +148,7 @@ class Trainer:
 
     def _old_policy_pass(self, data: StepData, flat: FlatBatch) -> torch.Tensor:
         """Fill `old_logprobs`; return zc_logprob [samples] float32, NaN where there is none."""
-        kind = old_policy_pass(self._config)
+        kind = old_policy_pass_kind(self._config)
         batches = data.micro_batches
         if self._config.policy.old_logprobs == "rollout":
             for batch in batches:
@@ -204,7 +207,7 @@ class Trainer:
         )
         if not mixing or bool(scores[data.scored].isnan().any()):
             return verifier, 0.0
-        own = adv.self_reward_advantages(
+        self_reward = adv.self_reward_advantages(
             scores,
             data.scored,
             data.group_ids,
@@ -215,7 +218,7 @@ class Trainer:
         mixed = adv.groups_mixed(
             scores, data.scored, data.group_ids, std_threshold=laser.std_threshold, unscored=laser.unscored
         )
-        return adv.mix_advantages(verifier, own, tau=laser.tau), mixed
+        return adv.mix_advantages(verifier, self_reward, tau=laser.tau), mixed
 
     def _trains_score(self, step: int) -> bool:
         first = self_reward_first_step(self._config)
@@ -230,7 +233,8 @@ class Trainer:
                     minibatch,
                     samples,
                     with_self_reward=self._trains_score(step),
-                    fresh=self._config.policy.old_logprobs == "recompute" or (epoch, index) == (0, 0),
+                    compares_with_engine=self._config.policy.old_logprobs == "recompute"
+                    or (epoch, index) == (0, 0),
                 )
                 updates.append(
                     optimizer_step(
@@ -262,7 +266,7 @@ class Trainer:
             )
 
     def _metrics(self, updates: tuple[OptimizerStep, ...], step: int) -> dict[str, float]:
-        """Means over the optimizer steps that were taken, or over their tokens (see `reduce`); NaN without any.
+        """Means over the optimizer steps that were taken, or over their tokens (see `step_metrics`); NaN without any.
 
         `self_reward_loss` is there where it is part of the loss; before, the same number is `self_reward_error`.
         """

@@ -61,7 +61,8 @@ class DiskTransport:
     ) -> None:
         """See `WeightTransport.send`. Raises SyncFailed, OSError (a full disk, a folder that is not writable)."""
         engine.identify_late()  # those that cannot be used are left out by the update
-        digest = self._checks.digest(engine.fleet.updatable(), self._dtype, version)
+        fit = [member for member in engine.fleet.updatable() if member.identified]
+        digest = self._checks.digest(fit, self._dtype, version)
         watched = weights if digest is None else digest.watch(weights)
         target = self._folder / f"{_PREFIX}{label}"
         self._written.add(target)

@@ -159,9 +159,13 @@ def reachable_address(url: str) -> str:
 
 
 class PastGroups:
-    """What `file` knows; None: nothing is remembered, since the servers end with the run."""
+    """Names of the weight groups that servers still hold, in a file that outlives the trainer.
+
+    After a trainer was killed, long-lived servers would hold one communicator's buffers more for every resume.
+    """
 
     def __init__(self, file: Path | None) -> None:
+        """Args: file: None: nothing is remembered, since the servers end with the run."""
         self._file = file
         self._names: list[str] = []
         if file is not None and file.exists():
@@ -197,7 +201,11 @@ class PastGroups:
 
 
 class Broadcast:
-    """One or more broadcasts, in order; `tensors` live until this object is gone."""
+    """One or more broadcasts, in order, sent by a thread of their own; `tensors` live until this object is gone.
+
+    A collective returns at once, but for the first one of a communicator, where NCCL connects all ranks: that does not
+    end when a server is gone, and the training loop must be able to give up on it.
+    """
 
     def __init__(self, send: Callable[[torch.Tensor], dist.Work], tensors: Sequence[torch.Tensor]) -> None:
         """Args: send: starts one of them."""

@@ -60,8 +60,8 @@ class ServerMemory:
                 return
             await self._post(member, PAUSE_GENERATION, pause_body(), phase)
             # An aborted batch may still be on the device for a moment; giving memory back would end the server then.
-            ends = time.monotonic() + self._seconds
-            await flush(member, ends=ends, give_up=ends, phase=phase)
+            give_up = time.monotonic() + self._seconds
+            await flush(member, ends=give_up + self._seconds, give_up=give_up, phase=phase)
             await self._post(member, RELEASE_MEMORY_OCCUPATION, memory_body(leaving), phase)
             self._released.setdefault((member, member.start), set()).update(leaving)
 

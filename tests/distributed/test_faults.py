@@ -47,7 +47,7 @@ def end(ranks):
     [
         ("die", r"rank 1: no heartbeat for \d+ s, last phase 'train step 2"),
         ("stop", r"rank 1: no heartbeat for \d+ s, last phase 'train step 2"),
-        ("hang", r"rank 1: alive, in phase 'train step 2[^\n]* for \d+ s, at loop.py:\d+ \(step\)"),
+        ("hang", r"rank 1: alive, in phase 'train step 2[^\n]* for \d+ s, at loop.py:\d+ \(run_step\)"),
     ],
 )
 def test_a_lost_rank_is_named_with_its_phase_and_the_other_rank_ends_in_time(file, tmp_path, fault, verdict):
@@ -78,7 +78,9 @@ def test_a_rank_zero_that_stops_is_noticed_by_the_others(file, tmp_path):
     ranks = start(file, "hang", 0, 2, f"run.output_dir={tmp_path / 'out'}", f"run.deadline={DEADLINE}")
     status, output = outcome(ranks, faulty=0)
     assert status != 0
-    assert re.search(r"rank 0: alive, in phase 'train step 2[^\n]* at loop.py:\d+ \(step\)", output), output
+    assert re.search(r"rank 0: alive, in phase 'train step 2[^\n]* at loop.py:\d+ \(run_step\)", output), (
+        output
+    )
 
 
 def run_together(ranks):

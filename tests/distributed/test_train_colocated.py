@@ -70,9 +70,9 @@ def test_two_ranks_and_a_server_take_turns(tmp_path):
         assert line["logprob_diff_max"] < 1e-4  # the server samples from the weights that are trained
         assert line["staleness_max"] == 0
         assert line["time/turns"] > 0
-    said = re.findall(r"turn (\w+): (.*?); [\d.]+ GiB free", output)
+    said = re.findall(r"colocated, phase (\w+): (.*?); [\d.]+ GiB free", output)
     expected = [*FIRST, *STEP, *STEP, *SAVE, *STEP, *SAVE, *EXPORT]
-    said = [turn for turn in said if turn[0] != "servers start"]
+    said = [phase for phase in said if phase[0] != "servers start"]
     assert len(said) == len(expected), said
-    for (turn, text), (wanted, begins) in zip(said, expected):
-        assert turn == wanted and text.startswith(begins), (said, expected)
+    for (phase, text), (wanted, begins) in zip(said, expected):
+        assert phase == wanted and text.startswith(begins), (said, expected)

@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 
 from megatron_laser.batching.flat import FlatBatch, flatten
 from megatron_laser.distributed import runtime as runtimes
-from megatron_laser.distributed.transport import broadcast_arrays
+from megatron_laser.distributed.broadcast import broadcast_arrays
 from megatron_laser.model.hf_config import read_hf_config
 from megatron_laser.model.hf_folder import HfFolder
 from megatron_laser.model.weights import WeightExporter

@@ -301,3 +301,17 @@ def test_a_score_token_outside_the_vocabulary_reaches_no_server():
             assert [path for path, _ in seen].count("/generate") == before
         finally:
             engine.close()
+
+
+def test_a_server_that_fits_at_last_may_catch_up_by_itself_again():
+    with answering(sglang()) as url:
+        engine = SglangEngine(
+            lambda: [ServerEndpoint(url)], api_key=None, expected=EXPECTED, start_deadline=LONG
+        )
+        try:
+            member = engine.fleet.members[0]
+            member.device, member.unfit = None, True  # refused once, and started again at the same address
+            engine.identify_late()
+            assert member.identified and not member.unfit
+        finally:
+            engine.close()

@@ -17,7 +17,7 @@ from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.client.health import State
 from megatron_laser.rollout.client.identify import Expected
 from megatron_laser.rollout.endpoints import ServerEndpoint
-from megatron_laser.run.colocation import SERVERS_HOLD, TRAINER_HOLDS, Colocation, Phase
+from megatron_laser.run.colocation import SERVERS_HOLD, TRAINER_HOLDS, Colocation, MemoryPhase
 from megatron_laser.trainer.offload import ALL_PARTS, Part
 from megatron_laser.weight_sync import sync_weights
 from megatron_laser.weight_sync.checksums import StreamDigest
@@ -51,7 +51,9 @@ class Ranks:
 
     def __init__(self, engine):
         self.controller = SimpleNamespace(engine=engine)
-        self.coordinator = SimpleNamespace(phase=lambda name: contextlib.nullcontext())
+
+    def phase(self, name):
+        return contextlib.nullcontext()
 
     def run_on_controller(self, phase, work):
         return work(self.controller)
@@ -88,9 +90,9 @@ def together(*servers, starts=None):
 
 def sync(colocation, ranks, engine, version):
     """What the loop does for a sync; returns what went wrong."""
-    colocation.enter(Phase.SYNC, ranks)
+    colocation.switch_to(MemoryPhase.SYNC, ranks)
     trouble = sync_weights(iter(WEIGHT_STREAM), engine, version)
-    return trouble or colocation.enter(Phase.GENERATE, ranks)
+    return trouble or colocation.switch_to(MemoryPhase.GENERATE, ranks)
 
 
 def take(log):
@@ -129,7 +131,7 @@ def test_a_step_goes_round_in_this_order():
         ]
         assert state.on_device == frozenset() and server.held == ALL_TAGS and not server.paused
 
-        assert colocation.enter(Phase.TRAIN, ranks) == ""
+        assert colocation.switch_to(MemoryPhase.TRAIN, ranks) == ""
         assert take(server.log) == [*GIVING_ALL_BACK, *(f"trainer loads {part.value}" for part in Part)]
         assert state.on_device == ALL_PARTS and server.held == set() and server.paused
 
@@ -164,7 +166,7 @@ def test_a_save_leaves_the_servers_their_weights():
         colocation.make_room()
         sync(colocation, ranks, engine, 0)
         take(server.log)
-        with colocation.during(Phase.SAVE, ranks):
+        with colocation.during(MemoryPhase.SAVE, ranks):
             assert state.on_device == {Part.PARAMETERS, Part.OPTIMIZER}
             assert server.held == {WEIGHTS} and server.paused
         assert take(server.log) == [
@@ -177,7 +179,7 @@ def test_a_save_leaves_the_servers_their_weights():
     assert not server.died_of
 
 
-@pytest.mark.parametrize("phase", list(Phase))
+@pytest.mark.parametrize("phase", list(MemoryPhase))
 def test_in_no_turn_do_trainer_and_servers_need_more_than_there_is(phase):
     heavy_trainer = TRAINER_HOLDS[phase] & {Part.GRADIENTS, Part.OPTIMIZER, Part.REFERENCE}
     assert not (CACHE in SERVERS_HOLD[phase] and TRAINER_HOLDS[phase])  # the cache takes all that is free
@@ -188,8 +190,8 @@ def test_for_other_settings_nothing_is_done():
     ranks = SimpleNamespace()  # has nothing that could be called
     colocation = Colocation(None, SimpleNamespace(), Timers(), seconds=1.0)
     colocation.make_room()
-    with colocation.during(Phase.SAVE, ranks):
-        assert colocation.enter(Phase.TRAIN, ranks) == ""
+    with colocation.during(MemoryPhase.SAVE, ranks):
+        assert colocation.switch_to(MemoryPhase.TRAIN, ranks) == ""
 
 
 def test_each_server_process_holds_what_it_was_left_with():
@@ -198,7 +200,7 @@ def test_each_server_process_holds_what_it_was_left_with():
     with together(first, second, starts=starts) as (colocation, ranks, engine, _):
         colocation.make_room()
         sync(colocation, ranks, engine, 0)
-        colocation.enter(Phase.TRAIN, ranks)
+        colocation.switch_to(MemoryPhase.TRAIN, ranks)
         assert first.held == second.held == set()
         # The second one dies and comes back as a new process: all its memory is its own again.
         second.held, second.paused, second.version = set(ALL_TAGS), False, "default"
@@ -220,7 +222,7 @@ def test_each_server_process_holds_what_it_was_left_with():
 def test_a_server_that_is_not_idle_yet_is_asked_again():
     server = FakeMemory(busy=2)
     with together(server) as (colocation, ranks, _, state):
-        colocation.enter(Phase.TRAIN, ranks)
+        colocation.switch_to(MemoryPhase.TRAIN, ranks)
         assert state.on_device == ALL_PARTS
         assert take(server.log)[:4] == ["pause_generation", *["flush_cache"] * 3]
         assert server.held == set()
@@ -232,7 +234,7 @@ def test_a_server_that_does_not_come_back_is_left_out_and_synced_again():
     with together(first, second) as (colocation, ranks, engine, _):
         colocation.make_room()
         sync(colocation, ranks, engine, 0)
-        colocation.enter(Phase.TRAIN, ranks)
+        colocation.switch_to(MemoryPhase.TRAIN, ranks)
         second.broken = {"/resume_memory_occupation"}
         assert sync(colocation, ranks, engine, 1) == ""
         assert [member.url for member in engine.fleet.available()] == [first.url]
@@ -248,11 +250,11 @@ def test_when_no_server_comes_back_the_sync_has_failed():
     with together(server) as (colocation, ranks, engine, _):
         colocation.make_room()
         sync(colocation, ranks, engine, 0)
-        colocation.enter(Phase.TRAIN, ranks)
-        colocation.enter(Phase.SYNC, ranks)
+        colocation.switch_to(MemoryPhase.TRAIN, ranks)
+        colocation.switch_to(MemoryPhase.SYNC, ranks)
         assert sync_weights(iter(WEIGHT_STREAM), engine, 1) is None
         server.broken = {"/continue_generation"}
-        trouble = colocation.enter(Phase.GENERATE, ranks)
+        trouble = colocation.switch_to(MemoryPhase.GENERATE, ranks)
         assert "no server can generate" in trouble and server.url in trouble and "told to fail" in trouble
         assert engine.fleet.available() == []
         server.broken = set()
@@ -284,14 +286,14 @@ def test_an_update_session_that_was_left_open_is_closed_first():
 def test_nothing_is_released_twice():
     server = FakeMemory()
     with together(server) as (_, _, engine, _):
-        occupation = ServerMemory(engine, seconds=10.0)
-        occupation.release({CACHE})
-        occupation.release(ALL_TAGS)
-        occupation.release(ALL_TAGS)
+        server_memory = ServerMemory(engine, seconds=10.0)
+        server_memory.release({CACHE})
+        server_memory.release(ALL_TAGS)
+        server_memory.release(ALL_TAGS)
         assert [line for line in server.log if line.startswith("release")] == [
             "release_memory_occupation kv_cache",
             "release_memory_occupation weights cuda_graph",
         ]
-        assert occupation.resume({WEIGHTS}) == "" and occupation.resume(ALL_TAGS) == ""
-        assert occupation.held(engine.fleet.members[0]) == ALL_TAGS
+        assert server_memory.resume({WEIGHTS}) == "" and server_memory.resume(ALL_TAGS) == ""
+        assert server_memory.held(engine.fleet.members[0]) == ALL_TAGS
     assert not server.died_of

@@ -15,7 +15,7 @@ from megatron_laser.config import (
     RunConfig,
     evaluation_max_new_tokens,
     needs_reference_model,
-    old_policy_pass,
+    old_policy_pass_kind,
     read_stop_token_ids,
     resolve_plan,
     resolve_score_token,
@@ -163,7 +163,7 @@ def test_a_reference_model_is_loaded_only_for_kl_or_the_ablation(folder):
 )
 def test_the_old_policy_pass_runs_only_where_something_needs_it(folder, old_logprobs, laser, expected):
     run = config(folder, policy={"old_logprobs": old_logprobs}, laser=laser)
-    assert old_policy_pass(run) == expected
+    assert old_policy_pass_kind(run) == expected
     assert feature(resolve_plan(run), "old-policy pass")[0] is (expected != "none")
 
 

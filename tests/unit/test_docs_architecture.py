@@ -136,7 +136,7 @@ def test_readme_s_table_of_folders_is_the_tree_that_is_there() -> None:
 @pytest.mark.parametrize(
     ("span", "problem"),
     [
-        ("loop.py:step", None),
+        ("loop.py:run_step", None),
         ("trainer/trainer.py:Trainer.train_step", None),
         ("types.py:Sample.zc_logprob", None),
         ("algorithms/advantages.py:ESTIMATORS", None),

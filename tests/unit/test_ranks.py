@@ -14,19 +14,19 @@ class Scripted(Ranks):
         return work(self.controller)
 
 
-def run_with_engine(words):
+def run_or_stop(words):
     left, did = list(words), []
     ranks = Scripted(config=did, runtime=None, coordinator=None, controller=left)
-    ranks.run_with_engine("evaluation", 3, lambda controller: controller.pop(0), lambda: did.append("sync"))
+    ranks.run_or_stop("evaluation", 3, lambda controller: controller.pop(0), lambda: did.append("sync"))
     return did
 
 
 def test_the_same_work_is_done_again_after_the_servers_were_given_weights():
-    assert run_with_engine([""]) == ["evaluation"]
-    assert run_with_engine([NEEDS_WEIGHTS, NEEDS_WEIGHTS, ""]) == ["evaluation", "sync"] * 2 + ["evaluation"]
+    assert run_or_stop([""]) == ["evaluation"]
+    assert run_or_stop([NEEDS_WEIGHTS, NEEDS_WEIGHTS, ""]) == ["evaluation", "sync"] * 2 + ["evaluation"]
 
 
 def test_any_other_word_ends_the_run_behind_its_last_complete_step():
     with pytest.raises(CannotGoOn, match="server X is dead") as caught:
-        run_with_engine([NEEDS_WEIGHTS, "server X is dead"])
+        run_or_stop([NEEDS_WEIGHTS, "server X is dead"])
     assert caught.value.step == 3

@@ -9,7 +9,7 @@ from helpers.tiny_run import metrics_without_times, write_tiny_run
 from helpers.whole_runs import before_recording, checkpoint_digests, run
 
 from megatron_laser.config import ConfigError, load_config
-from megatron_laser.evaluation import validation as run_evaluation
+from megatron_laser.evaluation import validation
 from megatron_laser.loop import train
 from megatron_laser.observability import metrics_logger as sinks
 from megatron_laser.observability.metrics_logger import MetricsLogger
@@ -154,7 +154,7 @@ def test_an_export_that_fails_leaves_a_run_that_the_same_command_finishes(undist
 
 def test_a_full_disk_in_an_evaluation_is_a_reason_to_save_and_stop(undisturbed, tmp_path, monkeypatch):
     file, _ = undisturbed
-    monkeypatch.setattr(run_evaluation, "evaluate", full)
+    monkeypatch.setattr(validation, "evaluate", full)
     with pytest.raises(RunEnded, match=r"^saved after step 2 and stopped: .*No space left on device"):
         run(file, tmp_path / "out", f"data.validation={file.parent / 'train.jsonl'}", "evaluation.every=2")
     assert [step for step, _ in folders.published(tmp_path / "out" / "checkpoints")] == [2]

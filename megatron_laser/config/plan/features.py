@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_laser.config.checks.rollout import off_policy_reason
 from megatron_laser.config.derived import (
     mixing_first_step,
-    old_policy_pass,
+    old_policy_pass_kind,
     optimizer_steps,
     reference_model_reasons,
     self_reward_first_step,
@@ -36,7 +36,7 @@ def run_features(config: RunConfig) -> tuple[Feature, ...]:
         "none": f"policy.old_logprobs is {policy.old_logprobs}"
         + (" and the engine computes the scores" if laser.enabled else ""),
     }
-    old_pass = old_policy_pass(config)
+    old_pass = old_policy_pass_kind(config)
     cap = policy.importance_cap
     return (
         *(Feature(*line) for line in rollout_features(config)),

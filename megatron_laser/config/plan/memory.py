@@ -1,4 +1,23 @@
-"""What a training rank needs on its GPU, summed line by line from the configuration alone; whether it fits."""
+"""What a training rank needs on its GPU, summed line by line from the configuration alone.
+
+State (weights, gradients, optimizer) is exact. Activations are what the backward pass keeps of one packed micro-batch
+of T = `batching.tokens_per_micro_batch` tokens, after Korthikanti et al. 2022 (arXiv 2205.05198), section 4, redone
+for these models: attention without a stored score matrix, RMSNorm, a gated MLP, no dropout, norms fused into the linear
+layer behind them (Transformer Engine), whose backward gathers its sequence-parallel input again. With h hidden size, q
+and k widths of query and key, f MLP width, t tensor size, s = t with `parallel.sequence` and else 1, b bytes a number:
+
+    layer  = b T (4 h / s + (3 q + 3 k) / t + 3 f / t)
+        4 h: input and output of both norms; 3 q + 3 k: the projection's output (the values are a view of it), rotated
+        queries and keys, the attention's output; 3 f: both halves of the gated MLP and their product
+    none   = layer for each layer and micro-batch in flight
+    mlp    = the same without h / s + 3 f / t
+    full   = b T h / s for each layer and micro-batch in flight
+
+and, whatever is recomputed, one layer at a time: b T (2 h + 3 f / t) for gathered inputs and gradients, plus what
+`full` or `mlp` make anew. In flight are `pipeline` micro-batches on the first stage (Narayanan et al. 2021, section
+2.2), one on the last. The head keeps its input twice (gathered; labelled rows) and works in tiles.
+Context, libraries and the caching allocator are allowances, not arithmetic: see the constants.
+"""
 
 from __future__ import annotations
 
@@ -270,11 +289,11 @@ def _rollout(
                 "colocated server", SERVER_REST_BYTES, STATE, "its pools released", "rollout.weight_sync"
             )
         )
-        lines += _turns(config, arch, state, gpu_memory_gib)
+        lines += _colocated_phases(config, arch, state, gpu_memory_gib)
     return lines
 
 
-def _turns(
+def _colocated_phases(
     config: RunConfig, arch: Architecture, state: list[MemoryLine], gpu_memory_gib: float
 ) -> list[MemoryLine]:
     """What colocated servers hold while the trainer's state is in host memory, in excess of that state."""

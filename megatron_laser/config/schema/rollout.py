@@ -94,11 +94,13 @@ class RolloutConfig(Section):
     """With `drop_uniform_groups`: a step tries at most this many times `prompts_per_step` prompts, then trains
     on what it has (on uniform groups when there is nothing else)."""
     oversample: AtLeastOne = 1.0
-    """Start this many times the prompts that are still missing at once and stop when enough are complete; what
-    is unfinished is kept and resumed in the next step, under newer weights. Above 1 needs `engine: sglang`."""
+    """Over-sampling with partial rollouts: start this many times the prompts that are still missing at once and stop
+    when enough are complete; what is unfinished is kept and resumed in the next step, under newer weights. Above 1
+    needs `engine: sglang`."""
     ahead: Literal[0, 1] = 0
-    """1: generate for the next step while this one trains, so that responses come from weights one step old
-    (needs `engine: sglang` and a correction, see `policy.importance_cap`). 0: strictly on-policy."""
+    """1: asynchronous rollouts, one step off-policy: generate for the next step while this one trains, so that
+    responses come from weights one step old (needs `engine: sglang` and a correction, see
+    `policy.importance_cap`). 0: strictly on-policy."""
     max_staleness: Count = 2
     """Largest number of steps by which a token's weights may be older than those that are trained; a partial
     response of an earlier step that would pass it is generated anew, and then the step waits for it."""

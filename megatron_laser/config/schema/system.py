@@ -40,7 +40,7 @@ class BatchingConfig(Section):
     """How sequences are packed into micro-batches."""
 
     tokens_per_micro_batch: Count = 16384
-    """Token budget of a packed micro-batch on one rank; at least the longest sequence,
+    """Token budget of a packed micro-batch on one rank (dynamic batch size); at least the longest sequence,
     `data.max_prompt_tokens` + `rollout.max_new_tokens`."""
     pad_multiple: Count | None = None
     """Packed micro-batches are padded to a multiple of this many tokens, with a sequence of its own that has no
@@ -94,7 +94,7 @@ class RunSettings(Section):
     """The run: its length, its seed, its folder and how long anybody waits."""
 
     name: str = ""
-    """Name in logs and reports; null: the name of `output_dir`."""
+    """Name in logs and reports; empty: the name of `output_dir`."""
     steps: Count
     """Training steps; one step is one rollout batch."""
     seed: Seed = 1

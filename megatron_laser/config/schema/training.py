@@ -84,16 +84,16 @@ class PolicyConfig(Section):
     clip_low: ClipLow = 0.2
     """The ratio is clipped from below at 1 - clip_low."""
     clip_high: Positive = 0.2
-    """The ratio is clipped from above at 1 + clip_high."""
+    """The ratio is clipped from above at 1 + clip_high; more than `clip_low`: clip-higher (DAPO)."""
     dual_clip: AboveOne | None = None
     """Bound, above 1, of the loss where the advantage is negative: at least dual_clip * advantage (dual-clip
     PPO); null: off."""
     importance_cap: Positive | None = None
-    """Weight tokens by min(pi_old_trainer / pi_rollout, cap), detached; null: off. Not with
-    `old_logprobs: rollout`, where that ratio is part of the loss already."""
+    """Truncated importance sampling (TIS): weight tokens by min(pi_old_trainer / pi_rollout, cap), detached;
+    null: off. Not with `old_logprobs: rollout`, where that ratio is part of the loss already."""
     importance_mask: NumberPair | None = None
-    """[low, high]: tokens whose pi_old_trainer / pi_rollout is outside take no part in the policy loss and are
-    counted (`importance_masked_fraction`); null: off. Not with `old_logprobs: rollout`."""
+    """Masked importance sampling, [low, high]: tokens whose pi_old_trainer / pi_rollout is outside take no part in
+    the policy loss and are counted (`importance_masked_fraction`); null: off. Not with `old_logprobs: rollout`."""
     mismatch_abort: Positive | None = None
     """Stop the run when a step's mean |trainer - engine| log-prob (`logprob_diff_mean`) is more than this many
     nats: the engine then samples from another policy than the one that is trained; null: off."""

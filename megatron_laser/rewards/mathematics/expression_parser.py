@@ -1,4 +1,4 @@
-r"""ParsedAnswer one expression with math-verify's LaTeX parser, and how large its values can get. Imports SymPy."""
+r"""Parsing one expression with math-verify's LaTeX parser, and how large its values can get. Imports SymPy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 from typing import Any
 
 import sympy
-from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+from latex2sympy2_extended import NormalizationConfig, latex2sympy
+from latex2sympy2_extended import normalize_latex as library_normalize_latex
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from sympy.core.function import AppliedUndef
 
@@ -39,7 +40,7 @@ def parse_expression(text: str) -> Any:
     text = _DECIMAL.sub(_exact_decimal, _DECIMAL_LOGARITHM.sub(r"\\log_{10}", text))
     text = _PRIMES.sub(lambda name: f"{name[1]}_{{{'p' * len(name[2])}}}", text)  # the parser drops them
     try:
-        latex = normalize_latex(text, config=_NORMALIZATION)
+        latex = library_normalize_latex(text, config=_NORMALIZATION)
         value = latex2sympy(latex, is_real=True, normalization_config=None, conversion_config=_CONVERSION)
     except MemoryError:
         raise

@@ -103,10 +103,8 @@ class Driver:
         for p, ids in enumerate(prompts):
             for s in range(samples):
                 known = resume.get((p, s))
-                if known is not None and known.finish_reason != "abort":
-                    results[p][s] = known
-                else:
-                    results[p][s] = known
+                results[p][s] = known
+                if known is None or known.finish_reason == "abort":
                     jobs.append(_Job(p, s, ids, known))
         cached_on: dict[int, Member] = {}
         stopped = asyncio.Event()

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
+_CANCEL_SECONDS = 15.0  # below the slack of whoever waits in another thread: it shall hear the reason
+
 T = TypeVar("T")
 
 SLACK = 30.0  # seconds that the work gets to report a deadline itself
@@ -48,9 +50,6 @@ class LoopThread:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
         self.loop.close()
-
-
-_CANCEL_SECONDS = 15.0  # below the slack of whoever waits in another thread: it shall hear the reason
 
 
 def cancelling() -> bool:

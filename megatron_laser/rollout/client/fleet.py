@@ -146,7 +146,7 @@ class Fleet:
         return [member for member in self.members if member.identified]
 
     def late(self) -> list[Member]:
-        """Those that answer and have not been asked yet who they are: they came up after the engine was opened."""
+        """Those that came up after the engine was opened, and have not said who they are or do not fit."""
         return [member for member in self.updatable() if not member.identified]
 
     def describe(self) -> str:
@@ -310,7 +310,6 @@ class Fleet:
         try:
             if not member.identified and self.identify is not None:
                 await self.identify(member)
-            member.unfit = False
             self.handle(member, UpdateDone(await catch_up(member)))
         except Exception as error:  # whatever it is, the server must not stay in `updating`
             member.unfit = isinstance(error, ServerMismatch)

@@ -32,6 +32,8 @@ from megatron_laser.rollout.sglang_api import (
     weight_version,
 )
 
+_SAY_EVERY = 30.0  # seconds between two words
+
 logger = logging.getLogger(__name__)
 
 NO_SERVER = f"this is no SGLang server, or one older than {'.'.join(map(str, MIN_SGLANG))}, which is needed"
@@ -75,6 +77,7 @@ async def identify_member(member: Member, expected: Expected, *, deadline: float
     facts = await identify(member.client, expected, deadline=deadline)
     member.tensor, member.device = facts.tensor, facts.device
     member.takes_seeds = facts.deterministic
+    member.unfit = False
     return facts
 
 
@@ -237,9 +240,6 @@ def _smaller_vocabulary(expected: Expected, found: str) -> str:
         f"its vocabulary is smaller than the {expected.vocab_size} tokens of model.path ({found}); start it with "
         "the trainer's model.path"
     )
-
-
-_SAY_EVERY = 30.0  # seconds between two words
 
 
 class StartupCheck:

@@ -20,6 +20,12 @@ from megatron_laser.rollout.endpoints import Endpoints, merged, read_endpoints, 
 from megatron_laser.rollout.servers.command import PYTHON_VARIABLE, child_environment
 from megatron_laser.rollout.servers.process import ServeError, tail
 
+_OTHERS_POLL = 0.5  # seconds
+_PROGRESS = 30.0  # seconds between two lines
+_OLD = (
+    120.0  # seconds after which a file is of a serve that ended with its node: others write it again every 30
+)
+
 _POLL = 0.2  # seconds
 _STOP_DEADLINE = 60.0  # seconds until a serve that does not end is killed; its watcher then ends the servers
 
@@ -140,13 +146,6 @@ def _environment(config: RunConfig) -> dict[str, str]:
     package = str(Path(megatron_laser.__file__).resolve().parents[1])
     child["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     return child
-
-
-_OTHERS_POLL = 0.5  # seconds
-_PROGRESS = 30.0  # seconds between two lines
-_OLD = (
-    120.0  # seconds after which a file is of a serve that ended with its node: others write it again every 30
-)
 
 
 def wait_for_servers(config: RunConfig, nodes: int, say: Callable[[str], None]) -> None:

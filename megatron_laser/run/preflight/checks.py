@@ -8,7 +8,7 @@ from megatron_laser.config import RunConfig
 from megatron_laser.data.tokenizer import load_tokenizer
 from megatron_laser.rewards.trial import trial
 from megatron_laser.run.preflight.data import GROUP as DATA
-from megatron_laser.run.preflight.data import DataInputs, Progress, check_data, read_data
+from megatron_laser.run.preflight.data import DataInputs, Progress, read_data, tokenize_data
 from megatron_laser.run.preflight.finding_log import FindingLog, needed
 from megatron_laser.run.preflight.machine import GROUP as MACHINE
 from megatron_laser.run.preflight.machine import (
@@ -63,7 +63,7 @@ def run_preflight(
         probes = [row.problem for row in data.rows.get("train", [])[:_TOKENIZER_PROBES]]
         model.tokenizer = load_tokenizer(config.model.path, probes)
     check_tokenizer(config, model, log)
-    check_data(config, model, data, log, progress)
+    tokenize_data(config, model, data, log, progress)
     return PreflightResult(model, data)
 
 

@@ -54,7 +54,7 @@ def read_data(config: RunConfig, log: FindingLog) -> DataInputs:
     return found
 
 
-def check_data(
+def tokenize_data(
     config: RunConfig, model: ModelInputs, found: DataInputs, log: FindingLog, progress: Progress
 ) -> None:
     """Tokenize every prompt: lengths, ids, and where the score token occurs."""

@@ -16,6 +16,10 @@ import typer
 
 from megatron_laser.errors import ConfigError, Finding, Level, UserError
 
+_COLOURS: dict[Level, str] = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "red"}
+_LEVEL = 9  # columns
+_LEAST = 60
+
 T = TypeVar("T")
 _SKIPPED = "not looked at: it needs"
 
@@ -97,11 +101,6 @@ def _text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
-
-
-_COLOURS: dict[Level, str] = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "red"}
-_LEVEL = 9  # columns
-_LEAST = 60
 
 
 def lines(log: FindingLog, order: Sequence[str], width: int) -> Iterator[str]:

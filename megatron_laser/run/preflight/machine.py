@@ -18,6 +18,10 @@ from megatron_laser.run.preflight.finding_log import FindingLog, needed
 from megatron_laser.run.preflight.model import ModelInputs
 from megatron_laser.weight_sync.feasibility import check_servers
 
+_DISKS = "disk space"
+_TEXT_BYTES = 4  # of a token as text, about
+_SPARE = 0.02  # of the need: folders, metrics, logs
+
 GROUP = "Machine"
 
 
@@ -31,7 +35,7 @@ def check_server_start(config: RunConfig, log: FindingLog) -> None:
 
 def check_disks(config: RunConfig, model: ModelInputs, log: FindingLog, *, overwrite: bool = False) -> None:
     """Whether what the run writes has room."""
-    with log.topic(GROUP, "disk space"):
+    with log.topic(GROUP, _DISKS):
         needed(model.architecture, "config.json")
         log.add(GROUP, disk_findings(config, overwrite=overwrite))
 
@@ -126,11 +130,6 @@ def _servers(config: RunConfig) -> str:
     )
 
 
-TOPIC = "disk space"
-_TEXT_BYTES = 4  # of a token as text, about
-_SPARE = 0.02  # of the need: folders, metrics, logs
-
-
 @dataclass(frozen=True, slots=True)
 class Need:
     """Bytes that the run writes into `folder`.
@@ -207,17 +206,17 @@ def _finding(needs: list[Need]) -> Finding:
     cure = "free space, or lower checkpoint.keep_last, raise checkpoint.every, or set checkpoint.folder to another disk"
     if first * (1 + _SPARE) > free:
         return Finding(
-            TOPIC, "error", f"{text}; {_size(first)} are needed for the first of each, so that nothing could be saved",
+            _DISKS, "error", f"{text}; {_size(first)} are needed for the first of each, so that nothing could be saved",
             (), cure,
         )  # fmt: skip
     if certain * (1 + _SPARE) > free:
-        return Finding(TOPIC, "warning", f"{text}; together {_size(certain)}, more than there is", (), cure)
+        return Finding(_DISKS, "warning", f"{text}; together {_size(certain)}, more than there is", (), cure)
     if everything * (1 + _SPARE) > free:
         return Finding(
-            TOPIC, "note", f"{text}; together up to {_size(everything)}, if every response is the longest",
+            _DISKS, "note", f"{text}; together up to {_size(everything)}, if every response is the longest",
             (), "raise logging.rollouts_every, or keep an eye on it",
         )  # fmt: skip
-    return Finding(TOPIC, "ok", text)
+    return Finding(_DISKS, "ok", text)
 
 
 def existing_part(folder: Path) -> Path:

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.distributed.broadcast import broadcast_arrays
 from megatron_laser.distributed.runtime import Runtime, gloo_group
-from megatron_laser.distributed.transport import broadcast_arrays
 from megatron_laser.model import platform
 from megatron_laser.trainer import optimizer_state
 from megatron_laser.trainer.checkpoint import folder as folders

@@ -1,6 +1,6 @@
 """Two ranks, first as two data-parallel replicas, then as one: arrays, sums and weights reach the right ranks.
 
-Started by test_transport.py; exits non-zero when a claim does not hold.
+Started by test_broadcast.py; exits non-zero when a claim does not hold.
 """
 
 import os
@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.distributed import communicators
 from megatron_laser.distributed import runtime as runtimes
-from megatron_laser.distributed.transport import broadcast_arrays
+from megatron_laser.distributed.broadcast import broadcast_arrays
 from megatron_laser.trainer.step_metrics import reduce_sums
 from megatron_laser.trainer.trainer import Trainer
 from megatron_laser.weight_sync import sync_weights

@@ -7,7 +7,7 @@ import pytest
 from helpers.models import save_tiny_model
 from helpers.ranks import run_ranks
 
-WORKER = Path(__file__).with_name("transport_worker.py")
+WORKER = Path(__file__).with_name("broadcast_worker.py")
 
 
 @pytest.mark.distributed
@@ -18,7 +18,7 @@ def test_arrays_sums_and_weights_reach_the_right_ranks_under_every_layout(tmp_pa
 
 
 def test_one_process_keeps_its_arrays(single_process):
-    from megatron_laser.distributed.transport import broadcast_arrays
+    from megatron_laser.distributed.broadcast import broadcast_arrays
 
     arrays = {"a": np.arange(3)}
     assert broadcast_arrays(arrays, single_process) is arrays

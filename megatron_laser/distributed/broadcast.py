@@ -34,7 +34,7 @@ def broadcast_text(text: str | None, runtime: Runtime) -> str:
     return bytes(broadcast_arrays(own, runtime)["text"]).decode()
 
 
-def meet(runtime: Runtime) -> None:
+def barrier(runtime: Runtime) -> None:
     """Return on every rank once every rank has called it."""
     if runtime.world_size > 1:
         dist.barrier(group=runtime.cpu_group)
