@@ -76,9 +76,8 @@ def run_step(run: Run, step: int) -> None:
         batch = run.ranks.share_batch()
         if run.ranks.controller is not None:
             run.ranks.controller.start_ahead(step + 1)  # with rollout.ahead: while this step trains
-        run.colocation.switch_to(
-            MemoryPhase.TRAIN, run.ranks
-        )  # servers offload, the trainer onloads; nothing else
+        # On shared GPUs servers offload and the trainer onloads; `sync` gives them back. Elsewhere this does nothing.
+        run.colocation.switch_to(MemoryPhase.TRAIN, run.ranks)
         with run.ranks.phase(f"train step {step}"):
             result = run.trainer.train_step(batch, step)
         try:
@@ -158,9 +157,8 @@ def finish(run: Run) -> None:
     saved, steps, failure = wait_for_save(run), run.config.run.steps, ""
     if run.config.checkpoint.export_hf:
         with run.colocation.during(MemoryPhase.SYNC, run.ranks), run.ranks.phase("export"):
-            own_failure = export_hf(
-                run.config, run.trainer.weight_stream(), is_main=run.ranks.runtime.is_main
-            )
+            weights, is_main = run.trainer.weight_stream(), run.ranks.runtime.is_main
+            own_failure = export_hf(run.config, weights, is_main=is_main)
             failure = run.ranks.broadcast_text(own_failure)
     try:
         complete = saved and not failure
