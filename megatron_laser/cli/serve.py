@@ -45,7 +45,7 @@ def serve(
 ) -> None:
     """Start this node's SGLang servers and keep them running.
 
-    Of the YAML file `model` and `rollout.sglang` count.
+    Of the YAML file `model` and `rollout.sglang` count; settings can be overridden: rollout.sglang.servers=4.
 
     One node, trainer and servers on GPUs of their own; the run finds the servers by the same YAML:
 

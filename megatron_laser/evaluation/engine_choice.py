@@ -12,8 +12,8 @@ from typing import Literal
 
 from megatron_laser.config.addresses import host_and_port
 from megatron_laser.errors import TestTimeError
-from megatron_laser.evaluation import generation_batch
 from megatron_laser.evaluation.model_folder import ModelFolder
+from megatron_laser.evaluation.responses import generation_batch
 from megatron_laser.rollout.engine import RolloutEngine
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_laser.config import RunConfig, evaluation_max_new_tokens
 from megatron_laser.data.tokenizer import decode_response
-from megatron_laser.evaluation import evaluate, generation_batch, partial_responses_path
+from megatron_laser.evaluation.evaluator import evaluate
+from megatron_laser.evaluation.responses import generation_batch, partial_responses_path
 from megatron_laser.evaluation.weight_identity import engine_digest
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import assert_never
 
 import torch
 
@@ -214,6 +215,8 @@ def _transport(config: RunConfig) -> WeightTransport:
             always_verify=rollout.verify_sync,
             layout=layout,
         )
+    if rollout.weight_sync != "distributed":
+        assert_never(rollout.weight_sync)
     return DistributedTransport(
         peers=Peers(torch_version=torch.__version__, nccl_version=trainer_nccl()),
         dtype=dtype,

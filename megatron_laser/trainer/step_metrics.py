@@ -56,7 +56,10 @@ def reduce_sums(
             elif name in sums:
                 sums[name] = float(stacked.sum())
             else:
-                raise KeyError(f"metric {name!r} is in neither SUM_KEYS nor MAX_KEYS")
+                raise KeyError(
+                    f"metric {name!r} is in none of MEAN_KEYS (weighted as the loss), TOKEN_MEAN_KEYS (a sum over "
+                    "rows) and MAX_KEYS of trainer/step_metrics.py"
+                )
     if group is None:
         return sums | maxima
     total = torch.tensor(list(sums.values()), dtype=torch.float64)

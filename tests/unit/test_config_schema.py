@@ -201,7 +201,7 @@ def test_defaults_are_the_papers_recipe():
     for section, content in REQUIRED.items():
         for key in content:
             del dumped[section][key]
-    assert dumped == DEFAULTS
+    assert dumped == DEFAULTS, "a new or changed default is written into DEFAULTS of this file, too"
 
 
 def test_every_key_has_a_description():

@@ -79,14 +79,14 @@ def test_every_file_folder_and_function_that_the_page_names_is_there(text: str) 
     named = [span for span in spans(text) if is_path(span)]
     assert len(named) > 5
     gone = [problem for span in named if (problem := missing(span))]
-    assert not gone, gone
+    assert not gone, f"correct the page (the test's name says which) where it names {gone}"
 
 
 def test_every_other_name_on_the_page_occurs_in_the_source() -> None:
     source = "\n".join(file.read_text(encoding="utf-8") for file in modules().values())
     words = set(re.findall(r"\w+", source)) | {"serve", "bench", "convert", "trainer"}
     names = {span for span in spans((ROOT / PAGE).read_text(encoding="utf-8")) if re.fullmatch(r"\w+", span)}
-    assert names - words == set()
+    assert names - words == set(), f"{PAGE} names what no source file has"
 
 
 def test_every_setting_on_the_page_exists() -> None:
@@ -122,15 +122,18 @@ def test_the_picture_names_modules_that_are_there() -> None:
 
 def test_the_layers_on_the_page_are_those_of_the_import_rules() -> None:
     told = first_cells(section(PAGE, "Folders: who may import whom"))
-    assert [sorted(row) for row in told] == [sorted(layer) for layer in LAYERS]
+    rows, layers = [sorted(row) for row in told], [sorted(layer) for layer in LAYERS]
+    assert rows == layers, f"{PAGE}, Folders, is not LAYERS of tests/unit/test_import_rules.py"
 
 
 def test_readme_s_table_of_folders_is_the_tree_that_is_there() -> None:
     told = [span for row in first_cells(section("README.md", "Reading the code")) for span in row]
     package = ROOT / PACKAGE
-    folders = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
+    folders = {f"{path.parent.relative_to(package).parts[0]}/" for path in package.glob("*/**/*.py")}
     loose = [path.name for path in package.glob("*.py") if not path.name.startswith("__")]
-    assert sorted(told) == sorted([*folders, *loose])
+    there, place = {*folders, *loose}, "README.md, Reading the code"
+    assert set(told) == there, f"{place}: no row for {there - set(told)}, none is {set(told) - there}"
+    assert len(told) == len(there), f"{place}: named twice"
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,28 @@ def test_no_imports_go_in_a_circle() -> None:
     assert_none([" -> ".join(circle) for circle in circles(graph)], "modules that import each other")
 
 
+def test_no_module_imports_the_names_of_a_package_that_it_lies_in() -> None:
+    """The package's __init__ imports the module: a circle, though Python puts up with it inside a function."""
+    found = [
+        str(item)
+        for module, item in all_imports()
+        for parent in [item.target.rpartition(".")[0]]
+        if item.target not in modules()
+        and parent in modules()
+        and parent != PACKAGE  # whose __init__ imports nothing
+        if modules()[parent].name == "__init__.py" and is_under(module, parent) and module != parent
+    ]
+    assert_none(found, "import from the module that defines the name, not from the package around it")
+
+
+def test_every_folder_with_modules_is_a_package() -> None:
+    folders = {file.parent for file in modules().values()}
+    assert_none(
+        sorted(str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").exists()),
+        "these need an __init__.py with a docstring that says what is in them",
+    )
+
+
 def test_no_folders_side_by_side_import_each_other() -> None:
     graph: dict[str, set[str]] = {}
     for module, item in all_imports():

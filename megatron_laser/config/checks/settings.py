@@ -17,6 +17,7 @@ from megatron_laser.config.derived import (
     needed_pad_multiple,
     optimizer_steps,
 )
+from megatron_laser.config.model_folder.architecture import SUPPORTED_MODEL_TYPES
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.schema.training import PolicyConfig
 from megatron_laser.errors import ConfigError
@@ -195,8 +196,8 @@ def _parallel_problems(config: RunConfig) -> list[str]:
         problems.append(f"parallel.context: {parallel.context}; context parallelism is not built yet, use 1")
     if parallel.expert > 1:
         problems.append(
-            f"parallel.expert: {parallel.expert}; the supported models (llama, qwen2, qwen3) are dense and "
-            "have no experts to split, use 1"
+            f"parallel.expert: {parallel.expert}; the supported models ({', '.join(SUPPORTED_MODEL_TYPES)}) are dense "
+            "and have no experts to split, use 1"
         )
     return problems
 

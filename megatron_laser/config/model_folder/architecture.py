@@ -10,7 +10,6 @@ from typing import Any
 
 from megatron_laser.errors import ConfigError
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
 # Frequencies that depend neither on the sequence's length nor on a scaled attention, and the numbers that each needs.
 _ROPE_NUMBERS = {
     "default": (),
@@ -21,6 +20,7 @@ _ROPE_NUMBERS = {
 _ROPE_THETA = 10000.0
 _RMS_NORM_EPS = 1e-6
 _MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
+SUPPORTED_MODEL_TYPES = tuple(_MAX_POSITIONS)
 _QWEN3_HEAD_DIM = 128
 
 

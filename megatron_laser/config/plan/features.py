@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import assert_never
 
 from megatron_laser.config.checks.rollout import off_policy_reason
 from megatron_laser.config.derived import (
@@ -121,6 +122,8 @@ def _sync(rollout: RolloutConfig) -> str:
     buckets = f"buckets of {rollout.sync_bucket_mib:,} MiB, two of them on rank 0"
     if rollout.weight_sync == "colocated":
         return f"colocated: trainer and servers share GPUs and offload in turn, not proven on GPUs yet; {buckets}"
+    if rollout.weight_sync != "distributed":
+        assert_never(rollout.weight_sync)
     return f"distributed: broadcast from rank 0, {buckets}"
 
 

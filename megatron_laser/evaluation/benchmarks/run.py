@@ -12,7 +12,6 @@ from typing import Any
 
 from megatron_laser.data import build_prompts, read_ids, refuse_score_token
 from megatron_laser.errors import TestTimeError
-from megatron_laser.evaluation import evaluate, evaluation_detail, read_records
 from megatron_laser.evaluation.benchmarks.folder import (
     RECORDS,
     RESPONSES,
@@ -26,8 +25,11 @@ from megatron_laser.evaluation.benchmarks.folder import (
 from megatron_laser.evaluation.benchmarks.progress import Progress
 from megatron_laser.evaluation.benchmarks.settings import Benchmark, benchmark_rows
 from megatron_laser.evaluation.engine_choice import EngineChoice
+from megatron_laser.evaluation.evaluator import evaluate
 from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.evaluation.pinned_weights import PinnedWeights
+from megatron_laser.evaluation.records import read_records
+from megatron_laser.evaluation.summary import evaluation_detail
 from megatron_laser.evaluation.weight_identity import WeightsChanged
 from megatron_laser.files import write_atomically
 from megatron_laser.report.benchmark_report import write_benchmark_report
