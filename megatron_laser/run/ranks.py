@@ -15,7 +15,7 @@ from megatron_laser.distributed.runtime import Runtime
 from megatron_laser.errors import UserError
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.run.controller import Controller
-from megatron_laser.run.engines import NEEDS_WEIGHTS, WorkResult
+from megatron_laser.run.engines import NEEDS_WEIGHTS, WorkResult, uses_servers
 
 T = TypeVar("T")
 
@@ -60,13 +60,13 @@ class Ranks:
     def run_on_controller(self, phase: str, work: Callable[[Controller], T]) -> T | None:
         """Rank 0 works while the others wait on the store."""
         return self.coordinator.run_on_rank_zero(
-            phase, lambda: work(on_rank_zero(self.controller)), deadline=self._patience
+            phase, lambda: work(require_rank_zero(self.controller)), deadline=self._patience
         )
 
     def ask_controller(self, phase: str, work: Callable[[Controller], str]) -> str:
         """What `work` returns on rank 0, on every rank."""
         own = self.run_on_controller(phase, work)
-        with self.coordinator.phase(f"{phase}: telling the others"):
+        with self.phase(f"{phase}: telling the others"):
             return broadcast_text(own, self.runtime)
 
     def run_or_stop(
@@ -92,18 +92,18 @@ class Ranks:
     def share_batch(self) -> FlatBatch:
         """The batch that the controller collected last, flat, on every rank."""
         arrays = None if self.controller is None else flatten(self.controller.batch).to_arrays()
-        with self.coordinator.phase("sharing the batch"):
+        with self.phase("sharing the batch"):
             return FlatBatch.from_arrays(broadcast_arrays(arrays, self.runtime))
 
     @property
     def _patience(self) -> float:
         """Seconds for rank 0's longest work: a rollout, and before it the wait for servers."""
         rollout = self.config.rollout
-        return rollout.deadline + (rollout.servers_deadline if rollout.engine == "sglang" else 0.0)
+        return rollout.deadline + (rollout.servers_deadline if uses_servers(self.config) else 0.0)
 
 
-def on_rank_zero(value: T | None) -> T:
-    """What rank 0 has and the others do not."""
+def require_rank_zero(value: T | None) -> T:
+    """`value`, which rank 0 has and the others do not."""
     if value is None:
         raise AssertionError("used on a rank other than 0")
     return value

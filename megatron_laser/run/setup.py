@@ -17,7 +17,7 @@ from megatron_laser.run.colocation import Colocation, open_colocation
 from megatron_laser.run.controller import Controller
 from megatron_laser.run.engines import uses_servers
 from megatron_laser.run.inputs import read_inputs
-from megatron_laser.run.ranks import Ranks, on_rank_zero
+from megatron_laser.run.ranks import Ranks, require_rank_zero
 from megatron_laser.run.session import session, stop_signals
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
 from megatron_laser.trainer.stragglers import Stragglers, time_reductions
@@ -81,7 +81,7 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
                 colocation = open_colocation(config, runtime, trainer, timers)
             controller = coordinator.run_on_rank_zero(
                 "starting the rollout engine",
-                lambda: Controller(config, on_rank_zero(inputs), timers, resumed=resumed),
+                lambda: Controller(config, require_rank_zero(inputs), timers, resumed=resumed),
                 deadline=config.run.deadline + 2 * config.rollout.sglang.start_deadline,
             )
             ranks = Ranks(config, runtime, coordinator, controller)
