@@ -1,56 +1,25 @@
 """The log-prob op around any engine: statistics per row, reduced over the group; upstream gradients and dX.
 
-Per row, with z the scaled logits, M their maximum, S = sum exp(z - M) and T = sum exp(z - M) (z - M):
-
-    logprob = (z_label - M) - log S          entropy = log S - T / S
-
-Summing p (z - M) instead of p z keeps the entropy exact for logits far from 0. Tiles over the vocabulary and
-tensor-parallel shards are merged by moving each one's sums to the common maximum. The backward recomputes a
-tile's logits and writes, with p = exp(z - lse), the entropy E, and g and e the gradients of logprob and E,
+The backward recomputes a tile's logits and writes, with p = exp(z - lse), the entropy E, and g and e the gradients of
+logprob and E,
 
     dz_j = g [j = label] - p_j (g + e (log p_j + E))
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron_laser.ops.collectives import GatheredRows, group_size, reduce_max, reduce_sum_, start_reduction
+from megatron_laser.ops.collectives import GatheredRows, start_reduction
+from megatron_laser.ops.statistics import Statistics, finish, reduced
 from megatron_laser.ops.tiles import Shard, accumulation_dtype, add_mm_, has_label, vocabulary_shard
-from megatron_laser.ops.types import IGNORE_LABEL, LogProbs
+from megatron_laser.ops.types import LogProbs
 from megatron_laser.ops.weight_gradient import WeightGradient, main_grad_of
-
-# exp of it is 0 in float32 and float64, and unlike -inf it may be multiplied with a sum that is 0.
-_SHIFT_FLOOR = -1e4
-
-
-class Statistics(NamedTuple):
-    """Per row, over some columns: M, S, z_label (0 where the label is elsewhere) and, for the entropy, T."""
-
-    maximum: torch.Tensor
-    total: torch.Tensor
-    label_logit: torch.Tensor
-    moment: torch.Tensor | None
-
-    def moved_to(self, maximum: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(S, z_label[, T]) relative to a maximum that is at least this one's; these add up over shards."""
-        shift = (self.maximum - maximum).clamp_(min=_SHIFT_FLOOR)
-        scale = shift.exp()
-        if self.moment is None:
-            return self.total * scale, self.label_logit
-        return self.total * scale, self.label_logit, (self.moment + shift * self.total) * scale
-
-
-def no_columns(rows: int, dtype: torch.dtype, device: torch.device, with_entropy: bool) -> Statistics:
-    """Statistics of a shard that is nothing but padding."""
-    zeros = torch.zeros(rows, dtype=dtype, device=device)
-    return Statistics(zeros - math.inf, zeros, zeros, zeros if with_entropy else None)
 
 
 @dataclass(frozen=True)
@@ -247,26 +216,3 @@ def without_gradient(
     problem = Problem(GatheredRows(hidden, None), weight, labels, 1.0, shard, False)
     local, _ = engine.statistics(problem, for_backward=False)
     return finish(reduced(local, tp_group), labels, shard)[0]
-
-
-def reduced(local: Statistics, group: dist.ProcessGroup | None) -> Statistics:
-    """One maximum and one sum over the group, for all rows together."""
-    if group_size(group) == 1 or not local.total.numel():
-        return local
-    maximum = reduce_max(local.maximum, group)
-    sums = reduce_sum_(torch.stack(local.moved_to(maximum)), group)
-    return Statistics(maximum, sums[0], sums[1], None if local.moment is None else sums[2])
-
-
-def finish(
-    statistics: Statistics, labels: torch.Tensor, shard: Shard
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """(logprobs, entropy or None, lse), each [rows], from the statistics over the whole vocabulary."""
-    maximum, total, label_logit, moment = statistics
-    log_total = total.log()
-    known = has_label(labels, shard)
-    # Without a label: 0. With a label that no column has: NaN, so that it cannot go unnoticed.
-    other = torch.zeros_like(total).masked_fill_(~known & (labels != IGNORE_LABEL), math.nan)
-    logprobs = torch.where(known, label_logit - maximum - log_total, other)
-    entropy = None if moment is None else torch.where(known, log_total - moment / total, 0)
-    return logprobs, entropy, maximum + log_total

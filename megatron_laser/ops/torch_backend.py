@@ -5,15 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_laser.ops.autograd import (
-    HiddenGradient,
-    Problem,
-    Statistics,
-    Upstream,
-    apply,
-    no_columns,
-    without_gradient,
-)
+from megatron_laser.ops.autograd import HiddenGradient, Problem, Upstream, apply, without_gradient
+from megatron_laser.ops.statistics import Statistics, no_columns
 from megatron_laser.ops.tiles import (
     accumulation_dtype,
     local_labels,

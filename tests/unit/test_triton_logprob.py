@@ -19,9 +19,10 @@ from megatron_laser.ops import (
     gpu_backend,
     linear_logprob,
 )
-from megatron_laser.ops.autograd import Problem, Statistics, finish
+from megatron_laser.ops.autograd import Problem
 from megatron_laser.ops.collectives import GatheredRows
 from megatron_laser.ops.device import interpreted
+from megatron_laser.ops.statistics import Statistics, finish
 from megatron_laser.ops.tiles import Shard
 from megatron_laser.ops.triton import tile_kernels
 from megatron_laser.ops.triton.engine import ChunkedEngine, TilePlan

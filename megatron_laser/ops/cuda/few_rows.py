@@ -7,10 +7,11 @@ import functools
 
 import torch
 
-from megatron_laser.ops.autograd import Problem, Statistics, no_columns
+from megatron_laser.ops.autograd import Problem
 from megatron_laser.ops.cuda.build import BuildError, built_kernel
 from megatron_laser.ops.cuda.driver import DriverError, Function, Module, TensorMap
 from megatron_laser.ops.device import capability, multiprocessors
+from megatron_laser.ops.statistics import Statistics, no_columns
 from megatron_laser.ops.tiles import accumulation_dtype
 
 MAX_ROWS = 128

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_laser.ops.autograd import HiddenGradient, Problem, Statistics, Upstream, no_columns
+from megatron_laser.ops.autograd import HiddenGradient, Problem, Upstream
 from megatron_laser.ops.settings import settings
+from megatron_laser.ops.statistics import Statistics, no_columns
 from megatron_laser.ops.tiles import accumulation_dtype, mm, mm_operand
 from megatron_laser.ops.triton import tile_kernels
 from megatron_laser.ops.weight_gradient import WeightGradient

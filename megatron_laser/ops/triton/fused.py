@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_laser.ops.autograd import Problem, Statistics, no_columns
+from megatron_laser.ops.autograd import Problem
 from megatron_laser.ops.device import interpreted, multiprocessors
+from megatron_laser.ops.statistics import Statistics, no_columns
 from megatron_laser.ops.tiles import accumulation_dtype
 from megatron_laser.ops.triton.engine import ChunkedEngine, per_row
 from megatron_laser.ops.triton.few_rows import merge
