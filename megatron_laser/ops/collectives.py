@@ -50,48 +50,93 @@ def start_reduction(
 
 
 class GatheredRows:
-    """[rows, H] of this rank as [size * rows, H] of all, in rank order; every rank has the same `rows`.
+    """The op's rows [n, H]: of this rank, or of all ranks of a group in rank order, all of them or those at `rows`.
 
     The all-gather starts in the constructor and runs beside the first products, which need only this rank's rows.
     Without a group there is nothing to gather.
     """
 
-    def __init__(self, shard: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        shard: torch.Tensor,
+        group: dist.ProcessGroup | None,
+        rows: torch.Tensor | None = None,
+        own_rows: tuple[int, int] | None = None,
+    ) -> None:
+        """Start the gather.
+
+        Args:
+            shard: [T, H] of this rank; every rank of the group has the same T.
+            rows: [n] int64 positions in the gathered [size * T, H], non-decreasing; None: all of them, once.
+            own_rows: rows[first:last] are in `shard`; None: unknown, and the first product waits for the gather.
+        """
         size = group_size(group)
-        self._shard = shard
+        self._shard, self._rows = shard, rows
         self._work: dist.Work | None = None
-        self._all = shard
-        self._own = slice(0, shard.shape[0])
+        self._first = 0
+        self._selected: torch.Tensor | None = None
+        self._gathered = shard
+        self._own = None
         if size > 1 and shard.numel():
-            self._all = shard.new_empty((size * shard.shape[0], *shard.shape[1:]))
-            first = group_rank(group) * shard.shape[0]
-            self._own = slice(first, first + shard.shape[0])
+            self._gathered = shard.new_empty((size * shard.shape[0], *shard.shape[1:]))
+            self._first = group_rank(group) * shard.shape[0]
+            if rows is None:
+                self._own = slice(self._first, self._first + shard.shape[0])
+            elif own_rows is not None:
+                self._own = slice(*own_rows)
             self._work = dist.all_gather_into_tensor(
-                self._all, shard.contiguous(), group=group, async_op=True
+                self._gathered, shard.contiguous(), group=group, async_op=True
             )
+        self._tokens = size * shard.shape[0]
 
     def __len__(self) -> int:
-        return self._all.shape[0]
+        return self._tokens if self._rows is None else self._rows.shape[0]
 
     @property
     def like(self) -> torch.Tensor:
         """A tensor with the rows' dtype, device and H, without waiting for the gather."""
         return self._shard
 
+    @property
+    def tokens(self) -> int:
+        """Rows of all ranks, before `rows` chooses among them."""
+        return self._tokens
+
+    def positions(self, chosen: torch.Tensor | None) -> torch.Tensor | None:
+        """Positions among the tokens of the rows at `chosen` [m] (None: all rows); None for every token once."""
+        if chosen is None:
+            return self._rows
+        return chosen if self._rows is None else self._rows[chosen]
+
+    def choose(self, chosen: torch.Tensor | None) -> torch.Tensor:
+        """The rows at `chosen` [m], or all; waits for the gather."""
+        return self.all() if chosen is None else self.all().index_select(0, chosen)
+
     def all(self) -> torch.Tensor:
-        """All rows; waits for the gather."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        return self._all
+        """All rows [n, H]; waits for the gather."""
+        if self._selected is None:
+            if self._work is not None:
+                self._work.wait()
+                self._work = None
+            self._selected = (
+                self._gathered if self._rows is None else self._gathered.index_select(0, self._rows)
+            )
+            self._gathered = self._shard  # what was gathered is not needed beside the selection
+        return self._selected
 
     def pieces(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """(position, rows) that together cover all: this rank's own first while the others are under way."""
-        if self._work is None:
-            yield slice(0, len(self)), self._all
+        own = self._own
+        if self._work is None or own is None or own.start == own.stop:
+            yield slice(0, len(self)), self.all()
             return
-        yield self._own, self._shard
+        yield (
+            own,
+            self._shard
+            if self._rows is None
+            else self._shard.index_select(0, self._rows[own] - self._first),
+        )
         gathered = self.all()
-        for piece in (slice(0, self._own.start), slice(self._own.stop, len(self))):
+        for piece in (slice(0, own.start), slice(own.stop, len(self))):
             if piece.stop > piece.start:
                 yield piece, gathered[piece]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -43,16 +41,6 @@ def local_labels(labels: torch.Tensor, first: int, columns: int) -> tuple[torch.
     local = labels - first
     safe = local.clamp(0, columns - 1)
     return safe.unsqueeze(1), safe == local
-
-
-def tile_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, inv_temperature: float | torch.Tensor
-) -> torch.Tensor:
-    """hidden [rows, H] times weight [columns, H] transposed, scaled: a tile [rows, columns] of its own."""
-    z = mm(hidden, weight.t())
-    if isinstance(inv_temperature, torch.Tensor):
-        return z.mul_(inv_temperature.unsqueeze(1))
-    return z if inv_temperature == 1.0 else z.mul_(inv_temperature)
 
 
 def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -101,25 +89,6 @@ def _accumulates_in_place(device: torch.device, dtype: torch.dtype) -> bool:
     return bool((total == 17).all())
 
 
-def row_part(value: float | torch.Tensor, block: slice) -> float | torch.Tensor:
-    """The rows `block` of a per-row tensor; a number is the same for all rows."""
-    return value[block] if isinstance(value, torch.Tensor) else value
-
-
-def slices(length: int, step: int) -> Iterator[slice]:
-    """Consecutive slices of at most `step`; one empty slice for length 0."""
-    for start in range(0, max(length, 1), step):
-        yield slice(start, min(start + step, length))
-
-
-def tile_shape(rows: int, columns: int, itemsize: int, tile_bytes: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of logits of at most `tile_bytes`: all of them, else about square.
-
-    Square tiles keep both dimensions of every product large; a tile is never less than 1 x 1.
-    """
-    elements = max(1, tile_bytes // itemsize)
-    if rows * columns <= elements:
-        return max(rows, 1), columns
-    row_block = min(rows, math.isqrt(elements))
-    column_block = min(columns, elements // row_block)
-    return min(rows, elements // column_block), column_block
+def padded(columns: int) -> int:
+    """Row stride of a tile: every row is aligned, so that kernels read 16 bytes at a time."""
+    return -(-columns // 16) * 16

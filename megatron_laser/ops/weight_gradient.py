@@ -31,11 +31,25 @@ def main_grad_of(weight: torch.Tensor) -> torch.Tensor | None:
 class WeightGradient:
     """dW [V_shard, H] in the making. `add` once per block of rows, then `close`, slice after slice."""
 
-    def __init__(self, weight: torch.Tensor, main_grad: torch.Tensor | None, columns: int) -> None:
-        """`columns`: the real ones; rows of `weight` behind them are padding and get no gradient."""
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        main_grad: torch.Tensor | None,
+        columns: int,
+        *,
+        several_passes: bool = False,
+    ) -> None:
+        """`columns`: the real ones; rows of `weight` behind them are padding and get no gradient.
+
+        several_passes: the vocabulary is gone over more than once; without main_grad that takes a copy of all of dW in
+        the accumulation dtype.
+        """
         self._main_grad = main_grad
         self._sum: torch.Tensor | None = None
-        if main_grad is None:
+        self._adds = several_passes or main_grad is not None
+        if several_passes and main_grad is None:
+            self._target = torch.zeros_like(weight, dtype=accumulation_dtype(weight))
+        elif main_grad is None:
             self._target = torch.empty_like(weight)
             self._target[columns:].zero_()
         else:
@@ -44,9 +58,9 @@ class WeightGradient:
     def add(self, columns: slice, grad_logits: torch.Tensor, rows: torch.Tensor, *, only: bool) -> None:
         """Add grad_logits [rows, columns] transposed times rows [rows, H]; `only`: no other block follows."""
         target = self._target[columns]
-        if self._main_grad is not None and target.dtype == accumulation_dtype(rows):
+        if self._adds and target.dtype == accumulation_dtype(rows):
             add_mm_(target, grad_logits.t(), rows)
-        elif self._main_grad is None and only and target.dtype == rows.dtype:
+        elif not self._adds and only and target.dtype == rows.dtype:
             torch.mm(grad_logits.t(), rows, out=target)
         elif self._sum is None:
             self._sum = mm(grad_logits.t(), rows)
@@ -57,21 +71,21 @@ class WeightGradient:
         """Write what was summed up in the accumulation dtype, rounded once."""
         if self._sum is not None:
             target = self._target[columns]
-            if self._main_grad is None:
-                target.copy_(self._sum)
-            else:
+            if self._adds:
                 target.add_(self._sum)
+            else:
+                target.copy_(self._sum)
             self._sum = None
 
     def clear(self) -> None:
         """There are no rows: the gradient is zero."""
-        if self._main_grad is None:
+        if not self._adds:
             self._target.zero_()
 
     def for_autograd(self, weight: torch.Tensor) -> torch.Tensor:
         """What the backward returns for the parameter `weight`."""
         if self._main_grad is None:
-            return self._target
+            return self._target.to(weight.dtype)
         weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         if getattr(weight, "zero_out_wgrad", False):
             return torch.zeros_like(weight)

@@ -12,6 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_laser.ops.autograd import Upstream
+from megatron_laser.ops.kept import MARGIN
+from megatron_laser.ops.tiled_engine import Keep, RunningStatistics
+
 # Columns that a program handles at a time. With 8 warps each thread holds 16 values: enough loads in flight to
 # saturate memory, no spills.
 BLOCK = 4096
@@ -28,22 +32,23 @@ def tile_statistics(  # type: ignore[no-untyped-def]
     label_logit,
     moment,
     kept,
-    kept_maximum,
+    kept_base,
     first_column,
     columns,
     z_stride,
     kept_stride,
-    kept_blocks,
+    margin,
     ENTROPY: tl.constexpr,
     KEEP: tl.constexpr,
+    FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Merge one tile of unscaled logits into the running statistics; one program per row.
 
     z [rows, columns] (row stride z_stride), of the global columns from first_column on; labels [rows] int64 global;
     inv_temperature, maximum, total, label_logit, moment [rows] in z's dtype, the last four updated.
-    KEEP: also write kept [rows, columns] = exp(scaled z - m), with m the running maximum at that block, stored in
-    kept_maximum [rows, kept_blocks].
+    KEEP: also write kept [rows, columns] = exp(scaled z - base), with base from kept_base [rows]; FIRST: this tile
+    determines the bases, its maxima and the margin, and writes them. The second read of its logits comes from the cache.
     """
     row = tl.program_id(0)
     scale = tl.load(inv_temperature + row)
@@ -54,6 +59,18 @@ def tile_statistics(  # type: ignore[no-untyped-def]
     label = tl.load(labels + row) - first_column
     if (label >= 0) & (label < columns):
         tl.store(label_logit + row, tl.load(z_row + label) * scale)
+    if FIRST:
+        largest = tl.full([BLOCK], float("-inf"), m.dtype)
+        for start in range(0, columns, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            inside = offsets < columns
+            a = tl.load(z_row + offsets, mask=inside, other=float("-inf"))
+            largest = tl.maximum(largest, tl.where(inside, a * scale, float("-inf")))
+        largest_of_row = tl.max(largest, 0)
+        row_base = tl.where(largest_of_row == float("-inf"), 0.0, largest_of_row) + margin
+        tl.store(kept_base + row, row_base)
+    elif KEEP:
+        row_base = tl.load(kept_base + row)
     for start in range(0, columns, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < columns
@@ -73,8 +90,7 @@ def tile_statistics(  # type: ignore[no-untyped-def]
         m = new_m
         if KEEP:
             kept_row = kept + row.to(tl.int64) * kept_stride
-            tl.store(kept_row + offsets, p.to(kept.dtype.element_ty), mask=inside)
-            tl.store(kept_maximum + row.to(tl.int64) * kept_blocks + start // BLOCK, base)
+            tl.store(kept_row + offsets, (p * tl.exp(base - row_base)).to(kept.dtype.element_ty), mask=inside)
     tl.store(maximum + row, m)
     tl.store(total + row, s)
     if ENTROPY:
@@ -90,20 +106,19 @@ def tile_gradient(  # type: ignore[no-untyped-def]
     entropy,
     grad_logprobs,
     grad_entropy,
-    kept_maximum,
+    kept_base,
     out,
     first_column,
     columns,
     z_stride,
     out_stride,
-    kept_blocks,
     ENTROPY: tl.constexpr,
     KEPT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gradient of one tile's unscaled logits; programs [rows, blocks of BLOCK columns].
 
-    z: the logits, or with KEPT what `tile_statistics` kept with the same BLOCK. The per-row tensors [rows] are in the
+    z: the logits, or with KEPT what `tile_statistics` kept, with the bases kept_base [rows]. The per-row tensors [rows] are in the
     accumulation dtype. out [rows, columns] (row stride out_stride) may be z itself.
     """
     row, block = tl.program_id(0), tl.program_id(1)
@@ -114,7 +129,7 @@ def tile_gradient(  # type: ignore[no-untyped-def]
     inside = offsets < columns
     values = tl.load(z + row.to(tl.int64) * z_stride + offsets, mask=inside, other=0.0)
     if KEPT:
-        base = tl.load(kept_maximum + row.to(tl.int64) * kept_blocks + block)
+        base = tl.load(kept_base + row)
         p = values.to(scale.dtype) * tl.exp(base - log_total)
         log_p = tl.log(tl.where(p > 0, p, 1.0))
     else:
@@ -135,36 +150,33 @@ def launch_statistics(
     z: torch.Tensor,
     labels: torch.Tensor,
     inv_temperature: torch.Tensor,
-    state: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    state: RunningStatistics,
     first_column: int,
-    keep: tuple[torch.Tensor, torch.Tensor] | None = None,
+    keep: Keep | None = None,
     block: int = BLOCK,
 ) -> None:
-    """Run `tile_statistics` on z [rows, columns]; `state` is (maximum, total, label_logit, moment or None).
-
-    keep: (kept [rows, columns] bfloat16, kept_maximum [rows, ceil(columns / block)]).
-    """
-    maximum, total, label_logit, moment = state
-    kept, kept_maximum = keep if keep is not None else (z, maximum)
+    """Run `tile_statistics` on z [rows, columns]."""
+    kept, kept_base = (z, state.maximum) if keep is None else (keep.values, keep.base)
     rows, columns = z.shape
     kernel: Any = tile_statistics
     kernel[(rows,)](
         z,
         labels,
         inv_temperature,
-        maximum,
-        total,
-        label_logit,
-        total if moment is None else moment,
+        state.maximum,
+        state.total,
+        state.label_logit,
+        state.total if state.moment is None else state.moment,
         kept,
-        kept_maximum,
+        kept_base,
         first_column,
         columns,
         z.stride(0),
         kept.stride(0),
-        kept_maximum.shape[-1],
-        ENTROPY=moment is not None,
+        MARGIN,
+        ENTROPY=state.moment is not None,
         KEEP=keep is not None,
+        FIRST=keep is not None and keep.first,
         BLOCK=block,
         num_warps=WARPS,
     )
@@ -174,37 +186,32 @@ def launch_gradient(
     z: torch.Tensor,
     labels: torch.Tensor,
     inv_temperature: torch.Tensor,
-    row_values: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None],
+    upstream: Upstream,
     out: torch.Tensor,
     first_column: int,
-    kept_maximum: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
     block: int = BLOCK,
 ) -> None:
-    """Run `tile_gradient`; `row_values` is (lse, entropy, grad_logprobs, grad_entropy), all [rows].
-
-    kept_maximum: `z` is not logits but what `launch_statistics` kept with it.
-    """
-    lse, entropy, grad_logprobs, grad_entropy = row_values
-    with_entropy = entropy is not None and grad_entropy is not None
+    """Run `tile_gradient`; base [rows]: `z` is not logits but what `launch_statistics` kept."""
+    with_entropy = upstream.entropy is not None and upstream.grad_entropy is not None
     rows, columns = z.shape
     kernel: Any = tile_gradient
     kernel[(rows, triton.cdiv(columns, block))](
         z,
         labels,
         inv_temperature,
-        lse,
-        entropy if with_entropy else lse,
-        grad_logprobs,
-        grad_entropy if with_entropy else lse,
-        lse if kept_maximum is None else kept_maximum,
+        upstream.lse,
+        upstream.entropy if with_entropy else upstream.lse,
+        upstream.grad_logprobs,
+        upstream.grad_entropy if with_entropy else upstream.lse,
+        upstream.lse if base is None else base,
         out,
         first_column,
         columns,
         z.stride(0),
         out.stride(0),
-        1 if kept_maximum is None else kept_maximum.shape[1],
         ENTROPY=with_entropy,
-        KEPT=kept_maximum is not None,
+        KEPT=base is not None,
         BLOCK=block,
         num_warps=WARPS,
     )

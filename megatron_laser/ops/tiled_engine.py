@@ -1,0 +1,314 @@
+"""Tiles of logits from a matrix product, reduced and differentiated by an implementation's own tile functions.
+
+Per slice of the vocabulary the forward costs one product and one read of its result, which may leave probabilities for
+the backward. From those the backward takes dX and its slice of dW, two products; where there are none it makes the
+logits again and turns them into their gradient first. Every slice of dW has one writer.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_laser.ops.autograd import HiddenGradient, Problem, Upstream
+from megatron_laser.ops.kept import Kept
+from megatron_laser.ops.statistics import Statistics, no_columns
+from megatron_laser.ops.tiles import accumulation_dtype, mm, mm_operand, padded
+from megatron_laser.ops.weight_gradient import WeightGradient
+
+log = logging.getLogger(__name__)
+
+_COLUMN_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """How [rows, columns] is cut: blocks of rows inside slices of columns."""
+
+    rows: int
+    columns: int
+    row_block: int
+    column_block: int
+
+    @classmethod
+    def of(cls, rows: int, columns: int, itemsize: int, tile_bytes: int, min_columns: int) -> TilePlan:
+        """All rows of a slice if `min_columns` of them fit into `tile_bytes`, else blocks of rows too."""
+        elements = max(1, tile_bytes // itemsize)
+        narrow = min(columns, min_columns)
+        row_block = rows
+        if rows * narrow > elements:
+            row_block = max(1, min(rows, elements // narrow))
+        column_block = _even(columns, max(1, elements // row_block), _COLUMN_MULTIPLE)
+        return cls(rows, columns, _even(rows, row_block, 1), column_block)
+
+    def column_slices(self, first: int = 0) -> Iterator[slice]:
+        """Slices of the columns, counted from `first`."""
+        for start in range(0, self.columns, self.column_block):
+            yield slice(first + start, first + min(start + self.column_block, self.columns))
+
+    def row_slices(self) -> Iterator[slice]:
+        """Blocks of rows."""
+        for start in range(0, self.rows, self.row_block):
+            yield slice(start, min(start + self.row_block, self.rows))
+
+    @property
+    def tile_elements(self) -> int:
+        """Elements of a buffer for one tile."""
+        return self.row_block * padded(self.column_block)
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether one tile covers all rows."""
+        return self.row_block >= self.rows
+
+
+def _even(length: int, most: int, multiple: int) -> int:
+    """The size of about equal pieces of at most `most`, a multiple of `multiple` unless that exceeds `most`."""
+    pieces = -(-length // most)
+    even = -(-length // pieces)
+    rounded = -(-even // multiple) * multiple
+    return rounded if rounded <= most else min(even, most)
+
+
+@dataclass(frozen=True)
+class RunningStatistics:
+    """`Statistics` of the columns so far, [rows] each, updated in place."""
+
+    maximum: torch.Tensor
+    total: torch.Tensor
+    label_logit: torch.Tensor
+    moment: torch.Tensor | None
+
+    @classmethod
+    def empty(
+        cls, rows: int, dtype: torch.dtype, device: torch.device, with_entropy: bool
+    ) -> RunningStatistics:
+        """Of no columns."""
+        zeros = torch.zeros(4 if with_entropy else 3, rows, dtype=dtype, device=device)
+        return cls(
+            zeros[0].fill_(float("-inf")), zeros[1], zeros[2], zeros[3] if with_entropy else None
+        )
+
+    def at(self, block: slice) -> RunningStatistics:
+        """Views of a block of rows."""
+        moment = None if self.moment is None else self.moment[block]
+        return RunningStatistics(self.maximum[block], self.total[block], self.label_logit[block], moment)
+
+    def result(self) -> Statistics:
+        """As the op wants them."""
+        return Statistics(self.maximum, self.total, self.label_logit, self.moment)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Where a slice's P = exp(z - base) goes: values [rows, columns], base [rows], which the `first` slice writes."""
+
+    values: torch.Tensor
+    base: torch.Tensor
+    first: bool
+
+
+class TiledEngine(ABC):
+    """The `Engine` that is described above; subclasses say what is done to a tile."""
+
+    def __init__(self, *, tile_bytes: int, min_columns: int, kept_tile_bytes: int) -> None:
+        """`tile_bytes`: one tile of logits; `min_columns`: see `TilePlan.of`; `kept_tile_bytes`: one kept tile."""
+        self._tile_bytes, self._min_columns, self._kept_tile_bytes = tile_bytes, min_columns, kept_tile_bytes
+
+    @abstractmethod
+    def tile_statistics(
+        self,
+        z: torch.Tensor,
+        labels: torch.Tensor,
+        inv_temperature: torch.Tensor,
+        state: RunningStatistics,
+        first_column: int,
+        keep: Keep | None,
+    ) -> None:
+        """Merge unscaled logits z [rows, columns], which may be overwritten, into `state`; write what is kept."""
+
+    @abstractmethod
+    def tile_gradient(
+        self,
+        z: torch.Tensor,
+        labels: torch.Tensor,
+        inv_temperature: torch.Tensor,
+        upstream: Upstream,
+        out: torch.Tensor,
+        first_column: int,
+        base: torch.Tensor | None,
+    ) -> None:
+        """Write the gradient of unscaled logits z [rows, columns] into `out`, which may be z.
+
+        base [rows]: z is not logits, but P = exp(scaled z - base).
+        """
+
+    def plan(self, rows: int, columns: int, dtype: torch.dtype) -> TilePlan:
+        """How a problem of this size is cut."""
+        return TilePlan.of(rows, columns, dtype.itemsize, self._tile_bytes, self._min_columns)
+
+    def statistics(self, problem: Problem, *, for_backward: bool) -> tuple[Statistics, Kept | None]:
+        """See `Engine`; keeps the probabilities of as many slices as `problem.keep_bytes` allows."""
+        rows, like = len(problem.rows), problem.rows.like
+        dtype, device = accumulation_dtype(like), like.device
+        if problem.shard.columns == 0 or rows == 0:
+            problem.rows.all()
+            return no_columns(rows, dtype, device, problem.with_entropy), None
+        plan = self.plan(rows, problem.shard.columns, dtype)
+        kept = None
+        if for_backward and plan.whole_rows:
+            slices = list(plan.column_slices())
+            kept = Kept(
+                *(slices, rows, like, dtype),
+                keep_bytes=problem.keep_bytes,
+                tile_bytes=self._kept_tile_bytes,
+            )
+        inv_temperature = per_row(problem.inv_temperature, rows, dtype, device)
+        state = RunningStatistics.empty(rows, dtype, device, problem.with_entropy)
+        buffer = torch.empty(plan.tile_elements, dtype=dtype, device=device)
+        for columns in plan.column_slices():
+            weight = mm_operand(problem.weight[columns])
+            values = None if kept is None else kept.room_for(columns)
+            keep = None
+            if kept is not None and values is not None:
+                keep = Keep(values, kept.base, first=columns.start == 0)
+            for block in plan.row_slices():
+                z = _tile(buffer, block, columns)
+                _logits(problem, plan, block, weight, z)
+                self.tile_statistics(
+                    z,
+                    problem.labels[block],
+                    inv_temperature[block],
+                    state.at(block),
+                    problem.shard.first + columns.start,
+                    keep,
+                )
+        return state.result(), kept if kept is not None and kept.columns else None
+
+    def gradients(
+        self,
+        problem: Problem,
+        upstream: Upstream,
+        kept: Kept | None,
+        hidden: HiddenGradient | None,
+        weight: WeightGradient | None,
+    ) -> None:
+        """See `Engine`."""
+        first = 0
+        if kept is not None:
+            first = kept.columns
+            self._from_kept(problem, upstream, kept, hidden, weight)
+        if first < problem.shard.columns:
+            self._from_logits(problem, upstream, first, hidden, weight)
+
+    def _from_kept(
+        self,
+        problem: Problem,
+        upstream: Upstream,
+        kept: Kept,
+        hidden: HiddenGradient | None,
+        weight: WeightGradient | None,
+    ) -> None:
+        """The part of the columns that were kept. Without an entropy gradient dz is a row factor times P."""
+        rows, like, shard = len(problem.rows), problem.rows.like, problem.shard
+        inv_temperature = per_row(problem.inv_temperature, rows, accumulation_dtype(like), like.device)
+        factor = None
+        if upstream.grad_entropy is None:
+            factor = kept.row_factor(upstream.grad_logprobs * inv_temperature, upstream.lse)
+        inputs: torch.Tensor | None = None
+        everything, last = slice(0, rows), kept.columns
+        for columns, values in kept.take():
+            first_column = shard.first + columns.start
+            if factor is None:
+                self.tile_gradient(
+                    values, problem.labels, inv_temperature, upstream, values, first_column, kept.base
+                )
+            else:
+                kept.put_labels_(values, problem.labels, first_column, upstream.logprobs, upstream.lse)
+            operand = mm_operand(values)
+            if hidden is not None:
+                hidden.add(everything, operand, mm_operand(problem.weight[columns]))
+                if columns.stop == last and factor is not None:
+                    hidden.scale_rows_(factor)
+                if columns.stop == shard.columns:
+                    # dX is complete: it is reduced over the group while the last product of dW runs.
+                    hidden.complete()
+            if weight is not None:
+                if inputs is None:
+                    # Not before the first product of dX, which does not need the rows: they may be on their way.
+                    inputs = mm_operand(problem.rows.all())
+                    if factor is not None:
+                        scaled = torch.empty_like(inputs)
+                        inputs = torch.mul(inputs, factor.unsqueeze(1), out=scaled)
+                weight.add(columns, operand, inputs, only=True)
+                weight.close(columns)
+            del values, operand
+
+    def _from_logits(
+        self,
+        problem: Problem,
+        upstream: Upstream,
+        first: int,
+        hidden: HiddenGradient | None,
+        weight: WeightGradient | None,
+    ) -> None:
+        """The columns from `first` on: logits again, their gradient, and two products."""
+        rows, like, shard = len(problem.rows), problem.rows.like, problem.shard
+        dtype, device = accumulation_dtype(like), like.device
+        plan = self.plan(rows, shard.columns - first, dtype)
+        inv_temperature = per_row(problem.inv_temperature, rows, dtype, device)
+        operand_dtype = mm_operand(like[:0]).dtype
+        logits = torch.empty(plan.tile_elements, dtype=dtype, device=device)
+        # In the dtype of the logits the gradient overwrites them, value by value.
+        grads = logits
+        if operand_dtype != dtype:
+            grads = torch.empty(plan.tile_elements, dtype=operand_dtype, device=device)
+        for columns in plan.column_slices(first):
+            weight_operand = mm_operand(problem.weight[columns])
+            for block in plan.row_slices():
+                z, dz = _tile(logits, block, columns), _tile(grads, block, columns)
+                _logits(problem, plan, block, weight_operand, z)
+                self.tile_gradient(
+                    z,
+                    problem.labels[block],
+                    inv_temperature[block],
+                    upstream.at(block),
+                    dz,
+                    shard.first + columns.start,
+                    None,
+                )
+                if hidden is not None:
+                    hidden.add(block, dz, weight_operand)
+                    if columns.stop == shard.columns and block.stop == rows:
+                        hidden.complete()
+                if weight is not None:
+                    weight.add(columns, dz, mm_operand(problem.rows.all()[block]), only=plan.whole_rows)
+            if weight is not None:
+                weight.close(columns)
+
+
+def per_row(value: float | torch.Tensor, rows: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[rows] in `dtype`, which is what the kernels read."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype)
+    return torch.full((rows,), value, dtype=dtype, device=device)
+
+
+def _tile(buffer: torch.Tensor, block: slice, columns: slice) -> torch.Tensor:
+    """The beginning of a flat buffer as [rows of block, columns]."""
+    height, width = block.stop - block.start, columns.stop - columns.start
+    stride = padded(width)
+    return buffer[: height * stride].view(height, stride)[:, :width]
+
+
+def _logits(problem: Problem, plan: TilePlan, block: slice, weight: torch.Tensor, z: torch.Tensor) -> None:
+    """Write the unscaled logits of a block of rows and a slice `weight` [columns, H] into z."""
+    if plan.whole_rows:
+        for piece, rows in problem.rows.pieces():
+            mm(mm_operand(rows), weight.t(), out=z[piece])
+    else:
+        mm(mm_operand(problem.rows.all()[block]), weight.t(), out=z)
