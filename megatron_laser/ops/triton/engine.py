@@ -106,7 +106,7 @@ class ChunkedEngine:
             return no_columns(rows, dtype, device, problem.with_entropy), None
         plan = self._plan(problem)
         kept = Kept([]) if for_backward and plan.whole_rows and settings().keep_logits_bytes else None
-        budget = settings().keep_logits_bytes
+        budget = settings().keep_logits_bytes or 0
         inv_temperature = per_row(problem.inv_temperature, rows, dtype, device)
         zeros = torch.zeros(4 if problem.with_entropy else 3, rows, dtype=dtype, device=device)
         state = (
