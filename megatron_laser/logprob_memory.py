@@ -4,6 +4,9 @@ from __future__ import annotations
 
 MIB, GIB = 2**20, 2**30
 
+# One tile of float32 logits: 8448 columns of 16384 rows.
+TILE_BYTES = 528 * MIB
+
 # Most that "auto" keeps. 16384 rows of 152064 columns are 4.64 GiB in bfloat16; whoever wants more says so.
 KEEP_CAP_BYTES = 6 * GIB
 # Never given away: the call's own tile, products and dX (1.3 GiB for 16384 rows of 5120), cuBLAS's workspaces, a

@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from megatron_laser.logprob_memory import TILE_BYTES
+
 
 @dataclass(frozen=True)
 class Settings:
     """Bytes; they change speed, memory and rounding, not what is computed.
 
-    tile_bytes: one tile of float32 logits. 512 MiB is 8192 columns of 16384 rows: wide enough that the products run
-        at full speed and dX is read and written only 19 times for a vocabulary of 152064.
+    tile_bytes: one tile of float32 logits. 528 MiB is 8448 columns of 16384 rows: wide enough that the products run
+        at full speed and dX is read and written only 18 times for a vocabulary of 152064.
     keep_logits_bytes: probabilities that a call's forward may keep, so that its backward does not recompute their
         logits; 2 * rows * columns per call and shard saves one of the backward's three products entirely. They carry a
         relative error of up to 0.4 %. 0: everything is recomputed. None: chosen by `ops.memory`.
     reserved_bytes: what others will yet allocate on the device; not given away where `keep_logits_bytes` is None.
     """
 
-    tile_bytes: int = 512 * 2**20
+    tile_bytes: int = TILE_BYTES
     keep_logits_bytes: int | None = None
     reserved_bytes: int = 0
 
