@@ -40,6 +40,13 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
+def memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes of a CUDA device; what the caching allocator holds unused counts as free."""
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + unused), int(total)
+
+
 def tma_refuses(hidden: torch.Tensor, weight: torch.Tensor) -> str | None:
     """Why the kernels with tensor descriptors cannot take these [rows, H] and [V_shard, H], or None.
 

@@ -14,8 +14,9 @@ def add_weight_gradient_to_main_grad(weight: torch.Tensor) -> None:
 
     That is Megatron's gradient accumulation fusion: dW never exists in the weight's dtype, and with a float32
     `main_grad` it is not rounded. It takes effect while `weight` has `main_grad`, which Megatron's
-    DistributedDataParallel sets; the backward then sets `weight.grad_added_to_main_grad` and hands autograd a
-    gradient that the wrapper's hook does not read (zeros where `weight.zero_out_wgrad`, because it does read those).
+    DistributedDataParallel sets; the backward then sets `weight.grad_added_to_main_grad` and hands autograd no
+    gradient. For the wrapper's hook `weight.grad` is then one zero in the weight's shape, unless something else, like
+    a tied embedding, has a gradient.
     """
     setattr(weight, _MARK, True)
 
@@ -82,11 +83,29 @@ class WeightGradient:
         if not self._adds:
             self._target.zero_()
 
-    def for_autograd(self, weight: torch.Tensor) -> torch.Tensor:
-        """What the backward returns for the parameter `weight`."""
+    def for_autograd(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """What the backward returns for the parameter `weight`; None where dW is in main_grad."""
         if self._main_grad is None:
             return self._target.to(weight.dtype)
         weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        if getattr(weight, "zero_out_wgrad", False):
-            return torch.zeros_like(weight)
-        return torch.empty_like(weight)
+        _leave_a_gradient(weight)
+        return None
+
+
+def _leave_a_gradient(weight: torch.Tensor) -> None:
+    """Give `weight.grad` one number, shown in the weight's shape, if this backward pass brings no other gradient.
+
+    Megatron's hook behind AccumulateGrad fires for a parameter without gradient too, but with `overlap_grad_reduce` it
+    asserts that there is one (distributed_data_parallel.py, `_make_backward_post_hook`, read in Megatron-Core 0.19.2).
+    It reads it only where `zero_out_wgrad`, so that it has to be zero. It is left in front of that hook, when autograd
+    has summed up all that comes for this parameter: a tied embedding's gradient is then the only one.
+    """
+    with torch.enable_grad():
+        accumulate = weight.expand_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+    def leave(gradients: tuple[torch.Tensor | None, ...]) -> None:
+        handle.remove()  # for this pass; it would keep the parameter alive
+        if gradients[0] is None and weight.grad is None:
+            weight.grad = weight.new_zeros(()).expand(weight.shape)
+
+    handle = accumulate.register_prehook(leave)

@@ -17,7 +17,7 @@ FINISHED = "FINISHED"
 # What may change between the start of a run and its continuation: it decides where and how fast things run,
 # how long and how talkative, but not what is learned from which data.
 _MAY_CHANGE = {
-    "model": {"recompute", "layers", "attention"},
+    "model": {"recompute", "layers", "attention", "keep_logits_gib"},
     "parallel": None,
     "batching": None,
     "checkpoint": None,

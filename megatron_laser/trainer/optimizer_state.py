@@ -95,6 +95,19 @@ def places(optimizer: MegatronOptimizer) -> dict[int, Place]:
     return found
 
 
+def missing_moment_bytes(optimizer: MegatronOptimizer) -> int:
+    """What Adam's moments (float32) that do not exist yet will take on the device; the first update makes them."""
+    mains = [
+        (main, inner.state.get(main, {}))
+        for inner in torch_optimizers(optimizer)
+        for group in inner.param_groups
+        for main in group["params"]
+    ]
+    return sum(
+        4 * main.numel() for main, state in mains for kind in (EXP_AVG, EXP_AVG_SQ) if kind not in state
+    )
+
+
 def get_step(optimizer: MegatronOptimizer) -> int:
     """Updates made so far; Adam's bias correction depends on it."""
     for inner in _chained(optimizer):

@@ -37,6 +37,7 @@ from megatron_laser.model.policy_model import PolicyModel
 from megatron_laser.model.transformer_engine import backend_variable_problems, use_transformer_engine
 from megatron_laser.model.weights import WeightExporter, load_weights
 from megatron_laser.ops import configure
+from megatron_laser.trainer import optimizer_state
 
 
 @dataclass
@@ -128,12 +129,15 @@ def build_policy(config: RunConfig) -> Policy:
     """
     if problems := backend_variable_problems(config.model.attention):
         raise ConfigError(problems)
-    configure(keep_logits_bytes=round(config.model.keep_logits_gib * 2**30))
+    keep = config.model.keep_logits_gib
+    configure(keep_logits_bytes=None if keep is None else round(keep * 2**30))
     hf = read_hf_config(config.model.path)
     with HfFolder(config.model.path) as folder:
         chunks = build_chunks(config, hf, folder, trained=True)
     _wrap_ddp(config, chunks)
     optimizer = _build_optimizer(config, chunks)
+    # Until a checkpoint is loaded or the first update is made, the moments are not there and look like free memory.
+    configure(reserved_bytes=optimizer_state.missing_moment_bytes(optimizer))
     chunks.config.grad_scale_func = optimizer.scale_loss
     return Policy(
         chunks,

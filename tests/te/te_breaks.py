@@ -23,7 +23,7 @@ def spoil_unread_gradients():
     def for_autograd(self, weight):
         gradient = original(self, weight)
         unread = self._main_grad is not None and not getattr(weight, "zero_out_wgrad", False)
-        return gradient.fill_(NAN) if unread else gradient
+        return torch.full_like(weight, NAN) if unread else gradient
 
     WeightGradient.for_autograd = for_autograd
 

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from megatron_laser.cli import app
 from megatron_laser.config import ConfigError, load_config, resolve_plan
 from megatron_laser.config.model_folder.architecture import read_architecture
-from megatron_laser.config.plan.memory import GIB, MemorySum, layer_activation_bytes
+from megatron_laser.config.plan.memory import MemorySum, layer_activation_bytes
+from megatron_laser.logprob_memory import GIB, choose_keep_budget
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -124,7 +125,6 @@ def test_the_first_stage_of_a_pipeline_holds_more_micro_batches() -> None:
 def test_parts_appear_where_a_setting_asks_for_them() -> None:
     plain = plan().memory
     for name, overrides in {
-        "kept probabilities": ["model.keep_logits_gib=1"],
         "reference model": ["policy.kl_coefficient=0.01"],
         "in-process engine: cache": ["rollout.engine=in_process", "rollout.max_batch_size=4"],
     }.items():
@@ -133,6 +133,46 @@ def test_parts_appear_where_a_setting_asks_for_them() -> None:
     assert line(plain, "save: buffer") is None  # one data-parallel rank gathers nothing
     assert line(plan(8).memory, "save: buffer").bytes == 64 * 2**20
     assert line(plan(4, "rollout.weight_sync=disk").memory, "sync: buckets") is None
+
+
+def kept_line(gpu_memory_gib: float, *overrides: str):
+    """The line of the 7B recipe on a GPU of this size; its head needs 16384 rows x 38016 columns x 2 bytes."""
+    folder = EXAMPLES / "qwen2.5_7b"
+    config = load_config(folder / "laser.yaml", [f"model.path={folder}", *overrides])
+    memory = resolve_plan(config, 4, gpu_memory_gib).memory
+    return line(memory, "kept probabilities"), memory
+
+
+def test_what_is_kept_is_counted_by_the_rule_that_the_op_applies() -> None:
+    whole = 2 * 16384 * 152064 // 4
+    all_kept, _ = kept_line(79.1)
+    assert all_kept.bytes == whole and "all of them in bfloat16" in all_kept.detail
+    without, memory = kept_line(79.1, "model.keep_logits_gib=0")
+    assert without is None
+    # With half a GiB to give the plan says so, and what happens to the rest.
+    size = next(
+        gib
+        for gib in range(50, 80)
+        if choose_keep_budget(int((gib - memory.total / GIB) * GIB), gib * GIB) == GIB // 2
+    )
+    part, tight = kept_line(size)
+    assert part.bytes == GIB // 2 and f"{GIB / 2 / whole:.0%} of 1.16 GiB; the loss in blocks" in part.detail
+    assert tight.total <= size * GIB
+
+
+def test_auto_never_makes_a_plan_fail() -> None:
+    _, least = kept_line(79.1, "model.keep_logits_gib=0")
+    for size in (least.total / GIB + more for more in (0.0, 0.5, 3.0, 5.0, 6.0, 9.0, 30.0)):
+        kept, memory = kept_line(size)
+        assert memory.total <= size * GIB
+        assert kept.bytes > 0 or "all recomputed" in kept.detail
+    assert kept_line(least.total / GIB)[0].bytes == 0
+
+
+@pytest.mark.parametrize(("setting", "expected"), [(0.25, GIB // 4), (1, GIB), (50, 2 * 16384 * 38016)])
+def test_a_number_is_counted_as_set_up_to_what_is_needed(setting, expected) -> None:
+    kept, _ = kept_line(79.1, f"model.keep_logits_gib={setting}")
+    assert kept.bytes == expected and kept.detail.startswith("as set: ")
 
 
 def test_colocated_servers_take_the_trainers_place(tmp_path) -> None:
@@ -163,7 +203,7 @@ def test_padding_beyond_the_budget_is_counted() -> None:
 def test_a_sum_that_does_not_fit_names_the_largest_lines_and_their_settings() -> None:
     memory = plan().memory
     with pytest.raises(
-        ConfigError, match=r"memory: a rank needs 56\.\d\d GiB \(update\) and the GPU has 40"
+        ConfigError, match=r"memory: a rank needs 57\.\d\d GiB \(update\) and the GPU has 40"
     ) as error:
         memory.check(40 * GIB)
     text = str(error.value)

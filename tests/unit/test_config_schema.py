@@ -24,7 +24,7 @@ DEFAULTS = {
         "recompute": "none",
         "layers": "auto",
         "attention": "auto",
-        "keep_logits_gib": 0.0,
+        "keep_logits_gib": None,
     },
     "data": {
         "validation": None,

@@ -29,7 +29,7 @@ from helpers.source_tree import (
 
 # A part may import the parts of lower layers only.
 LAYERS = (
-    ("errors", "types"),
+    ("errors", "types", "logprob_memory"),
     ("files",),
     ("config",),
     ("algorithms", "ops", "batching", "rewards"),

@@ -1,11 +1,15 @@
 """dW straight into Megatron's main_grad: exact, accumulated over micro-batches, unseen by the wrapper's hook."""
 
+import gc
 import importlib.util
 import os
+import weakref
 
 import pytest
 import torch
 from helpers.logprob import gradients, inputs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_laser.ops import add_weight_gradient_to_main_grad, linear_logprob, torch_backend
 
@@ -90,3 +94,58 @@ def test_no_rows_leave_main_grad_alone():
     add_weight_gradient_to_main_grad(marked)
     linear_logprob(hidden, marked, labels).logprobs.sum().backward()
     assert (marked.main_grad == 0.25).all() and marked.grad_added_to_main_grad
+
+
+class Made(TorchDispatchMode):
+    """Elements of the storages that operations made."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self._alive = [], set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        result = function(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            if torch.is_tensor(one) and one.untyped_storage().data_ptr() not in given:
+                self.sizes.append(one.untyped_storage().nbytes() // one.element_size())
+        return result
+
+
+@pytest.mark.parametrize("zero_out", [False, True])
+def test_no_tensor_of_the_weights_size_is_made(zero_out):
+    hidden, weight, labels = inputs(rows=5, columns=400)
+    marked = parameter(weight, zero_out=zero_out)
+    for fused in (False, True):
+        if fused:
+            add_weight_gradient_to_main_grad(marked)
+        marked.grad = None
+        loss = torch_backend.linear_logprob(hidden, marked, labels, tile_bytes=4 * 500).logprobs.sum()
+        with Made() as made:
+            loss.backward()
+        # Without main_grad the gradient itself is one: they are seen.
+        assert (max(made.sizes) >= marked.numel()) is not fused
+    assert marked.grad.stride() == (0, 0) and not marked.grad.any()
+
+
+def test_a_tied_embeddings_gradient_is_the_only_one():
+    hidden, weight, labels = inputs()
+    marked = parameter(weight, zero_out=True)
+    add_weight_gradient_to_main_grad(marked)
+    loss = linear_logprob(hidden, marked, labels).logprobs.sum() + marked[3].sum()
+    loss = loss + linear_logprob(hidden, marked, labels).logprobs.sum()
+    loss.backward()
+    expected = torch.zeros_like(weight)
+    expected[3] = 1
+    assert torch.equal(marked.grad, expected) and marked.grad.is_contiguous()
+
+
+def test_the_parameter_is_not_kept_alive():
+    hidden, weight, labels = inputs()
+    marked = parameter(weight)
+    add_weight_gradient_to_main_grad(marked)
+    linear_logprob(hidden, marked, labels).logprobs.sum().backward()
+    gone = weakref.ref(marked)
+    del marked
+    gc.collect()
+    assert gone() is None

@@ -373,6 +373,6 @@ def test_the_heads_weight_gradient_goes_straight_into_main_grad(single_process, 
 
 
 def test_the_memory_for_kept_logits_is_set_for_the_process(single_process, model_folder, tmp_path):
-    for gib, expected in ((0.5, 2**29), (0, 0)):
+    for gib, expected in ((0.5, 2**29), (0, 0), ("null", None)):
         build(model_folder, tmp_path / str(gib), single_process, f"model.keep_logits_gib={gib}")
         assert settings().keep_logits_bytes == expected

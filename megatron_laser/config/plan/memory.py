@@ -15,7 +15,9 @@ and k widths of query and key, f MLP width, t tensor size, s = t with `parallel.
 
 and, whatever is recomputed, one layer at a time: b T (2 h + 3 f / t) for gathered inputs and gradients, plus what
 `full` or `mlp` make anew. In flight are `pipeline` micro-batches on the first stage (Narayanan et al. 2021, section
-2.2), one on the last. The head keeps its input twice (gathered; labelled rows) and works in tiles.
+2.2), one on the last. The head keeps its input twice (gathered; labelled rows), works in tiles,
+and keeps probabilities for its backward: as many bytes as set, or by the rule that the op itself applies
+(`logprob_memory.py`), from what all other lines leave.
 Context, libraries and the caching allocator are allowances, not arithmetic: see the constants.
 """
 
@@ -35,8 +37,8 @@ from megatron_laser.config.model_folder.parameters import (
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.server_options import server_option
 from megatron_laser.errors import ConfigError
+from megatron_laser.logprob_memory import GIB, MIB, TILE_BYTES, choose_keep_budget
 
-MIB, GIB = 2**20, 2**30
 STATE, UPDATE, SAVE, SYNC, GENERATE = "state", "update", "save", "sync", "generate"
 
 # An H100 of 80 GB shows so much.
@@ -45,10 +47,10 @@ CONTEXT_BYTES = 768 * MIB  # CUDA context with kernels, cuBLAS and cuDNN workspa
 COMMUNICATOR_BYTES = 400 * MIB  # NCCL's channels and buffers, for each group of more than one rank
 SERVER_REST_BYTES = 2 * GIB  # a colocated server whose pools are released: context and graphs
 ALLOCATOR_SHARE = 0.05  # of what torch allocates, lost between blocks
-TILE_BYTES = 512 * MIB  # the log-prob op's tile of float32 logits (ops/settings.py)
 SAVE_CHUNK_BYTES = 64 * MIB  # trainer/checkpoint/sharded_state.py
 STEP_BYTES_PER_TOKEN = 56  # ids, positions, labels, log-probs, weights of a step's micro-batches
 MEM_FRACTION_STATIC = 0.85  # of a colocated server, where its options do not say
+HEAD, KEPT = "log-prob head", "kept probabilities"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,8 @@ def memory_sum(
     Args:
         size: weights, gradients and optimizer state of the fullest rank.
         micro_batches, tokens_per_rank: of one optimizer step on a data-parallel rank, at most.
-        gpu_memory_gib: what a colocated server's `mem_fraction_static` is a fraction of.
+        gpu_memory_gib: what a colocated server's `mem_fraction_static` is a fraction of, and what the log-prob op
+            may keep is chosen from.
     """
     state = _state(config, layout, size)
     lines = [
@@ -140,12 +143,17 @@ def memory_sum(
             )
         )
     lines += _rollout(config, architecture, layout, state, gpu_memory_gib)
-    allocated = sum(line.bytes for line in lines if line.phase in (STATE, UPDATE)) - CONTEXT_BYTES
-    allocated -= groups * COMMUNICATOR_BYTES
+    there = sum(line.bytes for line in lines if line.phase in (STATE, UPDATE))
+    outside = CONTEXT_BYTES + groups * COMMUNICATOR_BYTES
+    if any(line.name == HEAD for line in lines):
+        free = int(gpu_memory_gib * GIB) - there - int(ALLOCATOR_SHARE * (there - outside))
+        kept = _kept(config, architecture, layout, tokens_per_rank, free, int(gpu_memory_gib * GIB))
+        lines += kept
+        there += sum(line.bytes for line in kept)
     lines.append(
         MemoryLine(
             "caching allocator",
-            int(ALLOCATOR_SHARE * allocated),
+            int(ALLOCATOR_SHARE * (there - outside)),
             UPDATE,
             f"{ALLOCATOR_SHARE:.0%} of what torch allocates, an allowance",
             "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
@@ -191,8 +199,7 @@ def _state(config: RunConfig, layout: Layout, size: RankBytes) -> list[MemoryLin
 def _update(
     config: RunConfig, arch: Architecture, layout: Layout, micro_batches: int, tokens_per_rank: int
 ) -> list[MemoryLine]:
-    pad = gpu_pad_multiple(config)
-    tokens = -(-min(config.batching.tokens_per_micro_batch, tokens_per_rank) // pad) * pad
+    tokens = _tokens(config, tokens_per_rank)
     itemsize = DTYPE_BYTES[config.model.dtype]
     recompute, t = config.model.recompute, layout.tensor
     kept, anew = layer_activation_bytes(
@@ -240,22 +247,49 @@ def _update(
 def _head(
     config: RunConfig, arch: Architecture, layout: Layout, tokens: int, itemsize: int
 ) -> list[MemoryLine]:
-    shard = padded_vocab_size(arch.vocab_size, layout.tensor, config.model.vocab_multiple) // layout.tensor
-    tile = min(TILE_BYTES, 4 * tokens * shard)
+    tile = min(TILE_BYTES, 4 * tokens * _columns(config, arch, layout))
     hidden = arch.hidden_size * tokens
-    lines = [
+    return [
         MemoryLine(
-            "log-prob head",
-            2 * itemsize * hidden + 4 * hidden + tile + tile * itemsize // 4,
+            HEAD,
+            3 * itemsize * hidden + 4 * hidden + tile + tile * itemsize // 4,
             UPDATE,
-            "input twice, dX in float32, a tile of logits and its gradient",
+            "input twice and scaled, dX in float32, a tile of logits and its gradient",
             "batching.tokens_per_micro_batch",
         )
     ]
-    kept = min(round(config.model.keep_logits_gib * GIB), 2 * tokens * shard)
-    if kept:
-        lines.append(MemoryLine("kept probabilities", kept, UPDATE, "bfloat16", "model.keep_logits_gib"))
-    return lines
+
+
+def _kept(
+    config: RunConfig, arch: Architecture, layout: Layout, tokens_per_rank: int, free: int, total: int
+) -> list[MemoryLine]:
+    """What the head keeps for its backward when all other lines leave `free` of the GPU's `total` bytes."""
+    itemsize = DTYPE_BYTES[config.model.dtype]
+    whole = itemsize * _tokens(config, tokens_per_rank) * _columns(config, arch, layout)
+    setting = config.model.keep_logits_gib
+    if setting == 0:
+        return []
+    budget = choose_keep_budget(free, total) if setting is None else round(setting * GIB)
+    how = "chosen from what is free" if setting is None else "as set"
+    kept = min(budget, whole)
+    if kept == whole:
+        rest = f"all of them in {config.model.dtype}"
+    elif kept:
+        rest = f"{kept / whole:.0%} of {gib(whole)}; the loss in blocks of rows, or the rest recomputed"
+    else:
+        rest = f"none of {gib(whole)}, all recomputed"
+    return [MemoryLine(KEPT, kept, UPDATE, f"{how}: {rest}", "model.keep_logits_gib")]
+
+
+def _tokens(config: RunConfig, tokens_per_rank: int) -> int:
+    """Of the longest micro-batch, padding included."""
+    pad = gpu_pad_multiple(config)
+    return -(-min(config.batching.tokens_per_micro_batch, tokens_per_rank) // pad) * pad
+
+
+def _columns(config: RunConfig, arch: Architecture, layout: Layout) -> int:
+    """Of a rank's shard of the padded vocabulary."""
+    return padded_vocab_size(arch.vocab_size, layout.tensor, config.model.vocab_multiple) // layout.tensor
 
 
 def _rollout(

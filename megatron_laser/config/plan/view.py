@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_laser.config.plan.memory import GENERATE, SAVE, STATE, SYNC, UPDATE, gib
+from megatron_laser.config.plan.memory import GENERATE, KEPT, SAVE, STATE, SYNC, UPDATE, gib
 from megatron_laser.config.plan.resolve import Plan
 
 
@@ -71,7 +71,7 @@ def _memory(plan: Plan) -> Table:
     share = " to ".join(f"{count:,}" for count in dict.fromkeys((stages[0], stages[-1])))
     table.add_row("parameters", "", f"{plan.parameters:,}; per rank {share}")
     for line in memory.lines:
-        if line.bytes:
+        if line.bytes or line.name == KEPT:  # that there is no room for them is worth a line
             when = "" if line.phase == STATE else f"{line.phase}: "
             table.add_row(line.name, gib(line.bytes), escape(when + line.detail))
     phases = [(phase, memory.phase_bytes(phase)) for phase in (UPDATE, SAVE, SYNC, GENERATE)]

@@ -44,10 +44,12 @@ class ModelConfig(Section):
     """Attention kernel of Transformer Engine: `auto`, its own choice for each shape; `flash`, flash-attn only
     (package `flash-attn`); `fused`, cuDNN only. Replaces NVTE_FLASH_ATTN, NVTE_FUSED_ATTN and NVTE_UNFUSED_ATTN,
     which must not be set to anything else."""
-    keep_logits_gib: NonNegative = 0.0
-    """GPU memory that one micro-batch's log-prob call may use to keep probabilities (bfloat16) for its backward, which
-    then recomputes fewer logits: rows * vocabulary shard * 2 bytes keep all and save one of four products. They
-    are rounded to 0.4 %. 0: everything is recomputed."""
+    keep_logits_gib: NonNegative | None = None
+    """GPU memory that one micro-batch's log-prob call may use to keep probabilities (bfloat16) for its backward.
+    Rows * vocabulary shard * 2 bytes (5 GB for 16384 rows and 152064 columns) keep all of them and save one of four
+    products. Where it does not all fit, the loss is worked in blocks of rows, or the rest is recomputed. They are
+    rounded to 0.4 %. `null`: chosen once, at the first training step, from what is free then (at most half, and 6 GiB),
+    and logged; the dry run shows it. Runs that are to repeat bit for bit elsewhere set a number. 0: nothing is kept."""
 
 
 class DataConfig(Section):

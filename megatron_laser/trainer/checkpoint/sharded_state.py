@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_laser.model.mapping import Geometry, Replicated, Row, Rule, Vocabulary, global_names, rules
+from megatron_laser.ops import configure
 from megatron_laser.trainer import optimizer_state
 from megatron_laser.trainer.checkpoint import torch_dist
 from megatron_laser.trainer.checkpoint.collective_errors import on_every_rank
@@ -71,6 +72,7 @@ def load_state(policy: Policy, folder: Path, optimizer_step: int) -> None:
     """
     geometry = policy.chunks.geometry
     places = optimizer_state.places(policy.optimizer)
+    configure(reserved_bytes=optimizer_state.missing_moment_bytes(policy.optimizer))
     reader = torch_dist.Reader(folder)
 
     def load(prefix: str, mapped: MappedParameter, dtype: torch.dtype) -> torch.Tensor:
