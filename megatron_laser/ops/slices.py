@@ -12,7 +12,7 @@ Pure arithmetic on integers, without torch: the plan of a call and the predictio
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 TILE = (128, 256)
@@ -42,23 +42,14 @@ def waves(rows: int, columns: int, multiprocessors: int) -> int:
     return _ceil(tiles, multiprocessors)
 
 
-def waste(
-    rows: int,
-    hidden_size: int,
-    widths: Sequence[int],
-    multiprocessors: int,
-    hidden_gradient_rows: int | None = None,
-) -> Waste:
-    """What the slices `widths` waste in z [rows, width], dX [rows, H] and dW [width, H].
-
-    hidden_gradient_rows: rows of dX's product where they are not `rows`.
-    """
+def waste(rows: int, hidden_size: int, widths: Sequence[int], multiprocessors: int) -> Waste:
+    """What the slices `widths` waste in z [rows, width], dX [rows, H] and dW [width, H]."""
     full = _TILE_AREA * multiprocessors
-    columns, dx_rows = sum(widths), hidden_gradient_rows or rows
+    columns = sum(widths)
     return Waste(
         sum(waves(rows, width, multiprocessors) for width in widths) * full / (rows * columns),
         # Its depth is the width: however the columns are cut, it is the same number of waves for each column.
-        waves(dx_rows, hidden_size, multiprocessors) * full / (dx_rows * hidden_size),
+        waves(rows, hidden_size, multiprocessors) * full / (rows * hidden_size),
         sum(waves(width, hidden_size, multiprocessors) for width in widths) * full / (columns * hidden_size),
     )
 
@@ -78,17 +69,23 @@ def slice_widths(
         widest: columns that fit into a tile's memory, at least 1.
         multiprocessors: of the device; 132 on an H100 or H200.
     """
-    if rows < 1 or hidden_size < 1 or columns < 0 or widest < 1 or multiprocessors < 1:
-        raise ValueError(
-            f"rows={rows}, hidden_size={hidden_size}, columns={columns}, widest={widest}, "
-            f"multiprocessors={multiprocessors}: expected positive numbers (no columns are allowed)."
-        )
+    _positive(rows=rows, hidden_size=hidden_size, widest=widest, multiprocessors=multiprocessors)
     # The rows of a call differ from step to step, but a tile is not cheaper for being partly filled: this keeps the
     # distinct plans, and with them the time that a call spends here, few.
     rows = _ceil(rows, TILE[0]) * TILE[0]
-    widest = min(widest, columns)
-    multiple = _MULTIPLE if widest >= _MULTIPLE else 1
-    return list(_best(rows, hidden_size, columns, widest // multiple * multiple, multiple, multiprocessors))
+    widest, multiple = _whole_tiles(min(widest, columns))
+    return list(_best_widths(rows, hidden_size, columns, widest, multiple, multiprocessors))
+
+
+def row_blocks(rows: int, hidden_size: int, columns: int, *, most: int, multiprocessors: int) -> list[int]:
+    """Rows of consecutive blocks that cover `rows` exactly, each 1 to `most`, for a pass that works block by block.
+
+    As `slice_widths`, with the parts exchanged: full waves of z and of dX [block, H], and few blocks, since every
+    block reads and writes dW [columns, H] in float32.
+    """
+    _positive(hidden_size=hidden_size, columns=columns, most=most, multiprocessors=multiprocessors)
+    most, multiple = _whole_tiles(min(most, rows))
+    return list(_best_blocks(rows, hidden_size, columns, most, multiple, multiprocessors))
 
 
 def group_slices(widths: Sequence[int], most_columns: int) -> list[slice]:
@@ -100,46 +97,67 @@ def group_slices(widths: Sequence[int], most_columns: int) -> list[slice]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _best(
+def _best_widths(
     rows: int, hidden_size: int, columns: int, widest: int, multiple: int, multiprocessors: int
 ) -> tuple[int, ...]:
-    if columns == 0:
-        return ()
-    # dX is read and written once a slice, 8 bytes each value, in units of a wave of depth 1.
-    fixed = EXPOSED * 8 * rows * hidden_size * _OPERATIONS_PER_BYTE / (2 * _TILE_AREA * multiprocessors)
+    # dX is read and written once a slice.
+    fixed = _read_and_write(rows * hidden_size, multiprocessors)
 
-    @functools.cache
     def cost(width: int) -> float:
-        return (
-            waves(rows, width, multiprocessors) * hidden_size
-            + waves(width, hidden_size, multiprocessors) * rows
-            + fixed
-        )
+        z, dw = waves(rows, width, multiprocessors), waves(width, hidden_size, multiprocessors)
+        return z * hidden_size + dw * rows + fixed
+
+    return _best(columns, widest, multiple, cost)
+
+
+@functools.lru_cache(maxsize=1024)
+def _best_blocks(
+    rows: int, hidden_size: int, columns: int, most: int, multiple: int, multiprocessors: int
+) -> tuple[int, ...]:
+    # dW is read and written once a block.
+    fixed = _read_and_write(columns * hidden_size, multiprocessors)
+
+    def cost(height: int) -> float:
+        z, dx = waves(height, columns, multiprocessors), waves(height, hidden_size, multiprocessors)
+        return z * hidden_size + dx * columns + fixed
+
+    return _best(rows, most, multiple, cost)
+
+
+def _read_and_write(elements: int, multiprocessors: int) -> float:
+    """An accumulation's exposed traffic, 8 bytes each float32 value, in units of a wave of depth 1."""
+    return EXPOSED * 8 * elements * _OPERATIONS_PER_BYTE / (2 * _TILE_AREA * multiprocessors)
+
+
+def _best(length: int, most: int, multiple: int, cost: Callable[[int], float]) -> tuple[int, ...]:
+    """Pieces of `length`, each at most `most`, of least cost in all."""
+    if length == 0:
+        return ()
+    cost = functools.cache(cost)
 
     def total(plan: tuple[int, int, tuple[int, ...]]) -> tuple[float, int, int]:
-        width, count, last = plan
-        slices = count + len(last)
-        # Among equals the fewest and then the most even slices.
-        return count * cost(width) + sum(map(cost, last)), slices, width
+        piece, count, last = plan
+        # Among equals the fewest and then the most even pieces.
+        return count * cost(piece) + sum(map(cost, last)), count + len(last), piece
 
-    # Half of `widest` and less need not be looked at: two such slices as one take no more waves. Where a few rows make
+    # Half of `most` and less need not be looked at: two such pieces as one take no more waves. Where a few rows make
     # slices very wide, there are many waves in each, and a coarser search finds as good a width in less than 1 ms.
-    step = multiple * _ceil(widest // 2 // multiple + 1, _CANDIDATES)
-    candidates = range(widest, widest // 2, -step)
-    width, count, last = min((_cut(columns, width, multiple) for width in candidates), key=total)
-    return (width,) * count + last
+    step = multiple * _ceil(most // 2 // multiple + 1, _CANDIDATES)
+    candidates = range(most, most // 2, -step)
+    piece, count, last = min((_cut(length, candidate, multiple) for candidate in candidates), key=total)
+    return (piece,) * count + last
 
 
-def _cut(columns: int, width: int, multiple: int) -> tuple[int, int, tuple[int, ...]]:
-    """(width, how many of that width, the widths after them); if the rest is small, the last two are about equal."""
-    count, rest = divmod(columns, width)
+def _cut(length: int, piece: int, multiple: int) -> tuple[int, int, tuple[int, ...]]:
+    """(piece, how many of that size, the pieces after them); if the rest is small, the last two are about equal."""
+    count, rest = divmod(length, piece)
     if rest == 0:
-        return width, count, ()
-    if 2 * rest >= width or count == 0:
-        return width, count, (rest,)
-    pair = width + rest
-    half = min(_ceil(_ceil(pair, 2), multiple) * multiple, width)
-    return width, count - 1, (half, pair - half)
+        return piece, count, ()
+    if 2 * rest >= piece or count == 0:
+        return piece, count, (rest,)
+    pair = piece + rest
+    half = min(_ceil(_ceil(pair, 2), multiple) * multiple, piece)
+    return piece, count - 1, (half, pair - half)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -162,6 +180,18 @@ def _groups(widths: tuple[int, ...], most: int) -> tuple[slice, ...]:
         found.append(slice(start, best[start][2]))
         start = best[start][2]
     return tuple(found)
+
+
+def _positive(**sizes: int) -> None:
+    if min(sizes.values()) < 1:
+        text = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"{text}: expected positive numbers.")
+
+
+def _whole_tiles(most: int) -> tuple[int, int]:
+    """(at most `most`, of what the pieces are multiples): of a tile's short side where that fits."""
+    multiple = _MULTIPLE if most >= _MULTIPLE else 1
+    return most // multiple * multiple, multiple
 
 
 def _ceil(length: int, piece: int) -> int:

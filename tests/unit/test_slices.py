@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from megatron_laser.ops.slices import group_slices, slice_widths, waste, waves
+from megatron_laser.ops.slices import group_slices, row_blocks, slice_widths, waste, waves
 
 MIB = 2**20
 
@@ -135,3 +135,14 @@ def test_groups_cover_every_slice_once_and_hold_no_more_than_asked() -> None:
         assert [i for group in groups for i in range(group.start, group.stop)] == list(range(len(widths)))
         for group in groups:
             assert sum(widths[group]) <= most or group.stop - group.start == 1
+
+
+def test_blocks_of_rows_are_whole_waves_too() -> None:
+    assert row_blocks(16384, 5120, 152064, most=4110, multiprocessors=132) == [4096] * 4
+    blocks = row_blocks(16384, 3584, 152064, most=4800, multiprocessors=132)
+
+    # dX [4096, 3584] is 3.4 waves and takes 4.
+    assert sum(blocks) == 16384 and max(blocks) <= 4800
+    assert sum(waves(block, 3584, 132) for block in blocks) < 4 * waves(4096, 3584, 132) == 16
+    assert row_blocks(5, 16, 40, most=2, multiprocessors=2) == [2, 2, 1]
+    assert row_blocks(0, 16, 40, most=2, multiprocessors=2) == []
