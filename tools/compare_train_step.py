@@ -120,12 +120,12 @@ def main() -> None:
     if arguments.worker is not None:
         run_worker(*json.loads(arguments.worker))
         return
-    trees = [tree.resolve() for tree in arguments.trees]
-    if (
-        len(trees) != 2
-        or not all((tree / "megatron_laser").is_dir() for tree in trees)
-        or arguments.rounds < 1
-    ):
+    trees = [
+        os.pathsep.join(str(Path(folder).resolve()) for folder in tree.split(os.pathsep))
+        for tree in arguments.trees
+    ]
+    whole = all((Path(tree.split(os.pathsep)[0]) / "megatron_laser").is_dir() for tree in trees)
+    if len(trees) != 2 or not whole or arguments.rounds < 1:
         parser.error("expected two checkouts, OLD_TREE and NEW_TREE, each with a folder megatron_laser")
     sys.path.insert(0, str(ROOT))
     from megatron_laser.benchmarks.measure import median_ratio
