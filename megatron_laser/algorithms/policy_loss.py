@@ -25,13 +25,23 @@ _LARGEST_LOG_RATIO = 20.0
 class PolicyLoss(NamedTuple):
     """`loss` is the sum over rows of loss times weight, and alone has a gradient.
 
-    The others are plain float64 sums over rows, whatever the weights: divided by the number of rows of the batch they
-    are token means, which say the same under every aggregation.
+    `clipped` and `approx_kl` are plain float64 sums over rows, whatever the weights: divided by the number of rows of
+    the batch they are token means, which say the same under every aggregation. They are computed when asked for.
     """
 
     loss: Tensor
-    clipped: Tensor  # rows where a clip, dual clip included, replaced the plain objective
-    approx_kl: Tensor  # k3 estimate of KL(old || current), never negative
+    is_clipped: Tensor  # [rows] bool: a clip, dual clip included, replaced the plain objective
+    log_ratio: Tensor  # [rows], log pi - log pi_old, bounded
+
+    @property
+    def clipped(self) -> Tensor:
+        """How many rows are clipped."""
+        return self.is_clipped.sum(dtype=torch.float64)
+
+    @property
+    def approx_kl(self) -> Tensor:
+        """k3 estimate of KL(old || current), never negative."""
+        return (torch.expm1(self.log_ratio) - self.log_ratio).sum(dtype=torch.float64)
 
 
 def policy_loss(
@@ -97,10 +107,7 @@ def policy_loss(
         row_loss = torch.where(beyond, bound, row_loss)
         is_clipped = is_clipped | beyond
 
-    with torch.no_grad():
-        clipped = is_clipped.sum(dtype=torch.float64)
-        approx_kl = (torch.expm1(log_ratio) - log_ratio).sum(dtype=torch.float64)
-    return PolicyLoss((loss_weights * row_loss).sum(), clipped, approx_kl)
+    return PolicyLoss((loss_weights * row_loss).sum(), is_clipped, log_ratio.detach())
 
 
 def sequence_token_weights(

@@ -7,9 +7,11 @@ as the successor; `megatron_patches.py` changes one of its rotary functions. Rea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -29,22 +31,36 @@ from megatron_laser.model.torch_layers import PackedSdpaAttention, RMSNorm
 from megatron_laser.model.transformer_engine import clear_backend_variables
 from megatron_laser.ops import add_weight_gradient_to_main_grad, few_row_logprob, linear_logprob
 
+# log-probs [m] and entropies [m] (or None) of labelled rows `slice` -> their part of the loss, a sum over rows
+RowLoss = Callable[[torch.Tensor, torch.Tensor | None, slice], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class HeadInputs:
     """The labelled rows of one packed micro-batch.
 
-    rows [labelled] int64: positions in the packed token order; labels [labelled] int64: global token ids;
-    inv_temperature [labelled] float32. `few_rows` uses the no-gradient op for a handful of rows. Entropies have a
-    gradient only with `entropy_gradient`: without it the backward leaves out their part of every logit's gradient.
+    rows [labelled] int64: positions in the packed token order, not decreasing; positions: the same on the host, if
+    known. labels [labelled] int64: global token ids; inv_temperature [labelled] float32. `few_rows` uses the
+    no-gradient op for a handful of rows. Entropies have a gradient only with `entropy_gradient`: without it the
+    backward leaves out their part of every logit's gradient. `loss`: what the output will be differentiated for,
+    exactly: with it the op may make gradients in its forward, where memory is short.
     """
 
     rows: torch.Tensor
     labels: torch.Tensor
     inv_temperature: torch.Tensor
+    positions: np.ndarray | None = None
     with_entropy: bool = False
     entropy_gradient: bool = False
     few_rows: bool = False
+    loss: RowLoss | None = None
+
+    def own_rows(self, tokens: int, rank: int) -> tuple[int, int] | None:
+        """(first, last): rows[first:last] lie in the `tokens` positions of sequence-parallel rank `rank`."""
+        if self.positions is None:
+            return None
+        first, last = np.searchsorted(self.positions, (rank * tokens, (rank + 1) * tokens)).tolist()
+        return first, last
 
 
 def log_prob_head(

@@ -7,19 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from megatron_laser.model.policy_model import HeadInputs
+from megatron_laser.model.policy_model import HeadInputs, RowLoss
 from megatron_laser.trainer.policy import Chunks, Policy
 from megatron_laser.trainer.step_data import MicroBatch
 
-# output [1 or 2, rows] of the head -> (scalar loss, named float64 sums)
-LossFunction = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+class LossFunction(Protocol):
+    """The loss of a micro-batch: of all labelled rows, and of any block of them."""
+
+    def __call__(
+        self, micro_batch: MicroBatch, output: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Output [1 or 2, rows] of the head -> (scalar loss, named float64 sums)."""
+
+    def row_loss(self, micro_batch: MicroBatch) -> RowLoss:
+        """The same loss without the sums, in parts: its gradients are those of the whole."""
+
 
 TOTAL, NORM = "total_loss", "grad_norm"
 #: What is looked at; a step is skipped when TOTAL or NORM is not finite, the others say why.
@@ -110,7 +120,10 @@ def run_forward_backward(
             # A zero count: the loss is complete, nothing is divided by Megatron.
             return value, torch.zeros((), dtype=torch.int, device=output.device), sums
 
-        return _call(model, micro_batch, micro_batch.head), loss
+        # Megatron hands the loss's gradient on as it is: nothing is divided (a zero count, `calculate_per_token_loss`)
+        # and the scale of losses is 1 without fp16. So the head may work with `row_loss`'s gradients already.
+        head = replace(micro_batch.head, loss=loss_function.row_loss(micro_batch))
+        return _call(model, micro_batch, head), loss
 
     return _run(chunks, micro_batches, step, forward_only=False)
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from megatron_laser.algorithms.kl import kl_penalty, mismatch
-from megatron_laser.algorithms.policy_loss import importance_outside, importance_weights, policy_loss
+from megatron_laser.algorithms.policy_loss import (
+    PolicyLoss,
+    importance_outside,
+    importance_weights,
+    policy_loss,
+)
 from megatron_laser.algorithms.self_reward import self_reward_loss, self_reward_scores
 from megatron_laser.config.schema.root import RunConfig
-from megatron_laser.trainer.step_data import MicroBatch, MiniBatch
+from megatron_laser.model.policy_model import RowLoss
+from megatron_laser.trainer.step_data import LabelledRows, MiniBatch
 from megatron_laser.trainer.step_metrics import ROWS_KEY
 
 
@@ -24,6 +31,21 @@ class SampleTensors:
     advantages: torch.Tensor
     rewards: torch.Tensor
     reference_zc_logprobs: torch.Tensor
+
+
+class _Terms(NamedTuple):
+    """The loss of some labelled rows and what it was made of; what the configuration does not ask for is None.
+
+    total, kl, self_reward: scalars with a gradient. outside [policy rows] bool: the importance mask. row_kl
+    [policy rows].
+    """
+
+    total: torch.Tensor
+    policy: PolicyLoss
+    outside: torch.Tensor | None
+    kl: torch.Tensor | None
+    row_kl: torch.Tensor | None
+    self_reward: torch.Tensor | None
 
 
 class TrainLoss:
@@ -47,81 +69,110 @@ class TrainLoss:
         self._compares_with_engine = compares_with_engine
 
     def __call__(
-        self, micro_batch: MicroBatch, output: torch.Tensor
+        self, micro_batch: LabelledRows, output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and detached sums (see `step_metrics`) from the head's output [1 or 2, rows]."""
-        logprobs = output[0].index_select(0, micro_batch.policy_rows)
-        weights = self._minibatch.token_weights[micro_batch.policy_sample]
-        total, sums = self._policy_terms(micro_batch, logprobs, weights)
-        if output.shape[0] > 1:
-            entropies = output[1].index_select(0, micro_batch.policy_rows)
-            sums["entropy"] = entropies.sum(dtype=torch.float64)
-            if self._policy.entropy_coefficient != 0.0:
-                total = total - self._policy.entropy_coefficient * (weights * entropies).sum()
-        if len(micro_batch.score_rows) or self._with_self_reward:
-            zc_logprobs = output[0].index_select(0, micro_batch.score_rows)
-            self_reward = self._self_reward(micro_batch, zc_logprobs)
-            if self._with_self_reward:
-                sums["self_reward_loss"] = self_reward
-                total = total + self._laser.alpha * self_reward
-            else:
-                sums["self_reward_error"] = self_reward
-        sums["total_loss"] = total
+        logprobs, entropies = output[0], output[1] if len(output) > 1 else None
+        terms = self._terms(micro_batch, logprobs, entropies)
+        with torch.no_grad():
+            sums = self._sums(micro_batch, logprobs, entropies, terms)
         # Every output row stays in the graph, so that each parameter gets a gradient on every micro-batch.
-        total = total + 0.0 * output[0].sum()
-        return total, {name: value.detach().double() for name, value in sums.items()}
+        return terms.total + 0.0 * logprobs.sum(), {name: value.double() for name, value in sums.items()}
 
-    def _policy_terms(
-        self, micro_batch: MicroBatch, logprobs: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def row_loss(self, micro_batch: LabelledRows) -> RowLoss:
+        """The loss of a block of the micro-batch's labelled rows, for the log-prob op.
+
+        Every term is a sum over rows divided by counts of the global batch: the losses of blocks add up to that of the
+        micro-batch, and a row's gradient does not depend on the block that it is in.
+        """
+
+        def loss(logprobs: torch.Tensor, entropies: torch.Tensor | None, rows: slice) -> torch.Tensor:
+            return self._terms(micro_batch.block(rows), logprobs, entropies).total
+
+        return loss
+
+    def _terms(
+        self, rows: LabelledRows, all_logprobs: torch.Tensor, all_entropies: torch.Tensor | None
+    ) -> _Terms:
+        """The loss of labelled rows, both kinds in order: log-probs and entropies are [rows]."""
         policy = self._policy
-        old = logprobs.detach() if micro_batch.old_logprobs is None else micro_batch.old_logprobs
-        sums = {ROWS_KEY: weights.new_tensor(weights.numel(), dtype=torch.float64)}
-        importance = None
+        logprobs = all_logprobs.index_select(0, rows.policy_rows)
+        weights = self._minibatch.token_weights[rows.policy_sample]
+        old = logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs
+        importance = outside = None
         if policy.importance_cap is not None:
-            importance = importance_weights(old, micro_batch.rollout_logprobs, policy.importance_cap)
+            importance = importance_weights(old, rows.rollout_logprobs, policy.importance_cap)
         if policy.importance_mask is not None:
-            outside = importance_outside(old, micro_batch.rollout_logprobs, policy.importance_mask)
+            outside = importance_outside(old, rows.rollout_logprobs, policy.importance_mask)
             importance = torch.ones_like(weights) if importance is None else importance
             importance = torch.where(outside, 0.0, importance)
-            sums["importance_masked_fraction"] = outside.sum()
-        terms = policy_loss(
+        clipped = policy_loss(
             logprobs,
             old,
-            self._samples.advantages[micro_batch.policy_sample],
+            self._samples.advantages[rows.policy_sample],
             weights,
             clip_low=policy.clip_low,
             clip_high=policy.clip_high,
             dual_clip=policy.dual_clip,
             importance_weights=importance,
         )
-        sums |= {
-            "policy_loss": terms.loss,
-            "clip_fraction": terms.clipped,
-            "approx_kl": terms.approx_kl,
+        total = clipped.loss
+        row_kl = kl = self_reward = None
+        if rows.reference_logprobs is not None and policy.kl_coefficient != 0.0:
+            row_kl = kl_penalty(logprobs, rows.reference_logprobs, policy.kl_estimator)
+            kl = (weights * row_kl).sum()
+            total = total + policy.kl_coefficient * kl
+        if all_entropies is not None and policy.entropy_coefficient != 0.0:
+            entropies = all_entropies.index_select(0, rows.policy_rows)
+            total = total - policy.entropy_coefficient * (weights * entropies).sum()
+        if self._with_self_reward:
+            self_reward = self._self_reward(rows, all_logprobs)
+            total = total + self._laser.alpha * self_reward
+        return _Terms(total, clipped, outside, kl, row_kl, self_reward)
+
+    def _sums(
+        self,
+        rows: LabelledRows,
+        all_logprobs: torch.Tensor,
+        all_entropies: torch.Tensor | None,
+        terms: _Terms,
+    ) -> dict[str, torch.Tensor]:
+        """What is reported: the terms of the loss, and plain sums over rows, which the loss does not need."""
+        logprobs = all_logprobs.index_select(0, rows.policy_rows)
+        sums = {
+            ROWS_KEY: logprobs.new_tensor(logprobs.numel(), dtype=torch.float64),
+            "total_loss": terms.total,
+            "policy_loss": terms.policy.loss,
+            "clip_fraction": terms.policy.clipped,
+            "approx_kl": terms.policy.approx_kl,
         }
+        if terms.outside is not None:
+            sums["importance_masked_fraction"] = terms.outside.sum()
         if self._compares_with_engine:
-            trainer_logprobs = logprobs if policy.old_logprobs == "rollout" else old
-            difference = mismatch(trainer_logprobs, micro_batch.rollout_logprobs)
+            recomputed = self._policy.old_logprobs != "rollout" and rows.old_logprobs is not None
+            difference = mismatch(rows.old_logprobs if recomputed else logprobs, rows.rollout_logprobs)
             sums["mismatch_count"] = difference.count
             sums["mismatch_sum"] = difference.diff_sum
             sums["mismatch_k3"] = difference.k3_sum
             sums["max_mismatch"] = difference.diff_max
-        total = terms.loss
-        if micro_batch.reference_logprobs is not None and policy.kl_coefficient != 0.0:
-            row_kl = kl_penalty(logprobs, micro_batch.reference_logprobs, policy.kl_estimator)
-            kl = (weights * row_kl).sum()
-            sums["kl_loss"] = kl
-            sums["reference_kl"] = row_kl.sum(dtype=torch.float64)
-            total = total + policy.kl_coefficient * kl
-        return total, sums
+        if terms.kl is not None and terms.row_kl is not None:
+            sums["kl_loss"] = terms.kl
+            sums["reference_kl"] = terms.row_kl.sum(dtype=torch.float64)
+        if all_entropies is not None:
+            sums["entropy"] = all_entropies.index_select(0, rows.policy_rows).sum(dtype=torch.float64)
+        if terms.self_reward is not None:
+            sums["self_reward_loss"] = terms.self_reward
+        elif len(rows.score_rows):
+            sums["self_reward_error"] = self._self_reward(rows, all_logprobs)
+        return {name: value.detach() for name, value in sums.items()}
 
-    def _self_reward(self, micro_batch: MicroBatch, zc_logprobs: torch.Tensor) -> torch.Tensor:
+    def _self_reward(self, rows: LabelledRows, all_logprobs: torch.Tensor) -> torch.Tensor:
         laser = self._laser
-        reference = self._samples.reference_zc_logprobs[micro_batch.score_sample]
+        zc_logprobs = all_logprobs.index_select(0, rows.score_rows)
+        reference = self._samples.reference_zc_logprobs[rows.score_sample]
         return self_reward_loss(
             self_reward_scores(zc_logprobs, ref_logprob=reference, beta=laser.beta),
-            self._samples.rewards[micro_batch.score_sample],
+            self._samples.rewards[rows.score_sample],
             class_weights=self._minibatch.class_weights,
             num_scored=self._minibatch.num_scored,
             targets=laser.targets,

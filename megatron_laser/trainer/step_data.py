@@ -20,19 +20,16 @@ from megatron_laser.model import platform
 from megatron_laser.model.policy_model import HeadInputs
 
 
-@dataclass
-class MicroBatch:
-    """Model inputs [1, tokens] and per labelled row [rows] tensors, all on the device.
+@dataclass(kw_only=True)
+class LabelledRows:
+    """What the loss knows about consecutive labelled rows; tensors are on the device.
 
-    is_score marks the EOS rows labelled z_c; `policy_rows` and `score_rows` are the positions of both kinds.
-    policy_sample and score_sample int64 are sample indexes in the rollout batch. The log-prob tensors are per
-    policy row and are filled in as they become known.
+    policy_rows, score_rows: the positions among them, increasing, of the response tokens' rows and of the EOS rows
+    labelled z_c; every row is one or the other. policy_sample and score_sample int64: sample indexes in the rollout
+    batch. The log-prob tensors are per policy row and are filled in as they become known.
+    policy_counts [rows + 1], on the host: how many of the first 0, 1, .. rows are policy rows.
     """
 
-    tokens: torch.Tensor
-    position_ids: torch.Tensor
-    packed: PackedSeqParams
-    head: HeadInputs
     policy_rows: torch.Tensor
     score_rows: torch.Tensor
     policy_sample: torch.Tensor
@@ -40,6 +37,32 @@ class MicroBatch:
     rollout_logprobs: torch.Tensor
     old_logprobs: torch.Tensor | None = None
     reference_logprobs: torch.Tensor | None = None
+    policy_counts: np.ndarray
+
+    def block(self, rows: slice) -> LabelledRows:
+        """Rows [rows.start, rows.stop) alone: views, but for the shifted positions, and no wait for the device."""
+        first, last = int(self.policy_counts[rows.start]), int(self.policy_counts[rows.stop])
+        policy, score = slice(first, last), slice(rows.start - first, rows.stop - last)
+        return LabelledRows(
+            policy_rows=self.policy_rows[policy] - rows.start,
+            score_rows=self.score_rows[score] - rows.start,
+            policy_sample=self.policy_sample[policy],
+            score_sample=self.score_sample[score],
+            rollout_logprobs=self.rollout_logprobs[policy],
+            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[policy],
+            reference_logprobs=None if self.reference_logprobs is None else self.reference_logprobs[policy],
+            policy_counts=self.policy_counts[rows.start : rows.stop + 1] - first,
+        )
+
+
+@dataclass(kw_only=True)
+class MicroBatch(LabelledRows):
+    """Model inputs [1, tokens] on the device, and the micro-batch's labelled rows."""
+
+    tokens: torch.Tensor
+    position_ids: torch.Tensor
+    packed: PackedSeqParams
+    head: HeadInputs
 
     def without_entropy(self) -> HeadInputs:
         """Head inputs for all labelled rows, log-probs only."""
@@ -206,6 +229,7 @@ def make_micro_batch(
         ),
         head=HeadInputs(
             rows=put(packed.row_index, torch.int64),
+            positions=packed.row_index,
             labels=put(packed.labels, torch.int64),
             inv_temperature=put(packed.inv_temperature, torch.float32),
             with_entropy=True,
@@ -216,6 +240,7 @@ def make_micro_batch(
         policy_sample=put(packed.sample_index[policy], torch.int64),
         score_sample=put(packed.sample_index[packed.is_score], torch.int64),
         rollout_logprobs=put(_rollout_logprobs(flat, packed, policy), torch.float32),
+        policy_counts=np.concatenate(([0], np.cumsum(policy))),
     )
 
 
