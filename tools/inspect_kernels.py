@@ -59,9 +59,10 @@ class Report:
 
 def triton_kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int], bool]]:
     """(variant, kernel, types of arguments, constants, launch options, has a product), at the production tiles."""
+    from megatron_laser.ops import IGNORE_LABEL
     from megatron_laser.ops.triton import few_rows as triton_few_rows
     from megatron_laser.ops.triton import fused as triton_fused
-    from megatron_laser.ops.triton import tile_kernels
+    from megatron_laser.ops.triton import merge, tile_kernels
 
     pointers = {"labels": "*i64", "kept": "*bf16"}
     options = {"num_warps": tile_kernels.WARPS}
@@ -98,7 +99,15 @@ def triton_kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any],
         types = _descriptors(few.rows, few.columns, few.depth)
         options_of_tile = {"num_warps": few.warps, "num_stages": few.stages}
         yield f"{few.rows} rows", triton_few_rows.few_row_statistics, types, constants, options_of_tile, True
-    yield "", triton_few_rows.merge_partials, {}, {"PROGRAMS": 256}, {}, False
+    for parts in (8, 256):  # ranks, programs
+        constants = dict(zip(("PARTS", "ROWS"), merge.block_of(parts)))
+        for entropy in (False, True):
+            variant = _words(**{f"{parts} parts": True, "entropy": entropy})
+            yield variant, merge.merge_partials, {}, constants | {"ENTROPY": entropy}, {}, False
+        constants |= {"NO_LABEL": IGNORE_LABEL}
+        yield f"{parts} parts", merge.finish_partials, {"labels": "*i64"}, constants, {}, False
+    types = {"hidden": "*bf16", "positions": "*i64", "out": "*bf16", "nothing": "fp32"}
+    yield "", merge.pick_rows, types, {"WIDTH": merge.WIDTH}, {}, False
 
 
 def _words(**flags: bool) -> str:
@@ -124,7 +133,8 @@ SIZES = (
         "rows",
         "hidden_size",
     ),
-    *("column_tiles", "row_blocks", "splits", "tiles_per_split", "programs"),
+    *("column_tiles", "row_blocks", "splits", "tiles_per_split"),
+    *("parts", "field_stride", "part_stride", "vocab_size", "first", "tokens", "all_tokens", "stride"),
 )
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_laser.ops import torch_backend
 from megatron_laser.ops.collectives import group_size
 from megatron_laser.ops.device import kernels_refuse
+from megatron_laser.ops.few_rows import check_rows
 from megatron_laser.ops.types import LogProbs
 
 
@@ -81,17 +82,37 @@ def few_row_logprob(
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
+    rows: torch.Tensor | None = None,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Log-prob of one label per row at temperature 1, without gradient, for few rows (the EOS rows).
 
-    Arguments and errors as in `linear_logprob`; returns [rows] float32 (float64 for float64 inputs).
+    Args:
+        rows: [n] int64 positions in `hidden`, with `sequence_parallel` in the rows of all ranks in rank order; the same
+            on every rank. None: every row once, then n is their number.
+        sequence_parallel: `hidden` is this rank's equal-length shard of the rows. With `rows` the others are not
+            gathered: only the n rows travel.
+
+    Other arguments and errors as in `linear_logprob`; labels and result are [n], the result float32 (float64
+    for float64 inputs).
+
+    Raises:
+        ValueError: also for `rows` of another shape, dtype or device, or on a CPU with positions outside `hidden`; on a
+            CUDA device such a position under sequence parallelism gives NaN.
     """
-    _check(hidden, weight, labels, hidden.shape[0], vocab_size, tp_group)
+    count = check_rows(hidden, rows, tp_group, sequence_parallel)
+    _check(hidden, weight, labels, count, vocab_size, tp_group)
     return resolve_backend(backend, hidden.device).few_row_logprob(
-        hidden, weight, labels, vocab_size=vocab_size, tp_group=tp_group
+        hidden,
+        weight,
+        labels,
+        rows=rows,
+        vocab_size=vocab_size,
+        tp_group=tp_group,
+        sequence_parallel=sequence_parallel,
     )
 
 

@@ -199,20 +199,3 @@ def apply(
     options = Options(engine, shard, tp_group, sequence_parallel, with_entropy, for_backward)
     # Kernels walk over per-row tensors without strides.
     return LogProbs(*LinearLogProb.apply(hidden, weight, labels.contiguous(), inv_temperature, options))
-
-
-def without_gradient(
-    engine: Reducer,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    vocab_size: int | None,
-    tp_group: dist.ProcessGroup | None,
-) -> torch.Tensor:
-    """Log-probs [rows] at temperature 1 from an engine's statistics alone."""
-    shard = vocabulary_shard(weight, vocab_size, tp_group)
-    labels = labels.contiguous()
-    problem = Problem(GatheredRows(hidden, None), weight, labels, 1.0, shard, False)
-    local, _ = engine.statistics(problem, for_backward=False)
-    return finish(reduced(local, tp_group), labels, shard)[0]

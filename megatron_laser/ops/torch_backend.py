@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_laser.ops.autograd import HiddenGradient, Problem, Upstream, apply, without_gradient
+from megatron_laser.ops.autograd import HiddenGradient, Problem, Upstream, apply
+from megatron_laser.ops.few_rows import without_gradient
 from megatron_laser.ops.statistics import Statistics, no_columns
 from megatron_laser.ops.tiles import (
     accumulation_dtype,
@@ -54,13 +55,22 @@ def few_row_logprob(
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
+    rows: torch.Tensor | None = None,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     tile_bytes: int = LOGITS_TILE_BYTES,
 ) -> torch.Tensor:
     """`megatron_laser.ops.few_row_logprob` for checked arguments."""
     return without_gradient(
-        TorchEngine(tile_bytes), hidden, weight, labels, vocab_size=vocab_size, tp_group=tp_group
+        TorchEngine(tile_bytes),
+        hidden,
+        weight,
+        labels,
+        rows=rows,
+        vocab_size=vocab_size,
+        tp_group=tp_group,
+        sequence_parallel=sequence_parallel,
     )
 
 

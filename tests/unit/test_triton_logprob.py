@@ -193,20 +193,6 @@ def test_two_vocabulary_shards_merge_to_the_whole(engine):
     torch.testing.assert_close(entropy.double(), expected[1], atol=1e-5, rtol=1e-6)
 
 
-def test_few_rows_leave_labels_of_another_shard_alone():
-    hidden, weight, _ = inputs(rows=8, columns=80)
-    labels = torch.arange(36, 44)  # both sides of the cut, within one tile of it
-    logits = hidden.double() @ weight.double().T
-    for first in (0, 40):
-        problem = Problem(
-            GatheredRows(hidden, None), weight[first : first + 40], labels, 1.0, Shard(first, 40, 80), False
-        )
-        found = FEW_ROWS.statistics(problem, for_backward=False)[0].label_logit.double()
-        own = (labels >= first) & (labels < first + 40)
-        expected = logits.gather(1, labels.unsqueeze(1)).squeeze(1) * own
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
-
-
 def test_gradcheck_in_float64():
     hidden, weight, labels = inputs(rows=3, hidden_size=2, columns=6, dtype=torch.float64)
     labels.clamp_(max=4)
@@ -320,30 +306,6 @@ def test_two_calls_are_bitwise_equal(engine):
         for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip([*first[0], *first[1:]], [*second[0], *second[1:]]))
-
-
-@pytest.mark.parametrize("rows", [1, 16, 40])
-@pytest.mark.parametrize("columns", [1, 33, 300])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_few_rows_match_float64(rows, columns, dtype):
-    hidden, weight, labels = inputs(rows, 48, columns, dtype)
-    actual = gpu_backend.few_row_logprob(hidden, weight, labels, engine=FEW_ROWS)
-    expected = reference(hidden, weight, labels)[0]
-    assert actual.dtype == torch.float32 and not actual.requires_grad
-    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-6)
-
-
-def test_few_rows_mask_the_padding_and_survive_a_shift():
-    hidden, weight, labels = inputs(12, 16, 90)
-    weight[70:] *= 100
-    labels.clamp_(max=69)
-    hidden = torch.cat([hidden, torch.full((12, 8), -25.0)], dim=1)
-    weight = torch.cat([weight, torch.ones(90, 8)], dim=1)
-    actual = gpu_backend.few_row_logprob(hidden, weight, labels, vocab_size=70, engine=FEW_ROWS)
-    expected = reference(hidden, weight, labels, vocab_size=70)[0]
-    torch.testing.assert_close(
-        actual.double(), expected, atol=6e-5, rtol=1e-6
-    )  # logits of 200 have ulp 1.5e-5
 
 
 def test_the_public_calls_take_the_backend_by_name_only():

@@ -7,12 +7,10 @@ import functools
 
 import torch
 
-from megatron_laser.ops.autograd import Problem
 from megatron_laser.ops.cuda.build import BuildError, built_kernel
 from megatron_laser.ops.cuda.driver import DriverError, Function, Module, TensorMap
 from megatron_laser.ops.device import capability, multiprocessors
-from megatron_laser.ops.statistics import Statistics, no_columns
-from megatron_laser.ops.tiles import accumulation_dtype
+from megatron_laser.ops.few_rows import FewRows
 
 MAX_ROWS = 128
 # The constants of the source: tile of the weight, threads of a program, and per number of rows the shared memory.
@@ -63,28 +61,23 @@ def _function(device: torch.device, rows: int) -> Function:
 
 
 class CudaFewRowEngine:
-    """A `Reducer` for inputs that `refuses` does not refuse; there is no backward."""
+    """A `FewRowReducer` for inputs that `refuses` does not refuse."""
 
-    def statistics(self, problem: Problem, *, for_backward: bool) -> tuple[Statistics, None]:
-        """See `Reducer`. The inverse temperature must be 1."""
-        # Here and not above: the merge kernel needs triton, this module is looked at without it.
-        from megatron_laser.ops.triton.few_rows import merge
-
-        hidden, shard = problem.rows.all(), problem.shard
+    def partials(self, problem: FewRows) -> torch.Tensor:
+        """See `FewRowReducer`."""
+        hidden, weight, labels, shard = problem
         rows, hidden_size = hidden.shape
-        if rows == 0 or shard.columns == 0:
-            return no_columns(rows, accumulation_dtype(hidden), hidden.device, False), None
         size = next(size for size in ROWS if size >= rows)
         column_tiles = -(-shard.columns // TILE_COLUMNS)
         programs = min(column_tiles, multiprocessors(hidden.device))
-        partials = torch.empty(3, programs, rows, dtype=torch.float32, device=hidden.device)
+        partials = torch.empty((3, programs, rows), dtype=torch.float32, device=hidden.device)
         _function(hidden.device, size).launch(
             (1, programs),
             THREADS,
             hidden.device,
             TensorMap(hidden, size, DEPTH),
-            TensorMap(problem.weight, TILE_COLUMNS, DEPTH),
-            ctypes.c_void_p(problem.labels.data_ptr()),
+            TensorMap(weight, TILE_COLUMNS, DEPTH),
+            ctypes.c_void_p(labels.data_ptr()),
             ctypes.c_void_p(partials.data_ptr()),
             ctypes.c_int(rows),
             ctypes.c_int(shard.columns),
@@ -92,5 +85,4 @@ class CudaFewRowEngine:
             ctypes.c_longlong(shard.first),
             ctypes.c_int(column_tiles),
         )
-        maximum, total, label_logit = merge(partials).unbind()
-        return Statistics(maximum, total, label_logit, None), None
+        return partials
