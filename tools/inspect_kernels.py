@@ -4,7 +4,7 @@
     python tools/inspect_kernels.py --json     one JSON list
 
 Triton's kernels are compiled at their production tiles for sm_90, with Triton's own ptxas and disassembler; the CUDA
-C++ kernel for sm_90a with nvcc, or NVRTC where there is none. Exit status 1 if a kernel breaks a rule: no spills, at
+C++ kernels for sm_90a with nvcc, or NVRTC where there is none. Exit status 1 if a kernel breaks a rule: no spills, at
 most 227 KB of shared memory, and in kernels with a product wgmma (no mma.sync) fed by the copy engine (TMA).
 """
 
@@ -178,25 +178,25 @@ def inspect_triton() -> Iterator[Report]:
 def inspect_cuda() -> Iterator[Report]:
     """One report per CUDA C++ kernel. Raises BuildError without a compiler."""
     from megatron_laser.ops.cuda.build import compile_kernel
-    from megatron_laser.ops.cuda.few_rows import ROWS, shared_bytes
+    from megatron_laser.ops.cuda.plan import every_plan
 
     with tempfile.TemporaryDirectory() as scratch:
         cubin = Path(scratch) / "kernel.cubin"
         messages = compile_kernel(cubin)
         instructions = _tool("cuobjdump", "-sass", str(cubin))
-    for rows in ROWS:
-        name = f"few_row_logprob_{rows}"
+    for plan in every_plan():
+        name = plan.name
         used = messages.split(f"Function properties for {name}\n")[1]
         body = re.split(r"Function : ", instructions.split(f"Function : {name}\n")[1])[0]
         stack = sum(
             int(number) for number in re.findall(r"(\d+) bytes (?:stack|spill)", used.split("Used")[0])
         )
         yield Report(
-            "few_row_logprob (CUDA)",
-            f"{rows} rows",
+            "few_row_pairs (CUDA)" if plan.pairs else "few_row_logprob (CUDA)",
+            f"{plan.rows} rows" + (f", {plan.columns} columns" if plan.pairs else ""),
             True,
             _number(r"Used (\d+) registers", used),
-            shared_bytes(rows),
+            plan.shared_bytes,
             stack,
             len(re.findall(r"\bHGMMA\b", body)),
             len(re.findall(r"\bHMMA\b", body)),
