@@ -33,12 +33,12 @@ class Rule(NamedTuple):
     source: str
 
 
-# Per logit, one product costs 2 H operations and the logits of the chunks 8 bytes (written, read once): both are the same
-# for any number of rows. With H = 5120 on an H200 (790 TFLOP/s, 4.3 TB/s) that is 13.0 + 2.1 ps, and cuBLAS's float32
-# output adds 2 %: chunks take 1.12 to 1.16 of the product. The fused kernel writes no logits, but it has no multicast, so
-# its tiles come out of L2 at 7 to 8 TB/s, and its softmax follows each tile in the same warps: 560 to 620 TFLOP/s, 1.27 to
-# 1.4 of the product. Only the weight's read depends on the rows: 2 H bytes a column, as long as the products of 180
-# rows. Up to there every implementation waits for it, the fused one in one launch and without the logits' traffic on top.
+# Per logit, one product costs 2 H operations and the logits of the chunks 8 bytes (written, read once): both are the
+# same for any number of rows. With H = 5120 on an H200 (790 TFLOP/s, 4.3 TB/s) that is 13.0 + 2.1 ps, and cuBLAS's
+# float32 output adds 2 %: chunks take 1.12 to 1.16 of the product. The fused kernel writes no logits, but it has no
+# multicast, so its tiles come out of L2 at 7 to 8 TB/s, and its softmax follows each tile in the same warps: 560 to 620
+# TFLOP/s, 1.27 to 1.4 of the product. Only the weight's read depends on the rows: 2 H bytes a column, as long as the
+# products of 180 rows. Up to there everyone waits for it, the fused kernel in one launch and without logits.
 # Predicted, not measured; the first GPU hour's `kernels` stage times both sides of the rule.
 FORWARD_RULES = (
     Rule(

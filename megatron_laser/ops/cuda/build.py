@@ -91,8 +91,8 @@ def compile_kernel(target: Path) -> str:
     except NvrtcError as error:
         failures.append(str(error))
     raise BuildError(
-        f"The CUDA C++ kernels cannot be compiled: {'; '.join(failures)}. Install the CUDA toolkit 12.3 or newer or the "
-        "Python package nvidia-cuda-nvrtc, or build elsewhere with tools/build_kernels.sh and copy its file into "
+        f"The CUDA C++ kernels cannot be compiled: {'; '.join(failures)}. Install the CUDA toolkit 12.3 or newer or "
+        "the Python package nvidia-cuda-nvrtc, or build elsewhere with tools/build_kernels.sh and copy its file into "
         f"{cache_folder()}; until then the Triton kernel is used"
     )
 

@@ -41,8 +41,8 @@ def _call(name: str, *arguments: object) -> None:
 class TensorMap:
     """A bfloat16 matrix [rows, columns] for the copy engine, in boxes of [box_rows, box_columns], 128-byte swizzle.
 
-    Kernels take it by value. It is made of an address and sizes alone, so it is right for whatever matrix of these sizes
-    lies there.
+    Kernels take it by value. It is made of an address and sizes alone, so it is right for whatever matrix of these
+    sizes lies there.
     """
 
     def __init__(

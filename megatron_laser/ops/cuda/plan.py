@@ -4,9 +4,9 @@ Tiles of the weight go round by round to the multiprocessors. A round lasts as l
 weight from memory (one multiprocessor alone takes in a limited rate), the weight and the hidden rows out of L2, the
 products. The last round is shorter where fewer tiles are left, but no multiprocessor gets faster then.
 
-The weight-left form (few_row_logprob.cu) has tiles of 256 columns: 75 for a shard of 19008, so 57 of 132 multiprocessors
-idle, and 128 rows take 56 us of products where reading the shard takes 45. The pairs (few_row_pairs.cu) cut it into
-132 x 144: 31 us of products. Without pairs each multiprocessor would read all hidden rows, 368 MB in all, out of L2;
+The weight-left form (few_row_logprob.cu) has tiles of 256 columns: 75 for a shard of 19008, so 57 of 132
+multiprocessors idle, and 128 rows take 56 us of products where reading the shard takes 45. The pairs
+(few_row_pairs.cu) cut it into 132 x 144: 31 us of products. Without pairs each multiprocessor would read all hidden rows, 368 MB in all, out of L2;
 pairs halve the hidden rows' part.
 """
 
@@ -18,8 +18,8 @@ from typing import NamedTuple
 WEIGHT_LEFT_ROWS, WEIGHT_LEFT_COLUMNS = (16, 32, 64, 128), 256
 PAIR_ROWS, PAIR_COLUMNS = (64, 128), (96, 128, 144, 192, 256)
 MAX_ROWS = 128
-# An H200: bytes and operations per second. L2's rate is what products without multicast are seen to need at 600 TFLOP/s;
-# the rate of one multiprocessor is its copy engine's with the ring full. Predictions, all of them.
+# An H200: bytes and operations per second. L2's rate is what products without multicast are seen to need at 600
+# TFLOP/s; the rate of one multiprocessor is its copy engine's with the ring full. Predictions, all of them.
 MEMORY, L2, ONE_MULTIPROCESSOR = 4.3e12, 7e12, 65e9
 PRODUCT = 790e12 / 132
 # Seconds after the last product of a program: 256 columns of each row across lanes, or N / 4 of them inside a thread.
@@ -102,7 +102,10 @@ def plans(rows: int) -> list[Plan]:
 def choose(rows: int, columns: int, multiprocessors: int, hidden_size: int) -> Plan:
     """The plan for 1 to 128 rows and a shard of `columns`; the weight-left form unless pairs are clearly faster."""
     left, *pairs = plans(rows)
-    best = min(pairs, key=lambda plan: plan.seconds(columns, multiprocessors, hidden_size))
+    # Of equal ones the widest: it asks least of L2.
+    best = min(
+        pairs, key=lambda plan: (round(plan.seconds(columns, multiprocessors, hidden_size), 9), -plan.columns)
+    )
     times = [plan.seconds(columns, multiprocessors, hidden_size) for plan in (left, best)]
     return best if multiprocessors > 1 and times[0] > MARGIN * times[1] else left
 
