@@ -6,8 +6,8 @@ products. The last round is shorter where fewer tiles are left, but no multiproc
 
 The weight-left form (few_row_logprob.cu) has tiles of 256 columns: 75 for a shard of 19008, so 57 of 132
 multiprocessors idle, and 128 rows take 56 us of products where reading the shard takes 45. The pairs
-(few_row_pairs.cu) cut it into 132 x 144: 31 us of products. Without pairs each multiprocessor would read all hidden rows, 368 MB in all, out of L2;
-pairs halve the hidden rows' part.
+(few_row_pairs.cu) cut it into 132 x 144: 31 us of products. Without pairs each multiprocessor would read all hidden
+rows, 368 MB in all, out of L2; pairs halve the hidden rows' part.
 """
 
 from __future__ import annotations
@@ -102,10 +102,13 @@ def plans(rows: int) -> list[Plan]:
 def choose(rows: int, columns: int, multiprocessors: int, hidden_size: int) -> Plan:
     """The plan for 1 to 128 rows and a shard of `columns`; the weight-left form unless pairs are clearly faster."""
     left, *pairs = plans(rows)
-    # Of equal ones the widest: it asks least of L2.
-    best = min(
-        pairs, key=lambda plan: (round(plan.seconds(columns, multiprocessors, hidden_size), 9), -plan.columns)
-    )
+
+    def order(plan: Plan) -> tuple[float, int, int]:
+        # Of equal ones the fewest rounds, which ask least of L2, then the most programs.
+        seconds = round(plan.seconds(columns, multiprocessors, hidden_size), 9)
+        return seconds, plan.rounds(columns, multiprocessors), plan.columns
+
+    best = min(pairs, key=order)
     times = [plan.seconds(columns, multiprocessors, hidden_size) for plan in (left, best)]
     return best if multiprocessors > 1 and times[0] > MARGIN * times[1] else left
 
