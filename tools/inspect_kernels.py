@@ -4,7 +4,7 @@
     python tools/inspect_kernels.py --json     one JSON list
 
 Triton's kernels are compiled at their production tiles for sm_90, with Triton's own ptxas and disassembler; the CUDA
-C++ kernel for sm_90a with nvcc, or NVRTC where there is none. Exit status 1 if a kernel breaks a rule: no spills, at
+C++ kernels for sm_90a with nvcc, or NVRTC where there is none. Exit status 1 if a kernel breaks a rule: no spills, at
 most 227 KB of shared memory, and in kernels with a product wgmma (no mma.sync) fed by the copy engine (TMA).
 """
 
@@ -59,9 +59,10 @@ class Report:
 
 def triton_kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int], bool]]:
     """(variant, kernel, types of arguments, constants, launch options, has a product), at the production tiles."""
+    from megatron_laser.ops import IGNORE_LABEL
     from megatron_laser.ops.triton import few_rows as triton_few_rows
     from megatron_laser.ops.triton import fused as triton_fused
-    from megatron_laser.ops.triton import tile_kernels
+    from megatron_laser.ops.triton import merge, tile_kernels
 
     pointers = {"labels": "*i64", "kept": "*bf16"}
     options = {"num_warps": tile_kernels.WARPS}
@@ -98,7 +99,15 @@ def triton_kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any],
         types = _descriptors(few.rows, few.columns, few.depth)
         options_of_tile = {"num_warps": few.warps, "num_stages": few.stages}
         yield f"{few.rows} rows", triton_few_rows.few_row_statistics, types, constants, options_of_tile, True
-    yield "", triton_few_rows.merge_partials, {}, {"PROGRAMS": 256}, {}, False
+    for parts in (8, 256):  # ranks, programs
+        constants = dict(zip(("PARTS", "ROWS"), merge.block_of(parts)))
+        for entropy in (False, True):
+            variant = _words(**{f"{parts} parts": True, "entropy": entropy})
+            yield variant, merge.merge_partials, {}, constants | {"ENTROPY": entropy}, {}, False
+        constants |= {"NO_LABEL": IGNORE_LABEL}
+        yield f"{parts} parts", merge.finish_partials, {"labels": "*i64"}, constants, {}, False
+    types = {"hidden": "*bf16", "positions": "*i64", "out": "*bf16", "nothing": "fp32"}
+    yield "", merge.pick_rows, types, {"WIDTH": merge.WIDTH}, {}, False
 
 
 def _words(**flags: bool) -> str:
@@ -124,7 +133,8 @@ SIZES = (
         "rows",
         "hidden_size",
     ),
-    *("column_tiles", "row_blocks", "splits", "tiles_per_split", "programs"),
+    *("column_tiles", "row_blocks", "splits", "tiles_per_split"),
+    *("parts", "field_stride", "part_stride", "vocab_size", "first", "tokens", "all_tokens", "stride"),
 )
 
 
@@ -168,25 +178,25 @@ def inspect_triton() -> Iterator[Report]:
 def inspect_cuda() -> Iterator[Report]:
     """One report per CUDA C++ kernel. Raises BuildError without a compiler."""
     from megatron_laser.ops.cuda.build import compile_kernel
-    from megatron_laser.ops.cuda.few_rows import ROWS, shared_bytes
+    from megatron_laser.ops.cuda.plan import every_plan
 
     with tempfile.TemporaryDirectory() as scratch:
         cubin = Path(scratch) / "kernel.cubin"
         messages = compile_kernel(cubin)
         instructions = _tool("cuobjdump", "-sass", str(cubin))
-    for rows in ROWS:
-        name = f"few_row_logprob_{rows}"
+    for plan in every_plan():
+        name = plan.name
         used = messages.split(f"Function properties for {name}\n")[1]
         body = re.split(r"Function : ", instructions.split(f"Function : {name}\n")[1])[0]
         stack = sum(
             int(number) for number in re.findall(r"(\d+) bytes (?:stack|spill)", used.split("Used")[0])
         )
         yield Report(
-            "few_row_logprob (CUDA)",
-            f"{rows} rows",
+            "few_row_pairs (CUDA)" if plan.pairs else "few_row_logprob (CUDA)",
+            f"{plan.rows} rows" + (f", {plan.columns} columns" if plan.pairs else ""),
             True,
             _number(r"Used (\d+) registers", used),
-            shared_bytes(rows),
+            plan.shared_bytes,
             stack,
             len(re.findall(r"\bHGMMA\b", body)),
             len(re.findall(r"\bHMMA\b", body)),

@@ -10,6 +10,7 @@ import torch
 
 from megatron_laser.ops import IGNORE_LABEL, configure, few_row_logprob, linear_logprob, torch_backend
 from megatron_laser.ops.device import kernels_refuse
+from megatron_laser.ops.few_rows import FewRowReducer
 from megatron_laser.ops.tiles import accumulation_dtype
 
 Op = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -82,7 +83,7 @@ def _forward_choice(hidden: torch.Tensor, weight: torch.Tensor) -> str:
         return ""
     from megatron_laser.ops import gpu_backend
 
-    return f"uses {gpu_backend.forward_choice(hidden, weight, 1, weight.shape[0]).name}"
+    return f"uses {gpu_backend.forward_choice(hidden, weight, len(hidden), weight.shape[0]).name}"
 
 
 def _few_row_choice(hidden: torch.Tensor, weight: torch.Tensor) -> str:
@@ -115,7 +116,7 @@ def _kept(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> t
         configure(keep_logits_bytes=before.keep_logits_bytes)
 
 
-def _few_with_engine(engine: type) -> Op:
+def _few_with_engine(engine: Callable[[], FewRowReducer]) -> Op:
     from megatron_laser.ops import gpu_backend
 
     return lambda *inputs: gpu_backend.few_row_logprob(*inputs, engine=engine())

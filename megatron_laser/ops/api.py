@@ -12,6 +12,8 @@ import torch.distributed as dist
 from megatron_laser.ops import torch_backend
 from megatron_laser.ops.collectives import group_size
 from megatron_laser.ops.device import kernels_refuse
+from megatron_laser.ops.few_rows import check_rows
+from megatron_laser.ops.passes import RowLoss
 from megatron_laser.ops.types import LogProbs
 
 
@@ -20,58 +22,83 @@ def linear_logprob(
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
+    rows: torch.Tensor | None = None,
+    own_rows: tuple[int, int] | None = None,
     inv_temperature: float | torch.Tensor = 1.0,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     with_entropy: bool = False,
+    entropy_gradient: bool = True,
+    loss: RowLoss | None = None,
     backend: str = "auto",
 ) -> LogProbs:
     """Log-prob of one label per row under softmax(hidden @ weight.T * inv_temperature), with gradients.
 
-    Differentiable in `hidden` and `weight`. No [rows, vocabulary] tensor exists at any time; logits and sums
-    are float32 whatever the dtype of the inputs (float64 for float64 inputs).
+    Differentiable in `hidden` and `weight`. No [rows, vocabulary] tensor of logits exists at any time; logits and sums
+    are float32 whatever the dtype of the inputs (float64 for float64 inputs). For the backward as many probabilities
+    are kept, in the inputs' dtype, as `ops.settings` allows.
 
     Args:
-        hidden: [rows, H]. Replicated over `tp_group` (its gradient is then all-reduced), or, with
-            `sequence_parallel`, this rank's equal-length shard of the rows.
+        hidden: [T, H]. Replicated over `tp_group` (its gradient is then all-reduced), or, with `sequence_parallel`,
+            this rank's equal-length shard of all tokens.
         weight: [V_shard, H], rows [rank * V_shard, (rank + 1) * V_shard) of the (padded) vocabulary.
-        labels: [rows] int64 global vocabulary ids; -100 is no label and gives 0 and no gradient. A label
+        labels: [n] int64 global vocabulary ids; -100 is no label and gives 0 and no gradient. A label
             outside the vocabulary gives NaN (`check_labels` names it).
-        inv_temperature: 1 / temperature, one for all rows or [rows]. Not differentiable.
+        rows: [n] int64 positions in `hidden` (with `sequence_parallel`: in that of all ranks, in rank order) that the
+            labels belong to, in any order; one that has several labels is there several times, and multiplied as
+            often. None: every row once.
+        own_rows: (first, last) if rows[first:last], and only these, are in this rank's shard: the first product then
+            runs while the others are gathered. None: unknown, or no `sequence_parallel`.
+        inv_temperature: 1 / temperature, one for all rows or [n]. Not differentiable.
         vocab_size: the real vocabulary; columns from here on are padding and have probability 0.
             None: all columns are real.
         tp_group: the ranks that share the vocabulary. All of them call together and get the same results.
         sequence_parallel: `hidden` is gathered along dim 0 and its gradient reduce-scattered; `labels`,
-            `inv_temperature` and the results cover all tp * rows rows.
+            `inv_temperature` and the results cover the rows of all ranks.
         with_entropy: also return the entropy in nats of each labelled row's (scaled) distribution.
+        entropy_gradient: whether the entropy is differentiable.
+        loss: (logprobs [m], entropy [m] or None, slice) -> the scalar loss of rows `slice` of the n, which must be a
+            sum over rows. With it the op may work through blocks of rows where the probabilities of all of them do not
+            fit: it then makes the gradients in the forward, and the loss that the caller takes the backward of has to
+            be the sum of these, with the factor 1; the same on all ranks of `tp_group`.
         backend: "auto" or a name from `available_backends`.
 
     Raises:
         ValueError: shapes, dtypes, devices or `vocab_size` that do not fit together; an unknown backend.
-        RuntimeError: a backend that cannot run here.
+        RuntimeError: a backend that cannot run here; in the backward, a gradient that is not that of `loss`.
     """
-    rows = hidden.shape[0] * (group_size(tp_group) if sequence_parallel else 1)
-    _check(hidden, weight, labels, rows, vocab_size, tp_group)
+    count = check_rows(hidden, rows, tp_group, sequence_parallel)
+    _check(hidden, weight, labels, count, vocab_size, tp_group)
+    if own_rows is not None and not (
+        sequence_parallel and rows is not None and 0 <= own_rows[0] <= own_rows[1] <= count
+    ):
+        raise ValueError(
+            f"own_rows={own_rows}: expected 0 <= first <= last <= {count}, with rows and sequence_parallel=True."
+        )
     if isinstance(inv_temperature, torch.Tensor) and (
-        inv_temperature.shape != (rows,)
+        inv_temperature.shape != (count,)
         or inv_temperature.device != hidden.device
         or inv_temperature.requires_grad
     ):
         raise ValueError(
             f"inv_temperature is {tuple(inv_temperature.shape)} on {inv_temperature.device}, requires_grad="
-            f"{inv_temperature.requires_grad}; expected a float or a constant tensor [{rows}] on "
+            f"{inv_temperature.requires_grad}; expected a float or a constant tensor [{count}] on "
             f"{hidden.device}."
         )
     return resolve_backend(backend, hidden.device).linear_logprob(
         hidden,
         weight,
         labels,
+        rows=rows,
+        own_rows=own_rows,
         inv_temperature=inv_temperature,
         vocab_size=vocab_size,
         tp_group=tp_group,
         sequence_parallel=sequence_parallel,
         with_entropy=with_entropy,
+        entropy_gradient=entropy_gradient,
+        loss=loss,
     )
 
 
@@ -81,17 +108,37 @@ def few_row_logprob(
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
+    rows: torch.Tensor | None = None,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Log-prob of one label per row at temperature 1, without gradient, for few rows (the EOS rows).
 
-    Arguments and errors as in `linear_logprob`; returns [rows] float32 (float64 for float64 inputs).
+    Args:
+        rows: [n] int64 positions in `hidden`, with `sequence_parallel` in the rows of all ranks in rank order; the same
+            on every rank. None: every row once, then n is their number.
+        sequence_parallel: `hidden` is this rank's equal-length shard of the rows. With `rows` the others are not
+            gathered: only the n rows travel.
+
+    Other arguments and errors as in `linear_logprob`; labels and result are [n], the result float32 (float64
+    for float64 inputs).
+
+    Raises:
+        ValueError: also for `rows` of another shape, dtype or device, or on a CPU with positions outside `hidden`; on a
+            CUDA device such a position under sequence parallelism gives NaN.
     """
-    _check(hidden, weight, labels, hidden.shape[0], vocab_size, tp_group)
+    count = check_rows(hidden, rows, tp_group, sequence_parallel)
+    _check(hidden, weight, labels, count, vocab_size, tp_group)
     return resolve_backend(backend, hidden.device).few_row_logprob(
-        hidden, weight, labels, vocab_size=vocab_size, tp_group=tp_group
+        hidden,
+        weight,
+        labels,
+        rows=rows,
+        vocab_size=vocab_size,
+        tp_group=tp_group,
+        sequence_parallel=sequence_parallel,
     )
 
 

@@ -1,7 +1,7 @@
 """The log-prob op around any engine: statistics per row, reduced over the group; upstream gradients, dX and dW.
 
-The gradient of a row's unscaled logits z, with p = exp(z / T - lse), the entropy E, and g and e the gradients of logprob
-and E, both divided by the temperature T, is
+The gradient of a row's unscaled logits z, with p = exp(z / T - lse), the entropy E, and g and e the gradients of
+logprob and E, both divided by the temperature T, is
 
     dz_j = g [j = label] - p_j (g + e (log p_j + E))
 
@@ -189,6 +189,9 @@ class Reducer(Protocol):
 class Engine(Reducer, Protocol):
     """A `Reducer` that can also turn tiles of logits into gradients."""
 
+    def kept_dtype(self, like: torch.Tensor) -> torch.dtype | None:
+        """What probabilities of inputs like this are kept in; None: they are not."""
+
     def gradients(
         self,
         problem: Problem,
@@ -229,9 +232,7 @@ class Options:
         inv_temperature: float | torch.Tensor,
     ) -> Problem:
         """What an engine is given."""
-        return Problem(
-            rows, weight, labels, inv_temperature, self.shard, self.with_entropy, self.keep_bytes
-        )
+        return Problem(rows, weight, labels, inv_temperature, self.shard, self.with_entropy, self.keep_bytes)
 
     def forward(self, problem: Problem) -> tuple[Finished, Kept | None]:
         """Outputs of a problem, and what is kept for `backward`."""

@@ -18,18 +18,11 @@ def group_rank(group: dist.ProcessGroup | None) -> int:
     return 0 if group is None else group.rank()
 
 
-def reduce_max(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Element-wise maximum over the group, as a new tensor."""
-    result = tensor.clone()
-    dist.all_reduce(result, op=dist.ReduceOp.MAX, group=group)
-    return result
-
-
-def reduce_sum_(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Element-wise sum over the group, in place."""
-    if group_size(group) > 1 and tensor.numel():
-        dist.all_reduce(tensor, group=group)
-    return tensor
+def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """`tensor` of every rank, which has the same shape on all: [size, *shape], in rank order."""
+    gathered = tensor.new_empty((group_size(group), *tensor.shape))
+    dist.all_gather_into_tensor(gathered.view(-1, *tensor.shape[1:]), tensor.contiguous(), group=group)
+    return gathered
 
 
 def start_reduction(
@@ -67,7 +60,7 @@ class GatheredRows:
 
         Args:
             shard: [T, H] of this rank; every rank of the group has the same T.
-            rows: [n] int64 positions in the gathered [size * T, H], non-decreasing; None: all of them, once.
+            rows: [n] int64 positions in the gathered [size * T, H]; None: all of them, once.
             own_rows: rows[first:last] are in `shard`; None: unknown, and the first product waits for the gather.
         """
         size = group_size(group)
@@ -132,9 +125,7 @@ class GatheredRows:
             return
         yield (
             own,
-            self._shard
-            if self._rows is None
-            else self._shard.index_select(0, self._rows[own] - self._first),
+            self._shard if self._rows is None else self._shard.index_select(0, self._rows[own] - self._first),
         )
         gathered = self.all()
         for piece in (slice(0, own.start), slice(own.stop, len(self))):

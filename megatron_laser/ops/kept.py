@@ -13,14 +13,12 @@ so both products take P as it lies in memory, whatever the upstream gradient is.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 
 import torch
 
+from megatron_laser.ops.slices import group_slices
 from megatron_laser.ops.tiles import local_labels, padded
-
-log = logging.getLogger(__name__)
 
 # A base above the first slice's maximum leaves room for the maxima of later ones, on both sides of 1.
 MARGIN = 20.0
@@ -31,11 +29,6 @@ LARGEST_SHIFT = 50.0
 TILE_BYTES = 2**30
 
 
-def kept_dtype(dtype: torch.dtype) -> torch.dtype | None:
-    """What probabilities of inputs of `dtype` are kept in; None: they are not (float16 has too few exponents)."""
-    return None if dtype == torch.float16 else dtype
-
-
 class Kept:
     """Tiles of P [rows, columns] for the first columns of the shard, and what turns them into a gradient."""
 
@@ -43,8 +36,8 @@ class Kept:
         self,
         slices: Sequence[slice],
         rows: int,
-        like: torch.Tensor,
-        dtype: torch.dtype,
+        sums_like: torch.Tensor,
+        dtype: torch.dtype | None,
         *,
         keep_bytes: int,
         tile_bytes: int = TILE_BYTES,
@@ -53,11 +46,12 @@ class Kept:
 
         Args:
             slices: of the shard's columns, as the forward will go over them; the first that fit are kept.
-            like: any tensor of the inputs' dtype and device; dtype: of sums.
+            sums_like: any tensor of the accumulation dtype, on the device.
+            dtype: of P; None: nothing is kept.
         """
-        self.base = torch.empty(rows, dtype=dtype, device=like.device)
+        self.base = sums_like.new_empty(rows)
         self.largest_shift = self.base.new_zeros(())
-        self._dtype = kept_dtype(like.dtype)
+        self._dtype = dtype
         self._chosen: torch.Tensor | None = None
         self._tiles: list[tuple[slice, torch.Tensor]] = []
         self._groups = self._grouped(slices, rows, keep_bytes, tile_bytes)
@@ -72,10 +66,12 @@ class Kept:
         fitting = [one for one in slices if padded(one.stop) * column_bytes <= keep_bytes]
         if not fitting:
             return {}
-        tiles = -(-fitting[-1].stop * column_bytes // tile_bytes)
-        per_tile = -(-len(fitting) // tiles)
-        groups = [fitting[start : start + per_tile] for start in range(0, len(fitting), per_tile)]
-        return {group[0].start: slice(group[0].start, group[-1].stop) for group in groups}
+        widths = [one.stop - one.start for one in fitting]
+        found = group_slices(widths, max(1, tile_bytes // column_bytes))
+        return {
+            fitting[group.start].start: slice(fitting[group.start].start, fitting[group.stop - 1].stop)
+            for group in found
+        }
 
     def room_for(self, columns: slice) -> torch.Tensor | None:
         """Where P [rows, columns] of this slice is to be written; None where it is not kept.
@@ -100,6 +96,11 @@ class Kept:
     def columns(self) -> int:
         """The first columns of the shard that are kept."""
         return self._tiles[-1][0].stop if self._tiles else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tiles."""
+        return sum(tile.nbytes for _, tile in self._tiles)
 
     def compare(self, lse: torch.Tensor) -> None:
         """Note how far lse [rows] of the whole vocabulary is above the bases; the device is not waited for."""

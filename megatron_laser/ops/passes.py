@@ -1,7 +1,7 @@
 """The two ways a call with a gradient can go: two passes over all rows, or blocks of rows with the loss inside.
 
-Two passes: the forward may keep probabilities (2 bytes for each row and column of the shard) for the backward. With room
-for all of them, forward and backward are three products; each that is not kept is multiplied again.
+Two passes: the forward may keep probabilities (2 bytes for each row and column of the shard) for the backward. With
+room for all of them, forward and backward are three products; each that is not kept is multiplied again.
 
 Blocks of rows: where not all fit, but the caller hands in its loss, each block is finished before the next one begins:
 statistics, log-probs, the loss's gradient of these rows, dX and dW, from one block's probabilities. Three products
@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 
 from megatron_laser.ops.autograd import Engine, LinearLogProb, Options, TokenGradient, Upstream
 from megatron_laser.ops.collectives import GatheredRows, group_size
-from megatron_laser.ops.kept import kept_dtype
 from megatron_laser.ops.memory import agreed_keep_budget, keep_budget
 from megatron_laser.ops.settings import settings
 from megatron_laser.ops.tiles import accumulation_dtype, has_label, vocabulary_shard
@@ -69,21 +68,23 @@ def apply(
     inputs = (hidden, weight, labels, rows, inv_temperature, options)
     if loss is not None and for_backward:
         block_rows = rows_of_a_block(
-            len(labels), weight.shape[0], hidden.dtype, agreed_keep_budget(hidden.device, tp_group)
+            len(labels),
+            weight.shape[0],
+            engine.kept_dtype(hidden),
+            agreed_keep_budget(hidden.device, tp_group),
         )
         if block_rows < len(labels):
             return LogProbs(*LossInBlocks.apply(*inputs, loss, block_rows))
     return LogProbs(*LinearLogProb.apply(*inputs))
 
 
-def rows_of_a_block(rows: int, columns: int, dtype: torch.dtype, budget: int) -> int:
+def rows_of_a_block(rows: int, columns: int, kept: torch.dtype | None, budget: int) -> int:
     """How many rows a block should have: `rows` means two passes.
 
     That is where all probabilities fit into `budget` bytes, and where so few rows' do that the products would be small
     and dW would be read and written too often. Blocks are about equal. The same on all ranks of a tensor-parallel
     group if `budget` is, with `columns` those of the padded shard.
     """
-    kept = kept_dtype(dtype)
     if kept is None or not rows or not columns:
         return rows
     fitting = budget // (columns * kept.itemsize)
@@ -215,6 +216,6 @@ def _compare(used: torch.Tensor, arrived: tuple[torch.Tensor | None, ...]) -> No
     if difference > 1e-5 * size:
         raise RuntimeError(
             f"linear_logprob(loss=...): the gradient of the log-probs that arrives differs from that of the loss that "
-            f"was handed in by {difference:.3g}, of at most {size:.3g}. The backward must be of the same loss, with the "
-            "factor 1: no loss scaling, no division by micro-batches after the op."
+            f"was handed in by {difference:.3g}, of at most {size:.3g}. The backward must be of the same loss, with "
+            "the factor 1: no loss scaling, no division by micro-batches after the op."
         )

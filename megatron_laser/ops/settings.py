@@ -17,11 +17,14 @@ class Settings:
     keep_logits_bytes: probabilities that a call's forward may keep, so that its backward does not recompute their
         logits; 2 * rows * columns per call and shard saves one of the backward's three products entirely. They carry a
         relative error of up to 0.4 %. 0: everything is recomputed. None: chosen by `ops.memory`.
+    min_block_rows: fewest rows of a block where the loss is worked inside blocks of rows (a number of rows): below
+        that the products are small, and every block reads and writes all of dW.
     reserved_bytes: what others will yet allocate on the device; not given away where `keep_logits_bytes` is None.
     """
 
     tile_bytes: int = TILE_BYTES
     keep_logits_bytes: int | None = None
+    min_block_rows: int = 1024
     reserved_bytes: int = 0
 
 
@@ -40,11 +43,14 @@ def configure(**changes: int | None) -> Settings:
     """
     global _current
     before, after = _current, dataclasses.replace(_current, **changes)  # type: ignore[arg-type]
-    if after.tile_bytes < 1 or min(after.keep_logits_bytes or 0, after.reserved_bytes) < 0:
+    if (
+        min(after.tile_bytes, after.min_block_rows) < 1
+        or min(after.keep_logits_bytes or 0, after.reserved_bytes) < 0
+    ):
         raise ValueError(
             f"tile_bytes={after.tile_bytes}, keep_logits_bytes={after.keep_logits_bytes}, "
-            f"reserved_bytes={after.reserved_bytes}: expected a positive number of bytes, a number of bytes that is "
-            "not negative or None, and one that is not negative."
+            f"min_block_rows={after.min_block_rows}, reserved_bytes={after.reserved_bytes}: expected positive "
+            "tile_bytes and min_block_rows, a number of bytes that is not negative or None, and one not negative."
         )
     _current = after
     return before

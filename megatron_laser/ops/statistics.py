@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_laser.ops.collectives import group_size, reduce_max, reduce_sum_
+from megatron_laser.ops.collectives import all_gather, group_size
 from megatron_laser.ops.tiles import Shard, has_label
 from megatron_laser.ops.types import IGNORE_LABEL
 
@@ -34,7 +34,9 @@ class Statistics(NamedTuple):
 
     def moved_to(self, maximum: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(S, z_label[, T]) relative to a maximum that is at least this one's; these add up over shards."""
-        shift = (self.maximum - maximum).clamp_(min=_SHIFT_FLOOR)
+        # -inf - -inf is NaN: a maximum of -inf (no column at all) is moved to the least number there is.
+        least = torch.finfo(maximum.dtype).min
+        shift = (self.maximum - maximum.clamp(min=least)).clamp_(min=_SHIFT_FLOOR)
         scale = shift.exp()
         if self.moment is None:
             return self.total * scale, self.label_logit
@@ -47,13 +49,23 @@ def no_columns(rows: int, dtype: torch.dtype, device: torch.device, with_entropy
     return Statistics(zeros - math.inf, zeros, zeros, zeros if with_entropy else None)
 
 
+def merged(parts: torch.Tensor) -> Statistics:
+    """Statistics of several sets of columns as one: parts [sets, 3 or 4, rows] in the order of `Statistics`."""
+    maximum, total, label_logit, *moment = parts.unbind(1)
+    together = maximum.amax(0)
+    moved = Statistics(maximum, total, label_logit, moment[0] if moment else None).moved_to(together)
+    total, label_logit, *moment = torch.stack(moved).sum(1)
+    return Statistics(together, total, label_logit, moment[0] if moment else None)
+
+
 def reduced(local: Statistics, group: dist.ProcessGroup | None) -> Statistics:
-    """One maximum and one sum over the group, for all rows together."""
+    """Over the group, for all rows together: one all-gather, merged in rank order.
+
+    Every rank merges the same numbers in the same order, so the result is the same on all of them bit by bit.
+    """
     if group_size(group) == 1 or not local.total.numel():
         return local
-    maximum = reduce_max(local.maximum, group)
-    sums = reduce_sum_(torch.stack(local.moved_to(maximum)), group)
-    return Statistics(maximum, sums[0], sums[1], None if local.moment is None else sums[2])
+    return merged(all_gather(torch.stack([field for field in local if field is not None]), group))
 
 
 def finish(

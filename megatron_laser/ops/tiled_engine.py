@@ -7,7 +7,6 @@ logits again and turns them into their gradient first. Every slice of dW has one
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,40 +14,56 @@ from dataclasses import dataclass
 import torch
 
 from megatron_laser.ops.autograd import HiddenGradient, Problem, Upstream
+from megatron_laser.ops.device import multiprocessors
 from megatron_laser.ops.kept import Kept
+from megatron_laser.ops.memory import shrink_keep_budget
+from megatron_laser.ops.slices import slice_widths
 from megatron_laser.ops.statistics import Statistics, no_columns
 from megatron_laser.ops.tiles import accumulation_dtype, mm, mm_operand, padded
 from megatron_laser.ops.weight_gradient import WeightGradient
 
-log = logging.getLogger(__name__)
-
-_COLUMN_MULTIPLE = 128
-
 
 @dataclass(frozen=True)
 class TilePlan:
-    """How [rows, columns] is cut: blocks of rows inside slices of columns."""
+    """How [rows, columns] is cut: blocks of rows inside slices of columns, whose widths are given."""
 
     rows: int
     columns: int
     row_block: int
-    column_block: int
+    widths: tuple[int, ...]
 
     @classmethod
-    def of(cls, rows: int, columns: int, itemsize: int, tile_bytes: int, min_columns: int) -> TilePlan:
+    def of(
+        cls,
+        rows: int,
+        columns: int,
+        hidden_size: int,
+        *,
+        itemsize: int,
+        tile_bytes: int,
+        min_columns: int,
+        multiprocessors: int,
+    ) -> TilePlan:
         """All rows of a slice if `min_columns` of them fit into `tile_bytes`, else blocks of rows too."""
         elements = max(1, tile_bytes // itemsize)
         narrow = min(columns, min_columns)
         row_block = rows
         if rows * narrow > elements:
             row_block = max(1, min(rows, elements // narrow))
-        column_block = _even(columns, max(1, elements // row_block), _COLUMN_MULTIPLE)
-        return cls(rows, columns, _even(rows, row_block, 1), column_block)
+        row_block = -(-rows // -(-rows // row_block))
+        widest = max(1, elements // row_block)
+        widths = slice_widths(
+            *(row_block, hidden_size, columns),
+            widest=widest if widest < 16 else widest // 16 * 16,  # see `padded`
+            multiprocessors=multiprocessors,
+        )
+        return cls(rows, columns, row_block, tuple(widths))
 
     def column_slices(self, first: int = 0) -> Iterator[slice]:
         """Slices of the columns, counted from `first`."""
-        for start in range(0, self.columns, self.column_block):
-            yield slice(first + start, first + min(start + self.column_block, self.columns))
+        for width in self.widths:
+            yield slice(first, first + width)
+            first += width
 
     def row_slices(self) -> Iterator[slice]:
         """Blocks of rows."""
@@ -58,20 +73,12 @@ class TilePlan:
     @property
     def tile_elements(self) -> int:
         """Elements of a buffer for one tile."""
-        return self.row_block * padded(self.column_block)
+        return self.row_block * padded(max(self.widths))
 
     @property
     def whole_rows(self) -> bool:
         """Whether one tile covers all rows."""
         return self.row_block >= self.rows
-
-
-def _even(length: int, most: int, multiple: int) -> int:
-    """The size of about equal pieces of at most `most`, a multiple of `multiple` unless that exceeds `most`."""
-    pieces = -(-length // most)
-    even = -(-length // pieces)
-    rounded = -(-even // multiple) * multiple
-    return rounded if rounded <= most else min(even, most)
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,7 @@ class RunningStatistics:
     ) -> RunningStatistics:
         """Of no columns."""
         zeros = torch.zeros(4 if with_entropy else 3, rows, dtype=dtype, device=device)
-        return cls(
-            zeros[0].fill_(float("-inf")), zeros[1], zeros[2], zeros[3] if with_entropy else None
-        )
+        return cls(zeros[0].fill_(float("-inf")), zeros[1], zeros[2], zeros[3] if with_entropy else None)
 
     def at(self, block: slice) -> RunningStatistics:
         """Views of a block of rows."""
@@ -147,9 +152,19 @@ class TiledEngine(ABC):
         base [rows]: z is not logits, but P = exp(scaled z - base).
         """
 
-    def plan(self, rows: int, columns: int, dtype: torch.dtype) -> TilePlan:
-        """How a problem of this size is cut."""
-        return TilePlan.of(rows, columns, dtype.itemsize, self._tile_bytes, self._min_columns)
+    def kept_dtype(self, like: torch.Tensor) -> torch.dtype | None:
+        """What probabilities of inputs like this are kept in; None: they are not (float16 has too few exponents)."""
+        return None if like.dtype == torch.float16 else like.dtype
+
+    def plan(self, like: torch.Tensor, rows: int, columns: int) -> TilePlan:
+        """How rows [rows, H] with the dtype, device and H of `like` times so many columns are cut."""
+        return TilePlan.of(
+            *(rows, columns, like.shape[1]),
+            itemsize=accumulation_dtype(like).itemsize,
+            tile_bytes=self._tile_bytes,
+            min_columns=self._min_columns,
+            multiprocessors=multiprocessors(like.device),
+        )
 
     def statistics(self, problem: Problem, *, for_backward: bool) -> tuple[Statistics, Kept | None]:
         """See `Engine`; keeps the probabilities of as many slices as `problem.keep_bytes` allows."""
@@ -158,24 +173,21 @@ class TiledEngine(ABC):
         if problem.shard.columns == 0 or rows == 0:
             problem.rows.all()
             return no_columns(rows, dtype, device, problem.with_entropy), None
-        plan = self.plan(rows, problem.shard.columns, dtype)
+        plan = self.plan(like, rows, problem.shard.columns)
+        inv_temperature = per_row(problem.inv_temperature, rows, dtype, device)
+        state = RunningStatistics.empty(rows, dtype, device, problem.with_entropy)
         kept = None
         if for_backward and plan.whole_rows:
-            slices = list(plan.column_slices())
+            slices, kept_dtype = list(plan.column_slices()), self.kept_dtype(like)
             kept = Kept(
-                *(slices, rows, like, dtype),
+                *(slices, rows, state.total, kept_dtype),
                 keep_bytes=problem.keep_bytes,
                 tile_bytes=self._kept_tile_bytes,
             )
-        inv_temperature = per_row(problem.inv_temperature, rows, dtype, device)
-        state = RunningStatistics.empty(rows, dtype, device, problem.with_entropy)
         buffer = torch.empty(plan.tile_elements, dtype=dtype, device=device)
         for columns in plan.column_slices():
             weight = mm_operand(problem.weight[columns])
-            values = None if kept is None else kept.room_for(columns)
-            keep = None
-            if kept is not None and values is not None:
-                keep = Keep(values, kept.base, first=columns.start == 0)
+            keep = self._room(kept, columns)
             for block in plan.row_slices():
                 z = _tile(buffer, block, columns)
                 _logits(problem, plan, block, weight, z)
@@ -188,6 +200,19 @@ class TiledEngine(ABC):
                     keep,
                 )
         return state.result(), kept if kept is not None and kept.columns else None
+
+    @staticmethod
+    def _room(kept: Kept | None, columns: slice) -> Keep | None:
+        """Where this slice's probabilities go. Memory that is not there is not asked for again."""
+        if kept is None:
+            return None
+        try:
+            values = kept.room_for(columns)
+        except torch.OutOfMemoryError:
+            kept.stop()
+            shrink_keep_budget(kept.base.device, kept.nbytes)
+            return None
+        return None if values is None else Keep(values, kept.base, first=columns.start == 0)
 
     def gradients(
         self,
@@ -259,7 +284,7 @@ class TiledEngine(ABC):
         """The columns from `first` on: logits again, their gradient, and two products."""
         rows, like, shard = len(problem.rows), problem.rows.like, problem.shard
         dtype, device = accumulation_dtype(like), like.device
-        plan = self.plan(rows, shard.columns - first, dtype)
+        plan = self.plan(like, rows, shard.columns - first)
         inv_temperature = per_row(problem.inv_temperature, rows, dtype, device)
         operand_dtype = mm_operand(like[:0]).dtype
         logits = torch.empty(plan.tile_elements, dtype=dtype, device=device)

@@ -12,7 +12,7 @@ from megatron_laser.ops.few_rows import without_gradient
 from megatron_laser.ops.kept import MARGIN
 from megatron_laser.ops.passes import apply
 from megatron_laser.ops.tiled_engine import Keep, RunningStatistics, TiledEngine
-from megatron_laser.ops.tiles import local_labels
+from megatron_laser.ops.tiles import local_labels, mm_operand
 from megatron_laser.ops.types import LogProbs
 
 # Memory for one tile of logits, and on CUDA a half-precision copy of one; kept probabilities come in tiles of as much.
@@ -37,13 +37,22 @@ def few_row_logprob(
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
+    rows: torch.Tensor | None = None,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     tile_bytes: int = LOGITS_TILE_BYTES,
 ) -> torch.Tensor:
     """`megatron_laser.ops.few_row_logprob` for checked arguments."""
     return without_gradient(
-        TorchEngine(tile_bytes), hidden, weight, labels, vocab_size=vocab_size, tp_group=tp_group
+        TorchEngine(tile_bytes),
+        hidden,
+        weight,
+        labels,
+        rows=rows,
+        vocab_size=vocab_size,
+        tp_group=tp_group,
+        sequence_parallel=sequence_parallel,
     )
 
 
@@ -52,6 +61,10 @@ class TorchEngine(TiledEngine):
 
     def __init__(self, tile_bytes: int = LOGITS_TILE_BYTES) -> None:
         super().__init__(tile_bytes=tile_bytes, min_columns=_MIN_COLUMNS, kept_tile_bytes=tile_bytes)
+
+    def kept_dtype(self, like: torch.Tensor) -> torch.dtype | None:
+        """See `TiledEngine`: where operands are widened for the products (on a CPU), nothing has to be rounded."""
+        return super().kept_dtype(mm_operand(like[:0]))
 
     def tile_statistics(
         self,

@@ -47,6 +47,29 @@ def run(hidden, weight, labels, inv_temperature, factors, main_grad=False, **set
     return result.logprobs.detach(), result.entropy.detach(), hidden.grad, grad_weight
 
 
+def few_rows(hidden, weight, labels, vocab_size, group, sequence_parallel, backend):
+    """Every row, and some of them, some twice; under sequence parallelism rows of both ranks or of one only."""
+    rank, size, count = group.rank(), group.size(), hidden.shape[0]
+    some = torch.tensor([[0, 3, 3, 10, 11, 21], [1, 1], []][[22, 2, 0].index(count)], dtype=torch.int64)
+    columns = slice(rank * COLUMNS // size, (rank + 1) * COLUMNS // size)
+    own = slice(rank * count // size, (rank + 1) * count // size) if sequence_parallel else slice(None)
+    whole = few_row_logprob(hidden, weight, labels, vocab_size=vocab_size)
+    for rows in (None, some):
+        chosen = labels if rows is None else labels[rows]
+        few = few_row_logprob(
+            hidden[own],
+            weight[columns],
+            chosen,
+            rows=rows,
+            vocab_size=vocab_size,
+            tp_group=group,
+            sequence_parallel=sequence_parallel,
+            backend=backend,
+        )
+        torch.testing.assert_close(few, whole if rows is None else whole[rows], atol=1e-5, rtol=1e-5)
+        assert_equal_on_all_ranks(few)
+
+
 def assert_equal_on_all_ranks(tensor):
     copies = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(copies, tensor.contiguous())
@@ -93,18 +116,9 @@ def main():
             )
         assert_equal_on_all_ranks(sharded[0])
         assert_equal_on_all_ranks(sharded[1])
-        few = few_row_logprob(
-            hidden,
-            weight[columns],
-            labels,
-            vocab_size=vocab_size,
-            tp_group=group,
-            backend=settings.get("backend", "auto"),
+        few_rows(
+            hidden, weight, labels, vocab_size, group, sequence_parallel, settings.get("backend", "auto")
         )
-        torch.testing.assert_close(
-            few, few_row_logprob(hidden, weight, labels, vocab_size=vocab_size), atol=1e-5, rtol=1e-5
-        )
-        assert_equal_on_all_ranks(few)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -14,6 +14,7 @@ pytestmark = [
 if torch.cuda.is_available():
     from megatron_laser.ops import gpu_backend
     from megatron_laser.ops.cuda import few_rows as cuda_few_rows
+    from megatron_laser.ops.cuda.plan import plans
     from megatron_laser.ops.device import capability
     from megatron_laser.ops.triton.engine import ChunkedEngine
     from megatron_laser.ops.triton.few_rows import FewRowEngine
@@ -129,18 +130,24 @@ def test_few_rows_against_float64(name, rows, columns):
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 128])
 @pytest.mark.parametrize("hidden_size", [64, 200, 1536, 5120])
 @pytest.mark.parametrize("columns", [100, 20011])
-def test_the_cuda_kernel_against_float64(rows, hidden_size, columns):
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_cuda_kernels_against_float64(rows, hidden_size, columns, pairs):
     hidden, weight, labels = problem(rows, hidden_size, columns)
     reason = cuda_few_rows.refuses(hidden, weight)
     if reason is not None:
         pytest.skip(f"the CUDA C++ kernel cannot run: {reason}")
     labels.clamp_(max=columns - 4)
-    engine = cuda_few_rows.CudaFewRowEngine()
+    expected = reference(hidden, weight, labels, vocab_size=columns - 3)[0]
+    for plan in (plan for plan in plans(rows) if plan.pairs == pairs):
+        check_cuda_kernel(plan, hidden, weight, labels, columns, expected)
+
+
+def check_cuda_kernel(plan, hidden, weight, labels, columns, expected):
+    engine = cuda_few_rows.CudaFewRowEngine(plan)
     actual = [
         gpu_backend.few_row_logprob(hidden, weight, labels, vocab_size=columns - 3, engine=engine)
         for _ in range(2)
     ]
-    expected = reference(hidden, weight, labels, vocab_size=columns - 3)[0]
     assert_exact(actual[0], expected, hidden, weight, vocab_size=columns - 3)
     assert torch.equal(*actual)
 

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_laser.ops import dispatch
 from megatron_laser.ops.cuda import build as cuda_build
-from megatron_laser.ops.cuda import few_rows as cuda_few_rows
 from megatron_laser.ops.cuda import nvrtc as cuda_nvrtc
+from megatron_laser.ops.cuda.plan import MARGIN, Plan, choose, every_plan, plans
 from megatron_laser.ops.dispatch import Shape
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,8 @@ def reports():
 def test_triton_kernels_meet_hoppers_rules_at_their_production_tiles(reports):
     names = {one["kernel"] for one in reports}
     assert names >= {
-        *("tile_statistics", "tile_gradient", "fused_statistics", "few_row_statistics", "merge_partials")
+        *("tile_statistics", "tile_gradient", "fused_statistics", "few_row_statistics"),
+        *("merge_partials", "finish_partials", "pick_rows"),
     }
     assert not [
         (one["kernel"], one["variant"], one["broken_rules"]) for one in reports if one["broken_rules"]
@@ -64,19 +65,49 @@ def test_triton_kernels_meet_hoppers_rules_at_their_production_tiles(reports):
 @pytest.mark.skipif(compiler_missing() is not None, reason=f"no CUDA compiler: {compiler_missing()}")
 def test_the_cuda_kernel_compiles_for_sm_90a_without_spills(reports):
     found = [one for one in reports if one["kernel"].endswith("(CUDA)")]
-    assert [one["variant"] for one in found] == [f"{rows} rows" for rows in cuda_few_rows.ROWS]
-    assert all(one["stack_bytes"] == 0 and one["wgmma"] == 8 and one["tma"] > 0 for one in found)
+    assert [one["shared_bytes"] for one in found] == [plan.shared_bytes for plan in every_plan()]
+    for one in found:
+        # A step of 64 columns of the hidden size is four products, in the weight-left form of two halves of the tile.
+        assert one["stack_bytes"] == 0 and one["wgmma"] > 0 and one["wgmma"] % 4 == 0 and one["tma"] > 0, one
+        assert one["shared_bytes"] <= 227 * 1024, one
 
 
-def test_the_kernels_constants_are_those_of_the_source():
-    source = cuda_build.SOURCE.read_text(encoding="utf-8")
-    for name, value in (
-        ("TILE_COLUMNS", cuda_few_rows.TILE_COLUMNS),
-        ("DEPTH", cuda_few_rows.DEPTH),
-        ("THREADS", cuda_few_rows.THREADS),
-    ):
-        assert f"constexpr int {name} = {value};" in source
-    assert [f"FEW_ROWS({rows})" in source for rows in cuda_few_rows.ROWS] == [True] * 4
+def test_the_plans_kernels_are_those_of_the_source():
+    source = cuda_build.source()
+    assert "constexpr int TILE_COLUMNS = 256;" in source and "constexpr int THREADS = 384;" in source
+    for plan in every_plan():
+        if plan.pairs:
+            assert f"FEW_ROW_PAIRS_OF({plan.columns})" in source
+            assert f"FEW_ROW_PAIRS({plan.rows}, N)" in source
+        else:
+            assert f"FEW_ROWS({plan.rows})" in source and plan.threads == 384
+        assert f"struct Wgmma<{plan.columns if plan.pairs else plan.rows}>" in source
+
+
+# A whole vocabulary of 152064, a half, a quarter and an eighth of it, and an eighth of 128256 and of 151936.
+@pytest.mark.parametrize("rows", [1, 16, 64, 128])
+@pytest.mark.parametrize("columns", [152064, 76032, 38016, 19008, 16032, 18992, 100])
+def test_tiles_cover_the_shard_and_fill_the_multiprocessors(rows, columns):
+    plan = choose(rows, columns, 132, 5120)
+    programs, rounds = plan.programs(columns, 132), plan.rounds(columns, 132)
+    assert plan.rows >= rows and programs <= 132 and not (plan.pairs and programs % 2)
+    assert plan.columns * programs * rounds >= columns > plan.columns * programs * (rounds - 1)
+    times = {other: other.seconds(columns, 132, 5120) for other in plans(rows)}
+    assert times[plan] <= MARGIN * min(times.values())
+    # No time is below one read of the shard.
+    assert times[plan] >= columns * 5120 * 2 / 4.3e12
+
+
+def test_an_eighth_of_the_vocabulary_goes_to_all_multiprocessors():
+    for rows in (16, 64, 128):
+        for columns, tile in ((19008, 144), (18992, 144), (16032, 128)):
+            plan = choose(rows, columns, 132, 5120)
+            assert plan == Plan(True, max(rows, 64), tile), (rows, columns)
+            assert plan.programs(columns, 132) >= 126 and plan.rounds(columns, 132) == 1
+    # The weight-left form is bound by its products there, and by the weight's read on a whole vocabulary.
+    left = Plan(False, 128, 256)
+    assert left.seconds(19008, 132, 5120) > 1.25 * choose(128, 19008, 132, 5120).seconds(19008, 132, 5120)
+    assert not choose(16, 152064, 132, 5120).pairs
 
 
 @pytest.mark.skipif(compiler_missing() is not None, reason=f"no CUDA compiler: {compiler_missing()}")
@@ -89,9 +120,8 @@ def test_a_build_is_pipelined_and_cached_under_a_name_of_its_source(tmp_path, mo
     assert built.parent == tmp_path / "cache" and built.read_bytes()[:4] == b"\x7fELF"
     monkeypatch.setattr(cuda_build, "compile_kernel", lambda target: pytest.fail("compiled again"))
     assert cuda_build.built_kernel() == built
-    changed = tmp_path / "few_row_logprob.cu"
-    changed.write_text(cuda_build.SOURCE.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    monkeypatch.setattr(cuda_build, "SOURCE", changed)
+    changed = cuda_build.source() + "\n"
+    monkeypatch.setattr(cuda_build, "source", lambda: changed)
     monkeypatch.setattr(cuda_build, "compile_kernel", lambda target: target.write_bytes(b"new"))
     assert cuda_build.built_kernel() != built
 
@@ -135,7 +165,8 @@ def test_a_compiler_that_fails_is_followed_by_the_next_one(tmp_path, monkeypatch
         (16, None, "no compiler", "few_rows"),
         (100, None, "no compiler", "fused"),
         (129, None, None, "fused"),
-        (512, None, None, "fused"),
+        (255, None, None, "fused"),
+        (256, None, None, "chunked"),
         (5000, None, None, "chunked"),
         (16, "odd rows", None, "chunked"),
     ],
@@ -147,8 +178,23 @@ def test_the_few_row_dispatcher_says_what_it_chose_and_why(rows, tma, cuda, expe
 
 
 def test_the_forward_dispatcher_falls_back_where_the_copy_engine_cannot_read():
-    many, few = Shape(16384, 5120, 152064), Shape(300, 5120, 152064)
+    many, few = Shape(256, 5120, 152064), Shape(255, 5120, 152064)
     assert dispatch.choose_forward(many, tma_refuses=None).name == "chunked"
     assert dispatch.choose_forward(few, tma_refuses=None).name == "fused"
     refused = dispatch.choose_forward(few, tma_refuses="float32 would be rounded")
     assert refused.name == "chunked" and "float32" in refused.reason
+
+
+def test_the_rule_of_256_rows_follows_from_its_arithmetic():
+    """Per logit nothing depends on the rows but the weight's read, which is the whole time up to about 180 rows."""
+    product, memory, hidden_size = 790e12, 4.3e12, 5120
+    balance = next(rows for rows in range(1, 1000) if 2 * rows / product >= 2 / memory)
+    assert 170 < balance < 190
+    for rows in (256, 512, 1024, 16384):
+        read = 2 / memory / rows  # of the weight, per logit and column of the hidden size
+        products = max(2 / product, read)
+        logits = 8 / memory / 0.9 / hidden_size  # written, and read once more
+        chunked = (products * 1.02 + logits) / products
+        fused = max(2 / 620e12, read) / products
+        assert chunked < fused, rows
+    assert dispatch.FORWARD_RULES[0].rows == 256 and balance < 256

@@ -13,7 +13,6 @@ from megatron_laser.ops import (
     linear_logprob,
     torch_backend,
 )
-from megatron_laser.ops.tiles import tile_shape
 
 
 def assert_matches_reference(hidden, weight, labels, *, atol=1e-5, tile_bytes=None, **settings):
@@ -224,15 +223,6 @@ def test_no_tensor_of_rows_times_vocabulary_exists(dtype):
         )
         torch_backend.few_row_logprob(hidden, weight, labels, tile_bytes=tile_bytes)
     assert 0 < seen.nbytes <= tile_bytes < rows * columns * 4
-
-
-@pytest.mark.parametrize("rows", [1, 7, 3000, 16384])
-@pytest.mark.parametrize("columns", [1, 48, 4099, 152064])
-@pytest.mark.parametrize("elements", [1, 100, 2**24])
-def test_tiles_fit_their_budget(rows, columns, elements):
-    row_block, column_block = tile_shape(rows, columns, 4, elements * 4)
-    assert 1 <= row_block <= rows and 1 <= column_block <= columns
-    assert row_block * column_block <= elements
 
 
 def test_few_row_logprob_is_linear_logprob_without_gradient():

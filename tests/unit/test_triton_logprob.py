@@ -19,13 +19,15 @@ from megatron_laser.ops import (
     gpu_backend,
     linear_logprob,
 )
-from megatron_laser.ops.autograd import Problem
+from megatron_laser.ops.autograd import Problem, Upstream
 from megatron_laser.ops.collectives import GatheredRows
 from megatron_laser.ops.device import interpreted
+from megatron_laser.ops.kept import MARGIN
 from megatron_laser.ops.statistics import Statistics, finish
+from megatron_laser.ops.tiled_engine import Keep, RunningStatistics, TilePlan
 from megatron_laser.ops.tiles import Shard
 from megatron_laser.ops.triton import tile_kernels
-from megatron_laser.ops.triton.engine import ChunkedEngine, TilePlan
+from megatron_laser.ops.triton.engine import ChunkedEngine
 from megatron_laser.ops.triton.few_rows import FewRowEngine, FewRowTile
 from megatron_laser.ops.triton.fused import FusedEngine, FusedTile, best_splits
 
@@ -193,20 +195,6 @@ def test_two_vocabulary_shards_merge_to_the_whole(engine):
     torch.testing.assert_close(entropy.double(), expected[1], atol=1e-5, rtol=1e-6)
 
 
-def test_few_rows_leave_labels_of_another_shard_alone():
-    hidden, weight, _ = inputs(rows=8, columns=80)
-    labels = torch.arange(36, 44)  # both sides of the cut, within one tile of it
-    logits = hidden.double() @ weight.double().T
-    for first in (0, 40):
-        problem = Problem(
-            GatheredRows(hidden, None), weight[first : first + 40], labels, 1.0, Shard(first, 40, 80), False
-        )
-        found = FEW_ROWS.statistics(problem, for_backward=False)[0].label_logit.double()
-        own = (labels >= first) & (labels < first + 40)
-        expected = logits.gather(1, labels.unsqueeze(1)).squeeze(1) * own
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
-
-
 def test_gradcheck_in_float64():
     hidden, weight, labels = inputs(rows=3, hidden_size=2, columns=6, dtype=torch.float64)
     labels.clamp_(max=4)
@@ -232,7 +220,7 @@ def test_gradcheck_in_float64():
 
 @pytest.mark.parametrize("keep", [2 * 37 * 128, 2**30], ids=["some", "all"])
 def test_kept_probabilities_cost_at_most_their_rounding(keep):
-    hidden, weight, labels = inputs(columns=300)
+    hidden, weight, labels = inputs(columns=300, dtype=torch.bfloat16)
     engine = ChunkedEngine(block=64, min_columns=8)
     configure(tile_bytes=4 * 37 * 128)
 
@@ -251,17 +239,19 @@ def test_kept_probabilities_cost_at_most_their_rounding(keep):
 
 def test_rows_are_cut_too_when_a_tile_of_all_of_them_is_too_large():
     configure(tile_bytes=4 * 7 * 53)
-    plan = TilePlan.of(37, 53, 4, 4 * 7 * 53)
+    plan = ChunkedEngine(block=16).plan(inputs()[0], 37, 53)
     assert not plan.whole_rows
     assert_matches_float64(ChunkedEngine(block=16), *inputs())
 
 
 @pytest.mark.parametrize("rows", [1, 37, 16384, 10**6])
 @pytest.mark.parametrize("columns", [1, 53, 19008, 152064])
-@pytest.mark.parametrize("tile_bytes", [400, 64 * 2**20, 512 * 2**20])
+@pytest.mark.parametrize("tile_bytes", [4, 400, 64 * 2**20, 528 * 2**20])
 def test_a_plan_covers_everything_once_within_its_budget(rows, columns, tile_bytes):
-    plan = TilePlan.of(rows, columns, 4, tile_bytes)
-    assert plan.row_block * plan.column_block * 4 <= tile_bytes
+    plan = TilePlan.of(
+        rows, columns, 64, itemsize=4, tile_bytes=tile_bytes, min_columns=2048, multiprocessors=132
+    )
+    assert plan.row_block * max(plan.widths) * 4 <= tile_bytes
     for length, parts in ((rows, list(plan.row_slices())), (columns, list(plan.column_slices()))):
         assert parts[0].start == 0 and parts[-1].stop == length
         assert all(one.stop == other.start for one, other in itertools.pairwise(parts))
@@ -289,22 +279,24 @@ def test_a_tile_may_reach_beyond_two_billion_values(monkeypatch):
     z = torch.randn(rows, columns)
     labels, ones = torch.tensor([3, 19, 7]), torch.ones(rows)
     lse, grads = z.logsumexp(1), torch.tensor([1.0, -2.0, 3.0])
-    state = (torch.full((rows,), -torch.inf), torch.zeros(rows), torch.zeros(rows), None)
+    state = RunningStatistics.empty(rows, torch.float32, z.device, False)
     kept = spread_out(torch.zeros(rows, columns, dtype=torch.bfloat16), stride)
-    maxima = torch.zeros(rows, 2)
+    base = torch.zeros(rows)
     tile = spread_out(z, stride)
-    tile_kernels.launch_statistics(tile, labels, ones, state, 0, (kept, maxima), 16)
-    torch.testing.assert_close(state[0] + state[1].log(), lse)
-    torch.testing.assert_close(state[2], z.gather(1, labels[:, None]).squeeze(1))
+    tile_kernels.launch_statistics(tile, labels, ones, state, 0, Keep(kept, base, True), 16)
+    torch.testing.assert_close(state.maximum + state.total.log(), lse)
+    torch.testing.assert_close(state.label_logit, z.gather(1, labels[:, None]).squeeze(1))
+    torch.testing.assert_close(base, z.amax(1) + MARGIN)
+    upstream = Upstream(z.new_zeros(rows), lse, None, grads, None)
     p = z.softmax(1)
     expected = grads[:, None] * (torch.eye(columns)[labels] - p)
-    scale = (maxima - lse[:, None]).exp().repeat_interleave(16, 1)[:, :columns]
+    scale = (base - lse).exp()[:, None]
     # the interpreter cuts bfloat16 off where the device rounds
     torch.testing.assert_close(kept.float() * scale, p, rtol=2**-7, atol=1e-6)
-    tile_kernels.launch_gradient(kept, labels, ones, (lse, None, grads, None), tile, 0, maxima, 16)
+    tile_kernels.launch_gradient(kept, labels, ones, upstream, tile, 0, base, 16)
     torch.testing.assert_close(tile.clone(), expected, rtol=2**-7, atol=1e-6)
     tile.copy_(z)
-    tile_kernels.launch_gradient(tile, labels, ones, (lse, None, grads, None), tile, 0, None, 16)
+    tile_kernels.launch_gradient(tile, labels, ones, upstream, tile, 0, None, 16)
     torch.testing.assert_close(tile.clone(), expected)
 
 
@@ -320,30 +312,6 @@ def test_two_calls_are_bitwise_equal(engine):
         for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip([*first[0], *first[1:]], [*second[0], *second[1:]]))
-
-
-@pytest.mark.parametrize("rows", [1, 16, 40])
-@pytest.mark.parametrize("columns", [1, 33, 300])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_few_rows_match_float64(rows, columns, dtype):
-    hidden, weight, labels = inputs(rows, 48, columns, dtype)
-    actual = gpu_backend.few_row_logprob(hidden, weight, labels, engine=FEW_ROWS)
-    expected = reference(hidden, weight, labels)[0]
-    assert actual.dtype == torch.float32 and not actual.requires_grad
-    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-6)
-
-
-def test_few_rows_mask_the_padding_and_survive_a_shift():
-    hidden, weight, labels = inputs(12, 16, 90)
-    weight[70:] *= 100
-    labels.clamp_(max=69)
-    hidden = torch.cat([hidden, torch.full((12, 8), -25.0)], dim=1)
-    weight = torch.cat([weight, torch.ones(90, 8)], dim=1)
-    actual = gpu_backend.few_row_logprob(hidden, weight, labels, vocab_size=70, engine=FEW_ROWS)
-    expected = reference(hidden, weight, labels, vocab_size=70)[0]
-    torch.testing.assert_close(
-        actual.double(), expected, atol=6e-5, rtol=1e-6
-    )  # logits of 200 have ulp 1.5e-5
 
 
 def test_the_public_calls_take_the_backend_by_name_only():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from helpers.logprob import gradients, inputs, largest_logit, reference, tensor_core_tolerance
 
@@ -9,6 +11,7 @@ from gpu_day_one.stage import Stage
 from megatron_laser.model import platform
 from megatron_laser.ops import IGNORE_LABEL, configure, tiles
 from megatron_laser.ops.cuda import few_rows as cuda_few_rows
+from megatron_laser.ops.cuda.plan import every_plan
 
 
 def engines(stage: Stage) -> None:
@@ -64,7 +67,7 @@ def engines(stage: Stage) -> None:
 
 
 def cuda_kernel(stage: Stage) -> None:
-    """The CUDA C++ kernel for few rows against float64."""
+    """Every CUDA C++ kernel for few rows against float64."""
     hidden, weight, labels = _problem(16, 64, 100, torch.bfloat16)
     reason = cuda_few_rows.refuses(hidden, weight)
     if reason is not None:
@@ -75,24 +78,32 @@ def cuda_kernel(stage: Stage) -> None:
     from megatron_laser.ops import gpu_backend
 
     wrong = False
-    for shape in (
-        (16, 64, 256),
-        (1, 64, 100),
-        (17, 200, 1003),
-        (64, 1536, 20011),
-        (65, 1536, 20011),
-        (128, 5120, 152064),
+    for shape, plan in itertools.product(
+        (
+            (16, 64, 256),
+            (1, 64, 100),
+            (17, 200, 1003),
+            (64, 1536, 20011),
+            (65, 1536, 20011),
+            (128, 5120, 152064),
+            (128, 5120, 19008),
+        ),
+        every_plan(),
     ):
+        if plan.rows < shape[0]:
+            continue
         hidden, weight, labels = _problem(*shape, torch.bfloat16)
         got = [
-            gpu_backend.few_row_logprob(hidden, weight, labels, engine=cuda_few_rows.CudaFewRowEngine())
+            gpu_backend.few_row_logprob(hidden, weight, labels, engine=cuda_few_rows.CudaFewRowEngine(plan))
             for _ in range(3)
         ]
         error = float((got[0].double() - reference(hidden, weight, labels)[0]).abs().max())
         allowed = tensor_core_tolerance(largest_logit(hidden, weight), shape[1])
         same = all(torch.equal(got[0], other) for other in got)
         wrong |= error > allowed or not same
-        stage.note("cuda_kernel", shape=str(shape), error=error, allowed=allowed, same_bits=same)
+        stage.note(
+            "cuda_kernel", kernel=plan.name, shape=str(shape), error=error, allowed=allowed, same_bits=same
+        )
     if wrong:
         raise SystemExit("the CUDA C++ kernel is not exact")
 

@@ -62,7 +62,7 @@ def choices(stage: Stage) -> None:
         for tile in (512, 528, 1280, 512):  # the first again at the end: has the clock drifted?
             _head(stage, "chunked", 16384, 5120, columns, tile_bytes=tile * mib)
         _head(stage, "chunked", 16384, 5120, columns, tile_bytes=528 * mib, keep_logits_bytes=6 * 2**30)
-    for rows in (128, 256, 512, 1024, 2048):
+    for rows in (64, 128, 192, 256, 384, 512, 1024):
         for engine in ("chunked", "fused"):
             _head(stage, engine, rows, 5120, 152064, backward=False)
 

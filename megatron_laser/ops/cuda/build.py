@@ -1,4 +1,4 @@
-"""Compiles the CUDA C++ kernel for Hopper to a cubin, once; `python -m` builds it ahead of time.
+"""Compiles the CUDA C++ kernels for Hopper to a cubin, once; `python -m` builds it ahead of time.
 
 With nvcc, or where there is none with NVRTC, the same compiler as a library. A cubin is loaded through the driver, so
 it depends on no version of torch or Python. It is cached under MEGATRON_LASER_CACHE (default ~/.cache/megatron_laser)
@@ -16,8 +16,14 @@ import tempfile
 from pathlib import Path
 
 from megatron_laser.ops.cuda.nvrtc import NvrtcError, compile_to_cubin
+from megatron_laser.ops.cuda.plan import PAIR_COLUMNS, WEIGHT_LEFT_ROWS
 
-SOURCE = Path(__file__).with_name("few_row_logprob.cu")
+SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.cu") for name in ("hopper", "few_row_logprob", "few_row_pairs")
+)
+NAME = "few_row_logprob"
+# Columns of one product that the kernels ask for: few hidden rows, or tiles of the weight.
+PRODUCTS = tuple(sorted({*WEIGHT_LEFT_ROWS, *PAIR_COLUMNS}))
 # 90a, not 90: wgmma and setmaxnreg exist only there. Spills are reported, registers listed.
 ARCHITECTURE = "-arch=sm_90a"
 NVCC_FLAGS = ("-cubin", ARCHITECTURE, "-O3", "-std=c++17", "-Xptxas", "-v,-warn-spills")
@@ -26,6 +32,35 @@ NVRTC_FLAGS = (ARCHITECTURE, "-std=c++17", "--ptxas-options=-v", "--ptxas-option
 
 class BuildError(RuntimeError):
     """The kernel cannot be compiled here; the message says what is missing and what to do."""
+
+
+def source() -> str:
+    """All of the CUDA C++ in one text: what Hopper offers, the products, the kernels."""
+    hopper, *kernels = (path.read_text(encoding="utf-8") for path in SOURCES)
+    return "\n".join([hopper, products(), *kernels])
+
+
+def products() -> str:
+    """`Wgmma<N>` for all of `PRODUCTS`: the instruction names each of its N / 2 accumulators."""
+    texts = [
+        "// d [64, N] += a [64, 16] b [N, 16]^T, bfloat16 in, float32 out; the sum starts anew unless `accumulate`.\n"
+        "template <int N>\nstruct Wgmma;\n"
+    ]
+    for columns in PRODUCTS:
+        count = columns // 2
+        sums = ", ".join(f"%{index}" for index in range(count))
+        operands = ", ".join(f'"+f"(d[{index}])' for index in range(count))
+        texts.append(
+            f"template <>\nstruct Wgmma<{columns}> {{\n"
+            f"  DEVICE static void run(float (&d)[{count}], u64 a, u64 b, int accumulate) {{\n"
+            f'    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"\n'
+            f'                 "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 "\n'
+            f'                 "{{{sums}}}, %{count}, %{count + 1}, p, 1, 1, 0, 0;\\n}}\\n"\n'
+            f"                 : {operands}\n"
+            '                 : "l"(a), "l"(b), "r"(accumulate));\n'
+            "  }\n};\n"
+        )
+    return "\n".join(texts)
 
 
 def find_nvcc() -> Path | None:
@@ -56,19 +91,22 @@ def compile_kernel(target: Path) -> str:
     except NvrtcError as error:
         failures.append(str(error))
     raise BuildError(
-        f"{SOURCE.name} cannot be compiled: {'; '.join(failures)}. Install the CUDA toolkit 12.3 or newer or the "
-        "Python package nvidia-cuda-nvrtc, or build elsewhere with tools/build_kernels.sh and copy its file into "
+        f"The CUDA C++ kernels cannot be compiled: {'; '.join(failures)}. Install the CUDA toolkit 12.3 or newer or "
+        "the Python package nvidia-cuda-nvrtc, or build elsewhere with tools/build_kernels.sh and copy its file into "
         f"{cache_folder()}; until then the Triton kernel is used"
     )
 
 
 def compile_with_nvcc(nvcc: Path, target: Path) -> str:
     """`compile_kernel` with this nvcc; it needs a host C++ compiler, too."""
-    command = [str(nvcc), *NVCC_FLAGS, "-o", str(target), str(SOURCE)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        with tempfile.TemporaryDirectory() as scratch:
+            whole = Path(scratch) / f"{NAME}.cu"
+            whole.write_text(source(), encoding="utf-8")
+            command = [str(nvcc), *NVCC_FLAGS, "-o", str(target), str(whole)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{' '.join(command)}: {error}") from error
+        raise BuildError(f"{nvcc}: {error}") from error
     if done.returncode != 0:
         raise BuildError(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-2000:]}")
     return done.stdout + done.stderr
@@ -76,7 +114,7 @@ def compile_with_nvcc(nvcc: Path, target: Path) -> str:
 
 def compile_with_nvrtc(target: Path) -> str:
     """`compile_kernel` with NVRTC. Raises NvrtcError."""
-    cubin, messages = compile_to_cubin(SOURCE.read_text(encoding="utf-8"), SOURCE.name, NVRTC_FLAGS)
+    cubin, messages = compile_to_cubin(source(), f"{NAME}.cu", NVRTC_FLAGS)
     target.write_bytes(cubin)
     return messages
 
@@ -91,7 +129,7 @@ def built_kernel() -> Path:
 
     Raises BuildError.
     """
-    name = f"{SOURCE.stem}-{_fingerprint()}.sm_90a.cubin"
+    name = f"{NAME}-{_fingerprint()}.sm_90a.cubin"
     target = cache_folder() / name
     if target.is_file():
         return target
@@ -111,7 +149,7 @@ def built_kernel() -> Path:
 
 def _fingerprint() -> str:
     # Not the compiler: a cubin that was built elsewhere must be found on a machine without one.
-    return hashlib.sha256(SOURCE.read_bytes() + ARCHITECTURE.encode()).hexdigest()[:16]
+    return hashlib.sha256((source() + ARCHITECTURE).encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from pathlib import Path
@@ -40,23 +41,26 @@ def _call(name: str, *arguments: object) -> None:
 class TensorMap:
     """A bfloat16 matrix [rows, columns] for the copy engine, in boxes of [box_rows, box_columns], 128-byte swizzle.
 
-    Kernels take it by value; it stays valid as long as the matrix's memory.
+    Kernels take it by value. It is made of an address and sizes alone, so it is right for whatever matrix of these
+    sizes lies there.
     """
 
-    def __init__(self, matrix: torch.Tensor, box_rows: int, box_columns: int) -> None:
+    def __init__(
+        self, start_address: int, shape: tuple[int, int], row_bytes: int, box_rows: int, box_columns: int
+    ) -> None:
         # The driver wants 64-byte alignment, which ctypes does not promise.
         self._memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
         start = ctypes.addressof(self._memory)
         self.address = (start + _MAP_ALIGNMENT - 1) // _MAP_ALIGNMENT * _MAP_ALIGNMENT
-        rows, columns = matrix.shape
+        rows, columns = shape
         _call(
             "cuTensorMapEncodeTiled",
             ctypes.c_void_p(self.address),
             ctypes.c_int(_BFLOAT16),
             ctypes.c_uint32(2),
-            ctypes.c_void_p(matrix.data_ptr()),
+            ctypes.c_void_p(start_address),
             (ctypes.c_uint64 * 2)(columns, rows),
-            (ctypes.c_uint64 * 1)(matrix.stride(0) * matrix.element_size()),
+            (ctypes.c_uint64 * 1)(row_bytes),
             (ctypes.c_uint32 * 2)(box_columns, box_rows),
             (ctypes.c_uint32 * 2)(1, 1),
             ctypes.c_int(0),  # not interleaved
@@ -64,6 +68,18 @@ class TensorMap:
             ctypes.c_int(_PROMOTE_256B),
             ctypes.c_int(0),  # outside reads as 0
         )
+
+
+_cached_map = functools.lru_cache(maxsize=256)(TensorMap)
+
+
+def tensor_map(matrix: torch.Tensor, box_rows: int, box_columns: int) -> TensorMap:
+    """The map of a bfloat16 matrix with columns next to each other; the same one for the same address and sizes.
+
+    Memory that was freed and given to another matrix needs no care: every value in the map is part of the key.
+    """
+    rows, columns = matrix.shape
+    return _cached_map(matrix.data_ptr(), (rows, columns), matrix.stride(0) * 2, box_rows, box_columns)
 
 
 class Function:
@@ -87,7 +103,9 @@ class Function:
             argument.address if isinstance(argument, TensorMap) else ctypes.addressof(argument)
             for argument in arguments
         ]
-        with torch.cuda.device(device):
+        # Changing the device costs as much as the launch, and it is hardly ever another one.
+        here = device.index is None or device.index == torch.cuda.current_device()
+        with contextlib.nullcontext() if here else torch.cuda.device(device):
             _call(
                 "cuLaunchKernel",
                 self._handle,

@@ -1,4 +1,4 @@
-"""Statistics of at most 128 rows by the CUDA C++ kernel for Hopper: cuda/few_row_logprob.cu, built on first use."""
+"""Statistics of at most 128 rows by the CUDA C++ kernels for Hopper, built on first use; plan.py says which one."""
 
 from __future__ import annotations
 
@@ -7,24 +7,13 @@ import functools
 
 import torch
 
-from megatron_laser.ops.autograd import Problem
 from megatron_laser.ops.cuda.build import BuildError, built_kernel
-from megatron_laser.ops.cuda.driver import DriverError, Function, Module, TensorMap
+from megatron_laser.ops.cuda.driver import DriverError, Function, Module, tensor_map
+from megatron_laser.ops.cuda.plan import MAX_ROWS, Plan, choose, every_plan
 from megatron_laser.ops.device import capability, multiprocessors
-from megatron_laser.ops.statistics import Statistics, no_columns
-from megatron_laser.ops.tiles import accumulation_dtype
+from megatron_laser.ops.few_rows import FewRows
 
-MAX_ROWS = 128
-# The constants of the source: tile of the weight, threads of a program, and per number of rows the shared memory.
-TILE_COLUMNS, DEPTH, THREADS = 256, 64, 384
-ROWS = (16, 32, 64, 128)
-
-
-def shared_bytes(rows: int) -> int:
-    """Dynamic shared memory of the kernel for `rows`: `Layout<rows>::TOTAL_BYTES` of the source."""
-    stages = 5 if rows <= 64 else 4
-    stage = (TILE_COLUMNS + rows) * DEPTH * 2
-    return 1024 + stages * stage + 17 * rows * 4 + 2 * stages * 8
+DEPTH = 64  # columns of one copy: 128 bytes, what the swizzle works on
 
 
 def refuses(hidden: torch.Tensor, weight: torch.Tensor) -> str | None:
@@ -45,8 +34,8 @@ def refuses(hidden: torch.Tensor, weight: torch.Tensor) -> str | None:
 @functools.cache
 def _load_failure(device: torch.device) -> str | None:
     try:
-        for rows in ROWS:
-            _function(device, rows)
+        for kernel in every_plan():
+            _function(device, kernel)
     except (BuildError, DriverError) as error:
         return str(error)
     return None
@@ -58,39 +47,37 @@ def _module(device: torch.device) -> Module:
 
 
 @functools.cache
-def _function(device: torch.device, rows: int) -> Function:
-    return _module(device).function(f"few_row_logprob_{rows}", shared_bytes(rows))
+def _function(device: torch.device, plan: Plan) -> Function:
+    return _module(device).function(plan.name, plan.shared_bytes)
 
 
 class CudaFewRowEngine:
-    """A `Reducer` for inputs that `refuses` does not refuse; there is no backward."""
+    """A `FewRowReducer` for inputs that `refuses` does not refuse."""
 
-    def statistics(self, problem: Problem, *, for_backward: bool) -> tuple[Statistics, None]:
-        """See `Reducer`. The inverse temperature must be 1."""
-        # Here and not above: the merge kernel needs triton, this module is looked at without it.
-        from megatron_laser.ops.triton.few_rows import merge
+    def __init__(self, plan: Plan | None = None) -> None:
+        """`plan`: instead of what the shape and the device ask for; it must take the rows."""
+        self._plan = plan
 
-        hidden, shard = problem.rows.all(), problem.shard
-        rows, hidden_size = hidden.shape
-        if rows == 0 or shard.columns == 0:
-            return no_columns(rows, accumulation_dtype(hidden), hidden.device, False), None
-        size = next(size for size in ROWS if size >= rows)
-        column_tiles = -(-shard.columns // TILE_COLUMNS)
-        programs = min(column_tiles, multiprocessors(hidden.device))
-        partials = torch.empty(3, programs, rows, dtype=torch.float32, device=hidden.device)
-        _function(hidden.device, size).launch(
-            (1, programs),
-            THREADS,
-            hidden.device,
-            TensorMap(hidden, size, DEPTH),
-            TensorMap(problem.weight, TILE_COLUMNS, DEPTH),
-            ctypes.c_void_p(problem.labels.data_ptr()),
+    def partials(self, problem: FewRows) -> torch.Tensor:
+        """See `FewRowReducer`."""
+        hidden, weight, labels, shard = problem
+        device, (rows, hidden_size) = hidden.device, hidden.shape
+        count = multiprocessors(device)
+        plan = self._plan or choose(rows, shard.columns, count, hidden_size)
+        programs = plan.programs(shard.columns, count)
+        partials = torch.empty((3, programs, rows), dtype=torch.float32, device=device)
+        _function(device, plan).launch(
+            (programs, 1) if plan.pairs else (1, programs),
+            plan.threads,
+            device,
+            tensor_map(hidden, plan.hidden_box, DEPTH),
+            tensor_map(weight, plan.columns, DEPTH),
+            ctypes.c_void_p(labels.data_ptr()),
             ctypes.c_void_p(partials.data_ptr()),
             ctypes.c_int(rows),
             ctypes.c_int(shard.columns),
             ctypes.c_int(-(-hidden_size // DEPTH)),
             ctypes.c_longlong(shard.first),
-            ctypes.c_int(column_tiles),
+            ctypes.c_int(plan.rounds(shard.columns, count) if plan.pairs else plan.tiles(shard.columns)),
         )
-        maximum, total, label_logit = merge(partials).unbind()
-        return Statistics(maximum, total, label_logit, None), None
+        return partials

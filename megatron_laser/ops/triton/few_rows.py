@@ -2,7 +2,7 @@
 
 The weight is the left operand and the few rows the right one: the tensor cores' instruction wants 64 rows on the
 left and takes 16 to 256 on the right, so 16 hidden rows are not padded to 64. Each program walks over tiles of the
-vocabulary and keeps running sums; a second, tiny kernel merges the programs.
+vocabulary and keeps running sums; `merge.finish` makes log-probs of the programs' partial results.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_laser.ops.autograd import Problem
 from megatron_laser.ops.device import interpreted, multiprocessors
-from megatron_laser.ops.statistics import Statistics, no_columns
-from megatron_laser.ops.tiles import accumulation_dtype
+from megatron_laser.ops.few_rows import FewRows
 
 
 @dataclass(frozen=True)
@@ -106,57 +104,29 @@ def few_row_statistics(  # type: ignore[no-untyped-def]
     tl.store(target + plane, s, mask=inside)
 
 
-@triton.jit
-def merge_partials(partials, statistics, programs, rows, PROGRAMS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """partials [3, programs, rows] to statistics [3, rows], in a fixed order; one program per row."""
-    row = tl.program_id(0)
-    program = tl.arange(0, PROGRAMS)
-    inside = program < programs
-    source = partials + program * rows + row
-    plane = programs * rows
-    m = tl.load(source, mask=inside, other=float("-inf"))
-    maximum = tl.max(m, 0)
-    base = tl.where(maximum == float("-inf"), 0.0, maximum)
-    s = tl.load(source + plane, mask=inside, other=0.0) * tl.exp(m - base)
-    tl.store(statistics + row, maximum)
-    tl.store(statistics + rows + row, tl.sum(s, 0))
-    tl.store(statistics + 2 * rows + row, tl.sum(tl.load(source + 2 * plane, mask=inside, other=0.0), 0))
-
-
-def merge(partials: torch.Tensor) -> torch.Tensor:
-    """[3, programs, rows] to [3, rows] on the device; also for partials of the CUDA kernel."""
-    _, programs, rows = partials.shape
-    statistics = partials.new_empty(3, rows)
-    kernel: Any = merge_partials
-    kernel[(rows,)](partials, statistics, programs, rows, PROGRAMS=triton.next_power_of_2(programs))
-    return statistics
-
-
 class FewRowEngine:
-    """A `Reducer`; there is no backward."""
+    """A `FewRowReducer`."""
 
     def __init__(self, tile: FewRowTile | None = None, programs: int | None = None) -> None:
         """`tile`, `programs`: instead of what the shape and the device ask for."""
         self._tile, self._programs = tile, programs
 
-    def statistics(self, problem: Problem, *, for_backward: bool) -> tuple[Statistics, None]:
-        """See `Reducer`. The inverse temperature must be 1."""
-        hidden, shard = problem.rows.all(), problem.shard
+    def partials(self, problem: FewRows) -> torch.Tensor:
+        """See `FewRowReducer`."""
+        hidden, weight, labels, shard = problem
         rows, hidden_size = hidden.shape
-        if rows == 0 or shard.columns == 0:
-            return no_columns(rows, accumulation_dtype(hidden), hidden.device, False), None
         tile = self._tile or tile_for(rows)
         row_blocks = triton.cdiv(rows, tile.rows)
         column_tiles = triton.cdiv(shard.columns, tile.columns)
         wanted = self._programs or multiprocessors(hidden.device) * tile.per_multiprocessor // row_blocks
         # The same number of tiles for all programs, but for the last ones.
         programs = triton.cdiv(column_tiles, triton.cdiv(column_tiles, max(1, wanted)))
-        partials = torch.empty(3, programs, rows, dtype=torch.float32, device=hidden.device)
+        partials = torch.empty((3, programs, rows), dtype=torch.float32, device=hidden.device)
         kernel: Any = few_row_statistics
         kernel[(row_blocks, programs)](
             TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]),
-            TensorDescriptor.from_tensor(problem.weight, [tile.columns, tile.depth]),
-            problem.labels,
+            TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]),
+            labels,
             partials,
             rows,
             shard.columns,
@@ -170,5 +140,4 @@ class FewRowEngine:
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        maximum, total, label_logit = merge(partials).unbind()
-        return Statistics(maximum, total, label_logit, None), None
+        return partials

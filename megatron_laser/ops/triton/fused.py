@@ -15,11 +15,14 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megatron_laser.ops.autograd import Problem
+from megatron_laser.ops.collectives import GatheredRows
 from megatron_laser.ops.device import interpreted, multiprocessors
+from megatron_laser.ops.few_rows import FewRows
 from megatron_laser.ops.statistics import Statistics, no_columns
+from megatron_laser.ops.tiled_engine import per_row
 from megatron_laser.ops.tiles import accumulation_dtype
-from megatron_laser.ops.triton.engine import ChunkedEngine, per_row
-from megatron_laser.ops.triton.few_rows import merge
+from megatron_laser.ops.triton.engine import ChunkedEngine
+from megatron_laser.ops.triton.merge import merge
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,21 @@ class FusedEngine(ChunkedEngine):
 
     def statistics(self, problem: Problem, *, for_backward: bool) -> tuple[Statistics, None]:
         """See `Engine`; nothing is kept."""
+        like, rows = problem.rows.like, len(problem.rows)
+        if rows == 0 or problem.shard.columns == 0:
+            return no_columns(rows, accumulation_dtype(like), like.device, problem.with_entropy), None
+        maximum, total, label_logit, *moment = merge(self._partials(problem)).unbind()
+        return Statistics(maximum, total, label_logit, moment[0] if moment else None), None
+
+    def partials(self, problem: FewRows) -> torch.Tensor:
+        """See `FewRowReducer`."""
+        hidden, weight, labels, shard = problem
+        return self._partials(Problem(GatheredRows(hidden, None), weight, labels, 1.0, shard, False))
+
+    def _partials(self, problem: Problem) -> torch.Tensor:
+        """[3, or with the entropy 4, splits, rows]."""
         hidden, shard, tile = problem.rows.all(), problem.shard, self._fused_tile
         rows, hidden_size = hidden.shape
-        if rows == 0 or shard.columns == 0:
-            dtype = accumulation_dtype(hidden)
-            return no_columns(rows, dtype, hidden.device, problem.with_entropy), None
         row_blocks = triton.cdiv(rows, tile.rows)
         column_tiles = triton.cdiv(shard.columns, tile.columns)
         programs = multiprocessors(hidden.device)
@@ -160,13 +173,7 @@ class FusedEngine(ChunkedEngine):
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        if not problem.with_entropy:
-            maximum, total, label_logit = merge(partials).unbind()
-            return Statistics(maximum, total, label_logit, None), None
-        parts = Statistics(partials[0], partials[1], partials[2], partials[3])
-        maximum = parts.maximum.amax(0)
-        sums = torch.stack(parts.moved_to(maximum)).sum(1)
-        return Statistics(maximum, sums[0], sums[1], sums[2]), None
+        return partials
 
 
 def best_splits(row_blocks: int, column_tiles: int, programs: int, group: int) -> int:

@@ -48,7 +48,7 @@ def tile_statistics(  # type: ignore[no-untyped-def]
     z [rows, columns] (row stride z_stride), of the global columns from first_column on; labels [rows] int64 global;
     inv_temperature, maximum, total, label_logit, moment [rows] in z's dtype, the last four updated.
     KEEP: also write kept [rows, columns] = exp(scaled z - base), with base from kept_base [rows]; FIRST: this tile
-    determines the bases, its maxima and the margin, and writes them. The second read of its logits comes from the cache.
+    determines the bases, its maxima and the margin, and writes them; its second read comes from the cache.
     """
     row = tl.program_id(0)
     scale = tl.load(inv_temperature + row)
@@ -118,8 +118,8 @@ def tile_gradient(  # type: ignore[no-untyped-def]
 ):
     """Gradient of one tile's unscaled logits; programs [rows, blocks of BLOCK columns].
 
-    z: the logits, or with KEPT what `tile_statistics` kept, with the bases kept_base [rows]. The per-row tensors [rows] are in the
-    accumulation dtype. out [rows, columns] (row stride out_stride) may be z itself.
+    z: the logits, or with KEPT what `tile_statistics` kept, with the bases kept_base [rows]. The per-row tensors [rows]
+    are in the accumulation dtype. out [rows, columns] (row stride out_stride) may be z itself.
     """
     row, block = tl.program_id(0), tl.program_id(1)
     scale = tl.load(inv_temperature + row)
