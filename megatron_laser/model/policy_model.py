@@ -7,7 +7,6 @@ as the successor; `megatron_patches.py` changes one of its rotary functions. Rea
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
@@ -29,10 +27,7 @@ from megatron_laser.model import hf_config
 from megatron_laser.model.megatron_patches import patch_megatron
 from megatron_laser.model.torch_layers import PackedSdpaAttention, RMSNorm
 from megatron_laser.model.transformer_engine import clear_backend_variables
-from megatron_laser.ops import add_weight_gradient_to_main_grad, few_row_logprob, linear_logprob
-
-# log-probs [m] and entropies [m] (or None) of labelled rows `slice` -> their part of the loss, a sum over rows
-RowLoss = Callable[[torch.Tensor, torch.Tensor | None, slice], torch.Tensor]
+from megatron_laser.ops import RowLoss, add_weight_gradient_to_main_grad, few_row_logprob, linear_logprob
 
 
 @dataclass(frozen=True)
@@ -84,30 +79,35 @@ def log_prob_head(
     # In effect under DistributedDataParallel: dW goes into main_grad unrounded, without a copy of its size.
     add_weight_gradient_to_main_grad(weight)
     group = output_layer.tp_group
-    if output_layer.sequence_parallel:
-        # The op all-reduces dX over the tensor-parallel group, so every rank holds the whole gradient and
-        # the gather's backward only has to keep its own part.
-        hidden_states = gather_from_sequence_parallel_region(
-            hidden_states, tensor_parallel_output_grad=False, group=group
-        )
-    hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, inputs.rows)
+    # The op gathers the ranks' tokens beside its first product, chooses rows among them, and reduces or scatters dX.
+    hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+    gathers = output_layer.sequence_parallel and group.size() > 1
     if inputs.few_rows:
         return few_row_logprob(
-            hidden, weight, inputs.labels, vocab_size=vocab_size, tp_group=group
+            hidden,
+            weight,
+            inputs.labels,
+            rows=inputs.rows,
+            vocab_size=vocab_size,
+            tp_group=group,
+            sequence_parallel=gathers,
         ).unsqueeze(0)
     result = linear_logprob(
         hidden,
         weight,
         inputs.labels,
+        rows=inputs.rows,
+        own_rows=inputs.own_rows(hidden.shape[0], group.rank()) if gathers else None,
         inv_temperature=inputs.inv_temperature,
         vocab_size=vocab_size,
         tp_group=group,
+        sequence_parallel=gathers,
         with_entropy=inputs.with_entropy,
+        entropy_gradient=inputs.entropy_gradient,
+        loss=inputs.loss,
     )
     if result.entropy is not None:
-        # The backward of `stack` makes zeros of a gradient that nobody asked for, and the op would work them in.
-        entropy = result.entropy if inputs.entropy_gradient else result.entropy.detach()
-        return torch.stack([result.logprobs, entropy])
+        return torch.stack([result.logprobs, result.entropy])
     return result.logprobs.unsqueeze(0)
 
 

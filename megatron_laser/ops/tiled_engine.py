@@ -7,9 +7,9 @@ logits again and turns them into their gradient first. Every slice of dW has one
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -117,15 +117,10 @@ class Keep:
     first: bool
 
 
-class TiledEngine(ABC):
-    """The `Engine` that is described above; subclasses say what is done to a tile."""
+class TileFunctions(Protocol):
+    """What an implementation does to one tile of logits."""
 
-    def __init__(self, *, tile_bytes: int, min_columns: int, kept_tile_bytes: int) -> None:
-        """`tile_bytes`: one tile of logits; `min_columns`: see `TilePlan.of`; `kept_tile_bytes`: one kept tile."""
-        self._tile_bytes, self._min_columns, self._kept_tile_bytes = tile_bytes, min_columns, kept_tile_bytes
-
-    @abstractmethod
-    def tile_statistics(
+    def statistics(
         self,
         z: torch.Tensor,
         labels: torch.Tensor,
@@ -136,8 +131,7 @@ class TiledEngine(ABC):
     ) -> None:
         """Merge unscaled logits z [rows, columns], which may be overwritten, into `state`; write what is kept."""
 
-    @abstractmethod
-    def tile_gradient(
+    def gradient(
         self,
         z: torch.Tensor,
         labels: torch.Tensor,
@@ -154,7 +148,21 @@ class TiledEngine(ABC):
 
     def kept_dtype(self, like: torch.Tensor) -> torch.dtype | None:
         """What probabilities of inputs like this are kept in; None: they are not (float16 has too few exponents)."""
-        return None if like.dtype == torch.float16 else like.dtype
+
+
+class TiledEngine:
+    """The `Engine` that is described above."""
+
+    def __init__(
+        self, functions: TileFunctions, *, tile_bytes: int, min_columns: int, kept_tile_bytes: int
+    ) -> None:
+        """`tile_bytes`: one tile of logits; `min_columns`: see `TilePlan.of`; `kept_tile_bytes`: one kept tile."""
+        self._functions = functions
+        self._tile_bytes, self._min_columns, self._kept_tile_bytes = tile_bytes, min_columns, kept_tile_bytes
+
+    def kept_dtype(self, like: torch.Tensor) -> torch.dtype | None:
+        """See `Engine`."""
+        return self._functions.kept_dtype(like)
 
     def plan(self, like: torch.Tensor, rows: int, columns: int) -> TilePlan:
         """How rows [rows, H] with the dtype, device and H of `like` times so many columns are cut."""
@@ -191,7 +199,7 @@ class TiledEngine(ABC):
             for block in plan.row_slices():
                 z = _tile(buffer, block, columns)
                 _logits(problem, plan, block, weight, z)
-                self.tile_statistics(
+                self._functions.statistics(
                     z,
                     problem.labels[block],
                     inv_temperature[block],
@@ -249,7 +257,7 @@ class TiledEngine(ABC):
         for columns, values in kept.take():
             first_column = shard.first + columns.start
             if factor is None:
-                self.tile_gradient(
+                self._functions.gradient(
                     values, problem.labels, inv_temperature, upstream, values, first_column, kept.base
                 )
             else:
@@ -297,7 +305,7 @@ class TiledEngine(ABC):
             for block in plan.row_slices():
                 z, dz = _tile(logits, block, columns), _tile(grads, block, columns)
                 _logits(problem, plan, block, weight_operand, z)
-                self.tile_gradient(
+                self._functions.gradient(
                     z,
                     problem.labels[block],
                     inv_temperature[block],

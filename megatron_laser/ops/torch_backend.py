@@ -56,17 +56,15 @@ def few_row_logprob(
     )
 
 
-class TorchEngine(TiledEngine):
-    """Tiles of logits in plain torch; `tile_bytes` bounds one of them, and one of kept probabilities."""
-
-    def __init__(self, tile_bytes: int = LOGITS_TILE_BYTES) -> None:
-        super().__init__(tile_bytes=tile_bytes, min_columns=_MIN_COLUMNS, kept_tile_bytes=tile_bytes)
+class TorchTiles:
+    """`TileFunctions` in plain torch."""
 
     def kept_dtype(self, like: torch.Tensor) -> torch.dtype | None:
-        """See `TiledEngine`: where operands are widened for the products (on a CPU), nothing has to be rounded."""
-        return super().kept_dtype(mm_operand(like[:0]))
+        """See `TileFunctions`: where operands are widened for the products (on a CPU), nothing has to be rounded."""
+        operand = mm_operand(like[:0]).dtype
+        return None if operand == torch.float16 else operand
 
-    def tile_statistics(
+    def statistics(
         self,
         z: torch.Tensor,
         labels: torch.Tensor,
@@ -75,7 +73,7 @@ class TorchEngine(TiledEngine):
         first_column: int,
         keep: Keep | None,
     ) -> None:
-        """See `TiledEngine`."""
+        """See `TileFunctions`."""
         z.mul_(inv_temperature.unsqueeze(1))
         label, owned = local_labels(labels, first_column, z.shape[1])
         state.label_logit.add_(z.gather(1, label).squeeze(1).where(owned, 0))
@@ -99,7 +97,7 @@ class TorchEngine(TiledEngine):
                 torch.add(base, MARGIN, out=keep.base)
             torch.mul(p, (base - keep.base).exp_().unsqueeze(1), out=keep.values)
 
-    def tile_gradient(
+    def gradient(
         self,
         z: torch.Tensor,
         labels: torch.Tensor,
@@ -109,7 +107,7 @@ class TorchEngine(TiledEngine):
         first_column: int,
         base: torch.Tensor | None,
     ) -> None:
-        """See `TiledEngine`."""
+        """See `TileFunctions`."""
         grad = upstream.grad_logprobs * inv_temperature
         if base is None:
             log_p = z.mul_(inv_temperature.unsqueeze(1)).sub_(upstream.lse.unsqueeze(1))
@@ -127,3 +125,12 @@ class TorchEngine(TiledEngine):
         dz.scatter_add_(1, label, grad.where(owned, 0).unsqueeze(1))
         if out.data_ptr() != dz.data_ptr():
             out.copy_(dz)
+
+
+class TorchEngine(TiledEngine):
+    """`TiledEngine` in plain torch; `tile_bytes` bounds a tile of logits, and one of kept probabilities."""
+
+    def __init__(self, tile_bytes: int = LOGITS_TILE_BYTES) -> None:
+        super().__init__(
+            TorchTiles(), tile_bytes=tile_bytes, min_columns=_MIN_COLUMNS, kept_tile_bytes=tile_bytes
+        )

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from megatron_laser.model.policy_model import HeadInputs, RowLoss
+from megatron_laser.model.policy_model import HeadInputs
+from megatron_laser.ops import RowLoss
 from megatron_laser.trainer.policy import Chunks, Policy
 from megatron_laser.trainer.step_data import MicroBatch
 

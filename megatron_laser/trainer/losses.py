@@ -16,7 +16,7 @@ from megatron_laser.algorithms.policy_loss import (
 )
 from megatron_laser.algorithms.self_reward import self_reward_loss, self_reward_scores
 from megatron_laser.config.schema.root import RunConfig
-from megatron_laser.model.policy_model import RowLoss
+from megatron_laser.ops import RowLoss
 from megatron_laser.trainer.step_data import LabelledRows, MiniBatch
 from megatron_laser.trainer.step_metrics import ROWS_KEY
 

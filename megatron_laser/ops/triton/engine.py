@@ -14,22 +14,14 @@ from megatron_laser.ops.triton import tile_kernels
 MIN_COLUMNS = 2048
 
 
-class ChunkedEngine(TiledEngine):
-    """`TiledEngine` on CUDA, or in Triton's interpreter."""
+class TritonTiles:
+    """`TileFunctions` in Triton."""
 
-    def __init__(
-        self,
-        block: int = tile_kernels.BLOCK,
-        min_columns: int = MIN_COLUMNS,
-        kept_tile_bytes: int = TILE_BYTES,
-    ) -> None:
-        """`block`: columns that one program of a kernel handles at a time; else see `TiledEngine`."""
-        super().__init__(
-            tile_bytes=settings().tile_bytes, min_columns=min_columns, kept_tile_bytes=kept_tile_bytes
-        )
+    def __init__(self, block: int) -> None:
+        """`block`: columns that one program of a kernel handles at a time."""
         self._block = block
 
-    def tile_statistics(
+    def statistics(
         self,
         z: torch.Tensor,
         labels: torch.Tensor,
@@ -38,10 +30,10 @@ class ChunkedEngine(TiledEngine):
         first_column: int,
         keep: Keep | None,
     ) -> None:
-        """See `TiledEngine`."""
+        """See `TileFunctions`."""
         tile_kernels.launch_statistics(z, labels, inv_temperature, state, first_column, keep, self._block)
 
-    def tile_gradient(
+    def gradient(
         self,
         z: torch.Tensor,
         labels: torch.Tensor,
@@ -51,7 +43,29 @@ class ChunkedEngine(TiledEngine):
         first_column: int,
         base: torch.Tensor | None,
     ) -> None:
-        """See `TiledEngine`."""
+        """See `TileFunctions`."""
         tile_kernels.launch_gradient(
             z, labels, inv_temperature, upstream, out, first_column, base, self._block
+        )
+
+    def kept_dtype(self, like: torch.Tensor) -> torch.dtype | None:
+        """See `TileFunctions`."""
+        return None if like.dtype == torch.float16 else like.dtype
+
+
+class ChunkedEngine(TiledEngine):
+    """`TiledEngine` on CUDA, or in Triton's interpreter."""
+
+    def __init__(
+        self,
+        block: int = tile_kernels.BLOCK,
+        min_columns: int = MIN_COLUMNS,
+        kept_tile_bytes: int = TILE_BYTES,
+    ) -> None:
+        """`block`: see `TritonTiles`; else see `TiledEngine`."""
+        super().__init__(
+            TritonTiles(block),
+            tile_bytes=settings().tile_bytes,
+            min_columns=min_columns,
+            kept_tile_bytes=kept_tile_bytes,
         )
