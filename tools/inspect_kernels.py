@@ -67,9 +67,9 @@ def triton_kernels() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any],
     pointers = {"labels": "*i64", "kept": "*bf16"}
     options = {"num_warps": tile_kernels.WARPS}
     for entropy in (False, True):
-        for keep in (False, True):
-            constants = {"ENTROPY": entropy, "KEEP": keep, "BLOCK": tile_kernels.BLOCK}
-            variant = _words(entropy=entropy, keep=keep)
+        for keep, first in ((False, False), (True, True), (True, False)):
+            constants = {"ENTROPY": entropy, "KEEP": keep, "FIRST": first, "BLOCK": tile_kernels.BLOCK}
+            variant = _words(entropy=entropy, keep=keep, first=first)
             yield variant, tile_kernels.tile_statistics, pointers, constants, options, False
         for kept in (False, True):
             constants = {"ENTROPY": entropy, "KEPT": kept, "BLOCK": tile_kernels.BLOCK}
@@ -129,7 +129,6 @@ SIZES = (
         "z_stride",
         "kept_stride",
         "out_stride",
-        "kept_blocks",
         "rows",
         "hidden_size",
     ),
@@ -146,7 +145,9 @@ def inspect_triton() -> Iterator[Report]:
 
     for variant, kernel, types, constants, options, product in triton_kernels():
         signature = {
-            name: "constexpr" if name in constants else types.get(name, "i32" if name in SIZES else "*fp32")
+            name: "constexpr"
+            if name in constants
+            else types.get(name, "i32" if name in SIZES else "fp32" if name == "margin" else "*fp32")
             for name in kernel.arg_names
         }
         # What the launcher finds out by itself: pointers and row strides are multiples of 16.

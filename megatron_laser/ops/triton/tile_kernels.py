@@ -60,14 +60,13 @@ def tile_statistics(  # type: ignore[no-untyped-def]
     if (label >= 0) & (label < columns):
         tl.store(label_logit + row, tl.load(z_row + label) * scale)
     if FIRST:
-        largest = tl.full([BLOCK], float("-inf"), m.dtype)
+        largest = tl.full([], float("-inf"), m.dtype)
         for start in range(0, columns, BLOCK):
             offsets = start + tl.arange(0, BLOCK)
             inside = offsets < columns
-            a = tl.load(z_row + offsets, mask=inside, other=float("-inf"))
-            largest = tl.maximum(largest, tl.where(inside, a * scale, float("-inf")))
-        largest_of_row = tl.max(largest, 0)
-        row_base = tl.where(largest_of_row == float("-inf"), 0.0, largest_of_row) + margin
+            a = tl.load(z_row + offsets, mask=inside, other=float("-inf")) * scale
+            largest = tl.maximum(largest, tl.max(tl.where(inside, a, float("-inf")), 0))
+        row_base = tl.where(largest == float("-inf"), 0.0, largest) + margin
         tl.store(kept_base + row, row_base)
     elif KEEP:
         row_base = tl.load(kept_base + row)
