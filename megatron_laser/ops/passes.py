@@ -11,6 +11,7 @@ loss from them as ever, and its backward only compares the gradient that arrives
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,9 +22,11 @@ from torch.autograd.function import once_differentiable
 
 from megatron_laser.ops.autograd import Engine, LinearLogProb, Options, TokenGradient, Upstream
 from megatron_laser.ops.collectives import GatheredRows, group_size
+from megatron_laser.ops.device import multiprocessors
 from megatron_laser.ops.memory import agreed_keep_budget, keep_budget
 from megatron_laser.ops.settings import settings
-from megatron_laser.ops.tiles import accumulation_dtype, has_label, vocabulary_shard
+from megatron_laser.ops.slices import row_blocks
+from megatron_laser.ops.tiles import accumulation_dtype, has_label, padded, vocabulary_shard
 from megatron_laser.ops.types import LogProbs
 from megatron_laser.ops.weight_gradient import WeightGradient, main_grad_of
 
@@ -60,39 +63,45 @@ def apply(
         with_entropy,
         entropy_gradient and with_entropy,
         own_rows,
-        keep_budget(hidden.device) if for_backward else 0,
+        keep_budget(hidden.device, tp_group) if for_backward else 0,
         for_backward,
     )
     # Kernels walk over per-row tensors without strides.
     labels = labels.contiguous()
     inputs = (hidden, weight, labels, rows, inv_temperature, options)
-    if loss is not None and for_backward:
-        block_rows = rows_of_a_block(
-            len(labels),
-            weight.shape[0],
-            engine.kept_dtype(hidden),
-            agreed_keep_budget(hidden.device, tp_group),
+    if loss is not None and for_backward and len(labels):
+        blocks = blocks_of_rows(
+            *(len(labels), hidden.shape[1], weight.shape[0]),
+            kept=engine.kept_dtype(hidden),
+            budget=agreed_keep_budget(hidden.device, tp_group),
+            multiprocessors=multiprocessors(hidden.device),
         )
-        if block_rows < len(labels):
-            return LogProbs(*LossInBlocks.apply(*inputs, loss, block_rows))
+        if len(blocks) > 1:
+            return LogProbs(*LossInBlocks.apply(*inputs, loss, blocks))
     return LogProbs(*LinearLogProb.apply(*inputs))
 
 
-def rows_of_a_block(rows: int, columns: int, kept: torch.dtype | None, budget: int) -> int:
-    """How many rows a block should have: `rows` means two passes.
+def blocks_of_rows(
+    rows: int,
+    hidden_size: int,
+    columns: int,
+    *,
+    kept: torch.dtype | None,
+    budget: int,
+    multiprocessors: int,
+) -> list[int]:
+    """Rows of each block; a single one means two passes.
 
-    That is where all probabilities fit into `budget` bytes, and where so few rows' do that the products would be small
-    and dW would be read and written too often. Blocks are about equal. The same on all ranks of a tensor-parallel
-    group if `budget` is, with `columns` those of the padded shard.
+    That is where all probabilities fit into `budget` bytes, and where those of so few rows do that the products would
+    be small and dW would be read and written too often. The same on all ranks of a tensor-parallel group if `budget`
+    is, with `columns` those of the padded shard.
     """
-    if kept is None or not rows or not columns:
-        return rows
-    fitting = budget // (columns * kept.itemsize)
-    if fitting >= rows or fitting < settings().min_block_rows:
-        return rows
-    even = -(-rows // -(-rows // fitting))
-    aligned = -(-even // 128) * 128
-    return aligned if aligned <= fitting else even
+    if kept is None:
+        return [rows]
+    most = budget // (padded(columns) * kept.itemsize)
+    if most >= rows or most < settings().min_block_rows:
+        return [rows]
+    return row_blocks(rows, hidden_size, columns, most=most, multiprocessors=multiprocessors)
 
 
 class LossInBlocks(torch.autograd.Function):
@@ -108,13 +117,13 @@ class LossInBlocks(torch.autograd.Function):
         inv_temperature: float | torch.Tensor,
         options: Options,
         loss: RowLoss,
-        block_rows: int,
+        blocks: list[int],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See the class."""
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         everything = options.gather(hidden, rows)
         inputs, count, dtype = everything.all(), len(labels), accumulation_dtype(hidden)
-        options = replace(options, keep_bytes=max(options.keep_bytes, 0), own_rows=None)
+        options = replace(options, own_rows=None)
         results = inputs.new_empty((2 if options.with_entropy else 1, count), dtype=dtype)
         grads = torch.zeros_like(results)
         grad_weight = total = None
@@ -126,8 +135,8 @@ class LossInBlocks(torch.autograd.Function):
             # Over a group these are added up, which wants all digits.
             summed = group_size(options.tp_group) > 1
             total = inputs.new_zeros(inputs.shape, dtype=dtype if summed else inputs.dtype)
-        for start in range(0, count, block_rows):
-            block = slice(start, min(start + block_rows, count))
+        ends = itertools.accumulate(blocks)
+        for block in (slice(end - size, end) for size, end in zip(blocks, ends, strict=True)):
             problem = options.problem(
                 GatheredRows(inputs[block], None),
                 weight,
