@@ -39,6 +39,17 @@ def test_the_tolerance_covers_an_accumulator_that_cuts_off(hidden_size):
         assert tolerance < 2e-3  # bf16 logits would be off by far more
 
 
+@pytest.mark.parametrize("columns", [512, 4096, 33792])
+def test_sums_over_kept_columns_lose_less_to_the_accumulator_than_to_bfloat16(columns):
+    """dX = P W of one kept tile: `columns` terms, of one sign as a bad case, cut off after every 16."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(4, columns, generator=generator).bfloat16()
+    weight = (torch.rand(8, columns, generator=generator) + 0.5).bfloat16()
+    exact = values.double() @ weight.double().T
+    lost = ((exact - tensor_core_product(values, weight).double()) / exact).max().item()
+    assert 0 < lost <= columns / 16 * 2**-23 < 2**-9 / 4
+
+
 def test_a_problem_of_one_row_has_a_label():
     _, _, labels = inputs(rows=1)
     assert labels[0] != IGNORE_LABEL
