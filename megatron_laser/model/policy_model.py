@@ -50,6 +50,11 @@ class HeadInputs:
     few_rows: bool = False
     loss: RowLoss | None = None
 
+    @property
+    def distinct(self) -> bool:
+        """Whether it is known that no position is there twice."""
+        return self.positions is not None and bool((np.diff(self.positions) > 0).all())
+
     def own_rows(self, tokens: int, rank: int) -> tuple[int, int] | None:
         """(first, last): rows[first:last] lie in the `tokens` positions of sequence-parallel rank `rank`."""
         if self.positions is None:
@@ -98,6 +103,7 @@ def log_prob_head(
         inputs.labels,
         rows=inputs.rows,
         own_rows=inputs.own_rows(hidden.shape[0], group.rank()) if gathers else None,
+        distinct_rows=inputs.distinct,
         inv_temperature=inputs.inv_temperature,
         vocab_size=vocab_size,
         tp_group=group,

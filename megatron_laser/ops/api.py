@@ -24,6 +24,7 @@ def linear_logprob(
     *,
     rows: torch.Tensor | None = None,
     own_rows: tuple[int, int] | None = None,
+    distinct_rows: bool = False,
     inv_temperature: float | torch.Tensor = 1.0,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
@@ -50,6 +51,8 @@ def linear_logprob(
             often. None: every row once.
         own_rows: (first, last) if rows[first:last], and only these, are in this rank's shard: the first product then
             runs while the others are gathered. None: unknown, or no `sequence_parallel`.
+        distinct_rows: no position is in `rows` twice: then dX is copied to the tokens, else it is sorted and added up.
+            Not checked on a CUDA device, where a position that is there twice would lose a part.
         inv_temperature: 1 / temperature, one for all rows or [n]. Not differentiable.
         vocab_size: the real vocabulary; columns from here on are padding and have probability 0.
             None: all columns are real.
@@ -76,6 +79,10 @@ def linear_logprob(
         raise ValueError(
             f"own_rows={own_rows}: expected 0 <= first <= last <= {count}, with rows and sequence_parallel=True."
         )
+    if distinct_rows and rows is not None and rows.device.type == "cpu" and len(rows.unique()) < count:
+        raise ValueError(
+            f"distinct_rows=True, but {count} rows have {len(rows.unique())} different positions."
+        )
     if isinstance(inv_temperature, torch.Tensor) and (
         inv_temperature.shape != (count,)
         or inv_temperature.device != hidden.device
@@ -92,6 +99,7 @@ def linear_logprob(
         labels,
         rows=rows,
         own_rows=own_rows,
+        distinct_rows=distinct_rows,
         inv_temperature=inv_temperature,
         vocab_size=vocab_size,
         tp_group=tp_group,

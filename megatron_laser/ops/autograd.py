@@ -157,8 +157,8 @@ class HiddenGradient:
 class TokenGradient:
     """dX of rows as the gradient of `hidden`: put where the rows came from and reduced over the group."""
 
-    def __init__(self, rows: GatheredRows, group: dist.ProcessGroup | None, scatter: bool) -> None:
-        self._rows, self._group, self._scatter = rows, group, scatter
+    def __init__(self, rows: GatheredRows, options: Options) -> None:
+        self._rows, self._options = rows, options
         self._started: tuple[torch.Tensor, dist.Work | None] | None = None
 
     def start(self, total: torch.Tensor, chosen: torch.Tensor | None) -> None:
@@ -166,9 +166,13 @@ class TokenGradient:
         positions = self._rows.positions(chosen)
         if positions is not None:
             tokens = total.new_zeros((self._rows.tokens, total.shape[1]))
-            # Positions may repeat; this sorts, so that every sum has a fixed order (index_add_ would not).
-            total = tokens.index_put_((positions,), total, accumulate=True)
-        self._started = start_reduction(total, self._group, scatter=self._scatter)
+            if self._options.distinct_rows:
+                total = tokens.index_copy_(0, positions, total)
+            else:
+                # Positions may repeat; this sorts, so that every sum has a fixed order (index_add_ would not).
+                total = tokens.index_put_((positions,), total, accumulate=True)
+        options = self._options
+        self._started = start_reduction(total, options.tp_group, scatter=options.sequence_parallel)
 
     def result(self) -> torch.Tensor:
         """The gradient of `hidden`, in its dtype."""
@@ -217,6 +221,7 @@ class Options:
     with_entropy: bool
     entropy_gradient: bool
     own_rows: tuple[int, int] | None
+    distinct_rows: bool
     keep_bytes: int
     for_backward: bool
 
@@ -273,10 +278,9 @@ class Options:
             part = HiddenGradient(rows, problem.rows.like, lambda total: hidden(total, chosen))
         if rows and self.shard.columns:
             self.engine.gradients(problem, upstream, kept, part, weight)
-        else:
-            problem.rows.all()
-            if weight is not None:
-                weight.clear()
+        elif weight is not None:
+            weight.clear()
+        problem.rows.all()  # a gather that nobody needed ends here
         if part is not None:
             part.complete()
 
@@ -321,7 +325,7 @@ class LinearLogProb(torch.autograd.Function):
         upstream = Upstream.of(Finished(logprobs, entropy, lse), has_label(labels, options.shard), *grads)
         tokens = grad_weight = None
         if need_hidden:
-            tokens = TokenGradient(problem.rows, options.tp_group, options.sequence_parallel)
+            tokens = TokenGradient(problem.rows, options)
         if need_weight:
             grad_weight = WeightGradient(weight, main_grad_of(ctx.parameter), options.shard.columns)
         options.backward(problem, upstream, kept, None if tokens is None else tokens.start, grad_weight)

@@ -42,6 +42,7 @@ def apply(
     *,
     rows: torch.Tensor | None = None,
     own_rows: tuple[int, int] | None = None,
+    distinct_rows: bool = False,
     inv_temperature: float | torch.Tensor = 1.0,
     vocab_size: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
@@ -63,6 +64,7 @@ def apply(
         with_entropy,
         entropy_gradient and with_entropy,
         own_rows,
+        distinct_rows or rows is None,
         keep_budget(hidden.device, tp_group) if for_backward else 0,
         for_backward,
     )
@@ -163,7 +165,7 @@ class LossInBlocks(torch.autograd.Function):
             options.backward(problem, upstream, kept, put if need_hidden else None, grad_weight)
         ctx.tokens = None
         if total is not None:
-            ctx.tokens = TokenGradient(everything, options.tp_group, options.sequence_parallel)
+            ctx.tokens = TokenGradient(everything, options)
             ctx.tokens.start(total, None)
         ctx.save_for_backward(grads)
         ctx.grad_weight, ctx.parameter = grad_weight, weight
