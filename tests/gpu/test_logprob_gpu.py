@@ -1,5 +1,7 @@
 """The log-prob op on a CUDA device: bf16 against float64, bitwise repeatable, within its memory."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.logprob import gradients, inputs, largest_logit, reference, tensor_core_tolerance
@@ -36,7 +38,7 @@ def settings():
     """Small tiles, so that several slices are merged; what was set before comes back."""
     before = configure(tile_bytes=8 * 2**20, keep_logits_bytes=0)
     yield
-    configure(tile_bytes=before.tile_bytes, keep_logits_bytes=before.keep_logits_bytes)
+    configure(**dataclasses.asdict(before))
 
 
 def problem(rows, hidden_size, columns):
@@ -177,15 +179,52 @@ def test_peak_memory_is_that_of_the_tiles(name):
         assert torch.cuda.max_memory_allocated() - before < 300 * 2**20
 
 
-def test_kept_probabilities_cost_at_most_their_rounding():
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_kept_probabilities_cost_at_most_their_rounding(with_entropy):
     hidden, weight, labels = problem(300, 896, 5001)
 
     def op(x, w):
-        return gpu_backend.linear_logprob(x, w, labels, with_entropy=True, engine=ChunkedEngine())
+        return gpu_backend.linear_logprob(x, w, labels, with_entropy=with_entropy, engine=ChunkedEngine())
 
     exact = gradients(op, hidden, weight)
     configure(keep_logits_bytes=2**30)
     kept = gradients(op, hidden, weight)
     assert all(torch.equal(a, b) for a, b in zip(exact[0], kept[0]))
     for one, other in zip(exact[1:], kept[1:]):
+        assert (one.double() - other.double()).norm() <= 2**-6 * one.double().norm()
+
+
+def test_rows_without_a_gradient_and_repeated_rows_with_kept_probabilities():
+    hidden, weight, labels = problem(300, 896, 5001)
+    factor = torch.randn(300, device="cuda") * (torch.arange(300, device="cuda") % 3 == 0)
+    rows = torch.arange(300, device="cuda") // 2
+    grads = []
+    for keep in (0, 2**30):
+        configure(keep_logits_bytes=keep)
+        x, w = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+        (linear_logprob(x, w, labels, rows=rows).logprobs * factor).sum().backward()
+        assert not x.grad[150:].any()
+        grads.append((x.grad, w.grad))
+    for one, other in zip(*grads):
+        assert (one.double() - other.double()).norm() <= 2**-6 * one.double().norm()
+
+
+def test_the_loss_inside_blocks_of_rows_equals_two_passes():
+    hidden, weight, labels = problem(512, 896, 5001)
+    factor = torch.randn(512, device="cuda")
+    calls, results = [], []
+    for keep in (2**30, 128 * 5008 * 2):
+        configure(keep_logits_bytes=keep, min_block_rows=64)
+
+        def loss(logprobs, entropy, rows):
+            calls.append(rows)
+            return (logprobs.exp() * factor[rows]).sum()
+
+        x, w = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+        found = linear_logprob(x, w, labels, loss=loss, backend="triton").logprobs
+        (found.exp() * factor).sum().backward()
+        results.append((found.detach(), x.grad, w.grad))
+    assert len(calls) == 4
+    torch.testing.assert_close(results[0][0], results[1][0])
+    for one, other in zip(results[0][1:], results[1][1:]):
         assert (one.double() - other.double()).norm() <= 2**-6 * one.double().norm()
