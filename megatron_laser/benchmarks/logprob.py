@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from megatron_laser.benchmarks.logprob_ops import Implementation, score_ops, training_ops
+from megatron_laser.benchmarks.logprob_implementation import Implementation
+from megatron_laser.benchmarks.logprob_ops import score_ops, training_ops
 from megatron_laser.benchmarks.logprob_report import Measurement, Report, Shape
 from megatron_laser.benchmarks.measure import (
     Ceilings,
+    host_seconds_per_call,
     measure_ceilings,
     peak_allocated_bytes,
     seconds_per_call,
@@ -99,10 +101,11 @@ def _measure(
 
         def step() -> None:
             hidden.grad = weight.grad = None
-            forward().sum().backward()
+            _loss(implementation, forward()).backward()
 
         seconds = seconds_per_call(forward)
         both = seconds_per_call(step) if with_gradient else None
+        host = host_seconds_per_call(forward)
         forward_peak = peak_allocated_bytes(once)
         hidden.grad = weight.grad = None
         peak = peak_allocated_bytes(step) if with_gradient else forward_peak
@@ -124,8 +127,14 @@ def _measure(
         forward_peak_bytes=forward_peak if with_gradient else None,
         peak_bytes=peak,
         rate=work / seconds,
+        both=both,
+        host=host,
         note=note,
     )
+
+
+def _loss(implementation: Implementation, logprobs: torch.Tensor) -> torch.Tensor:
+    return (logprobs[::2] if implementation.half else logprobs).sum()
 
 
 def inputs(
@@ -170,8 +179,8 @@ def _check(implementation: Implementation, shape: Shape, with_gradient: bool) ->
     if not error <= (_LOGPROB_LIMIT if implementation.ours else _PEER_LIMIT):
         raise _WrongResult(f"{implementation.name} is off by {error:.2g} nats on {shape}")
     if with_gradient:
-        actual.sum().backward()
-        expected.sum().backward()
+        _loss(implementation, actual).backward()
+        (expected[chosen % 2 == 0] if implementation.half else expected).sum().backward()
         grad_weight = weight.main_grad if implementation.main_grad else weight.grad  # type: ignore[attr-defined]
         assert hidden.grad is not None and grad_weight is not None
         for name, got, want in (

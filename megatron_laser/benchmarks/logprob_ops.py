@@ -1,46 +1,24 @@
-"""What `bench logprob` and `bench score` compare: this package's op, plain torch, and peers that are installed."""
+"""What `bench logprob` and `bench score` compare: this package's op in its variants, plain torch, and peers."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 
-from megatron_laser.ops import IGNORE_LABEL, configure, few_row_logprob, linear_logprob, torch_backend
+from megatron_laser.benchmarks.logprob_implementation import Implementation, Op, dense
+from megatron_laser.benchmarks.logprob_peers import peers
+from megatron_laser.ops import configure, few_row_logprob, linear_logprob, torch_backend
 from megatron_laser.ops.device import kernels_refuse
 from megatron_laser.ops.few_rows import FewRowReducer
-from megatron_laser.ops.tiles import accumulation_dtype
 
-Op = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One contender: (hidden, weight, labels) -> log-probs [rows], or their sum where `only_sum`.
-
-    ours: a wrong result is an error, not a remark. main_grad: dW goes to the weight's float32 `main_grad`.
-    remark: what the table adds, given hidden and weight.
-    """
-
-    name: str
-    run: Op
-    ours: bool = False
-    only_sum: bool = False
-    main_grad: bool = False
-    remark: Callable[[torch.Tensor, torch.Tensor], str] = lambda hidden, weight: ""
-
-
-def dense(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """What most trainers do: all logits, in the accumulation dtype, then log_softmax and gather."""
-    logits = torch.nn.functional.linear(hidden, weight).to(accumulation_dtype(hidden))
-    logprobs = torch.log_softmax(logits, dim=1).gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
-    return logprobs.where(labels != IGNORE_LABEL, 0)
+# Bytes of the probabilities of one block of rows where the loss is inside.
+_BLOCK_BYTES = int(1.25e9)
 
 
 def training_ops(device: torch.device) -> Iterator[Implementation]:
-    """Contenders with a gradient."""
+    """Contenders with a gradient; the peers on CUDA only."""
+    kept = _keeping(lambda nbytes: 2 * nbytes)
     yield Implementation(
         "megatron_laser", lambda *inputs: linear_logprob(*inputs).logprobs, ours=True, remark=_forward_choice
     )
@@ -50,20 +28,27 @@ def training_ops(device: torch.device) -> Iterator[Implementation]:
         ours=True,
         main_grad=True,
     )
+    yield Implementation("megatron_laser: recompute", _keeping(lambda nbytes: 0), ours=True)
+    yield Implementation("megatron_laser: kept", kept, ours=True)
+    yield Implementation("megatron_laser: kept, main_grad", kept, ours=True, main_grad=True)
+    yield Implementation(
+        "megatron_laser: kept, half the rows",
+        kept,
+        ours=True,
+        half=True,
+        remark=lambda hidden, weight: "every other row has no gradient",
+    )
+    for main_grad, suffix in ((False, ""), (True, ", main_grad")):
+        yield Implementation(f"megatron_laser: in blocks{suffix}", _in_blocks, True, main_grad=main_grad)
     if device.type == "cuda" and kernels_refuse(device) is None:
         from megatron_laser.ops import gpu_backend
 
         for name, engine in gpu_backend.FORWARD_ENGINES.items():
             yield Implementation(f"megatron_laser: {name}", _with_engine(engine), ours=True)
-        yield Implementation("megatron_laser: kept", _kept, ours=True)
     yield Implementation("torch, tiled", lambda *inputs: torch_backend.linear_logprob(*inputs).logprobs, True)
     yield Implementation("torch, dense", dense)
-    if device.type != "cuda":
-        return
-    if importlib.util.find_spec("liger_kernel") is not None:
-        yield Implementation("Liger-Kernel", _liger, only_sum=True, remark=_forward_has_the_backward)
-    if importlib.util.find_spec("cut_cross_entropy") is not None:
-        yield Implementation("cut-cross-entropy", _cut_cross_entropy)
+    if device.type == "cuda":
+        yield from peers()
 
 
 def score_ops(device: torch.device) -> Iterator[Implementation]:
@@ -94,42 +79,40 @@ def _few_row_choice(hidden: torch.Tensor, weight: torch.Tensor) -> str:
     return f"uses {gpu_backend.few_row_choice(hidden, weight, weight.shape[0]).name}"
 
 
-def _forward_has_the_backward(hidden: torch.Tensor, weight: torch.Tensor) -> str:
-    return "most of its backward runs in its forward"
-
-
 def _with_engine(engine: type) -> Op:
     from megatron_laser.ops import gpu_backend
 
     return lambda *inputs: gpu_backend.linear_logprob(*inputs, engine=engine()).logprobs
 
 
-def _kept(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """All probabilities are kept for the backward, which then makes two products, not three."""
-    from megatron_laser.ops import gpu_backend
+def _keeping(chosen: Callable[[int], int]) -> Op:
+    """With `chosen` bytes allowed to be kept, given those of all logits in the dtype of the rows."""
 
-    before = configure(keep_logits_bytes=2 * (hidden.shape[0] + 16) * (weight.shape[0] + 16))
+    def run(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        # Tiles are padded to whole vectors.
+        nbytes = (hidden.shape[0] + 16) * (weight.shape[0] + 16) * max(2, hidden.element_size())
+        before = configure(keep_logits_bytes=chosen(nbytes))
+        try:
+            return linear_logprob(hidden, weight, labels).logprobs
+        finally:
+            configure(keep_logits_bytes=before.keep_logits_bytes)
+
+    return run
+
+
+def _in_blocks(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss inside, with memory for the probabilities of some of the rows."""
+    nbytes = hidden.shape[0] * weight.shape[0] * max(2, hidden.element_size())
+    before = configure(keep_logits_bytes=min(_BLOCK_BYTES, nbytes // 4), min_block_rows=16)
     try:
-        engine = gpu_backend.ChunkedEngine()
-        return gpu_backend.linear_logprob(hidden, weight, labels, engine=engine).logprobs
+        return linear_logprob(
+            hidden, weight, labels, loss=lambda logprobs, entropy, rows: logprobs.sum()
+        ).logprobs
     finally:
-        configure(keep_logits_bytes=before.keep_logits_bytes)
+        configure(keep_logits_bytes=before.keep_logits_bytes, min_block_rows=before.min_block_rows)
 
 
 def _few_with_engine(engine: Callable[[], FewRowReducer]) -> Op:
     from megatron_laser.ops import gpu_backend
 
     return lambda *inputs: gpu_backend.few_row_logprob(*inputs, engine=engine())
-
-
-def _liger(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    return -LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, labels)
-
-
-def _cut_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    # Without its filter of small gradients, which is biased once tokens have different weights.
-    return -linear_cross_entropy(hidden, weight, labels, reduction="none", filter_eps=None)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_laser.benchmarks.measure import Ceilings
-from megatron_laser.benchmarks.result import Result, aligned
+from megatron_laser.benchmarks.result import Provenance, Result, aligned
 from megatron_laser.model import platform
 
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#8C6D1F", "#E69F00", "#D55E00", "#AA3377", "#000000", "#999999")
@@ -29,9 +32,11 @@ class Shape:
 class Measurement:
     """Seconds, bytes on top of the inputs; None where there is nothing to measure. error: largest, in nats.
 
-    forward_floor, backward_floor: seconds at the measured ceiling of the device. peak_bytes: of forward and backward;
-    forward_peak_bytes: of the forward alone. note: why it was not timed, or a remark. wrong: it is this package's and
-    disagrees with float64; then it has no times.
+    forward_floor, backward_floor: seconds at the measured ceiling of the device. both: forward and backward, timed
+    together; backward: that less the forward, since implementations divide the work between them differently.
+    peak_bytes: of forward and backward; forward_peak_bytes: of the forward alone. host: seconds until the forward's
+    call returns, with an idle device; on a CPU the call itself. note: why it was not timed, or a remark. wrong: it is
+    this package's and disagrees with float64; then it has no times.
     """
 
     shape: Shape
@@ -44,13 +49,10 @@ class Measurement:
     forward_peak_bytes: int | None = None
     peak_bytes: int | None = None
     rate: float | None = None
+    both: float | None = None
+    host: float | None = None
     note: str = ""
     wrong: bool = False
-
-    @property
-    def both(self) -> float | None:
-        """Seconds of forward and backward together: implementations divide the work between them differently."""
-        return None if self.forward is None or self.backward is None else self.forward + self.backward
 
     def line(self) -> str:
         """What is told of it before the table is complete."""
@@ -65,7 +67,11 @@ class Measurement:
             # Three products are the least that any implementation needs for both.
             *(_number(self.both, 1e3), _ratio(self.both, self.backward_floor)),
             *(_number(self.forward_peak_bytes, 2**-20, 1), _number(self.peak_bytes, 2**-20, 1)),
-            *(_number(self.rate, digits=2), "-" if self.error is None else f"{self.error:.0e}"),
+            *(
+                _number(self.host, 1e6, 0),
+                _number(self.rate, digits=2),
+                "-" if self.error is None else f"{self.error:.0e}",
+            ),
         ]
 
 
@@ -75,6 +81,28 @@ def _number(value: float | None, scale: float = 1.0, digits: int = 3) -> str:
 
 def _ratio(value: float | None, floor: float | None) -> str:
     return "-" if value is None or floor is None else f"{value / floor:.2f}"
+
+
+class Lines:
+    """Measurements as JSON lines, each on disk before the next one begins: FOLDER/NAME.jsonl, appended to.
+
+    The first line of a run says where its figures come from.
+    """
+
+    def __init__(self, file: Path, provenance: Provenance) -> None:
+        self._file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._write({"provenance": asdict(provenance)})
+
+    def add(self, measurement: Measurement) -> None:
+        """Append one."""
+        self._write(asdict(measurement))
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)
@@ -105,7 +133,7 @@ class Report(Result):
         for shape in dict.fromkeys(one.shape for one in self.measurements):
             found = [one for one in self.measurements if one.shape == shape]
             head = [str(shape), "forward ms", "/ floor", "backward ms", "/ floor", "sum ms", "/ 3 prod."]
-            head += ["fwd MiB", "peak MiB", self.unit, "error"]
+            head += ["fwd MiB", "peak MiB", "host us", self.unit, "error"]
             table = aligned([head, *(one.cells() for one in found)])
             notes = ["", *(one.note for one in found)]
             lines += ["", *(f"{line}  {note}".rstrip() for line, note in zip(table, notes))]
@@ -141,13 +169,14 @@ def plot(report: Report, path: Path) -> Path:
                     [ratio for _, ratio in found],
                     width,
                     label=name,
+                    hatch="///" if index >= len(_COLOURS) else None,
                     color=_COLOURS[index % len(_COLOURS)],
                 )
             panel.axhline(1.0, color="black", linewidth=1.0)
             panel.set_yscale("log")
             panel.set_xticks(range(len(shapes)), [str(shape).replace(" (", "\n(") for shape in shapes])
             panel.set_ylabel(f"{field}: time / floor")
-        axes[0, 0].legend(ncols=3, loc="upper left", bbox_to_anchor=(0, 1.28), fontsize=8)
+        axes[0, 0].legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1.01), fontsize=8)
         return save(
             figure,
             path,

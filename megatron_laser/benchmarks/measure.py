@@ -35,6 +35,18 @@ def seconds_per_call(call: Callable[[], object], *, samples: int = _SAMPLES) -> 
     return statistics.median(sample(repeats) for _ in range(samples))
 
 
+def host_seconds_per_call(call: Callable[[], object], *, samples: int = _SAMPLES) -> float:
+    """Median seconds until a call returns while the device is idle; on a CPU that is the whole call."""
+    seconds = []
+    for _ in range(samples):
+        platform.synchronize()
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    platform.synchronize()
+    return statistics.median(seconds)
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """flops: of a large square product in `dtype`, per second; bytes: read plus written per second by a copy."""

@@ -55,7 +55,9 @@ def bench_step(
 
 @app.command("logprob")
 def bench_logprob(
-    output: Annotated[Path | None, typer.Option(help="Folder for logprob.json and logprob.png.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for logprob.jsonl, logprob.json and logprob.png.")
+    ] = None,
 ) -> None:
     """The log-prob op forward and backward: time over the device's measured ceiling, peak memory, other libraries."""
     _bench("logprob", output)
@@ -63,7 +65,9 @@ def bench_logprob(
 
 @app.command("score")
 def bench_score(
-    output: Annotated[Path | None, typer.Option(help="Folder for score.json and score.png.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for score.jsonl, score.json and score.png.")
+    ] = None,
 ) -> None:
     """The few-row op that computes self-reward scores: time over one read of the output layer's weight."""
     _bench("score", output)
@@ -72,10 +76,19 @@ def bench_score(
 def _bench(name: str, output: Path | None) -> None:
     _prepare_process()
     from megatron_laser.benchmarks import logprob
+    from megatron_laser.benchmarks.logprob_report import Lines, Measurement
+    from megatron_laser.benchmarks.result import provenance
+
+    lines = None if output is None else Lines(output / f"{name}.jsonl", provenance())
+
+    def listen(one: Measurement) -> None:
+        typer.echo(f"{one.shape!s:34s} {one.line().strip()}", err=True)
+        if lines is not None:
+            lines.add(one)
 
     bench = logprob.bench_logprob if name == "logprob" else logprob.bench_score
     # Each line as it comes: what a kernel that hangs or takes the process down would lose is the rest.
-    report = bench(listener=lambda one: typer.echo(f"{one.shape!s:34s} {one.line().strip()}", err=True))
+    report = bench(listener=listen)
     typer.echo(report.table())
     if output is not None:
         for file in report.write(output, name):

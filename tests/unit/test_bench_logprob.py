@@ -1,13 +1,15 @@
 """`bench logprob` and `bench score`: checked before timed, floors, table and files."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from megatron_laser.benchmarks import logprob, logprob_ops
-from megatron_laser.benchmarks.logprob_ops import Implementation, dense
+from megatron_laser.benchmarks import logprob, logprob_ops, logprob_peers
+from megatron_laser.benchmarks.logprob_implementation import Implementation, dense
 from megatron_laser.benchmarks.logprob_report import Shape
 from megatron_laser.cli import app
 from megatron_laser.model import platform
@@ -33,9 +35,13 @@ def quick(monkeypatch):
 
 def test_the_table_and_the_files_have_every_contender_and_its_ratio_to_the_floor(tmp_path):
     report = logprob.bench_logprob([SHAPE])
-    assert [one.implementation for one in report.measurements] == [
-        *("megatron_laser", "megatron_laser: main_grad", "torch, tiled", "torch, dense")
+    names = [one.implementation for one in report.measurements]
+    assert [name for name in names if "in blocks" not in name] == [
+        "megatron_laser",
+        *(f"megatron_laser: {variant}" for variant in ("main_grad", "recompute", "kept", "kept, main_grad")),
+        *("megatron_laser: kept, half the rows", "torch, tiled", "torch, dense"),
     ]
+    assert not report.wrong and all(one.both == 0.5 and one.host > 0 for one in report.measurements)
     first = report.measurements[0]
     assert (first.forward, first.forward_floor, first.backward_floor) == (0.5, 0.25, 0.75)
     assert first.error < 1e-5 and first.peak_bytes > 0 and first.forward_peak_bytes > 0
@@ -121,7 +127,12 @@ def test_the_command_prints_the_table_and_writes_both_files(name, monkeypatch, t
     done = CliRunner().invoke(app, ["bench", name, "--output", str(tmp_path / "new")])
     assert done.exit_code == 0, done.output
     assert "torch, dense" in done.output
-    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == [f"{name}.json", f"{name}.png"]
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == [
+        *(f"{name}.json", f"{name}.jsonl", f"{name}.png")
+    ]
+    first, *lines = map(json.loads, (tmp_path / "new" / f"{name}.jsonl").read_text().splitlines())
+    measurements = json.loads((tmp_path / "new" / f"{name}.json").read_text())["measurements"]
+    assert first["provenance"]["versions"]["torch"] == torch.__version__ and lines == measurements
 
 
 def test_ceilings_are_measured_on_this_device():
@@ -133,3 +144,127 @@ def test_ceilings_are_measured_on_this_device():
 
 def test_dense_is_a_contender_for_scores_too():
     assert [one.name for one in logprob_ops.score_ops(torch.device("cpu"))][-1] == "torch, dense"
+
+
+def test_what_was_measured_before_a_crash_is_on_disk(monkeypatch, tmp_path):
+    def dies(hidden, weight, labels):
+        raise KeyboardInterrupt
+
+    contenders = [Implementation("good", dense), Implementation("dies", dies)]
+    monkeypatch.setattr(logprob, "training_ops", lambda device: contenders)
+    original = logprob.bench_logprob
+    monkeypatch.setattr(logprob, "bench_logprob", lambda **settings: original([SHAPE], **settings))
+    assert CliRunner().invoke(app, ["bench", "logprob", "--output", str(tmp_path)]).exit_code != 0
+    lines = [json.loads(line) for line in (tmp_path / "logprob.jsonl").read_text().splitlines()]
+    assert "provenance" in lines[0] and [line["implementation"] for line in lines[1:]] == ["good"]
+
+
+def test_rows_without_gradient_are_checked_as_such(monkeypatch):
+    """One that gives every row a gradient, where the loss is a sum over half of them, is wrong."""
+
+    class Everywhere(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logprobs):
+            return logprobs.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.ones_like(grad)
+
+    contenders = [
+        Implementation("right", dense, ours=True, half=True),
+        Implementation("wrong", lambda *inputs: Everywhere.apply(dense(*inputs)), ours=True, half=True),
+    ]
+    monkeypatch.setattr(logprob, "training_ops", lambda device: contenders)
+    report = logprob.bench_logprob([SHAPE])
+    assert [one.implementation for one in report.wrong] == ["wrong"] and "dX is off" in report.wrong[0].note
+
+
+def module(monkeypatch, name, **contents):
+    """A module that only this test has, and the packages around it."""
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        path = ".".join(parts[:depth])
+        if path not in sys.modules:
+            monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
+            if depth > 1:
+                setattr(sys.modules[".".join(parts[: depth - 1])], parts[depth - 1], sys.modules[path])
+    for key, value in contents.items():
+        setattr(sys.modules[name], key, value)
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    """Stand-ins with the signatures of liger-kernel 0.8.5, quack-kernels 0.6.5 and cut-cross-entropy 25.1.1."""
+
+    class Loss:
+        def __init__(self, reduction):
+            assert reduction == "sum" and pins[-1] == "nvidia-triton"
+
+        def __call__(self, lin_weight, _input, target, bias=None):
+            return -dense(_input, lin_weight, target).sum()
+
+    class PerToken:
+        @staticmethod
+        def apply(_input, weight, target, temperature=1.0, ignore_index=-100):
+            assert (temperature, ignore_index) == (1.0, -100)
+            return -dense(_input, weight, target)
+
+    def sm90(_input, weight, target, ignore_index=-100, reduction="mean"):
+        assert (ignore_index, reduction) == (-100, "sum")
+        return -dense(_input, weight, target).sum()
+
+    def quack(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True):
+        assert chunk_size % 128 == 0 and (ignore_index, reduction) == (-100, "sum")
+        return -dense(x, weight, target).sum()
+
+    def cut(e, c, targets, *, reduction="mean", filter_eps="auto"):
+        assert reduction == "none" and filter_eps is None
+        return -dense(e, c, targets)
+
+    pins = [None]
+    module(
+        monkeypatch,
+        "liger_kernel.backends",
+        get_impl=lambda: pins[-1],
+        set_impl=lambda name: pins.append(name),
+    )
+    module(monkeypatch, "liger_kernel.transformers", LigerFusedLinearCrossEntropyLoss=Loss)
+    module(
+        monkeypatch,
+        "liger_kernel.ops.fused_linear_scaled_cross_entropy",
+        LigerFusedLinearScaledCrossEntropyFunction=PerToken,
+    )
+    module(
+        monkeypatch,
+        "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90",
+        liger_fused_linear_cross_entropy_sm90=sm90,
+    )
+    module(monkeypatch, "quack.linear_cross_entropy", chunked_linear_cross_entropy=quack)
+    module(monkeypatch, "cut_cross_entropy", linear_cross_entropy=cut)
+    monkeypatch.setattr(logprob_peers, "_compiled", lambda: dense)
+    return pins
+
+
+def test_peers_are_called_as_they_want_it_and_agree_with_float64(monkeypatch, peers):
+    monkeypatch.setattr(logprob, "training_ops", lambda device: logprob_peers.peers())
+    measurements = logprob.bench_logprob([SHAPE]).measurements
+    assert {one.implementation: one.note for one in measurements if one.both is None} == {}
+    assert len(measurements) == 6 and max(one.error for one in measurements) < 1e-5
+    assert peers[-1] is None  # What was pinned before is pinned again.
+
+
+def test_a_peer_that_is_not_installed_gets_a_note(monkeypatch):
+    for name in ("liger_kernel", "quack", "cut_cross_entropy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(logprob_peers, "_compiled", lambda: dense)
+    monkeypatch.setattr(logprob, "training_ops", lambda device: logprob_peers.peers())
+    compiled, *others = logprob.bench_logprob([SHAPE]).measurements
+    assert compiled.both == 0.5
+    assert all(one.both is None and "ModuleNotFoundError" in one.note for one in others)
+
+
+def test_chunks_of_rows_equal_all_rows_at_once():
+    hidden, weight, labels = logprob.inputs(SHAPE, True)
+    parts = logprob_peers.chunks(hidden, weight, labels, dense, rows=7)
+    assert torch.allclose(parts, dense(hidden, weight, labels), atol=1e-6)
