@@ -1,6 +1,6 @@
 """Other libraries' linear cross entropy as contenders; one that is not installed, or does not run here, raises.
 
-Written for liger-kernel 0.8.5, quack-kernels 0.6.5 and cut-cross-entropy 25.1.1. Those that give only a sum are asked for
+Written for liger-kernel 0.8.5, quack-kernels 0.6.5, cut-cross-entropy 25.1.1. Those that give only a sum are asked for
 the sum, whose upstream gradient is 1 for every row as in every other measurement.
 """
 
