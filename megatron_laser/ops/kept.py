@@ -26,7 +26,7 @@ MARGIN = 20.0
 LARGEST_SHIFT = 50.0
 # Tiles of kept probabilities cover several slices: the fewer there are, the less often dX is read and written; the
 # smaller they are, the earlier the backward gives memory back.
-TILE_BYTES = 2**30
+TILE_BYTES = 1056 * 2**20  # 33792 columns of 16384 rows in bfloat16: four slices of 8448
 
 
 class Kept:

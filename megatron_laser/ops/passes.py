@@ -134,8 +134,8 @@ class LossInBlocks(torch.autograd.Function):
                 weight, main_grad_of(weight), options.shard.columns, several_passes=True
             )
         if need_hidden:
-            # Over a group these are added up, which wants all digits.
-            summed = group_size(options.tp_group) > 1
+            # Over a group, and where a row is there twice, these are added up, which wants all digits.
+            summed = group_size(options.tp_group) > 1 or not options.distinct_rows
             total = inputs.new_zeros(inputs.shape, dtype=dtype if summed else inputs.dtype)
         ends = itertools.accumulate(blocks)
         for block in (slice(end - size, end) for size, end in zip(blocks, ends, strict=True)):

@@ -76,6 +76,46 @@ def assert_equal_on_all_ranks(tensor):
     assert all(torch.equal(copy, copies[0]) for copy in copies)
 
 
+def loss_of(factors):
+    """A loss that is a sum over rows, of both outputs; some rows have no part in it."""
+
+    def loss(logprobs, entropy, rows):
+        return (logprobs.exp() * factors[0, rows]).sum() + (entropy * factors[1, rows]).sum()
+
+    return loss
+
+
+def rows_of_all_ranks(group, sequence_parallel, keep, op):
+    """Chosen tokens, with kept probabilities, rows without a gradient, and the loss in blocks where not all fit."""
+    rank, size = group.rank(), group.size()
+    hidden, weight, _, _, _ = problem(ROWS, 33)
+    rows = torch.tensor([0, 2, 3, 3, 9, 10, 11, 11, 14, 15, 18, 21])
+    labels, inv_temperature = torch.arange(12) * 2 + 1, torch.linspace(0.6, 1.4, 12)
+    factors = torch.randn(2, 12, generator=torch.Generator().manual_seed(5))
+    factors[:, 4:7] = 0.0
+    loss = loss_of(factors)
+
+    def outputs(x, w, **settings):
+        x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+        found = op(
+            x, w, labels, rows=rows, inv_temperature=inv_temperature, with_entropy=True, loss=loss, **settings
+        )
+        loss(*found, slice(None)).backward()
+        return found.logprobs.detach(), found.entropy.detach(), x.grad, w.grad
+
+    before = configure(keep_logits_bytes=2**30)
+    whole = outputs(hidden, weight, vocab_size=33)
+    configure(keep_logits_bytes=keep, min_block_rows=2)
+    columns = slice(rank * COLUMNS // size, (rank + 1) * COLUMNS // size)
+    own = slice(rank * ROWS // size, (rank + 1) * ROWS // size) if sequence_parallel else slice(None)
+    settings = {"own_rows": [(0, 6), (6, 12)][rank], "sequence_parallel": True} if sequence_parallel else {}
+    sharded = outputs(hidden[own], weight[columns], vocab_size=33, tp_group=group, **settings)
+    for got, want in zip(sharded, (whole[0], whole[1], whole[2][own], whole[3][columns])):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert_equal_on_all_ranks(sharded[0])
+    configure(keep_logits_bytes=before.keep_logits_bytes, min_block_rows=before.min_block_rows)
+
+
 def main():
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
@@ -119,6 +159,9 @@ def main():
         few_rows(
             hidden, weight, labels, vocab_size, group, sequence_parallel, settings.get("backend", "auto")
         )
+    # All kept, some rows' worth (blocks), nothing.
+    for sequence_parallel, keep in itertools.product((False, True), (2**20, 5 * 32 * 4, 0)):
+        rows_of_all_ranks(group, sequence_parallel, keep, linear_logprob)
     dist.barrier()
     dist.destroy_process_group()
 

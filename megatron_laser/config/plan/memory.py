@@ -217,6 +217,9 @@ def _update(
     first = int(kept * layers * flight)
     head = _head(config, arch, layout, tokens, itemsize)
     last = kept * layers + sum(line.bytes for line in head)
+    if config.model.keep_logits_gib is not None:
+        whole = _probabilities(config, arch, layout, tokens_per_rank)
+        last += min(round(config.model.keep_logits_gib * GIB), whole)
     if p > 1 and first >= last:
         head, stage = [], "the first stage"
     else:
@@ -260,12 +263,17 @@ def _head(
     ]
 
 
+def _probabilities(config: RunConfig, arch: Architecture, layout: Layout, tokens_per_rank: int) -> int:
+    """Bytes of all probabilities of a micro-batch on one shard."""
+    tokens = _tokens(config, tokens_per_rank)
+    return DTYPE_BYTES[config.model.dtype] * tokens * _columns(config, arch, layout)
+
+
 def _kept(
     config: RunConfig, arch: Architecture, layout: Layout, tokens_per_rank: int, free: int, total: int
 ) -> list[MemoryLine]:
     """What the head keeps for its backward when all other lines leave `free` of the GPU's `total` bytes."""
-    itemsize = DTYPE_BYTES[config.model.dtype]
-    whole = itemsize * _tokens(config, tokens_per_rank) * _columns(config, arch, layout)
+    whole = _probabilities(config, arch, layout, tokens_per_rank)
     setting = config.model.keep_logits_gib
     if setting == 0:
         return []

@@ -45,10 +45,11 @@ class ModelConfig(Section):
     (package `flash-attn`); `fused`, cuDNN only. Replaces NVTE_FLASH_ATTN, NVTE_FUSED_ATTN and NVTE_UNFUSED_ATTN,
     which must not be set to anything else."""
     keep_logits_gib: NonNegative | None = None
-    """GPU memory that one micro-batch's log-prob call may use to keep probabilities (bfloat16) for its backward.
-    Rows * vocabulary shard * 2 bytes (5 GB for 16384 rows and 152064 columns) keep all of them and save one of four
-    products. Where it does not all fit, the loss is worked in blocks of rows, or the rest is recomputed. They are
-    rounded to 0.4 %. `null`: chosen once, at the first training step, from what is free then (at most half, and 6 GiB),
+    """GPU memory that one micro-batch's log-prob call may use to keep probabilities for its backward, in the model's
+    dtype. Rows * vocabulary shard * 2 bytes in bfloat16 (5 GB for 16384 rows and 152064 columns) keep all of them and
+    save one of four products. Where it does not all fit, the loss is worked in blocks of rows, or the rest is
+    recomputed. In bfloat16 they are rounded to 0.4 %. `null`: chosen once, at the first training step, from what is
+    free then (at most 6 GiB, and half of what a reserve of 2 GiB and 1/32 of the GPU leaves; on a CPU always 512 MiB),
     and logged; the dry run shows it. Runs that are to repeat bit for bit elsewhere set a number. 0: nothing is kept."""
 
 
