@@ -96,6 +96,13 @@ class Upstream:
         active = self.grad_logprobs != 0
         return active if self.grad_entropy is None else active | (self.grad_entropy != 0)
 
+    def label_gradient(self, inv_temperature: torch.Tensor) -> torch.Tensor:
+        """dz [rows] of each row's label."""
+        gradient = self.grad_logprobs * self.logprobs.expm1().neg_()
+        if self.grad_entropy is not None and self.entropy is not None:
+            gradient -= self.grad_entropy * self.logprobs.exp() * (self.logprobs + self.entropy)
+        return gradient * inv_temperature
+
     def at(self, chosen: torch.Tensor | slice) -> Upstream:
         """The rows at `chosen`, an index [m] or a slice, alone."""
         return Upstream(
@@ -266,6 +273,7 @@ class Options:
                 questions.append(kept.largest_shift.double())
             count, *shift = torch.stack(questions).tolist()
             if kept is not None and not kept.holds(shift[0]):
+                kept.release()
                 kept = None
             if rows - count > rows * LEFT_OUT_FROM:
                 chosen = active.nonzero().squeeze(1)
@@ -278,8 +286,11 @@ class Options:
             part = HiddenGradient(rows, problem.rows.like, lambda total: hidden(total, chosen))
         if rows and self.shard.columns:
             self.engine.gradients(problem, upstream, kept, part, weight)
-        elif weight is not None:
-            weight.clear()
+        else:
+            if kept is not None:
+                kept.release()
+            if weight is not None:
+                weight.clear()
         problem.rows.all()  # a gather that nobody needed ends here
         if part is not None:
             part.complete()

@@ -130,15 +130,18 @@ class Kept:
         """c [rows] for g [rows], the gradient of logprob divided by the temperature."""
         return (self.base - lse).exp_().mul_(grad_logits).neg_()
 
-    def put_labels_(
-        self,
-        values: torch.Tensor,
-        labels: torch.Tensor,
-        first_column: int,
-        logprobs: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> None:
-        """Write the labels' entries into a tile of P, in place; labels [rows] global, logprobs and lse [rows]."""
-        label, owned = local_labels(labels, first_column, values.shape[1])
-        entry = (lse - self.base).exp_().mul_(logprobs.expm1()).to(values.dtype).unsqueeze(1)
-        values.scatter_(1, label, torch.where(owned.unsqueeze(1), entry, values.gather(1, label)))
+    def label_entries(self, logprobs: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        """P_label [rows] such that c P_label is the label's gradient."""
+        return (lse - self.base).exp_().mul_(logprobs.expm1())
+
+    def release(self) -> None:
+        """Give all tiles back: nobody will take them."""
+        self._groups = {}
+        self._tiles.clear()
+
+
+def put_labels_(values: torch.Tensor, labels: torch.Tensor, first_column: int, entries: torch.Tensor) -> None:
+    """Write entries [rows] where the labels [rows] (global) are in this tile [rows, columns], in place."""
+    label, owned = local_labels(labels, first_column, values.shape[1])
+    entry = entries.to(values.dtype).unsqueeze(1)
+    values.scatter_(1, label, torch.where(owned.unsqueeze(1), entry, values.gather(1, label)))

@@ -15,7 +15,7 @@ import torch
 
 from megatron_laser.ops.autograd import HiddenGradient, Problem, Upstream
 from megatron_laser.ops.device import multiprocessors
-from megatron_laser.ops.kept import Kept
+from megatron_laser.ops.kept import Kept, put_labels_
 from megatron_laser.ops.memory import shrink_keep_budget
 from megatron_laser.ops.slices import slice_widths
 from megatron_laser.ops.statistics import Statistics, no_columns
@@ -249,9 +249,10 @@ class TiledEngine:
         """The part of the columns that were kept. Without an entropy gradient dz is a row factor times P."""
         rows, like, shard = len(problem.rows), problem.rows.like, problem.shard
         inv_temperature = per_row(problem.inv_temperature, rows, accumulation_dtype(like), like.device)
-        factor = None
+        factor, entries = None, upstream.label_gradient(inv_temperature)
         if upstream.grad_entropy is None:
             factor = kept.row_factor(upstream.grad_logprobs * inv_temperature, upstream.lse)
+            entries = kept.label_entries(upstream.logprobs, upstream.lse)
         inputs: torch.Tensor | None = None
         everything, last = slice(0, rows), kept.columns
         for columns, values in kept.take():
@@ -260,8 +261,8 @@ class TiledEngine:
                 self._functions.gradient(
                     values, problem.labels, inv_temperature, upstream, values, first_column, kept.base
                 )
-            else:
-                kept.put_labels_(values, problem.labels, first_column, upstream.logprobs, upstream.lse)
+            # From the exact log-prob: for a confident token 1 - p of a rounded p would be nothing but rounding.
+            put_labels_(values, problem.labels, first_column, entries)
             operand = mm_operand(values)
             if hidden is not None:
                 hidden.add(everything, operand, mm_operand(problem.weight[columns]))

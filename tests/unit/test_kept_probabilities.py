@@ -187,9 +187,11 @@ def test_rows_without_a_gradient_cost_no_products(engine, keep):
     torch.testing.assert_close(results[0][1].double(), wd.grad, atol=2e-5, rtol=1e-5)
     x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     found = op(engine, labels)(x, w).logprobs
+    tiles = found.grad_fn.kept
     with Products() as counted:
         (found * 0.0).sum().backward()
     assert counted.done == 0 and not x.grad.any() and not w.grad.any()
+    assert tiles is None or tiles.nbytes == 0  # given back though nobody took them
     (op(engine, labels)(x, w).logprobs * torch.nan).sum().backward()
     assert x.grad.isnan().all() and w.grad.isnan().all()  # a NaN is no zero
 
@@ -201,7 +203,17 @@ def test_an_entropy_gradient_works_on_what_is_kept(engine):
     actual = gradients(op(engine, labels, with_entropy=True), hidden, weight)
     for got, want in zip([*actual[0], *actual[1:]], [*expected[0], *expected[1:]]):
         torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-5)
+    # A confident token's 1 - p comes from its log-prob, not from a rounded p.
+    sure = (8 * torch.eye(HIDDEN)[:8]).bfloat16()
+    columns = torch.cat([1.5 * torch.eye(HIDDEN), torch.zeros(COLUMNS - HIDDEN, HIDDEN)]).bfloat16()
+    labels = torch.arange(8)
+    expected = gradients(lambda x, w: reference(x, w, labels), sure.double(), columns.double())
+    actual = gradients(op(engine, labels, with_entropy=True), sure, columns)
+    assert 1e-4 < -expected[0][0].max() < 1e-2
+    off = (actual[1].double() - expected[1]).norm(dim=1)
+    assert (off <= 2**-6 * expected[1].norm(dim=1)).all()
     x = hidden.clone().requires_grad_()
+    labels = inputs(ROWS, HIDDEN, COLUMNS)[2]
     constant = op(engine, labels, with_entropy=True, entropy_gradient=False)(x, weight).entropy
     assert not constant.requires_grad
 

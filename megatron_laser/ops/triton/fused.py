@@ -128,6 +128,7 @@ class FusedEngine(ChunkedEngine):
         """See `Engine`; nothing is kept."""
         like, rows = problem.rows.like, len(problem.rows)
         if rows == 0 or problem.shard.columns == 0:
+            problem.rows.all()
             return no_columns(rows, accumulation_dtype(like), like.device, problem.with_entropy), None
         maximum, total, label_logit, *moment = merge(self._partials(problem)).unbind()
         return Statistics(maximum, total, label_logit, moment[0] if moment else None), None
