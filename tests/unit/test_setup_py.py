@@ -18,7 +18,7 @@ IMPORTED_AS = {
 # Imported name -> the requirement that it is a part of.
 PART_OF = {"pydantic_core": "pydantic"}
 # Not required: looked for, and done without; what a bench compares with; an extra.
-OPTIONAL = {"triton", "transformer_engine", "wandb", "liger_kernel", "cut_cross_entropy"}
+OPTIONAL = {"triton", "transformer_engine", "wandb", "liger_kernel", "cut_cross_entropy", "quack"}
 WITHOUT_MEGATRON_CORE = """
 import importlib.metadata, runpy, sys
 
