@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_laser.ops import IGNORE_LABEL
 
@@ -56,3 +57,21 @@ def gradients(function, hidden, weight, seed=1):
     factors = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in outputs]
     sum((out * factor.to(out)).sum() for out, factor in zip(outputs, factors)).backward()
     return [out.detach() for out in outputs], hidden.grad, weight.grad
+
+
+class Products(TorchDispatchMode):
+    """Multiplications of the matrix products inside, in those of rows x hidden_size x columns."""
+
+    def __init__(self, rows, hidden_size, columns):
+        super().__init__()
+        self.whole, self.done = rows * hidden_size * columns, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            left, right = args[:2] if func._schema.name == "aten::mm" else args[1:3]
+            self.done += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def count(self):
+        return self.done / self.whole

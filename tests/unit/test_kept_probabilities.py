@@ -6,8 +6,7 @@ import weakref
 
 import pytest
 import torch
-from helpers.logprob import gradients, inputs, reference
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers.logprob import Products, gradients, inputs, reference
 
 from megatron_laser.ops import configure, memory, torch_backend
 from megatron_laser.ops.device import interpreted, kernels_refuse
@@ -41,24 +40,6 @@ def settings():
     yield
     configure(**dataclasses.asdict(before))
     memory.forget_keep_budgets()
-
-
-class Products(TorchDispatchMode):
-    """Multiplications of matrix products, in those of rows x hidden x columns."""
-
-    def __init__(self, rows=ROWS, columns=COLUMNS):
-        super().__init__()
-        self.whole, self.done = rows * HIDDEN * columns, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
-            left, right = args[:2] if func._schema.name == "aten::mm" else args[1:3]
-            self.done += left.shape[0] * left.shape[1] * right.shape[1]
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def count(self):
-        return self.done / self.whole
 
 
 def op(engine, labels, **settings):
@@ -132,10 +113,10 @@ def test_a_maximum_far_above_the_first_slice_s(engine, above, products):
     hidden[:, 0], weight[:, 0] = 1.0, 0.0
     weight[280, 0] = above
     labels[1:9] = 280
-    with Products() as counted:
+    with Products(ROWS, HIDDEN, COLUMNS) as counted:
         assert_exact(engine, hidden, weight, labels)
     assert counted.count == pytest.approx(products + 3, rel=0.4)  # and the reference's own three
-    with Products() as counted:
+    with Products(ROWS, HIDDEN, COLUMNS) as counted:
         x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         (op(engine, labels)(x, w).logprobs * torch.arange(1.0, ROWS + 1)).where(
             labels >= 0, 0
@@ -152,7 +133,7 @@ def test_products_of_a_call(engine, keep, products):
     hidden, weight, labels = inputs(ROWS, HIDDEN, COLUMNS)
     labels.clamp_(min=0)
     x, w = hidden.requires_grad_(), weight.requires_grad_()
-    with Products() as counted:
+    with Products(ROWS, HIDDEN, COLUMNS) as counted:
         loss = op(engine, labels)(x, w).logprobs.sum()
         columns = loss.grad_fn.next_functions[0][0].kept
         columns = 0 if columns is None else columns.columns
@@ -175,7 +156,7 @@ def test_rows_without_a_gradient_cost_no_products(engine, keep):
     for _ in range(2):
         x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         found = op(engine, labels)(x, w).logprobs
-        with Products(rows=36) as counted:
+        with Products(36, HIDDEN, COLUMNS) as counted:
             (found * factor).sum().backward()
         assert counted.count == pytest.approx((2 if keep else 3) / 2)
         assert not x.grad[::2].any()
@@ -188,7 +169,7 @@ def test_rows_without_a_gradient_cost_no_products(engine, keep):
     x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     found = op(engine, labels)(x, w).logprobs
     tiles = found.grad_fn.kept
-    with Products() as counted:
+    with Products(ROWS, HIDDEN, COLUMNS) as counted:
         (found * 0.0).sum().backward()
     assert counted.done == 0 and not x.grad.any() and not w.grad.any()
     assert tiles is None or tiles.nbytes == 0  # given back though nobody took them
