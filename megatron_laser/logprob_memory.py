@@ -6,6 +6,9 @@ MIB, GIB = 2**20, 2**30
 
 # One tile of float32 logits: 8448 columns of 16384 rows.
 TILE_BYTES = 528 * MIB
+# Probabilities are kept in tiles of several slices: the fewer there are, the less often dX is read and written; the
+# smaller they are, the earlier the backward gives memory back. In bfloat16 this is four slices as wide as a tile.
+KEPT_TILE_BYTES = 2 * TILE_BYTES
 
 # Most that "auto" keeps. 16384 rows of 152064 columns are 4.64 GiB in bfloat16; whoever wants more says so.
 KEEP_CAP_BYTES = 6 * GIB

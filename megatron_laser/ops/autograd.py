@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_laser.ops.collectives import GatheredRows, start_reduction
 from megatron_laser.ops.kept import Kept
-from megatron_laser.ops.statistics import Statistics, finish, reduced
+from megatron_laser.ops.statistics import Finished, Statistics, finish, reduced
 from megatron_laser.ops.tiles import Shard, accumulation_dtype, add_mm_, has_label, mm
 from megatron_laser.ops.weight_gradient import WeightGradient, main_grad_of
 
@@ -47,17 +47,16 @@ class Problem:
     with_entropy: bool
     keep_bytes: int = 0
 
-    def at(self, chosen: torch.Tensor) -> Problem:
-        """The rows at `chosen` [m] alone."""
+    def at(self, chosen: torch.Tensor | slice) -> Problem:
+        """The rows at `chosen`, an index [m] or a slice, alone."""
+        inv_temperature = self.inv_temperature
+        if isinstance(inv_temperature, torch.Tensor):
+            inv_temperature = inv_temperature[chosen]
         return replace(
             self,
-            rows=GatheredRows(self.rows.all(), None, chosen),
+            rows=GatheredRows(self.rows.all()[chosen], None),
             labels=self.labels[chosen],
-            inv_temperature=(
-                self.inv_temperature[chosen]
-                if isinstance(self.inv_temperature, torch.Tensor)
-                else self.inv_temperature
-            ),
+            inv_temperature=inv_temperature,
         )
 
 
@@ -112,15 +111,6 @@ class Upstream:
             self.grad_logprobs[chosen],
             None if self.grad_entropy is None else self.grad_entropy[chosen],
         )
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Over the whole vocabulary, [rows] each."""
-
-    logprobs: torch.Tensor
-    entropy: torch.Tensor | None
-    lse: torch.Tensor
 
 
 class HiddenGradient:
@@ -249,10 +239,10 @@ class Options:
     def forward(self, problem: Problem) -> tuple[Finished, Kept | None]:
         """Outputs of a problem, and what is kept for `backward`."""
         local, kept = self.engine.statistics(problem, for_backward=self.for_backward)
-        logprobs, entropy, lse = finish(reduced(local, self.tp_group), problem.labels, self.shard)
+        found = finish(reduced(local, self.tp_group), problem.labels, self.shard)
         if kept is not None:
-            kept.compare(lse)
-        return Finished(logprobs, entropy, lse), kept
+            kept.compare(found.lse)
+        return found, kept
 
     def backward(
         self,

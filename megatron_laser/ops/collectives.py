@@ -101,10 +101,6 @@ class GatheredRows:
             return self._rows
         return chosen if self._rows is None else self._rows[chosen]
 
-    def choose(self, chosen: torch.Tensor | None) -> torch.Tensor:
-        """The rows at `chosen` [m], or all; waits for the gather."""
-        return self.all() if chosen is None else self.all().index_select(0, chosen)
-
     def all(self) -> torch.Tensor:
         """All rows [n, H]; waits for the gather."""
         if self._selected is None:

@@ -115,14 +115,14 @@ def without_gradient(
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
-    rows: torch.Tensor | None,
-    vocab_size: int | None,
-    tp_group: dist.ProcessGroup | None,
-    sequence_parallel: bool,
+    rows: torch.Tensor | None = None,
+    vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
 ) -> torch.Tensor:
     """`megatron_laser.ops.few_row_logprob` for checked arguments, in plain torch around the engine's statistics."""
     shard = vocabulary_shard(weight, vocab_size, tp_group)
     hidden = chosen_rows(hidden, rows, tp_group, sequence_parallel)
     labels = labels.contiguous()
     local = StatisticsOf(engine).statistics(FewRows(hidden, weight, labels, shard))
-    return finish(reduced(local, tp_group), labels, shard)[0]
+    return finish(reduced(local, tp_group), labels, shard).logprobs

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from megatron_laser.logprob_memory import KEPT_TILE_BYTES
 from megatron_laser.ops.slices import group_slices
 from megatron_laser.ops.tiles import local_labels, padded
 
@@ -24,9 +25,11 @@ from megatron_laser.ops.tiles import local_labels, padded
 MARGIN = 20.0
 # exp(lse - base) beyond this would cost c or P its digits: the call recomputes.
 LARGEST_SHIFT = 50.0
-# Tiles of kept probabilities cover several slices: the fewer there are, the less often dX is read and written; the
-# smaller they are, the earlier the backward gives memory back.
-TILE_BYTES = 1056 * 2**20  # 33792 columns of 16384 rows in bfloat16: four slices of 8448
+
+
+def kept_dtype(operand: torch.dtype) -> torch.dtype | None:
+    """What probabilities are kept in, given the products' operands; None: they are not (float16: too few exponents)."""
+    return None if operand == torch.float16 else operand
 
 
 class Kept:
@@ -40,7 +43,7 @@ class Kept:
         dtype: torch.dtype | None,
         *,
         keep_bytes: int,
-        tile_bytes: int = TILE_BYTES,
+        tile_bytes: int = KEPT_TILE_BYTES,
     ) -> None:
         """Nothing is allocated yet.
 

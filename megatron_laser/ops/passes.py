@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megatron_laser.ops.autograd import Engine, LinearLogProb, Options, TokenGradient, Upstream
-from megatron_laser.ops.collectives import GatheredRows, group_size
+from megatron_laser.ops.collectives import group_size
 from megatron_laser.ops.device import multiprocessors
 from megatron_laser.ops.memory import agreed_keep_budget, keep_budget
 from megatron_laser.ops.settings import settings
@@ -125,7 +124,6 @@ class LossInBlocks(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         everything = options.gather(hidden, rows)
         inputs, count, dtype = everything.all(), len(labels), accumulation_dtype(hidden)
-        options = replace(options, own_rows=None)
         results = inputs.new_empty((2 if options.with_entropy else 1, count), dtype=dtype)
         grads = torch.zeros_like(results)
         grad_weight = total = None
@@ -137,14 +135,10 @@ class LossInBlocks(torch.autograd.Function):
             # Over a group, and where a row is there twice, these are added up, which wants all digits.
             summed = group_size(options.tp_group) > 1 or not options.distinct_rows
             total = inputs.new_zeros(inputs.shape, dtype=dtype if summed else inputs.dtype)
+        whole = options.problem(everything, weight, labels, inv_temperature)
         ends = itertools.accumulate(blocks)
         for block in (slice(end - size, end) for size, end in zip(blocks, ends, strict=True)):
-            problem = options.problem(
-                GatheredRows(inputs[block], None),
-                weight,
-                labels[block],
-                inv_temperature[block] if isinstance(inv_temperature, torch.Tensor) else inv_temperature,
-            )
+            problem = whole.at(block)
             found, kept = options.forward(problem)
             results[0, block] = found.logprobs
             if found.entropy is not None:

@@ -42,11 +42,23 @@ class Statistics(NamedTuple):
             return self.total * scale, self.label_logit
         return self.total * scale, self.label_logit, (self.moment + shift * self.total) * scale
 
+    def at(self, block: slice) -> Statistics:
+        """Views of a block of rows."""
+        return Statistics(*(None if field is None else field[block] for field in self))
+
+
+class Finished(NamedTuple):
+    """Over the whole vocabulary, [rows] each; the entropy only where its moment is known."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
+    lse: torch.Tensor
+
 
 def no_columns(rows: int, dtype: torch.dtype, device: torch.device, with_entropy: bool) -> Statistics:
-    """Statistics of a shard that is nothing but padding."""
-    zeros = torch.zeros(rows, dtype=dtype, device=device)
-    return Statistics(zeros - math.inf, zeros, zeros, zeros if with_entropy else None)
+    """Statistics before the first column, which may be updated in place, and of a shard that is only padding."""
+    zeros = torch.zeros(4 if with_entropy else 3, rows, dtype=dtype, device=device)
+    return Statistics(zeros[0].fill_(-math.inf), zeros[1], zeros[2], zeros[3] if with_entropy else None)
 
 
 def merged(parts: torch.Tensor) -> Statistics:
@@ -68,10 +80,8 @@ def reduced(local: Statistics, group: dist.ProcessGroup | None) -> Statistics:
     return merged(all_gather(torch.stack([field for field in local if field is not None]), group))
 
 
-def finish(
-    statistics: Statistics, labels: torch.Tensor, shard: Shard
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """(logprobs, entropy or None, lse), each [rows], from the statistics over the whole vocabulary."""
+def finish(statistics: Statistics, labels: torch.Tensor, shard: Shard) -> Finished:
+    """Of the labels [rows], from the statistics over the whole vocabulary."""
     maximum, total, label_logit, moment = statistics
     log_total = total.log()
     known = has_label(labels, shard)
@@ -79,4 +89,4 @@ def finish(
     other = torch.zeros_like(total).masked_fill_(~known & (labels != IGNORE_LABEL), math.nan)
     logprobs = torch.where(known, label_logit - maximum - log_total, other)
     entropy = None if moment is None else torch.where(known, log_total - moment / total, 0)
-    return logprobs, entropy, maximum + log_total
+    return Finished(logprobs, entropy, maximum + log_total)

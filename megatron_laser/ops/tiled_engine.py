@@ -82,33 +82,6 @@ class TilePlan:
 
 
 @dataclass(frozen=True)
-class RunningStatistics:
-    """`Statistics` of the columns so far, [rows] each, updated in place."""
-
-    maximum: torch.Tensor
-    total: torch.Tensor
-    label_logit: torch.Tensor
-    moment: torch.Tensor | None
-
-    @classmethod
-    def empty(
-        cls, rows: int, dtype: torch.dtype, device: torch.device, with_entropy: bool
-    ) -> RunningStatistics:
-        """Of no columns."""
-        zeros = torch.zeros(4 if with_entropy else 3, rows, dtype=dtype, device=device)
-        return cls(zeros[0].fill_(float("-inf")), zeros[1], zeros[2], zeros[3] if with_entropy else None)
-
-    def at(self, block: slice) -> RunningStatistics:
-        """Views of a block of rows."""
-        moment = None if self.moment is None else self.moment[block]
-        return RunningStatistics(self.maximum[block], self.total[block], self.label_logit[block], moment)
-
-    def result(self) -> Statistics:
-        """As the op wants them."""
-        return Statistics(self.maximum, self.total, self.label_logit, self.moment)
-
-
-@dataclass(frozen=True)
 class Keep:
     """Where a slice's P = exp(z - base) goes: values [rows, columns], base [rows], which the `first` slice writes."""
 
@@ -125,7 +98,7 @@ class TileFunctions(Protocol):
         z: torch.Tensor,
         labels: torch.Tensor,
         inv_temperature: torch.Tensor,
-        state: RunningStatistics,
+        state: Statistics,
         first_column: int,
         keep: Keep | None,
     ) -> None:
@@ -147,7 +120,7 @@ class TileFunctions(Protocol):
         """
 
     def kept_dtype(self, like: torch.Tensor) -> torch.dtype | None:
-        """What probabilities of inputs like this are kept in; None: they are not (float16 has too few exponents)."""
+        """See `Engine`."""
 
 
 class TiledEngine:
@@ -183,7 +156,7 @@ class TiledEngine:
             return no_columns(rows, dtype, device, problem.with_entropy), None
         plan = self.plan(like, rows, problem.shard.columns)
         inv_temperature = per_row(problem.inv_temperature, rows, dtype, device)
-        state = RunningStatistics.empty(rows, dtype, device, problem.with_entropy)
+        state = no_columns(rows, dtype, device, problem.with_entropy)
         kept = None
         if for_backward and plan.whole_rows:
             slices, kept_dtype = list(plan.column_slices()), self.kept_dtype(like)
@@ -207,7 +180,7 @@ class TiledEngine:
                     problem.shard.first + columns.start,
                     keep,
                 )
-        return state.result(), kept if kept is not None and kept.columns else None
+        return state, kept if kept is not None and kept.columns else None
 
     @staticmethod
     def _room(kept: Kept | None, columns: slice) -> Keep | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_laser.ops.autograd import Upstream
 from megatron_laser.ops.few_rows import without_gradient
-from megatron_laser.ops.kept import MARGIN
+from megatron_laser.ops.kept import MARGIN, kept_dtype
 from megatron_laser.ops.passes import apply
-from megatron_laser.ops.tiled_engine import Keep, RunningStatistics, TiledEngine
+from megatron_laser.ops.statistics import Statistics
+from megatron_laser.ops.tiled_engine import Keep, TiledEngine
 from megatron_laser.ops.tiles import local_labels, mm_operand
 from megatron_laser.ops.types import LogProbs
 
@@ -37,23 +37,11 @@ def few_row_logprob(
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
-    rows: torch.Tensor | None = None,
-    vocab_size: int | None = None,
-    tp_group: dist.ProcessGroup | None = None,
-    sequence_parallel: bool = False,
     tile_bytes: int = LOGITS_TILE_BYTES,
+    **settings: Any,
 ) -> torch.Tensor:
     """`megatron_laser.ops.few_row_logprob` for checked arguments."""
-    return without_gradient(
-        TorchEngine(tile_bytes),
-        hidden,
-        weight,
-        labels,
-        rows=rows,
-        vocab_size=vocab_size,
-        tp_group=tp_group,
-        sequence_parallel=sequence_parallel,
-    )
+    return without_gradient(TorchEngine(tile_bytes), hidden, weight, labels, **settings)
 
 
 class TorchTiles:
@@ -61,15 +49,14 @@ class TorchTiles:
 
     def kept_dtype(self, like: torch.Tensor) -> torch.dtype | None:
         """See `TileFunctions`: where operands are widened for the products (on a CPU), nothing has to be rounded."""
-        operand = mm_operand(like[:0]).dtype
-        return None if operand == torch.float16 else operand
+        return kept_dtype(mm_operand(like[:0]).dtype)
 
     def statistics(
         self,
         z: torch.Tensor,
         labels: torch.Tensor,
         inv_temperature: torch.Tensor,
-        state: RunningStatistics,
+        state: Statistics,
         first_column: int,
         keep: Keep | None,
     ) -> None:

@@ -23,13 +23,13 @@ from megatron_laser.ops.autograd import Problem, Upstream
 from megatron_laser.ops.collectives import GatheredRows
 from megatron_laser.ops.device import interpreted
 from megatron_laser.ops.kept import MARGIN
-from megatron_laser.ops.statistics import Statistics, finish
-from megatron_laser.ops.tiled_engine import Keep, RunningStatistics, TilePlan
+from megatron_laser.ops.statistics import Statistics, finish, no_columns
+from megatron_laser.ops.tiled_engine import Keep, TilePlan
 from megatron_laser.ops.tiles import Shard
-from megatron_laser.ops.triton import tile_kernels
 from megatron_laser.ops.triton.engine import ChunkedEngine
 from megatron_laser.ops.triton.few_rows import FewRowEngine, FewRowTile
 from megatron_laser.ops.triton.fused import FusedEngine, FusedTile, best_splits
+from megatron_laser.ops.triton.tile_kernels import TritonTiles
 
 pytestmark = pytest.mark.skipif(
     not interpreted(), reason="these tests want Triton's interpreter: TRITON_INTERPRET=1"
@@ -279,11 +279,12 @@ def test_a_tile_may_reach_beyond_two_billion_values(monkeypatch):
     z = torch.randn(rows, columns)
     labels, ones = torch.tensor([3, 19, 7]), torch.ones(rows)
     lse, grads = z.logsumexp(1), torch.tensor([1.0, -2.0, 3.0])
-    state = RunningStatistics.empty(rows, torch.float32, z.device, False)
+    state = no_columns(rows, torch.float32, z.device, False)
     kept = spread_out(torch.zeros(rows, columns, dtype=torch.bfloat16), stride)
     base = torch.zeros(rows)
     tile = spread_out(z, stride)
-    tile_kernels.launch_statistics(tile, labels, ones, state, 0, Keep(kept, base, True), 16)
+    functions = TritonTiles(16)
+    functions.statistics(tile, labels, ones, state, 0, Keep(kept, base, True))
     torch.testing.assert_close(state.maximum + state.total.log(), lse)
     torch.testing.assert_close(state.label_logit, z.gather(1, labels[:, None]).squeeze(1))
     torch.testing.assert_close(base, z.amax(1) + MARGIN)
@@ -293,10 +294,10 @@ def test_a_tile_may_reach_beyond_two_billion_values(monkeypatch):
     scale = (base - lse).exp()[:, None]
     # the interpreter cuts bfloat16 off where the device rounds
     torch.testing.assert_close(kept.float() * scale, p, rtol=2**-7, atol=1e-6)
-    tile_kernels.launch_gradient(kept, labels, ones, upstream, tile, 0, base, 16)
+    functions.gradient(kept, labels, ones, upstream, tile, 0, base)
     torch.testing.assert_close(tile.clone(), expected, rtol=2**-7, atol=1e-6)
     tile.copy_(z)
-    tile_kernels.launch_gradient(tile, labels, ones, upstream, tile, 0, None, 16)
+    functions.gradient(tile, labels, ones, upstream, tile, 0, None)
     torch.testing.assert_close(tile.clone(), expected)
 
 

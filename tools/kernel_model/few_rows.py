@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from kernel_model.devices import LAUNCH, Device, Shape
+from megatron_laser.ops.cuda.plan import Plan, Rates, choose, plans
 
-# Columns that give each of 132 multiprocessors one tile of a shard of 152064 / 8.
-NARROW_TILE = 144
-# Bytes per second that one multiprocessor reads at most.
-ONE_UNIT_BYTES = 65e9
+# Seconds of a kernel before its first copy arrives and after its last product.
+START_AND_END = 6e-6
 
 
 class FewRows(NamedTuple):
@@ -46,10 +45,15 @@ class FewRows(NamedTuple):
 
 def few_rows(device: Device, shape: Shape) -> list[FewRows]:
     """The CUDA kernel with tiles of 256 columns and many small kernels after it, and as it is planned: one kernel
-    after it, one all-gather, and at tp 8 the narrower tile that gives every multiprocessor one."""
-    group = shape.shards > 1
-    before = _few_row_kernel(device, shape, 256)
-    now = min(before, _few_row_kernel(device, shape, NARROW_TILE))
+    after it, one all-gather, and the form and width of tiles that `ops/cuda/plan.py` chooses."""
+    units = device.multiprocessors
+    rates, group = Rates(device.bytes, device.flops / units), shape.shards > 1
+
+    def kernel(plan: Plan) -> float:
+        return plan.reading(shape.columns, units, shape.hidden, rates) + START_AND_END
+
+    before = kernel(plans(shape.rows)[0])
+    now = kernel(choose(shape.rows, shape.columns, units, shape.hidden))
     read = 2 * shape.columns * shape.hidden / device.bytes
     return [
         FewRows(
@@ -57,13 +61,3 @@ def few_rows(device: Device, shape: Shape) -> list[FewRows]:
         ),
         FewRows(device.name, shape, "one kernel after it", read, now, 2e-6 + LAUNCH, 25e-6 * group, 60e-6),
     ]
-
-
-def _few_row_kernel(device: Device, shape: Shape, tile: int) -> float:
-    """Waves of tiles of `tile` columns, each bound by memory or by its products, and 6 us to start and to end."""
-    tile_bytes, units = 2 * tile * shape.hidden, device.multiprocessors
-    rows = shape.rows if tile % 128 == 0 else -(-shape.rows // 64) * 64  # which of the two are wgmma's M
-    products = 2 * tile * rows * shape.hidden / (device.flops / units)
-    full, rest = divmod(-(-shape.columns // tile), units)
-    last = max(rest * tile_bytes / device.bytes, tile_bytes / ONE_UNIT_BYTES, products) if rest else 0.0
-    return full * max(units * tile_bytes / device.bytes, products) + last + 6e-6

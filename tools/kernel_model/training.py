@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernel_model.devices import LAUNCH, TARGET_SHAPE, TARGETS, Device, Shape
+from megatron_laser.logprob_memory import KEPT_TILE_BYTES, MIB, TILE_BYTES
 from megatron_laser.ops.slices import EXPOSED, group_slices, row_blocks, slice_widths, waste
 
-MIB, GB = 2**20, 1e9
-TILE_BYTES = 528 * MIB
+GB = 1e9
 # Elementwise kernels that read or write whole tensors reach this share of the rate of a copy.
 ELEMENTWISE = 0.90
 # What float32 results add to a half-precision product of depth 5120: its end writes twice the bytes.
@@ -19,8 +19,6 @@ EPILOGUE = 0.02
 FINISH = 13 * 2e-6
 # Seconds of a group's collectives at tp 8: two of [rows]; dX's reduction, most of it behind the last product.
 FORWARD_COLLECTIVES, BACKWARD_COLLECTIVES = 0.08e-3, 0.3e-3
-# bf16 probabilities that lie in one tensor, so that one product uses several slices of them.
-KEPT_TILE_BYTES = 2**30
 # Of the blocks of rows in which a loss inside works: probabilities of all columns.
 BLOCK_BYTES = 1.25 * GB
 
@@ -96,7 +94,7 @@ class Model:
 
     def kept_tiles(self) -> list[int]:
         """Columns of the tensors in which probabilities are kept."""
-        groups = group_slices(self.widths, int(KEPT_TILE_BYTES) // 2 // self.shape.rows)
+        groups = group_slices(self.widths, KEPT_TILE_BYTES // 2 // self.shape.rows)
         return [sum(self.widths[group]) for group in groups]
 
     def waste(self, rows: int, widths: list[int]) -> tuple[float, float, float]:

@@ -18,14 +18,23 @@ from typing import NamedTuple
 WEIGHT_LEFT_ROWS, WEIGHT_LEFT_COLUMNS = (16, 32, 64, 128), 256
 PAIR_ROWS, PAIR_COLUMNS = (64, 128), (96, 128, 144, 192, 256)
 MAX_ROWS = 128
-# An H200: bytes and operations per second. L2's rate is what products without multicast are seen to need at 600
+# Bytes per second. L2's rate is what products without multicast are seen to need at 600
 # TFLOP/s; the rate of one multiprocessor is its copy engine's with the ring full. Predictions, all of them.
-MEMORY, L2, ONE_MULTIPROCESSOR = 4.3e12, 7e12, 65e9
-PRODUCT = 790e12 / 132
+L2, ONE_MULTIPROCESSOR = 7e12, 65e9
 # Seconds after the last product of a program: 256 columns of each row across lanes, or N / 4 of them inside a thread.
 EPILOGUE_WEIGHT_LEFT, EPILOGUE_PAIRS = 4.9e-6, 1e-6
 # Pairs have to be faster by this factor: clusters are more to go wrong.
 MARGIN = 1.05
+
+
+class Rates(NamedTuple):
+    """Bytes per second of a device's memory, operations per second of one of its multiprocessors."""
+
+    memory: float
+    product: float
+
+
+H200 = Rates(4.3e12, 790e12 / 132)
 
 
 class Plan(NamedTuple):
@@ -74,18 +83,24 @@ class Plan(NamedTuple):
         """Tiles of the busiest program."""
         return -(-self.tiles(columns) // self.programs(columns, multiprocessors))
 
-    def seconds(self, columns: int, multiprocessors: int, hidden_size: int) -> float:
-        """Predicted time of the kernel."""
+    def reading(self, columns: int, multiprocessors: int, hidden_size: int, rates: Rates = H200) -> float:
+        """Predicted seconds of all rounds, without the kernel's start and end."""
         weight, hidden = self.columns * hidden_size * 2, self.rows * hidden_size * 2
         from_l2 = weight + (hidden / 2 if self.pairs else hidden)
-        product = 2 * self.rows * self.columns * hidden_size / PRODUCT
+        product = 2 * self.rows * self.columns * hidden_size / rates.product
 
         def one_round(busy: int) -> float:
-            return max(busy * weight / MEMORY, weight / ONE_MULTIPROCESSOR, busy * from_l2 / L2, product)
+            return max(
+                busy * weight / rates.memory, weight / ONE_MULTIPROCESSOR, busy * from_l2 / L2, product
+            )
 
         full, rest = divmod(self.tiles(columns), self.programs(columns, multiprocessors))
-        body = full * one_round(self.programs(columns, multiprocessors)) + (one_round(rest) if rest else 0.0)
-        return body + (EPILOGUE_PAIRS if self.pairs else EPILOGUE_WEIGHT_LEFT)
+        return full * one_round(self.programs(columns, multiprocessors)) + (one_round(rest) if rest else 0.0)
+
+    def seconds(self, columns: int, multiprocessors: int, hidden_size: int) -> float:
+        """Predicted time of the kernel on an H200, by which forms and widths are compared."""
+        epilogue = EPILOGUE_PAIRS if self.pairs else EPILOGUE_WEIGHT_LEFT
+        return self.reading(columns, multiprocessors, hidden_size) + epilogue
 
 
 def plans(rows: int) -> list[Plan]:

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from megatron_laser.ops.autograd import Upstream
-from megatron_laser.ops.kept import MARGIN
-from megatron_laser.ops.tiled_engine import Keep, RunningStatistics
+from megatron_laser.ops.kept import MARGIN, kept_dtype
+from megatron_laser.ops.statistics import Statistics
+from megatron_laser.ops.tiled_engine import Keep
 
 # Columns that a program handles at a time. With 8 warps each thread holds 16 values: enough loads in flight to
 # saturate memory, no spills.
@@ -145,72 +146,82 @@ def tile_gradient(  # type: ignore[no-untyped-def]
     tl.store(target, dz.to(out.dtype.element_ty), mask=inside)
 
 
-def launch_statistics(
-    z: torch.Tensor,
-    labels: torch.Tensor,
-    inv_temperature: torch.Tensor,
-    state: RunningStatistics,
-    first_column: int,
-    keep: Keep | None = None,
-    block: int = BLOCK,
-) -> None:
-    """Run `tile_statistics` on z [rows, columns]."""
-    kept, kept_base = (z, state.maximum) if keep is None else (keep.values, keep.base)
-    rows, columns = z.shape
-    kernel: Any = tile_statistics
-    kernel[(rows,)](
-        z,
-        labels,
-        inv_temperature,
-        state.maximum,
-        state.total,
-        state.label_logit,
-        state.total if state.moment is None else state.moment,
-        kept,
-        kept_base,
-        first_column,
-        columns,
-        z.stride(0),
-        kept.stride(0),
-        MARGIN,
-        ENTROPY=state.moment is not None,
-        KEEP=keep is not None,
-        FIRST=keep is not None and keep.first,
-        BLOCK=block,
-        num_warps=WARPS,
-    )
+class TritonTiles:
+    """`TileFunctions`: the launches of both kernels."""
 
+    def __init__(self, block: int = BLOCK) -> None:
+        """`block`: columns that one program of a kernel handles at a time."""
+        self._block = block
 
-def launch_gradient(
-    z: torch.Tensor,
-    labels: torch.Tensor,
-    inv_temperature: torch.Tensor,
-    upstream: Upstream,
-    out: torch.Tensor,
-    first_column: int,
-    base: torch.Tensor | None = None,
-    block: int = BLOCK,
-) -> None:
-    """Run `tile_gradient`; base [rows]: `z` is not logits but what `launch_statistics` kept."""
-    with_entropy = upstream.entropy is not None and upstream.grad_entropy is not None
-    rows, columns = z.shape
-    kernel: Any = tile_gradient
-    kernel[(rows, triton.cdiv(columns, block))](
-        z,
-        labels,
-        inv_temperature,
-        upstream.lse,
-        upstream.entropy if with_entropy else upstream.lse,
-        upstream.grad_logprobs,
-        upstream.grad_entropy if with_entropy else upstream.lse,
-        upstream.lse if base is None else base,
-        out,
-        first_column,
-        columns,
-        z.stride(0),
-        out.stride(0),
-        ENTROPY=with_entropy,
-        KEPT=base is not None,
-        BLOCK=block,
-        num_warps=WARPS,
-    )
+    def kept_dtype(self, like: torch.Tensor) -> torch.dtype | None:
+        """See `TileFunctions`."""
+        return kept_dtype(like.dtype)
+
+    def statistics(
+        self,
+        z: torch.Tensor,
+        labels: torch.Tensor,
+        inv_temperature: torch.Tensor,
+        state: Statistics,
+        first_column: int,
+        keep: Keep | None,
+    ) -> None:
+        """See `TileFunctions`."""
+        kept, kept_base = (z, state.maximum) if keep is None else (keep.values, keep.base)
+        rows, columns = z.shape
+        kernel: Any = tile_statistics
+        kernel[(rows,)](
+            z,
+            labels,
+            inv_temperature,
+            state.maximum,
+            state.total,
+            state.label_logit,
+            state.total if state.moment is None else state.moment,
+            kept,
+            kept_base,
+            first_column,
+            columns,
+            z.stride(0),
+            kept.stride(0),
+            MARGIN,
+            ENTROPY=state.moment is not None,
+            KEEP=keep is not None,
+            FIRST=keep is not None and keep.first,
+            BLOCK=self._block,
+            num_warps=WARPS,
+        )
+
+    def gradient(
+        self,
+        z: torch.Tensor,
+        labels: torch.Tensor,
+        inv_temperature: torch.Tensor,
+        upstream: Upstream,
+        out: torch.Tensor,
+        first_column: int,
+        base: torch.Tensor | None,
+    ) -> None:
+        """See `TileFunctions`."""
+        with_entropy = upstream.entropy is not None and upstream.grad_entropy is not None
+        rows, columns = z.shape
+        kernel: Any = tile_gradient
+        kernel[(rows, triton.cdiv(columns, self._block))](
+            z,
+            labels,
+            inv_temperature,
+            upstream.lse,
+            upstream.entropy if with_entropy else upstream.lse,
+            upstream.grad_logprobs,
+            upstream.grad_entropy if with_entropy else upstream.lse,
+            upstream.lse if base is None else base,
+            out,
+            first_column,
+            columns,
+            z.stride(0),
+            out.stride(0),
+            ENTROPY=with_entropy,
+            KEPT=base is not None,
+            BLOCK=self._block,
+            num_warps=WARPS,
+        )
