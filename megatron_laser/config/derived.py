@@ -77,6 +77,14 @@ def evaluation_max_new_tokens(config: RunConfig) -> int:
     return config.evaluation.max_new_tokens or config.rollout.max_new_tokens
 
 
+def micro_batch_tokens(config: RunConfig) -> int:
+    """Tokens that one micro-batch may hold: `batching.tokens_per_micro_batch` on each context-parallel rank.
+
+    The schedule fills micro-batches up to it, and the longest sequence must fit.
+    """
+    return config.batching.tokens_per_micro_batch * config.parallel.context
+
+
 def needed_pad_multiple(parallel: ParallelConfig) -> int:
     """What packed lengths must divide by: the sequence-parallel ranks, and twice (zig-zag) the context ranks."""
     sequence = parallel.tensor if parallel.sequence else 1

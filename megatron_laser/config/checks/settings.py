@@ -192,8 +192,6 @@ def _parallel_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"parallel.virtual_pipeline: {parallel.virtual_pipeline} needs parallel.pipeline above 1, got 1"
         )
-    if parallel.context > 1:
-        problems.append(f"parallel.context: {parallel.context}; context parallelism is not built yet, use 1")
     if parallel.expert > 1:
         problems.append(
             f"parallel.expert: {parallel.expert}; the supported models ({', '.join(SUPPORTED_MODEL_TYPES)}) are dense "
