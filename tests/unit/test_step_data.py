@@ -36,7 +36,9 @@ def model(tmp_path_factory):
 def prepare(model, tmp_path, flat, *overrides, ranks=1, score_token_id=SCORE_TOKEN):
     config = run_config(tmp_path, model, "batching.tokens_per_micro_batch=128", *overrides)
     return [
-        prepare_step(flat, config, score_token_id=score_token_id, data_rank=rank, data_size=ranks)
+        prepare_step(
+            flat, config, score_token_id=score_token_id, data_rank=rank, data_size=ranks, context_rank=0
+        )
         for rank in range(ranks)
     ]
 
