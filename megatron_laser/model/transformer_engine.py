@@ -13,6 +13,7 @@ import torch
 
 from megatron_laser.errors import ConfigError
 from megatron_laser.model import platform
+from megatron_laser.ops.device import capability
 
 if TYPE_CHECKING:  # Megatron is imported after `settle`
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -145,6 +146,17 @@ def attention_problems(config: TransformerConfig, *, tokens: int, heads: tuple[i
         "the package flash-attn; run with NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 to see what it says of each. Or set "
         "model.layers: torch"
     ]
+
+
+def ring_in_pairs(context: int, layers: Layers, dtype: str) -> bool:
+    """Whether attention's ring over `context` ranks exchanges by single sends and receives, not in batches.
+
+    As in Transformer Engine 2.20.2: two ranks exchange in batches, up to Hopper. float32 has no ring.
+    """
+    if context == 1 or dtype == "float32" or not use_transformer_engine(layers):
+        return False
+    batches = os.environ.get("NVTE_BATCH_MHA_P2P_COMM", "0") != "0"
+    return not batches and (context > 2 or capability(platform.device()) >= (10, 0))
 
 
 @functools.cache
