@@ -101,7 +101,9 @@ def clear_backend_variables(attention: str) -> None:
             _set_for_models[name] = value
 
 
-def attention_problems(config: TransformerConfig, *, tokens: int, heads: tuple[int, int]) -> list[str]:
+def attention_problems(
+    config: TransformerConfig, *, tokens: int, longest: int, heads: tuple[int, int]
+) -> list[str]:
     """One line when the attention layers of a model will find no kernel, in the words of the settings; else nothing.
 
     Without it the first forward would fail, with the weights read and a rollout done. Transformer Engine chooses among
@@ -109,21 +111,23 @@ def attention_problems(config: TransformerConfig, *, tokens: int, heads: tuple[i
     rehearsed one are not asked: the function that chooses is not part of its interface.
 
     Args:
-        tokens: of the largest micro-batch, over all context ranks; heads: query and key heads on one rank.
+        tokens: of the largest micro-batch, over all context ranks. longest: of them the longest sequence's.
+        heads: query and key heads on one rank.
     """
     version = str(sys.modules["transformer_engine"].__version__) if config.transformer_impl != "local" else ""
     if not version or config.params_dtype == torch.float32 or _release(version) != REHEARSED:
         return []
     utils: Any = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.utils")
     size, head_dim = config.context_parallel_size, config.kv_channels
-    tokens = -(-tokens // (2 * size)) * 2 * size
+    longest = -(-longest // (2 * size)) * 2 * size
+    any_order = bool(int(os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")))
     asked = utils.AttentionParams(
         qkv_dtype=config.params_dtype,
         qkv_layout="thd_thd_thd",
         num_heads=heads[0],
         num_gqa_groups=heads[1],
-        max_seqlen_q=tokens,
-        max_seqlen_kv=tokens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
         num_tokens_q=tokens // size,
         num_tokens_kv=tokens // size,
         head_dim_qk=head_dim,
@@ -133,7 +137,7 @@ def attention_problems(config: TransformerConfig, *, tokens: int, heads: tuple[i
         bottom_right_diagonal=False,
         context_parallel=size > 1,
         cp_size=size,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        deterministic=not any_order or torch.are_deterministic_algorithms_enabled(),
     )
     *_, available = utils.get_attention_backend(asked)
     if any(available):

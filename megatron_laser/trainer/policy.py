@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from megatron_laser.config import ConfigError
-from megatron_laser.config.derived import micro_batch_tokens, optimizer_steps
+from megatron_laser.config.derived import longest_sequence, micro_batch_tokens, optimizer_steps
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
@@ -122,7 +122,8 @@ def build_chunks(
         )
         models.append(model.to(platform.device()))
     heads = (hf.num_attention_heads // parallel.tensor, hf.num_key_value_heads // parallel.tensor)
-    if problems := attention_problems(model_config, tokens=micro_batch_tokens(config), heads=heads):
+    sizes = dict(tokens=micro_batch_tokens(config), longest=longest_sequence(config))
+    if problems := attention_problems(model_config, **sizes, heads=heads):
         raise ConfigError(problems)
     load_weights(models, folder, hf, geometry)
     wrapped: list[torch.nn.Module] = list(models)

@@ -246,6 +246,9 @@ def make_micro_batch(
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=packed.max_seqlen,
             max_seqlen_kv=packed.max_seqlen,
+            # Lengths count what was added to a sequence, so kernels have nothing to step over. Transformer Engine
+            # guesses it else, and its guess changed between releases.
+            pad_between_seqs=False,
         ),
         head=HeadInputs(
             rows=put(packed.row_index, torch.int64),
