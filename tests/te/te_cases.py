@@ -66,13 +66,18 @@ BROKEN_CASES = {
     # Here each rank computes other functions than it should, and not the gradients alone suffer.
     "context_rank": {"family": "qwen2-tied", "settings": CONTEXT, "finds": {"policy_loss", "grad_norm"}},
 }
+# One step on four ranks. Those that share a sequence are not neighbours: the tensor-parallel ranks are.
+FOUR_RANK_CASES = {
+    "context-sequence": {"family": "qwen3", "settings": [*SEQUENCE, *CONTEXT, *OVERLAPPED, FUSED]},
+    "bf16-context-sequence": {"family": "qwen3", "settings": [*SEQUENCE, *CONTEXT, BF16]},
+}
 # Each model.attention is built, in the bf16 case of context parallelism, on a machine without a kernel for it.
 REFUSED = ("auto", "fused", "flash")
 
 
 def objective_of(name):
     """The settings of a case that change what is computed, beside the model."""
-    return [RECOMPUTE if name in BF16_CASES else ROLLOUT]
+    return [RECOMPUTE if BF16 in (CASES | BROKEN_CASES | FOUR_RANK_CASES)[name]["settings"] else ROLLOUT]
 
 
 def config_of(folder, name, family, settings, layers="transformer_engine"):
