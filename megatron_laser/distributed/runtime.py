@@ -106,6 +106,7 @@ def build_groups(config: RunConfig, store: dist.Store) -> Runtime:
         ),
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         distributed_timeout_minutes=config.run.deadline / 60,
         # For Megatron's own optimizer checkpoints only, which are not written here.
         create_gloo_process_groups=False,

@@ -21,6 +21,7 @@ def patch_megatron() -> None:
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not getattr(moe_utils, "HAVE_TE", False):
         moe_utils.te_general_gemm = None
+    _patch_dispatcher()
     # The unfused THD rotary embedding slices once per sequence in Python, for q and k of every layer. With hundreds
     # of short sequences a micro-batch that costs more than the matrix products, and on CUDA it waits for the device
     # each time, to read the lengths. One table per micro-batch gives the same values.
@@ -39,6 +40,19 @@ def patch_megatron() -> None:
 
     apply_thd.original = original  # type: ignore[attr-defined]
     rope._apply_rotary_pos_emb_thd = apply_thd
+
+
+def _patch_dispatcher() -> None:
+    """On a CPU the split sizes of the experts' all-to-all never were on a GPU, and stay tensors that torch refuses."""
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    original = dispatcher.maybe_move_tensor_to_cpu
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor) and not tensor.is_cuda:
+            return tensor.numpy()
+        return original(tensor, as_numpy, record_stream)
+
+    dispatcher.maybe_move_tensor_to_cpu = move
 
 
 class _RotaryTable:

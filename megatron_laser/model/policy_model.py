@@ -189,7 +189,9 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
         )
         norm: Any = TENorm
         if config.params_dtype == torch.float32:

@@ -93,6 +93,8 @@ def build_chunks(
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
         sequence=parallel.sequence,
         layers=config.model.layers,
         attention=config.model.attention,
@@ -102,7 +104,12 @@ def build_chunks(
     stages: list[int | None] = (
         list(range(parallel.virtual_pipeline)) if parallel.virtual_pipeline > 1 else [None]
     )
-    geometry = Geometry.of(hf, tensor=parallel.tensor, vocab_multiple=config.model.vocab_multiple)
+    geometry = Geometry.of(
+        hf,
+        tensor=parallel.tensor,
+        vocab_multiple=config.model.vocab_multiple,
+        expert_tensor=parallel.expert_tensor,
+    )
     models = []
     for stage in stages:
         model = PolicyModel(

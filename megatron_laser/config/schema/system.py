@@ -31,7 +31,10 @@ class ParallelConfig(Section):
     context: Count = 1
     """Ranks that split each sequence. Only 1 for now."""
     expert: Count = 1
-    """Ranks that split the experts of a mixture-of-experts model. Only 1 for now."""
+    """Ranks that share out the experts of a mixture-of-experts model; must divide their number. They are ranks of the
+    other dimensions: `tensor` x `context` x data is a multiple of `expert` x `expert_tensor`."""
+    expert_tensor: Count = 1
+    """Ranks that split each expert's weight matrices; apart from `tensor`, which splits the rest of a layer."""
     sequence: bool = False
     """Split activations between the tensor-parallel regions along the sequence; needs `tensor` above 1."""
 
