@@ -32,11 +32,12 @@ def old_policy_pass_kind(config: RunConfig) -> OldPolicyPass:
     """The trainer's no-grad pass before the update.
 
     "full": log-probs of all labelled rows (`old_logprobs: recompute`); "score_rows": only the EOS rows go
-    through the head, for the scores; "none": no pass.
+    through the head, for the scores; "none": no pass. The load-balancing loss of experts needs one, to count tokens.
     """
     if config.policy.old_logprobs == "recompute":
         return "full"
-    if config.laser.enabled and config.laser.score_source == "trainer":
+    scores = config.laser.enabled and config.laser.score_source == "trainer"
+    if scores or config.moe.aux_loss_coefficient != 0:
         return "score_rows"
     return "none"
 
