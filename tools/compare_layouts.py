@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 STEPS = 3
 RELATIVE, ABSOLUTE = 1e-5, 1e-7
+ROUTERS = ("router_aux_loss", "router_z_loss", "expert_load_max", "expert_load_entropy", "routing_changed")
 COMPARED = ("total_loss", "policy_loss", "self_reward_loss", "kl_loss", "entropy", "grad_norm")
 BUDGETS = (4096, 160, 80)
 # processes -> {name: overrides}; the first entry of all is the reference.
@@ -89,6 +90,12 @@ EXPERT_LAYOUTS: dict[int, dict[str, list[str]]] = {
         "expert 2, 80 tokens": ["parallel.expert=2", "batching.tokens_per_micro_batch=80"],
         "expert 2, distributed optimizer": ["parallel.expert=2", "optimizer.distributed=true"],
         "expert 2, recompute": ["parallel.expert=2", "model.recompute=full"],
+        "expert 2, recompute experts": ["parallel.expert=2", "model.recompute=mlp"],
+        "pipeline 2, recompute experts": [
+            "parallel.pipeline=2",
+            "model.recompute=mlp",
+            "batching.tokens_per_micro_batch=80",
+        ],
         "expert 2 within tensor 2": ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"],
         "expert tensor 2": ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert_tensor=2"],
         "tensor 2, whole experts": ["parallel.tensor=2", "parallel.sequence=true"],
@@ -130,8 +137,10 @@ laser: {{score_token: 89, ref_logprob: -6.0, beta: 0.4, alpha: 0.5, tau: 0.3, st
         reasoning_warmup_steps: 0, self_reward_warmup_steps: 0}}
 policy: {{old_logprobs: rollout, dual_clip: 3.0, kl_coefficient: 0.05, entropy_coefficient: 0.01}}
 optimizer: {{lr: 1.0e-3}}
+{moe}
 run: {{steps: {steps}, output_dir: {model}/run, deadline: 120}}
 """
+MOE = "moe: {aux_loss_coefficient: 0.05, z_loss_coefficient: 0.01, routing_replay: true}"
 
 
 def make_model(folder: Path, tied: bool, experts: bool = False) -> None:
@@ -159,14 +168,14 @@ def make_model(folder: Path, tied: bool, experts: bool = False) -> None:
     save_random_model(folder, config, spread=0.1, vector_spread=0.2)
 
 
-def fixed_rollouts(step: int):
-    """A hand-shaped rollout batch, the same in every process."""
+def fixed_rollouts(step: int, experts: bool = False):
+    """A hand-shaped rollout batch, the same in every process; with experts, where the engine sent most tokens."""
     import numpy as np
 
     from megatron_laser.batching.flat import flatten
     from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample
 
-    rng = np.random.default_rng(step)
+    rng, routing = np.random.default_rng(step), np.random.default_rng(step + 100)
     batch = RolloutBatch(step=step, weight_version=step - 1)
     for row, size in enumerate((4, 4, 3, 4, 4, 2, 4, 4)):
         prompt = [int(x) for x in rng.integers(2, 89, rng.integers(3, 12))]
@@ -179,6 +188,11 @@ def fixed_rollouts(step: int):
                 ids[-1] = 1
             logprobs = [float(x) for x in rng.normal(-4.5, 0.5, length)]
             generation = Generation(ids, logprobs, "length" if truncated else "stop", step - 1)
+            if experts and (row + number) % 4:
+                # the best two of eight random numbers, for each of four layers
+                tokens = len(prompt) + length - 1
+                chosen = routing.random((tokens, 4, 8)).argsort(axis=-1)[..., :2]
+                generation.routed_experts = chosen.astype(np.uint8)
             reward = 0.0 if truncated else float(rng.random() < 0.5)
             group.samples.append(
                 Sample(
@@ -220,8 +234,8 @@ def run_worker(model: Path, output: Path, *, experts: bool) -> None:
         trainer = Trainer(config, runtime, score_token_id=89)
         figures = []
         for step in range(1, STEPS + 1):
-            metrics = trainer.train_step(fixed_rollouts(step), step).metrics
-            figures.append({key: metrics[key] for key in COMPARED})
+            metrics = trainer.train_step(fixed_rollouts(step, experts), step).metrics
+            figures.append({key: metrics[key] for key in (*COMPARED, *(ROUTERS if experts else ()))})
         checksum = sum(float(tensor.double().abs().sum()) for _, tensor in trainer.weight_stream())
         signed = sum(
             float(
@@ -260,7 +274,7 @@ def worst_ratio(result: dict, reference: dict) -> tuple[float, str]:
     pairs = [(result[name], reference[name], name) for name in ("checksum", "signed_checksum")] + [
         (mine[key], theirs[key], f"{key}, step {step}")
         for step, (mine, theirs) in enumerate(zip(result["steps"], reference["steps"], strict=True), 1)
-        for key in COMPARED
+        for key in theirs
     ]
     return max((abs(a - b) / (RELATIVE * abs(b) + ABSOLUTE), where) for a, b, where in pairs)
 
@@ -291,7 +305,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch)
         make_model(model, arguments.tied, arguments.experts)
-        (model / "config.yaml").write_text(CONFIG.format(model=model, steps=STEPS))
+        (model / "config.yaml").write_text(
+            CONFIG.format(model=model, steps=STEPS, moe=MOE if arguments.experts else "")
+        )
         results: dict[str, dict] = {}
         for processes in sorted({1, *arguments.processes}):
             results |= launch(

@@ -27,7 +27,8 @@ class Runtime:
     store: the rendezvous store, for signals that must not depend on a collective.
     cpu_group: all ranks over gloo; replica_group: the ranks that work on the same samples (one data-parallel
     replica), over gloo; leaders_group: each replica's first rank, over gloo (None on other ranks).
-    data_rank, data_size: which replica of how many; context_rank: which share of each sequence within it.
+    data_rank, data_size: which replica of how many; context_rank: which share of each sequence within it;
+    tensor_rank: which shard of each weight matrix.
     """
 
     rank: int
@@ -40,6 +41,7 @@ class Runtime:
     data_rank: int
     data_size: int
     context_rank: int
+    tensor_rank: int
 
     @property
     def is_main(self) -> bool:
@@ -57,10 +59,7 @@ class Runtime:
 
         Context ranks have rows of their own: each speaks for them.
         """
-        return (
-            parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-            and parallel_state.get_tensor_model_parallel_rank() == 0
-        )
+        return parallel_state.is_pipeline_last_stage(ignore_virtual=True) and self.tensor_rank == 0
 
 
 def start(config: RunConfig) -> Runtime:
@@ -135,6 +134,7 @@ def build_groups(config: RunConfig, store: dist.Store) -> Runtime:
         data_rank=data_rank,
         data_size=data_size,
         context_rank=parallel_state.get_context_parallel_rank(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
     )
 
 

@@ -214,3 +214,10 @@ class ExpertTransformerLayer(TransformerLayer):
         """As upstream."""
         kwargs["padding_mask"] = getattr(kwargs.get("packed_seq_params"), "routing", None)
         return super().forward(*args, **kwargs)
+
+
+def freeze_routers(model: torch.nn.Module) -> None:
+    """Take the routers' weights out of training. Call before gradients get their buffers."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.weight.requires_grad_(False)

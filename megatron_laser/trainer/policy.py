@@ -28,6 +28,7 @@ from megatron_laser.config import ConfigError
 from megatron_laser.config.derived import optimizer_steps
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.model import platform
+from megatron_laser.model.experts import freeze_routers
 from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
 from megatron_laser.model.hf_config import read_hf_config, transformer_config
 from megatron_laser.model.hf_folder import HfFolder
@@ -141,6 +142,9 @@ def build_policy(config: RunConfig) -> Policy:
     hf = read_hf_config(config.model.path)
     with HfFolder(config.model.path) as folder:
         chunks = build_chunks(config, hf, folder, trained=True)
+    if config.moe.freeze_router:
+        for module in chunks.models:
+            freeze_routers(module)
     _wrap_ddp(config, chunks)
     optimizer = _build_optimizer(config, chunks)
     # Until a checkpoint is loaded or the first update is made, the moments are not there and look like free memory.

@@ -63,7 +63,7 @@ def assert_same(figures, reference, name):
 
 def prepared(tmp_path, tied):
     make_model(tmp_path, tied)
-    (tmp_path / "config.yaml").write_text(CONFIG.format(model=tmp_path, steps=3))
+    (tmp_path / "config.yaml").write_text(CONFIG.format(model=tmp_path, steps=3, moe=""))
     return tmp_path
 
 

@@ -152,8 +152,8 @@ class MoeConfig(Section):
 
     aux_loss_coefficient: NonNegative = 0.0
     """Weight of the load-balancing loss, which is 1 for each layer when all experts get as many tokens. It is of all
-    tokens of an optimizer step, not of each micro-batch, and needs a pass before the update to count them: the old-policy
-    pass, or one more where there is none."""
+    tokens of an optimizer step, not of each micro-batch, and needs a pass before the update to count them: the
+    old-policy pass, or one more where there is none."""
     z_loss_coefficient: NonNegative = 0.0
     """Weight of the mean squared log-sum-exp of each router's logits, which keeps them small."""
     freeze_router: bool = False

@@ -35,6 +35,7 @@ from megatron_laser.trainer.policy import Policy
 
 WEIGHTS = "weights"
 CHUNK_ELEMENTS = 16 * 2**20
+_FROZEN = optimizer_state.Place(None, None)  # of a parameter that is not trained: it has weights and no state
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ def load_state(policy: Policy, folder: Path, optimizer_step: int) -> None:
 
     with torch.no_grad():
         for mapped in _mapped_parameters(policy):
-            place = places[id(mapped.parameter)]
             mapped.parameter.copy_(load(WEIGHTS, mapped, mapped.parameter.dtype))
-            if place.slot is None:  # another data-parallel rank has the state of this parameter
+            place = places.get(id(mapped.parameter))
+            if place is None or place.slot is None:  # frozen, or another data-parallel rank has its state
                 continue
             for kind in optimizer_state.KINDS:
                 if kind == optimizer_state.MAIN and not policy.chunks.config.bf16:
@@ -111,7 +112,7 @@ class Stager:
         largest = max((mapped.parameter.numel() for mapped in parameters), default=0)
         device = parameters[0].parameter.device if parameters else torch.device("cpu")
         self._copy = copy or device.type != "cpu"
-        gathers = any(self._places[id(mapped.parameter)].group is not None for mapped in parameters)
+        gathers = any(place.group is not None for place in self._places.values())
         self._chunk = torch.empty(min(largest, CHUNK_ELEMENTS) if gathers else 0, device=device)
         self._host = host_buffer(largest if self._copy or gathers else 0, pinned=device.type == "cuda")
 
@@ -124,8 +125,8 @@ class Stager:
         entries: dict[str, ShardedTensor] = {}
         trouble: Exception | None = None
         for mapped, (storing, own_rank) in zip(self._parameters, self._stored_by, strict=True):
-            place, parameter = self._places[id(mapped.parameter)], mapped.parameter.detach()
-            for kind in (None, *self._kinds):
+            place, parameter = self._places.get(id(mapped.parameter), _FROZEN), mapped.parameter.detach()
+            for kind in (None, *self._kinds) if place is not _FROZEN else (None,):
                 if kind is not None and place.group is not None:
                     self._gather(place, kind, parameter.numel(), storing, own_rank)
                 if storing != own_rank or trouble is not None:
