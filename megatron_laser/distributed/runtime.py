@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_laser.config import read_architecture
 from megatron_laser.config.process_environment import place_in_run
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.distributed.communicators import bring_up
@@ -82,7 +83,11 @@ def start(config: RunConfig) -> Runtime:
         timeout=timeout,
     )
     runtime = build_groups(config, store)
-    bring_up(config.run.deadline, paired_stages=not batches_stage_exchange(config.parallel.virtual_pipeline))
+    bring_up(
+        config.run.deadline,
+        paired_stages=not batches_stage_exchange(config.parallel.virtual_pipeline),
+        experts=read_architecture(config.model.path).moe is not None,
+    )
     return runtime
 
 
