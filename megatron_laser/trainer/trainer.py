@@ -109,15 +109,7 @@ class Trainer:
         """
         check_token_ids(flat, self.policy.chunks.geometry.vocab)
         config = self._config
-        data = prepare_step(
-            flat,
-            config,
-            score_token_id=self._score_token_id,
-            data_rank=self._runtime.data_rank,
-            data_size=self._runtime.data_size,
-            context_rank=self._runtime.context_rank,
-            experts=self._experts,
-        )
+        data = self.prepare(flat)
         with self._timers("logprob"):
             self._set_pass(data, "old_policy")
             zc_logprobs = self._old_policy_pass(data, flat)
@@ -189,6 +181,18 @@ class Trainer:
             return {}
         tallies = [minibatch.tally for minibatch in data.minibatches if minibatch.tally is not None]
         return expert_metrics(Counts.of(tallies, self._all_ranks), self._experts.moe.experts_per_token)
+
+    def prepare(self, flat: FlatBatch) -> StepData:
+        """This rank's share of a rollout batch, cut and packed as it is trained on."""
+        return prepare_step(
+            flat,
+            self._config,
+            score_token_id=self._score_token_id,
+            data_rank=self._runtime.data_rank,
+            data_size=self._runtime.data_size,
+            context_rank=self._runtime.context_rank,
+            experts=self._experts,
+        )
 
     def weight_stream(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face (name, full tensor) pairs on global rank 0; all ranks must exhaust it together."""
