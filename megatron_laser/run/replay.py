@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laser.batching.flat import FlatBatch
-from megatron_laser.config import RunConfig, load_config, needs_reference_model
+from megatron_laser.config import load_config, needs_reference_model
 from megatron_laser.config.process_environment import read_place
 from megatron_laser.data import DataError
 from megatron_laser.distributed import runtime as runtimes
