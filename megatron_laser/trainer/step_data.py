@@ -15,7 +15,9 @@ from megatron_laser.batching.context import context_shard
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.batching.packing import PackedMicroBatch, pack
 from megatron_laser.batching.schedule import build_schedule
+from megatron_laser.config import Architecture
 from megatron_laser.config.derived import gpu_pad_multiple, micro_batch_tokens, needed_pad_multiple
+from megatron_laser.config.model_folder.flops import forward_flops
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.model.experts import LoadBalance, Routing, Tally
@@ -116,13 +118,15 @@ class MiniBatch:
 class StepData:
     """All optimizer steps of one rollout batch, and per-sample facts known to every rank.
 
-    rewards, scored, group_ids: [samples], on the CPU.
+    rewards, scored, group_ids: [samples], on the CPU. rank_imbalance: how much longer the busiest data-parallel rank
+    computes than the mean one, by the FLOPs of their samples: 0 is even; None where the model's shape was not given.
     """
 
     minibatches: list[MiniBatch]
     rewards: torch.Tensor
     scored: torch.Tensor
     group_ids: torch.Tensor
+    rank_imbalance: float | None = None
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
@@ -139,14 +143,23 @@ def prepare_step(
     data_size: int,
     context_rank: int,
     experts: Experts | None = None,
+    architecture: Architecture | None = None,
 ) -> StepData:
     """Cut the rollout batch into optimizer steps, ranks and micro-batches, and pack this rank's share.
 
     A pure function of its arguments: every rank computes the same schedule, and the context ranks of one data rank
     pack the same micro-batches, of which each keeps its tokens. `score_token_id` None leaves the score rows out;
-    `experts` of a model that has them.
+    `experts` of a model that has them, and its `architecture`, by which `batching.balance: flops` shares out samples.
     """
     parallel = config.parallel
+    costs = None
+    if architecture is not None:
+        costs = [
+            forward_flops(architecture, prompt + response, response)
+            for prompt, response in zip(flat.prompt_lengths.tolist(), flat.response_lengths.tolist())
+        ]
+    elif config.batching.balance == "flops":
+        raise ValueError("batching.balance: flops needs the model's architecture")
     schedule = build_schedule(
         (flat.prompt_lengths + flat.response_lengths).tolist(),
         data_parallel=data_size,
@@ -155,6 +168,7 @@ def prepare_step(
         group_ids=flat.group_ids.tolist(),
         # The interleaved pipeline schedule works on whole rounds of micro-batches.
         micro_batch_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
+        costs=costs if config.batching.balance == "flops" else None,
     )
     minibatches = []
     for ranks in schedule.minibatches:
@@ -176,6 +190,7 @@ def prepare_step(
         rewards=torch.from_numpy(flat.rewards.astype(np.float32)),
         scored=torch.from_numpy(flat.scored.astype(bool)),
         group_ids=torch.from_numpy(flat.group_ids.astype(np.int64)),
+        rank_imbalance=None if costs is None else schedule.imbalance(costs),
     )
 
 

@@ -17,6 +17,7 @@ from megatron_laser.config.derived import (
     mixing_first_step,
     needs_reference_model,
     old_policy_pass_kind,
+    pipeline_bubble,
     self_reward_first_step,
 )
 from megatron_laser.config.schema.root import RunConfig
@@ -141,6 +142,12 @@ class Trainer:
         metrics = self._metrics(updates, step) | self._expert_metrics(data)
         metrics["advantage_mixed_fraction"] = mixed
         metrics["micro_batches"] = float(len(data.micro_batches))
+        if data.rank_imbalance is not None:
+            metrics["rank_imbalance"] = data.rank_imbalance
+        if self._config.parallel.pipeline > 1:
+            metrics["pipeline_bubble"] = pipeline_bubble(
+                self._config.parallel, [len(minibatch.micro_batches) for minibatch in data.minibatches]
+            )
         return StepResult(metrics, zc_logprobs, scores, advantages, updates)
 
     def _model_experts(self) -> Experts | None:
@@ -192,6 +199,7 @@ class Trainer:
             data_size=self._runtime.data_size,
             context_rank=self._runtime.context_rank,
             experts=self._experts,
+            architecture=architecture_of(self.policy.chunks.hf),
         )
 
     def weight_stream(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -145,7 +145,7 @@ DEFAULTS = {
         "expert_tensor": 1,
         "sequence": False,
     },
-    "batching": {"tokens_per_micro_batch": 16384, "pad_multiple": None},
+    "batching": {"tokens_per_micro_batch": 16384, "pad_multiple": None, "balance": "tokens"},
     "checkpoint": {
         "every": 100,
         "keep_last": 2,
