@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.models import disk_tensors
 from helpers.plain_experts import PlainExpertsTrainer
 from helpers.plain_training import Plain
 from helpers.rollouts import Response, rollout_batch
@@ -74,26 +75,6 @@ def routed(flat, step):
     return replace(flat, routed_tokens=counts, routed_experts=chosen.reshape(len(chosen), -1))
 
 
-def plain_names(model):
-    """transformers' weights by their names on disk: one tensor for each matrix of an expert."""
-    mixtral = model.config.model_type == "mixtral"
-    found = {}
-    for name, tensor in model.state_dict().items():
-        head, _, last = name.rpartition(".")
-        if mixtral:
-            head = head.replace(".mlp", ".block_sparse_moe")
-        names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-        if last == "gate_up_proj":
-            for e, both in enumerate(tensor):
-                for part, half in zip(names, both.chunk(2)):
-                    found[f"{head}.{e}.{part}.weight"] = half
-        elif last == "down_proj":
-            found |= {f"{head}.{e}.{names[2]}.weight": one for e, one in enumerate(tensor)}
-        else:
-            found[f"{head}.{last}"] = tensor
-    return found
-
-
 CASES = {
     "qwen3_moe": dict(family="qwen3_moe"),
     "probabilities of all experts": dict(family="qwen3_moe, probabilities of all"),
@@ -154,7 +135,7 @@ def test_two_steps_equal_a_plain_implementation(single_process, folders, tmp_pat
             for name, value in plain.metrics(flat).items():
                 assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (step, name)
             assert ("routing_changed" in metrics) == bool(case.get("replay"))
-    exported, weights = dict(trainer.weight_stream()), plain_names(model)
+    exported, weights = dict(trainer.weight_stream()), disk_tensors(model)
     assert exported.keys() == weights.keys()
     for name, tensor in exported.items():
         torch.testing.assert_close(
