@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -54,6 +57,9 @@ class Generation:
     response id: the log-probability of logits / temperature, before top-p filtering. `weight_version` is the
     oldest that sampled a part of it, and `spans` says which sampled what; empty: all is `weight_version`'s.
     With `finish_reason` "abort" it is unfinished: an engine can go on with it.
+
+    `routed_experts` [tokens, layers, experts_per_token] uint8, int16 with more than 256 experts: where a model with
+    experts sent the first tokens of prompt and response, of which there may be fewer than of both; None: not told.
     """
 
     response_ids: list[int]
@@ -62,6 +68,7 @@ class Generation:
     weight_version: int
     zc_logprob: float | None = None
     spans: tuple[WeightSpan, ...] = ()
+    routed_experts: npt.NDArray[np.uint8 | np.int16] | None = field(default=None, compare=False)
 
     @property
     def text_ids(self) -> list[int]:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 STEPS = 3
 RELATIVE, ABSOLUTE = 1e-5, 1e-7
+ROUTERS = ("router_aux_loss", "router_z_loss", "expert_load_max", "expert_load_entropy", "routing_changed")
 COMPARED = ("total_loss", "policy_loss", "self_reward_loss", "kl_loss", "entropy", "grad_norm")
 BUDGETS = (4096, 160, 80)
 # processes -> {name: overrides}; the first entry of all is the reference.
@@ -79,6 +80,55 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
         "context 2 x data 2": ["parallel.context=2"],
     },
 }
+# Of a model with experts, in place of those above.
+EXPERT_LAYOUTS: dict[int, dict[str, list[str]]] = {
+    1: LAYOUTS[1],
+    2: {
+        "data 2": [],
+        "data 2, distributed optimizer": ["optimizer.distributed=true"],
+        "expert 2": ["parallel.expert=2"],
+        "expert 2, 80 tokens": ["parallel.expert=2", "batching.tokens_per_micro_batch=80"],
+        "expert 2, distributed optimizer": ["parallel.expert=2", "optimizer.distributed=true"],
+        "expert 2, recompute": ["parallel.expert=2", "model.recompute=full"],
+        "expert 2, recompute experts": ["parallel.expert=2", "model.recompute=mlp"],
+        "pipeline 2, recompute experts": [
+            "parallel.pipeline=2",
+            "model.recompute=mlp",
+            "batching.tokens_per_micro_batch=80",
+        ],
+        "expert 2 within tensor 2": ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"],
+        "expert tensor 2": ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert_tensor=2"],
+        "tensor 2, whole experts": ["parallel.tensor=2", "parallel.sequence=true"],
+        "pipeline 2 x virtual 2": [
+            "parallel.pipeline=2",
+            "parallel.virtual_pipeline=2",
+            "batching.tokens_per_micro_batch=160",
+        ],
+        "expert 2 within context 2": ["parallel.context=2", "parallel.expert=2"],
+    },
+    4: {
+        "expert 2 x data 2": ["parallel.expert=2"],
+        "expert 2 x data 2, distributed": ["parallel.expert=2", "optimizer.distributed=true"],
+        "expert 2 x tensor 2": ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"],
+        "expert 4 within tensor 2 x data 2": [
+            "parallel.tensor=2",
+            "parallel.sequence=true",
+            "parallel.expert=4",
+        ],
+        "expert 2 x expert tensor 2": [
+            "parallel.tensor=2",
+            "parallel.sequence=true",
+            "parallel.expert=2",
+            "parallel.expert_tensor=2",
+        ],
+        "expert 2 x pipeline 2": [
+            "parallel.expert=2",
+            "parallel.pipeline=2",
+            "batching.tokens_per_micro_batch=80",
+        ],
+        "expert 2 x context 2": ["parallel.expert=2", "parallel.context=2"],
+    },
+}
 CONFIG = """
 model: {{path: {model}, dtype: float32, vocab_multiple: 1}}
 data: {{train: {model}/unused.jsonl, max_prompt_tokens: 32}}
@@ -87,17 +137,19 @@ laser: {{score_token: 89, ref_logprob: -6.0, beta: 0.4, alpha: 0.5, tau: 0.3, st
         reasoning_warmup_steps: 0, self_reward_warmup_steps: 0}}
 policy: {{old_logprobs: rollout, dual_clip: 3.0, kl_coefficient: 0.05, entropy_coefficient: 0.01}}
 optimizer: {{lr: 1.0e-3}}
+{moe}
 run: {{steps: {steps}, output_dir: {model}/run, deadline: 120}}
 """
+MOE = "moe: {aux_loss_coefficient: 0.05, z_loss_coefficient: 0.01, routing_replay: true}"
 
 
-def make_model(folder: Path, tied: bool) -> None:
-    """A tiny random Qwen2 whose sizes 2 x 2 layouts divide."""
-    from transformers import Qwen2Config
+def make_model(folder: Path, tied: bool, experts: bool = False) -> None:
+    """A tiny random Qwen2, or Qwen3-MoE, whose sizes 2 x 2 layouts divide."""
+    from transformers import Qwen2Config, Qwen3MoeConfig
 
     from megatron_laser.benchmarks.random_model import save_random_model
 
-    config = Qwen2Config(
+    sizes = dict(
         vocab_size=90,
         hidden_size=32,
         intermediate_size=64,
@@ -109,17 +161,21 @@ def make_model(folder: Path, tied: bool) -> None:
         eos_token_id=1,
         pad_token_id=0,
     )
+    mixture = dict(
+        head_dim=8, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True
+    )
+    config = Qwen3MoeConfig(**sizes, **mixture) if experts else Qwen2Config(**sizes)
     save_random_model(folder, config, spread=0.1, vector_spread=0.2)
 
 
-def fixed_rollouts(step: int):
-    """A hand-shaped rollout batch, the same in every process."""
+def fixed_rollouts(step: int, experts: bool = False):
+    """A hand-shaped rollout batch, the same in every process; with experts, where the engine sent most tokens."""
     import numpy as np
 
     from megatron_laser.batching.flat import flatten
     from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample
 
-    rng = np.random.default_rng(step)
+    rng, routing = np.random.default_rng(step), np.random.default_rng(step + 100)
     batch = RolloutBatch(step=step, weight_version=step - 1)
     for row, size in enumerate((4, 4, 3, 4, 4, 2, 4, 4)):
         prompt = [int(x) for x in rng.integers(2, 89, rng.integers(3, 12))]
@@ -132,6 +188,11 @@ def fixed_rollouts(step: int):
                 ids[-1] = 1
             logprobs = [float(x) for x in rng.normal(-4.5, 0.5, length)]
             generation = Generation(ids, logprobs, "length" if truncated else "stop", step - 1)
+            if experts and (row + number) % 4:
+                # the best two of eight random numbers, for each of four layers
+                tokens = len(prompt) + length - 1
+                chosen = routing.random((tokens, 4, 8)).argsort(axis=-1)[..., :2]
+                generation.routed_experts = chosen.astype(np.uint8)
             reward = 0.0 if truncated else float(rng.random() < 0.5)
             group.samples.append(
                 Sample(
@@ -147,8 +208,8 @@ def fixed_rollouts(step: int):
     return flatten(batch)
 
 
-def run_worker(model: Path, names: list[str], output: Path) -> None:
-    """Inside torchrun: train under each named layout in turn; rank 0 writes the figures."""
+def run_worker(model: Path, output: Path, *, experts: bool) -> None:
+    """Inside torchrun: train under each layout in turn; rank 0 writes the figures."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -158,11 +219,11 @@ def run_worker(model: Path, names: list[str], output: Path) -> None:
     from megatron_laser.trainer.trainer import Trainer
 
     torch.set_num_threads(1)
-    layouts = LAYOUTS[int(os.environ.get("WORLD_SIZE", "1"))]
+    layouts = (EXPERT_LAYOUTS if experts else LAYOUTS)[int(os.environ.get("WORLD_SIZE", "1"))]
     runtime = None
     store = None
     results = {}
-    for name in names:
+    for name in layouts:
         config = load_config(model / "config.yaml", layouts[name])
         if runtime is None:
             runtime = runtimes.start(config)
@@ -173,8 +234,8 @@ def run_worker(model: Path, names: list[str], output: Path) -> None:
         trainer = Trainer(config, runtime, score_token_id=89)
         figures = []
         for step in range(1, STEPS + 1):
-            metrics = trainer.train_step(fixed_rollouts(step), step).metrics
-            figures.append({key: metrics[key] for key in COMPARED})
+            metrics = trainer.train_step(fixed_rollouts(step, experts), step).metrics
+            figures.append({key: metrics[key] for key in (*COMPARED, *(ROUTERS if experts else ()))})
         checksum = sum(float(tensor.double().abs().sum()) for _, tensor in trainer.weight_stream())
         signed = sum(
             float(
@@ -189,12 +250,13 @@ def run_worker(model: Path, names: list[str], output: Path) -> None:
     runtimes.stop()
 
 
-def launch(model: Path, processes: int, output: Path) -> dict:
+def launch(model: Path, processes: int, output: Path, *, experts: bool) -> dict:
     """Start the worker, under torchrun when there is more than one process."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     command += [__file__, "--worker", str(model), "--output", str(output)]
+    command += ["--experts"] if experts else []
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -212,7 +274,7 @@ def worst_ratio(result: dict, reference: dict) -> tuple[float, str]:
     pairs = [(result[name], reference[name], name) for name in ("checksum", "signed_checksum")] + [
         (mine[key], theirs[key], f"{key}, step {step}")
         for step, (mine, theirs) in enumerate(zip(result["steps"], reference["steps"], strict=True), 1)
-        for key in COMPARED
+        for key in theirs
     ]
     return max((abs(a - b) / (RELATIVE * abs(b) + ABSOLUTE), where) for a, b, where in pairs)
 
@@ -231,20 +293,26 @@ def main() -> None:
         help="gloo processes whose layouts are run; default: 1 2 4",
     )
     parser.add_argument("--tied", action="store_true", help="a model with tied embeddings")
+    parser.add_argument(
+        "--experts", action="store_true", help="a model with experts, under layouts of its own"
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        run_worker(arguments.worker, list(LAYOUTS[world_size]), arguments.output)
+        run_worker(arguments.worker, arguments.output, experts=arguments.experts)
         return
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch)
-        make_model(model, arguments.tied)
-        (model / "config.yaml").write_text(CONFIG.format(model=model, steps=STEPS))
+        make_model(model, arguments.tied, arguments.experts)
+        (model / "config.yaml").write_text(
+            CONFIG.format(model=model, steps=STEPS, moe=MOE if arguments.experts else "")
+        )
         results: dict[str, dict] = {}
         for processes in sorted({1, *arguments.processes}):
-            results |= launch(model, processes, model / f"results-{processes}.json")
+            results |= launch(
+                model, processes, model / f"results-{processes}.json", experts=arguments.experts
+            )
     reference_name = next(iter(results))
     reference = results[reference_name]
     header = (

@@ -25,6 +25,8 @@ class FlatBatch:
     rewards: [S] float32, NaN where ungraded. scored: [S] bool.
     rollout_logprobs: [sum of response lengths] float32, the engine's, nats.
     zc_logprobs: [S] float32, NaN where the engine did not score.
+    routed_tokens: [S] int32, of how many of a sample's first tokens the engine gave the experts; 0: of none.
+    routed_experts: [sum of routed_tokens, layers * experts_per_token] uint8 or int16.
     """
 
     step: int
@@ -37,6 +39,8 @@ class FlatBatch:
     scored: npt.NDArray[np.bool_]
     rollout_logprobs: npt.NDArray[np.float32]
     zc_logprobs: npt.NDArray[np.float32]
+    routed_tokens: npt.NDArray[np.int32]
+    routed_experts: npt.NDArray[np.uint8 | np.int16]
 
     #: The arrays of `to_arrays` and their dtypes: plain numbers that any process group can send.
     ARRAYS: ClassVar[dict[str, type[np.generic]]] = {
@@ -49,6 +53,8 @@ class FlatBatch:
         "scored": np.uint8,
         "rollout_logprobs": np.float32,
         "zc_logprobs": np.float32,
+        "routed_tokens": np.int32,
+        "routed_experts": np.uint8,  # or np.int16, of more than 256 experts
     }
 
     def __post_init__(self) -> None:
@@ -57,7 +63,10 @@ class FlatBatch:
         sizes = {
             "tokens": int(self.prompt_lengths.sum(dtype=np.int64)) + responses,
             "rollout_logprobs": responses,
-            **dict.fromkeys(("response_lengths", "group_ids", "rewards", "scored", "zc_logprobs"), samples),
+            **dict.fromkeys(
+                ("response_lengths", "group_ids", "rewards", "scored", "zc_logprobs", "routed_tokens"),
+                samples,
+            ),
         }
         for name, size in sizes.items():
             if getattr(self, name).shape != (size,):
@@ -65,6 +74,13 @@ class FlatBatch:
                     f"FlatBatch.{name} has shape {getattr(self, name).shape}: expected ({size},) from "
                     f"{samples} samples and their lengths."
                 )
+        if self.routed_experts.ndim != 2 or len(self.routed_experts) != self.routed_tokens.sum(
+            dtype=np.int64
+        ):
+            raise ValueError(
+                f"FlatBatch.routed_experts has shape {self.routed_experts.shape}: expected one row for each of the "
+                f"{int(self.routed_tokens.sum(dtype=np.int64))} routed tokens."
+            )
 
     @property
     def num_samples(self) -> int:
@@ -90,6 +106,11 @@ class FlatBatch:
         """
         return np.concatenate(([0], np.cumsum(self.response_lengths, dtype=np.int64)))
 
+    @cached_property
+    def routed_offsets(self) -> npt.NDArray[np.int64]:
+        """[S + 1] where each sample starts in `routed_experts`."""
+        return np.concatenate(([0], np.cumsum(self.routed_tokens, dtype=np.int64)))
+
     def prompt_ids(self, index: int) -> npt.NDArray[np.int32]:
         """The prompt of a sample: a view of `tokens`."""
         start = self.token_offsets[index]
@@ -110,7 +131,8 @@ class FlatBatch:
         return {
             name: np.ascontiguousarray(header if name == "header" else getattr(self, name), dtype=dtype)
             for name, dtype in self.ARRAYS.items()
-        }
+            if name != "routed_experts"
+        } | {"routed_experts": np.ascontiguousarray(self.routed_experts)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> FlatBatch:
@@ -118,7 +140,7 @@ class FlatBatch:
         if arrays.keys() != cls.ARRAYS.keys():
             raise ValueError(f"arrays are {sorted(arrays)}: expected {sorted(cls.ARRAYS)}.")
         for name, dtype in cls.ARRAYS.items():
-            if arrays[name].dtype != dtype:
+            if arrays[name].dtype != dtype and (name, arrays[name].dtype) != ("routed_experts", np.int16):
                 raise ValueError(f"array {name!r} is {arrays[name].dtype}: expected {np.dtype(dtype)}.")
         fields = dict(arrays)
         step, weight_version = (int(value) for value in fields.pop("header"))
@@ -143,6 +165,9 @@ def flatten(batch: RolloutBatch) -> FlatBatch:
     tokens = chain.from_iterable(chain(s.prompt_ids, s.generation.response_ids) for s in samples)
     rollout_logprobs = chain.from_iterable(s.generation.logprobs for s in samples)
     zc_logprobs = [math.nan if s.zc_logprob is None else s.zc_logprob for s in samples]
+    none = np.zeros((0, 0), dtype=np.uint8)
+    routed = [none if s.generation.routed_experts is None else s.generation.routed_experts for s in samples]
+    filled = [rows.reshape(len(rows), -1) for rows in routed if len(rows)]
     return FlatBatch(
         step=batch.step,
         weight_version=batch.weight_version,
@@ -154,6 +179,8 @@ def flatten(batch: RolloutBatch) -> FlatBatch:
         scored=np.array([s.scored for s in samples], dtype=np.bool_),
         rollout_logprobs=np.fromiter(rollout_logprobs, dtype=np.float32),
         zc_logprobs=np.array(zc_logprobs, dtype=np.float32),
+        routed_tokens=np.array([len(rows) for rows in routed], dtype=np.int32),
+        routed_experts=np.concatenate(filled) if filled else np.zeros((0, 0), dtype=np.uint8),
     )
 
 

@@ -1,9 +1,9 @@
-"""Which samples go to which data-parallel rank in which micro-batch, by tokens."""
+"""Which samples go to which data-parallel rank in which micro-batch: within a budget of tokens, balanced by cost."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,6 +20,18 @@ class Schedule:
         """Micro-batches that every rank runs in this minibatch."""
         return len(self.minibatches[minibatch][0])
 
+    def imbalance(self, costs: Sequence[float]) -> float:
+        """How much longer the busiest rank works than the mean one: max / mean - 1, over all minibatches.
+
+        Every minibatch ends when its busiest rank does. 0.0 is even.
+        """
+        busiest = mean = 0.0
+        for ranks in self.minibatches:
+            loads = [sum(costs[i] for members in rank for i in members) for rank in ranks]
+            busiest += max(loads)
+            mean += sum(loads) / len(loads)
+        return busiest / mean - 1.0 if mean else 0.0
+
 
 def build_schedule(
     lengths: Sequence[int],
@@ -29,17 +41,18 @@ def build_schedule(
     minibatches: int = 1,
     group_ids: Sequence[int] | None = None,
     micro_batch_multiple: int = 1,
+    costs: Sequence[float] | None = None,
 ) -> Schedule:
     """Cut a rollout batch into minibatches, data-parallel ranks and micro-batches.
 
     Invariants:
     - every sample is in exactly one micro-batch;
     - minibatches are contiguous runs of whole groups, in order; their numbers of groups differ by at most 1;
-    - the tokens of two ranks in one minibatch differ by at most its longest sample;
+    - the costs of two ranks in one minibatch differ by at most that of its dearest sample;
     - a micro-batch holds at most `tokens_per_micro_batch` tokens (before padding) or one longer sample;
     - all ranks run the same number of micro-batches in a minibatch, a positive multiple of
       `micro_batch_multiple`; micro-batches without samples are empty tuples, at the end;
-    - a rank's micro-batches are filled evenly where the budget allows it and run from most to fewest tokens,
+    - a rank's micro-batches get even costs where the budget allows it and run from the dearest to the cheapest,
       so that those that different ranks run at the same time are alike;
     - the result depends on the arguments only: every rank can compute it by itself.
 
@@ -51,6 +64,7 @@ def build_schedule(
         group_ids: the group of each sample, samples of a group next to each other. None: every sample is a
             group of its own.
         micro_batch_multiple: the pipeline size for interleaved (virtual) pipelines, which need it.
+        costs: of each sample, above 0, in any unit; None: its tokens.
 
     Raises:
         ValueError: an argument out of range, a group that is not contiguous, more minibatches than groups.
@@ -67,6 +81,9 @@ def build_schedule(
     for index, length in enumerate(lengths):
         if length < 1:
             raise ValueError(f"lengths[{index}]={length}: expected at least 1 token in every sample.")
+    costs = lengths if costs is None else costs
+    if len(costs) != len(lengths):
+        raise ValueError(f"costs has {len(costs)} entries for {len(lengths)} samples: expected one each.")
     starts = _group_starts(len(lengths), group_ids)
     if minibatches > len(starts):
         raise ValueError(
@@ -78,7 +95,12 @@ def build_schedule(
     return Schedule(
         tuple(
             _minibatch(
-                range(first, last), lengths, data_parallel, tokens_per_micro_batch, micro_batch_multiple
+                range(first, last),
+                lengths,
+                costs,
+                data_parallel,
+                tokens_per_micro_batch,
+                micro_batch_multiple,
             )
             for first, last in pairwise(edges)
         )
@@ -100,33 +122,41 @@ def _group_starts(samples: int, group_ids: Sequence[int] | None) -> list[int]:
 
 
 def _minibatch(
-    samples: range, lengths: Sequence[int], data_parallel: int, budget: int, multiple: int
+    samples: range,
+    lengths: Sequence[int],
+    costs: Sequence[float],
+    data_parallel: int,
+    budget: int,
+    multiple: int,
 ) -> tuple[tuple[SampleIndexes, ...], ...]:
-    # Longest first into the least loaded (LPT). Ties go to the lower index, so the result is unique.
-    longest_first = sorted(samples, key=lambda i: (-lengths[i], i))
-    ranks = _spread(longest_first, lengths, data_parallel)
+    ranks = _spread(samples, costs, data_parallel)
     packed = [_first_fit(rank, lengths, budget) for rank in ranks]
     count = max(1, *(len(bins) for bins in packed))
     count = -(-count // multiple) * multiple
-    return tuple(_even(rank, bins, lengths, budget, count) for rank, bins in zip(ranks, packed))
+    return tuple(_even(rank, bins, lengths, costs, budget, count) for rank, bins in zip(ranks, packed))
 
 
-def _spread(longest_first: Sequence[int], lengths: Sequence[int], bins: int) -> list[list[int]]:
-    """Each sample to the bin with the fewest tokens."""
+def _largest_first(samples: Iterable[int], sizes: Sequence[float]) -> list[int]:
+    """Ties go to the lower index, so that the result is unique."""
+    return sorted(samples, key=lambda i: (-sizes[i], i))
+
+
+def _spread(samples: Iterable[int], costs: Sequence[float], bins: int) -> list[list[int]]:
+    """Dearest first into the cheapest bin (LPT)."""
     result: list[list[int]] = [[] for _ in range(bins)]
-    loads = [(0, index) for index in range(bins)]
-    for sample in longest_first:
+    loads = [(0.0, index) for index in range(bins)]
+    for sample in _largest_first(samples, costs):
         load, index = loads[0]
         result[index].append(sample)
-        heapq.heapreplace(loads, (load + lengths[sample], index))
+        heapq.heapreplace(loads, (load + costs[sample], index))
     return result
 
 
-def _first_fit(longest_first: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Each sample to the first bin with room, else to a new one: few bins. Longer samples get their own."""
+def _first_fit(samples: Iterable[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Longest first into the first bin with room, else into a new one: few bins. Longer samples get their own."""
     result: list[list[int]] = []
     room: list[int] = []
-    for sample in longest_first:
+    for sample in _largest_first(samples, lengths):
         length = lengths[sample]
         index = next((i for i, left in enumerate(room) if length <= left), None)
         if index is None:
@@ -139,16 +169,21 @@ def _first_fit(longest_first: Sequence[int], lengths: Sequence[int], budget: int
 
 
 def _even(
-    longest_first: Sequence[int], packed: list[list[int]], lengths: Sequence[int], budget: int, count: int
+    samples: Sequence[int],
+    packed: list[list[int]],
+    lengths: Sequence[int],
+    costs: Sequence[float],
+    budget: int,
+    count: int,
 ) -> tuple[SampleIndexes, ...]:
-    """`count` bins: evenly filled where that stays within the budget, else as `packed` (at most `count`)."""
-    alone = [[sample] for sample in longest_first if lengths[sample] > budget]
-    rest = longest_first[len(alone) :]
-    even = _spread(rest, lengths, count - len(alone)) if rest else []
+    """`count` bins: of even costs where that stays within the budget, else as `packed` (at most `count`)."""
+    alone = [[sample] for sample in samples if lengths[sample] > budget]
+    rest = [sample for sample in samples if lengths[sample] <= budget]
+    even = _spread(rest, costs, count - len(alone)) if rest else []
     if any(sum(lengths[i] for i in members) > budget for members in even):
         bins = packed
     else:
         bins = alone + even
     bins = bins + [[] for _ in range(count - len(bins))]
-    bins.sort(key=lambda members: -sum(lengths[i] for i in members))
+    bins.sort(key=lambda members: -sum(costs[i] for i in members))
     return tuple(tuple(sorted(members)) for members in bins)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from megatron_laser.config.model_folder.parameters import tensor_shapes
+from megatron_laser.model.hf_config import architecture_of
 from megatron_laser.model.hf_folder import write_hf_folder
 
 
@@ -27,13 +29,19 @@ def random_weights(
         spread: standard deviation of matrices.
         vector_spread: of norms and biases.
     """
-    with torch.device("meta"):
-        shapes = [(name, one.shape) for name, one in _model(config).named_parameters()]
     generator = torch.Generator(device).manual_seed(seed)
-    for name, shape in shapes:
+    for name, shape in _shapes(config):
         tensor = torch.empty(shape, dtype=dtype, device=device)
         deviation = vector_spread if len(shape) == 1 else spread
         yield name, tensor.normal_(1.0 if "norm" in name else 0.0, deviation, generator=generator)
+
+
+def _shapes(config: PretrainedConfig) -> list[tuple[str, tuple[int, ...]]]:
+    architecture = architecture_of(config)
+    if architecture.moe is not None:  # transformers joins a layer's experts, which a folder has one by one
+        return list(tensor_shapes(architecture).items())
+    with torch.device("meta"):
+        return [(name, tuple(one.shape)) for name, one in _model(config).named_parameters()]
 
 
 def save_random_model(

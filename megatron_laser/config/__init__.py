@@ -20,6 +20,7 @@ from megatron_laser.config.loading import load_config, resolved_yaml
 from megatron_laser.config.model_folder.architecture import (
     SUPPORTED_MODEL_TYPES,
     Architecture,
+    MixtureOfExperts,
     read_architecture,
 )
 from megatron_laser.config.model_folder.parameters import (
@@ -43,6 +44,7 @@ __all__ = [
     "Architecture",
     "ConfigError",
     "Layout",
+    "MixtureOfExperts",
     "ModelFolderError",
     "Plan",
     "RunConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from megatron_laser.config.schema.root import RunConfig
@@ -32,11 +33,12 @@ def old_policy_pass_kind(config: RunConfig) -> OldPolicyPass:
     """The trainer's no-grad pass before the update.
 
     "full": log-probs of all labelled rows (`old_logprobs: recompute`); "score_rows": only the EOS rows go
-    through the head, for the scores; "none": no pass.
+    through the head, for the scores; "none": no pass. The load-balancing loss of experts needs one, to count tokens.
     """
     if config.policy.old_logprobs == "recompute":
         return "full"
-    if config.laser.enabled and config.laser.score_source == "trainer":
+    scores = config.laser.enabled and config.laser.score_source == "trainer"
+    if scores or config.moe.aux_loss_coefficient != 0:
         return "score_rows"
     return "none"
 
@@ -96,3 +98,14 @@ def gpu_pad_multiple(config: RunConfig) -> int:
     """Tokens that packed lengths are padded to a multiple of on GPUs: `batching.pad_multiple` or its default there."""
     default = math.lcm(_GPU_PAD * config.parallel.tensor, needed_pad_multiple(config.parallel))
     return config.batching.pad_multiple or default
+
+
+def pipeline_bubble(parallel: ParallelConfig, micro_batches: Sequence[int]) -> float:
+    """Share of a pipeline stage's time in which it waits, in optimizer steps of so many micro-batches of equal work.
+
+    A stage of p works through m micro-batches and waits for p - 1 more, or for a v-th of them with v chunks of layers
+    on each stage (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
+    """
+    waits = (parallel.pipeline - 1) / parallel.virtual_pipeline
+    total = sum(count + waits for count in micro_batches)
+    return len(micro_batches) * waits / total if total else 0.0

@@ -22,8 +22,10 @@ from megatron_laser.model import platform
 _BEYOND = 5.0  # seconds that a wait with a deadline of its own gets to end with its own error
 
 
-def bring_up(seconds: float, *, paired_stages: bool, paired_context: bool = False) -> None:
-    """One tiny all-reduce in every group that a dense run uses, and one exchange between neighbours.
+def bring_up(
+    seconds: float, *, paired_stages: bool, paired_context: bool = False, experts: bool = False
+) -> None:
+    """One tiny all-reduce in every group that a run uses, and one exchange between neighbours.
 
     Call on every rank, when Megatron's parallel state is there.
 
@@ -32,12 +34,13 @@ def bring_up(seconds: float, *, paired_stages: bool, paired_context: bool = Fals
         paired_stages: pipeline stages will exchange by single sends and receives, which have communicators of their
             own (Megatron's `batch_p2p_comm` is off).
         paired_context: so will context-parallel ranks, in attention's ring (`transformer_engine.ring_in_pairs`).
+        experts: the model has experts, whose groups are used as well.
 
     Raises:
         RuntimeError: a group of this rank did not come up; names it, its ranks and the cause. Where a call does not
             return at all, the process ends with that message and the watchdog's exit status.
     """
-    for name, group in groups():
+    for name, group in groups(experts=experts):
         _attempt(name, group, seconds, _all_reduce)
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     if paired_stages and pipeline.size() > 1:
@@ -47,7 +50,7 @@ def bring_up(seconds: float, *, paired_stages: bool, paired_context: bool = Fals
         _attempt("context (neighbours)", context, seconds, _around)
 
 
-def groups() -> Iterator[tuple[str, dist.ProcessGroup]]:
+def groups(*, experts: bool = False) -> Iterator[tuple[str, dist.ProcessGroup]]:
     """This rank's groups of two ranks and more, each once.
 
     Every rank has at most one group of each name and the names come in one order, so no two ranks can wait for each
@@ -65,6 +68,14 @@ def groups() -> Iterator[tuple[str, dist.ProcessGroup]]:
         "optimizer": state.get_intra_distributed_optimizer_instance_group(),
         "embedding": state.get_embedding_group(check_initialized=False),
     }
+    if experts:
+        named |= {
+            "expert": state.get_expert_model_parallel_group(),
+            "expert tensor": state.get_expert_tensor_parallel_group(),
+            "expert and expert tensor": state.get_expert_tensor_and_model_parallel_group(),
+            "expert data": state.get_expert_data_parallel_group(),
+            "expert model (with pipeline)": state.get_expert_tensor_model_pipeline_parallel_group(),
+        }
     seen: list[dist.ProcessGroup] = []
     for name, group in named.items():
         # None on ranks in between for the embedding group.

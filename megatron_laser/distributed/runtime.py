@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_laser.config import read_architecture
 from megatron_laser.config.process_environment import place_in_run
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.distributed.communicators import bring_up
@@ -28,7 +29,8 @@ class Runtime:
     store: the rendezvous store, for signals that must not depend on a collective.
     cpu_group: all ranks over gloo; replica_group: the ranks that work on the same samples (one data-parallel
     replica), over gloo; leaders_group: each replica's first rank, over gloo (None on other ranks).
-    data_rank, data_size: which replica of how many; context_rank: which share of each sequence within it.
+    data_rank, data_size: which replica of how many; context_rank: which share of each sequence within it;
+    tensor_rank: which shard of each weight matrix.
     """
 
     rank: int
@@ -41,6 +43,7 @@ class Runtime:
     data_rank: int
     data_size: int
     context_rank: int
+    tensor_rank: int
 
     @property
     def is_main(self) -> bool:
@@ -58,10 +61,7 @@ class Runtime:
 
         Context ranks have rows of their own: each speaks for them.
         """
-        return (
-            parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-            and parallel_state.get_tensor_model_parallel_rank() == 0
-        )
+        return parallel_state.is_pipeline_last_stage(ignore_virtual=True) and self.tensor_rank == 0
 
 
 def start(config: RunConfig) -> Runtime:
@@ -88,6 +88,7 @@ def start(config: RunConfig) -> Runtime:
         config.run.deadline,
         paired_stages=not batches_stage_exchange(config.parallel.virtual_pipeline),
         paired_context=ring_in_pairs(config.parallel.context, config.model.layers, config.model.dtype),
+        experts=read_architecture(config.model.path).moe is not None,
     )
     return runtime
 
@@ -111,6 +112,7 @@ def build_groups(config: RunConfig, store: dist.Store) -> Runtime:
         ),
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         distributed_timeout_minutes=config.run.deadline / 60,
         # For Megatron's own optimizer checkpoints only, which are not written here.
         create_gloo_process_groups=False,
@@ -139,6 +141,7 @@ def build_groups(config: RunConfig, store: dist.Store) -> Runtime:
         data_rank=data_rank,
         data_size=data_size,
         context_rank=parallel_state.get_context_parallel_rank(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
     )
 
 

@@ -89,13 +89,15 @@ def transformer_config(
     pipeline: int = 1,
     virtual_pipeline: int = 1,
     context: int = 1,
+    expert: int = 1,
+    expert_tensor: int = 1,
     sequence: bool = False,
     recompute: str = "none",
     layers: Layers = "auto",
     attention: Attention = "auto",
     fuse_gradient_accumulation: bool = False,
 ) -> TransformerConfig:
-    """Megatron's configuration for a dense Qwen2, Qwen3 or Llama model under a parallel layout.
+    """Megatron's configuration for a Llama, Qwen2 or Qwen3 model, or one with experts, under a parallel layout.
 
     Gradients are summed, never averaged: `calculate_per_token_loss` makes DDP add gradients over data-parallel
     ranks, and every loss term is already divided by its global count.
@@ -121,7 +123,7 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=config.model_type == "qwen2",
-        qk_layernorm=config.model_type == "qwen3",
+        qk_layernorm=config.model_type in ("qwen3", "qwen3_moe"),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -150,6 +152,22 @@ def transformer_config(
         transformer_impl="transformer_engine" if fused else "local",
         attention_backend=AttnBackend[attention],
     )
+    if moe := architecture_of(config).moe:
+        arguments.update(
+            num_moe_experts=moe.num_experts,
+            moe_router_topk=moe.experts_per_token,
+            moe_ffn_hidden_size=moe.intermediate_size,
+            # Megatron's two orders of softmax and choice: before it the probabilities are of all experts, after it of
+            # the chosen ones, which is the same as dividing the first by their sum.
+            moe_router_pre_softmax=not moe.normalised,
+            moe_router_dtype="fp32",
+            moe_router_load_balancing_type="none",
+            moe_aux_loss_coeff=0.0,
+            moe_grouped_gemm=fused,
+            moe_permute_fusion=fused,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=expert_tensor,
+        )
     if recompute == "mlp":
         arguments.update(recompute_granularity="selective", recompute_modules=["mlp"])
     elif recompute == "full":

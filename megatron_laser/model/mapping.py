@@ -1,23 +1,24 @@
 """Which Hugging Face tensors make up which Megatron parameter, both ways, for one tensor-parallel shard.
 
 A family is a table of `Rule`s keyed on *global* Megatron names (layer numbers count over all pipeline
-stages). Transformer Engine modules fuse norms into the following linear layer; `ALIASES` brings their names
-back to the table's. Another family is another table.
+stages, experts over all expert-parallel ranks). Transformer Engine modules fuse norms into the following linear layer
+and hold a rank's experts in one module; `ALIASES` and `EXPERT_NAMES` bring their names back to the table's. Another
+family is another table.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from transformers import PretrainedConfig
 
 from megatron_laser.config import padded_vocab_size
-from megatron_laser.config.model_folder.parameters import EMBEDDING, HEAD
-from megatron_laser.model.hf_config import head_dim
+from megatron_laser.config.model_folder.parameters import EMBEDDING, HEAD, expert_names
+from megatron_laser.model.hf_config import architecture_of, head_dim
 
 OUTPUT_LAYER = "output_layer.weight"
 # Transformer Engine name -> the table's name.
@@ -25,6 +26,11 @@ ALIASES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+# A rank's experts, one module each or grouped by Transformer Engine: (its number on the rank, the linear layer).
+EXPERT_NAMES = (
+    re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])\.weight"),
+    re.compile(r"mlp\.experts\.(?P<linear>linear_fc[12])\.weight(?P<expert>\d+)"),
+)
 
 
 class TensorReader(Protocol):
@@ -53,10 +59,15 @@ class Geometry:
     vocab: int
     padded_vocab: int
     tensor: int
+    expert_ffn: int = 0
+    expert_tensor: int = 1
 
     @classmethod
-    def of(cls, config: PretrainedConfig, *, tensor: int, vocab_multiple: int) -> Geometry:
-        """From a Hugging Face configuration and a tensor-parallel size."""
+    def of(
+        cls, config: PretrainedConfig, *, tensor: int, vocab_multiple: int, expert_tensor: int = 1
+    ) -> Geometry:
+        """From a Hugging Face configuration and tensor-parallel sizes: of the experts, and of everything else."""
+        moe = architecture_of(config).moe
         return cls(
             num_layers=config.num_hidden_layers,
             hidden=config.hidden_size,
@@ -67,7 +78,13 @@ class Geometry:
             vocab=config.vocab_size,
             padded_vocab=padded_vocab_size(config.vocab_size, tensor, vocab_multiple),
             tensor=tensor,
+            expert_ffn=moe.intermediate_size if moe else 0,
+            expert_tensor=expert_tensor,
         )
+
+    def of_expert(self) -> Geometry:
+        """The sizes of one expert's layers, which have a tensor-parallel size of their own."""
+        return replace(self, ffn=self.expert_ffn, tensor=self.expert_tensor)
 
 
 class Layout(Protocol):
@@ -153,24 +170,34 @@ class Qkv:
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a family's table; `{i}` stands for the global layer number, from 0."""
+    """One line of a family's table; `{i}` stands for the global layer number and `{e}` for the expert, both from 0.
+
+    expert: which one the parameter belongs to, from 0; None for those that every expert-parallel rank has.
+    """
 
     megatron: str
     hf: tuple[str, ...]
     layout: Layout
     exported: bool = True
+    expert: int | None = None
 
-    def at(self, layer: int) -> Rule:
-        """The rule for one layer."""
+    def at(self, layer: int, expert: int | None = None) -> Rule:
+        """The rule for one layer, and one expert of it."""
         return Rule(
-            self.megatron.format(i=layer),
-            tuple(name.format(i=layer) for name in self.hf),
+            self.megatron.format(i=layer, e=expert),
+            tuple(name.format(i=layer, e=expert) for name in self.hf),
             self.layout,
             self.exported,
+            expert,
         )
+
+    def geometry(self, whole: Geometry) -> Geometry:
+        """The sizes that its layout needs."""
+        return whole if self.expert is None else whole.of_expert()
 
 
 _LAYER = "decoder.layers.{i}."
+_EXPERT = _LAYER + "mlp.experts.{e}."
 _HF_LAYER = "model.layers.{i}."
 
 
@@ -183,13 +210,16 @@ def _norm(megatron: str, hf: str) -> Rule:
     return Rule(_LAYER + megatron, (_HF_LAYER + hf,), Replicated())
 
 
-_DENSE = (
+_ATTENTION = (
     _norm("input_layernorm.weight", "input_layernorm.weight"),
     _attention("weight"),
     Rule(
         _LAYER + "self_attention.linear_proj.weight", (_HF_LAYER + "self_attn.o_proj.weight",), Row("heads")
     ),
     _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+)
+_DENSE = (
+    *_ATTENTION,
     Rule(
         _LAYER + "mlp.linear_fc1.weight",
         (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
@@ -201,23 +231,50 @@ _QK_NORM = (
     _norm("self_attention.q_layernorm.weight", "self_attn.q_norm.weight"),
     _norm("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
 )
+
+
+def _router(model_type: str) -> Rule:
+    return Rule(_LAYER + "mlp.router.weight", (_HF_LAYER + expert_names(model_type).router,), Replicated())
+
+
 LAYER_TABLES: dict[str, tuple[Rule, ...]] = {
     "llama": _DENSE,
     "qwen2": (*_DENSE, _attention("bias")),
     "qwen3": (*_DENSE, *_QK_NORM),
+    "qwen3_moe": (*_ATTENTION, *_QK_NORM, _router("qwen3_moe")),
+    "mixtral": (*_ATTENTION, _router("mixtral")),
 }
+
+
+def _expert_rules(model_type: str) -> tuple[Rule, ...]:
+    """One expert's table."""
+    names = expert_names(model_type)
+    prefix = f"{_HF_LAYER}{names.expert}."
+    return (
+        Rule(
+            _EXPERT + "linear_fc1.weight",
+            (f"{prefix}{names.gate}.weight", f"{prefix}{names.up}.weight"),
+            GatedMlp(),
+        ),
+        Rule(_EXPERT + "linear_fc2.weight", (f"{prefix}{names.down}.weight",), Row("ffn")),
+    )
 
 
 def rules(config: PretrainedConfig) -> list[Rule]:
     """All rules of a model in export order: embedding, layers, final norm, output layer."""
     embedding = (EMBEDDING,)
     tied = bool(config.tie_word_embeddings)
+    moe = architecture_of(config).moe
+    experts = _expert_rules(config.model_type) if moe else ()
     return [
         Rule("embedding.word_embeddings.weight", embedding, Vocabulary()),
         *(
-            rule.at(layer)
+            rule
             for layer in range(config.num_hidden_layers)
-            for rule in LAYER_TABLES[config.model_type]
+            for rule in (
+                *(rule.at(layer) for rule in LAYER_TABLES[config.model_type]),
+                *(rule.at(layer, e) for e in range(moe.num_experts if moe else 0) for rule in experts),
+            )
         ),
         Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated()),
         # A tied last pipeline stage holds a copy of the embedding, which is loaded but not exported again.
@@ -233,7 +290,17 @@ def global_names(chunks: Iterable[torch.nn.Module]) -> dict[str, torch.nn.Parame
         for name, parameter in chunk.named_parameters():
             match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
             if match:
-                layer = layers[int(match[1])].layer_number - 1
-                name = f"decoder.layers.{layer}.{ALIASES.get(match[2], match[2])}"
+                layer = layers[int(match[1])]
+                name = _LAYER.format(i=layer.layer_number - 1) + _in_layer(match[2], layer)
             named[name] = parameter
     return named
+
+
+def _in_layer(name: str, layer: torch.nn.Module) -> str:
+    """The table's name of a layer's parameter."""
+    for pattern in EXPERT_NAMES:
+        if match := pattern.fullmatch(name):
+            # of all experts, those that this rank has
+            expert = layer.mlp.local_expert_indices[int(match["expert"])]  # type: ignore[union-attr,index]
+            return f"mlp.experts.{expert}.{match['linear']}.weight"
+    return ALIASES.get(name, name)

@@ -21,6 +21,7 @@ def patch_megatron() -> None:
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not getattr(moe_utils, "HAVE_TE", False):
         moe_utils.te_general_gemm = None
+    _patch_expert_exchange()
     # The unfused THD rotary embedding slices once per sequence in Python, for q and k of every layer. With hundreds
     # of short sequences a micro-batch that costs more than the matrix products, and on CUDA it waits for the device
     # each time, to read the lengths. One table per micro-batch gives the same values.
@@ -39,6 +40,43 @@ def patch_megatron() -> None:
 
     apply_thd.original = original  # type: ignore[attr-defined]
     rope._apply_rotary_pos_emb_thd = apply_thd
+
+
+def _patch_expert_exchange() -> None:
+    """What the all-to-all of experts' tokens needs on a CPU and over gloo."""
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    move = dispatcher.maybe_move_tensor_to_cpu
+
+    def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # Split sizes never were on a GPU: upstream they stay tensors, which torch refuses.
+        if as_numpy and torch.is_tensor(tensor) and not tensor.is_cuda:
+            return tensor.numpy()
+        return move(tensor, as_numpy, record_stream)
+
+    dispatcher.maybe_move_tensor_to_cpu = moved
+    # Experts that are split themselves gather the tokens of their ranks, so many from each. Gloo gathers equal parts.
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gathered(own: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or own.is_cuda or group.size() == 1:
+            return gather(own, group, sizes, use_global_buffer)
+        largest = max(sizes)
+        equal = gather(_padded(own, largest), group)
+        return torch.cat([part[:size] for part, size in zip(equal.split(largest), sizes, strict=True)])
+
+    def scattered(whole: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or whole.is_cuda or group.size() == 1:
+            return scatter(whole, group, sizes, use_global_buffer)
+        sizes = [int(size) for size in sizes]
+        parts = [_padded(part, max(sizes)) for part in whole.split(sizes)]
+        return scatter(torch.cat(parts), group)[: sizes[group.rank()]]
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gathered, scattered
+
+
+def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
 
 
 class _RotaryTable:

@@ -7,7 +7,8 @@ as the successor; `megatron_patches.py` changes one of its rotary functions. Rea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from transformers import PretrainedConfig
 
 from megatron_laser.config import padded_vocab_size
 from megatron_laser.model import hf_config
+from megatron_laser.model.experts import ExpertLayer, ExpertTransformerLayer, Router
 from megatron_laser.model.megatron_patches import patch_megatron
 from megatron_laser.model.torch_layers import PackedSdpaAttention, RMSNorm
 from megatron_laser.model.transformer_engine import clear_backend_variables
@@ -189,7 +191,9 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
         )
         norm: Any = TENorm
         if config.params_dtype == torch.float32:
@@ -207,6 +211,12 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
         attention.core_attention = PackedSdpaAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = norm
+    if config.num_moe_experts:
+        # The MLP's builder is a partial of Megatron's layer of experts; the class and its router are ours.
+        builder = layer.submodules.mlp
+        submodules = replace(builder.keywords["submodules"], router=Router)
+        layer.submodules.mlp = partial(ExpertLayer, submodules=submodules)
+        layer.module = ExpertTransformerLayer
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -34,18 +35,24 @@ def load_weights(
         trouble = str(error)
     _agree(trouble)
     parameters = global_names(chunks)
-    rank = parallel_state.get_tensor_model_parallel_rank()
     for rule in rules(config):
         parameter = parameters.pop(rule.megatron, None)
         if parameter is None:
-            continue  # on another pipeline stage
+            continue  # on another pipeline stage, or another rank's expert
         try:
-            parameter.copy_(rule.layout.load(folder, rule.hf, geometry, rank))
+            parameter.copy_(rule.layout.load(folder, rule.hf, rule.geometry(geometry), tensor_rank(rule)))
         except ModelFolderError as error:  # perhaps of this rank's part alone
             trouble = trouble or str(error)
     if parameters:
         raise KeyError(f"no rule for {config.model_type} parameters {sorted(parameters)}")
     _agree(trouble)
+
+
+def tensor_rank(rule: Rule) -> int:
+    """Which tensor-parallel shard of a rule's parameter this rank has."""
+    if rule.expert is None:
+        return parallel_state.get_tensor_model_parallel_rank()
+    return parallel_state.get_expert_tensor_parallel_rank()
 
 
 def _agree(trouble: str) -> None:
@@ -59,25 +66,54 @@ def _agree(trouble: str) -> None:
         raise ModelFolderError(found[0] + more)
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """What is gathered at once: one parameter, or one of each expert-parallel rank, `rules` in the ranks' order."""
+
+    key: str
+    rules: tuple[Rule, ...]
+
+    @property
+    def of_experts(self) -> bool:
+        return self.rules[0].expert is not None
+
+
+def _units(exported: Sequence[Rule], experts_per_rank: int) -> list[_Unit]:
+    units: dict[str, list[Rule]] = {}
+    for rule in exported:
+        key = rule.megatron
+        if rule.expert is not None:
+            key = key.replace(f".experts.{rule.expert}.", f".experts.[{rule.expert % experts_per_rank}].")
+        units.setdefault(key, []).append(rule)
+    return [_Unit(key, tuple(members)) for key, members in units.items()]
+
+
 class WeightExporter:
     """The trained weights as a stream of (Hugging Face name, full tensor) on global rank 0.
 
-    All ranks of the first data-parallel replica must iterate the stream together; the other ranks, and those
-    outside that replica, get an empty stream. One parameter is gathered at a time, so the extra memory is one
-    full parameter. The order is that of `rules`.
+    All ranks of the first data-parallel replica, of experts and of everything else, must iterate the stream together;
+    the other ranks, and those outside that replica, get an empty stream. One parameter is gathered at a time, of
+    experts one from each expert-parallel rank, so the extra memory is that much. The order is that of `rules`, but for
+    experts, of which those come together that have the same place on their ranks.
     """
 
     def __init__(
         self, chunks: Sequence[torch.nn.Module], config: PretrainedConfig, geometry: Geometry
     ) -> None:
-        self._parameters = global_names(chunks)
-        self._rules = [rule for rule in rules(config) if rule.exported]
+        moe = architecture_of(config).moe
+        ranks = parallel_state.get_expert_model_parallel_world_size()
+        exported = [rule for rule in rules(config) if rule.exported]
+        self._units = _units(exported, moe.num_experts // ranks if moe else 1)
+        parameters = global_names(chunks)
+        places = {rule.megatron: unit.key for unit in self._units for rule in unit.rules}
+        self._parameters = {places.get(name, name): parameter for name, parameter in parameters.items()}
         self._geometry = geometry
         self._tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self._pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+        self._replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+        self._expert_replica = parallel_state.get_expert_data_parallel_rank() == 0
         self._owners = self._find_owners()
-        exported = {rule.megatron for rule in self._rules}
-        forgotten = self._owners.keys() ^ exported
+        forgotten = self._owners.keys() ^ {unit.key for unit in self._units}
         if config.tie_word_embeddings:
             forgotten.discard(OUTPUT_LAYER)
         if forgotten:
@@ -104,30 +140,45 @@ class WeightExporter:
 
         A yielded tensor may share memory with the model: copy it before the next optimizer step.
         """
-        if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
-            return
-        for count, rule in enumerate(self._rules, start=1):
-            if count % _PACE == 0 and (self._tp_rank, self._pp_rank) != (0, 0):
+        first_of_stage = self._replica and self._tp_rank == 0
+        for count, unit in enumerate(self._units, start=1):
+            if not (self._expert_replica if unit.of_experts else self._replica):
+                continue
+            if count % _PACE == 0 and not (first_of_stage and self._pp_rank == 0):
                 # Else all gathers of a stream would be queued at once, and NCCL's watchdog counts a collective's time
                 # from there. The first rank must not wait for its device: a broadcast to servers may hang on it.
                 platform.synchronize()
-            owner = self._owners[rule.megatron]
-            tensors = self._gather(rule) if owner == self._pp_rank else []
-            if self._tp_rank != 0:
+            owner = self._owners[unit.key]
+            tensors = self._gather(unit, wanted=first_of_stage) if owner == self._pp_rank else []
+            if not first_of_stage:
                 continue
             if owner != 0:
                 tensors = self._to_first_stage(tensors, owner)
             if self._pp_rank == 0:
-                yield from zip(rule.hf, tensors, strict=True)
+                yield from zip([name for rule in unit.rules for name in rule.hf], tensors, strict=True)
 
-    def _gather(self, rule: Rule) -> list[torch.Tensor]:
-        local = self._parameters[rule.megatron].detach()
-        if self._geometry.tensor == 1:
-            return rule.layout.export([local], self._geometry)
-        shards = [torch.empty_like(local) for _ in range(self._geometry.tensor)]
-        group = parallel_state.get_tensor_model_parallel_group()
-        dist.all_gather(shards, local.contiguous(), group=group)
-        return rule.layout.export(shards, self._geometry) if self._tp_rank == 0 else []
+    def _gather(self, unit: _Unit, *, wanted: bool) -> list[torch.Tensor]:
+        """The unit's Hugging Face tensors where they are `wanted`; a collective of the ranks that share it."""
+        local = self._parameters[unit.key].detach()
+        if unit.of_experts:
+            group = parallel_state.get_expert_tensor_and_model_parallel_group()
+        else:
+            group = parallel_state.get_tensor_model_parallel_group()
+        shards = [local]
+        if group.size() > 1:
+            shards = [torch.empty_like(local) for _ in range(group.size())]
+            dist.all_gather(shards, local.contiguous(), group=group)
+        if not wanted:
+            return []
+        geometry = unit.rules[0].geometry(self._geometry)
+        # The group's ranks are in order of expert-parallel ranks, each with its tensor-parallel shards.
+        return [
+            tensor
+            for place, rule in enumerate(unit.rules)
+            for tensor in rule.layout.export(
+                shards[place * geometry.tensor : (place + 1) * geometry.tensor], geometry
+            )
+        ]
 
     def _to_first_stage(self, tensors: list[torch.Tensor], owner: int) -> list[torch.Tensor]:
         group = parallel_state.get_pipeline_model_parallel_group()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laser.batching.flat import FlatBatch
-from megatron_laser.config import RunConfig, load_config, needs_reference_model
+from megatron_laser.config import load_config, needs_reference_model
 from megatron_laser.config.process_environment import read_place
 from megatron_laser.data import DataError
 from megatron_laser.distributed import runtime as runtimes
@@ -20,13 +20,15 @@ from megatron_laser.trainer.checkpoint import folder as checkpoints
 from megatron_laser.trainer.checkpoint import sharded_state
 from megatron_laser.trainer.forward_backward import OptimizerStep, run_forward
 from megatron_laser.trainer.policy import Policy
-from megatron_laser.trainer.step_data import prepare_step
 from megatron_laser.trainer.step_metrics import ROWS_KEY, TOKEN_MEAN_KEYS, ratio
 from megatron_laser.trainer.trainer import Trainer
 
 # The batch is the run's, the layout is one process; what is computed does not depend on it.
 _ONE_PROCESS = (
-    *(f"parallel.{name}=1" for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert")),
+    *(
+        f"parallel.{name}=1"
+        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+    ),
     "parallel.sequence=false",
     *(f"optimizer.{name}=false" for name in ("distributed", "overlap_grad_reduce", "overlap_param_gather")),
 )
@@ -65,7 +67,7 @@ def replay(folder: Path, weights: Path | None = None) -> Replay:
         trainer = Trainer(config, runtime, score_token_id=dump.meta["score_token_id"])
         _load(trainer.policy, weights, is_hf=is_hf)
         flat, step = dump.flat, int(dump.meta["step"])
-        faults = list(_faults(trainer, flat, config, dump.meta["score_token_id"]))
+        faults = list(_faults(trainer, flat))
         updates = trainer.run_batch(flat, step).updates
     finally:
         runtimes.stop()
@@ -128,18 +130,9 @@ def _update_lines(update: OptimizerStep) -> Iterator[str]:
     yield f"  {'grad_norm':20s} {update.grad_norm:.6g}"
 
 
-def _faults(
-    trainer: Trainer, flat: FlatBatch, config: RunConfig, score_token_id: int | None
-) -> Iterator[str]:
+def _faults(trainer: Trainer, flat: FlatBatch) -> Iterator[str]:
     """One line for each sample with a number that is not finite, in the order of the samples."""
-    data = prepare_step(
-        flat,
-        config,
-        score_token_id=score_token_id if config.laser.enabled else None,
-        data_rank=0,
-        data_size=1,
-        context_rank=0,
-    )
+    data = trainer.prepare(flat)
     found: dict[int, list[str]] = {}
 
     def note(sample: int, values: np.ndarray, what: str) -> None:

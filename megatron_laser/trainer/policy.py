@@ -28,6 +28,7 @@ from megatron_laser.config import ConfigError
 from megatron_laser.config.derived import longest_sequence, micro_batch_tokens, optimizer_steps
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.model import platform
+from megatron_laser.model.experts import freeze_routers
 from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
 from megatron_laser.model.hf_config import read_hf_config, transformer_config
 from megatron_laser.model.hf_folder import HfFolder
@@ -99,6 +100,8 @@ def build_chunks(
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
         sequence=parallel.sequence,
         layers=config.model.layers,
         attention=config.model.attention,
@@ -108,7 +111,12 @@ def build_chunks(
     stages: list[int | None] = (
         list(range(parallel.virtual_pipeline)) if parallel.virtual_pipeline > 1 else [None]
     )
-    geometry = Geometry.of(hf, tensor=parallel.tensor, vocab_multiple=config.model.vocab_multiple)
+    geometry = Geometry.of(
+        hf,
+        tensor=parallel.tensor,
+        vocab_multiple=config.model.vocab_multiple,
+        expert_tensor=parallel.expert_tensor,
+    )
     models = []
     for stage in stages:
         model = PolicyModel(
@@ -144,6 +152,9 @@ def build_policy(config: RunConfig) -> Policy:
     hf = read_hf_config(config.model.path)
     with HfFolder(config.model.path) as folder:
         chunks = build_chunks(config, hf, folder, trained=True)
+    if config.moe.freeze_router:
+        for module in chunks.models:
+            freeze_routers(module)
     _wrap_ddp(config, chunks)
     optimizer = _build_optimizer(config, chunks)
     # Until a checkpoint is loaded or the first update is made, the moments are not there and look like free memory.

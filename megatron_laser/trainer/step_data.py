@@ -15,10 +15,14 @@ from megatron_laser.batching.context import context_shard
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.batching.packing import PackedMicroBatch, pack
 from megatron_laser.batching.schedule import build_schedule
+from megatron_laser.config import Architecture
 from megatron_laser.config.derived import gpu_pad_multiple, micro_batch_tokens, needed_pad_multiple
+from megatron_laser.config.model_folder.flops import forward_flops
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.model import platform
+from megatron_laser.model.experts import LoadBalance, Routing, Tally
 from megatron_laser.model.policy_model import HeadInputs
+from megatron_laser.trainer.expert_routing import Experts
 
 
 @dataclass(kw_only=True)
@@ -88,6 +92,7 @@ class MiniBatch:
 
     Counts are over all data-parallel and context ranks: the loss is a sum divided by them, however the batch is cut.
     token_weights [samples of the rollout batch] float32: the weight of each policy row of a sample.
+    balance, tally: the losses of the routers, and what they counted in a pass; None for a dense model.
     """
 
     micro_batches: list[MicroBatch]
@@ -96,19 +101,32 @@ class MiniBatch:
     num_scored: int
     class_weights: tuple[float, float]
     token_weights: torch.Tensor
+    balance: LoadBalance | None = None
+    tally: Tally | None = None
+
+    @property
+    def routings(self) -> list[Routing]:
+        """What the routers get with each micro-batch; empty for a dense model."""
+        return [
+            batch.packed.routing
+            for batch in self.micro_batches
+            if getattr(batch.packed, "routing", None) is not None
+        ]
 
 
 @dataclass
 class StepData:
     """All optimizer steps of one rollout batch, and per-sample facts known to every rank.
 
-    rewards, scored, group_ids: [samples], on the CPU.
+    rewards, scored, group_ids: [samples], on the CPU. rank_imbalance: how much longer the busiest data-parallel rank
+    computes than the mean one, by the FLOPs of their samples: 0 is even; None where the model's shape was not given.
     """
 
     minibatches: list[MiniBatch]
     rewards: torch.Tensor
     scored: torch.Tensor
     group_ids: torch.Tensor
+    rank_imbalance: float | None = None
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
@@ -124,13 +142,24 @@ def prepare_step(
     data_rank: int,
     data_size: int,
     context_rank: int,
+    experts: Experts | None = None,
+    architecture: Architecture | None = None,
 ) -> StepData:
     """Cut the rollout batch into optimizer steps, ranks and micro-batches, and pack this rank's share.
 
     A pure function of its arguments: every rank computes the same schedule, and the context ranks of one data rank
-    pack the same micro-batches, of which each keeps its tokens. `score_token_id` None leaves the score rows out.
+    pack the same micro-batches, of which each keeps its tokens. `score_token_id` None leaves the score rows out;
+    `experts` of a model that has them, and its `architecture`, by which `batching.balance: flops` shares out samples.
     """
     parallel = config.parallel
+    costs = None
+    if architecture is not None:
+        costs = [
+            forward_flops(architecture, prompt + response, response)
+            for prompt, response in zip(flat.prompt_lengths.tolist(), flat.response_lengths.tolist())
+        ]
+    elif config.batching.balance == "flops":
+        raise ValueError("batching.balance: flops needs the model's architecture")
     schedule = build_schedule(
         (flat.prompt_lengths + flat.response_lengths).tolist(),
         data_parallel=data_size,
@@ -139,6 +168,7 @@ def prepare_step(
         group_ids=flat.group_ids.tolist(),
         # The interleaved pipeline schedule works on whole rounds of micro-batches.
         micro_batch_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
+        costs=costs if config.batching.balance == "flops" else None,
     )
     minibatches = []
     for ranks in schedule.minibatches:
@@ -152,6 +182,7 @@ def prepare_step(
                 score_token_id,
                 pad=pad_multiple(config),
                 context_rank=context_rank,
+                experts=experts,
             )
         )
     return StepData(
@@ -159,6 +190,7 @@ def prepare_step(
         rewards=torch.from_numpy(flat.rewards.astype(np.float32)),
         scored=torch.from_numpy(flat.scored.astype(bool)),
         group_ids=torch.from_numpy(flat.group_ids.astype(np.int64)),
+        rank_imbalance=None if costs is None else schedule.imbalance(costs),
     )
 
 
@@ -171,6 +203,7 @@ def _minibatch(
     *,
     pad: int,
     context_rank: int,
+    experts: Experts | None,
 ) -> MiniBatch:
     scored = flat.scored[members].astype(bool)
     right = scored & (flat.rewards[members] > 0.5)
@@ -185,6 +218,13 @@ def _minibatch(
     per_sample = torch.zeros(len(flat.prompt_lengths), dtype=torch.float32)
     per_sample[torch.from_numpy(members)] = weights
     balanced = class_weights(int(right.sum()), int(scored.sum() - right.sum()))
+    balance = None
+    if experts is not None:
+        balance = LoadBalance(
+            aux_coefficient=config.moe.aux_loss_coefficient,
+            z_coefficient=config.moe.z_loss_coefficient,
+            tokens=int(flat.lengths[members].sum()),
+        )
     return MiniBatch(
         micro_batches=[
             make_micro_batch(
@@ -196,6 +236,9 @@ def _minibatch(
                 context_size=config.parallel.context,
                 context_rank=context_rank,
                 entropy_gradient=config.policy.entropy_coefficient != 0.0,
+                experts=experts,
+                replay=config.moe.routing_replay,
+                balance=balance,
             )
             for samples in own
         ],
@@ -204,6 +247,7 @@ def _minibatch(
         num_scored=int(scored.sum()),
         class_weights=balanced if config.laser.class_weights else (1.0, 1.0),
         token_weights=per_sample.to(platform.device()),
+        balance=balance,
     )
 
 
@@ -217,10 +261,14 @@ def make_micro_batch(
     context_size: int = 1,
     context_rank: int = 0,
     entropy_gradient: bool = False,
+    experts: Experts | None = None,
+    replay: bool = False,
+    balance: LoadBalance | None = None,
 ) -> MicroBatch:
     """Pack the given samples of the rollout batch and place them, or a context rank's share, on the device.
 
-    `entropy_gradient`: the loss has an entropy term; else entropies are a metric only.
+    `entropy_gradient`: the loss has an entropy term; else entropies are a metric only. `experts`: of a model that has
+    them; `replay`: whether its routers are told what the engine chose, `balance`: and their losses.
     """
     whole = pack(
         [flat.pack_input(index) for index in samples],
@@ -237,19 +285,24 @@ def make_micro_batch(
 
     cu_seqlens = put(packed.cu_seqlens, torch.int32)
     policy = ~packed.is_score
+    packed_seq_params = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=packed.max_seqlen,
+        max_seqlen_kv=packed.max_seqlen,
+        # Lengths count what was added to a sequence, so kernels have nothing to step over. Transformer Engine
+        # guesses it else, and its guess changed between releases.
+        pad_between_seqs=False,
+    )
+    if experts is not None:
+        routing = experts.routing(flat, samples, packed.cu_seqlens, replay=replay)
+        routing.balance = balance
+        packed_seq_params.routing = routing
     return MicroBatch(
         tokens=put(packed.tokens, torch.int64).unsqueeze(0),
         position_ids=put(packed.position_ids, torch.int64).unsqueeze(0),
-        packed=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=packed.max_seqlen,
-            max_seqlen_kv=packed.max_seqlen,
-            # Lengths count what was added to a sequence, so kernels have nothing to step over. Transformer Engine
-            # guesses it else, and its guess changed between releases.
-            pad_between_seqs=False,
-        ),
+        packed=packed_seq_params,
         head=HeadInputs(
             rows=put(packed.row_index, torch.int64),
             positions=packed.row_index,

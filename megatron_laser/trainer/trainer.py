@@ -17,14 +17,18 @@ from megatron_laser.config.derived import (
     mixing_first_step,
     needs_reference_model,
     old_policy_pass_kind,
+    pipeline_bubble,
     self_reward_first_step,
 )
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.distributed.runtime import Runtime
 from megatron_laser.errors import UserError
 from megatron_laser.model import platform
+from megatron_laser.model.experts import Pass
+from megatron_laser.model.hf_config import architecture_of
 from megatron_laser.observability.timers import Timers
 from megatron_laser.trainer.bad_steps import BadSteps
+from megatron_laser.trainer.expert_routing import Counts, Experts, expert_metrics
 from megatron_laser.trainer.forward_backward import OptimizerStep, optimizer_step, run_forward
 from megatron_laser.trainer.losses import SampleTensors, TrainLoss
 from megatron_laser.trainer.policy import Policy, build_policy, build_reference
@@ -78,6 +82,7 @@ class Trainer:
         self._score_token_id = score_token_id if config.laser.enabled else None
         self.policy = build_policy(config) if policy is None else policy
         self.reference = build_reference(config) if needs_reference_model(config) else None
+        self._experts = self._model_experts()
         self._bad_steps = BadSteps(config, runtime, score_token_id=self._score_token_id)
 
     def train_step(self, flat: FlatBatch, step: int) -> StepResult:
@@ -105,16 +110,12 @@ class Trainer:
         """
         check_token_ids(flat, self.policy.chunks.geometry.vocab)
         config = self._config
-        data = prepare_step(
-            flat,
-            config,
-            score_token_id=self._score_token_id,
-            data_rank=self._runtime.data_rank,
-            data_size=self._runtime.data_size,
-            context_rank=self._runtime.context_rank,
-        )
+        data = self.prepare(flat)
         with self._timers("logprob"):
+            self._set_pass(data, "old_policy")
             zc_logprobs = self._old_policy_pass(data, flat)
+            self._balance_experts(data)
+            self._set_pass(data, "reference")
             reference_zc_logprobs = self._reference_pass(data)
         scores = self_reward_scores(
             zc_logprobs,
@@ -130,6 +131,7 @@ class Trainer:
             rewards=data.rewards.to(device),
             reference_zc_logprobs=reference_zc_logprobs.to(device),
         )
+        self._set_pass(data, "train")
         with self._timers("train"):
             # A score that is missing or not finite is as bad as a loss: no advantage can be made of it.
             updates: tuple[OptimizerStep, ...]
@@ -137,10 +139,68 @@ class Trainer:
                 updates = (OptimizerStep(0, 0, math.nan, ("zc_logprob",), []),)
             else:
                 updates = self._optimize(data, samples, step)
-        metrics = self._metrics(updates, step)
+        metrics = self._metrics(updates, step) | self._expert_metrics(data)
         metrics["advantage_mixed_fraction"] = mixed
         metrics["micro_batches"] = float(len(data.micro_batches))
+        if data.rank_imbalance is not None:
+            metrics["rank_imbalance"] = data.rank_imbalance
+        if self._config.parallel.pipeline > 1:
+            metrics["pipeline_bubble"] = pipeline_bubble(
+                self._config.parallel, [len(minibatch.micro_batches) for minibatch in data.minibatches]
+            )
         return StepResult(metrics, zc_logprobs, scores, advantages, updates)
+
+    def _model_experts(self) -> Experts | None:
+        """What the routers' share of a step is made with; None for a dense model."""
+        chunks = self.policy.chunks
+        moe = architecture_of(chunks.hf).moe
+        if moe is None:
+            return None
+        parallel, runtime = self._config.parallel, self._runtime
+        return Experts(
+            moe,
+            chunks.geometry.num_layers,
+            context=(parallel.context, runtime.context_rank),
+            sequence=(parallel.tensor, runtime.tensor_rank) if parallel.sequence else (1, 0),
+        )
+
+    def _set_pass(self, data: StepData, stage: Pass) -> None:
+        """Tell the routers what comes, and count each optimizer step's tokens anew."""
+        if self._experts is None:
+            return
+        for minibatch in data.minibatches:
+            minibatch.tally = self._experts.tally()
+            for routing in minibatch.routings:
+                routing.stage, routing.tally = stage, minibatch.tally
+
+    def _balance_experts(self, data: StepData) -> None:
+        """Each expert's share of an optimizer step's tokens, as the old policy sent them, for the auxiliary loss."""
+        if self._config.moe.aux_loss_coefficient == 0.0:
+            return
+        for minibatch in data.minibatches:
+            if minibatch.balance is not None and minibatch.tally is not None:
+                load = Counts.of([minibatch.tally], self._all_ranks).load()
+                minibatch.balance.load = load.to(platform.device())
+
+    def _expert_metrics(self, data: StepData) -> dict[str, float]:
+        """Of the tokens of all updates."""
+        if self._experts is None:
+            return {}
+        tallies = [minibatch.tally for minibatch in data.minibatches if minibatch.tally is not None]
+        return expert_metrics(Counts.of(tallies, self._all_ranks), self._experts.moe.experts_per_token)
+
+    def prepare(self, flat: FlatBatch) -> StepData:
+        """This rank's share of a rollout batch, cut and packed as it is trained on."""
+        return prepare_step(
+            flat,
+            self._config,
+            score_token_id=self._score_token_id,
+            data_rank=self._runtime.data_rank,
+            data_size=self._runtime.data_size,
+            context_rank=self._runtime.context_rank,
+            experts=self._experts,
+            architecture=architecture_of(self.policy.chunks.hf),
+        )
 
     def weight_stream(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face (name, full tensor) pairs on global rank 0; all ranks must exhaust it together."""

@@ -37,6 +37,7 @@ def main():
             parallel_state.destroy_model_parallel()
             runtime = runtimes.build_groups(config, runtime.store)
         trainer = Trainer(config, runtime, score_token_id=89)
+        experts = config.moe.routing_replay
 
         def manager(name, config=config, runtime=runtime, trainer=trainer):
             settings = config.checkpoint.model_copy(update={"folder": folder / "checkpoints" / name})
@@ -48,13 +49,13 @@ def main():
             assert manager(entry["load"]).resume()["step"] == 2
         else:
             for step in (1, 2):
-                trainer.train_step(fixed_rollouts(step), step)
+                trainer.train_step(fixed_rollouts(step, experts), step)
         if entry["save"]:
             saving = manager(entry["save"])
             saving.save(2, {"cursor": None} if runtime.is_main else None)
             assert saving.wait(), saving.trouble
         assert optimizer_state.get_step(trainer.policy.optimizer) == 2
-        metrics = trainer.train_step(fixed_rollouts(3), 3).metrics
+        metrics = trainer.train_step(fixed_rollouts(3, experts), 3).metrics
         assert_every_parameter_counts_its_own_steps(trainer.policy.optimizer, 3)
         figures = {key: metrics[key] for key in COMPARED}
         figures["checksum"] = sum(float(t.double().abs().sum()) for _, t in trainer.weight_stream())

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers.models import FAMILIES
+from helpers.models import FAMILIES, tiny_config
 from helpers.rollouts import Response, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
 from helpers.torchrun import run_worker
 from megatron.core import parallel_state
 from transformers import AutoModelForCausalLM
 
+from megatron_laser.batching.context import context_positions, packed_order
 from megatron_laser.config import ModelFolderError
 from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.model.hf_config import read_hf_config
@@ -35,8 +36,19 @@ LAYOUTS = {
     "tensor 2, shard of padding": ["parallel.tensor=2", "model.vocab_multiple=256"],
     "tensor 2, sequence": ["parallel.tensor=2", "parallel.sequence=true"],
     "pipeline 2": ["parallel.pipeline=2"],
+    "context 2": ["parallel.context=2"],
+    "expert 2": ["parallel.expert=2"],
+    "expert 2 within tensor 2": ["parallel.expert=2", "parallel.tensor=2", "parallel.sequence=true"],
+    "expert tensor 2": ["parallel.expert_tensor=2", "parallel.tensor=2", "parallel.sequence=true"],
 }
 GROUPS = [[Response(17, True), Response(1, False), Response(40, False, truncated=True)], [Response(6, True)]]
+
+
+def belong_together(family, layout):
+    """Experts need sequence parallelism beside tensor parallelism, and a dense model has none to share out."""
+    if tiny_config(family).model_type not in ("qwen3_moe", "mixtral"):
+        return not layout.startswith("expert")
+    return "tensor 2" not in layout or "sequence" in layout or layout.startswith("expert")
 
 
 class RecordingFolder(HfFolder):
@@ -70,17 +82,24 @@ def reference_logits(model, flat):
     ]
 
 
+def gathered(local, group, dim):
+    parts = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(parts, local.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
+
+
 def logits_difference(chunks, micro_batches, samples, expected, vocab):
     """Largest |difference| of the ordinary (vocabulary-parallel) logits, on the last stage."""
     worst = 0.0
-    group = parallel_state.get_tensor_model_parallel_group()
+    context = parallel_state.get_context_parallel_group()
     outputs = run_forward(chunks, micro_batches, head=lambda micro_batch: None)
-    for local, members in zip(outputs, samples):
-        parts = [torch.empty_like(local) for _ in range(group.size())]
-        dist.all_gather(parts, local.contiguous(), group=group)
-        logits = torch.cat(parts, dim=-1)[0, :, :vocab]
-        wanted = torch.cat([expected[sample] for sample in members])
-        worst = max(worst, (logits[: len(wanted)] - wanted).abs().max().item())
+    for local, micro_batch, members in zip(outputs, micro_batches, samples):
+        logits = gathered(local, parallel_state.get_tensor_model_parallel_group(), -1)[0, :, :vocab]
+        starts = micro_batch.packed.cu_seqlens_q.numpy()
+        logits = gathered(logits, context, 0)[torch.from_numpy(packed_order(starts, size=context.size()))]
+        for start, sample in zip(starts, members):
+            wanted = expected[sample]
+            worst = max(worst, (logits[start : start + len(wanted)] - wanted).abs().max().item())
     return worst
 
 
@@ -100,11 +119,24 @@ def logprob_difference(chunks, micro_batches, samples, expected, flat, temperatu
             if flat.scored[sample]:
                 row = expected[sample][-1].log_softmax(-1)
                 wanted.append((row[SCORE_TOKEN], -(row.exp() * row).sum()))
-        wanted = torch.tensor(wanted).T
+        wanted = torch.tensor(wanted).T[:, own_rows(flat, members, micro_batch)]
         worst = max(worst, (output - wanted).abs().max().item())
         difference = scores[0] - wanted[0][micro_batch.score_rows]
         worst = max(worst, difference.abs().max().item() if difference.numel() else 0.0)
     return worst
+
+
+def own_rows(flat, members, micro_batch):
+    """Which of the micro-batch's labelled rows this context rank has: they are in its chunks of their sequences."""
+    group = parallel_state.get_context_parallel_group()
+    starts = micro_batch.packed.cu_seqlens_q.numpy()
+    own = set(context_positions(starts, size=group.size(), rank=group.rank()).tolist())
+    rows = []
+    for start, sample in zip(starts.tolist(), members):
+        first = start + int(flat.prompt_lengths[sample]) - 1
+        count = int(flat.response_lengths[sample]) + int(flat.scored[sample])
+        rows += [row in own for row in range(first, first + count)]
+    return torch.tensor(rows)
 
 
 def worst_over_ranks(value):
@@ -122,7 +154,13 @@ def check(config, source, reference, export_to):
         chunks = build_chunks(config, hf, folder)
         micro_batches = [
             make_micro_batch(
-                flat, members, score_token_id=SCORE_TOKEN, temperature=0.7, pad_multiple=8 * tensor
+                flat,
+                members,
+                score_token_id=SCORE_TOKEN,
+                temperature=0.7,
+                pad_multiple=8 * tensor,
+                context_size=config.parallel.context,
+                context_rank=parallel_state.get_context_parallel_rank(),
             )
             for members in samples
         ]
@@ -139,7 +177,9 @@ def check(config, source, reference, export_to):
                     rows = min(rows, max(0, hf.vocab_size - rank * rows))
                 held += rows * parameter[0].numel()
         read_too_much = folder.elements - held
-        wholly_read_matrices = sum(len(folder.shape(name)) > 1 for name in folder.whole)
+        routers = ("mlp.gate.weight", "block_sparse_moe.gate.weight")  # on every rank
+        matrices = [name for name in folder.whole if not name.endswith(routers)]
+        wholly_read_matrices = sum(len(folder.shape(name)) > 1 for name in matrices)
         stream = WeightExporter(chunks.models, hf, chunks.geometry).stream()
         if dist.get_rank() == 0:
             write_hf_folder(stream, export_to, source=source, dtype=torch.float32, max_shard_bytes=40_000)
@@ -171,7 +211,8 @@ def compare_export(folder, export_to, reference, flat):
 def refusals(config, source, copy):
     """What each rank says of weights with NaN in what the last rank alone reads."""
     hf = read_hf_config(source)
-    name = f"model.layers.{hf.num_hidden_layers - 1}.mlp.down_proj.weight"  # last stage, or last columns
+    # The last columns of an expert's matrix, which the second rank alone has.
+    name = f"model.layers.{hf.num_hidden_layers - 1}.block_sparse_moe.experts.7.w2.weight"
 
     def spoilt(folder):
         for one in folder.names():
@@ -200,12 +241,13 @@ def main():
     torch.set_num_threads(1)
     runtime, results = None, {}
     for layout, overrides in LAYOUTS.items():
-        for family in FAMILIES:
+        families = [family for family in FAMILIES if belong_together(family, layout)]
+        for family in families:
             source = models / family
             config = run_config(models / f"rank-{os.environ['RANK']}", source, *overrides)
             if runtime is None:
                 runtime = runtimes.start(config)
-            elif family == next(iter(FAMILIES)):
+            elif family == families[0]:
                 parallel_state.destroy_model_parallel()
                 runtimes.build_groups(config, runtime.store)
             reference = AutoModelForCausalLM.from_pretrained(source, local_files_only=True).eval()

@@ -10,7 +10,7 @@ from helpers.ranks import run_ranks
 from helpers.torchrun import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
-from compare_layouts import CONFIG, make_model
+from compare_layouts import CONFIG, MOE, make_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -22,6 +22,8 @@ LAYOUTS = {
     "tensor 2, sequence, padded": ["parallel.tensor=2", "parallel.sequence=true", "model.vocab_multiple=32"],
     "pipeline 2": ["parallel.pipeline=2", SMALL],
     "pipeline 2, virtual 2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2", SMALL],
+    "context 2": ["parallel.context=2"],
+    "context 2, distributed": ["parallel.context=2", DISTRIBUTED],
     "data 2": [],
     "data 2, distributed": [DISTRIBUTED],
     "data 2, overlapped": [
@@ -36,11 +38,35 @@ PAIRS = [
     ("data 2, distributed", "tensor 2, sequence, padded"),
     ("tensor 2, sequence, padded", "pipeline 2"),
     ("data 2, overlapped", "data 2"),
+    ("context 2, distributed", "pipeline 2"),
+    ("tensor 2", "context 2"),
+]
+EXPERT_LAYOUTS = {
+    "data 2": [],
+    "data 2, distributed": [DISTRIBUTED],
+    "expert 2": ["parallel.expert=2"],
+    "expert 2, distributed": ["parallel.expert=2", DISTRIBUTED],
+    "expert 2 within tensor 2": ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"],
+    "expert tensor 2": [
+        "parallel.tensor=2",
+        "parallel.sequence=true",
+        "parallel.expert_tensor=2",
+        DISTRIBUTED,
+    ],
+    "pipeline 2, virtual 2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2", SMALL],
+    "expert 2 within context 2": ["parallel.context=2", "parallel.expert=2", DISTRIBUTED],
+}
+EXPERT_PAIRS = [
+    ("expert 2, distributed", "expert tensor 2"),
+    ("expert tensor 2", "expert 2 within context 2"),
+    ("expert 2 within context 2", "pipeline 2, virtual 2"),
+    ("pipeline 2, virtual 2", "expert 2"),
+    ("expert 2 within tensor 2", "data 2, distributed"),
 ]
 
 
-def entry(layout, *, load=None, save=None, extra=()):
-    return {"layout": [*LAYOUTS.get(layout, []), *extra], "load": load, "save": save}
+def entry(layout, *, load=None, save=None, extra=(), layouts=LAYOUTS):
+    return {"layout": [*layouts.get(layout, []), *extra], "load": load, "save": save}
 
 
 def run(folder, processes, plan):
@@ -61,9 +87,9 @@ def assert_same(figures, reference, name):
         )
 
 
-def prepared(tmp_path, tied):
-    make_model(tmp_path, tied)
-    (tmp_path / "config.yaml").write_text(CONFIG.format(model=tmp_path, steps=3))
+def prepared(tmp_path, tied, experts=False):
+    make_model(tmp_path, tied, experts)
+    (tmp_path / "config.yaml").write_text(CONFIG.format(model=tmp_path, steps=3, moe=MOE if experts else ""))
     return tmp_path
 
 
@@ -72,15 +98,25 @@ def prepared(tmp_path, tied):
     [pytest.param(True, id="tied"), pytest.param(False, id="untied", marks=pytest.mark.long)],
 )
 def test_the_step_after_resuming_is_the_same_under_every_layout(tmp_path, tied):
-    folder = prepared(tmp_path, tied)
+    resume_everywhere(prepared(tmp_path, tied), LAYOUTS, PAIRS)
+
+
+def test_the_step_after_resuming_is_the_same_under_every_layout_of_experts(tmp_path):
+    resume_everywhere(prepared(tmp_path, False, experts=True), EXPERT_LAYOUTS, EXPERT_PAIRS)
+
+
+def resume_everywhere(folder, layouts, pairs):
+    def plan_of(name, **settings):
+        return entry(name, layouts=layouts, **settings)
+
     (reference,) = run(folder, 1, [entry("one", save="one")])
-    plan = [entry(name, load="one") for name in LAYOUTS]
-    plan += [entry(name, save=name) for name in LAYOUTS]
-    plan += [entry(there, load=here) for here, there in PAIRS]
-    names = [f"one -> {name}" for name in LAYOUTS] + list(LAYOUTS) + [" -> ".join(pair) for pair in PAIRS]
+    plan = [plan_of(name, load="one") for name in layouts]
+    plan += [plan_of(name, save=name) for name in layouts]
+    plan += [plan_of(there, load=here) for here, there in pairs]
+    names = [f"one -> {name}" for name in layouts] + list(layouts) + [" -> ".join(pair) for pair in pairs]
     for name, figures in zip(names, run(folder, 2, plan), strict=True):
         assert_same(figures, reference, name)
-    for name, figures in zip(LAYOUTS, run(folder, 1, [entry("one", load=name) for name in LAYOUTS])):
+    for name, figures in zip(layouts, run(folder, 1, [entry("one", load=name) for name in layouts])):
         assert_same(figures, reference, f"{name} -> one")
 
 
@@ -104,22 +140,26 @@ def stored(folder):
 
 
 @pytest.mark.parametrize(
-    "tied",
-    [pytest.param(False, id="untied"), pytest.param(True, id="tied", marks=pytest.mark.long)],
+    ("tied", "layouts"),
+    [
+        pytest.param(False, LAYOUTS, id="untied"),
+        pytest.param(False, EXPERT_LAYOUTS, id="experts"),
+        pytest.param(True, LAYOUTS, id="tied", marks=pytest.mark.long),
+    ],
 )
-def test_bf16_weights_and_fp32_optimizer_state_pass_through_all_layouts_unchanged(tmp_path, tied):
-    folder = prepared(tmp_path, tied)
+def test_bf16_weights_and_fp32_optimizer_state_pass_through_all_layouts_unchanged(tmp_path, tied, layouts):
+    folder = prepared(tmp_path, tied, experts=layouts is EXPERT_LAYOUTS)
     bf16 = ("model.dtype=bfloat16",)
     plan, before = [], None
-    for name in LAYOUTS:
-        plan.append(entry(name, load=before, save=name, extra=bf16))
+    for name in layouts:
+        plan.append(entry(name, load=before, save=name, extra=bf16, layouts=layouts))
         before = name
     run(folder, 2, plan)
-    first, *others = (stored(folder / "checkpoints" / name) for name in LAYOUTS)
+    first, *others = (stored(folder / "checkpoints" / name) for name in layouts)
     kinds = {name.split(".model")[0].split(".lm_head")[0] for name in first}
     assert kinds == {"weights", "optimizer.main_param", "optimizer.exp_avg", "optimizer.exp_avg_sq"}
     assert first["optimizer.main_param.model.norm.weight"].dtype == torch.float32
-    for name, tensors in zip(list(LAYOUTS)[1:], others, strict=True):
+    for name, tensors in zip(list(layouts)[1:], others, strict=True):
         assert tensors.keys() == first.keys()
         for key, tensor in tensors.items():
             assert torch.equal(tensor, first[key]), (name, key)

@@ -39,3 +39,16 @@ def test_every_layout_learns_the_same(tied, processes):
         "4": ("tensor 2 x pipeline 2", "context 4", "context 2 x tensor 2", "context 2 x pipeline 2"),
     }[processes[-1]]:
         assert any(line.startswith(f"{name} ") for line in result.stdout.splitlines()), name
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [("2",), ("4",)], ids=" and ".join)
+def test_every_layout_of_experts_learns_the_same(processes):
+    result = compare("--experts", "--processes", *processes)
+    assert result.returncode == 0, result.stdout[-6000:]
+    for name in {
+        "2": ("expert 2", "expert tensor 2", "pipeline 2, recompute experts", "expert 2 within context 2"),
+        "4": ("expert 2 x tensor 2", "expert 2 x data 2", "expert 2 x pipeline 2", "expert 2 x context 2"),
+    }[processes[-1]]:
+        assert any(line.startswith(f"{name} ") for line in result.stdout.splitlines()), name

@@ -7,11 +7,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from megatron_laser.benchmarks.random_model import random_weights
@@ -38,11 +40,21 @@ _LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+_EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16)
 FAMILIES = {
     "qwen2": (Qwen2Config, dict(tie_word_embeddings=False)),
     "qwen2-tied": (Qwen2Config, dict(tie_word_embeddings=True)),
     "qwen3": (Qwen3Config, dict(tie_word_embeddings=True, head_dim=32)),
     "qwen3-untied": (Qwen3Config, dict(tie_word_embeddings=False, head_dim=32)),
+    "qwen3-moe": (Qwen3MoeConfig, dict(tie_word_embeddings=False, norm_topk_prob=True, **_EXPERTS)),
+    "qwen3-moe-unnormalised": (
+        Qwen3MoeConfig,
+        dict(tie_word_embeddings=True, norm_topk_prob=False, **_EXPERTS),
+    ),
+    "mixtral": (
+        MixtralConfig,
+        dict(tie_word_embeddings=False, num_local_experts=8, num_experts_per_tok=2, intermediate_size=24),
+    ),
     "llama3-rope": (LlamaConfig, dict(tie_word_embeddings=False, rope_parameters=_LLAMA3_ROPE)),
 }
 
@@ -59,8 +71,33 @@ def tiny_model(
     """An fp32 model whose every parameter is random: norms differ from 1 and biases from 0."""
     model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
     weights = random_weights(model.config, seed=seed, spread=scale, vector_spread=vector_scale)
-    model.load_state_dict(dict(weights), strict=False)  # a tied output layer is not among them
+    own = disk_tensors(model)
+    for name, tensor in weights:  # a tied output layer is not among them
+        own[name].data.copy_(tensor)
     return model.eval()
+
+
+def disk_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The model's tensors (views) under the names of its folder, which has an expert's matrices one by one."""
+    if not hasattr(model.config, "num_experts_per_tok"):
+        return model.state_dict()
+    mixtral = model.config.model_type == "mixtral"
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        head, _, last = name.rpartition(".")
+        if mixtral:
+            head = head.replace(".mlp", ".block_sparse_moe")
+        if last == "gate_up_proj":
+            for expert, both in enumerate(tensor):
+                found |= {
+                    f"{head}.{expert}.{part}.weight": half for part, half in zip((gate, up), both.chunk(2))
+                }
+        elif last == "down_proj":
+            found |= {f"{head}.{expert}.{down}.weight": one for expert, one in enumerate(tensor)}
+        else:
+            found[f"{head}.{last}"] = tensor
+    return found
 
 
 def save_tiny_model(

@@ -177,6 +177,7 @@ class PlainTrainer:
         total = policy_loss + s.kl_coefficient * kl_loss - s.entropy_coefficient * entropy
         if with_loss:
             total = total + s.alpha * self_reward_loss
+        total = total + self.more_losses(flat, members)
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip)
         self.optimizer.step()
@@ -186,6 +187,10 @@ class PlainTrainer:
             "kl_loss": kl_loss.item(),
             "grad_norm": norm.item(),
         } | token_sums
+
+    def more_losses(self, flat, members) -> torch.Tensor | float:
+        """What a kind of model adds to the loss of one update, after the forwards of `members`."""
+        return 0.0
 
 
 def unbiased_std(values: list[float]) -> float:

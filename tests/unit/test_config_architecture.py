@@ -89,7 +89,7 @@ def test_biases_and_norms_follow_the_model_type():
 @pytest.mark.parametrize(
     ("contents", "expected"),
     [
-        (raw("mixtral"), "model_type 'mixtral' is not supported; expected llama, qwen2, qwen3"),
+        (raw("deepseek_v3"), "model_type 'deepseek_v3' is not supported; expected llama, qwen2, qwen3"),
         ({}, "model_type None is not supported"),
         (raw(hidden_size=None), "hidden_size: expected a positive integer, got None"),
         (raw(num_hidden_layers=0), "num_hidden_layers: expected a positive integer, got 0"),

@@ -116,6 +116,12 @@ DEFAULTS = {
         "minibatches": 1,
         "epochs": 1,
     },
+    "moe": {
+        "aux_loss_coefficient": 0.0,
+        "z_loss_coefficient": 0.0,
+        "freeze_router": False,
+        "routing_replay": False,
+    },
     "optimizer": {
         "lr": 1e-6,
         "betas": [0.9, 0.999],
@@ -136,9 +142,10 @@ DEFAULTS = {
         "virtual_pipeline": 1,
         "context": 1,
         "expert": 1,
+        "expert_tensor": 1,
         "sequence": False,
     },
-    "batching": {"tokens_per_micro_batch": 16384, "pad_multiple": None},
+    "batching": {"tokens_per_micro_batch": 16384, "pad_multiple": None, "balance": "tokens"},
     "checkpoint": {
         "every": 100,
         "keep_last": 2,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import FAMILIES, save_tiny_model, tiny_config, tiny_model
+from helpers.models import FAMILIES, disk_tensors, save_tiny_model, tiny_config, tiny_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_laser.config import ConfigError, ModelFolderError, padded_vocab_size
@@ -50,16 +50,15 @@ class RecordingReader:
 def test_shards_put_together_again_are_bit_identical(family, tensor):
     changes = {"num_key_value_heads": 4, "num_attention_heads": 8} if tensor == 4 else {}
     config = tiny_config(family, **changes)
-    tensors = tiny_model(family, **changes).state_dict()
-    geometry = Geometry.of(config, tensor=tensor, vocab_multiple=16)
+    tensors = disk_tensors(tiny_model(family, **changes))
+    geometry = Geometry.of(config, tensor=tensor, vocab_multiple=16, expert_tensor=tensor)
     exported = {}
     for rule in rules(config):
-        shards = [
-            rule.layout.load(RecordingReader(tensors), rule.hf, geometry, rank) for rank in range(tensor)
-        ]
+        sizes = rule.geometry(geometry)
+        shards = [rule.layout.load(RecordingReader(tensors), rule.hf, sizes, rank) for rank in range(tensor)]
         assert len({shard.shape for shard in shards}) == 1
         if rule.exported:
-            exported |= dict(zip(rule.hf, rule.layout.export(shards, geometry), strict=True))
+            exported |= dict(zip(rule.hf, rule.layout.export(shards, sizes), strict=True))
     expected = set(tensors) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     assert set(exported) == expected
     assert all(torch.equal(value, tensors[name]) for name, value in exported.items())
@@ -70,21 +69,23 @@ def test_rules_and_the_check_of_a_folder_know_the_tensors_that_transformers_has(
     config = tiny_config(family)
     shapes = tensor_shapes(architecture_of(config))
     assert set(shapes) == {name for rule in rules(config) for name in rule.hf}
-    assert shapes == {name: tuple(p.shape) for name, p in tiny_model(family).named_parameters()}
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    there = disk_tensors(tiny_model(family))
+    assert shapes == {name: tuple(p.shape) for name, p in there.items() if name not in tied}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_read_each_matrix_element_once_between_them(family):
     config = tiny_config(family)
-    tensors = tiny_model(family).state_dict()
-    geometry = Geometry.of(config, tensor=2, vocab_multiple=16)
+    tensors = disk_tensors(tiny_model(family))
+    geometry = Geometry.of(config, tensor=2, vocab_multiple=16, expert_tensor=2)
     for rule in rules(config):
         readers = [RecordingReader(tensors) for _ in range(2)]
         for rank, reader in enumerate(readers):
-            rule.layout.load(reader, rule.hf, geometry, rank)
+            rule.layout.load(reader, rule.hf, rule.geometry(geometry), rank)
         size = sum(tensors[name].numel() for name in rule.hf)
-        is_norm = "norm" in rule.megatron
-        assert sum(reader.elements for reader in readers) == (2 * size if is_norm else size), rule.megatron
+        is_whole = "norm" in rule.megatron or "router" in rule.megatron
+        assert sum(reader.elements for reader in readers) == (2 * size if is_whole else size), rule.megatron
 
 
 def test_vocabulary_padding_is_zero_and_a_shard_may_be_nothing_else():
@@ -145,6 +146,36 @@ def test_transformer_engine_names_lead_to_the_same_rules():
     chunk.decoder = torch.nn.Module()
     chunk.decoder.layers = torch.nn.ModuleList([Layer()])
     assert list(global_names([chunk])) == ["decoder.layers.2.input_layernorm.weight"]
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["one module each", "grouped"])
+def test_a_ranks_experts_are_known_by_their_number_among_all(grouped):
+    class Layer(torch.nn.Module):
+        layer_number = 2  # global, from 1
+
+        def __init__(self):
+            super().__init__()
+            self.mlp = torch.nn.Module()
+            self.mlp.local_expert_indices = [6, 7]
+            self.mlp.experts = torch.nn.Module()
+            weights = {n: torch.nn.Parameter(torch.full((1,), float(n))) for n in (0, 1)}
+            if grouped:
+                self.mlp.experts.linear_fc1 = torch.nn.Module()
+                for n, weight in weights.items():
+                    self.mlp.experts.linear_fc1.register_parameter(f"weight{n}", weight)
+            else:
+                self.mlp.experts.local_experts = torch.nn.ModuleList(torch.nn.Module() for _ in weights)
+                for module, weight in zip(self.mlp.experts.local_experts, weights.values()):
+                    module.linear_fc1 = torch.nn.Module()
+                    module.linear_fc1.weight = weight
+
+    chunk = torch.nn.Module()
+    chunk.decoder = torch.nn.Module()
+    chunk.decoder.layers = torch.nn.ModuleList([Layer()])
+    found = {name: float(parameter.detach()) for name, parameter in global_names([chunk]).items()}
+    names = {rule.megatron for rule in rules(tiny_config("qwen3-moe"))}
+    assert found == {f"decoder.layers.1.mlp.experts.{n}.linear_fc1.weight": n - 6 for n in (6, 7)}
+    assert found.keys() < names
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -217,7 +248,7 @@ def build(config):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loading_sets_every_parameter_and_exports_the_same(single_process, tmp_path, family):
-    original = save_tiny_model(tmp_path, family).state_dict()
+    original = disk_tensors(save_tiny_model(tmp_path, family))
     config = read_hf_config(tmp_path)
     geometry = Geometry.of(config, tensor=1, vocab_multiple=16)
     model = build(config)

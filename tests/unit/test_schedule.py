@@ -137,3 +137,49 @@ def test_arguments_that_make_no_schedule_are_refused(change, message):
     arguments = {"lengths": [3, 2, 1], "data_parallel": 1, "tokens_per_micro_batch": 8}
     with pytest.raises(ValueError, match=message):
         build_schedule(**{**arguments, **change})
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches(), st.data())
+def test_costs_are_balanced_within_the_budget_of_tokens(batch, data):
+    count = len(batch["lengths"])
+    costs = data.draw(st.lists(st.integers(1, 1000), min_size=count, max_size=count))
+    schedule = build_schedule(**batch, costs=costs)
+    assert sorted(i for ranks in schedule.minibatches for i in samples_of(ranks)) == list(range(count))
+    for ranks in schedule.minibatches:
+        loads = [sum(tokens(members, costs) for members in rank) for rank in ranks]
+        assert max(loads) - min(loads) <= max(costs[i] for i in samples_of(ranks))
+        assert len({len(rank) for rank in ranks}) == 1
+        for rank in ranks:
+            sizes = [tokens(members, costs) for members in rank]
+            assert sizes == sorted(sizes, reverse=True)
+            for members in rank:
+                within = tokens(members, batch["lengths"]) <= batch["tokens_per_micro_batch"]
+                assert within or len(members) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(batches())
+def test_without_costs_tokens_are_balanced(batch):
+    assert build_schedule(**batch) == build_schedule(**batch, costs=batch["lengths"])
+
+
+def test_a_long_sample_is_alone_where_its_attention_costs_most():
+    lengths = [80, 40, 40, 40, 40]
+    even = build_schedule(lengths, data_parallel=2, tokens_per_micro_batch=400)
+    assert samples_of([even.minibatches[0][0]]) == [0, 3]
+    quadratic = build_schedule(
+        lengths, data_parallel=2, tokens_per_micro_batch=400, costs=[n * n for n in lengths]
+    )
+    assert samples_of([quadratic.minibatches[0][0]]) == [0]
+
+
+def test_imbalance_is_the_busiest_rank_over_the_mean_one():
+    schedule = build_schedule([4, 3, 2], data_parallel=2, tokens_per_micro_batch=10)
+    assert schedule.imbalance([4, 3, 2]) == pytest.approx(5 / 4.5 - 1)
+    assert schedule.imbalance([9, 3, 6]) == pytest.approx(0.0)
+
+
+def test_costs_of_another_number_of_samples_are_refused():
+    with pytest.raises(ValueError, match="costs has 1 entries for 2 samples"):
+        build_schedule([1, 2], data_parallel=1, tokens_per_micro_batch=10, costs=[1.0])

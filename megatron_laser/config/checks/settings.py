@@ -17,7 +17,6 @@ from megatron_laser.config.derived import (
     needed_pad_multiple,
     optimizer_steps,
 )
-from megatron_laser.config.model_folder.architecture import SUPPORTED_MODEL_TYPES
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.schema.training import PolicyConfig
 from megatron_laser.errors import ConfigError
@@ -191,11 +190,6 @@ def _parallel_problems(config: RunConfig) -> list[str]:
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         problems.append(
             f"parallel.virtual_pipeline: {parallel.virtual_pipeline} needs parallel.pipeline above 1, got 1"
-        )
-    if parallel.expert > 1:
-        problems.append(
-            f"parallel.expert: {parallel.expert}; the supported models ({', '.join(SUPPORTED_MODEL_TYPES)}) are dense "
-            "and have no experts to split, use 1"
         )
     return problems
 

@@ -18,10 +18,24 @@ _ROPE_NUMBERS = {
 }
 # What transformers takes for keys that a config.json leaves out.
 _ROPE_THETA = 10000.0
+_MIXTRAL_ROPE_THETA = 1000000.0
 _RMS_NORM_EPS = 1e-6
-_MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
+_MIXTRAL_RMS_NORM_EPS = 1e-5
+_MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768, "qwen3_moe": 32768, "mixtral": 131072}
 SUPPORTED_MODEL_TYPES = tuple(_MAX_POSITIONS)
 _QWEN3_HEAD_DIM = 128
+# Keys of other routers, or of parts beside the experts, in files that call themselves one of these types.
+_OTHER_ROUTERS = (
+    *(
+        "n_group",
+        "topk_group",
+        "scoring_func",
+        "topk_method",
+        "routed_scaling_factor",
+        "first_k_dense_replace",
+    ),
+    *("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size", "router_jitter_noise"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +52,30 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
-class Architecture:
-    """A dense decoder: RMSNorm, rotary attention with grouped key/value heads, SwiGLU."""
+class MixtureOfExperts:
+    """In every layer `num_experts` SwiGLU networks, of which a token goes through the best `experts_per_token`.
 
-    model_type: str  # llama, qwen2 or qwen3
+    The router is a linear layer without bias and a softmax over all experts. normalised: the probabilities of the
+    chosen ones are divided by their sum.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int  # of one expert
+    normalised: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A decoder: RMSNorm, rotary attention with grouped key/value heads, SwiGLU, one or a mixture of experts."""
+
+    model_type: str  # llama, qwen2, qwen3, qwen3_moe or mixtral
     hidden_size: int
     num_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    intermediate_size: int
+    intermediate_size: int  # of a dense layer; a mixture of experts has none
     vocab_size: int  # rows of the embedding, without padding
     tied_embeddings: bool
     rms_norm_eps: float
@@ -57,6 +85,7 @@ class Architecture:
     rope_theta: float
     rope_type: str  # default, linear or llama3
     rope_scaling: RopeScaling | None  # None: default
+    moe: MixtureOfExperts | None = None  # None: dense
 
 
 def read_architecture(folder: str | Path) -> Architecture:
@@ -101,8 +130,10 @@ def architecture_from_dict(raw: dict[str, Any], source: str = "config.json") -> 
     if raw.get("num_key_value_heads") is not None:
         kv_heads = _positive(raw, "num_key_value_heads", problems)
     head_dim = _QWEN3_HEAD_DIM if model_type == "qwen3" else shape["hidden_size"] // heads
-    if raw.get("head_dim") is not None or ("head_dim" in raw and model_type != "llama"):
-        head_dim = _positive(raw, "head_dim", problems)  # only Llama's classes read null as left out
+    if raw.get("head_dim") is not None or ("head_dim" in raw and model_type not in ("llama", "mixtral")):
+        head_dim = _positive(
+            raw, "head_dim", problems
+        )  # only Llama's and Mixtral's classes read null as left out
     elif model_type != "qwen3" and shape["hidden_size"] % heads:
         problems.append(f"hidden_size {shape['hidden_size']} is not divisible by num_attention_heads {heads}")
     if head_dim % 2:
@@ -112,11 +143,13 @@ def architecture_from_dict(raw: dict[str, Any], source: str = "config.json") -> 
     tied = raw.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         problems.append(f"tie_word_embeddings: expected true or false, got {tied!r}")
-    eps = _number(raw, "rms_norm_eps", problems, default=_RMS_NORM_EPS)
+    default_eps = _MIXTRAL_RMS_NORM_EPS if model_type == "mixtral" else _RMS_NORM_EPS
+    eps = _number(raw, "rms_norm_eps", problems, default=default_eps)
     positions = _MAX_POSITIONS[model_type]
     if raw.get("max_position_embeddings") is not None:
         positions = _positive(raw, "max_position_embeddings", problems)
     rope_theta, rope_type, rope_scaling = _rope(raw, positions, problems)
+    moe = _mixture(raw, problems) if model_type in ("qwen3_moe", "mixtral") else None
     if problems:
         raise ConfigError(problems, source)
     return Architecture(
@@ -132,10 +165,45 @@ def architecture_from_dict(raw: dict[str, Any], source: str = "config.json") -> 
         rms_norm_eps=eps,
         max_position_embeddings=positions,
         qkv_bias=model_type == "qwen2",
-        qk_norm=model_type == "qwen3",
+        qk_norm=model_type in ("qwen3", "qwen3_moe"),
         rope_theta=rope_theta,
         rope_type=rope_type,
         rope_scaling=rope_scaling,
+        moe=moe,
+    )
+
+
+def _mixture(raw: dict[str, Any], problems: list[str]) -> MixtureOfExperts:
+    """The experts of a Qwen3-MoE or Mixtral file."""
+    mixtral = raw["model_type"] == "mixtral"
+    # transformers 5 writes Qwen3-MoE's number under Mixtral's name
+    count_key = "num_local_experts" if mixtral or "num_local_experts" in raw else "num_experts"
+    experts = _positive(raw, count_key, problems)
+    chosen = _positive(raw, "num_experts_per_tok", problems)
+    if chosen > experts:
+        problems.append(f"num_experts_per_tok {chosen} is more than {count_key} {experts}")
+    size_key = "intermediate_size" if mixtral else "moe_intermediate_size"
+    normalised = mixtral or raw.get("norm_topk_prob", False)
+    if not isinstance(normalised, bool):
+        problems.append(f"norm_topk_prob: expected true or false, got {normalised!r}")
+    if raw.get("decoder_sparse_step", 1) != 1 or raw.get("mlp_only_layers"):
+        problems.append(
+            f"decoder_sparse_step: {raw.get('decoder_sparse_step', 1)!r} with mlp_only_layers: "
+            f"{raw.get('mlp_only_layers')!r} is not supported, expected experts in every layer"
+        )
+    if mixtral and raw.get("sliding_window"):
+        problems.append(f"sliding_window: {raw['sliding_window']!r} is not supported, expected null")
+    for key in _OTHER_ROUTERS:
+        if raw.get(key):
+            problems.append(
+                f"{key}: {raw[key]!r} is a router that is not supported, expected a softmax over all experts and "
+                "nothing beside them"
+            )
+    return MixtureOfExperts(
+        num_experts=experts,
+        experts_per_token=chosen,
+        intermediate_size=_positive(raw, size_key, problems),
+        normalised=bool(normalised),
     )
 
 
@@ -190,7 +258,8 @@ def _rope(raw: dict[str, Any], positions: int, problems: list[str]) -> tuple[flo
         problems.append(f"{name}: expected an object, got {parameters!r}")
         return _ROPE_THETA, "default", None
     source = parameters if "rope_theta" in parameters else raw
-    theta = _number(source, "rope_theta", problems, default=_ROPE_THETA)
+    default = _MIXTRAL_ROPE_THETA if raw["model_type"] == "mixtral" else _ROPE_THETA
+    theta = _number(source, "rope_theta", problems, default=default)
     kind = str(parameters.get("rope_type", parameters.get("type", "default")))
     if kind not in _ROPE_NUMBERS:
         problems.append(f"rope_type: {kind!r} is not supported, expected {', '.join(_ROPE_NUMBERS)}")

@@ -76,13 +76,41 @@ def _layer_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
             shapes[f"self_attn.{name}_proj.bias"] = (rows,)
     if arch.qk_norm:
         shapes |= {f"self_attn.{name}_norm.weight": (arch.head_dim,) for name in "qk"}
-    return shapes | {
+    shapes |= {
         "self_attn.o_proj.weight": (hidden, query),
         "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
     }
+    if arch.moe is None:
+        return shapes | {
+            "mlp.gate_proj.weight": (ffn, hidden),
+            "mlp.up_proj.weight": (ffn, hidden),
+            "mlp.down_proj.weight": (hidden, ffn),
+        }
+    names, one = expert_names(arch.model_type), arch.moe.intermediate_size
+    shapes[names.router] = (arch.moe.num_experts, hidden)
+    for expert in range(arch.moe.num_experts):
+        prefix = names.expert.format(e=expert)
+        shapes |= {f"{prefix}.{name}.weight": (one, hidden) for name in (names.gate, names.up)}
+        shapes[f"{prefix}.{names.down}.weight"] = (hidden, one)
+    return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What a family calls its experts in a Hugging Face folder, below a layer; `{e}` stands for the expert."""
+
+    router: str
+    expert: str
+    gate: str
+    up: str
+    down: str
+
+
+def expert_names(model_type: str) -> ExpertNames:
+    """The names in folders as they are published; transformers 5 joins a layer's experts when it loads one."""
+    if model_type == "mixtral":
+        return ExpertNames("block_sparse_moe.gate.weight", "block_sparse_moe.experts.{e}", "w1", "w3", "w2")
+    return ExpertNames("mlp.gate.weight", "mlp.experts.{e}", "gate_proj", "up_proj", "down_proj")
 
 
 def count_parameters(architecture: Architecture) -> int:

@@ -22,7 +22,7 @@ from megatron_laser.config.schema.system import (
     ParallelConfig,
     RunSettings,
 )
-from megatron_laser.config.schema.training import LaserConfig, OptimizerConfig, PolicyConfig
+from megatron_laser.config.schema.training import LaserConfig, MoeConfig, OptimizerConfig, PolicyConfig
 
 
 class RunConfig(Section):
@@ -40,6 +40,8 @@ class RunConfig(Section):
     """Last-token self-rewarding."""
     policy: PolicyConfig = Field(default_factory=PolicyConfig)
     """Policy loss."""
+    moe: MoeConfig = Field(default_factory=MoeConfig)
+    """Routers of a model with experts."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """AdamW and schedule."""
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

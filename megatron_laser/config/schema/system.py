@@ -31,7 +31,10 @@ class ParallelConfig(Section):
     context: Count = 1
     """Ranks that split each sequence. Only 1 for now."""
     expert: Count = 1
-    """Ranks that split the experts of a mixture-of-experts model. Only 1 for now."""
+    """Ranks that share out the experts of a mixture-of-experts model; must divide their number. They are ranks of the
+    other dimensions: `tensor` x `context` x data is a multiple of `expert` x `expert_tensor`."""
+    expert_tensor: Count = 1
+    """Ranks that split each expert's weight matrices; apart from `tensor`, which splits the rest of a layer."""
     sequence: bool = False
     """Split activations between the tensor-parallel regions along the sequence; needs `tensor` above 1."""
 
@@ -46,6 +49,11 @@ class BatchingConfig(Section):
     """Packed micro-batches are padded to a multiple of this many tokens, with a sequence of its own that has no
     label, and may so be longer than the budget; no result depends on it. Few different lengths keep GPU memory in
     one piece. null: 128 x `parallel.tensor` on CUDA; on a CPU 2 or what `parallel.sequence` needs."""
+    balance: Literal["tokens", "flops"] = "tokens"
+    """What is shared out evenly over data-parallel ranks and micro-batches: `tokens`, or `flops`, the matrix products
+    by the model's shape, in which attention grows with the square of a sequence. Worth it where responses are long and
+    differ: in a 7B model attention adds an eighth to a layer's work at 8k tokens and half at 32k. The budget is of
+    tokens either way, and no result depends on it. `rank_imbalance` of the metrics says what is left."""
 
 
 class CheckpointConfig(Section):

@@ -145,3 +145,20 @@ class OptimizerConfig(Section):
     """Add weight gradients to their float32 sums inside the matrix product that makes them, unrounded: `auto`, on
     CUDA where Transformer Engine or apex's extension is there; `on`, or an error; `off`, a gradient in
     `model.dtype` first. The log-prob head always adds its own."""
+
+
+class MoeConfig(Section):
+    """Routers of a mixture-of-experts model. A dense model has none, and takes no setting from here."""
+
+    aux_loss_coefficient: NonNegative = 0.0
+    """Weight of the load-balancing loss, which is 1 for each layer when all experts get as many tokens. It is of all
+    tokens of an optimizer step, not of each micro-batch, and needs a pass before the update to count them: the
+    old-policy pass, or one more where there is none."""
+    z_loss_coefficient: NonNegative = 0.0
+    """Weight of the mean squared log-sum-exp of each router's logits, which keeps them small."""
+    freeze_router: bool = False
+    """Routers keep the weights of `model.path`."""
+    routing_replay: bool = False
+    """Send each token, in the old-policy pass and in training, to the experts that the rollout engine chose for it (R3,
+    arXiv 2510.11370), so that both compute with the same ones. SGLang servers must be started for it
+    (--enable-return-routed-experts, which `serve` does); tokens for which an engine gives none are routed anew."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
+from megatron_laser.model.hf_config import architecture_of
 from megatron_laser.model.mapping import Geometry
 
 
 def model_identity(hf: PretrainedConfig, geometry: Geometry, dtype: torch.dtype) -> dict[str, Any]:
     """The sizes that tell models apart, whatever the parallel layout; plain JSON values."""
+    moe = architecture_of(hf).moe
     return {
         "model_type": hf.model_type,
         "num_layers": geometry.num_layers,
@@ -24,6 +27,7 @@ def model_identity(hf: PretrainedConfig, geometry: Geometry, dtype: torch.dtype)
         "vocab_size": geometry.vocab,
         "tied": bool(hf.tie_word_embeddings),
         "dtype": str(dtype).removeprefix("torch."),
+        **({f"experts.{name}": value for name, value in asdict(moe).items()} if moe else {}),
     }
 
 

@@ -6,11 +6,11 @@ Face names: `weights.<name>`, and `optimizer.<kind>.<name>`. A checkpoint then k
 fused norms or local and Transformer Engine module names, loads into any layout, and converts to a Hugging Face
 folder one tensor at a time. Vocabulary padding belongs to a layout, so its shape may differ between the two.
 
-Every parameter of a model-parallel rank is held by all its data-parallel ranks; one of them stores it, so that the
-ranks write about equally much. Under the distributed optimizer that rank gets the others' slices through a buffer of
-`CHUNK_ELEMENTS` float32 numbers, which is all that a save takes on the device. In host memory a rank holds its share
-of the state (14 bytes a parameter in bf16, divided by the data-parallel size) until it is written, and a page-locked
-buffer of its largest parameter.
+Every parameter of a model-parallel rank is held by all its data-parallel ranks (an expert's by fewer, those of its
+expert-parallel rank); one of them stores it, so that the ranks write about equally much. Under the distributed
+optimizer that rank gets the others' slices through a buffer of `CHUNK_ELEMENTS` float32 numbers, which is all that a
+save takes on the device. In host memory a rank holds its share of the state (14 bytes a parameter in bf16, divided by
+the data-parallel size) until it is written, and a page-locked buffer of its largest parameter.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_laser.model.mapping import Geometry, Replicated, Row, Rule, Vocabulary, global_names, rules
+from megatron_laser.model.weights import tensor_rank
 from megatron_laser.ops import configure
 from megatron_laser.trainer import optimizer_state
 from megatron_laser.trainer.checkpoint import torch_dist
@@ -34,6 +35,7 @@ from megatron_laser.trainer.policy import Policy
 
 WEIGHTS = "weights"
 CHUNK_ELEMENTS = 16 * 2**20
+_FROZEN = optimizer_state.Place(None, None)  # of a parameter that is not trained: it has weights and no state
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,9 @@ def load_state(policy: Policy, folder: Path, optimizer_step: int) -> None:
 
     with torch.no_grad():
         for mapped in _mapped_parameters(policy):
-            place = places[id(mapped.parameter)]
             mapped.parameter.copy_(load(WEIGHTS, mapped, mapped.parameter.dtype))
-            if place.slot is None:  # another data-parallel rank has the state of this parameter
+            place = places.get(id(mapped.parameter))
+            if place is None or place.slot is None:  # frozen, or another data-parallel rank has its state
                 continue
             for kind in optimizer_state.KINDS:
                 if kind == optimizer_state.MAIN and not policy.chunks.config.bf16:
@@ -106,13 +108,11 @@ class Stager:
         # fp32 training updates the weights themselves: there is no other main copy.
         main = (optimizer_state.MAIN,) if policy.chunks.config.bf16 else ()
         self._kinds = [*main, optimizer_state.EXP_AVG, optimizer_state.EXP_AVG_SQ]
-        self._rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-        size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        self._stored_by = storing_ranks([mapped.parameter.numel() for mapped in parameters], size)
+        self._stored_by = _storing_ranks(parameters)
         largest = max((mapped.parameter.numel() for mapped in parameters), default=0)
         device = parameters[0].parameter.device if parameters else torch.device("cpu")
         self._copy = copy or device.type != "cpu"
-        gathers = any(self._places[id(mapped.parameter)].group is not None for mapped in parameters)
+        gathers = any(place.group is not None for place in self._places.values())
         self._chunk = torch.empty(min(largest, CHUNK_ELEMENTS) if gathers else 0, device=device)
         self._host = host_buffer(largest if self._copy or gathers else 0, pinned=device.type == "cuda")
 
@@ -124,12 +124,12 @@ class Stager:
         """
         entries: dict[str, ShardedTensor] = {}
         trouble: Exception | None = None
-        for mapped, storing in zip(self._parameters, self._stored_by, strict=True):
-            place, parameter = self._places[id(mapped.parameter)], mapped.parameter.detach()
-            for kind in (None, *self._kinds):
+        for mapped, (storing, own_rank) in zip(self._parameters, self._stored_by, strict=True):
+            place, parameter = self._places.get(id(mapped.parameter), _FROZEN), mapped.parameter.detach()
+            for kind in (None, *self._kinds) if place is not _FROZEN else (None,):
                 if kind is not None and place.group is not None:
-                    self._gather(place, kind, parameter.numel(), storing)
-                if storing != self._rank or trouble is not None:
+                    self._gather(place, kind, parameter.numel(), storing, own_rank)
+                if storing != own_rank or trouble is not None:
                     continue
                 try:
                     prefix = WEIGHTS if kind is None else f"optimizer.{kind}"
@@ -160,7 +160,9 @@ class Stager:
                 entry.data = entry.data.clone()
         return entries
 
-    def _gather(self, place: optimizer_state.Place, kind: str, elements: int, storing: int) -> None:
+    def _gather(
+        self, place: optimizer_state.Place, kind: str, elements: int, storing: int, own_rank: int
+    ) -> None:
         """Fill the host buffer of the rank that is `storing` it with the slices of all ranks, a chunk at a time."""
         for start in range(0, elements, len(self._chunk)):
             stop = min(start + len(self._chunk), elements)
@@ -171,8 +173,26 @@ class Stager:
                 chunk[first - start : first - start + len(values)] = values
             # Added as integers, zeros leave every bit as it is: -0.0 and NaN, too.
             dist.reduce(chunk.view(torch.int32), group_dst=storing, group=place.group)
-            if storing == self._rank:
+            if storing == own_rank:
                 self._host[start:stop].copy_(chunk)
+
+
+def _storing_ranks(parameters: Sequence[MappedParameter]) -> list[tuple[int, int]]:
+    """For each parameter (the rank that stores it, this rank), both in the group of the ranks that hold it."""
+    dense = (
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+    )
+    experts = (
+        parallel_state.get_expert_data_parallel_rank(),
+        parallel_state.get_expert_data_parallel_world_size(),
+    )
+    found: dict[int, tuple[int, int]] = {}
+    for of_experts, (rank, size) in ((False, dense), (True, experts)):
+        chosen = [i for i, mapped in enumerate(parameters) if (mapped.rule.expert is not None) == of_experts]
+        storing = storing_ranks([parameters[i].parameter.numel() for i in chosen], size)
+        found |= {i: (storer, rank) for i, storer in zip(chosen, storing, strict=True)}
+    return [found[i] for i in range(len(parameters))]
 
 
 def storing_ranks(elements: Sequence[int], ranks: int) -> list[int]:
@@ -221,14 +241,14 @@ def _local(geometry: Geometry) -> Geometry:
 def _sharded(prefix: str, rule: Rule, shard: torch.Tensor, geometry: Geometry) -> dict[str, ShardedTensor]:
     """The Hugging Face blocks of one shard, placed in their global tensors."""
     axis = None if isinstance(rule.layout, Replicated) else int(isinstance(rule.layout, Row))
-    rank = parallel_state.get_tensor_model_parallel_rank()
+    geometry = rule.geometry(geometry)
     pieces = rule.layout.export([shard], _local(geometry))
     return {
         f"{prefix}.{name}": torch_dist.sharded_tensor(
             f"{prefix}.{name}",
             piece.contiguous(),
             axis=axis,
-            rank=rank,
+            rank=tensor_rank(rule),
             ranks=geometry.tensor,
             allow_shape_mismatch=isinstance(rule.layout, Vocabulary),
         )
@@ -253,4 +273,4 @@ class _Pieces:
 
 
 def _joined(prefix: str, rule: Rule, loaded: Mapping[str, Any], geometry: Geometry) -> torch.Tensor:
-    return rule.layout.load(_Pieces(prefix, loaded), rule.hf, _local(geometry), 0)
+    return rule.layout.load(_Pieces(prefix, loaded), rule.hf, _local(rule.geometry(geometry)), 0)

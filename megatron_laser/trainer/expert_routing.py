@@ -1,0 +1,128 @@
+"""What the routers of a model with experts get with each micro-batch, and what they counted, over all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from megatron_laser.batching.context import context_positions
+from megatron_laser.batching.flat import FlatBatch
+from megatron_laser.config import MixtureOfExperts
+from megatron_laser.model import platform
+from megatron_laser.model.experts import Routing, Tally
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The model's experts, and which of a micro-batch's tokens this rank's layers see.
+
+    layers: of the whole model. context and sequence: (ranks, this rank) of context and of sequence parallelism, which
+    cuts what a context rank has into equal pieces.
+    """
+
+    moe: MixtureOfExperts
+    layers: int
+    context: tuple[int, int] = (1, 0)
+    sequence: tuple[int, int] = (1, 0)
+
+    def tally(self) -> Tally:
+        """Zeros for the counts of a pass."""
+        return Tally(self.layers, self.moe.num_experts, platform.device())
+
+    def routing(
+        self,
+        flat: FlatBatch,
+        samples: Sequence[int],
+        cu_seqlens: npt.NDArray[np.integer],
+        *,
+        replay: bool,
+    ) -> Routing:
+        """Of the micro-batch of `samples`, whose packed sequences start at `cu_seqlens`, this rank's tokens."""
+        tokens = int(cu_seqlens[-1])
+        real = np.zeros(tokens, dtype=np.bool_)
+        source = np.full(tokens, -1, dtype=np.int64)  # rows of flat.routed_experts
+        for index, start in zip(samples, cu_seqlens):
+            real[start : start + flat.lengths[index]] = True
+            count = int(flat.routed_tokens[index])
+            source[start : start + count] = flat.routed_offsets[index] + np.arange(count)
+        size, rank = self.context
+        own = context_positions(cu_seqlens, size=size, rank=rank)
+        size, rank = self.sequence
+        own = own[len(own) // size * rank : len(own) // size * (rank + 1)]
+        routing = Routing(real=_put(real[own]))
+        known = source[own] >= 0
+        if replay and known.any():
+            routing.known = _put(known)
+            routing.chosen = _put(flat.routed_experts[np.maximum(source[own], 0)])
+        return routing
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The tallies of all ranks together, on the CPU; see `Tally`."""
+
+    assigned: torch.Tensor
+    probability: torch.Tensor
+    z: torch.Tensor
+    replayed: torch.Tensor
+    differing: torch.Tensor
+
+    @classmethod
+    def of(cls, tallies: Iterable[Tally], group: dist.ProcessGroup | None) -> Counts:
+        """The sum of the tallies and over all ranks: layers are on one pipeline stage, tokens on one rank of it."""
+        names = ("assigned", "probability", "z", "replayed", "differing")
+        tallies = list(tallies)
+        sums = [sum(getattr(tally, name).double().cpu() for tally in tallies) for name in names]
+        flat = torch.cat([value.flatten() for value in sums])  # type: ignore[union-attr]
+        if group is not None:
+            dist.all_reduce(flat, group=group)
+        parts = flat.split([value.numel() for value in sums])  # type: ignore[union-attr]
+        return cls(*(part.view_as(value) for part, value in zip(parts, sums)))  # type: ignore[arg-type]
+
+    def load(self) -> torch.Tensor:
+        """The share of assignments that each expert got, [layers, experts] float32; even where nothing was counted."""
+        total = self.assigned.sum(dim=1, keepdim=True)
+        even = torch.full_like(self.assigned, 1.0 / self.assigned.shape[1])
+        return torch.where(total > 0, self.assigned / total.clamp(min=1), even).float()
+
+
+def expert_metrics(counts: Counts, experts_per_token: int) -> dict[str, float]:
+    """What is reported of the routers in a step's updates.
+
+    Shares are of a layer's assignments, times the number of experts: 1 is even. `expert_load_max` and `_min`: of the
+    most and the least used expert of any layer; `expert_load_entropy`: mean over layers, divided by its largest value;
+    `experts_idle`: experts without a token; `router_aux_loss`, `router_z_loss`: means over layers, no coefficients;
+    `routing_replayed`: tokens whose experts were given; `routing_changed`: those of them, in any one layer, that the
+    router itself would have sent to others. No token is dropped.
+    """
+    share = counts.load().double() * counts.assigned.shape[1]
+    tokens = counts.assigned.sum(dim=1) / experts_per_token
+    counted = tokens > 0
+    if not counted.any():
+        return {}
+    load = (share / share.shape[1])[counted]
+    entropy = -(load * load.clamp(min=1e-300).log()).sum(dim=1) / math.log(max(load.shape[1], 2))
+    mean = counts.probability[counted] / tokens[counted, None]
+    metrics = {
+        "expert_load_max": float(share[counted].max()),
+        "expert_load_min": float(share[counted].min()),
+        "expert_load_entropy": float(entropy.mean()),
+        "experts_idle": float((counts.assigned[counted] == 0).double().mean()),
+        "router_aux_loss": float((load * mean).sum(dim=1).mul(load.shape[1]).mean()),
+        "router_z_loss": float((counts.z[counted] / tokens[counted]).mean()),
+    }
+    replayed = float(counts.replayed.sum())
+    if replayed:
+        metrics["routing_replayed"] = replayed / float(tokens.sum())
+        metrics["routing_changed"] = float(counts.differing.sum()) / replayed
+    return metrics
+
+
+def _put(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(platform.device())
