@@ -75,9 +75,9 @@ FOUR_RANK_CASES = {
 REFUSED = ("auto", "fused", "flash")
 
 
-def objective_of(name):
+def objective_of(case):
     """The settings of a case that change what is computed, beside the model."""
-    return [RECOMPUTE if BF16 in (CASES | BROKEN_CASES | FOUR_RANK_CASES)[name]["settings"] else ROLLOUT]
+    return [RECOMPUTE if BF16 in case["settings"] else ROLLOUT]
 
 
 def config_of(folder, name, family, settings, layers="transformer_engine"):

@@ -57,7 +57,7 @@ def begin(folder, name, case, *settings):
 
     from megatron_laser.distributed import runtime as runtimes
 
-    config = config_of(folder, name, case["family"], [*objective_of(name), *case["settings"], *settings])
+    config = config_of(folder, name, case["family"], [*objective_of(case), *case["settings"], *settings])
     if not parallel_state.is_initialized():
         begin.runtime = runtimes.start(config)
     else:

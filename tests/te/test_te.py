@@ -62,7 +62,8 @@ def local(folder, single_process):
     results = {}
 
     def train(name):
-        family, objective = (CASES | BROKEN_CASES)[name]["family"], objective_of(name)
+        case = (CASES | BROKEN_CASES)[name]
+        family, objective = case["family"], objective_of(case)
         key = (family, *objective)
         if key not in results:
             config = config_of(folder, "local", family, objective, layers="torch")

@@ -39,7 +39,7 @@ def test_the_ring_over_our_order_of_tokens_is_attention_over_whole_sequences(fol
 def test_a_step_with_tensor_parallelism_beside_it_is_that_of_one_process(name, folder, single_process):
     from megatron_laser.trainer.trainer import Trainer
 
-    config = config_of(folder, "local", "qwen3", objective_of(name), layers="torch")
+    config = config_of(folder, "local", "qwen3", objective_of(FOUR_RANK_CASES[name]), layers="torch")
     trainer = Trainer(config, single_process, score_token_id=SCORE_TOKEN)
     expected = metrics_of(trainer.train_step(rollout_batch(GROUPS, seed=1), 1))
     result = torch.load(folder / f"{name}.pt")
