@@ -25,11 +25,26 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutingShape:
+    """A model's routers: for each token, `layers` times `experts_per_token` of `num_experts`."""
+
+    layers: int
+    experts_per_token: int
+    num_experts: int
+
+    @property
+    def dtype(self) -> type[np.uint8] | type[np.int16]:
+        """The smallest type for an expert's number."""
+        return np.uint8 if self.num_experts <= 256 else np.int16
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How responses are sampled. `temperature` 0 means greedy.
 
     With `score_token_id` the engine also returns log pi(score token | prompt, response) at temperature 1 for
-    every response that ends in a stop token: one extra position behind it.
+    every response that ends in a stop token: one extra position behind it. With `routing` it also returns the experts
+    that the routers of such a model chose.
     """
 
     samples_per_prompt: int
@@ -39,6 +54,7 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     score_token_id: int | None = None
+    routing: RoutingShape | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laser.batching.packing import PackInput
-from megatron_laser.types import RolloutBatch
+from megatron_laser.types import RolloutBatch, Sample
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,13 @@ class FlatBatch:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> FlatBatch:
-        """The inverse of `to_arrays`. Raises ValueError for missing, unknown or unfit arrays."""
+        """The inverse of `to_arrays`. Raises ValueError for missing, unknown or unfit arrays.
+
+        Batches that were kept before models had experts lack the last two arrays, and have none.
+        """
+        if not arrays.keys() & _ROUTED.keys():
+            samples = len(arrays.get("prompt_lengths", ()))
+            arrays = {**arrays, "routed_tokens": np.zeros(samples, np.int32), "routed_experts": _UNROUTED}
         if arrays.keys() != cls.ARRAYS.keys():
             raise ValueError(f"arrays are {sorted(arrays)}: expected {sorted(cls.ARRAYS)}.")
         for name, dtype in cls.ARRAYS.items():
@@ -146,6 +152,10 @@ class FlatBatch:
         step, weight_version = (int(value) for value in fields.pop("header"))
         fields["scored"] = fields["scored"].astype(np.bool_)
         return cls(step=step, weight_version=weight_version, **fields)
+
+
+_UNROUTED = np.zeros((0, 0), dtype=np.uint8)
+_ROUTED = {name: FlatBatch.ARRAYS[name] for name in ("routed_tokens", "routed_experts")}
 
 
 def flatten(batch: RolloutBatch) -> FlatBatch:
@@ -165,9 +175,7 @@ def flatten(batch: RolloutBatch) -> FlatBatch:
     tokens = chain.from_iterable(chain(s.prompt_ids, s.generation.response_ids) for s in samples)
     rollout_logprobs = chain.from_iterable(s.generation.logprobs for s in samples)
     zc_logprobs = [math.nan if s.zc_logprob is None else s.zc_logprob for s in samples]
-    none = np.zeros((0, 0), dtype=np.uint8)
-    routed = [none if s.generation.routed_experts is None else s.generation.routed_experts for s in samples]
-    filled = [rows.reshape(len(rows), -1) for rows in routed if len(rows)]
+    routed = _routed(batch.step, samples)
     return FlatBatch(
         step=batch.step,
         weight_version=batch.weight_version,
@@ -180,8 +188,28 @@ def flatten(batch: RolloutBatch) -> FlatBatch:
         rollout_logprobs=np.fromiter(rollout_logprobs, dtype=np.float32),
         zc_logprobs=np.array(zc_logprobs, dtype=np.float32),
         routed_tokens=np.array([len(rows) for rows in routed], dtype=np.int32),
-        routed_experts=np.concatenate(filled) if filled else np.zeros((0, 0), dtype=np.uint8),
+        routed_experts=np.concatenate([rows for rows in routed if len(rows)] or [_UNROUTED]),
     )
+
+
+def _routed(step: int, samples: Sequence[Sample]) -> list[npt.NDArray[np.uint8 | np.int16]]:
+    """[tokens, layers * experts_per_token] of each sample."""
+    found: list[npt.NDArray[np.uint8 | np.int16]] = []
+    first: npt.NDArray[np.uint8 | np.int16] | None = None
+    for index, sample in enumerate(samples):
+        routed = sample.generation.routed_experts
+        if routed is None or not len(routed):
+            found.append(_UNROUTED)
+            continue
+        first = routed if first is None else first
+        if len(routed) > sample.length or routed.shape[1:] != first.shape[1:] or routed.dtype != first.dtype:
+            raise ValueError(
+                f"sample {index} of step {step} has the experts of {len(routed)} tokens, and {sample.length} tokens; "
+                f"they are {routed.dtype} of {routed.shape[1]} layers x {routed.shape[2]}, in samples before "
+                f"{first.dtype} of {first.shape[1]} layers x {first.shape[2]}"
+            )
+        found.append(routed.reshape(len(routed), -1))
+    return found
 
 
 def _as_int32(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:

@@ -26,6 +26,7 @@ OWN_OPTIONS = {
     "gpu_id_step": "the server's place on its node",
     "enable_memory_saver": "rollout.weight_sync",
     "enable_deterministic_inference": "rollout.sglang.deterministic",
+    "enable_return_routed_experts": "moe.routing_replay",
     "enable_nccl_nvls": "the variable NCCL_NVLS_ENABLE, which must be the same for trainer and servers",
     "config": "these options, which go into a file of their own",
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from megatron_laser.algorithms.numerics import is_finite, log_probs
 from megatron_laser.config import ModelFolderError, check_model_folder
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
+from megatron_laser.rollout.folder_names import folder_tensors
+from megatron_laser.rollout.routed_experts import Routed
 from megatron_laser.types import Generation, SamplingParams
 
 # Rows that are done leave the batch once they make up this share of it.
@@ -37,7 +40,7 @@ class InProcessEngine:
     ) -> None:
         """Load the folder's weights; raises as `load_model` does."""
         self._model = load_model(model_path, dtype, device)
-        self._parameters = dict(self._model.named_parameters())
+        self._parameters = folder_tensors(self._model)
         self._device = device
         self._max_batch_size = max_batch_size
         self._vocab_size: int = self._model.config.vocab_size
@@ -69,12 +72,17 @@ class InProcessEngine:
         samples = sampling.samples_per_prompt
         results: list[list[Generation]] = []
         per_batch = max(1, self._max_batch_size // samples)
-        for start in range(0, len(prompts), per_batch):
-            batch = _Batch(self, prompts[start : start + per_batch], sampling, generator, ends, stop)
-            for index, generation in batch.run():
-                if on_finished is not None:
-                    on_finished(start + index // samples, index % samples, generation)
-            results += [batch.done[i : i + samples] for i in range(0, len(batch.done), samples)]
+        with ExitStack() as stack:
+            recorder = None
+            if sampling.routing is not None:
+                recorder = stack.enter_context(closing(RoutingRecorder(self._model)))
+            for start in range(0, len(prompts), per_batch):
+                part = prompts[start : start + per_batch]
+                batch = _Batch(self, part, sampling, generator, ends, stop, recorder)
+                for index, generation in batch.run():
+                    if on_finished is not None:
+                        on_finished(start + index // samples, index % samples, generation)
+                results += [batch.done[i : i + samples] for i in range(0, len(batch.done), samples)]
         return results
 
     @torch.inference_mode()
@@ -185,6 +193,7 @@ class _Batch:
         generator: torch.Generator,
         ends: float,
         stop: StopEarly | None,
+        recorder: RoutingRecorder | None,
     ) -> None:
         self._engine = engine
         self._sampling = sampling
@@ -196,12 +205,18 @@ class _Batch:
         self.done: list[Generation] = [None] * count  # type: ignore[list-item]
         self._tokens: list[torch.Tensor] = []  # per step [count], -1 where a row did not run
         self._logprobs: list[torch.Tensor] = []
+        self._recorder = recorder
+        self._prompt_routes: list[torch.Tensor] = []  # per prompt [tokens, layers, k]
+        self._routes: list[torch.Tensor] = []  # per fed token [count, layers, k]
 
     def run(self) -> Iterable[tuple[int, Generation]]:
         """Sample until every row has ended; yield (row, generation) as rows end."""
         sampling, engine = self._sampling, self._engine
         cache = DynamicCache(config=engine._model.config)
         logits, mask = engine.prefill(self._prompts, cache)
+        if self._recorder is not None:
+            routes = self._recorder.take(*mask.shape)
+            self._prompt_routes = [row[real] for row, real in zip(routes, mask.bool().cpu())]
         if sampling.samples_per_prompt > 1:
             cache.batch_repeat_interleave(sampling.samples_per_prompt)
             logits = logits.repeat_interleave(sampling.samples_per_prompt, dim=0)
@@ -237,6 +252,10 @@ class _Batch:
                 positions, newly = positions[keep], newly[keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             logits = engine.decode(tokens, mask, positions, cache)
+            if self._recorder is not None:
+                routes = self._recorder.take(len(rows), 1)[:, 0]
+                self._routes.append(routes.new_zeros(len(self.done), *routes.shape[1:]))
+                self._routes[-1][rows.cpu()] = routes
             positions = positions + 1
             if bool(newly.any()):
                 scores = log_probs(logits[newly])[:, sampling.score_token_id]
@@ -287,9 +306,42 @@ class _Batch:
                 finish_reason=reason,  # type: ignore[arg-type]
                 weight_version=self._engine.version,
                 zc_logprob=score,
+                routed_experts=self._routed(row),
             )
             self.done[row] = generation
             yield row, generation
+
+    def _routed(self, row: int) -> Routed | None:
+        """Where all tokens went that were fed for a row that ends now."""
+        routing = self._sampling.routing
+        if routing is None:
+            return None
+        prompt = self._prompt_routes[row // self._sampling.samples_per_prompt]
+        fed = [prompt, *(step[row : row + 1] for step in self._routes)]
+        return torch.cat(fed).numpy().astype(routing.dtype)
+
+
+class RoutingRecorder:
+    """Notes which experts a model's routers choose, until it is closed."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._chosen: list[torch.Tensor] = []
+        # A router's third result: transformers' Qwen3-MoE and Mixtral.
+        self._hooks = [
+            layer.mlp.gate.register_forward_hook(lambda _, __, result: self._chosen.append(result[2]))
+            for layer in model.model.layers
+        ]
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def take(self, rows: int, width: int) -> torch.Tensor:
+        """The experts of the last forward over [rows, width] tokens: [rows, width, layers, k] on the CPU."""
+        chosen = torch.stack([layer.cpu() for layer in self._chosen], dim=1)
+        self._chosen.clear()
+        return chosen.view(rows, width, *chosen.shape[1:])
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_laser.rewards import Grade
+from megatron_laser.rollout.routed_experts import routing_from, routing_state
 from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample, WeightSpan
 
 
@@ -100,6 +101,7 @@ def generation_state(generation: Generation) -> dict[str, Any]:
         "weight_version": generation.weight_version,
         "zc_logprob": generation.zc_logprob,
         "spans": [[span.version, span.tokens] for span in generation.spans],
+        "routed_experts": routing_state(generation.routed_experts),
     }
 
 
@@ -107,7 +109,8 @@ def generation_from(state: Mapping[str, Any]) -> Generation:
     """The inverse of `generation_state`."""
     values = dict(state)
     spans = tuple(WeightSpan(version, tokens) for version, tokens in values.pop("spans"))
-    return Generation(**values, spans=spans)
+    routed = routing_from(values.pop("routed_experts", None))  # older checkpoints have none
+    return Generation(**values, spans=spans, routed_experts=routed)
 
 
 def batch_state(batch: RolloutBatch, positions: Mapping[int, int]) -> dict[str, Any]:

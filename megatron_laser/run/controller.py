@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.config import RunConfig, rollout_tries
+from megatron_laser.config import RunConfig, read_architecture, rollout_tries
 from megatron_laser.data import PromptCursor
 from megatron_laser.data.tokenizer import decode_response
 from megatron_laser.evaluation.validation import RunEvaluation
@@ -26,7 +26,7 @@ from megatron_laser.run.engines import WorkResult, await_servers, call_engine, o
 from megatron_laser.run.inputs import RunInputs
 from megatron_laser.run.recorder import RunRecorder
 from megatron_laser.trainer.trainer import StepResult
-from megatron_laser.types import RolloutBatch, SamplingParams
+from megatron_laser.types import RolloutBatch, RoutingShape, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class Controller:
                 temperature=rollout.temperature,
                 top_p=rollout.top_p,
                 score_token_id=inputs.score_token_id if engine_scores else None,
+                routing=_routing_shape(config) if config.moe.routing_replay else None,
             ),
             prompts_per_step=rollout.prompts_per_step,
             tries=rollout_tries(config) if rollout.drop_uniform_groups else None,
@@ -272,6 +273,15 @@ _HEADLINES = {
     "self-reward F1": "test/self_reward_f1",
     "AUROC": "test/self_reward_auroc",
 }
+
+
+def _routing_shape(config: RunConfig) -> RoutingShape | None:
+    """What routing replay asks of the engine; None for a dense model."""
+    architecture = read_architecture(config.model.path)
+    moe = architecture.moe
+    return (
+        None if moe is None else RoutingShape(architecture.num_layers, moe.experts_per_token, moe.num_experts)
+    )
 
 
 def evaluation_due(config: RunConfig, step: int) -> bool:

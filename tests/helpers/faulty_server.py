@@ -3,6 +3,7 @@
 Every response is the tokens 7, 8, ..., and the stop token; a score is -7.5. `faults` are used up by the next requests.
 """
 
+import base64
 import json
 import socket
 import struct
@@ -11,6 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+import numpy as np
 
 from helpers.fake_server import ServerState
 from helpers.plain_http import HttpServer, respond
@@ -47,6 +50,8 @@ class FaultyServer(ServerState):
         calls: paths, in their order, but for probes.
         silent: answer nothing at all, as a stopped process.
         weights: what its weights' checksum is; None: it gives none.
+        experts: (layers, experts per token, experts) of its model, of which it tells who asks; None: it was not
+            started for that. The token at position p goes to experts p, p + 1, ... in the first layer, and so on.
     """
 
     def __init__(self) -> None:
@@ -61,6 +66,7 @@ class FaultyServer(ServerState):
         self.calls: list[str] = []
         self.silent = False
         self.weights: str | None = None
+        self.experts: tuple[int, int, int] | None = None
         self.let_go = threading.Event()
         self._changed = threading.Condition()
         self._http: HttpServer | None = None
@@ -174,7 +180,17 @@ class FaultyServer(ServerState):
         }
         if "token_ids_logprob" in body:
             meta["output_token_ids_logprobs"] = [[[-7.5, SCORE, None]]]
+        if self.experts is not None and body.get("return_routed_experts") and not aborted:
+            start, fed = body["routed_experts_start_len"], len(body["input_ids"]) + len(ids) - 1
+            meta["routed_experts"] = base64.b64encode(routes(self.experts, start, fed).tobytes()).decode()
         return {"output_ids": ids, "meta_info": meta}
+
+
+def routes(experts: tuple[int, int, int], start: int, stop: int) -> np.ndarray:
+    """[stop - start, layers, experts per token] int32: where the tokens at these positions go."""
+    layers, chosen, number = experts
+    places = [np.arange(count) for count in (layers, chosen)]
+    return (np.arange(start, stop)[:, None, None] + places[0][:, None] + places[1]).astype(np.int32) % number
 
 
 class DiskLikeTransport:

@@ -17,27 +17,19 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from megatron_laser.rollout.client.errors import (
-    ServerBusy,
     ServerError,
     ServerFault,
-    ServerGone,
     ServerRefused,
-    ServerTimeout,
-    StaleServer,
 )
 from megatron_laser.rollout.client.event_loop import all_or_first_error, cancelling
 from megatron_laser.rollout.client.fleet import Fleet, Member
-from megatron_laser.rollout.client.health import Answered
-from megatron_laser.rollout.client.http import ServerClient
 from megatron_laser.rollout.client.responses import RequestStats, Weights, joined
 from megatron_laser.rollout.client.router import Router
+from megatron_laser.rollout.client.sender import RequestSender
 from megatron_laser.rollout.engine import StopEarly
+from megatron_laser.rollout.routed_experts import Routed, known_tokens, parse_routing, routing_request
 from megatron_laser.rollout.sglang_api import (
-    ABORT_REQUEST,
     Reply,
-    ScoreReply,
-    abort_body,
-    abort_message,
     generate_body,
     parse_generate,
     parse_score,
@@ -47,13 +39,11 @@ from megatron_laser.types import Generation, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-R = TypeVar("R", Reply, ScoreReply)
 T = TypeVar("T")
 
 # Seconds of one request: a queue in front of it, and every token of it, on a loaded server.
 _REQUEST_SECONDS = 120.0
 _TOKEN_SECONDS = 0.25
-_ABORT_SECONDS = 10.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds at most between two attempts; doubles from one to the other
 
 
@@ -79,6 +69,7 @@ class Driver:
         self._vocab_size = vocab_size
         self._slots = asyncio.Semaphore(max_concurrency)
         self._trouble = ""  # what a request was last repeated for
+        self._said_unrouted = False
         self.stats = RequestStats()
         self._sender = RequestSender(fleet, self.stats, router)
 
@@ -170,15 +161,28 @@ class Driver:
             job.rid = uuid.uuid4().hex
             place = (job.prompt, job.sample)
             body = generate_body(input_ids, sampling, max_new_tokens=left, rid=job.rid, place=place)
+            known = known_tokens(partial)
+            body |= routing_request(sampling.routing, known)
+            routed: Routed | None = None
+
+            def parse(answer: Any) -> Reply:
+                nonlocal routed
+                reply = parse_generate(
+                    answer, self._vocab_size, max_new_tokens=left, prompt_tokens=len(input_ids)
+                )
+                if sampling.routing is not None:
+                    # The last token was not fed.
+                    tokens = max(0, len(input_ids) + len(reply.ids) - 1 - known)
+                    routed = parse_routing(answer, sampling.routing, tokens=tokens)
+                return reply
+
             seconds = min(ends - time.monotonic(), _REQUEST_SECONDS + _TOKEN_SECONDS * left)
             started = time.monotonic()
             try:
                 reply = await self._sender.ask(
                     member,
                     body,
-                    lambda answer: parse_generate(
-                        answer, self._vocab_size, max_new_tokens=left, prompt_tokens=len(input_ids)
-                    ),
+                    parse,
                     weights=weights,
                     seconds=seconds,
                     phase="generation",
@@ -191,7 +195,9 @@ class Driver:
                 raise ServerFault(member.url, "generation", "aborted, but not by this run")
             self.stats.prompt_tokens += reply.prompt_tokens
             self.stats.cached_tokens += reply.cached_tokens
-            return joined(partial, reply, weights.version, sampling)
+            if sampling.routing is not None and routed is None and reply.finish_reason != "abort":
+                self._note_unrouted(member)
+            return joined(partial, reply, weights.version, sampling, routed)
 
         generation = await self._retried(attempt, lambda: job.member)
         token = sampling.score_token_id
@@ -199,6 +205,17 @@ class Driver:
             sequence = [*job.prompt_ids, *generation.response_ids]
             generation.zc_logprob = await self._score_one(sequence, token, weights, job.member, ends)
         return generation
+
+    def _note_unrouted(self, member: Member) -> None:
+        """A response came without its experts: said once, counted always."""
+        self.stats.unrouted += 1
+        if not self._said_unrouted:
+            self._said_unrouted = True
+            logger.warning(
+                "%s gives no routed experts, which moe.routing_replay asks for: the trainer routes these responses' "
+                "tokens by itself; start servers with --enable-return-routed-experts, as `serve` does",
+                member.url,
+            )
 
     async def _score_one(
         self,
@@ -291,104 +308,3 @@ async def retried(attempt: Callable[[], Awaitable[T]], note: Callable[[ServerErr
             note(error)
         await asyncio.sleep(random.uniform(0.0, longest))
         longest = min(2 * longest, _LONGEST_PAUSE)
-
-
-class RequestSender:
-    """Sends requests to members of `fleet`, or through `router`; tells the fleet how they fared."""
-
-    def __init__(self, fleet: Fleet, stats: RequestStats, router: Router | None) -> None:
-        self._fleet = fleet
-        self._stats = stats
-        self._router = router
-        if router is not None:
-            fleet.on_hang = router.cancel_requests
-
-    async def ask(
-        self,
-        member: Member,
-        body: dict[str, Any],
-        parse: Callable[[Any], R],
-        *,
-        weights: Weights,
-        seconds: float,
-        phase: str,
-        direct: bool,
-        patient: bool = False,
-    ) -> R:
-        """POST `GENERATE`; ends when the server dies.
-
-        Args:
-            parse: raises ValueError, LookupError or TypeError for what is no answer.
-            direct: to `member` itself, and not through the router, which might choose what failed before.
-            patient: an answer that is late says nothing of the server, whose probes do.
-
-        Raises:
-            ServerError: as the request failed, or its answer is none, or is of other weights.
-        """
-        self._stats.requests += 1
-        routed = None if direct or self._router is None or not self._router.takes_work() else self._router
-        if routed is None:
-            answer = await self._send(member, body, seconds, phase, patient)
-        else:
-            # Given up, it ends by itself: the router leaves a server when its own client leaves.
-            answer = await routed.request(body, deadline=seconds, phase=phase, patient=patient)
-        url = member.url if routed is None else routed.url
-        try:
-            refused = abort_message(answer)
-            if refused is not None:
-                raise ServerRefused(url, phase, refused)
-            reply = parse(answer)
-        except (LookupError, TypeError, ValueError) as error:
-            fault = ServerFault(url, phase, f"its answer has {error}")
-            if routed is None:
-                self._fleet.failed(member, fault)
-            raise fault from error
-        wrong = [version for version in reply.versions if weights.label not in (None, version)]
-        if wrong:
-            self._stats.stale_replies += 1
-            if routed is None:
-                self._fleet.handle(member, Answered(wrong[0]))
-                await self._fleet.ask_again(member)  # one odd answer is no reason for a weight sync
-            raise StaleServer(
-                url, phase, f"answered with weights {wrong[0]!r} instead of {weights.label!r}; dropped"
-            )
-        return reply
-
-    async def abort(self, member: Member, rid: str) -> None:
-        """End a request that `member` may have, or, behind a router, any server."""
-        holders = [member] if self._router is None else [member, *self._fleet.available()]
-        await asyncio.gather(*(self._abort(client, rid) for client in {each.client for each in holders}))
-
-    async def _send(
-        self, member: Member, body: dict[str, Any], seconds: float, phase: str, patient: bool
-    ) -> Any:
-        task = asyncio.ensure_future(member.client.request(body, deadline=seconds, phase=phase))
-        member.running.add(task)
-        try:
-            answer = await task
-        except asyncio.CancelledError:
-            if task.cancelled() and not cancelling():
-                raise ServerGone(
-                    member.url, phase, member.health.reason or "it is no longer in use"
-                ) from None
-            task.cancel()
-            await self._abort(member.client, body["rid"])
-            raise
-        except ServerError as error:
-            late = patient and isinstance(error, ServerTimeout)
-            if not late and not isinstance(error, ServerRefused | ServerBusy):
-                self._fleet.failed(member, error)
-            if not error.gone:
-                await self._abort(member.client, body["rid"])
-            raise
-        finally:
-            member.running.discard(task)
-        self._fleet.succeeded(member)
-        return answer
-
-    async def _abort(self, client: ServerClient, rid: str) -> None:
-        """Best effort: a request that is not aborted ends by itself, and its answer is dropped."""
-        try:
-            await client.post(ABORT_REQUEST, abort_body(rid), deadline=_ABORT_SECONDS, phase="abort")
-        except ServerError as error:
-            logger.debug("%s", error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from megatron_laser.rollout.engine import StoppedEarly
+from megatron_laser.rollout.routed_experts import Routed, joined_routing
 from megatron_laser.rollout.sglang_api import Reply
 from megatron_laser.types import FinishReason, Generation, SamplingParams, WeightSpan
 
@@ -17,8 +18,17 @@ class Weights:
     version: int
 
 
-def joined(partial: Generation | None, reply: Reply, version: int, sampling: SamplingParams) -> Generation:
-    """What a response has after `reply`, which weights of `version` gave; `partial`: what it had before."""
+def joined(
+    partial: Generation | None,
+    reply: Reply,
+    version: int,
+    sampling: SamplingParams,
+    routed: Routed | None = None,
+) -> Generation:
+    """What a response has after `reply`, which weights of `version` gave; `partial`: what it had before.
+
+    routed: where the tokens went whose experts were not known before.
+    """
     before = Generation([], [], "abort", version) if partial is None else partial
     ids = [*before.response_ids, *reply.ids]
     spans = (*before.spans, WeightSpan(version, len(reply.ids)))
@@ -30,6 +40,7 @@ def joined(partial: Generation | None, reply: Reply, version: int, sampling: Sam
         _how_it_ended(reply.finish_reason, ids, sampling),
         min(span.version for span in spans),
         spans=spans,
+        routed_experts=joined_routing(partial, routed),
     )
 
 
@@ -52,7 +63,10 @@ def require_finished(generation: Generation | None) -> Generation:
 
 @dataclass
 class RequestStats:
-    """Counts since they were last taken; seconds are summed over requests."""
+    """Counts since they were last taken; seconds are summed over requests.
+
+    unrouted: responses that were asked for with their experts and came without.
+    """
 
     requests: int = 0
     retries: int = 0
@@ -64,6 +78,7 @@ class RequestStats:
     score_tokens: int = 0
     score_cached_tokens: int = 0
     score_seconds: float = 0.0
+    unrouted: int = 0
 
     def metrics(self) -> dict[str, float]:
         """As metrics.jsonl names them."""
@@ -73,6 +88,8 @@ class RequestStats:
             "rollout/stale_replies": float(self.stale_replies),
             "rollout/prefix_cached_fraction": self.cached_tokens / max(1, self.prompt_tokens),
         }
+        if self.unrouted:
+            found["rollout/unrouted_responses"] = float(self.unrouted)
         if self.scores:
             found["rollout/score_cached_fraction"] = self.score_cached_tokens / max(1, self.score_tokens)
             found["rollout/score_uncached_tokens"] = (

@@ -140,6 +140,8 @@ def server_command(
         settings |= BFLOAT16_CUDA_OPTIONS
     if sglang.deterministic:
         settings |= {"enable-deterministic-inference": True}
+    if config.moe.routing_replay:
+        settings |= {"enable-return-routed-experts": True}
     for name, value in sglang.options.items():
         settings[name.lstrip("-").replace("_", "-")] = value
     settings = {name: value for name, value in settings.items() if value is not None}

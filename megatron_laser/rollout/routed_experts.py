@@ -1,0 +1,82 @@
+"""Which experts an engine sent tokens to: asked of SGLang, read from its answers, joined, and kept in a checkpoint.
+
+SGLang 0.5.23 reports it with `return_routed_experts` where it was started with --enable-return-routed-experts: int32
+in base64, [tokens, layers, experts_per_token], from `routed_experts_start_len` to the last token but one, which is the
+last that was fed. Tokens whose keys and values came from the prefix cache are among them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laser.rollout.sglang_api import WireError
+from megatron_laser.types import Generation, RoutingShape
+
+Routed = npt.NDArray[np.uint8 | np.int16]
+
+
+def known_tokens(generation: Generation | None) -> int:
+    """Of how many first tokens the experts are known already."""
+    routed = None if generation is None else generation.routed_experts
+    return 0 if routed is None else len(routed)
+
+
+def routing_request(shape: RoutingShape | None, known: int) -> dict[str, Any]:
+    """What a generation's body says besides, to be told the experts of all tokens behind the first `known`."""
+    if shape is None:
+        return {}
+    return {"return_routed_experts": True, "routed_experts_start_len": known}
+
+
+def parse_routing(answer: Any, shape: RoutingShape, *, tokens: int) -> Routed | None:
+    """The experts in the answer to a request that asked for those of `tokens` tokens; None where it has none.
+
+    An answer to an aborted request may have fewer. Raises WireError when they are of another model.
+    """
+    text = answer["meta_info"].get("routed_experts")
+    if text is None:
+        return None
+    try:
+        flat = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.int32)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise WireError(f"routed_experts that are no int32 in base64: {error}") from error
+    row = shape.layers * shape.experts_per_token
+    if len(flat) % row or len(flat) // row > tokens:
+        raise WireError(
+            f"{len(flat)} routed_experts: expected {tokens} tokens x {shape.layers} layers x "
+            f"{shape.experts_per_token} experts"
+        )
+    if len(flat) and not 0 <= flat.min() <= flat.max() < shape.num_experts:
+        raise WireError(
+            f"routed_experts from {flat.min()} to {flat.max()}: the model has experts 0 to {shape.num_experts - 1}"
+        )
+    return flat.reshape(-1, shape.layers, shape.experts_per_token).astype(shape.dtype)
+
+
+def joined_routing(partial: Generation | None, later: Routed | None) -> Routed | None:
+    """What is known of a response after an answer that began where `partial` ends."""
+    earlier = None if partial is None else partial.routed_experts
+    if earlier is None or later is None:
+        return earlier if later is None else later
+    return np.concatenate([earlier, later])
+
+
+def routing_state(routed: Routed | None) -> dict[str, Any] | None:
+    """JSON values from which `routing_from` makes the array again, bit by bit."""
+    if routed is None:
+        return None
+    data = base64.b64encode(np.ascontiguousarray(routed).tobytes()).decode()
+    return {"shape": list(routed.shape), "dtype": routed.dtype.name, "data": data}
+
+
+def routing_from(state: dict[str, Any] | None) -> Routed | None:
+    """The inverse of `routing_state`."""
+    if state is None:
+        return None
+    flat = np.frombuffer(base64.b64decode(state["data"]), dtype=state["dtype"])
+    return flat.reshape(state["shape"])
