@@ -49,6 +49,10 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
             "parallel.virtual_pipeline=2",
             "batching.tokens_per_micro_batch=160",
         ],
+        "context 2": ["parallel.context=2"],
+        "context 2, 80 tokens": ["parallel.context=2", "batching.tokens_per_micro_batch=80"],
+        "context 2, distributed optimizer": ["parallel.context=2", "optimizer.distributed=true"],
+        "context 2, recompute": ["parallel.context=2", "model.recompute=full"],
     },
     4: {
         "tensor 2 x pipeline 2": ["parallel.tensor=2", "parallel.pipeline=2"],
@@ -59,6 +63,20 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
             "optimizer.distributed=true",
         ],
         "pipeline 2 x data 2, 80 tokens": ["parallel.pipeline=2", "batching.tokens_per_micro_batch=80"],
+        "context 4": ["parallel.context=4"],
+        "context 4, 80 tokens": ["parallel.context=4", "batching.tokens_per_micro_batch=80"],
+        "context 2 x tensor 2": ["parallel.context=2", "parallel.tensor=2"],
+        "context 2 x tensor 2, sequence": [
+            "parallel.context=2",
+            "parallel.tensor=2",
+            "parallel.sequence=true",
+        ],
+        "context 2 x pipeline 2": [
+            "parallel.context=2",
+            "parallel.pipeline=2",
+            "batching.tokens_per_micro_batch=80",
+        ],
+        "context 2 x data 2": ["parallel.context=2"],
     },
 }
 CONFIG = """

@@ -27,6 +27,7 @@ class Runtime:
     store: the rendezvous store, for signals that must not depend on a collective.
     cpu_group: all ranks over gloo; replica_group: the ranks that work on the same samples (one data-parallel
     replica), over gloo; leaders_group: each replica's first rank, over gloo (None on other ranks).
+    data_rank, data_size: which replica of how many; context_rank: which share of each sequence within it.
     """
 
     rank: int
@@ -38,6 +39,7 @@ class Runtime:
     leaders_group: dist.ProcessGroup | None
     data_rank: int
     data_size: int
+    context_rank: int
 
     @property
     def is_main(self) -> bool:
@@ -51,7 +53,10 @@ class Runtime:
 
     @property
     def reports_rows(self) -> bool:
-        """Whether this rank speaks for its rows in sums over all ranks: last stage, first tensor rank."""
+        """Whether this rank speaks for its rows in sums over all ranks: last stage, first tensor rank.
+
+        Context ranks have rows of their own: each speaks for them.
+        """
         return (
             parallel_state.is_pipeline_last_stage(ignore_virtual=True)
             and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -128,6 +133,7 @@ def build_groups(config: RunConfig, store: dist.Store) -> Runtime:
         leaders_group=leaders_group if rank in leaders else None,
         data_rank=data_rank,
         data_size=data_size,
+        context_rank=parallel_state.get_context_parallel_rank(),
     )
 
 

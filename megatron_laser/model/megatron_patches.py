@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from megatron_laser.batching.context import context_positions, rotary_positions
+
 
 @functools.cache
 def patch_megatron() -> None:
@@ -30,9 +32,9 @@ def patch_megatron() -> None:
         group = kwargs.pop("cp_group", None)
         special = kwargs.get("multi_latent_attention") or kwargs.get("mla_rotary_interleaved")
         plain = not special and kwargs.get("mscale", 1.0) == 1.0
-        if group is None or group.size() > 1 or not plain or freqs.shape[-1] != t.shape[-1]:
+        if group is None or not plain or freqs.shape[-1] != t.shape[-1]:
             return original(t, cu_seqlens, freqs, cp_group=group, **kwargs)
-        cos, sin = table.of(t, cu_seqlens, freqs)
+        cos, sin = table.of(t, cu_seqlens, freqs, group.size(), group.rank())
         return t * cos + rope._rotate_half(t, kwargs.get("rotary_interleaved", False)) * sin
 
     apply_thd.original = original  # type: ignore[attr-defined]
@@ -47,19 +49,34 @@ class _RotaryTable:
         self._values: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def of(
-        self, t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor
+        self, t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, size: int, rank: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The table for the packed tokens `t`; built anew when the packing, the frequencies or the dtype change."""
+        """The table for the packed tokens `t` of context rank `rank` of `size`.
+
+        It is built anew when the packing, the frequencies or the dtype change.
+        """
         key = self._key
         if key is None or key[0] is not cu_seqlens or key[1] is not freqs or key[2] != t.dtype:
-            angles = freqs.squeeze(1)
-            # As many frequencies as packed tokens are one for each token, upstream; else every sequence starts at 0.
-            if freqs.shape[0] != t.shape[0]:
-                lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-                # With output_size nothing has to be read back from a GPU.
-                starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=t.shape[0])
-                angles = angles[torch.arange(t.shape[0], device=t.device) - starts]
+            angles = freqs.squeeze(1)[_positions(t.shape[0], cu_seqlens, freqs.shape[0], size, rank)]
             self._key = (cu_seqlens, freqs, t.dtype)
             self._values = (angles.cos().to(t.dtype), angles.sin().to(t.dtype))
         assert self._values is not None
         return self._values
+
+
+def _positions(
+    own_tokens: int, cu_seqlens: torch.Tensor, frequencies: int, size: int, rank: int
+) -> torch.Tensor | slice:
+    """Which frequency each of a context rank's tokens has: its place in its sequence."""
+    # As many frequencies as packed tokens are one for each token, upstream; else every sequence starts at 0.
+    for_each_token = frequencies == size * own_tokens
+    if size > 1:
+        bounds = cu_seqlens.cpu().numpy()
+        places = (context_positions if for_each_token else rotary_positions)(bounds, size=size, rank=rank)
+        return torch.from_numpy(places).to(cu_seqlens.device)
+    if for_each_token:
+        return slice(None)
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+    # With output_size nothing has to be read back from a GPU.
+    starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=own_tokens)
+    return torch.arange(own_tokens, device=cu_seqlens.device) - starts

@@ -12,28 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-# A batch takes sequences down to this share of its longest one: at most half of it is padding.
-_MIN_FILL = 0.5
-
-
-@dataclass(frozen=True)
-class PaddedBatch:
-    """One right-padded batch of sequences out of a packed micro-batch.
-
-    gather [batch * width] int64: the packed row that fills each padded slot (row 0 for padding).
-    slots [real tokens] int64: the real slots, in order; rows [real tokens] int64: their packed rows.
-    """
-
-    batch: int
-    width: int
-    gather: torch.Tensor
-    slots: torch.Tensor
-    rows: torch.Tensor
+from megatron_laser.model.context_attention import context_attention, repeat_heads
+from megatron_laser.model.sequence_batches import Pad, PaddedBatch, padded_batch, similar_lengths
 
 
 @dataclass(frozen=True)
@@ -49,46 +35,13 @@ def padded_layout(cu_seqlens: torch.Tensor) -> PaddedLayout:
     device = cu_seqlens.device
     bounds = cu_seqlens.cpu().long()
     lengths = bounds[1:] - bounds[:-1]
-    order = torch.argsort(lengths, descending=True, stable=True)
-    order = order[lengths[order] > 0]
-    batches, start = [], 0
-    while start < len(order):
-        width = int(lengths[order[start]])
-        fits = lengths[order[start:]] >= _MIN_FILL * width
-        members = order[start : start + int(fits.sum())]
-        offsets = torch.arange(width)
-        real = offsets[None, :] < lengths[members][:, None]
-        rows = torch.where(real, bounds[:-1][members][:, None] + offsets, 0).flatten()
-        slots = real.flatten().nonzero().squeeze(1)
-        batches.append(
-            PaddedBatch(
-                batch=len(members),
-                width=width,
-                gather=rows.to(device),
-                slots=slots.to(device),
-                rows=rows[slots].to(device),
-            )
-        )
-        start += len(members)
+    batches = tuple(
+        padded_batch(bounds[:-1][members], lengths[members], device) for members in similar_lengths(lengths)
+    )
     packed = torch.cat([batch.rows for batch in batches])
     inverse = torch.empty_like(packed)
     inverse[packed] = torch.arange(len(packed), device=device)
-    return PaddedLayout(tuple(batches), inverse)
-
-
-class _Pad(torch.autograd.Function):
-    """Packed rows to padded slots. The real slots are a permutation, so the backward is a gather as well."""
-
-    @staticmethod
-    def forward(ctx: Any, packed: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
-        ctx.batch, ctx.shape = batch, packed.shape
-        return packed.index_select(0, batch.gather)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        out = grad.new_zeros(ctx.shape)
-        out[ctx.batch.rows] = grad.index_select(0, ctx.batch.slots)
-        return out, None
+    return PaddedLayout(batches, inverse)
 
 
 class PackedSdpaAttention(MegatronModule):
@@ -106,11 +59,10 @@ class PackedSdpaAttention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config)
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                "parallel.context > 1 needs Transformer Engine; torch SDPA has no ring attention"
-            )
         self.softmax_scale = softmax_scale
+        self.context_group: dist.ProcessGroup | None = None
+        if config.context_parallel_size > 1:
+            self.context_group = pg_collection.cp
 
     def forward(
         self,
@@ -123,10 +75,16 @@ class PackedSdpaAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
         """Return [tokens, heads, head_dim] for packed input, [s, b, heads * head_dim] otherwise."""
+        if packed_seq_params is None and self.context_group is not None:
+            raise ValueError("context parallelism splits packed sequences: packed_seq_params is missing")
         if packed_seq_params is None:
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             out = self._sdpa(q, k, v)
             return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        if self.context_group is not None:
+            return context_attention(
+                query, key, value, packed_seq_params, scale=self.softmax_scale, group=self.context_group
+            )
         layout = getattr(packed_seq_params, "padded_layout", None)
         if layout is None:
             layout = padded_layout(packed_seq_params.cu_seqlens_q)
@@ -134,7 +92,7 @@ class PackedSdpaAttention(MegatronModule):
         outputs = []
         for batch in layout.batches:
             q, k, v = (
-                _Pad.apply(x, batch).view(batch.batch, batch.width, *x.shape[1:]).transpose(1, 2)
+                Pad.apply(x, batch).view(batch.batch, batch.width, *x.shape[1:]).transpose(1, 2)
                 for x in (query, key, value)
             )
             out = self._sdpa(q, k, v).transpose(1, 2).reshape(batch.batch * batch.width, *query.shape[1:])
@@ -148,11 +106,6 @@ class PackedSdpaAttention(MegatronModule):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-
-
-def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """[batch, kv_heads, width, head_dim] as [batch, heads, ...]: each key/value head for its group of query heads."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -141,6 +141,7 @@ def _faults(
         score_token_id=score_token_id if config.laser.enabled else None,
         data_rank=0,
         data_size=1,
+        context_rank=0,
     )
     found: dict[int, list[str]] = {}
 

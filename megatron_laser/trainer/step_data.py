@@ -11,10 +11,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_laser.algorithms.policy_loss import sequence_token_weights
 from megatron_laser.algorithms.self_reward import class_weights
+from megatron_laser.batching.context import context_shard
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.batching.packing import PackedMicroBatch, pack
 from megatron_laser.batching.schedule import build_schedule
-from megatron_laser.config.derived import gpu_pad_multiple, needed_pad_multiple
+from megatron_laser.config.derived import gpu_pad_multiple, micro_batch_tokens, needed_pad_multiple
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.model.policy_model import HeadInputs
@@ -57,7 +58,10 @@ class LabelledRows:
 
 @dataclass(kw_only=True)
 class MicroBatch(LabelledRows):
-    """Model inputs [1, tokens] on the device, and the micro-batch's labelled rows."""
+    """Model inputs [1, tokens] on the device, and the labelled rows: of the micro-batch, or a context rank's share.
+
+    `packed` describes whole sequences, of which a context rank has chunks.
+    """
 
     tokens: torch.Tensor
     position_ids: torch.Tensor
@@ -82,7 +86,7 @@ class MicroBatch(LabelledRows):
 class MiniBatch:
     """The samples of one optimizer step.
 
-    Counts are over all data-parallel ranks: the loss is a sum divided by them, however the batch is cut.
+    Counts are over all data-parallel and context ranks: the loss is a sum divided by them, however the batch is cut.
     token_weights [samples of the rollout batch] float32: the weight of each policy row of a sample.
     """
 
@@ -119,17 +123,18 @@ def prepare_step(
     score_token_id: int | None,
     data_rank: int,
     data_size: int,
+    context_rank: int,
 ) -> StepData:
     """Cut the rollout batch into optimizer steps, ranks and micro-batches, and pack this rank's share.
 
-    A pure function of its arguments: every rank computes the same schedule. `score_token_id` None leaves the
-    score rows out.
+    A pure function of its arguments: every rank computes the same schedule, and the context ranks of one data rank
+    pack the same micro-batches, of which each keeps its tokens. `score_token_id` None leaves the score rows out.
     """
     parallel = config.parallel
     schedule = build_schedule(
         (flat.prompt_lengths + flat.response_lengths).tolist(),
         data_parallel=data_size,
-        tokens_per_micro_batch=config.batching.tokens_per_micro_batch,
+        tokens_per_micro_batch=micro_batch_tokens(config),
         minibatches=config.policy.minibatches,
         group_ids=flat.group_ids.tolist(),
         # The interleaved pipeline schedule works on whole rounds of micro-batches.
@@ -139,7 +144,15 @@ def prepare_step(
     for ranks in schedule.minibatches:
         members = np.array(sorted(i for rank in ranks for samples in rank for i in samples), dtype=np.int64)
         minibatches.append(
-            _minibatch(flat, config, members, ranks[data_rank], score_token_id, pad=pad_multiple(config))
+            _minibatch(
+                flat,
+                config,
+                members,
+                ranks[data_rank],
+                score_token_id,
+                pad=pad_multiple(config),
+                context_rank=context_rank,
+            )
         )
     return StepData(
         minibatches=minibatches,
@@ -157,6 +170,7 @@ def _minibatch(
     score_token_id: int | None,
     *,
     pad: int,
+    context_rank: int,
 ) -> MiniBatch:
     scored = flat.scored[members].astype(bool)
     right = scored & (flat.rewards[members] > 0.5)
@@ -179,6 +193,8 @@ def _minibatch(
                 score_token_id=score_token_id,
                 temperature=config.rollout.temperature,
                 pad_multiple=pad,
+                context_size=config.parallel.context,
+                context_rank=context_rank,
                 entropy_gradient=config.policy.entropy_coefficient != 0.0,
             )
             for samples in own
@@ -198,18 +214,22 @@ def make_micro_batch(
     score_token_id: int | None,
     temperature: float,
     pad_multiple: int,
+    context_size: int = 1,
+    context_rank: int = 0,
     entropy_gradient: bool = False,
 ) -> MicroBatch:
-    """Pack the given samples of the rollout batch and place them on the device.
+    """Pack the given samples of the rollout batch and place them, or a context rank's share, on the device.
 
     `entropy_gradient`: the loss has an entropy term; else entropies are a metric only.
     """
-    packed = pack(
+    whole = pack(
         [flat.pack_input(index) for index in samples],
         score_token_id=score_token_id,
         pad_multiple=pad_multiple,
         inv_temperature=1.0 / temperature,
+        context_size=context_size,
     )
+    packed = context_shard(whole, size=context_size, rank=context_rank)
     device = platform.device()
 
     def put(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:

@@ -111,6 +111,7 @@ class Trainer:
             score_token_id=self._score_token_id,
             data_rank=self._runtime.data_rank,
             data_size=self._runtime.data_size,
+            context_rank=self._runtime.context_rank,
         )
         with self._timers("logprob"):
             zc_logprobs = self._old_policy_pass(data, flat)

@@ -34,7 +34,8 @@ def compare(*arguments):
 def test_every_layout_learns_the_same(tied, processes):
     result = compare("--processes", *processes, *(["--tied"] if tied else []))
     assert result.returncode == 0, result.stdout[-6000:]
-    for name in {"2": ("tensor 2, sequence", "pipeline 2 x virtual 2"), "4": ("tensor 2 x pipeline 2",)}[
-        processes[-1]
-    ]:
+    for name in {
+        "2": ("tensor 2, sequence", "pipeline 2 x virtual 2", "context 2"),
+        "4": ("tensor 2 x pipeline 2", "context 4", "context 2 x tensor 2", "context 2 x pipeline 2"),
+    }[processes[-1]]:
         assert any(line.startswith(f"{name} ") for line in result.stdout.splitlines()), name

@@ -14,9 +14,10 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 
+from megatron_laser.model.context_attention import repeat_heads  # noqa: E402
 from megatron_laser.model.hf_config import transformer_config  # noqa: E402
 from megatron_laser.model.policy_model import PolicyModel  # noqa: E402
-from megatron_laser.model.torch_layers import PackedSdpaAttention, padded_layout, repeat_heads  # noqa: E402
+from megatron_laser.model.torch_layers import PackedSdpaAttention, padded_layout  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 # Longest first, last and in between; ones; equal lengths; a padding sequence at the end.
@@ -221,10 +222,3 @@ def test_rotary_embedding_without_a_group_is_refused_as_upstream_does(single_pro
     t, params = random_qkv(4)[0], packed((4,))
     with pytest.raises(ValueError, match="cp_group"):
         rope_utils._apply_rotary_pos_emb_thd(t, params.cu_seqlens_q, torch.zeros(4, 1, 1, HEAD_DIM))
-
-
-def test_context_parallelism_is_refused_with_its_setting():
-    config = transformer_config(tiny_config("qwen2"), dtype=torch.float32)
-    config.context_parallel_size = 2
-    with pytest.raises(ValueError, match=r"parallel\.context"):
-        PackedSdpaAttention(config, layer_number=1, attn_mask_type=None, attention_type="self")

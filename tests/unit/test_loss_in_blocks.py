@@ -54,7 +54,9 @@ def model(tmp_path_factory):
 def case_of(model, tmp_path, policy, laser, *, trained=True):
     """(loss, micro-batch, log-probs [rows], entropies [rows]) with random numbers in float64."""
     config = run_config(tmp_path, model, policy=dict(policy), laser=dict(laser))
-    data = prepare_step(rollout_batch(GROUPS), config, score_token_id=SCORE_TOKEN, data_rank=0, data_size=1)
+    data = prepare_step(
+        rollout_batch(GROUPS), config, score_token_id=SCORE_TOKEN, data_rank=0, data_size=1, context_rank=0
+    )
     (minibatch,) = data.minibatches
     (rows,) = minibatch.micro_batches
     random = torch.Generator().manual_seed(1)

@@ -36,7 +36,9 @@ def model(tmp_path_factory):
 def prepare(model, tmp_path, flat, *overrides, ranks=1, score_token_id=SCORE_TOKEN):
     config = run_config(tmp_path, model, "batching.tokens_per_micro_batch=128", *overrides)
     return [
-        prepare_step(flat, config, score_token_id=score_token_id, data_rank=rank, data_size=ranks)
+        prepare_step(
+            flat, config, score_token_id=score_token_id, data_rank=rank, data_size=ranks, context_rank=0
+        )
         for rank in range(ranks)
     ]
 
@@ -213,3 +215,40 @@ def test_sums_are_added_and_maxima_are_kept_over_micro_batches():
 def test_a_sum_that_no_rank_expects_is_refused():
     with pytest.raises(KeyError, match="surprise"):
         reduce_sums([entry(surprise=1.0)], contributes=True, group=None)
+
+
+@pytest.mark.parametrize("context", [2, 3])
+def test_context_ranks_share_the_rows_of_the_same_micro_batches(model, tmp_path, context):
+    flat = rollout_batch(GROUPS)
+    (alone,) = prepare(model, tmp_path, flat, f"batching.tokens_per_micro_batch={128 * context}")
+    config = run_config(tmp_path, model, "batching.tokens_per_micro_batch=128", f"parallel.context={context}")
+    parts = [
+        prepare_step(flat, config, score_token_id=SCORE_TOKEN, data_rank=0, data_size=1, context_rank=rank)
+        for rank in range(context)
+    ]
+    assert len({len(part.micro_batches) for part in (alone, *parts)}) == 1
+    for whole, *shares in zip(alone.micro_batches, *(part.micro_batches for part in parts), strict=True):
+        # The budget is of one rank's tokens; the padding of each sequence comes on top.
+        samples = len(samples_of(whole))
+        assert all(share.tokens.shape[1] <= 128 + 2 * (samples + 1) for share in shares)
+        assert len({share.tokens.shape for share in shares}) == 1
+        for name in ("policy_sample", "score_sample", "rollout_logprobs"):
+            together = torch.cat([getattr(share, name) for share in shares])
+            assert torch.equal(together.sort().values, getattr(whole, name).sort().values)
+        for share in shares:
+            assert share.head.positions.tolist() == share.head.rows.tolist()
+            rows = sorted([*share.policy_rows.tolist(), *share.score_rows.tolist()])
+            assert rows == list(range(len(share.head.rows)))
+            assert len(share.rollout_logprobs) == share.policy_counts[-1] == len(share.policy_rows)
+            assert set(share.head.labels[share.score_rows].tolist()) <= {SCORE_TOKEN}
+            assert share.packed.max_seqlen_q == int(share.packed.cu_seqlens_q.diff().max())
+            assert int(share.packed.cu_seqlens_q[-1]) == context * share.tokens.shape[1]
+    for whole, *shares in zip(alone.minibatches, *(part.minibatches for part in parts), strict=True):
+        for share in shares:
+            assert (share.num_samples, share.num_tokens, share.num_scored, share.class_weights) == (
+                whole.num_samples,
+                whole.num_tokens,
+                whole.num_scored,
+                whole.class_weights,
+            )
+            assert torch.equal(share.token_weights, whole.token_weights)
