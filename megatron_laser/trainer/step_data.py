@@ -15,7 +15,12 @@ from megatron_laser.batching.context import context_shard
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.batching.packing import PackedMicroBatch, pack
 from megatron_laser.batching.schedule import build_schedule
-from megatron_laser.config.derived import gpu_pad_multiple, micro_batch_tokens, needed_pad_multiple
+from megatron_laser.config.derived import (
+    gpu_pad_multiple,
+    micro_batch_tokens,
+    needed_pad_multiple,
+    padded_tokens,
+)
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.model.policy_model import HeadInputs
@@ -131,8 +136,9 @@ def prepare_step(
     pack the same micro-batches, of which each keeps its tokens. `score_token_id` None leaves the score rows out.
     """
     parallel = config.parallel
+    lengths = (flat.prompt_lengths + flat.response_lengths).tolist()
     schedule = build_schedule(
-        (flat.prompt_lengths + flat.response_lengths).tolist(),
+        [padded_tokens(length, parallel) for length in lengths],  # as packed: the budget holds with padding
         data_parallel=data_size,
         tokens_per_micro_batch=micro_batch_tokens(config),
         minibatches=config.policy.minibatches,

@@ -184,6 +184,17 @@ def test_32b_at_long_sequences_fits_64_gpus_and_the_reason_is_said(
     assert math.isclose(sent / 2**20, float(forward.split()[0]))
 
 
+def test_the_figures_of_the_scaling_page_are_the_plans() -> None:
+    page = (EXAMPLES.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+    for tokens, context in ((32768, 2), (131072, 8)):
+        found = plan(64, f"rollout.max_new_tokens={tokens - 2048}", f"parallel.context={context}")
+        kept, sent = line(found, "activations").bytes / GIB, found.context.attention
+        assert (
+            f"| {tokens:,} | {context} x {found.layout.data} | {kept:.2f} GiB | {context * kept:.2f} GiB | "
+            f"{found.memory.total / GIB:.2f} GiB | {sent.forward // 2**20} + {sent.backward // 2**20} MiB |"
+        ) in page
+
+
 def test_a_context_that_is_not_needed_is_called_so() -> None:
     shown = text(plan(16, "parallel.context=2"))
     assert (
