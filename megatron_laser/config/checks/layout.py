@@ -26,7 +26,7 @@ def layout_problems(config: RunConfig, architecture: Architecture, world_size: i
     elif world_size % model_ranks:
         problems += divisible("world size", world_size, label, model_ranks)
     else:
-        problems += _share_problems(config, world_size // model_ranks)
+        problems += _share_problems(config, world_size, model_ranks)
         problems += colocated_layout_problems(config.rollout, world_size)
         problems += deadline_problems(config, world_size)
     problems += position_problems(config, architecture)
@@ -53,7 +53,11 @@ def split_problems(config: RunConfig, architecture: Architecture) -> list[str]:
 
 
 def position_problems(config: RunConfig, architecture: Architecture) -> list[str]:
-    """Longest sequences for which the model has no positions; one line each, with the arithmetic."""
+    """Longest sequences for which the model has no positions; one line each, with the arithmetic.
+
+    The padding of context parallelism does not count: up to 2 x `parallel.context` - 1 positions beyond the limit, on
+    tokens that no other token attends to and that have no label. Rotary angles are computed for any position.
+    """
     limit = architecture.max_position_embeddings
     problems = []
     prompt = config.data.max_prompt_tokens
@@ -79,13 +83,15 @@ def divisible(name: str, value: int, divisor_name: str, divisor: int) -> list[st
     return [f"{name} {value} is not divisible by {divisor_name} {divisor}: {value} % {divisor} = {rest}"]
 
 
-def _share_problems(config: RunConfig, data_parallel: int) -> list[str]:
+def _share_problems(config: RunConfig, world_size: int, model_ranks: int) -> list[str]:
     rollout, policy = config.rollout, config.policy
+    data_parallel = world_size // model_ranks
     sequences = rollout.prompts_per_step * rollout.samples_per_prompt // policy.minibatches
     if sequences >= data_parallel:
         return []
     return [
         f"rollout.prompts_per_step {rollout.prompts_per_step} x rollout.samples_per_prompt "
         f"{rollout.samples_per_prompt} / policy.minibatches {policy.minibatches} = {sequences} sequences per "
-        f"optimizer step, fewer than the data-parallel size {data_parallel}: some ranks would never train"
+        f"optimizer step, fewer than the data-parallel size {world_size} / {model_ranks} = {data_parallel}: some ranks "
+        "would never train"
     ]
