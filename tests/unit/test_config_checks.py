@@ -141,7 +141,6 @@ def test_the_papers_recipe_passes():
             {"parallel": {"virtual_pipeline": 2}},
             ["parallel.virtual_pipeline: 2", "parallel.pipeline above 1, got 1"],
         ),
-        ({"parallel": {"expert": 2}}, ["parallel.expert: 2", "dense"]),
         (
             {"batching": {"tokens_per_micro_batch": 10239}},
             [

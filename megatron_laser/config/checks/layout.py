@@ -27,6 +27,11 @@ def layout_problems(config: RunConfig, architecture: Architecture, world_size: i
         problems += divisible("world size", world_size, label, model_ranks)
     else:
         problems += _share_problems(config, world_size, model_ranks)
+        stage = world_size // parallel.pipeline
+        label = f"parallel.expert {parallel.expert} x expert_tensor {parallel.expert_tensor} ="
+        problems += divisible(
+            "a pipeline stage's ranks", stage, label, parallel.expert * parallel.expert_tensor
+        )
         problems += colocated_layout_problems(config.rollout, world_size)
         problems += deadline_problems(config, world_size)
     problems += position_problems(config, architecture)
@@ -37,18 +42,48 @@ def split_problems(config: RunConfig, architecture: Architecture) -> list[str]:
     """Parts of this model that `parallel.tensor` and the pipeline do not divide, on any number of ranks."""
     parallel = config.parallel
     problems = []
-    for name, value in (
+    parts = [
         ("num_attention_heads", architecture.num_attention_heads),
         ("num_key_value_heads", architecture.num_key_value_heads),
         ("hidden_size", architecture.hidden_size),
-        ("intermediate_size", architecture.intermediate_size),
-    ):
+    ]
+    if architecture.moe is None:
+        parts.append(("intermediate_size", architecture.intermediate_size))
+    for name, value in parts:
         problems += divisible(name, value, "parallel.tensor", parallel.tensor)
+    problems += _expert_problems(config, architecture)
     chunks = parallel.pipeline * parallel.virtual_pipeline
     label = "parallel.pipeline"
     if parallel.virtual_pipeline > 1:
         label = f"parallel.pipeline {parallel.pipeline} x virtual_pipeline {parallel.virtual_pipeline} ="
     problems += divisible("num_hidden_layers", architecture.num_layers, label, chunks)
+    return problems
+
+
+def _expert_problems(config: RunConfig, architecture: Architecture) -> list[str]:
+    """What a model with experts needs, and a dense one cannot be asked for."""
+    parallel, moe = config.parallel, architecture.moe
+    if moe is None:
+        asked = [
+            f"{section}.{name}: {value}"
+            for section, values in (("parallel", parallel), ("moe", config.moe))
+            for name, value in values
+            if (section == "moe" or name.startswith("expert"))
+            and value != type(values).model_fields[name].default
+        ]
+        return [f"{setting}, but a {architecture.model_type} model has no experts" for setting in asked]
+    problems = divisible("the number of experts", moe.num_experts, "parallel.expert", parallel.expert)
+    problems += divisible(
+        "an expert's intermediate size",
+        moe.intermediate_size,
+        "parallel.expert_tensor",
+        parallel.expert_tensor,
+    )
+    if parallel.tensor > 1 and not parallel.sequence:
+        problems.append(
+            f"parallel.tensor: {parallel.tensor} with experts needs parallel.sequence: true, so that each of these "
+            "ranks sends tokens of its own to them"
+        )
     return problems
 
 

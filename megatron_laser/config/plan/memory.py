@@ -1,25 +1,10 @@
 """What a training rank needs on its GPU, summed line by line from the configuration alone.
 
-State (weights, gradients, optimizer) is exact. Activations are what the backward pass keeps of one packed micro-batch
-of T = `batching.tokens_per_micro_batch` tokens on a rank, after Korthikanti et al. 2022 (arXiv 2205.05198), section 4,
-redone for these models: attention without a stored score matrix, RMSNorm, a gated MLP, no dropout, norms fused into the
-linear layer behind them (Transformer Engine), whose backward gathers its sequence-parallel input again. With h hidden
-size, q and k widths of query and key, f MLP width, t tensor size, s = t with `parallel.sequence` and else 1, b bytes a
-number:
-
-    layer  = b T (4 h / s + (3 q + 3 k) / t + 3 f / t)
-        4 h: input and output of both norms; 3 q + 3 k: the projection's output (the values are a view of it), rotated
-        queries and keys, the attention's output; 3 f: both halves of the gated MLP and their product
-    none   = layer for each layer and micro-batch in flight
-    mlp    = the same without h / s + 3 f / t
-    full   = b T h / s for each layer and micro-batch in flight
-
-and, whatever is recomputed, one layer at a time: b T (2 h + 3 f / t) for gathered inputs and gradients, plus what
-`full` or `mlp` make anew. In flight are `pipeline` micro-batches on the first stage (Narayanan et al. 2021, section
-2.2), one on the last. The head keeps its input twice (gathered; labelled rows), works in tiles,
-and keeps probabilities for its backward: as many bytes as set, or by the rule that the op itself applies
-(`logprob_memory.py`), from what all other lines leave.
-What context parallelism adds is in `plan/context.py`.
+State (weights, gradients, optimizer) is exact. Activations are those of `plan/activations.py`, for one packed
+micro-batch of `batching.tokens_per_micro_batch` tokens on a rank; in flight are `pipeline` micro-batches on the first
+stage (Narayanan et al. 2021, section 2.2), one on the last. The head keeps its input twice (gathered; labelled rows),
+works in tiles, and keeps probabilities for its backward: as many bytes as set, or by the rule that the op itself
+applies (`logprob_memory.py`), from what all other lines leave. What context parallelism adds is in `plan/context.py`.
 CUDA's context, libraries and the caching allocator are allowances, not arithmetic: see the constants.
 """
 
@@ -36,6 +21,7 @@ from megatron_laser.config.model_folder.parameters import (
     count_parameters,
     padded_vocab_size,
 )
+from megatron_laser.config.plan.activations import inside_mlp, layer_activation_bytes
 from megatron_laser.config.plan.context import attention_bytes, rank_tokens, ring_neighbours
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.server_options import server_option
@@ -128,7 +114,7 @@ def memory_sum(
         gpu_memory_gib: what a colocated server's `mem_fraction_static` is a fraction of, and what the log-prob op
             may keep is chosen from.
     """
-    state = _state(config, layout, size)
+    state = _state(config, architecture, layout, size)
     lines = [
         *state,
         MemoryLine(
@@ -136,7 +122,9 @@ def memory_sum(
         ),
     ]
     reducing = layout.data * layout.context  # gradients and optimizer shards are over both
-    sizes = (layout.tensor, layout.pipeline, layout.context, reducing, layout.world_size)
+    sizes = [layout.tensor, layout.pipeline, layout.context, reducing, layout.world_size]
+    if architecture.moe is not None:
+        sizes += [layout.expert, layout.expert_tensor, layout.expert_data]
     groups = sum(size > 1 for size in sizes) + ring_neighbours(config)
     if groups:
         detail = f"{groups} groups of {COMMUNICATOR_BYTES // MIB} MiB, an allowance"
@@ -168,26 +156,16 @@ def memory_sum(
     return MemorySum(tuple(lines))
 
 
-def layer_activation_bytes(
-    architecture: Architecture, *, tokens: int, itemsize: int, tensor: int, sequence: bool, recompute: str
-) -> tuple[int, int]:
-    """(kept of each layer, made anew for one layer in the backward): the module's formula, for T = `tokens`."""
-    h, f = architecture.hidden_size, architecture.intermediate_size
-    q = architecture.num_attention_heads * architecture.head_dim
-    k = architecture.num_key_value_heads * architecture.head_dim
-    s = tensor if sequence else 1
-    unit = itemsize * tokens
-    whole = unit * 4 * h // s + unit * 3 * (q + k) // tensor + unit * 3 * f // tensor
-    mlp = unit * h // s + unit * 3 * f // tensor
-    kept = {"none": whole, "mlp": whole - mlp, "full": unit * h // s}[recompute]
-    return kept, whole - kept
-
-
-def _state(config: RunConfig, layout: Layout, size: RankBytes) -> list[MemoryLine]:
-    split = "parallel.tensor, parallel.pipeline"
-    sharded = (
-        f"sharded over {layout.data * layout.context}" if config.optimizer.distributed else "not sharded"
-    )
+def _state(
+    config: RunConfig, architecture: Architecture, layout: Layout, size: RankBytes
+) -> list[MemoryLine]:
+    split, sharded = "parallel.tensor, parallel.pipeline", "not sharded"
+    if architecture.moe is not None:
+        split += ", parallel.expert"
+    if config.optimizer.distributed:
+        sharded = f"sharded over {layout.data * layout.context}"
+        if architecture.moe is not None:
+            sharded += f", experts' over {layout.expert_data}"
     lines = [
         MemoryLine("weights", size.weights, STATE, config.model.dtype, split),
         MemoryLine("gradients", size.gradients, STATE, "float32", split),
@@ -215,6 +193,7 @@ def _update(
         tensor=t,
         sequence=config.parallel.sequence,
         recompute=recompute,
+        expert_tensor=layout.expert_tensor,
     )
     context = attention_bytes(config, arch, tokens)
     if recompute == "full":
@@ -235,7 +214,8 @@ def _update(
         head, stage = [], "the first stage"
     else:
         first, flight, stage = (first, flight, "") if p == 1 else (kept * layers, 1.0, "the last stage")
-    transient = itemsize * tokens * (2 * arch.hidden_size + 3 * arch.intermediate_size // t) + anew
+    unit = itemsize * tokens
+    transient = unit * 2 * arch.hidden_size + inside_mlp(arch, unit, t, layout.expert_tensor) + anew
     budget = "model.recompute, batching.tokens_per_micro_batch, parallel.sequence, parallel.context"
     each = f"{layers} layers x {gib(kept)}" + (f" x {flight:g} in flight" if flight > 1 else "")
     where = f" on each of {layout.context} context ranks" if layout.context > 1 else ""

@@ -20,6 +20,7 @@ from megatron_laser.config.model_folder.parameters import (
     count_parameters,
     padded_vocab_size,
     rank_bytes,
+    stage_expert_parameters,
     stage_parameters,
 )
 from megatron_laser.config.model_folder.safetensors_headers import has_weight_files
@@ -91,7 +92,7 @@ def resolve_plan(
     check_layout(config, architecture, world_size)
     layout = _layout(config, world_size)
     stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
-    size = _rank_bytes(config, layout, stages)
+    size = _rank_bytes(config, architecture, layout, stages)
     batch = _batch(config, layout)
     return Plan(
         config=config,
@@ -117,7 +118,7 @@ def resolve_memory(config: RunConfig, world_size: int, gpu_memory_gib: float) ->
     architecture = read_architecture(config.model.path)
     layout = _layout(config, world_size)
     stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
-    size, batch = _rank_bytes(config, layout, stages), _batch(config, layout)
+    size, batch = _rank_bytes(config, architecture, layout, stages), _batch(config, layout)
     return _memory(config, architecture, layout, size, batch, gpu_memory_gib)
 
 
@@ -129,15 +130,21 @@ def _layout(config: RunConfig, world_size: int) -> Layout:
         virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
         data=world_size // (parallel.tensor * parallel.pipeline * parallel.context),
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
     )
 
 
-def _rank_bytes(config: RunConfig, layout: Layout, stages: tuple[int, ...]) -> RankBytes:
+def _rank_bytes(
+    config: RunConfig, architecture: Architecture, layout: Layout, stages: tuple[int, ...]
+) -> RankBytes:
     return rank_bytes(
         max(stages),
         config.model.dtype,
         shards=layout.data * layout.context if config.optimizer.distributed else 1,
         reference_model=needs_reference_model(config),
+        expert_parameters=stage_expert_parameters(architecture, layout),
+        expert_shards=layout.expert_data if config.optimizer.distributed else 1,
     )
 
 

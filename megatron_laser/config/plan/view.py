@@ -27,14 +27,20 @@ def _model(plan: Plan) -> Table:
         f"context {layout.context}",
         f"data {layout.data}",
     ]
+    if arch.moe is not None:
+        parts += [f"expert {layout.expert} x {layout.expert_tensor}, each held by {layout.expert_data}"]
     table.add_row("layout", ", ".join(parts))
     if plan.context is not None:
         table.add_row("context", _context(plan, plan.context))
     table.add_row("model", escape(str(plan.config.model.path)))
+    mlp = f"MLP {arch.intermediate_size}"
+    if arch.moe is not None:
+        moe = arch.moe
+        mlp = f"{moe.num_experts} experts of {moe.intermediate_size}, {moe.experts_per_token} for a token"
     table.add_row(
         "architecture",
-        f"{arch.model_type}, {arch.num_layers} layers, hidden {arch.hidden_size}, MLP "
-        f"{arch.intermediate_size}, {arch.num_attention_heads} heads of {arch.head_dim}, "
+        f"{arch.model_type}, {arch.num_layers} layers, hidden {arch.hidden_size}, {mlp}, "
+        f"{arch.num_attention_heads} heads of {arch.head_dim}, "
         f"{arch.num_key_value_heads} key/value heads, embeddings "
         f"{'tied' if arch.tied_embeddings else 'untied'}",
     )
