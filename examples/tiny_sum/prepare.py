@@ -1,5 +1,7 @@
 """Makes the base model of the small example: `python examples/tiny_sum/prepare.py`, about 80 s on one core.
 
+With `--experts 8 --output examples/tiny_sum/base_moe` its layers are mixtures of experts, two of which see each token.
+
 Two supervised phases on the task's demonstrations: a long one that is mostly careful, which teaches it to search,
 then a short one with a larger share of hasty demonstrations, which teaches it to guess now and then. Some hasty
 ones stand in the first phase too: where the sum always equals the target, copying the target is as good as adding,
@@ -22,7 +24,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # run as a script from any folder
 
@@ -33,6 +42,8 @@ HERE = Path(__file__).resolve().parent
 IDS = vocabulary()
 BETA = 0.5
 """laser.beta of the recipe, for the partition check."""
+BALANCE = 0.01
+"""What the routers' auxiliary loss is multiplied by: they are balanced here, and left alone in RL."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class Settings:
     hasty_lr: float = 1e-3
     hasty_share: float = 0.4
     ref_logprob: float = -11.0
+    experts: int = 0
     threads: int = 1
 
     def fingerprint(self) -> str:
@@ -56,14 +68,14 @@ class Settings:
         return hashlib.sha256(json.dumps(asdict(self)).encode() + code).hexdigest()[:16]
 
 
-def make_model(seed: int) -> LlamaForCausalLM:
-    """An untrained Llama of 153k parameters; heads and layers divide by 2 for parallel layouts.
+def make_model(settings: Settings) -> PreTrainedModel:
+    """An untrained Llama of 153k parameters, or a Qwen3-MoE whose tokens see as many of its own.
 
-    Llama, because transformers 5 gives a folder of type qwen2 its own tokenizer class whatever tokenizer.json
-    says, and this task's tokens are words.
+    Heads and layers divide by 2 for parallel layouts. Llama, because transformers 5 gives a folder of type qwen2 its
+    own tokenizer class whatever tokenizer.json says, and this task's tokens are words.
     """
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+    torch.manual_seed(settings.seed)
+    sizes = dict(
         vocab_size=len(IDS),
         hidden_size=64,
         intermediate_size=128,
@@ -76,7 +88,16 @@ def make_model(seed: int) -> LlamaForCausalLM:
         eos_token_id=END,
         pad_token_id=PAD,
     )
-    return LlamaForCausalLM(config)
+    if not settings.experts:
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+    experts = dict(
+        num_experts=settings.experts,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+        head_dim=16,
+    )
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts))
 
 
 def encode(problem: task.Problem, response: str | None = None) -> list[int]:
@@ -104,7 +125,7 @@ def make_batch(rng: random.Random, size: int, hasty_share: float) -> tuple[torch
     return pad(rows, True, PAD), pad(labels, True, -100)
 
 
-def train(model: LlamaForCausalLM, settings: Settings) -> None:
+def train(model: PreTrainedModel, settings: Settings) -> None:
     """Both supervised phases, each with its own AdamW and cosine schedule."""
     rng = random.Random(f"{settings.seed} demonstrations")
     total, done, start = settings.careful_steps + settings.hasty_steps, 0, time.monotonic()
@@ -117,8 +138,17 @@ def train(model: LlamaForCausalLM, settings: Settings) -> None:
             decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.param_groups[0]["lr"] = peak * decay * min(1.0, (step + 1) / 50)
             ids, labels = make_batch(rng, settings.batch, share)
-            logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+            # Padding's choice of experts is none of the balance.
+            more = (
+                {"attention_mask": (ids != PAD).long(), "output_router_logits": True}
+                if settings.experts
+                else {}
+            )
+            output = model(input_ids=ids, **more)
+            logits = output.logits[:, :-1].flatten(0, 1)
             loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+            if settings.experts:
+                loss = loss + BALANCE * output.aux_loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -134,7 +164,7 @@ def train(model: LlamaForCausalLM, settings: Settings) -> None:
 
 @torch.no_grad()
 def sample(
-    model: LlamaForCausalLM, problems: list[task.Problem], repeats: int, new_tokens: int = 16
+    model: PreTrainedModel, problems: list[task.Problem], repeats: int, new_tokens: int = 16
 ) -> list[tuple[task.Problem, list[int]]]:
     """Samples at temperature 1; a problem and prompt plus response, which ends with END or was cut, each."""
     generator = torch.Generator().manual_seed(0)
@@ -154,7 +184,7 @@ def sample(
     return results
 
 
-def shift_score_token(model: LlamaForCausalLM, rows: list[list[int]], ref_logprob: float) -> None:
+def shift_score_token(model: PreTrainedModel, rows: list[list[int]], ref_logprob: float) -> None:
     """Moves the score token's output row so that its mean log-prob after responses is `ref_logprob`.
 
     No training example holds the token, so where its logit ends up is an accident of the run and of the
@@ -169,7 +199,7 @@ def shift_score_token(model: LlamaForCausalLM, rows: list[list[int]], ref_logpro
 
 
 @torch.no_grad()
-def score_logprobs(model: LlamaForCausalLM, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def score_logprobs(model: PreTrainedModel, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi(z_c | prompt, response, end) [rows], and the states that it is read from [rows, hidden]."""
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, PAD)
     last = torch.tensor([len(row) - 1 for row in rows])
@@ -177,7 +207,7 @@ def score_logprobs(model: LlamaForCausalLM, rows: list[list[int]]) -> tuple[torc
     return model.lm_head(states).log_softmax(-1)[:, SCORE], states
 
 
-def measure(model: LlamaForCausalLM, settings: Settings) -> dict[str, float | dict[str, float]]:
+def measure(model: PreTrainedModel, settings: Settings) -> dict[str, float | dict[str, float]]:
     """Accuracy and score-token statistics on validation problems; moves the score token first."""
     problems = task.make_split("validation", task.SPLITS["validation"])
     results = sample(model, problems, repeats=4)
@@ -199,7 +229,7 @@ def measure(model: LlamaForCausalLM, settings: Settings) -> dict[str, float | di
     }
 
 
-def write_base(output: Path, model: LlamaForCausalLM, record: dict) -> None:
+def write_base(output: Path, model: PreTrainedModel, record: dict) -> None:
     """Writes model, tokenizer and prepare.json beside `output`, then moves the folder into place."""
     output.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (output.with_name(f"{output.name}.{word}-{os.getpid()}") for word in ("new", "old"))
@@ -227,6 +257,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the small example's base model.")
     parser.add_argument("--output", type=Path, default=HERE / "base", help="folder to write")
     parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument(
+        "--experts", type=int, default=Settings.experts, help="of each layer; 0: a dense model"
+    )
     parser.add_argument("--threads", type=int, default=Settings.threads)
     parser.add_argument("--force", action="store_true", help="train even when the folder is up to date")
     parser.add_argument("--regenerate-data", action="store_true", help="rewrite *.jsonl and tokenizer/ first")
@@ -235,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
         task.write_data(HERE)
         make_tokenizer().save_pretrained(HERE / "tokenizer")
         print(f"wrote {', '.join(f'{split}.jsonl' for split in task.SPLITS)} and tokenizer/")
-    settings = Settings(seed=options.seed, threads=options.threads)
+    settings = Settings(seed=options.seed, experts=options.experts, threads=options.threads)
     fingerprint = settings.fingerprint()
     record_file = options.output / "prepare.json"
     if record_file.is_file() and not options.force:
@@ -250,7 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     torch.set_num_threads(settings.threads)
     start = time.monotonic()
-    model = make_model(settings.seed)
+    model = make_model(settings)
     train(model, settings)
     model.eval()
     record = {

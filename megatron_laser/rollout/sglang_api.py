@@ -330,6 +330,7 @@ class ServerFacts:
     model_type: str | None = None
     generates: bool = True
     preferred_sampling: Any = None  # what it does to every request behind its back
+    expert_storage: str = ""  # see `server_weights.py`
 
 
 def server_facts(info: Mapping[str, Any], server: Mapping[str, Any]) -> ServerFacts:
@@ -355,35 +356,6 @@ def parse_version(text: str) -> tuple[int, ...]:
     """ "0.5.23rc1" -> (0, 5, 23); unreadable: ()."""
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
     return tuple(int(part or 0) for part in match.groups()) if match else ()
-
-
-@dataclass(frozen=True, slots=True)
-class RankChecksums:
-    """What one tensor-parallel rank holds: 16 hex digits by parameter, and one for all.
-
-    `rank`: its number, None: not said. `place`: that and the rest of where it stands, as the server puts it.
-    """
-
-    rank: int | None
-    parameters: Mapping[str, str]
-    total: str
-    place: str
-
-
-def rank_checksums(report: Any) -> list[RankChecksums]:
-    """All ranks of a `WEIGHTS_CHECKER` answer, as a server lists them. Raises WireError where it has none."""
-    ranks = report.get("ranks") if isinstance(report, dict) else None
-    found = []
-    for item in ranks if isinstance(ranks, list) and ranks else [None]:
-        rank = item if isinstance(item, dict) else {}
-        sums, total = rank.get("checksums"), rank.get("per_gpu_checksum")
-        if not isinstance(sums, dict) or not total:
-            raise WireError(str(report)[:200])
-        place = rank.get("parallelism_info")
-        first = place[0] if isinstance(place, list) and place else place  # one for each of its models
-        number = first.get("tp_rank") if isinstance(first, dict) else None
-        found.append(RankChecksums(None if number is None else int(number), sums, str(total), str(place)))
-    return found
 
 
 def router_workers(reply: Any) -> dict[str, bool] | None:

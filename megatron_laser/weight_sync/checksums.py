@@ -3,7 +3,8 @@ after an update and while generation is still paused.
 
 SGLang keeps query, key and value in one parameter and gate and up projection in another, and every tensor-parallel rank
 a share of them: ours are made of the streamed tensors' shares in that order (`sglang/srt/layers/linear.py` and
-`vocab_parallel_embedding.py`, 0.5.23).
+`vocab_parallel_embedding.py`, 0.5.23). All experts of a layer are in two parameters, [experts, gate and up rows,
+hidden] and [experts, hidden, down columns] (`layers/moe/fused_moe_triton/layer.py`); their matrices come in any order.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import torch
 
 from megatron_laser.rollout.client.errors import ServerFault, StaleServer
 from megatron_laser.rollout.client.fleet import Member
+from megatron_laser.rollout.server_weights import rank_checksums
 from megatron_laser.rollout.sglang_api import (
     CHECKSUM_BODY,
     WEIGHTS_CHECKER,
     WireError,
-    rank_checksums,
 )
 from megatron_laser.weight_sync.hashes import ParameterHash, Sha256, TileSums
 from megatron_laser.weight_sync.update import Update, on_cpu
@@ -41,9 +42,11 @@ _FUSED = (
     (re.compile(r"(.*\.self_attn\.)[qkv]_proj\.(weight|bias)"), r"\1qkv_proj.\2"),
     (re.compile(r"(.*\.mlp\.)(?:gate|up)_proj\.(weight)"), r"\1gate_up_proj.\2"),
 )
-_BY_ROWS = re.compile(r".*\.(q|gate|up)_proj\.(weight|bias)")
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(?:(gate_proj|w1)|(up_proj|w3)|(down_proj|w2))\.weight")
+_EXPERTS = re.compile(r".*\.experts\.(?:w13|w2)_weight")
+_BY_ROWS = re.compile(r".*\.(q|gate|up)_proj\.(weight|bias)|.*\.experts\.\d+\.w[13]\.weight")
 _KEY_VALUE = re.compile(r".*\.self_attn\.[kv]_proj\.(weight|bias)")
-_BY_COLUMNS = re.compile(r".*\.(o|down)_proj\.weight")
+_BY_COLUMNS = re.compile(r".*\.(o|down)_proj\.weight|.*\.experts\.\d+\.w2\.weight")
 _PADDED = ("model.embed_tokens.weight", "lm_head.weight")
 _VOCABULARY_MULTIPLE = 64  # SGLang pads the vocabulary's rows with zeros to a multiple of this
 
@@ -98,7 +101,12 @@ class StreamDigest:
         for (size, rank), sums in self._sums.items():
             share = _share(name, tensor, rank, size, self._head_size.get(layer))
             if share is not None:
-                sums.setdefault(server_name(name), self._hash()).add(share)
+                sums.setdefault(server_name(name), self._hash()).add(share, _place(name, share))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the stream had experts."""
+        return any(_EXPERTS.fullmatch(name) for sums in self._sums.values() for name in sums)
 
     def sums(self, size: int = 1, rank: int = 0) -> dict[str, str]:
         """What rank `rank` of `size` should report: its parameter's name -> 16 hex digits."""
@@ -142,7 +150,18 @@ def server_name(name: str) -> str:
     for pattern, replacement in _FUSED:
         if pattern.fullmatch(name):
             return pattern.sub(replacement, name)
+    if match := _EXPERT.fullmatch(name):
+        return f"{match[1]}.{'w2' if match[5] else 'w13'}_weight"
     return name
+
+
+def _place(name: str, share: torch.Tensor) -> int | None:
+    """The byte of the server's parameter where the share of an expert's matrix begins; None: behind the one before."""
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return None
+    matrices = int(match[2]) if match[5] else 2 * int(match[2]) + bool(match[4])
+    return matrices * share.nbytes
 
 
 def no_checksums(reported: Any) -> str | None:
@@ -166,8 +185,12 @@ def not_compared(digest: StreamDigest, size: int) -> str | None:
     return None
 
 
-def differences(digest: StreamDigest, reported: Any) -> list[str]:
-    """What of a server's `WEIGHTS_CHECKER` answer differs from what was sent; empty when all agrees."""
+def differences(digest: StreamDigest, reported: Any, *, experts: bool = True) -> list[str]:
+    """What of a server's `WEIGHTS_CHECKER` answer differs from what was sent; empty when all agrees.
+
+    Args:
+        experts: False: those of experts are passed over.
+    """
     ranks = rank_checksums(reported)
     wrong = []
     for index, rank in enumerate(ranks):
@@ -179,6 +202,8 @@ def differences(digest: StreamDigest, reported: Any) -> list[str]:
                 f"{where}its tensor-parallel size is {len(ranks)}, not what it was when it was asked"
             )
         for name, ours in sums.items():
+            if not experts and _EXPERTS.fullmatch(name):
+                continue
             if name in theirs and theirs[name] != ours:
                 wrong.append(f"{where}{name}: {theirs[name]} instead of {ours}")
             elif name not in theirs and not _may_be_tied(name, theirs):
@@ -226,6 +251,16 @@ class Checks:
                     "weights of servers are not compared with the trainer's, or not all, but with each other only: %s",
                     reason,
                 )
+        if digest.has_experts:
+            for member in update.members:
+                if member.expert_storage and member.expert_storage not in self._said:
+                    self._said.add(member.expert_storage)
+                    logger.warning(
+                        "experts of servers are not compared with the trainer's, but with each other only: "
+                        "%s runs with %s, which stores them in another order",
+                        member.url,
+                        member.expert_storage,
+                    )
         verify(update, digest)
         self._versions.add(version)
 
@@ -238,7 +273,8 @@ def verify(update: Update, digest: StreamDigest) -> None:
         if unclear is not None:
             update.drop(member, ServerFault(member.url, _PHASE, unclear))
             continue
-        wrong = [] if digest.layout.quantized is not None else differences(digest, report)
+        quantized, plain = digest.layout.quantized is not None, not member.expert_storage
+        wrong = [] if quantized else differences(digest, report, experts=plain)
         if wrong:
             shown = "; ".join(wrong[:_SHOWN]) + (
                 f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""

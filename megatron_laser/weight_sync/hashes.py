@@ -24,8 +24,11 @@ _CHUNK = 512 * _TILE  # words at a time: a few buffers of 32 MiB
 class ParameterHash(Protocol):
     """A checksum that grows."""
 
-    def add(self, piece: torch.Tensor) -> None:
-        """The next values of the parameter, in row-major order."""
+    def add(self, piece: torch.Tensor, at: int | None = None) -> None:
+        """Values of the parameter, in row-major order: the next ones, or those from byte `at` on.
+
+        A parameter is given in one of both ways, and every byte once.
+        """
 
     def hexdigest(self) -> str:
         """16 hex digits."""
@@ -36,11 +39,16 @@ class Sha256:
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
+        self._next = 0
+        self._early: dict[int, memoryview] = {}  # what comes before its turn is kept until then
 
-    def add(self, piece: torch.Tensor) -> None:
+    def add(self, piece: torch.Tensor, at: int | None = None) -> None:
         # A copy, since torch never again resizes a storage that numpy has seen: the trainer's must be able to leave.
         data = piece.detach().to("cpu", copy=True).contiguous()
-        self._digest.update(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        self._early[self._next if at is None else at] = memoryview(data.reshape(-1).view(torch.uint8).numpy())
+        while (turn := self._early.pop(self._next, None)) is not None:
+            self._digest.update(turn)
+            self._next += turn.nbytes
 
     def hexdigest(self) -> str:
         return self._digest.digest()[:8].hex()
@@ -51,18 +59,24 @@ class TileSums:
 
     def __init__(self) -> None:
         self._rest: torch.Tensor | None = None  # bytes of a word that the next piece completes
-        self._words = 0
+        self._words = 0  # of all that has come: the last one's place
         self._sums: list[tuple[int, torch.Tensor]] = []  # (first tile, [2, tiles] int64)
 
-    def add(self, piece: torch.Tensor) -> None:
+    def add(self, piece: torch.Tensor, at: int | None = None) -> None:
         data = piece.detach().contiguous().reshape(-1).view(torch.uint8)
+        if at is not None:
+            if at % 4 or len(data) % 4:
+                raise ValueError(f"{len(data)} bytes from byte {at} on are no whole words of 4 bytes")
+            data = data.clone() if data.storage_offset() % 4 else data
+            self._add_words(data.view(torch.int32), at // 4)
+            return
         if self._rest is not None:
             data = torch.cat([self._rest.to(data.device), data])
         whole = len(data) // 4 * 4
         self._rest = data[whole:].clone() if whole < len(data) else None
         if data.storage_offset() % 4:  # a word cannot begin there
             data = data.clone()
-        self._add_words(data[:whole].view(torch.int32))
+        self._add_words(data[:whole].view(torch.int32), self._words)
 
     def hexdigest(self) -> str:
         if self._rest is not None:
@@ -75,20 +89,21 @@ class TileSums:
         mixed = _mix((total & _MASK) ^ (self._words * 4 & _MASK))
         return f"{_finish(int(((mixed[0] << 32) | mixed[1]).sum())):016x}"
 
-    def _add_words(self, words: torch.Tensor) -> None:
-        """words: [n] int32."""
+    def _add_words(self, words: torch.Tensor, first: int) -> None:
+        """words: [n] int32, the parameter's from `first` on."""
         for chunk in words.split(_CHUNK):
             value = chunk.to(torch.int64) & _MASK
-            at = torch.arange(self._words, self._words + len(chunk), device=chunk.device) & _MASK
-            before = self._words % _TILE
+            at = torch.arange(first, first + len(chunk), device=chunk.device) & _MASK
+            before = first % _TILE
             after = -(before + len(chunk)) % _TILE
             sums = []
             for factor, seed, turn in ((_POSITION1, _SEED1, 15), (_POSITION2, _SEED2, 13)):
                 place = ((at * factor + seed) & _MASK) ^ (((at << turn) & _MASK) | (at >> (32 - turn)))
                 mixed = torch.nn.functional.pad(_mix(value ^ place), (before, after))
                 sums.append(mixed.view(-1, _TILE).sum(1))
-            self._sums.append((self._words // _TILE, torch.stack(sums)))
-            self._words += len(chunk)
+            self._sums.append((first // _TILE, torch.stack(sums)))
+            first += len(chunk)
+        self._words = max(self._words, first)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

@@ -95,10 +95,11 @@ def sglang_python() -> str:
     return python
 
 
-def serve_config(folder: Path, *overrides: str, **rollout: Any) -> RunConfig:
+def serve_config(folder: Path, *overrides: str, family: str = "qwen2", **rollout: Any) -> RunConfig:
     """A tiny run whose rollouts come from SGLang servers on this machine's CPU, written to `folder`/run.yaml.
 
     Args:
+        family: of `write_tiny_run`'s model.
         rollout: further settings of the section; `sglang` is merged into the defaults.
     """
     sglang: dict[str, Any] = {
@@ -109,7 +110,7 @@ def serve_config(folder: Path, *overrides: str, **rollout: Any) -> RunConfig:
         "options": {"log_level": "info", "random_seed": 0},
     }
     sglang |= rollout.pop("sglang", {})
-    file = write_tiny_run(folder, rollout={"engine": "sglang", "sglang": sglang, **rollout})
+    file = write_tiny_run(folder, family=family, rollout={"engine": "sglang", "sglang": sglang, **rollout})
     return load_config(file, [f"rollout.sglang.port={free_port()}", *overrides])
 
 
@@ -178,9 +179,9 @@ def _has_worker(router: RunningRouter, server: SharedServer) -> bool:
 
 
 @contextlib.contextmanager
-def shared_server(folder: Path) -> Iterator[SharedServer]:
+def shared_server(folder: Path, *overrides: str, family: str = "qwen2") -> Iterator[SharedServer]:
     """Start one server on the tiny model by the project's own `serve`, and end it."""
-    config = serve_config(folder / "run")
+    config = serve_config(folder / "run", *overrides, family=family)
     started = time.monotonic()
     serve = ServeProcess(config, folder / "serve")
     try:

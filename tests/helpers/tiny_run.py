@@ -19,14 +19,17 @@ AS_INITIALISED = {"scale": 0.02, "vector_scale": 0.0}
 TOKENS = ["<pad>", "<eos>", "<|score|>", "<unk>", *map(str, range(20)), "+", "\\boxed{", "}", "?"]
 
 
-def write_tiny_run(folder: Path, **sections: dict[str, Any]) -> Path:
-    """Model, tokenizer, data and run.yaml in `folder`; returns the YAML file. `sections` change its settings."""
+def write_tiny_run(folder: Path, *, family: str = "qwen2", **sections: dict[str, Any]) -> Path:
+    """Model, tokenizer, data and run.yaml in `folder`; returns the YAML file. `sections` change its settings.
+
+    family: of `helpers.models.FAMILIES`.
+    """
     from helpers.models import save_tiny_model, save_word_tokenizer
 
     save_word_tokenizer(folder, TOKENS)
     save_tiny_model(
         folder,
-        "qwen2",
+        family,
         **AS_INITIALISED,
         vocab_size=len(TOKENS),
         hidden_size=32,

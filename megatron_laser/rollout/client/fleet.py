@@ -54,6 +54,7 @@ class Member:
         start: which of its processes this is.
         tensor, device, takes_seeds: its tensor-parallel size, "cpu" or "cuda", and whether it samples by a request's
             seed, once it has been identified.
+        expert_storage: of `ServerFacts`.
         unfit: it cannot be used, as it said when it was to catch up; the next weight update asks again.
         running: its open requests; they end when it dies.
         probe_error, probing: of the last probe, and the one that runs.
@@ -66,6 +67,7 @@ class Member:
     tensor: int = 1
     device: str | None = None
     takes_seeds: bool = False
+    expert_storage: str = ""
     unfit: bool = False
     running: set[asyncio.Task[Any]] = field(default_factory=set)
     probe_error: ServerError | None = None

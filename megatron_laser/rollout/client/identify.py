@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron_laser.rollout.client.errors import (
 )
 from megatron_laser.rollout.client.fleet import Member
 from megatron_laser.rollout.client.http import ServerClient
+from megatron_laser.rollout.server_weights import expert_storage
 from megatron_laser.rollout.sglang_api import (
     MIN_SGLANG,
     MODEL_INFO,
@@ -76,7 +77,7 @@ async def identify_member(member: Member, expected: Expected, *, deadline: float
     """
     facts = await identify(member.client, expected, deadline=deadline)
     member.tensor, member.device = facts.tensor, facts.device
-    member.takes_seeds = facts.deterministic
+    member.takes_seeds, member.expert_storage = facts.deterministic, facts.expert_storage
     member.unfit = False
     return facts
 
@@ -110,7 +111,7 @@ async def identify(client: ServerClient, expected: Expected, *, deadline: float)
         raise _no_server(error) from error
     if not isinstance(server, dict) or weight_version(info) is None:
         raise ServerMismatch(url, _PHASE, f"{MODEL_INFO} names no weight_version: {NO_SERVER}")
-    facts = server_facts(info, server)
+    facts = replace(server_facts(info, server), expert_storage=expert_storage(server))
     folder = _config_of(facts.model_path)
     problems = mismatches(facts, expected, folder)
     if not problems and facts.vocab_size is None and "vocab_size" not in folder:
