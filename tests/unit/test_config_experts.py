@@ -253,5 +253,16 @@ def test_the_dry_run_of_a_30b_model_on_64_gpus(tmp_path, folder):
     plan.memory.check(79.1 * 2**30)
 
 
+def test_the_dry_run_says_what_routers_do(tmp_path, folder):
+    off = {feature.name for feature in resolve_plan(config_of(tmp_path, folder), 1).features}
+    assert not off & {"routing replay", "load-balancing loss", "router z-loss", "frozen routers"}
+    settings = ["moe.routing_replay=true", "moe.aux_loss_coefficient=0.01", "policy.old_logprobs=on_policy"]
+    plan = resolve_plan(config_of(tmp_path, folder, *settings, laser={"enabled": False}), 1)
+    said = {feature.name: feature.detail for feature in plan.features}
+    assert said["load-balancing loss"] == "coefficient 0.01, over whole steps"
+    assert "engine chose" in said["routing replay"]
+    assert "moe.aux_loss_coefficient needs a no-grad pass" in said["old-policy pass"]
+
+
 def test_both_families_have_names_of_their_own():
     assert expert_names("mixtral").gate == "w1" and expert_names("qwen3_moe").gate == "gate_proj"
