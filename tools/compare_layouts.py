@@ -27,7 +27,10 @@ sys.path.insert(0, str(ROOT))
 STEPS = 3
 RELATIVE, ABSOLUTE = 1e-5, 1e-7
 ROUTERS = ("router_aux_loss", "router_z_loss", "expert_load_max", "expert_load_entropy", "routing_changed")
-COMPARED = ("total_loss", "policy_loss", "self_reward_loss", "kl_loss", "entropy", "grad_norm")
+COMPARED = (
+    *("total_loss", "policy_loss", "self_reward_loss", "kl_loss", "entropy", "grad_norm", "clip_fraction"),
+    *("approx_kl", "reference_kl", "logprob_diff_mean", "logprob_diff_max", "advantage_mixed_fraction"),
+)
 BUDGETS = (4096, 160, 80)
 # processes -> {name: overrides}; the first entry of all is the reference.
 LAYOUTS: dict[int, dict[str, list[str]]] = {

@@ -45,7 +45,7 @@ def context_positions(cu_seqlens: npt.NDArray[np.integer], *, size: int, rank: i
     return np.repeat(first, counts) + positions_in(counts)
 
 
-def rotary_positions(cu_seqlens: npt.NDArray[np.integer], *, size: int, rank: int) -> npt.NDArray[np.int64]:
+def sequence_positions(cu_seqlens: npt.NDArray[np.integer], *, size: int, rank: int) -> npt.NDArray[np.int64]:
     """The places of a rank's tokens within their sequences, [T / size] int64; arguments as `context_positions`."""
     starts, lengths = _sequences(cu_seqlens)
     return context_positions(cu_seqlens, size=size, rank=rank) - np.repeat(starts, lengths // size)

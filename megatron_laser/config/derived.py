@@ -11,7 +11,7 @@ from megatron_laser.config.schema.system import ParallelConfig
 
 OldPolicyPass = Literal["full", "score_rows", "none"]
 
-_GPU_PAD = 128  # tokens a tensor-parallel rank
+_GPU_PAD = 128  # tokens on a tensor-parallel and context-parallel rank
 
 
 def reference_model_reasons(config: RunConfig) -> tuple[str, ...]:
@@ -87,16 +87,28 @@ def micro_batch_tokens(config: RunConfig) -> int:
     return config.batching.tokens_per_micro_batch * config.parallel.context
 
 
+def context_multiple(parallel: ParallelConfig) -> int:
+    """What each packed sequence is padded to a multiple of, in tokens: two chunks (zig-zag) for each context rank."""
+    return 2 * parallel.context if parallel.context > 1 else 1
+
+
+def padded_tokens(tokens: int, parallel: ParallelConfig) -> int:
+    """Tokens that a sequence takes in a micro-batch, with its padding for context parallelism."""
+    multiple = context_multiple(parallel)
+    return -(-tokens // multiple) * multiple
+
+
 def needed_pad_multiple(parallel: ParallelConfig) -> int:
-    """What packed lengths must divide by: the sequence-parallel ranks, and twice (zig-zag) the context ranks."""
+    """What packed lengths must divide by: the chunks of the context ranks, and the sequence-parallel ranks that divide
+    each context rank's tokens again."""
     sequence = parallel.tensor if parallel.sequence else 1
-    context = 2 * parallel.context if parallel.context > 1 else 1
-    return sequence * context
+    return math.lcm(context_multiple(parallel), parallel.context * sequence)
 
 
 def gpu_pad_multiple(config: RunConfig) -> int:
     """Tokens that packed lengths are padded to a multiple of on GPUs: `batching.pad_multiple` or its default there."""
-    default = math.lcm(_GPU_PAD * config.parallel.tensor, needed_pad_multiple(config.parallel))
+    parallel = config.parallel
+    default = math.lcm(_GPU_PAD * parallel.tensor * parallel.context, needed_pad_multiple(parallel))
     return config.batching.pad_multiple or default
 
 

@@ -22,8 +22,10 @@ from megatron_laser.model import platform
 _BEYOND = 5.0  # seconds that a wait with a deadline of its own gets to end with its own error
 
 
-def bring_up(seconds: float, *, paired_stages: bool, experts: bool = False) -> None:
-    """One tiny all-reduce in every group that a run uses, and one exchange between neighbouring stages.
+def bring_up(
+    seconds: float, *, paired_stages: bool, paired_context: bool = False, experts: bool = False
+) -> None:
+    """One tiny all-reduce in every group that a run uses, and one exchange between neighbours.
 
     Call on every rank, when Megatron's parallel state is there.
 
@@ -31,6 +33,7 @@ def bring_up(seconds: float, *, paired_stages: bool, experts: bool = False) -> N
         seconds: how long one group may take, `run.deadline`.
         paired_stages: pipeline stages will exchange by single sends and receives, which have communicators of their
             own (Megatron's `batch_p2p_comm` is off).
+        paired_context: so will context-parallel ranks, in attention's ring (`transformer_engine.ring_in_pairs`).
         experts: the model has experts, whose groups are used as well.
 
     Raises:
@@ -42,6 +45,9 @@ def bring_up(seconds: float, *, paired_stages: bool, experts: bool = False) -> N
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     if paired_stages and pipeline.size() > 1:
         _attempt("pipeline (neighbours)", pipeline, seconds, _exchange)
+    context = parallel_state.get_context_parallel_group()
+    if paired_context and context.size() > 1:
+        _attempt("context (neighbours)", context, seconds, _around)
 
 
 def groups(*, experts: bool = False) -> Iterator[tuple[str, dist.ProcessGroup]]:
@@ -130,6 +136,25 @@ def _exchange(group: dist.ProcessGroup, seconds: float) -> None:
     for request in requests.values():
         _wait(request, seconds)
     platform.synchronize()
+
+
+def _around(group: dist.ProcessGroup, seconds: float) -> None:
+    """One exchange with both neighbours in the ring, in the order in which Transformer Engine's attention starts it.
+
+    The way back, of gradients, is between the same pairs. Read in Transformer Engine 2.20.2.
+    """
+    ranks, rank = dist.get_process_group_ranks(group), group.rank()
+    sent = torch.full((1,), float(rank), device=platform.device())
+    received = torch.empty_like(sent)
+    calls = [
+        lambda: dist.isend(sent, ranks[(rank + 1) % len(ranks)], group),
+        lambda: dist.irecv(received, ranks[rank - 1], group),
+    ]
+    for work in [call() for call in (calls if rank % 2 == 0 else reversed(calls))]:
+        _wait(work, seconds)
+    platform.synchronize()
+    if int(received) != (rank - 1) % len(ranks):
+        raise RuntimeError(f"the rank before sent {float(received):g}")
 
 
 def _wait(work: Any, seconds: float) -> None:

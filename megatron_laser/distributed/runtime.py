@@ -19,6 +19,7 @@ from megatron_laser.distributed.communicators import bring_up
 from megatron_laser.distributed.rendezvous import rendezvous
 from megatron_laser.model import platform
 from megatron_laser.model.hf_config import batches_stage_exchange
+from megatron_laser.model.transformer_engine import ring_in_pairs
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def start(config: RunConfig) -> Runtime:
     bring_up(
         config.run.deadline,
         paired_stages=not batches_stage_exchange(config.parallel.virtual_pipeline),
+        paired_context=ring_in_pairs(config.parallel.context, config.model.layers, config.model.dtype),
         experts=read_architecture(config.model.path).moe is not None,
     )
     return runtime

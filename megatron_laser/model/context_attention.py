@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_laser.batching.context import packed_order, rotary_positions
+from megatron_laser.batching.context import packed_order, sequence_positions
 from megatron_laser.model.sequence_batches import Pad, PaddedBatch, padded_batch, similar_lengths
 
 # Entries of one mask of queries and keys: longer batches are worked through in blocks of queries.
@@ -62,7 +62,7 @@ def context_layout(cu_seqlens: torch.Tensor, *, size: int, rank: int) -> Context
     bounds = cu_seqlens.cpu().long()
     lengths = bounds.diff()
     order = torch.from_numpy(packed_order(bounds.numpy(), size=size))
-    places = torch.from_numpy(rotary_positions(bounds.numpy(), size=size, rank=rank)).to(device)
+    places = torch.from_numpy(sequence_positions(bounds.numpy(), size=size, rank=rank)).to(device)
     batches = []
     for members in similar_lengths(lengths):
         queries = padded_batch(bounds[members] // size, lengths[members] // size, device)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_laser.batching.context import context_positions, rotary_positions
+from megatron_laser.batching.context import context_positions, sequence_positions
 
 
 @functools.cache
@@ -110,7 +110,7 @@ def _positions(
     for_each_token = frequencies == size * own_tokens
     if size > 1:
         bounds = cu_seqlens.cpu().numpy()
-        places = (context_positions if for_each_token else rotary_positions)(bounds, size=size, rank=rank)
+        places = (context_positions if for_each_token else sequence_positions)(bounds, size=size, rank=rank)
         return torch.from_numpy(places).to(cu_seqlens.device)
     if for_each_token:
         return slice(None)

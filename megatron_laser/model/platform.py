@@ -182,7 +182,7 @@ class _Null:
     def query(self) -> bool:
         return True
 
-    def record_event(self) -> _Null:
+    def record_event(self, event: _Null | None = None) -> _Null:
         return self
 
     def __enter__(self) -> _Null:

@@ -119,6 +119,30 @@ def log_prob_head(
     return result.logprobs.unsqueeze(0)
 
 
+class RotaryAngles:
+    """Angles [positions, 1, 1, head_dim] of packed sequences, as `RotaryEmbedding.forward` gives them.
+
+    Upstream's cache keeps 32 tables, each as long as the longest sequence of a micro-batch (64 MiB at 128k positions),
+    and every model that made one. This keeps the longest alone: the others are its beginnings.
+    """
+
+    def __init__(self, embedding: Any) -> None:
+        self._make = embedding.get_emb
+        self._longest: torch.Tensor | None = None
+
+    def __call__(
+        self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None
+    ) -> torch.Tensor:
+        """`max_seq_len` positions from 0; `cp_group` cuts only sequences that are not packed, which are refused."""
+        if not packed_seq and cp_group is not None and cp_group.size() > 1:
+            raise ValueError("context parallelism splits packed sequences")
+        if offset:
+            return self._make(max_seq_len, offset)
+        if self._longest is None or len(self._longest) < max_seq_len:
+            self._longest = self._make(max_seq_len)
+        return self._longest[:max_seq_len]
+
+
 class PolicyModel(GPTModel):
     """GPTModel that answers with log-probs of labelled rows when `head_inputs` are given."""
 
@@ -153,6 +177,7 @@ class PolicyModel(GPTModel):
         self.rotary_pos_emb.inv_freq = hf_config.rope_inverse_frequencies(hf_config.architecture_of(hf)).to(
             self.rotary_pos_emb.inv_freq.device
         )
+        self.rotary_pos_emb.forward = RotaryAngles(self.rotary_pos_emb)  # type: ignore[method-assign,assignment]
         if fuse_gradient_accumulation:
             _fuse_gradient_accumulation(self)
 

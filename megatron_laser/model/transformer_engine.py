@@ -7,12 +7,16 @@ import importlib
 import logging
 import os
 import sys
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from megatron_laser.errors import ConfigError
 from megatron_laser.model import platform
+from megatron_laser.ops.device import capability
+
+if TYPE_CHECKING:  # Megatron is imported after `settle`
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +99,68 @@ def clear_backend_variables(attention: str) -> None:
             os.environ.pop(name, None)
         if name not in os.environ:
             _set_for_models[name] = value
+
+
+def attention_problems(
+    config: TransformerConfig, *, tokens: int, longest: int, heads: tuple[int, int]
+) -> list[str]:
+    """One line when the attention layers of a model will find no kernel, in the words of the settings; else nothing.
+
+    Without it the first forward would fail, with the weights read and a rollout done. Transformer Engine chooses among
+    the backends that Megatron's variables leave, so call this when the model is built. Other releases than the
+    rehearsed one are not asked: the function that chooses is not part of its interface.
+
+    Args:
+        tokens: of the largest micro-batch, over all context ranks. longest: of them the longest sequence's.
+        heads: query and key heads on one rank.
+    """
+    version = str(sys.modules["transformer_engine"].__version__) if config.transformer_impl != "local" else ""
+    if not version or config.params_dtype == torch.float32 or _release(version) != REHEARSED:
+        return []
+    utils: Any = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.utils")
+    size, head_dim = config.context_parallel_size, config.kv_channels
+    longest = -(-longest // (2 * size)) * 2 * size
+    any_order = bool(int(os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")))
+    asked = utils.AttentionParams(
+        qkv_dtype=config.params_dtype,
+        qkv_layout="thd_thd_thd",
+        num_heads=heads[0],
+        num_gqa_groups=heads[1],
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        num_tokens_q=tokens // size,
+        num_tokens_kv=tokens // size,
+        head_dim_qk=head_dim,
+        head_dim_v=head_dim,
+        attn_mask_type="padding_causal",
+        window_size=(-1, 0),
+        bottom_right_diagonal=False,
+        context_parallel=size > 1,
+        cp_size=size,
+        deterministic=not any_order or torch.are_deterministic_algorithms_enabled(),
+    )
+    *_, available = utils.get_attention_backend(asked)
+    if any(available):
+        return []
+    split = f" with parallel.context {size}" if size > 1 else ""
+    return [
+        f"model.attention: {config.attention_backend.name}{split}: Transformer Engine {version} has no kernel for it "
+        f"here ({config.params_dtype}, head_dim {head_dim}, {heads[0]} heads and {heads[1]} key heads on a rank). Its "
+        "fused attention of packed sequences needs compute capability 9.0 and cuDNN 9.6 or newer, its flash attention "
+        "the package flash-attn; run with NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 to see what it says of each. Or set "
+        "model.layers: torch"
+    ]
+
+
+def ring_in_pairs(context: int, layers: Layers, dtype: str) -> bool:
+    """Whether attention's ring over `context` ranks exchanges by single sends and receives, not in batches.
+
+    As in Transformer Engine 2.20.2: two ranks exchange in batches, up to Hopper. float32 has no ring.
+    """
+    if context == 1 or dtype == "float32" or not use_transformer_engine(layers):
+        return False
+    batches = os.environ.get("NVTE_BATCH_MHA_P2P_COMM", "0") != "0"
+    return not batches and (context > 2 or capability(platform.device()) >= (10, 0))
 
 
 @functools.cache

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import PydanticUndefined, to_jsonable_python
+
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.trainer.checkpoint import folder as checkpoints
 from megatron_laser.trainer.checkpoint import ownership
@@ -105,6 +107,14 @@ def identity(config: RunConfig) -> dict[str, Any]:
     return settings
 
 
+def _default(key: str) -> Any:
+    """Of a setting "section.key", as JSON; None for one that has none."""
+    section, name = key.split(".", 1)
+    fields: Any = RunConfig.model_fields[section].annotation
+    value = fields.model_fields[name].get_default(call_default_factory=True)
+    return None if value is PydanticUndefined else to_jsonable_python(value)
+
+
 def _may_change(section: str, key: str) -> bool:
     free = _MAY_CHANGE.get(section, set())
     return free is None or key in free
@@ -147,6 +157,8 @@ def _same_run(config: RunConfig, folder: Path, again: Owner | None) -> dict[str,
     # What an earlier version wrote down may be free to change by now.
     theirs = {key: value for key, value in record["settings"].items() if not _may_change(*key.split(".", 1))}
     ours = identity(config)
+    # A setting that an earlier version did not have is as it was: what it does by default.
+    theirs = {key: _default(key) for key in ours} | theirs
     changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
     if changed:
         listed = ", ".join(

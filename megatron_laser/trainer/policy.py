@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from megatron_laser.config import ConfigError
-from megatron_laser.config.derived import optimizer_steps
+from megatron_laser.config.derived import longest_sequence, micro_batch_tokens, optimizer_steps
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.model.experts import freeze_routers
@@ -35,7 +35,11 @@ from megatron_laser.model.hf_folder import HfFolder
 from megatron_laser.model.mapping import Geometry
 from megatron_laser.model.platform import DTYPES
 from megatron_laser.model.policy_model import PolicyModel
-from megatron_laser.model.transformer_engine import backend_variable_problems, use_transformer_engine
+from megatron_laser.model.transformer_engine import (
+    attention_problems,
+    backend_variable_problems,
+    use_transformer_engine,
+)
 from megatron_laser.model.weights import WeightExporter, load_weights
 from megatron_laser.ops import configure
 from megatron_laser.trainer import optimizer_state
@@ -81,6 +85,8 @@ def build_chunks(
     """Build this rank's part of the model and load its weights from `folder`, shard by shard.
 
     `trained`: it will be wrapped in DDP and so have `main_grad`, into which layers may add dW.
+
+    Raises ConfigError when Transformer Engine has no attention for it on this device; no weight was read then.
     """
     parallel = config.parallel
     fuse = trained and fuses_gradient_accumulation(
@@ -123,6 +129,10 @@ def build_chunks(
             fuse_gradient_accumulation=fuse,
         )
         models.append(model.to(platform.device()))
+    heads = (hf.num_attention_heads // parallel.tensor, hf.num_key_value_heads // parallel.tensor)
+    sizes = dict(tokens=micro_batch_tokens(config), longest=longest_sequence(config))
+    if problems := attention_problems(model_config, **sizes, heads=heads):
+        raise ConfigError(problems)
     load_weights(models, folder, hf, geometry)
     wrapped: list[torch.nn.Module] = list(models)
     if model_config.bf16:

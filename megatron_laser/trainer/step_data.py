@@ -16,7 +16,12 @@ from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.batching.packing import PackedMicroBatch, pack
 from megatron_laser.batching.schedule import build_schedule
 from megatron_laser.config import Architecture
-from megatron_laser.config.derived import gpu_pad_multiple, micro_batch_tokens, needed_pad_multiple
+from megatron_laser.config.derived import (
+    gpu_pad_multiple,
+    micro_batch_tokens,
+    needed_pad_multiple,
+    padded_tokens,
+)
 from megatron_laser.config.model_folder.flops import forward_flops
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.model import platform
@@ -160,8 +165,9 @@ def prepare_step(
         ]
     elif config.batching.balance == "flops":
         raise ValueError("batching.balance: flops needs the model's architecture")
+    lengths = (flat.prompt_lengths + flat.response_lengths).tolist()
     schedule = build_schedule(
-        (flat.prompt_lengths + flat.response_lengths).tolist(),
+        [padded_tokens(length, parallel) for length in lengths],  # as packed: the budget holds with padding
         data_parallel=data_size,
         tokens_per_micro_batch=micro_batch_tokens(config),
         minibatches=config.policy.minibatches,
@@ -291,6 +297,9 @@ def make_micro_batch(
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=packed.max_seqlen,
         max_seqlen_kv=packed.max_seqlen,
+        # Lengths count what was added to a sequence, so kernels have nothing to step over. Transformer Engine
+        # guesses it else, and its guess changed between releases.
+        pad_between_seqs=False,
     )
     if experts is not None:
         routing = experts.routing(flat, samples, packed.cu_seqlens, replay=replay)

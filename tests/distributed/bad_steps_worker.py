@@ -30,6 +30,8 @@ LAYOUTS = {
     ],
     "tensor 2": ["parallel.tensor=2"],
     "pipeline 2": ["parallel.pipeline=2"],
+    "context 2": ["parallel.context=2"],
+    "context 2, distributed": ["parallel.context=2", "optimizer.distributed=true"],
 }
 GROUPS = [[Response(5, True), Response(7, False)], [Response(4, False), Response(6, True)]]
 

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_laser.batching.context import context_positions
+from megatron_laser.distributed import communicators
 from megatron_laser.model import context_attention, platform
 
 platform.install()
@@ -115,6 +116,7 @@ def main():
     dist.init_process_group("gloo")
     size = dist.get_world_size()
     parallel_state.initialize_model_parallel(context_parallel_size=size)
+    communicators.bring_up(30.0, paired_stages=False, paired_context=True)
     config = transformer_config(tiny_config("qwen2"), dtype=torch.float32, context=size)
     collection = type("Groups", (), {"cp": parallel_state.get_context_parallel_group()})
     attention = PackedSdpaAttention(

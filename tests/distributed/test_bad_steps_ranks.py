@@ -10,7 +10,14 @@ from helpers.ranks import run_ranks
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 WORKER = Path(__file__).with_name("bad_steps_worker.py")
-LAYOUTS = ("data 2", "data 2, distributed, bf16, overlapped", "tensor 2", "pipeline 2")
+LAYOUTS = (
+    "data 2",
+    "data 2, distributed, bf16, overlapped",
+    "tensor 2",
+    "pipeline 2",
+    "context 2",
+    "context 2, distributed",
+)
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,14 @@ pytestmark = [pytest.mark.long, pytest.mark.distributed, pytest.mark.timeout(360
 
 KILLS = 10
 STEPS = 120
+DISTRIBUTED = "optimizer.distributed=true"
+EXPERTS = ["moe.routing_replay=true", "moe.aux_loss_coefficient=0.01", "moe.z_loss_coefficient=0.001"]
 LAYOUTS = {
     "1 process": (1, []),
-    "data 2": (2, ["optimizer.distributed=true"]),
+    "data 2": (2, [DISTRIBUTED]),
     "tensor 2": (2, ["parallel.tensor=2", "checkpoint.asynchronous=true"]),
+    "context 2": (2, ["parallel.context=2", DISTRIBUTED, "rollout.oversample=1.5"]),
+    "experts, expert 2": (2, ["parallel.expert=2", DISTRIBUTED, "rollout.oversample=1.5", *EXPERTS]),
 }
 
 
@@ -50,6 +54,7 @@ def test_a_run_that_is_killed_ten_times_ends_as_if_nothing_had_happened(tmp_path
     processes, overrides = LAYOUTS[layout]
     file = write_tiny_run(
         tmp_path,
+        family="qwen3-moe" if layout.startswith("experts") else "qwen2",
         run={"steps": STEPS},
         checkpoint={"every": 5, "keep_last": 2},
         rollout={"prompts_per_step": 8},

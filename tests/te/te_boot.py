@@ -9,6 +9,7 @@ Fake, all of it here and in te_extension.py:
 - the compiled extension (te_extension.py) and `load_framework_extension`, which would load it as a shared object;
 - `torch` inside Transformer Engine's modules is the project's CPU proxy with a GPU of compute capability 9.0 added;
 - `Tensor.is_cuda` is true for whoever asks from one of these modules;
+- requests of the context ring, for some of which it waits twice: NCCL does not mind, gloo would wait forever;
 - einops and the export to ONNX, which are imported and not used by what runs here.
 
 Nobody else sees CUDA; layers are built from Transformer Engine because `model.layers` says so.
@@ -39,6 +40,7 @@ def boot(sources: Path) -> None:
     sys.modules["transformer_engine_torch"] = te_extension
     _import_package()
     _pretend_cuda()
+    _wait_once()
 
 
 class _Unused(types.ModuleType):
@@ -93,3 +95,24 @@ def _pretend_cuda():
         return asker in inside or real.__get__(tensor)
 
     torch.Tensor.is_cuda = property(is_cuda)
+
+
+def _wait_once():
+    from transformer_engine.pytorch.attention.dot_product_attention import context_parallel
+
+    communicate = context_parallel.flash_attn_p2p_communicate
+
+    def flash_attn_p2p_communicate(*args):
+        return [_Request(work) for work in communicate(*args)]
+
+    context_parallel.flash_attn_p2p_communicate = flash_attn_p2p_communicate
+
+
+class _Request:
+    def __init__(self, work):
+        self._work = work
+
+    def wait(self):
+        if self._work is not None:
+            self._work.wait()
+            self._work = None

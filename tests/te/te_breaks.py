@@ -76,6 +76,16 @@ def _accumulation():
     return mock.patch.object(te_extension, "generic_gemm", overwrite)
 
 
+def _context_rank():
+    import te_extension
+
+    def of_rank_zero(original):
+        return lambda *args: original(*args[:-1], 0)  # the last argument is the place in the context group
+
+    rotations = ("fused_rope_forward", "fused_rope_backward")
+    return mock.patch.multiple(te_extension, **{n: of_rank_zero(getattr(te_extension, n)) for n in rotations})
+
+
 def _note_of_fused_gradients():
     note = property(lambda parameter: False, lambda parameter, value: None)
     return mock.patch.object(torch.nn.Parameter, "grad_added_to_main_grad", note, create=True)
@@ -85,6 +95,7 @@ _BREAKS = {
     "shard_marks": lambda: _without_marks("tensor_model_parallel"),
     "sequence_parallel_marks": lambda: _without_marks("sequence_parallel"),
     "accumulation": _accumulation,
+    "context_rank": _context_rank,
     "note_of_fused_gradients": _note_of_fused_gradients,
     "one_writer_of_main_grad": _one_writer_of_main_grad,
 }

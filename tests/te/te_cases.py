@@ -26,6 +26,7 @@ SETTINGS = (
 SMALL = "batching.tokens_per_micro_batch=40"
 TENSOR = ["parallel.tensor=2", SMALL]
 SEQUENCE = ["parallel.tensor=2", "parallel.sequence=true"]
+CONTEXT = ["parallel.context=2", SMALL]
 OVERLAPPED = [
     "optimizer.distributed=true",
     "optimizer.overlap_grad_reduce=true",
@@ -45,11 +46,14 @@ FP32_CASES = {
     "pipeline-tied": {"family": "qwen2-tied", "settings": ["parallel.pipeline=2", SMALL, FUSED]},
     "data": {"family": "qwen2-tied", "settings": [*OVERLAPPED, SMALL]},
     "data-fused": {"family": "llama3-rope", "settings": [*OVERLAPPED, SMALL, FUSED]},
+    # float32 has this project's attention; the rotary embedding is Transformer Engine's.
+    "context": {"family": "qwen2-tied", "settings": [*CONTEXT, *OVERLAPPED, FUSED]},
     "sequence-llama": {"family": "llama3-rope", "settings": [*SEQUENCE, SMALL]},
 }
 BF16_CASES = {
     "bf16": {"family": "qwen2", "settings": [*OVERLAPPED, SMALL, FUSED, BF16, "model.attention=fused"]},
     "bf16-sequence": {"family": "qwen3", "settings": [*SEQUENCE, SMALL, BF16]},
+    "bf16-context": {"family": "qwen3", "settings": [*CONTEXT, BF16, "model.recompute=full"]},
 }
 CASES = FP32_CASES | BF16_CASES
 # What is broken in te_breaks.py, and a case in which it matters: one step is trained.
@@ -59,12 +63,21 @@ BROKEN_CASES = {
     "accumulation": {"family": "llama3-rope", "settings": [*TENSOR, FUSED]},
     "note_of_fused_gradients": {"family": "llama3-rope", "settings": [*TENSOR, FUSED]},
     "one_writer_of_main_grad": {"family": "qwen2-tied", "settings": [*TENSOR, FUSED]},
+    # Here each rank computes other functions than it should, and not the gradients alone suffer.
+    "context_rank": {"family": "qwen2-tied", "settings": CONTEXT, "finds": {"policy_loss", "grad_norm"}},
 }
+# One step on four ranks. Those that share a sequence are not neighbours: the tensor-parallel ranks are.
+FOUR_RANK_CASES = {
+    "context-sequence": {"family": "qwen3", "settings": [*SEQUENCE, *CONTEXT, *OVERLAPPED, FUSED]},
+    "bf16-context-sequence": {"family": "qwen3", "settings": [*SEQUENCE, *CONTEXT, BF16]},
+}
+# Each model.attention is built, in the bf16 case of context parallelism, on a machine without a kernel for it.
+REFUSED = ("auto", "fused", "flash")
 
 
-def objective_of(name):
+def objective_of(case):
     """The settings of a case that change what is computed, beside the model."""
-    return [RECOMPUTE if name in BF16_CASES else ROLLOUT]
+    return [RECOMPUTE if BF16 in case["settings"] else ROLLOUT]
 
 
 def config_of(folder, name, family, settings, layers="transformer_engine"):

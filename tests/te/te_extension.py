@@ -9,8 +9,8 @@ when it is called. `calls` counts what was called.
 import collections
 import enum
 import itertools
-import math
 
+import te_attention
 import torch
 
 calls: collections.Counter[str] = collections.Counter()
@@ -141,11 +141,20 @@ def rmsnorm_bwd(dy, x, rsigma, weight, sm_margin, zero_centered_gamma):
 
 
 def _rotate(t, freqs, start_positions, layout, interleaved, cu_seqlens, cp_size, cp_rank, *, direction):
-    assert layout is NVTE_QKV_Format.NVTE_THD and not interleaved and cp_size == 1
+    assert layout is NVTE_QKV_Format.NVTE_THD and not interleaved
     assert start_positions is None and freqs.dtype == torch.float32 and cu_seqlens.dtype == torch.int32
-    assert t.dim() == 3 and int(cu_seqlens[-1]) == t.shape[0], "the last boundary is the number of tokens"
-    starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens[1:] - cu_seqlens[:-1])
-    angles = freqs.reshape(freqs.shape[0], 1, -1)[torch.arange(t.shape[0]) - starts]
+    assert t.dim() == 3 and int(cu_seqlens[-1]) == t.shape[0] * cp_size, (
+        "the last boundary: all ranks' tokens"
+    )
+    # Of a whole sequence a rank has its chunks `cp_rank` and 2 cp_size - 1 - cp_rank.
+    lengths = cu_seqlens.diff().tolist()
+    assert cp_size == 1 or not any(length % (2 * cp_size) for length in lengths)
+    assert freqs.shape[0] >= max(lengths)
+    places = []
+    for length in filter(None, lengths):
+        chunks = torch.arange(length).chunk(2 * cp_size)
+        places += [chunks[cp_rank], chunks[-1 - cp_rank]] if cp_size > 1 else chunks
+    angles = freqs.reshape(freqs.shape[0], 1, -1)[torch.cat(places)]
     width = angles.shape[-1]
     turned, rest = t[..., :width].float(), t[..., width:]
     first, second = turned.chunk(2, dim=-1)
@@ -173,52 +182,55 @@ def get_fused_attn_backend(parameters):
     return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, ""
 
 
-def _packed_attention(q, k, v, cu_seqlens, scale):
-    group = q.shape[1] // k.shape[1]
-    outputs = []
-    bounds = cu_seqlens.tolist()
-    for start, end in itertools.pairwise(bounds):
-        one = q[start:end].transpose(0, 1)
-        keys, values = (x[start:end].repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
-        length = end - start
-        mask = torch.full((length, length), -math.inf).triu(1)
-        outputs.append(
-            (torch.softmax(one @ keys.transpose(1, 2) * scale + mask, -1) @ values).transpose(0, 1)
-        )
-    return torch.cat(outputs)
-
-
 @_counted
 def fused_attn_fwd(
     max_seqlen_q, max_seqlen_kv, is_training, scale, dropout, fast_zero_fill, layout, out_format, scale_format,
     bias_type, mask_type, softmax_type, window, bottom_right, cu_seqlens_q, cu_seqlens_kv, q, k, v, fake_dtype,
     cu_seqlens_q_padded, cu_seqlens_kv_padded, *rest,
 ):  # fmt: skip
-    """[out, softmax statistics, generator state]."""
-    assert layout is NVTE_QKV_Layout.NVTE_THD_THD_THD
-    assert mask_type is NVTE_Mask_Type.NVTE_PADDING_CAUSAL_MASK
-    assert bias_type is NVTE_Bias_Type.NVTE_NO_BIAS
-    assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
-    assert dropout == 0.0 and tuple(window) == (-1, 0) and torch.equal(cu_seqlens_q, cu_seqlens_kv)
-    lengths = cu_seqlens_q[1:] - cu_seqlens_q[:-1]
-    assert isinstance(max_seqlen_q, int) and max_seqlen_q == max_seqlen_kv >= int(lengths.max())
-    assert torch.equal(cu_seqlens_q_padded, cu_seqlens_q) and int(cu_seqlens_q[-1]) == q.shape[0]
-    out = _packed_attention(q.float(), k.float(), v.float(), cu_seqlens_q, scale).to(q.dtype)
-    return [out, q.new_empty(0, dtype=torch.float32), torch.zeros(2, dtype=torch.int64)]
+    """[out, log-sum-exp [tokens, heads, 1] fp32, generator state]."""
+    assert layout is NVTE_QKV_Layout.NVTE_THD_THD_THD and bias_type is NVTE_Bias_Type.NVTE_NO_BIAS
+    assert q.dtype == k.dtype == v.dtype and q.dtype in te_attention.dtypes
+    # A ring says nothing of the window, which is the whole sequence then.
+    causal = _is_causal(mask_type)
+    assert dropout == 0.0 and tuple(window) in ((-1, 0), (-1, -1)) and (causal or tuple(window) == (-1, -1))
+    for x, bounds, padded, longest in (
+        (q, cu_seqlens_q, cu_seqlens_q_padded, max_seqlen_q),
+        (k, cu_seqlens_kv, cu_seqlens_kv_padded, max_seqlen_kv),
+    ):
+        assert x.is_contiguous() and bounds.dtype == torch.int32 and int(padded[-1]) == x.shape[0]
+        assert (
+            torch.equal(padded, bounds) and isinstance(longest, int) and longest >= int(bounds.diff().max())
+        )
+    out, lse = te_attention.packed_forward(q, k, v, cu_seqlens_q, cu_seqlens_kv, scale, causal)
+    return [out, lse, torch.zeros(2, dtype=torch.int64)]
 
 
 @_counted
 def fused_attn_bwd(
     max_seqlen_q, max_seqlen_kv, scale, dropout, fast_zero_fill, layout, out_format, grad_format, grad_layout,
     scale_format, grad_scale_format, bias_type, mask_type, softmax_type, window, bottom_right, deterministic,
-    cu_seqlens_q, cu_seqlens_kv, q, k, v, out, grad_out, *rest,
+    cu_seqlens_q, cu_seqlens_kv, q, k, v, out, grad_out, fake_dtype, saved, *rest,
 ):  # fmt: skip
-    """[dq, dk, dv, no bias gradient, no offset gradient]."""
-    with torch.enable_grad():
-        leaves = [x.detach().float().requires_grad_() for x in (q, k, v)]
-        recomputed = _packed_attention(*leaves, cu_seqlens_q, scale)
-    gradients = torch.autograd.grad(recomputed, leaves, grad_out.float().view_as(recomputed))
-    return [*(g.to(x.dtype) for g, x in zip(gradients, (q, k, v))), None, None]
+    """[dq, dk, dv, no bias gradient, no offset gradient]; saved: the forward's statistics."""
+    assert grad_out.dtype == q.dtype and grad_out.is_contiguous() and saved[0].shape == (*q.shape[:2], 1)
+    gradients = te_attention.packed_backward(
+        q, k, v, out.view_as(q), grad_out.view_as(q), saved[0], cu_seqlens_q, cu_seqlens_kv, scale,
+        _is_causal(mask_type),
+    )  # fmt: skip
+    return [*gradients, None, None]
+
+
+def _is_causal(mask_type):
+    assert mask_type in (NVTE_Mask_Type.NVTE_PADDING_CAUSAL_MASK, NVTE_Mask_Type.NVTE_PADDING_MASK)
+    return mask_type is NVTE_Mask_Type.NVTE_PADDING_CAUSAL_MASK
+
+
+thd_read_half_tensor = _counted(te_attention.thd_read_half_tensor)
+thd_read_second_half_lse = _counted(te_attention.thd_read_second_half_lse)
+thd_second_half_lse_correction = _counted(te_attention.thd_second_half_lse_correction)
+thd_out_correction = _counted(te_attention.thd_out_correction)
+thd_grad_correction = _counted(te_attention.thd_grad_correction)
 
 
 @_counted

@@ -3,8 +3,10 @@
 te_worker.py SOURCES FOLDER
 """
 
+import inspect
 import sys
 from pathlib import Path
+from unittest import mock
 
 import te_extension
 from helpers.torchrun import run_worker
@@ -18,12 +20,13 @@ def main():
     import torch
     import torch.distributed as dist
     from te_breaks import broken, spoil_unread_gradients
-    from te_cases import BROKEN_CASES, CASES
+    from te_cases import BROKEN_CASES, CASES, REFUSED
 
     from megatron_laser.distributed import runtime as runtimes
 
     torch.set_num_threads(1)
     spoil_unread_gradients()
+    record_rings()
     for name, case in CASES.items():
         config, runtime = begin(folder, name, case)
         result = rehearse(config, runtime)
@@ -37,17 +40,24 @@ def main():
         if runtime.is_main:
             torch.save(metrics, folder / f"{name}.pt")
         dist.barrier()
+    for attention in REFUSED:
+        config, runtime = begin(
+            folder, f"refused-{attention}", CASES["bf16-context"], f"model.attention={attention}"
+        )
+        if runtime.is_main:
+            torch.save(refusal(config), folder / f"refused-{attention}.pt")
+        dist.barrier()
     runtimes.stop()
 
 
-def begin(folder, name, case):
+def begin(folder, name, case, *settings):
     """(config, runtime): the process groups of the first case, or new groups in the same processes."""
     from megatron.core import parallel_state
     from te_cases import config_of, objective_of
 
     from megatron_laser.distributed import runtime as runtimes
 
-    config = config_of(folder, name, case["family"], [*objective_of(name), *case["settings"]])
+    config = config_of(folder, name, case["family"], [*objective_of(case), *case["settings"], *settings])
     if not parallel_state.is_initialized():
         begin.runtime = runtimes.start(config)
     else:
@@ -67,6 +77,7 @@ def rehearse(config, runtime):
     from megatron_laser.trainer.trainer import Trainer
 
     te_extension.calls.clear()
+    rings.clear()
     trainer = Trainer(config, runtime, score_token_id=SCORE_TOKEN)
     loaded = weights_of(trainer)
     manager = CheckpointManager(config, runtime, trainer.policy)
@@ -90,9 +101,41 @@ def rehearse(config, runtime):
         "trained": trained,
         "again_trained": weights_of(resumed),
         "calls": dict(te_extension.calls),
+        "rings": list(rings),
         "modules": sorted({type(m).__name__ for m in trainer.policy.chunks.models[0].modules()}),
         "optimizer": type(torch_optimizers(trainer)[0]).__module__,
     }
+
+
+rings: list[dict] = []
+
+
+def record_rings():
+    """Keep what arrives where Transformer Engine's attention turns to context parallelism."""
+    from transformer_engine.pytorch.attention.dot_product_attention import backends, context_parallel
+
+    names = inspect.signature(context_parallel.attn_forward_func_with_cp)
+
+    def entry(*args, **kwargs):
+        given = names.bind(*args, **kwargs)
+        given.apply_defaults()
+        rings.append(
+            {
+                **{
+                    n: v
+                    for n, v in given.arguments.items()
+                    if isinstance(v, (bool, int, float, str, list, tuple))
+                },
+                "tokens": given.arguments["q"].shape[0],
+                "bounds": given.arguments["cu_seqlens_q"].tolist(),
+                "one_set_of_bounds": len({id(v) for n, v in given.arguments.items() if n.startswith("cu_")})
+                == 1,
+                "group": given.arguments["cp_group"].size(),
+            }
+        )
+        return context_parallel.attn_forward_func_with_cp(*args, **kwargs)
+
+    backends.attn_forward_func_with_cp = entry
 
 
 def train_one_step(config, runtime):
@@ -104,6 +147,24 @@ def train_one_step(config, runtime):
 
     trainer = Trainer(config, runtime, score_token_id=SCORE_TOKEN)
     return metrics_of(trainer.train_step(rollout_batch(GROUPS, seed=1), 1))
+
+
+def refusal(config):
+    """What building a policy says where cuDNN has no kernel for it. Reading a weight would be another error."""
+    from megatron_laser.errors import ConfigError
+    from megatron_laser.trainer import policy
+
+    no = te_extension.NVTE_Fused_Attn_Backend.NVTE_No_Backend, "no such kernel"
+    unread = AssertionError("weights were read")
+    with (
+        mock.patch.object(te_extension, "get_fused_attn_backend", lambda parameters: no),
+        mock.patch.object(policy, "load_weights", side_effect=unread),
+    ):
+        try:
+            policy.build_policy(config)
+        except ConfigError as error:
+            return str(error)
+    raise AssertionError("was not refused")
 
 
 def weights_of(trainer):

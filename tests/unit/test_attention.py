@@ -222,3 +222,13 @@ def test_rotary_embedding_without_a_group_is_refused_as_upstream_does(single_pro
     t, params = random_qkv(4)[0], packed((4,))
     with pytest.raises(ValueError, match="cp_group"):
         rope_utils._apply_rotary_pos_emb_thd(t, params.cu_seqlens_q, torch.zeros(4, 1, 1, HEAD_DIM))
+
+
+def test_angles_are_those_of_megatron_and_one_table_is_kept(single_process):
+    hf = tiny_config("qwen3")
+    model = PolicyModel(transformer_config(hf, dtype=torch.float32), hf, vocab_multiple=1)
+    rotary = model.rotary_pos_emb
+    for length in (5, 40, 7, 40, 12):
+        assert torch.equal(rotary(length, packed_seq=True), rotary.get_emb(length))
+    assert rotary(9, packed_seq=True).untyped_storage().nbytes() == 40 * 32 * 4
+    assert torch.equal(rotary(6, offset=3), rotary.get_emb(6, 3))

@@ -57,7 +57,21 @@ def test_the_papers_recipe_passes():
         ),
         (
             {"batching": {"pad_multiple": 6}, "parallel": {"tensor": 4, "sequence": True}},
-            ["batching.pad_multiple: 6 is not divisible by 4", "parallel.tensor 4 with parallel.sequence"],
+            [
+                "batching.pad_multiple: 6 is not divisible by 4, into which parallel.tensor 4 with parallel.sequence "
+                "divides packed sequences: 6 % 4 = 2"
+            ],
+        ),
+        (
+            {"batching": {"pad_multiple": 6}, "parallel": {"context": 2}},
+            [
+                "batching.pad_multiple: 6 is not divisible by 4, into which parallel.context 2 (two chunks a rank) "
+                "divides packed sequences: 6 % 4 = 2"
+            ],
+        ),
+        (
+            {"batching": {"pad_multiple": 4}, "parallel": {"context": 2, "tensor": 4, "sequence": True}},
+            ["4 is not divisible by 8", "parallel.context 2 (two chunks a rank) and parallel.tensor 4 with"],
         ),
         ({"laser": {"ref_logprob": None}}, ["laser.ref_logprob: required"]),
         ({"laser": {"targets": [0.0, 0.0]}}, ["laser.targets", "[0, 0]", "right must be greater"]),
@@ -127,11 +141,19 @@ def test_the_papers_recipe_passes():
             {"parallel": {"virtual_pipeline": 2}},
             ["parallel.virtual_pipeline: 2", "parallel.pipeline above 1, got 1"],
         ),
-        ({"parallel": {"context": 2}}, ["parallel.context: 2", "not built yet"]),
-        ({"parallel": {"expert": 2}}, ["parallel.expert: 2", "dense"]),
         (
             {"batching": {"tokens_per_micro_batch": 10239}},
-            ["tokens_per_micro_batch: 10239", "2048", "8192 = 10240"],
+            [
+                "tokens_per_micro_batch: 10239 is less than",
+                *("2048", "8192 = 10240", "use 10240 or more, or parallel.context 2 (10239 x 2 = 20478)"),
+            ],
+        ),
+        (
+            {"batching": {"tokens_per_micro_batch": 5119}, "parallel": {"context": 2}},
+            [
+                "tokens_per_micro_batch: 5119 x parallel.context 2 = 10238 is less than the longest sequence",
+                *("8192 = 10240", "use 5120 or more, or parallel.context 3 (5119 x 3 = 15357)"),
+            ],
         ),
     ],
 )
@@ -159,6 +181,8 @@ def test_impossible_combinations_are_refused(sections, parts):
         {"optimizer": {"schedule": "constant", "warmup_steps": 100}},
         {"parallel": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}},
         {"batching": {"tokens_per_micro_batch": 10240}},
+        {"batching": {"tokens_per_micro_batch": 5120}, "parallel": {"context": 2}},
+        {"batching": {"pad_multiple": 8}, "parallel": {"context": 2, "tensor": 4, "sequence": True}},
     ],
 )
 def test_combinations_that_run_are_accepted(sections):
@@ -221,8 +245,18 @@ def test_the_smallest_beta_is_where_the_excess_meets_the_limit():
             6,
             ["world size 6", "parallel.tensor 2 x pipeline 2 x context 1 = 4: 6 % 4 = 2"],
         ),
+        (
+            {"tensor": 2, "context": 2},
+            6,
+            ["world size 6", "parallel.tensor 2 x pipeline 1 x context 2 = 4: 6 % 4 = 2"],
+        ),
         ({"tensor": 2}, 0, ["world size 0: expected 1 or more"]),
-        ({}, 2048, ["128 x rollout.samples_per_prompt 8 / policy.minibatches 1 = 1024", "size 2048"]),
+        (
+            {},
+            2048,
+            ["128 x rollout.samples_per_prompt 8 / policy.minibatches 1 = 1024", "size 2048 / 1 = 2048"],
+        ),
+        ({"context": 2}, 4096, ["fewer than the data-parallel size 4096 / 2 = 2048: some ranks would never"]),
     ],
 )
 def test_impossible_layouts_are_refused_with_the_arithmetic(parallel, world, parts):
@@ -243,8 +277,17 @@ def test_sequences_longer_than_the_models_positions_are_refused():
         check_layout(config(rollout={"max_new_tokens": 1024}, evaluation={"max_new_tokens": 4096}), short, 1)
 
 
+def test_the_padding_of_context_parallelism_needs_no_positions_of_the_model():
+    longest = config(rollout={"max_new_tokens": 8193}, parallel={"context": 8})  # 10241, padded to 10256
+    check_layout(longest, architecture(max_position_embeddings=10241), 8)
+    with pytest.raises(ConfigError, match="8193 = 10241 is more than"):
+        check_layout(longest, architecture(max_position_embeddings=10240), 8)
+
+
 def test_possible_layouts_pass():
     for parallel, world in (
+        ({"context": 8}, 8192),
+        ({"tensor": 2, "context": 2, "pipeline": 3}, 24),
         ({}, 1),
         ({"tensor": 2}, 4),
         ({"pipeline": 3, "virtual_pipeline": 2}, 3),

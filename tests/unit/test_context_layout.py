@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laser.batching import PackInput, context_shard, pack
-from megatron_laser.batching.context import context_positions, packed_order, rotary_positions
+from megatron_laser.batching.context import context_positions, packed_order, sequence_positions
 
 EOS, SCORE = 90, 99
 ROW_FIELDS = ("labels", "is_score", "sample_index", "response_position", "inv_temperature")
@@ -85,7 +85,7 @@ def test_shards_are_the_whole_each_token_and_each_labelled_row_once(sequences, s
         assert np.array_equal(
             np.concatenate([getattr(part, name) for part in parts])[order], getattr(whole, name)
         )
-    places = [rotary_positions(whole.cu_seqlens, size=size, rank=rank) for rank in range(size)]
+    places = [sequence_positions(whole.cu_seqlens, size=size, rank=rank) for rank in range(size)]
     assert np.array_equal(np.concatenate(places)[order], whole.position_ids)
     # Rows: the packed position of each is found once, in order on each rank, with all that belongs to it.
     positions = [context_positions(whole.cu_seqlens, size=size, rank=rank) for rank in range(size)]
@@ -131,7 +131,7 @@ def test_padding_changes_no_label_no_place_and_no_order_of_the_samples_own_token
 )
 def test_every_rank_has_the_same_causal_work(chunks, size, data):
     bounds = np.concatenate(([0], np.cumsum([2 * size * chunk for chunk in chunks])))
-    keys = [rotary_positions(bounds, size=size, rank=rank).sum() for rank in range(size)]
+    keys = [sequence_positions(bounds, size=size, rank=rank).sum() for rank in range(size)]
     assert len(set(keys)) == 1
     rank = data.draw(st.integers(0, size - 1))
     positions = context_positions(bounds, size=size, rank=rank)

@@ -223,3 +223,18 @@ def test_a_write_that_fails_is_said_of_the_folder_that_it_was_for(
         where.mkdir(parents=True)
     message = refused(config(f"checkpoint.folder={tmp_path / 'shared'}"))
     assert f"- {setting.format(tmp_path)} cannot be written" in message
+
+
+def test_a_setting_that_an_earlier_version_did_not_have_is_as_it_was_by_default(config):
+    claimed = claim_output_folder(config())
+    file = claimed.path / ownership.RUN
+    claimed.release()
+    record = json.loads(file.read_text())
+    assert "moe.aux_loss_coefficient" in record["settings"]
+    record["settings"] = {
+        key: value for key, value in record["settings"].items() if not key.startswith("moe.")
+    }
+    file.write_text(json.dumps(record))
+    claim_output_folder(config()).release()
+    message = refused(config("moe.aux_loss_coefficient=0.1"))
+    assert "moe.aux_loss_coefficient 0.0 there and 0.1 here" in message

@@ -7,12 +7,16 @@ from helpers.models import save_tiny_model, save_word_tokenizer
 from helpers.runs import run_config
 
 from megatron_laser.config import ConfigError
+from megatron_laser.config.model_folder.architecture import read_architecture
 from megatron_laser.config.model_folder.special_tokens import ScoreToken, named_eos_ids, read_stop_token_ids
 from megatron_laser.data import DataError
 from megatron_laser.data.end_of_response import EndSources, TurnEnd, check_end_of_response, end_of_turn
 from megatron_laser.data.tokenizer import load_tokenizer
 from megatron_laser.evaluation.model_folder import load_model_folder
+from megatron_laser.run.preflight.finding_log import FindingLog
 from megatron_laser.run.preflight.model import (
+    ModelInputs,
+    check_sizes,
     score_token_finding,
     template_finding,
     vocabulary_finding,
@@ -281,3 +285,14 @@ def test_test_time_commands_say_it_too(folder, tmp_path, caplog):
     caplog.clear()
     load_model_folder(tmp_path, stop_token_ids=(5, 1), with_score=False)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("context", "shown"), [(1, ""), (2, "; parallel.context 2 ranks share each sequence")]
+)
+def test_the_layout_names_context_where_sequences_are_shared(folder, tmp_path, context, shown):
+    config = run_config(tmp_path, folder, parallel={"context": context})
+    log = FindingLog(stop_at_errors=False)
+    check_sizes(config, ModelInputs(architecture=read_architecture(folder)), log)
+    texts = {finding.topic: finding.text for findings in log.groups.values() for finding in findings}
+    assert texts["layout"] == f"parallel.tensor 1 and parallel.pipeline 1 divide the model{shown}"

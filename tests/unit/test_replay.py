@@ -1,9 +1,11 @@
 """`megatron-laser replay` runs a dumped batch alone and shows where its numbers go wrong."""
 
 import math
+import shutil
 
 import pytest
 import torch
+import yaml
 from helpers.models import save_tiny_model
 from helpers.rollouts import Response, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
@@ -114,6 +116,16 @@ def test_the_command_exits_with_1_when_the_batch_is_bad_again_and_2_for_what_is_
     )
     assert good.exit_code == 0
     assert runner.invoke(app, ["replay", str(tmp_path)]).exit_code == 2
+
+
+def test_a_sequence_that_context_ranks_shared_fits_the_one_process(run, tmp_path):
+    dump = shutil.copytree(run / "bad_steps" / "step_3", tmp_path / "step_3")
+    trained = yaml.safe_load((dump / "config.yaml").read_text())
+    trained["parallel"]["context"] = 2
+    trained["batching"]["tokens_per_micro_batch"] = 64  # the longest sequence is 64 + 64
+    (dump / "config.yaml").write_text(yaml.safe_dump(trained))
+    result = replay(dump, run.parent / "model")
+    assert result.lines[-1] == "result: every loss and gradient is finite"
 
 
 def test_weights_that_are_none_are_refused(run, tmp_path):

@@ -31,6 +31,14 @@ def test_new_cache_slots_are_entered_where_each_request_goes_on(monkeypatch):
     assert table.tolist() == [[5, 6, 0, 0, 0, 0], [0] * 6, [0, 7, 8, 9, 0, 0]]
 
 
+def test_pinning_host_memory_succeeds_without_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", torch.cuda.cudart)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    load("sgl_kernel", monkeypatch)
+    runtime = torch.cuda.cudart()
+    assert int(runtime.cudaHostRegister(1, 2, 0)) == int(runtime.cudaHostUnregister(1)) == 0
+
+
 def test_any_other_kernel_can_be_imported_and_not_called(monkeypatch):
     kernel = load("sgl_kernel", monkeypatch)
     with pytest.raises(RuntimeError, match=r"sgl_kernel\.rmsnorm is not in the stand-in"):

@@ -228,9 +228,9 @@ def test_context_ranks_share_the_rows_of_the_same_micro_batches(model, tmp_path,
     ]
     assert len({len(part.micro_batches) for part in (alone, *parts)}) == 1
     for whole, *shares in zip(alone.micro_batches, *(part.micro_batches for part in parts), strict=True):
-        # The budget is of one rank's tokens; the padding of each sequence comes on top.
-        samples = len(samples_of(whole))
-        assert all(share.tokens.shape[1] <= 128 + 2 * (samples + 1) for share in shares)
+        assert all(
+            share.tokens.shape[1] <= 128 for share in shares
+        )  # the budget is of one rank, padding included
         assert len({share.tokens.shape for share in shares}) == 1
         for name in ("policy_sample", "score_sample", "rollout_logprobs"):
             together = torch.cat([getattr(share, name) for share in shares])
@@ -252,3 +252,14 @@ def test_context_ranks_share_the_rows_of_the_same_micro_batches(model, tmp_path,
                 whole.class_weights,
             )
             assert torch.equal(share.token_weights, whole.token_weights)
+
+
+@pytest.mark.parametrize("context", [2, 4])
+def test_the_budget_of_a_rank_holds_with_the_padding_for_context_ranks(model, tmp_path, context):
+    budget = 128 // context  # the longest sequence that is possible has 128 tokens
+    flat = rollout_batch([[Response(length, True)] * 14 for length in (4, 5)])
+    data = prepare(
+        model, tmp_path, flat, f"batching.tokens_per_micro_batch={budget}", f"parallel.context={context}"
+    )
+    sizes = [batch.tokens.shape[1] for batch in data[0].micro_batches]
+    assert len(sizes) > 1 and max(sizes) <= budget

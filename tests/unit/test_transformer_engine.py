@@ -23,6 +23,7 @@ from megatron_laser.model.hf_config import transformer_config  # noqa: E402
 from megatron_laser.model.torch_layers import PackedSdpaAttention  # noqa: E402
 from megatron_laser.model.transformer_engine import (  # noqa: E402
     backend_variable_problems,
+    ring_in_pairs,
     settle,
     use_transformer_engine,
 )
@@ -266,3 +267,25 @@ def test_layers_of_transformer_engine_are_told_to_fuse_and_the_output_layer_is_n
         assert len(linears) == hf.num_hidden_layers
         assert all(module.fuse_wgrad_accumulation is fuse for module in linears)
         assert model.output_layer.gradient_accumulation_fusion is False
+
+
+@pytest.mark.parametrize(
+    ("context", "layers", "dtype", "hopper", "blackwell"),
+    [
+        (1, "transformer_engine", "bfloat16", False, False),
+        (2, "transformer_engine", "bfloat16", False, True),
+        (4, "transformer_engine", "bfloat16", True, True),
+        (4, "transformer_engine", "float32", False, False),
+        (4, "torch", "bfloat16", False, False),
+    ],
+)
+def test_only_a_ring_that_exchanges_in_pairs_needs_their_communicators(
+    monkeypatch, context, layers, dtype, hopper, blackwell
+):
+    monkeypatch.setattr(transformer_engine, "use_transformer_engine", lambda layers: layers != "torch")
+    monkeypatch.delenv("NVTE_BATCH_MHA_P2P_COMM", raising=False)
+    for architecture, expected in (((9, 0), hopper), ((10, 0), blackwell)):
+        monkeypatch.setattr(transformer_engine, "capability", lambda device, found=architecture: found)
+        assert ring_in_pairs(context, layers, dtype) == expected
+    monkeypatch.setenv("NVTE_BATCH_MHA_P2P_COMM", "1")
+    assert not ring_in_pairs(context, layers, dtype)

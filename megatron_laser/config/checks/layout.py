@@ -26,7 +26,12 @@ def layout_problems(config: RunConfig, architecture: Architecture, world_size: i
     elif world_size % model_ranks:
         problems += divisible("world size", world_size, label, model_ranks)
     else:
-        problems += _share_problems(config, world_size // model_ranks)
+        problems += _share_problems(config, world_size, model_ranks)
+        stage = world_size // parallel.pipeline
+        label = f"parallel.expert {parallel.expert} x expert_tensor {parallel.expert_tensor} ="
+        problems += divisible(
+            "a pipeline stage's ranks", stage, label, parallel.expert * parallel.expert_tensor
+        )
         problems += colocated_layout_problems(config.rollout, world_size)
         problems += deadline_problems(config, world_size)
     problems += position_problems(config, architecture)
@@ -37,13 +42,16 @@ def split_problems(config: RunConfig, architecture: Architecture) -> list[str]:
     """Parts of this model that `parallel.tensor` and the pipeline do not divide, on any number of ranks."""
     parallel = config.parallel
     problems = []
-    for name, value in (
+    parts = [
         ("num_attention_heads", architecture.num_attention_heads),
         ("num_key_value_heads", architecture.num_key_value_heads),
         ("hidden_size", architecture.hidden_size),
-        ("intermediate_size", architecture.intermediate_size),
-    ):
+    ]
+    if architecture.moe is None:
+        parts.append(("intermediate_size", architecture.intermediate_size))
+    for name, value in parts:
         problems += divisible(name, value, "parallel.tensor", parallel.tensor)
+    problems += _expert_problems(config, architecture)
     chunks = parallel.pipeline * parallel.virtual_pipeline
     label = "parallel.pipeline"
     if parallel.virtual_pipeline > 1:
@@ -52,8 +60,39 @@ def split_problems(config: RunConfig, architecture: Architecture) -> list[str]:
     return problems
 
 
+def _expert_problems(config: RunConfig, architecture: Architecture) -> list[str]:
+    """What a model with experts needs, and a dense one cannot be asked for."""
+    parallel, moe = config.parallel, architecture.moe
+    if moe is None:
+        asked = [
+            f"{section}.{name}: {value}"
+            for section, values in (("parallel", parallel), ("moe", config.moe))
+            for name, value in values
+            if (section == "moe" or name.startswith("expert"))
+            and value != type(values).model_fields[name].default
+        ]
+        return [f"{setting}, but a {architecture.model_type} model has no experts" for setting in asked]
+    problems = divisible("the number of experts", moe.num_experts, "parallel.expert", parallel.expert)
+    problems += divisible(
+        "an expert's intermediate size",
+        moe.intermediate_size,
+        "parallel.expert_tensor",
+        parallel.expert_tensor,
+    )
+    if parallel.tensor > 1 and not parallel.sequence:
+        problems.append(
+            f"parallel.tensor: {parallel.tensor} with experts needs parallel.sequence: true, so that each of these "
+            "ranks sends tokens of its own to them"
+        )
+    return problems
+
+
 def position_problems(config: RunConfig, architecture: Architecture) -> list[str]:
-    """Longest sequences for which the model has no positions; one line each, with the arithmetic."""
+    """Longest sequences for which the model has no positions; one line each, with the arithmetic.
+
+    The padding of context parallelism does not count: up to 2 x `parallel.context` - 1 positions beyond the limit, on
+    tokens that no other token attends to and that have no label. Rotary angles are computed for any position.
+    """
     limit = architecture.max_position_embeddings
     problems = []
     prompt = config.data.max_prompt_tokens
@@ -79,13 +118,15 @@ def divisible(name: str, value: int, divisor_name: str, divisor: int) -> list[st
     return [f"{name} {value} is not divisible by {divisor_name} {divisor}: {value} % {divisor} = {rest}"]
 
 
-def _share_problems(config: RunConfig, data_parallel: int) -> list[str]:
+def _share_problems(config: RunConfig, world_size: int, model_ranks: int) -> list[str]:
     rollout, policy = config.rollout, config.policy
+    data_parallel = world_size // model_ranks
     sequences = rollout.prompts_per_step * rollout.samples_per_prompt // policy.minibatches
     if sequences >= data_parallel:
         return []
     return [
         f"rollout.prompts_per_step {rollout.prompts_per_step} x rollout.samples_per_prompt "
         f"{rollout.samples_per_prompt} / policy.minibatches {policy.minibatches} = {sequences} sequences per "
-        f"optimizer step, fewer than the data-parallel size {data_parallel}: some ranks would never train"
+        f"optimizer step, fewer than the data-parallel size {world_size} / {model_ranks} = {data_parallel}: some ranks "
+        "would never train"
     ]

@@ -14,10 +14,12 @@ from megatron_laser.config.checks.partition_excess import (
 from megatron_laser.config.checks.rollout import rollout_problems
 from megatron_laser.config.derived import (
     longest_sequence,
+    micro_batch_tokens,
     needed_pad_multiple,
     optimizer_steps,
 )
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.config.schema.system import ParallelConfig
 from megatron_laser.config.schema.training import PolicyConfig
 from megatron_laser.errors import ConfigError
 
@@ -195,19 +197,32 @@ def _parallel_problems(config: RunConfig) -> list[str]:
 
 
 def _batch_problems(config: RunConfig) -> list[str]:
-    budget, longest = config.batching.tokens_per_micro_batch, longest_sequence(config)
     problems = []
     pad, needed = config.batching.pad_multiple, needed_pad_multiple(config.parallel)
     if pad is not None and pad % needed:
-        problems += [
-            f"batching.pad_multiple: {pad} is not divisible by {needed}, over which parallel.tensor "
-            f"{config.parallel.tensor} with parallel.sequence divides packed sequences; use a multiple of it, or null"
-        ]
-    if budget >= longest:
+        problems.append(
+            f"batching.pad_multiple: {pad} is not divisible by {needed}, into which {_packed_cuts(config.parallel)} "
+            f"packed sequences: {pad} % {needed} = {pad % needed}; use a multiple of it, or null"
+        )
+    longest = longest_sequence(config)
+    if micro_batch_tokens(config) >= longest:
         return problems
+    budget, context = config.batching.tokens_per_micro_batch, config.parallel.context
+    product = f" x parallel.context {context} = {budget * context}" if context > 1 else ""
+    least = -(-longest // budget)
     return [
         *problems,
-        f"batching.tokens_per_micro_batch: {budget} is less than the longest sequence, "
+        f"batching.tokens_per_micro_batch: {budget}{product} is less than the longest sequence, "
         f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_new_tokens "
-        f"{config.rollout.max_new_tokens} = {longest}; every sequence must fit",
+        f"{config.rollout.max_new_tokens} = {longest}; every sequence must fit: use {-(-longest // context)} or more, "
+        f"or parallel.context {least} ({budget} x {least} = {budget * least})",
     ]
+
+
+def _packed_cuts(parallel: ParallelConfig) -> str:
+    """What cuts packed sequences, with its verb."""
+    context = f"parallel.context {parallel.context} (two chunks a rank)" if parallel.context > 1 else ""
+    sequence = f"parallel.tensor {parallel.tensor} with parallel.sequence" if parallel.sequence else ""
+    if context and sequence:
+        return f"{context} and {sequence} divide"
+    return f"{context or sequence} divides"

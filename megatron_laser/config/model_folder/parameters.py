@@ -14,13 +14,23 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Sizes of the parallel dimensions; `data` is what the others leave of the world."""
+    """Sizes of the parallel dimensions; `data` is what the others leave of the world.
+
+    Experts lie on the same ranks in another order: `expert` x `expert_tensor` x `expert_data` of each stage.
+    """
 
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1
     context: int = 1
     data: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same experts: of a stage's ranks those that neither `expert` dimension tells apart."""
+        return self.tensor * self.context * self.data // (self.expert * self.expert_tensor)
 
     @property
     def world_size(self) -> int:
@@ -121,21 +131,28 @@ def count_parameters(architecture: Architecture) -> int:
 def stage_parameters(architecture: Architecture, layout: Layout, vocab_multiple: int) -> tuple[int, ...]:
     """Parameters on each rank of every pipeline stage, padded vocabulary included.
 
-    Weight matrices and their biases are split over `tensor`; norms are on every rank. The first stage holds
-    the embedding, the last one the final norm and the head; tied weights are held by both where these are
-    two stages. Virtual stages move layers between ranks but keep their number.
+    Weight matrices and their biases are split over `tensor`, experts over `expert` and `expert_tensor`; norms and
+    routers are on every rank. The first stage holds the embedding, the last one the final norm and the head; tied
+    weights are held by both where these are two stages. Virtual stages move layers between ranks but keep their number.
     """
     arch = architecture
-    split, replicated = _layer(arch)
+    split, replicated, _ = _layer(arch)
     layers = arch.num_layers // layout.pipeline
     shard = padded_vocab_size(arch.vocab_size, layout.tensor, vocab_multiple) // layout.tensor
     table = shard * arch.hidden_size
-    stages = [layers * (split // layout.tensor + replicated)] * layout.pipeline
+    each = layers * (split // layout.tensor + replicated) + stage_expert_parameters(arch, layout)
+    stages = [each] * layout.pipeline
     stages[0] += table
     stages[-1] += arch.hidden_size
     if layout.pipeline > 1 or not arch.tied_embeddings:
         stages[-1] += table
     return tuple(stages)
+
+
+def stage_expert_parameters(architecture: Architecture, layout: Layout) -> int:
+    """Of `stage_parameters`, those of experts; the same on every stage, 0 for a dense model."""
+    _, _, experts = _layer(architecture)
+    return architecture.num_layers // layout.pipeline * experts // (layout.expert * layout.expert_tensor)
 
 
 def rank_bytes(
@@ -144,6 +161,8 @@ def rank_bytes(
     *,
     shards: int,
     reference_model: bool,
+    expert_parameters: int = 0,
+    expert_shards: int = 1,
 ) -> RankBytes:
     """Bytes for `parameters` on one rank.
 
@@ -154,19 +173,23 @@ def rank_bytes(
         shards: ranks that share the optimizer state: data-parallel x context-parallel size with the
             distributed optimizer, otherwise 1.
         reference_model: whether a frozen copy of the weights is held too.
+        expert_parameters: of `parameters`, those of experts, whose optimizer state `expert_shards` ranks share.
     """
     weights = parameters * DTYPE_BYTES[dtype]
-    state = parameters * (8 if dtype == "float32" else 12)
+    each = 8 if dtype == "float32" else 12
+    dense = parameters - expert_parameters
     return RankBytes(
         weights=weights,
         gradients=parameters * 4,
-        optimizer=-(-state // shards),
+        optimizer=-(-each * dense // shards) - (-each * expert_parameters // expert_shards),
         reference_model=weights if reference_model else 0,
     )
 
 
-def _layer(arch: Architecture) -> tuple[int, int]:
-    """Parameters of one layer: (those that tensor parallelism splits, those on every rank)."""
+def _layer(arch: Architecture) -> tuple[int, int, int]:
+    """Parameters of one layer: (those that tensor parallelism splits, those on every rank, those of all experts)."""
     sizes = {name: math.prod(shape) for name, shape in _layer_shapes(arch).items()}
-    replicated = sum(size for name, size in sizes.items() if "norm" in name)
-    return sum(sizes.values()) - replicated, replicated
+    router = expert_names(arch.model_type).router
+    replicated = sum(size for name, size in sizes.items() if "norm" in name or name == router)
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    return sum(sizes.values()) - replicated - experts, replicated, experts

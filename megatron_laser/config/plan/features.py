@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -32,8 +33,9 @@ def run_features(config: RunConfig) -> tuple[Feature, ...]:
     reasons = reference_model_reasons(config)
     passes = {
         "full": "policy.old_logprobs is recompute: one no-grad pass before the update",
-        "score_rows": f"policy.old_logprobs is {policy.old_logprobs}, but laser.score_source trainer needs a "
-        "no-grad pass whose head runs on the EOS rows only",
+        "score_rows": f"policy.old_logprobs is {policy.old_logprobs}, but "
+        + ("laser.score_source trainer" if laser.enabled else "moe.aux_loss_coefficient")
+        + " needs a no-grad pass whose head runs on the EOS rows only",
         "none": f"policy.old_logprobs is {policy.old_logprobs}"
         + (" and the engine computes the scores" if laser.enabled else ""),
     }
@@ -53,6 +55,7 @@ def run_features(config: RunConfig) -> tuple[Feature, ...]:
             "loaded: " + "; ".join(reasons) if reasons else "not loaded: no KL and a constant reference",
         ),
         Feature("old-policy pass", old_pass != "none", passes[old_pass]),
+        *_router_features(config),
         Feature("importance correction", cap is not None, f"cap {cap:g}" if cap is not None else "no cap"),
         Feature(
             "evaluation",
@@ -129,6 +132,21 @@ def _sync(rollout: RolloutConfig) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _router_features(config: RunConfig) -> Iterator[Feature]:
+    """What `moe` asks of a model with experts; nothing of what is off, which a dense model has not."""
+    moe = config.moe
+    if moe.aux_loss_coefficient:
+        yield Feature(
+            "load-balancing loss", True, f"coefficient {moe.aux_loss_coefficient:g}, over whole steps"
+        )
+    if moe.z_loss_coefficient:
+        yield Feature("router z-loss", True, f"coefficient {moe.z_loss_coefficient:g}")
+    if moe.freeze_router:
+        yield Feature("frozen routers", True, "as in model.path")
+    if moe.routing_replay:
+        yield Feature("routing replay", True, "tokens go to the experts that the rollout engine chose")
 
 
 def _scheduled(name: str, first_step: int | None, config: RunConfig, weight: str) -> Feature:

@@ -1,31 +1,18 @@
 """What a training rank needs on its GPU, summed line by line from the configuration alone.
 
-State (weights, gradients, optimizer) is exact. Activations are what the backward pass keeps of one packed micro-batch
-of T = `batching.tokens_per_micro_batch` tokens, after Korthikanti et al. 2022 (arXiv 2205.05198), section 4, redone
-for these models: attention without a stored score matrix, RMSNorm, a gated MLP, no dropout, norms fused into the linear
-layer behind them (Transformer Engine), whose backward gathers its sequence-parallel input again. With h hidden size, q
-and k widths of query and key, f MLP width, t tensor size, s = t with `parallel.sequence` and else 1, b bytes a number:
-
-    layer  = b T (4 h / s + (3 q + 3 k) / t + 3 f / t)
-        4 h: input and output of both norms; 3 q + 3 k: the projection's output (the values are a view of it), rotated
-        queries and keys, the attention's output; 3 f: both halves of the gated MLP and their product
-    none   = layer for each layer and micro-batch in flight
-    mlp    = the same without h / s + 3 f / t
-    full   = b T h / s for each layer and micro-batch in flight
-
-and, whatever is recomputed, one layer at a time: b T (2 h + 3 f / t) for gathered inputs and gradients, plus what
-`full` or `mlp` make anew. In flight are `pipeline` micro-batches on the first stage (Narayanan et al. 2021, section
-2.2), one on the last. The head keeps its input twice (gathered; labelled rows), works in tiles,
-and keeps probabilities for its backward: as many bytes as set, or by the rule that the op itself applies
-(`logprob_memory.py`), from what all other lines leave.
-Context, libraries and the caching allocator are allowances, not arithmetic: see the constants.
+State (weights, gradients, optimizer) is exact. Activations are those of `plan/activations.py`, for one packed
+micro-batch of `batching.tokens_per_micro_batch` tokens on a rank; in flight are `pipeline` micro-batches on the first
+stage (Narayanan et al. 2021, section 2.2), one on the last. The head keeps its input twice (gathered; labelled rows),
+works in tiles, and keeps probabilities for its backward: as many bytes as set, or by the rule that the op itself
+applies (`logprob_memory.py`), from what all other lines leave. What context parallelism adds is in `plan/context.py`.
+CUDA's context, libraries and the caching allocator are allowances, not arithmetic: see the constants.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_laser.config.derived import gpu_pad_multiple, longest_sequence
+from megatron_laser.config.derived import longest_sequence
 from megatron_laser.config.model_folder.architecture import Architecture
 from megatron_laser.config.model_folder.parameters import (
     DTYPE_BYTES,
@@ -34,6 +21,8 @@ from megatron_laser.config.model_folder.parameters import (
     count_parameters,
     padded_vocab_size,
 )
+from megatron_laser.config.plan.activations import inside_mlp, layer_activation_bytes
+from megatron_laser.config.plan.context import attention_bytes, rank_tokens, ring_neighbours
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.server_options import server_option
 from megatron_laser.errors import ConfigError
@@ -113,30 +102,35 @@ def memory_sum(
     layout: Layout,
     size: RankBytes,
     micro_batches: int,
-    tokens_per_rank: int,
+    replica_tokens: int,
     gpu_memory_gib: float = GPU_MEMORY_GIB,
 ) -> MemorySum:
     """The sum for one rank. Pure.
 
     Args:
         size: weights, gradients and optimizer state of the fullest rank.
-        micro_batches, tokens_per_rank: of one optimizer step on a data-parallel rank, at most.
+        micro_batches, replica_tokens: of one optimizer step on a data-parallel replica, at most. Its context ranks
+            share the tokens.
         gpu_memory_gib: what a colocated server's `mem_fraction_static` is a fraction of, and what the log-prob op
             may keep is chosen from.
     """
-    state = _state(config, layout, size)
+    state = _state(config, architecture, layout, size)
     lines = [
         *state,
         MemoryLine(
             "CUDA context, cuBLAS, cuDNN", CONTEXT_BYTES, STATE, "an allowance", "none: a smaller model"
         ),
     ]
-    groups = sum(size > 1 for size in (layout.tensor, layout.pipeline, layout.data)) + (layout.world_size > 1)
+    reducing = layout.data * layout.context  # gradients and optimizer shards are over both
+    sizes = [layout.tensor, layout.pipeline, layout.context, reducing, layout.world_size]
+    if architecture.moe is not None:
+        sizes += [layout.expert, layout.expert_tensor, layout.expert_data]
+    groups = sum(size > 1 for size in sizes) + ring_neighbours(config)
     if groups:
         detail = f"{groups} groups of {COMMUNICATOR_BYTES // MIB} MiB, an allowance"
         lines.append(MemoryLine("NCCL", groups * COMMUNICATOR_BYTES, STATE, detail, "NCCL_BUFFSIZE"))
-    lines += _update(config, architecture, layout, micro_batches, tokens_per_rank)
-    if config.optimizer.distributed and layout.data > 1:
+    lines += _update(config, architecture, layout, micro_batches, replica_tokens)
+    if config.optimizer.distributed and reducing > 1:
         lines.append(
             MemoryLine(
                 "save: buffer", SAVE_CHUNK_BYTES, SAVE, "64 MiB of float32, gathered", "none: constant"
@@ -147,7 +141,7 @@ def memory_sum(
     outside = CONTEXT_BYTES + groups * COMMUNICATOR_BYTES
     if any(line.name == HEAD for line in lines):
         free = int(gpu_memory_gib * GIB) - there - int(ALLOCATOR_SHARE * (there - outside))
-        kept = _kept(config, architecture, layout, tokens_per_rank, free, int(gpu_memory_gib * GIB))
+        kept = _kept(config, architecture, layout, replica_tokens, free, int(gpu_memory_gib * GIB))
         lines += kept
         there += sum(line.bytes for line in kept)
     lines.append(
@@ -162,26 +156,16 @@ def memory_sum(
     return MemorySum(tuple(lines))
 
 
-def layer_activation_bytes(
-    architecture: Architecture, *, tokens: int, itemsize: int, tensor: int, sequence: bool, recompute: str
-) -> tuple[int, int]:
-    """(kept of each layer, made anew for one layer in the backward): the module's formula, for T = `tokens`."""
-    h, f = architecture.hidden_size, architecture.intermediate_size
-    q = architecture.num_attention_heads * architecture.head_dim
-    k = architecture.num_key_value_heads * architecture.head_dim
-    s = tensor if sequence else 1
-    unit = itemsize * tokens
-    whole = unit * 4 * h // s + unit * 3 * (q + k) // tensor + unit * 3 * f // tensor
-    mlp = unit * h // s + unit * 3 * f // tensor
-    kept = {"none": whole, "mlp": whole - mlp, "full": unit * h // s}[recompute]
-    return kept, whole - kept
-
-
-def _state(config: RunConfig, layout: Layout, size: RankBytes) -> list[MemoryLine]:
-    split = "parallel.tensor, parallel.pipeline"
-    sharded = (
-        f"sharded over {layout.data * layout.context}" if config.optimizer.distributed else "not sharded"
-    )
+def _state(
+    config: RunConfig, architecture: Architecture, layout: Layout, size: RankBytes
+) -> list[MemoryLine]:
+    split, sharded = "parallel.tensor, parallel.pipeline", "not sharded"
+    if architecture.moe is not None:
+        split += ", parallel.expert"
+    if config.optimizer.distributed:
+        sharded = f"sharded over {layout.data * layout.context}"
+        if architecture.moe is not None:
+            sharded += f", experts' over {layout.expert_data}"
     lines = [
         MemoryLine("weights", size.weights, STATE, config.model.dtype, split),
         MemoryLine("gradients", size.gradients, STATE, "float32", split),
@@ -197,9 +181,9 @@ def _state(config: RunConfig, layout: Layout, size: RankBytes) -> list[MemoryLin
 
 
 def _update(
-    config: RunConfig, arch: Architecture, layout: Layout, micro_batches: int, tokens_per_rank: int
+    config: RunConfig, arch: Architecture, layout: Layout, micro_batches: int, replica_tokens: int
 ) -> list[MemoryLine]:
-    tokens = _tokens(config, tokens_per_rank)
+    tokens = rank_tokens(config, replica_tokens)
     itemsize = DTYPE_BYTES[config.model.dtype]
     recompute, t = config.model.recompute, layout.tensor
     kept, anew = layer_activation_bytes(
@@ -209,7 +193,13 @@ def _update(
         tensor=t,
         sequence=config.parallel.sequence,
         recompute=recompute,
+        expert_tensor=layout.expert_tensor,
     )
+    context = attention_bytes(config, arch, tokens)
+    if recompute == "full":
+        anew += context.kept
+    else:
+        kept += context.kept
     p, v = layout.pipeline, layout.virtual_pipeline
     layers = arch.num_layers // p
     # Interleaving starts (p - 1) / v further micro-batches' worth of chunks (Narayanan et al. 2021, section 2.2).
@@ -218,33 +208,40 @@ def _update(
     head = _head(config, arch, layout, tokens, itemsize)
     last = kept * layers + sum(line.bytes for line in head)
     if config.model.keep_logits_gib is not None:
-        whole = _probabilities(config, arch, layout, tokens_per_rank)
+        whole = _probabilities(config, arch, layout, replica_tokens)
         last += min(round(config.model.keep_logits_gib * GIB), whole)
     if p > 1 and first >= last:
         head, stage = [], "the first stage"
     else:
         first, flight, stage = (first, flight, "") if p == 1 else (kept * layers, 1.0, "the last stage")
-    transient = itemsize * tokens * (2 * arch.hidden_size + 3 * arch.intermediate_size // t) + anew
-    budget = "model.recompute, batching.tokens_per_micro_batch, parallel.sequence"
+    unit = itemsize * tokens
+    transient = unit * 2 * arch.hidden_size + inside_mlp(arch, unit, t, layout.expert_tensor) + anew
+    budget = "model.recompute, batching.tokens_per_micro_batch, parallel.sequence, parallel.context"
     each = f"{layers} layers x {gib(kept)}" + (f" x {flight:g} in flight" if flight > 1 else "")
-    return [
+    where = f" on each of {layout.context} context ranks" if layout.context > 1 else ""
+    own = -(-replica_tokens // layout.context)
+    lines = [
         MemoryLine(
             "activations",
             first,
             UPDATE,
-            f"{each}, recompute {recompute}, {tokens:,} tokens" + (f", {stage}" if stage else ""),
+            f"{each}, recompute {recompute}, {tokens:,} tokens{where}" + (f", {stage}" if stage else ""),
             budget,
         ),
         MemoryLine("one layer's backward", transient, UPDATE, "gathered inputs, gradients", budget),
         *head,
         MemoryLine(
             "the step's micro-batches",
-            STEP_BYTES_PER_TOKEN * tokens_per_rank,
+            STEP_BYTES_PER_TOKEN * own,
             UPDATE,
-            f"at most {tokens_per_rank:,} tokens",
+            f"at most {own:,} tokens",
             "rollout.prompts_per_step, policy.minibatches",
         ),
     ]
+    if context.buffers:
+        detail = f"keys, values and gradients of {layout.context} context ranks, one layer at a time"
+        lines.append(MemoryLine("context attention", context.buffers, UPDATE, detail, budget))
+    return lines
 
 
 def _head(
@@ -263,17 +260,17 @@ def _head(
     ]
 
 
-def _probabilities(config: RunConfig, arch: Architecture, layout: Layout, tokens_per_rank: int) -> int:
-    """Bytes of all probabilities of a micro-batch on one shard."""
-    tokens = _tokens(config, tokens_per_rank)
+def _probabilities(config: RunConfig, arch: Architecture, layout: Layout, replica_tokens: int) -> int:
+    """Bytes of all probabilities of a micro-batch's tokens on one rank, which has one shard of the vocabulary."""
+    tokens = rank_tokens(config, replica_tokens)
     return DTYPE_BYTES[config.model.dtype] * tokens * _columns(config, arch, layout)
 
 
 def _kept(
-    config: RunConfig, arch: Architecture, layout: Layout, tokens_per_rank: int, free: int, total: int
+    config: RunConfig, arch: Architecture, layout: Layout, replica_tokens: int, free: int, total: int
 ) -> list[MemoryLine]:
     """What the head keeps for its backward when all other lines leave `free` of the GPU's `total` bytes."""
-    whole = _probabilities(config, arch, layout, tokens_per_rank)
+    whole = _probabilities(config, arch, layout, replica_tokens)
     setting = config.model.keep_logits_gib
     if setting == 0:
         return []
@@ -287,12 +284,6 @@ def _kept(
     else:
         rest = f"none of {gib(whole)}, all recomputed"
     return [MemoryLine(KEPT, kept, UPDATE, f"{how}: {rest}", "model.keep_logits_gib")]
-
-
-def _tokens(config: RunConfig, tokens_per_rank: int) -> int:
-    """Of the longest micro-batch, padding included."""
-    pad = gpu_pad_multiple(config)
-    return -(-min(config.batching.tokens_per_micro_batch, tokens_per_rank) // pad) * pad
 
 
 def _columns(config: RunConfig, arch: Architecture, layout: Layout) -> int:

@@ -9,7 +9,9 @@ from megatron_laser.config.checks.rollout import colocated_gpus
 from megatron_laser.config.checks.settings import check_settings
 from megatron_laser.config.derived import (
     longest_sequence,
+    micro_batch_tokens,
     needs_reference_model,
+    padded_tokens,
 )
 from megatron_laser.config.model_folder.architecture import Architecture, read_architecture
 from megatron_laser.config.model_folder.parameters import (
@@ -18,11 +20,13 @@ from megatron_laser.config.model_folder.parameters import (
     count_parameters,
     padded_vocab_size,
     rank_bytes,
+    stage_expert_parameters,
     stage_parameters,
 )
 from megatron_laser.config.model_folder.safetensors_headers import has_weight_files
 from megatron_laser.config.model_folder.special_tokens import ScoreToken, resolve_score, resolve_stops
 from megatron_laser.config.model_folder.weight_checks import check_model_folder
+from megatron_laser.config.plan.context import ContextShare, context_share
 from megatron_laser.config.plan.features import Feature, run_features
 from megatron_laser.config.plan.memory import GPU_MEMORY_GIB, MemorySum, memory_sum
 from megatron_laser.config.schema.root import RunConfig
@@ -31,7 +35,7 @@ from megatron_laser.config.schema.root import RunConfig
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
     """Batch arithmetic of one training step. Upper bounds assume that every sequence has the maximum length
-    and that sequences are spread evenly over the data-parallel ranks."""
+    (and its padding for context parallelism) and that sequences are spread evenly over the data-parallel ranks."""
 
     prompts: int
     samples_per_prompt: int
@@ -39,7 +43,7 @@ class BatchPlan:
     optimizer_steps: int  # per rollout batch
     sequences_per_optimizer_step: int
     sequences_per_rank: int  # per optimizer step, on the fullest data-parallel rank
-    tokens_per_rank: int  # upper bound, per optimizer step
+    tokens_per_rank: int  # upper bound, per optimizer step; its context ranks share them
     micro_batches_per_rank: int  # upper bound, per optimizer step
 
 
@@ -57,6 +61,7 @@ class Plan:
     bytes_per_rank: RankBytes  # of the biggest stage
     memory: MemorySum  # of the fullest rank, with activations and all else
     gpu_memory_gib: float
+    context: ContextShare | None  # None without context parallelism
     features: tuple[Feature, ...]
     score_token: ScoreToken | None  # None while LaSeR is off
 
@@ -87,7 +92,7 @@ def resolve_plan(
     check_layout(config, architecture, world_size)
     layout = _layout(config, world_size)
     stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
-    size = _rank_bytes(config, layout, stages)
+    size = _rank_bytes(config, architecture, layout, stages)
     batch = _batch(config, layout)
     return Plan(
         config=config,
@@ -102,6 +107,7 @@ def resolve_plan(
         bytes_per_rank=size,
         memory=_memory(config, architecture, layout, size, batch, gpu_memory_gib),
         gpu_memory_gib=gpu_memory_gib,
+        context=context_share(config, architecture, batch.tokens_per_rank),
         features=run_features(config),
         score_token=_score_token(config, architecture),
     )
@@ -112,7 +118,7 @@ def resolve_memory(config: RunConfig, world_size: int, gpu_memory_gib: float) ->
     architecture = read_architecture(config.model.path)
     layout = _layout(config, world_size)
     stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
-    size, batch = _rank_bytes(config, layout, stages), _batch(config, layout)
+    size, batch = _rank_bytes(config, architecture, layout, stages), _batch(config, layout)
     return _memory(config, architecture, layout, size, batch, gpu_memory_gib)
 
 
@@ -124,15 +130,21 @@ def _layout(config: RunConfig, world_size: int) -> Layout:
         virtual_pipeline=parallel.virtual_pipeline,
         context=parallel.context,
         data=world_size // (parallel.tensor * parallel.pipeline * parallel.context),
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
     )
 
 
-def _rank_bytes(config: RunConfig, layout: Layout, stages: tuple[int, ...]) -> RankBytes:
+def _rank_bytes(
+    config: RunConfig, architecture: Architecture, layout: Layout, stages: tuple[int, ...]
+) -> RankBytes:
     return rank_bytes(
         max(stages),
         config.model.dtype,
         shards=layout.data * layout.context if config.optimizer.distributed else 1,
         reference_model=needs_reference_model(config),
+        expert_parameters=stage_expert_parameters(architecture, layout),
+        expert_shards=layout.expert_data if config.optimizer.distributed else 1,
     )
 
 
@@ -160,7 +172,8 @@ def _batch(config: RunConfig, layout: Layout) -> BatchPlan:
     sequences = rollout.prompts_per_step * rollout.samples_per_prompt
     per_step = sequences // policy.minibatches
     per_rank = -(-per_step // layout.data)
-    longest = longest_sequence(config)
+    longest = padded_tokens(longest_sequence(config), config.parallel)
+    fit = max(1, micro_batch_tokens(config) // longest)
     return BatchPlan(
         prompts=rollout.prompts_per_step,
         samples_per_prompt=rollout.samples_per_prompt,
@@ -169,7 +182,7 @@ def _batch(config: RunConfig, layout: Layout) -> BatchPlan:
         sequences_per_optimizer_step=per_step,
         sequences_per_rank=per_rank,
         tokens_per_rank=per_rank * longest,
-        micro_batches_per_rank=-(-per_rank // (config.batching.tokens_per_micro_batch // longest)),
+        micro_batches_per_rank=-(-per_rank // fit),
     )
 
 

@@ -6,6 +6,8 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_laser.config.derived import micro_batch_tokens
+from megatron_laser.config.plan.context import ContextShare
 from megatron_laser.config.plan.memory import GENERATE, KEPT, SAVE, STATE, SYNC, UPDATE, gib
 from megatron_laser.config.plan.resolve import Plan
 
@@ -25,12 +27,20 @@ def _model(plan: Plan) -> Table:
         f"context {layout.context}",
         f"data {layout.data}",
     ]
+    if arch.moe is not None:
+        parts += [f"expert {layout.expert} x {layout.expert_tensor}, each held by {layout.expert_data}"]
     table.add_row("layout", ", ".join(parts))
+    if plan.context is not None:
+        table.add_row("context", _context(plan, plan.context))
     table.add_row("model", escape(str(plan.config.model.path)))
+    mlp = f"MLP {arch.intermediate_size}"
+    if arch.moe is not None:
+        moe = arch.moe
+        mlp = f"{moe.num_experts} experts of {moe.intermediate_size}, {moe.experts_per_token} for a token"
     table.add_row(
         "architecture",
-        f"{arch.model_type}, {arch.num_layers} layers, hidden {arch.hidden_size}, MLP "
-        f"{arch.intermediate_size}, {arch.num_attention_heads} heads of {arch.head_dim}, "
+        f"{arch.model_type}, {arch.num_layers} layers, hidden {arch.hidden_size}, {mlp}, "
+        f"{arch.num_attention_heads} heads of {arch.head_dim}, "
         f"{arch.num_key_value_heads} key/value heads, embeddings "
         f"{'tied' if arch.tied_embeddings else 'untied'}",
     )
@@ -41,6 +51,24 @@ def _model(plan: Plan) -> Table:
         state = "verified" if token.verified else "unverified"
         table.add_row("score token", escape(f"{name}, {state}" + (f": {token.note}" if token.note else "")))
     return table
+
+
+def _context(plan: Plan, share: ContextShare) -> str:
+    """Who shares what, why the longest sequence fits, and what that costs."""
+    activations = next(line.bytes for line in plan.memory.lines if line.name == "activations")
+    budget = plan.config.batching.tokens_per_micro_batch
+    if share.needed:
+        reason = (
+            f"which is more than batching.tokens_per_micro_batch {budget:,} and fits because {share.ranks} ranks share "
+            f"it; the same micro-batch on one rank would be {gib(share.ranks * activations)} of activations"
+        )
+    else:
+        reason = f"which batching.tokens_per_micro_batch {budget:,} holds without sharing, too"
+    return (
+        f"{share.ranks} ranks share each sequence, {share.on_rank:,} tokens each of the longest, {share.longest:,}, "
+        f"{reason}; a rank sends {gib(share.attention.forward)} of keys and values a layer in the forward, "
+        f"{gib(share.attention.backward)} with gradients in the backward"
+    )
 
 
 def _batch(plan: Plan) -> Table:
@@ -56,10 +84,12 @@ def _batch(plan: Plan) -> Table:
     )
     table.add_row("per data-parallel rank", f"{batch.sequences_per_rank:,} sequences per optimizer step")
     longest = batch.tokens_per_rank // batch.sequences_per_rank
+    ranks = plan.layout.context
     table.add_row(
         f"at most, {longest:,} tokens each",
         f"{batch.tokens_per_rank:,} tokens in {batch.micro_batches_per_rank:,} micro-batches of up to "
-        f"{plan.config.batching.tokens_per_micro_batch:,}",
+        f"{micro_batch_tokens(plan.config):,}"
+        + (f", {plan.config.batching.tokens_per_micro_batch:,} on each context rank" if ranks > 1 else ""),
     )
     return table
 

@@ -29,7 +29,12 @@ class ParallelConfig(Section):
     virtual_pipeline: Count = 1
     """Chunks of layers per stage (interleaved schedule); above 1 needs `pipeline` above 1."""
     context: Count = 1
-    """Ranks that split each sequence. Only 1 for now."""
+    """Ranks that share each sequence (context parallelism), for sequences whose activations do not fit on one: a rank
+    holds 1 / context of every sequence's tokens, and the longest may have `context` times
+    `batching.tokens_per_micro_batch`. Rank r of C has chunks r and 2C - 1 - r of 2C equal ones (zig-zag), so that all
+    have the same attention to compute. It costs messages, since keys and values go round these ranks in each layer, and
+    padding of every sequence to a multiple of 2 x context. It does not split weights; `optimizer.distributed` shards
+    the optimizer over it."""
     expert: Count = 1
     """Ranks that share out the experts of a mixture-of-experts model; must divide their number. They are ranks of the
     other dimensions: `tensor` x `context` x data is a multiple of `expert` x `expert_tensor`."""
@@ -43,12 +48,14 @@ class BatchingConfig(Section):
     """How sequences are packed into micro-batches."""
 
     tokens_per_micro_batch: Count = 16384
-    """Token budget of a packed micro-batch on one rank (dynamic batch size); at least the longest sequence,
-    `data.max_prompt_tokens` + `rollout.max_new_tokens`."""
+    """Token budget of a packed micro-batch on one rank (dynamic batch size). A micro-batch has `parallel.context` times
+    as many tokens, and the longest sequence, `data.max_prompt_tokens` + `rollout.max_new_tokens`, must fit these."""
     pad_multiple: Count | None = None
     """Packed micro-batches are padded to a multiple of this many tokens, with a sequence of its own that has no
     label, and may so be longer than the budget; no result depends on it. Few different lengths keep GPU memory in
-    one piece. null: 128 x `parallel.tensor` on CUDA; on a CPU 2 or what `parallel.sequence` needs."""
+    one piece. The layout must divide it: `parallel.sequence` each rank's tokens, and `parallel.context` the whole into
+    2 x context chunks. Apart from it, each sequence is padded to a multiple of 2 x `parallel.context` where that is
+    above 1. null: 128 x `parallel.tensor` x `parallel.context` on CUDA; on a CPU 2 or what the layout needs."""
     balance: Literal["tokens", "flops"] = "tokens"
     """What is shared out evenly over data-parallel ranks and micro-batches: `tokens`, or `flops`, the matrix products
     by the model's shape, in which attention grows with the square of a sequence. Worth it where responses are long and

@@ -135,7 +135,7 @@ class OptimizerConfig(Section):
     min_lr: NonNegative = 0.0
     """Where a linear or cosine schedule ends."""
     distributed: bool = False
-    """Shard optimizer state over the data-parallel ranks (Megatron's distributed optimizer)."""
+    """Shard optimizer state over the data-parallel and context ranks (Megatron's distributed optimizer)."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False

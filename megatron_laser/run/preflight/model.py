@@ -82,6 +82,8 @@ def check_sizes(config: RunConfig, found: ModelInputs, log: FindingLog) -> None:
         if problems := split_problems(config, needed(found.architecture, "config.json")):
             raise ConfigError(problems)
         text = f"parallel.tensor {parallel.tensor} and parallel.pipeline {parallel.pipeline} divide the model"
+        if parallel.context > 1:
+            text += f"; parallel.context {parallel.context} ranks share each sequence"
         log.add(GROUP, [Finding("layout", "ok", text)])
 
 

@@ -9,6 +9,23 @@ import torch
 __version__ = "0.0.0+stand.in"
 
 
+class _NoCudaRuntime:
+    """What SGLang asks of the CUDA runtime where it keeps the experts that tokens were sent to, on a CPU as well:
+    its buffer in host memory is pinned. Here no device copies into it."""
+
+    @staticmethod
+    def cudaHostRegister(pointer: int, size: int, flags: int) -> int:
+        return 0
+
+    @staticmethod
+    def cudaHostUnregister(pointer: int) -> int:
+        return 0
+
+
+if not torch.backends.cuda.is_built():
+    torch.cuda.cudart = _NoCudaRuntime
+
+
 def assign_req_to_token_pool_cpu(
     req_pool_indices: torch.Tensor,
     req_to_token: torch.Tensor,
