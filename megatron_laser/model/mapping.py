@@ -21,6 +21,7 @@ from megatron_laser.config.model_folder.parameters import EMBEDDING, HEAD, exper
 from megatron_laser.model.hf_config import architecture_of, head_dim
 
 OUTPUT_LAYER = "output_layer.weight"
+ROUTER = "mlp.router.weight"  # below a layer
 # Transformer Engine name -> the table's name.
 ALIASES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -234,7 +235,7 @@ _QK_NORM = (
 
 
 def _router(model_type: str) -> Rule:
-    return Rule(_LAYER + "mlp.router.weight", (_HF_LAYER + expert_names(model_type).router,), Replicated())
+    return Rule(_LAYER + ROUTER, (_HF_LAYER + expert_names(model_type).router,), Replicated())
 
 
 LAYER_TABLES: dict[str, tuple[Rule, ...]] = {

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
@@ -175,6 +176,17 @@ def test_the_plan_says_how_old_the_weights_may_be(tmp_path: Path) -> None:
     )
     (line,) = [line for line in rollout_features(config) if line[0] == "off-policy rollout"]
     assert line == ("off-policy rollout", True, "rollout.ahead: 1; tokens are at most 2 steps old")
+
+
+def test_the_small_example_with_experts_differs_in_the_model_and_its_routers() -> None:
+    dense, experts = (
+        yaml.safe_load((EXAMPLES / "tiny_sum" / f"{name}.yaml").read_text())
+        for name in ("laser", "laser_moe")
+    )
+    assert experts.pop("moe") == {"routing_replay": True}
+    assert experts["model"].pop("path") == "base_moe" and dense["model"].pop("path") == "base"
+    assert experts["run"].pop("output_dir") != dense["run"].pop("output_dir")
+    assert experts == dense
 
 
 def test_the_small_example_through_a_server_differs_in_who_generates_and_scores(tmp_path: Path) -> None:

@@ -179,6 +179,10 @@ def _mixture(raw: dict[str, Any], problems: list[str]) -> MixtureOfExperts:
     # transformers 5 writes Qwen3-MoE's number under Mixtral's name
     count_key = "num_local_experts" if mixtral or "num_local_experts" in raw else "num_experts"
     experts = _positive(raw, count_key, problems)
+    if raw.get("num_experts", experts) != experts:
+        problems.append(
+            f"{count_key} {experts} and num_experts {raw['num_experts']!r}: expected the same number"
+        )
     chosen = _positive(raw, "num_experts_per_tok", problems)
     if chosen > experts:
         problems.append(f"num_experts_per_tok {chosen} is more than {count_key} {experts}")
