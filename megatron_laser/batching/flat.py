@@ -74,6 +74,12 @@ class FlatBatch:
                     f"FlatBatch.{name} has shape {getattr(self, name).shape}: expected ({size},) from "
                     f"{samples} samples and their lengths."
                 )
+        if (self.routed_tokens < 0).any() or (self.routed_tokens > self.lengths).any():
+            sample = int(np.argmax((self.routed_tokens < 0) | (self.routed_tokens > self.lengths)))
+            raise ValueError(
+                f"FlatBatch.routed_tokens of sample {sample} is {int(self.routed_tokens[sample])}: expected 0 to its "
+                f"{int(self.lengths[sample])} tokens."
+            )
         if self.routed_experts.ndim != 2 or len(self.routed_experts) != self.routed_tokens.sum(
             dtype=np.int64
         ):

@@ -64,6 +64,11 @@ UNUSABLE_OPTIONS = {
     "checkpoint_engine_wait_weights_before_ready": "the run sends weights to servers that answer already",
 }
 _FRACTION = "mem_fraction_static"
+
+# Routers' choices are noted by the place of a token's keys and values in the GPU's cache, and do not move with them.
+_MOVES_CACHE = ("enable_hierarchical_cache", "enable_lmcache", "enable_flexkv", "enable_hisparse")
+# Their kernels choose the experts themselves, and what is noted stays zero.
+UNNOTED_BACKENDS = ("triton_kernel", "flashinfer_trtllm", "experimental_sgl_trtllm", "flashinfer_mxfp4")
 _UNUSABLE_PREFIXES = {
     "speculative_": UNUSABLE_OPTIONS["uno_lora_path"],
     "ssl_": _TLS,
@@ -92,6 +97,23 @@ def option_problems(rollout: RolloutConfig) -> list[str]:
             problems.append(
                 f"{key}: {value} with rollout.weight_sync: colocated: the memory of these CUDA graphs cannot be given "
                 "back while the trainer has the GPU; remove it"
+            )
+    return problems
+
+
+def replay_problems(options: Mapping[str, Any]) -> list[str]:
+    """Options with which servers report wrong experts, or none, in silence: what `moe.routing_replay` cannot have."""
+    problems = []
+    for name, value in options.items():
+        key, normal = f"rollout.sglang.options.{name}", _normal(name)
+        if normal in _MOVES_CACHE and value is not None and value is not False:
+            problems.append(
+                f"{key}: with moe.routing_replay a server would report other tokens' experts, since they do not move "
+                "with a cache that leaves the GPU; remove it"
+            )
+        elif normal == "moe_runner_backend" and value in UNNOTED_BACKENDS:
+            problems.append(
+                f"{key}: {value} does not note which experts it chooses, which moe.routing_replay needs; use triton"
             )
     return problems
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -21,7 +22,7 @@ from megatron_laser.config import ModelFolderError, check_model_folder
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.rollout.folder_names import folder_tensors
 from megatron_laser.rollout.routed_experts import Routed
-from megatron_laser.types import Generation, SamplingParams
+from megatron_laser.types import Generation, RoutingShape, SamplingParams
 
 # Rows that are done leave the batch once they make up this share of it.
 _COMPACT_SHARE = 0.25
@@ -75,7 +76,7 @@ class InProcessEngine:
         with ExitStack() as stack:
             recorder = None
             if sampling.routing is not None:
-                recorder = stack.enter_context(closing(RoutingRecorder(self._model)))
+                recorder = stack.enter_context(closing(RoutingRecorder(self._model, sampling.routing)))
             for start in range(0, len(prompts), per_batch):
                 part = prompts[start : start + per_batch]
                 batch = _Batch(self, part, sampling, generator, ends, stop, recorder)
@@ -313,18 +314,19 @@ class _Batch:
 
     def _routed(self, row: int) -> Routed | None:
         """Where all tokens went that were fed for a row that ends now."""
-        routing = self._sampling.routing
-        if routing is None:
+        if self._sampling.routing is None:
             return None
         prompt = self._prompt_routes[row // self._sampling.samples_per_prompt]
         fed = [prompt, *(step[row : row + 1] for step in self._routes)]
-        return torch.cat(fed).numpy().astype(routing.dtype)
+        return torch.cat(fed).numpy()
 
 
 class RoutingRecorder:
     """Notes which experts a model's routers choose, until it is closed."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, shape: RoutingShape) -> None:
+        # One entry for every token of a whole batch is kept until its last row ends.
+        self._dtype = torch.from_numpy(np.empty(0, dtype=shape.dtype)).dtype
         self._chosen: list[torch.Tensor] = []
         # A router's third result: transformers' Qwen3-MoE and Mixtral.
         self._hooks = [
@@ -339,7 +341,7 @@ class RoutingRecorder:
 
     def take(self, rows: int, width: int) -> torch.Tensor:
         """The experts of the last forward over [rows, width] tokens: [rows, width, layers, k] on the CPU."""
-        chosen = torch.stack([layer.cpu() for layer in self._chosen], dim=1)
+        chosen = torch.stack([layer.cpu() for layer in self._chosen], dim=1).to(self._dtype)
         self._chosen.clear()
         return chosen.view(rows, width, *chosen.shape[1:])
 

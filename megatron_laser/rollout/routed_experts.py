@@ -2,7 +2,8 @@
 
 SGLang 0.5.23 reports it with `return_routed_experts` where it was started with --enable-return-routed-experts: int32
 in base64, [tokens, layers, experts_per_token], from `routed_experts_start_len` to the last token but one, which is the
-last that was fed. Tokens whose keys and values came from the prefix cache are among them.
+last that was fed. Tokens whose keys and values came from the prefix cache are among them: it keeps experts by cache
+slot. An aborted request that was running tells them, too; one that was still queued does not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laser.config.server_options import UNNOTED_BACKENDS
 from megatron_laser.rollout.sglang_api import WireError
 from megatron_laser.types import Generation, RoutingShape
 
@@ -36,7 +38,8 @@ def routing_request(shape: RoutingShape | None, known: int) -> dict[str, Any]:
 def parse_routing(answer: Any, shape: RoutingShape, *, tokens: int) -> Routed | None:
     """The experts in the answer to a request that asked for those of `tokens` tokens; None where it has none.
 
-    An answer to an aborted request may have fewer. Raises WireError when they are of another model.
+    An answer to an aborted request may have fewer. Raises WireError when they are of another model, or were never
+    noted: SGLang then answers with its buffer's zeros, expert 0 twice.
     """
     text = answer["meta_info"].get("routed_experts")
     if text is None:
@@ -55,7 +58,16 @@ def parse_routing(answer: Any, shape: RoutingShape, *, tokens: int) -> Routed | 
         raise WireError(
             f"routed_experts from {flat.min()} to {flat.max()}: the model has experts 0 to {shape.num_experts - 1}"
         )
-    return flat.reshape(-1, shape.layers, shape.experts_per_token).astype(shape.dtype)
+    routed = flat.reshape(-1, shape.layers, shape.experts_per_token).astype(shape.dtype)
+    # Two of them tell a row of zeros, and this runs for every response.
+    if shape.experts_per_token > 1 and (twice := routed[..., 0] == routed[..., 1]).any():
+        token, layer = np.argwhere(twice)[0].tolist()
+        raise WireError(
+            f"routed_experts send token {token} of layer {layer} to expert {routed[token, layer, 0]} twice: the server "
+            f"does not note them, as with moe_runner_backend {', '.join(UNNOTED_BACKENDS)}; start it with "
+            "--moe-runner-backend triton"
+        )
+    return routed
 
 
 def joined_routing(partial: Generation | None, later: Routed | None) -> Routed | None:

@@ -52,6 +52,7 @@ class FaultyServer(ServerState):
         weights: what its weights' checksum is; None: it gives none.
         experts: (layers, experts per token, experts) of its model, of which it tells who asks; None: it was not
             started for that. The token at position p goes to experts p, p + 1, ... in the first layer, and so on.
+        tells_aborted: it tells that of an aborted request, too, as a server does once it runs.
     """
 
     def __init__(self) -> None:
@@ -67,6 +68,7 @@ class FaultyServer(ServerState):
         self.silent = False
         self.weights: str | None = None
         self.experts: tuple[int, int, int] | None = None
+        self.tells_aborted = True
         self.let_go = threading.Event()
         self._changed = threading.Condition()
         self._http: HttpServer | None = None
@@ -180,7 +182,8 @@ class FaultyServer(ServerState):
         }
         if "token_ids_logprob" in body:
             meta["output_token_ids_logprobs"] = [[[-7.5, SCORE, None]]]
-        if self.experts is not None and body.get("return_routed_experts") and not aborted:
+        tells = not aborted or self.tells_aborted
+        if self.experts is not None and body.get("return_routed_experts") and tells:
             start, fed = body["routed_experts_start_len"], len(body["input_ids"]) + len(ids) - 1
             meta["routed_experts"] = base64.b64encode(routes(self.experts, start, fed).tobytes()).decode()
         return {"output_ids": ids, "meta_info": meta}

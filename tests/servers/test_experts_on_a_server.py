@@ -16,6 +16,7 @@ from test_weight_sync import EOS, SCORE, VOCABULARY, changed_model, logprobs, tr
 from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.client.identify import Expected
 from megatron_laser.rollout.endpoints import ServerEndpoint
+from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.types import RoutingShape, SamplingParams
 from megatron_laser.weight_sync import disk, sync_weights
 from megatron_laser.weight_sync.server_memory import ALL_TAGS, WEIGHTS, ServerMemory
@@ -120,6 +121,41 @@ def test_the_server_tells_where_it_sent_each_token_and_that_is_where_the_model_s
                 assert (np.sort(routed, axis=2) == np.sort(own, axis=2)).all()
                 compared += len(routed)
         assert compared > 60
+    finally:
+        engine.close()
+
+
+def test_a_response_in_several_pieces_has_the_experts_of_all_its_tokens(server, process_group, tmp_path):
+    """What an aborted answer told, and then the rest: one row for each token, and each where the model sends it."""
+    engine = open_engine(server, transport("flattened", server, tmp_path))
+    try:
+        model = changed_model(server, 31)
+        assert sync_weights(stream(model), engine, 0) is None
+        prompts = [[4, 5, 6 + i] for i in range(4)]
+        sampling = SamplingParams(8, 50, (EOS,), routing=RoutingShape(LAYERS, TOPK, EXPERTS))
+        stop, finished = StopEarly(), []
+
+        def on_finished(prompt, sample, generation):
+            finished.append((prompt, sample))
+            if len(finished) == 4:
+                stop.set()
+
+        some = engine.generate_some(prompts, sampling, deadline=120, on_finished=on_finished, stop=stop)
+        had = {(p, s): g for p, group in enumerate(some) for s, g in enumerate(group) if g is not None}
+        begun = [place for place, g in had.items() if g.finish_reason == "abort" and g.response_ids]
+        told = [(p, s) for p, s in begun if had[p, s].routed_experts is not None]
+        print(f"{len(begun)} responses were begun, of {len(told)} the aborted answer told the experts")
+        assert begun and told == begun
+        for p, s in begun:
+            assert len(had[p, s].routed_experts) == len(prompts[p]) + len(had[p, s].response_ids) - 1
+        again = engine.generate_some(prompts, sampling, deadline=120, resume=had)
+        for prompt, group in zip(prompts, again):
+            for generation in group:
+                ids = prompt + generation.response_ids
+                routed = generation.routed_experts
+                assert len(routed) == len(ids) - 1
+                own = chosen(model, ids)[: len(routed)]
+                assert (np.sort(routed, axis=2) == np.sort(own, axis=2)).all()
     finally:
         engine.close()
 

@@ -235,6 +235,30 @@ def test_a_dense_model_cannot_be_asked_for_experts(tmp_path, folder, override, s
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("enable_hierarchical_cache", True, "other tokens' experts"),
+        ("enable-lmcache", True, "other tokens' experts"),
+        ("moe-runner-backend", "flashinfer_trtllm", "does not note which experts"),
+        ("moe_runner_backend", "triton_kernel", "does not note which experts"),
+        ("moe_runner_backend", "triton", None),
+        ("enable_hierarchical_cache", False, None),
+    ],
+)
+def test_options_with_which_servers_report_wrong_experts_are_refused_with_replay(
+    tmp_path, folder, name, value, said
+):
+    rollout = {"engine": "sglang", "sglang": {"options": {name: value}}}
+    config_of(tmp_path, folder, rollout=rollout)
+    if said is None:
+        config_of(tmp_path, folder, "moe.routing_replay=true", rollout=rollout)
+        return
+    with pytest.raises(ConfigError) as error:
+        config_of(tmp_path, folder, "moe.routing_replay=true", rollout=rollout)
+    assert f"rollout.sglang.options.{name}: " in str(error.value) and said in str(error.value)
+
+
 def test_the_dry_run_of_a_30b_model_on_64_gpus(tmp_path, folder):
     config = config_of(
         tmp_path,

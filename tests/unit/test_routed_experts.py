@@ -53,6 +53,14 @@ def test_experts_are_read_in_their_smallest_type():
         (answer(np.zeros(7)), "7 routed_experts"),
         (answer(np.full((5, 3, 2), 8)), "from 8 to 8: the model has experts 0 to 7"),
         (answer(np.full((5, 3, 2), -1)), "from -1 to -1"),
+        (
+            answer(np.zeros((5, 3, 2))),
+            "send token 0 of layer 0 to expert 0 twice: .*--moe-runner-backend triton",
+        ),
+        (
+            answer(np.where(np.arange(3)[:, None] == 2, 0, routes(EXPERTS, 1, 6))),
+            "token 0 of layer 2 to expert 0 twice",
+        ),
         ({"meta_info": {"routed_experts": "AAA"}}, "no int32 in base64"),
         ({"meta_info": {"routed_experts": [1, 2]}}, "no int32 in base64"),
     ],
@@ -109,8 +117,10 @@ def test_wrong_experts_are_a_fault_of_the_server_that_is_tried_again(server, eng
         engine.generate(PROMPTS[:1], engine_sampling, deadline=1.0)
 
 
-def test_a_response_that_goes_on_asks_for_what_is_not_known(server, engine):
-    """An aborted answer tells nothing, so the next is asked for all; one that knows its first tokens, for the rest."""
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_response_that_goes_on_asks_for_what_is_not_known(server, engine, tells):
+    """What an aborted answer tells is kept, and only the rest asked for; else the next is asked for all."""
+    server.tells_aborted = tells
     server.holds = lambda body: True
     stop = StopEarly()
 
@@ -122,16 +132,22 @@ def test_a_response_that_goes_on_asks_for_what_is_not_known(server, engine):
     first = engine.generate_some(PROMPTS[:1], SAMPLING, deadline=20.0, stop=stop)
     partial = first[0][0]
     assert partial.finish_reason == "abort" and len(partial.response_ids) == HELD
-    assert partial.routed_experts is None
+    had = len(PROMPTS[0]) + HELD - 1 if tells else 0
+    if tells:
+        assert np.array_equal(partial.routed_experts, routes(EXPERTS, 0, had))
+        assert partial.routed_experts.dtype == np.uint8
+    else:
+        assert partial.routed_experts is None
+    partial = generation_from(json.loads(json.dumps(generation_state(partial))))
     server.holds = lambda body: False
-    known = replace(partial, routed_experts=routes(EXPERTS, 0, 3).astype(np.uint8))
+    known = replace(partial, routed_experts=routes(EXPERTS, 0, 2).astype(np.uint8))
     resume = {(0, 0): partial, (0, 1): known}
     server.requests.clear()
     (group,) = engine.generate_some(PROMPTS[:1], SAMPLING, deadline=20.0, resume=resume)
     fed = len(PROMPTS[0]) + LENGTH - 1
     for generation in group:
         assert np.array_equal(generation.routed_experts, routes(EXPERTS, 0, fed))
-    assert sorted(body["routed_experts_start_len"] for body in server.generations) == [0, 3]
+    assert sorted(body["routed_experts_start_len"] for body in server.generations) == sorted([had, 2])
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16])
@@ -179,6 +195,22 @@ def test_a_flat_batch_without_them_is_empty_there():
     flat = flatten(batch(None, None))
     assert flat.routed_tokens.tolist() == [0, 0] and flat.routed_experts.shape == (0, 0)
     assert FlatBatch.from_arrays(flat.to_arrays()).routed_experts.shape == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ([6, 1], "of sample 0 is 6: expected 0 to its 5 tokens"),
+        ([8, -1], "of sample 0 is 8"),
+        ([4, -1], "of sample 1 is -1"),
+        ([4, 4], r"shape \(7, 6\): expected one row for each of the 8"),
+    ],
+)
+def test_a_flat_batch_with_other_counts_is_refused(counts, said):
+    first, second = routes(EXPERTS, 0, 4).astype(np.uint8), routes(EXPERTS, 2, 5).astype(np.uint8)
+    arrays = flatten(batch(first, second)).to_arrays()
+    with pytest.raises(ValueError, match=said):
+        FlatBatch.from_arrays(arrays | {"routed_tokens": np.array(counts, np.int32)})
 
 
 def test_a_flat_batch_of_before_has_none():

@@ -6,7 +6,7 @@ import ipaddress
 
 from megatron_laser.config.schema.rollout import RolloutConfig
 from megatron_laser.config.schema.root import RunConfig
-from megatron_laser.config.server_options import option_problems
+from megatron_laser.config.server_options import option_problems, replay_problems
 
 SYNC_MARGIN = 1.1
 """`run.deadline` over `rollout.sync_deadline`: rank 0 gives up, aborts the group and tells the others in between."""
@@ -20,6 +20,8 @@ def rollout_problems(config: RunConfig) -> list[str]:
         return [*problems, *_in_process_problems(rollout)]
     problems += _server_problems(rollout)
     problems += option_problems(rollout)
+    if config.moe.routing_replay:
+        problems += replay_problems(rollout.sglang.options)
     problems += _seed_problems(rollout)
     if rollout.weight_sync == "colocated":
         problems += _colocated_problems(rollout)
