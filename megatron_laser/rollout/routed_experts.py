@@ -58,7 +58,7 @@ def parse_routing(answer: Any, shape: RoutingShape, *, tokens: int) -> Routed | 
         raise WireError(
             f"routed_experts from {flat.min()} to {flat.max()}: the model has experts 0 to {shape.num_experts - 1}"
         )
-    routed = flat.reshape(-1, shape.layers, shape.experts_per_token).astype(shape.dtype)
+    routed: Routed = flat.reshape(-1, shape.layers, shape.experts_per_token).astype(shape.dtype)
     # Two of them tell a row of zeros, and this runs for every response.
     if shape.experts_per_token > 1 and (twice := routed[..., 0] == routed[..., 1]).any():
         token, layer = np.argwhere(twice)[0].tolist()

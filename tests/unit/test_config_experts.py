@@ -284,7 +284,10 @@ def test_the_dry_run_says_what_routers_do(tmp_path, folder):
     plan = resolve_plan(config_of(tmp_path, folder, *settings, laser={"enabled": False}), 1)
     said = {feature.name: feature.detail for feature in plan.features}
     assert said["load-balancing loss"] == "coefficient 0.01, over whole steps"
-    assert "engine chose" in said["routing replay"]
+    assert said["routing replay"] == "tokens go to the experts that the rollout engine chose"
+    plan = resolve_plan(config_of(tmp_path, folder, *settings[:1], "rollout.engine=sglang"), 1)
+    (detail,) = [feature.detail for feature in plan.features if feature.name == "routing replay"]
+    assert detail.endswith("of servers started with --enable-return-routed-experts")
     assert "moe.aux_loss_coefficient needs a no-grad pass" in said["old-policy pass"]
 
 

@@ -146,7 +146,10 @@ def _router_features(config: RunConfig) -> Iterator[Feature]:
     if moe.freeze_router:
         yield Feature("frozen routers", True, "as in model.path")
     if moe.routing_replay:
-        yield Feature("routing replay", True, "tokens go to the experts that the rollout engine chose")
+        detail = "tokens go to the experts that the rollout engine chose"
+        if config.rollout.engine == "sglang":
+            detail += ", of servers started with --enable-return-routed-experts"
+        yield Feature("routing replay", True, detail)
 
 
 def _scheduled(name: str, first_step: int | None, config: RunConfig, weight: str) -> Feature:
