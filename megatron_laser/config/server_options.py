@@ -101,11 +101,16 @@ def option_problems(rollout: RolloutConfig) -> list[str]:
     return problems
 
 
-def replay_problems(options: Mapping[str, Any]) -> list[str]:
-    """Options with which servers report wrong experts, or none, in silence: what `moe.routing_replay` cannot have."""
+def replay_problems(options: Mapping[str, Any], *, prefix: str) -> list[str]:
+    """Options with which servers report wrong experts, or none, in silence: what `moe.routing_replay` cannot have.
+
+    Args:
+        options: those to give a server, or all that one says it has.
+        prefix: what stands before an option's name in a line.
+    """
     problems = []
     for name, value in options.items():
-        key, normal = f"rollout.sglang.options.{name}", _normal(name)
+        key, normal = f"{prefix}{name}", _normal(name)
         if normal in _MOVES_CACHE and value is not None and value is not False:
             problems.append(
                 f"{key}: with moe.routing_replay a server would report other tokens' experts, since they do not move "

@@ -331,6 +331,7 @@ class ServerFacts:
     generates: bool = True
     preferred_sampling: Any = None  # what it does to every request behind its back
     expert_storage: str = ""  # see `server_weights.py`
+    replay_problems: tuple[str, ...] = ()  # why the experts that it reports cannot be used
 
 
 def server_facts(info: Mapping[str, Any], server: Mapping[str, Any]) -> ServerFacts:

@@ -140,6 +140,7 @@ def _expected(config: RunConfig) -> Expected:
         sizes={name: folder[name] for name in SIZES if name in folder},
         tied=architecture.tied_embeddings,
         deterministic=config.rollout.sglang.deterministic,
+        routing=config.moe.routing_replay,
     )
 
 

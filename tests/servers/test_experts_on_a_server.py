@@ -35,7 +35,7 @@ def server(request, tmp_path_factory):
 
 def open_engine(server, moved):
     endpoint = ServerEndpoint(server.url)
-    expected = Expected(VOCABULARY, None, "float32")
+    expected = Expected(VOCABULARY, None, "float32", routing=True)
     return SglangEngine(lambda: [endpoint], api_key=server.api_key, expected=expected, transport=moved)
 
 

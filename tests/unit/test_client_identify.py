@@ -252,6 +252,20 @@ class TestAModelFolderThatBothSee:
             open_engine(url, expected=Expected(153))
 
 
+@pytest.mark.parametrize(
+    "option", [{"enable_hierarchical_cache": True}, {"moe_runner_backend": "flashinfer_trtllm"}]
+)
+def test_a_server_that_would_report_wrong_experts_is_refused_where_they_are_replayed(option):
+    (name,) = option
+    with answering(sglang(server=option)) as url:
+        open_engine(url)
+        with pytest.raises(ServerMismatch, match=f"its option {name}: .*moe.routing_replay"):
+            open_engine(url, expected=replace(EXPECTED, routing=True))
+    plain = {"enable_hierarchical_cache": False, "moe_runner_backend": "auto"}
+    with answering(sglang(server=plain)) as url:
+        open_engine(url, expected=replace(EXPECTED, routing=True))
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_whether_a_server_takes_seeds_is_asked_and_required_on_request(deterministic, tmp_path):
     server = {"enable_deterministic_inference": deterministic, "vocab_size": 152}

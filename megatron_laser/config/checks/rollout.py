@@ -21,7 +21,7 @@ def rollout_problems(config: RunConfig) -> list[str]:
     problems += _server_problems(rollout)
     problems += option_problems(rollout)
     if config.moe.routing_replay:
-        problems += replay_problems(rollout.sglang.options)
+        problems += replay_problems(rollout.sglang.options, prefix="rollout.sglang.options.")
     problems += _seed_problems(rollout)
     if rollout.weight_sync == "colocated":
         problems += _colocated_problems(rollout)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_laser.config.server_options import replay_problems
 from megatron_laser.rollout.client.errors import (
     ServerError,
     ServerMismatch,
@@ -59,6 +60,7 @@ class Expected:
         sizes: of config.json, by name; compared where the server's model folder can be read from here.
         tied: whether the output layer is the embedding, compared there, too; None: not compared.
         deterministic: seeds must decide what it samples.
+        routing: the experts that it reports must be those it used; one that reports none is used all the same.
     """
 
     vocab_size: int
@@ -68,6 +70,7 @@ class Expected:
     sizes: Mapping[str, int] = field(default_factory=dict)
     tied: bool | None = None
     deterministic: bool = False
+    routing: bool = False
 
 
 async def identify_member(member: Member, expected: Expected, *, deadline: float) -> ServerFacts:
@@ -111,7 +114,11 @@ async def identify(client: ServerClient, expected: Expected, *, deadline: float)
         raise _no_server(error) from error
     if not isinstance(server, dict) or weight_version(info) is None:
         raise ServerMismatch(url, _PHASE, f"{MODEL_INFO} names no weight_version: {NO_SERVER}")
-    facts = replace(server_facts(info, server), expert_storage=expert_storage(server))
+    facts = replace(
+        server_facts(info, server),
+        expert_storage=expert_storage(server),
+        replay_problems=tuple(replay_problems(server, prefix="its option ")),
+    )
     folder = _config_of(facts.model_path)
     problems = mismatches(facts, expected, folder)
     if not problems and facts.vocab_size is None and "vocab_size" not in folder:
@@ -195,6 +202,8 @@ def mismatches(facts: ServerFacts, expected: Expected, folder: Mapping[str, Any]
             "it was started without --enable-deterministic-inference and ignores seeds; start it with that option "
             "(rollout.sglang.deterministic: true for megatron-laser serve), or set rollout.sglang.deterministic: false"
         )
+    if expected.routing:
+        problems += facts.replay_problems
     if facts.preferred_sampling:
         problems.append(
             f"it was started with --preferred-sampling-params {facts.preferred_sampling}, which change what it "
