@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import json
 from collections.abc import Mapping
 from os import PathLike
 from typing import IO
@@ -15,17 +15,28 @@ from megatron_laser.distributed.runtime import Runtime
 
 
 def broadcast_arrays(arrays: dict[str, np.ndarray] | None, runtime: Runtime) -> dict[str, np.ndarray]:
-    """Send rank 0's named arrays to all ranks over gloo; `arrays` is ignored elsewhere. No pickling."""
+    """Send rank 0's named arrays to all ranks over gloo; `arrays` is ignored elsewhere. No pickling.
+
+    Each array is sent from where it lies and received where it stays: of the largest there is no second copy.
+
+    Raises:
+        ValueError: one holds Python objects, which only pickle could send.
+    """
     if runtime.world_size == 1:
         assert arrays is not None
         return arrays
-    payload = _encode(arrays) if runtime.is_main and arrays is not None else None
-    if runtime.leaders_group is not None:
-        payload = _broadcast(payload, 0, runtime.leaders_group)
-    if len(runtime.replica_ranks) > 1:
-        payload = _broadcast(payload, runtime.replica_ranks[0], runtime.replica_group)
-    assert payload is not None
-    return _decode(payload)
+    own = arrays if runtime.is_main else None
+    described = None if own is None else json.dumps(_describe(own)).encode()
+    sent: dict[str, np.ndarray] = {}
+    for name, dtype, shape in json.loads(_send_bytes(described, runtime)):
+        if own is None:
+            array = np.empty(shape, dtype=dtype)
+        else:
+            array = np.ascontiguousarray(own[name]).reshape(shape)  # a scalar would become a list of one
+        if array.size:
+            _send(torch.from_numpy(array.reshape(-1).view(np.uint8)), runtime)
+        sent[name] = array
+    return sent
 
 
 def broadcast_text(text: str | None, runtime: Runtime) -> str:
@@ -40,24 +51,28 @@ def barrier(runtime: Runtime) -> None:
         dist.barrier(group=runtime.cpu_group)
 
 
-def _broadcast(payload: torch.Tensor | None, source: int, group: dist.ProcessGroup) -> torch.Tensor:
-    size = torch.tensor([0 if payload is None else payload.numel()], dtype=torch.int64)
-    dist.broadcast(size, src=source, group=group)
-    if payload is None:
-        payload = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(payload, src=source, group=group)
-    return payload
+def _describe(arrays: Mapping[str, np.ndarray]) -> list[tuple[str, str, tuple[int, ...]]]:
+    _refuse_objects(arrays)
+    return [(name, array.dtype.str, array.shape) for name, array in arrays.items()]
 
 
-def _encode(arrays: dict[str, np.ndarray]) -> torch.Tensor:
-    buffer = io.BytesIO()
-    save_arrays(buffer, arrays)
-    return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
+def _send_bytes(payload: bytes | None, runtime: Runtime) -> bytes:
+    """Rank 0's bytes on every rank."""
+    size = torch.tensor([0 if payload is None else len(payload)], dtype=torch.int64)
+    _send(size, runtime)
+    buffer = torch.empty(int(size), dtype=torch.uint8)
+    if payload:
+        buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    _send(buffer, runtime)
+    return buffer.numpy().tobytes()
 
 
-def _decode(payload: torch.Tensor) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(payload.numpy().tobytes()), allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+def _send(tensor: torch.Tensor, runtime: Runtime) -> None:
+    """Rank 0's values into the tensor of every rank: to each replica's first rank, and from there to the others."""
+    if runtime.leaders_group is not None:
+        dist.broadcast(tensor, src=0, group=runtime.leaders_group)
+    if len(runtime.replica_ranks) > 1:
+        dist.broadcast(tensor, src=runtime.replica_ranks[0], group=runtime.replica_group)
 
 
 def save_arrays(file: str | PathLike[str] | IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
@@ -66,8 +81,12 @@ def save_arrays(file: str | PathLike[str] | IO[bytes], arrays: Mapping[str, np.n
     Raises:
         ValueError: one holds Python objects, which only pickle could store.
     """
+    _refuse_objects(arrays)
+    # No options: before NumPy 2.2 savez has none, and takes each for one more array.
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _refuse_objects(arrays: Mapping[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         if array.dtype.hasobject:
             raise ValueError(f"array {name!r} holds Python objects, which are not written")
-    # No options: before NumPy 2.2 savez has none, and takes each for one more array.
-    np.savez(file, **arrays)  # type: ignore[arg-type]
