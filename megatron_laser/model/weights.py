@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from transformers import PretrainedConfig
 
 from megatron_laser.config import ModelFolderError
+from megatron_laser.config.model_folder.parameters import tensor_shapes
 from megatron_laser.model import platform
 from megatron_laser.model.hf_config import architecture_of
 from megatron_laser.model.hf_folder import HfFolder
@@ -108,10 +109,13 @@ class WeightExporter:
         places = {rule.megatron: unit.key for unit in self._units for rule in unit.rules}
         self._parameters = {places.get(name, name): parameter for name, parameter in parameters.items()}
         self._geometry = geometry
+        self._shapes = tensor_shapes(architecture_of(config))
         self._tp_rank = parallel_state.get_tensor_model_parallel_rank()
         self._pp_rank = parallel_state.get_pipeline_model_parallel_rank()
         self._replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         self._expert_replica = parallel_state.get_expert_data_parallel_rank() == 0
+        if len(types := {parameter.dtype for parameter in parameters.values()}) > 1:
+            raise TypeError(f"parameters of several types: {sorted(map(str, types))}")
         self._owners = self._find_owners()
         forgotten = self._owners.keys() ^ {unit.key for unit in self._units}
         if config.tie_word_embeddings:
@@ -152,10 +156,11 @@ class WeightExporter:
             tensors = self._gather(unit, wanted=first_of_stage) if owner == self._pp_rank else []
             if not first_of_stage:
                 continue
+            names = [name for rule in unit.rules for name in rule.hf]
             if owner != 0:
-                tensors = self._to_first_stage(tensors, owner)
+                tensors = self._to_first_stage(names, tensors, owner)
             if self._pp_rank == 0:
-                yield from zip([name for rule in unit.rules for name in rule.hf], tensors, strict=True)
+                yield from zip(names, tensors, strict=True)
 
     def _gather(self, unit: _Unit, *, wanted: bool) -> list[torch.Tensor]:
         """The unit's Hugging Face tensors where they are `wanted`; a collective of the ranks that share it."""
@@ -180,20 +185,24 @@ class WeightExporter:
             )
         ]
 
-    def _to_first_stage(self, tensors: list[torch.Tensor], owner: int) -> list[torch.Tensor]:
+    def _to_first_stage(
+        self, names: list[str], tensors: list[torch.Tensor], owner: int
+    ) -> list[torch.Tensor]:
+        """The `tensors` called `names` of stage `owner`, on the first one.
+
+        Their shapes are known there, and parameters have one type: telling them for each of a model's thousands of
+        experts would take longer than sending the weights.
+        """
         group = parallel_state.get_pipeline_model_parallel_group()
         ranks = dist.get_process_group_ranks(group)
         if self._pp_rank == owner:
-            dist.send_object_list([[(t.shape, t.dtype) for t in tensors]], dst=ranks[0], group=group)
             for tensor in tensors:
                 dist.send(tensor.contiguous(), dst=ranks[0], group=group)
             return []
         if self._pp_rank != 0:
             return []
-        box: list = [None]
-        dist.recv_object_list(box, src=ranks[owner], group=group)
-        device = next(iter(self._parameters.values())).device
-        received = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in box[0]]
+        own = next(iter(self._parameters.values()))
+        received = [torch.empty(self._shapes[name], dtype=own.dtype, device=own.device) for name in names]
         for tensor in received:
             dist.recv(tensor, src=ranks[owner], group=group)
         return received

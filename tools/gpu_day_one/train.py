@@ -14,6 +14,7 @@ from gpu_day_one import qwen
 from gpu_day_one.stage import Stage
 from megatron_laser.benchmarks.measure import median_ratio
 from megatron_laser.config import RunConfig
+from megatron_laser.config.model_folder.flops import forward_flops
 from megatron_laser.config.plan.memory import STATE, UPDATE
 from megatron_laser.config.plan.resolve import Plan, resolve_plan
 from megatron_laser.distributed import runtime as runtimes
@@ -137,13 +138,10 @@ def _note_prediction(stage: Stage, plan: Plan) -> None:
 
 
 def _model_flops(plan: Plan, lengths: list[int], labelled: int) -> float:
-    """Of the old-policy pass (2 operations a weight) and the update (6); what recomputation adds is not counted.
+    """Of the old-policy pass (a forward) and the update (three times as much); what recomputation adds is not counted.
 
     The head works on labelled rows only; causal attention on half of each square.
     """
     arch = plan.architecture
-    head = arch.vocab_size * arch.hidden_size
-    trunk = plan.parameters - 2 * head
-    query = arch.num_attention_heads * arch.head_dim
-    attention = sum(2 * length**2 * query for length in lengths) * arch.num_layers
-    return 8.0 * (trunk * sum(lengths) + head * labelled) + 4.0 * attention
+    head = 2 * labelled * arch.vocab_size * arch.hidden_size
+    return 4.0 * (sum(forward_flops(arch, length, 0) for length in lengths) + head)

@@ -40,8 +40,12 @@ logger = logging.getLogger(__name__)
 
 NO_SERVER = f"this is no SGLang server, or one older than {'.'.join(map(str, MIN_SGLANG))}, which is needed"
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-"""Of config.json: they tell a model from a bigger or smaller one of its family."""
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("moe_intermediate_size", "num_experts_per_tok"),
+)
+"""Of config.json: they tell a model from a bigger or smaller one of its family. The number of experts is not among
+them: it stands there under one of two names."""
 
 _PHASE = "identifying the server"
 _VOCABULARY_SECONDS = 10.0  # a paused server keeps requests until it goes on
