@@ -23,7 +23,8 @@ class Schedule:
     def imbalance(self, costs: Sequence[float]) -> float:
         """How much longer the busiest rank works than the mean one: max / mean - 1, over all minibatches.
 
-        Every minibatch ends when its busiest rank does. 0.0 is even.
+        Every minibatch ends when its busiest rank does. 0.0 is even. Ranks that share experts meet in every layer, and
+        so wait in every micro-batch: for them it is less than what they lose.
         """
         busiest = mean = 0.0
         for ranks in self.minibatches:
@@ -130,6 +131,7 @@ def _minibatch(
     multiple: int,
 ) -> tuple[tuple[SampleIndexes, ...], ...]:
     ranks = _spread(samples, costs, data_parallel)
+    assert ranks is not None
     packed = [_first_fit(rank, lengths, budget) for rank in ranks]
     count = max(1, *(len(bins) for bins in packed))
     count = -(-count // multiple) * multiple
@@ -141,14 +143,32 @@ def _largest_first(samples: Iterable[int], sizes: Sequence[float]) -> list[int]:
     return sorted(samples, key=lambda i: (-sizes[i], i))
 
 
-def _spread(samples: Iterable[int], costs: Sequence[float], bins: int) -> list[list[int]]:
-    """Dearest first into the cheapest bin (LPT)."""
+def _spread(
+    samples: Iterable[int],
+    costs: Sequence[float],
+    bins: int,
+    lengths: Sequence[int] = (),
+    budget: int | None = None,
+) -> list[list[int]] | None:
+    """Dearest first into the cheapest bin (LPT) that has room for it; None where none has."""
     result: list[list[int]] = [[] for _ in range(bins)]
+    room = [budget] * bins
     loads = [(0.0, index) for index in range(bins)]
     for sample in _largest_first(samples, costs):
-        load, index = loads[0]
+        full = []
+        while loads:
+            load, index = heapq.heappop(loads)
+            left = room[index]
+            if left is None or lengths[sample] <= left:
+                break
+            full.append((load, index))
+        else:
+            return None
         result[index].append(sample)
-        heapq.heapreplace(loads, (load + costs[sample], index))
+        if left is not None:
+            room[index] = left - lengths[sample]
+        for entry in (*full, (load + costs[sample], index)):
+            heapq.heappush(loads, entry)
     return result
 
 
@@ -179,11 +199,8 @@ def _even(
     """`count` bins: of even costs where that stays within the budget, else as `packed` (at most `count`)."""
     alone = [[sample] for sample in samples if lengths[sample] > budget]
     rest = [sample for sample in samples if lengths[sample] <= budget]
-    even = _spread(rest, costs, count - len(alone)) if rest else []
-    if any(sum(lengths[i] for i in members) > budget for members in even):
-        bins = packed
-    else:
-        bins = alone + even
+    even = _spread(rest, costs, count - len(alone), lengths, budget) if rest else []
+    bins = packed if even is None else alone + even
     bins = bins + [[] for _ in range(count - len(bins))]
     bins.sort(key=lambda members: -sum(costs[i] for i in members))
     return tuple(tuple(sorted(members)) for members in bins)

@@ -27,19 +27,20 @@ class ContextBatch:
     """A right-padded batch of sequences: this rank's `queries` among its own tokens, `keys` among all packed tokens.
 
     positions [batch, queries.width] int64: each query's place in its sequence; 0 in padding, whose result is dropped.
+    furthest: for each column of queries the last place, on the host.
     """
 
     queries: PaddedBatch
     keys: PaddedBatch
     positions: torch.Tensor
+    furthest: tuple[int, ...]
 
     def query_blocks(self) -> Iterator[tuple[slice, int]]:
         """(columns of queries, how many keys the last of them sees); a mask has at most `_MASK_ENTRIES` entries."""
         step = max(1, _MASK_ENTRIES // (self.keys.batch * self.keys.width))
-        furthest = self.positions.amax(0).tolist()
         for start in range(0, self.queries.width, step):
             columns = slice(start, min(start + step, self.queries.width))
-            yield columns, max(furthest[columns]) + 1
+            yield columns, max(self.furthest[columns]) + 1
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,19 @@ def context_layout(cu_seqlens: torch.Tensor, *, size: int, rank: int) -> Context
     bounds = cu_seqlens.cpu().long()
     lengths = bounds.diff()
     order = torch.from_numpy(packed_order(bounds.numpy(), size=size))
-    places = torch.from_numpy(sequence_positions(bounds.numpy(), size=size, rank=rank)).to(device)
+    places = torch.from_numpy(sequence_positions(bounds.numpy(), size=size, rank=rank))
     batches = []
     for members in similar_lengths(lengths):
         queries = padded_batch(bounds[members] // size, lengths[members] // size, device)
-        positions = torch.zeros(queries.batch * queries.width, dtype=torch.int64, device=device)
-        positions[queries.slots] = places[queries.rows]
+        flat = torch.zeros(queries.batch * queries.width, dtype=torch.int64)
+        flat[queries.slots.cpu()] = places[queries.rows.cpu()]
+        positions = flat.view(queries.batch, queries.width)
         batches.append(
             ContextBatch(
                 queries=queries,
                 keys=padded_batch(bounds[members], lengths[members], device),
-                positions=positions.view(queries.batch, queries.width),
+                positions=positions.to(device),
+                furthest=tuple(positions.amax(0).tolist()),
             )
         )
     rows = torch.cat([batch.queries.rows for batch in batches])

@@ -11,7 +11,8 @@ activations are recomputed, whatever other micro-batch the pipeline has started 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -69,13 +70,15 @@ class LoadBalance:
 class Routing:
     """What the routers need to know of one micro-batch's tokens on this rank, in the order in which they come.
 
-    real [tokens] bool: no padding. chosen [tokens, layers * experts_per_token] uint8 or int16: the engine's experts,
-    read only where `known` [tokens] bool; None without routing replay.
+    real [tokens] bool: no padding. chosen [tokens, own layers * experts_per_token] uint8 or int16: the engine's
+    experts, read only where `known` [tokens] bool; None without routing replay. places: layer number, from 0, -> its
+    place among the rank's own.
     """
 
     real: torch.Tensor
     chosen: torch.Tensor | None = None
     known: torch.Tensor | None = None
+    places: Mapping[int, int] = field(default_factory=dict)
     balance: LoadBalance | None = None
     tally: Tally | None = None
     stage: Pass = "old_policy"
@@ -139,7 +142,8 @@ class Router(TopKRouter):
         replay = None
         if routing is not None and routing.replays:
             assert routing.chosen is not None and routing.known is not None
-            columns = slice(layer * self.topk, (layer + 1) * self.topk)
+            place = routing.places[layer]
+            columns = slice(place * self.topk, (place + 1) * self.topk)
             replay = Replay(routing.chosen[:, columns].to(torch.int64), routing.known)
         probs, routing_map = topk_routing_with_score_function(
             logits,

@@ -1,6 +1,7 @@
-"""Two things in Megatron-Core that layers without Transformer Engine need changed, on a CPU and on CUDA.
+"""What layers without Transformer Engine need changed in Megatron-Core, on a CPU and on CUDA, and what gloo needs.
 
-The functions are private: read in 0.16.1 and 0.19.2.
+Rotary embedding of packed sequences, a name that upstream leaves unbound, and the exchange of experts' tokens
+(`_patch_expert_exchange`, for CPUs). The functions are private: read in 0.16.1 and 0.19.2.
 """
 
 from __future__ import annotations
@@ -94,12 +95,18 @@ class _RotaryTable:
         It is built anew when the packing, the frequencies or the dtype change.
         """
         key = self._key
-        if key is None or key[0] is not cu_seqlens or key[1] is not freqs or key[2] != t.dtype:
+        # Recomputation hands in a detached copy of the frequencies, in the same memory.
+        same = key is not None and key[0] is cu_seqlens and _is_view(key[1], freqs) and key[2] == t.dtype
+        if not same:
             angles = freqs.squeeze(1)[_positions(t.shape[0], cu_seqlens, freqs.shape[0], size, rank)]
             self._key = (cu_seqlens, freqs, t.dtype)
             self._values = (angles.cos().to(t.dtype), angles.sin().to(t.dtype))
         assert self._values is not None
         return self._values
+
+
+def _is_view(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 def _positions(

@@ -36,8 +36,8 @@ from megatron_laser.ops import RowLoss, add_weight_gradient_to_main_grad, few_ro
 class HeadInputs:
     """The labelled rows of one packed micro-batch.
 
-    rows [labelled] int64: positions in the packed token order, not decreasing; positions: the same on the host, if
-    known. labels [labelled] int64: global token ids; inv_temperature [labelled] float32. `few_rows` uses the
+    rows [labelled] int64: positions among the rank's packed tokens, not decreasing; positions: the same on the host,
+    if known. labels [labelled] int64: global token ids; inv_temperature [labelled] float32. `few_rows` uses the
     no-gradient op for a handful of rows. Entropies have a gradient only with `entropy_gradient`: without it the
     backward leaves out their part of every logit's gradient. `loss`: what the output will be differentiated for,
     exactly: with it the op may make gradients in its forward, where memory is short.

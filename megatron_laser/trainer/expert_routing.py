@@ -22,12 +22,13 @@ from megatron_laser.model.experts import Routing, Tally
 class Experts:
     """The model's experts, and which of a micro-batch's tokens this rank's layers see.
 
-    layers: of the whole model. context and sequence: (ranks, this rank) of context and of sequence parallelism, which
-    cuts what a context rank has into equal pieces.
+    layers: of the whole model; own_layers: numbers, from 0, of those on this rank. context and sequence: (ranks, this
+    rank) of context and of sequence parallelism, which cuts what a context rank has into equal pieces.
     """
 
     moe: MixtureOfExperts
     layers: int
+    own_layers: tuple[int, ...]
     context: tuple[int, int] = (1, 0)
     sequence: tuple[int, int] = (1, 0)
 
@@ -59,7 +60,10 @@ class Experts:
         known = source[own] >= 0
         if replay and known.any():
             routing.known = _put(known)
-            routing.chosen = _put(flat.routed_experts[np.maximum(source[own], 0)])
+            chosen = flat.routed_experts[np.maximum(source[own], 0)]
+            by_layer = chosen.reshape(len(own), self.layers, -1)[:, self.own_layers]
+            routing.chosen = _put(by_layer.reshape(len(own), -1))
+            routing.places = {layer: place for place, layer in enumerate(self.own_layers)}
         return routing
 
 

@@ -160,6 +160,7 @@ class Trainer:
         return Experts(
             moe,
             chunks.geometry.num_layers,
+            tuple(layer.layer_number - 1 for model in chunks.models for layer in model.decoder.layers),
             context=(parallel.context, runtime.context_rank),
             sequence=(parallel.tensor, runtime.tensor_rank) if parallel.sequence else (1, 0),
         )

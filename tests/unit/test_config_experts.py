@@ -277,6 +277,30 @@ def test_the_dry_run_of_a_30b_model_on_64_gpus(tmp_path, folder):
     plan.memory.check(79.1 * 2**30)
 
 
+def test_without_a_number_of_ranks_the_fewest_that_the_layout_fits_are_taken(tmp_path, folder):
+    for overrides, ranks in (
+        (["parallel.expert=4"], 4),
+        (["parallel.expert=8", "parallel.context=2", "parallel.pipeline=2"], 16),
+        (["parallel.expert=2", "parallel.tensor=4", "parallel.sequence=true"], 4),
+        (["parallel.expert=4", "parallel.expert_tensor=2", "parallel.context=3"], 24),
+    ):
+        assert resolve_plan(config_of(tmp_path, folder, *overrides)).layout.world_size == ranks
+
+
+def test_replayed_experts_are_in_the_memory_sum(tmp_path, folder):
+    layout = ["parallel.pipeline=2", "parallel.expert=2"]
+
+    def lines(*overrides):
+        plan = resolve_plan(config_of(tmp_path, folder, *layout, *overrides), 4)
+        return {line.name: line for line in plan.memory.lines}
+
+    assert "routing replay" not in lines()
+    line = lines("moe.routing_replay=true")["routing replay"]
+    tokens = lines()["the step's micro-batches"].bytes // 56
+    assert line.bytes == 24 * 8 * tokens
+    assert "192 bytes" in line.detail
+
+
 def test_the_dry_run_says_what_routers_do(tmp_path, folder):
     off = {feature.name for feature in resolve_plan(config_of(tmp_path, folder), 1).features}
     assert not off & {"routing replay", "load-balancing loss", "router z-loss", "frozen routers"}
@@ -288,7 +312,7 @@ def test_the_dry_run_says_what_routers_do(tmp_path, folder):
     plan = resolve_plan(config_of(tmp_path, folder, *settings[:1], "rollout.engine=sglang"), 1)
     (detail,) = [feature.detail for feature in plan.features if feature.name == "routing replay"]
     assert detail.endswith("of servers started with --enable-return-routed-experts")
-    assert "moe.aux_loss_coefficient needs a no-grad pass" in said["old-policy pass"]
+    assert "moe.aux_loss_coefficient needs a no-grad pass that counts" in said["old-policy pass"]
 
 
 def test_both_families_have_names_of_their_own():

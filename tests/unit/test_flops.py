@@ -61,6 +61,19 @@ def test_attention_takes_over_with_the_length():
     assert layer_flops_per_token(architecture) == linear
 
 
+def test_a_models_names_are_gone_through_once(monkeypatch):
+    from megatron_laser.config.model_folder import flops
+
+    architecture = architecture_of(CONFIGS["experts"])
+    calls = []
+    original = flops.tensor_shapes
+    monkeypatch.setattr(flops, "tensor_shapes", lambda one: calls.append(1) or original(one))
+    layer_flops_per_token.cache_clear()
+    for length in range(1, 50):
+        forward_flops(architecture, length, 1)
+    assert len(calls) == 1
+
+
 def test_the_bubble_of_a_pipeline():
     assert pipeline_bubble(ParallelConfig(), [4]) == 0.0
     assert pipeline_bubble(ParallelConfig(pipeline=4), [9]) == pytest.approx(3 / 12)

@@ -164,6 +164,17 @@ def test_without_costs_tokens_are_balanced(batch):
     assert build_schedule(**batch) == build_schedule(**batch, costs=batch["lengths"])
 
 
+def test_an_even_cut_by_costs_keeps_within_the_budget_where_there_is_room():
+    # The cheapest bin is full of tokens by then: the last short one goes where room is left.
+    lengths, costs = [10, 6, 4, 4, 4, 2], [100, 36, 3, 3, 3, 1]
+    schedule = build_schedule(lengths, data_parallel=1, tokens_per_micro_batch=16, costs=costs)
+    ((micro_batches,),) = schedule.minibatches
+    assert len(micro_batches) == 2
+    assert micro_batches == ((0, 5), (1, 2, 3, 4)) or all(
+        sum(lengths[i] for i in members) <= 16 for members in micro_batches
+    )
+
+
 def test_a_long_sample_is_alone_where_its_attention_costs_most():
     lengths = [80, 40, 40, 40, 40]
     even = build_schedule(lengths, data_parallel=2, tokens_per_micro_batch=400)

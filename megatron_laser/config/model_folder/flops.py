@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from megatron_laser.config.model_folder.architecture import Architecture
 from megatron_laser.config.model_folder.parameters import tensor_shapes
 
 
+@functools.cache  # of a model with experts it goes through thousands of names, and is asked for each sample
 def layer_flops_per_token(architecture: Architecture) -> int:
     """Of one layer's weight matrices, for one token; of its experts only those that it goes to."""
     arch = architecture

@@ -34,8 +34,11 @@ def run_features(config: RunConfig) -> tuple[Feature, ...]:
     passes = {
         "full": "policy.old_logprobs is recompute: one no-grad pass before the update",
         "score_rows": f"policy.old_logprobs is {policy.old_logprobs}, but "
-        + ("laser.score_source trainer" if laser.enabled else "moe.aux_loss_coefficient")
-        + " needs a no-grad pass whose head runs on the EOS rows only",
+        + (
+            "laser.score_source trainer needs a no-grad pass whose head runs on the EOS rows only"
+            if laser.enabled and laser.score_source == "trainer"
+            else "moe.aux_loss_coefficient needs a no-grad pass that counts the experts' tokens"
+        ),
         "none": f"policy.old_logprobs is {policy.old_logprobs}"
         + (" and the engine computes the scores" if laser.enabled else ""),
     }

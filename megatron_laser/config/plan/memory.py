@@ -238,6 +238,18 @@ def _update(
             "rollout.prompts_per_step, policy.minibatches",
         ),
     ]
+    if config.moe.routing_replay and arch.moe is not None:
+        share = t if config.parallel.sequence else 1
+        width = layers * arch.moe.experts_per_token * (1 if arch.moe.num_experts <= 256 else 2)
+        lines.append(
+            MemoryLine(
+                "routing replay",
+                width * own // share,
+                UPDATE,
+                f"{width} bytes for each of at most {own // share:,} tokens, of this stage's layers",
+                "moe.routing_replay, policy.minibatches, rollout.prompts_per_step",
+            )
+        )
     if context.buffers:
         detail = f"keys, values and gradients of {layout.context} context ranks, one layer at a time"
         lines.append(MemoryLine("context attention", context.buffers, UPDATE, detail, budget))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_laser.config.checks.layout import check_layout
@@ -75,7 +76,7 @@ def resolve_plan(
 
     Args:
         config: the run.
-        world_size: ranks; None: the fewest that hold one copy of the model, or as many as colocated servers have GPUs.
+        world_size: ranks; None: the fewest that the layout fits, or as many as colocated servers have GPUs.
         gpu_memory_gib: of one GPU; `plan.memory.check` compares, this function does not.
 
     Raises:
@@ -88,7 +89,8 @@ def resolve_plan(
         check_model_folder(config.model.path)
     if world_size is None:
         parallel = config.parallel
-        world_size = colocated_gpus(config.rollout) or parallel.tensor * parallel.pipeline * parallel.context
+        stage = math.lcm(parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor)
+        world_size = colocated_gpus(config.rollout) or parallel.pipeline * stage
     check_layout(config, architecture, world_size)
     layout = _layout(config, world_size)
     stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
