@@ -48,6 +48,8 @@ FP32_CASES = {
     "data-fused": {"family": "llama3-rope", "settings": [*OVERLAPPED, SMALL, FUSED]},
     # float32 has this project's attention; the rotary embedding is Transformer Engine's.
     "context": {"family": "qwen2-tied", "settings": [*CONTEXT, *OVERLAPPED, FUSED]},
+    "experts": {"family": "qwen3-moe", "settings": ["parallel.expert=2", *OVERLAPPED, FUSED, SMALL]},
+    "experts-split": {"family": "qwen3-moe", "settings": [*SEQUENCE, "parallel.expert_tensor=2", FUSED]},
     "sequence-llama": {"family": "llama3-rope", "settings": [*SEQUENCE, SMALL]},
 }
 BF16_CASES = {

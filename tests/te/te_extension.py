@@ -121,6 +121,31 @@ def generic_gemm(
     return out, bias_gradient, None, None
 
 
+def get_num_cublas_streams():
+    """One: products run one after the other."""
+    return 1
+
+
+@_counted
+def te_general_grouped_gemm(
+    a, transa, b, transb, out, out_dtype, m_splits, bias, bias_dtype, single_output, pre_gelu, grad, workspaces,
+    workspace_size, accumulate, split_accumulator, sm_count,
+):  # fmt: skip
+    """`generic_gemm` for each expert; of one without tokens nothing is written but a gradient of zeros."""
+    parts = out[0].split(m_splits) if single_output else out
+    for one, other, part in zip(a, b, parts, strict=True):
+        if other.numel() == 0:
+            if transb and not accumulate:
+                part.zero_()
+            continue
+        generic_gemm(
+            one, transa, other, transb, part, None, None, None, None, False, None, grad, None, 0, accumulate,
+            split_accumulator, comm_overlap=None, comm_type=None, extra_output=None, bulk_overlap=False,
+            alpha=1.0, beta=1.0,
+        )  # fmt: skip
+    return bias
+
+
 @_counted
 def rmsnorm_fwd(x, weight, eps, out, quantizer, out_dtype, sm_margin, zero_centered_gamma):
     """(y, None, 1 / rms [rows] fp32)."""

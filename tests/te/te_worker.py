@@ -27,6 +27,7 @@ def main():
     torch.set_num_threads(1)
     spoil_unread_gradients()
     record_rings()
+    permute_in_torch()
     for name, case in CASES.items():
         config, runtime = begin(folder, name, case)
         result = rehearse(config, runtime)
@@ -136,6 +137,23 @@ def record_rings():
         return context_parallel.attn_forward_func_with_cp(*args, **kwargs)
 
     backends.attn_forward_func_with_cp = entry
+
+
+def permute_in_torch():
+    """Tokens are put in the order of their experts by Megatron's own indexing.
+
+    Transformer Engine's kernels for that are Triton's, which would want a device to be tuned on.
+    """
+    from megatron_laser.trainer import policy
+
+    original = policy.transformer_config
+
+    def unfused(*args, **kwargs):
+        config = original(*args, **kwargs)
+        config.moe_permute_fusion = False
+        return config
+
+    policy.transformer_config = unfused
 
 
 def train_one_step(config, runtime):

@@ -136,6 +136,15 @@ def test_layers_optimizer_and_clipping_are_transformer_engines(name, rehearsed):
     assert used | {"multi_tensor_adam", "multi_tensor_l2norm"} <= result["calls"].keys()
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("experts")])
+def test_experts_are_grouped_products_of_transformer_engine(name, rehearsed):
+    result = rehearsed[name]
+    assert {"TEGroupedMLP", "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"} <= set(
+        result["modules"]
+    )
+    assert result["calls"]["te_general_grouped_gemm"]
+
+
 def test_what_arrives_at_transformer_engines_ring(rehearsed):
     rings = rehearsed["bf16-context"]["rings"]
     assert any(ring["is_training"] for ring in rings)
