@@ -116,6 +116,11 @@ def replay_problems(options: Mapping[str, Any], *, prefix: str) -> list[str]:
                 f"{key}: with moe.routing_replay a server would report other tokens' experts, since they do not move "
                 "with a cache that leaves the GPU; remove it"
             )
+        elif normal == "chunked_prefill_size" and isinstance(value, int) and value <= 0:
+            problems.append(
+                f"{key}: {value} lets a server note fewer tokens' experts than it feeds at once, which "
+                "moe.routing_replay needs; use a positive number"
+            )
         elif normal == "moe_runner_backend" and value in UNNOTED_BACKENDS:
             problems.append(
                 f"{key}: {value} does not note which experts it chooses, which moe.routing_replay needs; use triton"

@@ -111,6 +111,7 @@ class Replay(RouterReplay):
     def __init__(self, chosen: torch.Tensor, known: torch.Tensor) -> None:
         """chosen [tokens, topk] int64, known [tokens] bool."""
         self._chosen, self._known = chosen, known
+        self.replayed: torch.Tensor | None = None
         self.differs: torch.Tensor | None = None
 
     def get_replay_topk(
@@ -121,10 +122,13 @@ class Replay(RouterReplay):
         group_topk: int | None = None,
         default_compute_topk: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scores, experts) [tokens, topk]; notes for each token whether its known experts `differs` from its own."""
+        """(scores, experts) [tokens, topk]; notes what is `replayed`, and where that `differs` from its own."""
         _, own = default_compute_topk(scores, topk, num_groups, group_topk)
-        experts = torch.where(self._known[:, None], self._chosen, own)
-        self.differs = (experts.sort(dim=1).values != own.sort(dim=1).values).any(dim=1)
+        given = self._chosen.sort(dim=1).values
+        # An expert given twice would leave a token with fewer experts than its layer's exchange counts on.
+        self.replayed = self._known & (given[:, 1:] != given[:, :-1]).all(dim=1)
+        self.differs = self.replayed & (given != own.sort(dim=1).values).any(dim=1)
+        experts = torch.where(self.replayed[:, None], self._chosen, own)
         return scores.gather(1, experts), experts
 
 
@@ -188,8 +192,8 @@ def _count(
     tally.probability[layer] += (logits.softmax(dim=-1) * real[:, None]).sum(dim=0, dtype=torch.float64)
     tally.z[layer] += (logits.logsumexp(dim=-1).square() * real).sum(dtype=torch.float64)
     if replay is not None:
-        assert replay.differs is not None
-        tally.replayed[layer] += (replay._known & real).sum()
+        assert replay.replayed is not None and replay.differs is not None
+        tally.replayed[layer] += (replay.replayed & real).sum()
         tally.differing[layer] += (replay.differs & real).sum()
 
 

@@ -63,6 +63,8 @@ def _patch_expert_exchange() -> None:
         if sizes is None or own.is_cuda or group.size() == 1:
             return gather(own, group, sizes, use_global_buffer)
         largest = max(sizes)
+        if not largest:
+            return own
         equal = gather(_padded(own, largest), group)
         return torch.cat([part[:size] for part, size in zip(equal.split(largest), sizes, strict=True)])
 

@@ -22,6 +22,10 @@ from megatron_laser.types import Generation, RoutingShape
 Routed = npt.NDArray[np.uint8 | np.int16]
 
 
+class WrongExperts(WireError):
+    """Experts that the model does not have, or that were never noted: the next answer would have such, too."""
+
+
 def known_tokens(generation: Generation | None) -> int:
     """Of how many first tokens the experts are known already."""
     routed = None if generation is None else generation.routed_experts
@@ -38,7 +42,7 @@ def routing_request(shape: RoutingShape | None, known: int) -> dict[str, Any]:
 def parse_routing(answer: Any, shape: RoutingShape, *, tokens: int) -> Routed | None:
     """The experts in the answer to a request that asked for those of `tokens` tokens; None where it has none.
 
-    An answer to an aborted request may have fewer. Raises WireError when they are of another model, or were never
+    An answer to an aborted request may have fewer. Raises WrongExperts when they are of another model, or were never
     noted: SGLang then answers with its buffer's zeros, expert 0 twice.
     """
     text = answer["meta_info"].get("routed_experts")
@@ -47,22 +51,22 @@ def parse_routing(answer: Any, shape: RoutingShape, *, tokens: int) -> Routed | 
     try:
         flat = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.int32)
     except (TypeError, ValueError, binascii.Error) as error:
-        raise WireError(f"routed_experts that are no int32 in base64: {error}") from error
+        raise WrongExperts(f"routed_experts that are no int32 in base64: {error}") from error
     row = shape.layers * shape.experts_per_token
     if len(flat) % row or len(flat) // row > tokens:
-        raise WireError(
+        raise WrongExperts(
             f"{len(flat)} routed_experts: expected {tokens} tokens x {shape.layers} layers x "
             f"{shape.experts_per_token} experts"
         )
     if len(flat) and not 0 <= flat.min() <= flat.max() < shape.num_experts:
-        raise WireError(
+        raise WrongExperts(
             f"routed_experts from {flat.min()} to {flat.max()}: the model has experts 0 to {shape.num_experts - 1}"
         )
     routed: Routed = flat.reshape(-1, shape.layers, shape.experts_per_token).astype(shape.dtype)
     # Two of them tell a row of zeros, and this runs for every response.
     if shape.experts_per_token > 1 and (twice := routed[..., 0] == routed[..., 1]).any():
         token, layer = np.argwhere(twice)[0].tolist()
-        raise WireError(
+        raise WrongExperts(
             f"routed_experts send token {token} of layer {layer} to expert {routed[token, layer, 0]} twice: the server "
             f"does not note them, as with moe_runner_backend {', '.join(UNNOTED_BACKENDS)}; start it with "
             "--moe-runner-backend triton"

@@ -32,6 +32,19 @@ class Experts:
     context: tuple[int, int] = (1, 0)
     sequence: tuple[int, int] = (1, 0)
 
+    def check(self, flat: FlatBatch) -> None:
+        """Raises ValueError for routed experts that the model does not have: they would be read as another layer's."""
+        routed = flat.routed_experts
+        if not len(routed):
+            return
+        width = self.layers * self.moe.experts_per_token
+        if routed.shape[1] != width or routed.min() < 0 or routed.max() >= self.moe.num_experts:
+            raise ValueError(
+                f"step {flat.step}: routed experts {int(routed.min())} to {int(routed.max())}, {routed.shape[1]} a "
+                f"token; expected 0 to {self.moe.num_experts - 1}, {width} a token ({self.layers} layers x "
+                f"{self.moe.experts_per_token}), as model.path has: the rollout engine has another model"
+            )
+
     def tally(self) -> Tally:
         """Zeros for the counts of a pass."""
         return Tally(self.layers, self.moe.num_experts, platform.device())

@@ -109,6 +109,8 @@ class Trainer:
         them and the other metrics leave them out.
         """
         check_token_ids(flat, self.policy.chunks.geometry.vocab)
+        if self._experts is not None:
+            self._experts.check(flat)
         config = self._config
         data = self.prepare(flat)
         with self._timers("logprob"):

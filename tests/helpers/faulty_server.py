@@ -52,6 +52,7 @@ class FaultyServer(ServerState):
         weights: what its weights' checksum is; None: it gives none.
         experts: (layers, experts per token, experts) of its model, of which it tells who asks; None: it was not
             started for that. The token at position p goes to experts p, p + 1, ... in the first layer, and so on.
+        experts_short: of so many tokens fewer than were fed.
         tells_aborted: it tells that of an aborted request, too, as a server does once it runs.
     """
 
@@ -68,6 +69,7 @@ class FaultyServer(ServerState):
         self.silent = False
         self.weights: str | None = None
         self.experts: tuple[int, int, int] | None = None
+        self.experts_short = 0
         self.tells_aborted = True
         self.let_go = threading.Event()
         self._changed = threading.Condition()
@@ -185,7 +187,8 @@ class FaultyServer(ServerState):
         tells = not aborted or self.tells_aborted
         if self.experts is not None and body.get("return_routed_experts") and tells:
             start, fed = body["routed_experts_start_len"], len(body["input_ids"]) + len(ids) - 1
-            meta["routed_experts"] = base64.b64encode(routes(self.experts, start, fed).tobytes()).decode()
+            told = routes(self.experts, start, fed - self.experts_short)
+            meta["routed_experts"] = base64.b64encode(told.tobytes()).decode()
         return {"output_ids": ids, "meta_info": meta}
 
 

@@ -92,6 +92,7 @@ def test_what_a_file_leaves_out_is_what_transformers_takes():
         ({"num_experts": None}, "num_experts: expected a positive integer, got None"),
         ({"num_experts_per_tok": 200}, "num_experts_per_tok 200 is more than num_experts 128"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size: expected a positive integer, got 0"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok 1 with normalised probabilities"),
         ({"norm_topk_prob": "yes"}, "norm_topk_prob: expected true or false, got 'yes'"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step: 2 with mlp_only_layers"),
         ({"mlp_only_layers": [0]}, "mlp_only_layers: [0] is not supported, expected experts in every layer"),
@@ -197,12 +198,15 @@ def config_of(tmp_path, folder, *overrides, **sections):
             "not divisible by parallel.expert 4 x expert_tensor 4 = 16: 8 % 16 = 8",
         ),
         (["parallel.expert_tensor=5"], 5, "an expert's intermediate size 768 is not divisible by"),
+        (
+            ["moe.freeze_router=true", "moe.z_loss_coefficient=0.001"],
+            2,
+            "moe.z_loss_coefficient: 0.001 with moe.freeze_router would change everything but the routers",
+        ),
         (["parallel.tensor=2"], 2, "parallel.tensor: 2 with experts needs parallel.sequence: true"),
     ],
 )
-def test_layouts_that_experts_do_not_divide_into_are_refused_with_the_arithmetic(
-    tmp_path, folder, overrides, ranks, said
-):
+def test_what_experts_cannot_have_is_refused_with_the_arithmetic(tmp_path, folder, overrides, ranks, said):
     config = config_of(tmp_path, folder, *overrides)
     with pytest.raises(ConfigError) as error:
         check_layout(config, architecture_from_dict(QWEN3_30B), ranks)
@@ -242,6 +246,8 @@ def test_a_dense_model_cannot_be_asked_for_experts(tmp_path, folder, override, s
         ("enable-lmcache", True, "other tokens' experts"),
         ("moe-runner-backend", "flashinfer_trtllm", "does not note which experts"),
         ("moe_runner_backend", "triton_kernel", "does not note which experts"),
+        ("chunked-prefill-size", -1, "fewer tokens' experts than it feeds"),
+        ("chunked_prefill_size", 4096, None),
         ("moe_runner_backend", "triton", None),
         ("enable_hierarchical_cache", False, None),
     ],

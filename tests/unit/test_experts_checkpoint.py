@@ -115,27 +115,6 @@ def test_frozen_routers_are_saved_resumed_and_exported_as_they_were(
             assert not frozen or torch.equal(exported.full(name), tensor), name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_routers_can_be_frozen_and_let_go_at_a_resume(single_process, folder, dtype):
-    settings = (f"model.dtype={dtype}", "optimizer.lr=0.01")
-    trained = Run(single_process, folder, *settings)
-    trained.train(1)
-    trained.saved()
-    before = trained.weights()
-    frozen = Run(single_process, folder, *settings, "moe.freeze_router=true")
-    frozen.checkpoints.resume()
-    frozen.train(2)
-    frozen.saved(2)
-    after = frozen.weights()
-    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith(ROUTERS))
-    free = Run(single_process, folder, *settings)
-    assert free.checkpoints.resume()["step"] == 2
-    assert_equal(free.weights(), after)
-    free.train(3)
-    last = free.weights()
-    assert not any(torch.equal(last[name], after[name]) for name in before if name.endswith(ROUTERS))
-
-
 def test_a_batch_of_one_token_responses_reaches_few_experts_and_trains(single_process, folder):
     run = Run(single_process, folder)
     before = run.weights()

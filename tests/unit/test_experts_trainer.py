@@ -17,7 +17,7 @@ from megatron_laser.model import platform
 platform.install()
 
 from megatron_laser.benchmarks.random_model import save_random_model  # noqa: E402
-from megatron_laser.model.experts import Router  # noqa: E402
+from megatron_laser.model.experts import Replay, Router  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 
 R, W, T = (lambda n: Response(n, True)), (lambda n: Response(n, False)), (lambda n: Response(n, False, True))
@@ -170,3 +170,23 @@ def test_a_frozen_router_keeps_its_weights_and_takes_no_part_in_the_norm(single_
         if isinstance(module, Router)
     ]
     assert metrics["grad_norm"] == pytest.approx(float(whole**2 - sum(parts)) ** 0.5, rel=1e-4)
+
+
+def test_a_token_given_one_expert_twice_goes_where_the_router_sends_it():
+    scores = torch.tensor([[0.1, 0.6, 0.3], [0.1, 0.6, 0.3], [0.5, 0.3, 0.2]])
+    replay = Replay(torch.tensor([[0, 0], [2, 0], [1, 2]]), torch.tensor([True, True, False]))
+    found, experts = replay.get_replay_topk(scores, 2, default_compute_topk=lambda s, k, *_: s.topk(k, dim=1))
+    assert experts.tolist() == [[1, 2], [2, 0], [0, 1]]
+    assert torch.equal(found, scores.gather(1, experts))
+    assert replay.replayed.tolist() == [False, True, False] == replay.differs.tolist()
+
+
+@pytest.mark.parametrize("width, highest", [(LAYERS * TOPK, EXPERTS), (LAYERS * TOPK + 1, 0)])
+def test_experts_that_the_model_does_not_have_are_refused(single_process, folders, tmp_path, width, highest):
+    config = run_config(tmp_path, folders / "qwen3_moe", laser=LASER, moe={"routing_replay": True})
+    flat = rollout_batch([[Response(3, True), Response(4, False)]], seed=1)
+    counts = flat.lengths.astype(np.int32)
+    routed_experts = np.full((counts.sum(), width), highest, dtype=np.uint8)
+    trainer = Trainer(config, single_process, score_token_id=SCORE_TOKEN)
+    with pytest.raises(ValueError, match=f"expected 0 to {EXPERTS - 1}, {LAYERS * TOPK} a token"):
+        trainer.train_step(replace(flat, routed_tokens=counts, routed_experts=routed_experts), 1)

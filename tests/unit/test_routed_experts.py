@@ -14,6 +14,7 @@ from helpers.faulty_server import HELD, LENGTH, STOP, FaultyServer, open_engine,
 from helpers.models import disk_tensors, save_tiny_model, tiny_model
 
 from megatron_laser.batching.flat import FlatBatch, flatten
+from megatron_laser.rollout.client.errors import ServerMismatch
 from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.rollout.in_process import InProcessEngine
 from megatron_laser.rollout.pending import generation_from, generation_state
@@ -93,6 +94,19 @@ def test_every_response_comes_with_the_experts_of_all_tokens_that_were_fed(serve
     assert all(body["routed_experts_start_len"] == 0 for body in server.generations)
 
 
+def test_a_router_which_would_drop_the_field_is_passed_by(server):
+    between = FaultyServer()
+    engine = open_engine(server, router_url=between.url)
+    try:
+        ((generation, _),) = engine.generate(PROMPTS[:1], SAMPLING, deadline=20.0)
+        assert generation.routed_experts is not None and not between.requests
+        engine.generate(PROMPTS[:1], replace(SAMPLING, routing=None), deadline=20.0)
+        assert len(between.requests) == 2
+    finally:
+        engine.close()
+        between.stop()
+
+
 def test_nobody_asks_for_a_dense_model(server, engine):
     (group,) = engine.generate(PROMPTS[:1], replace(SAMPLING, routing=None), deadline=20.0)
     assert all(generation.routed_experts is None for generation in group)
@@ -110,11 +124,18 @@ def test_a_server_that_gives_none_is_named_once_and_counted(server, engine, capl
     assert engine.take_metrics()["rollout/unrouted_responses"] == 8.0
 
 
-def test_wrong_experts_are_a_fault_of_the_server_that_is_tried_again(server, engine):
-    server.experts = (3, 2, 80)
-    engine_sampling = replace(SAMPLING, routing=RoutingShape(3, 2, 2))
-    with pytest.raises(TimeoutError, match="routed_experts from 0 to"):
-        engine.generate(PROMPTS[:1], engine_sampling, deadline=1.0)
+def test_experts_of_another_model_end_the_run_at_once(server, engine):
+    sampling = replace(SAMPLING, routing=RoutingShape(3, 2, 2))
+    with pytest.raises(ServerMismatch, match=f"{server.url}.*routed_experts from 0 to"):
+        engine.generate(PROMPTS[:1], sampling, deadline=60.0)
+    assert engine.take_metrics()["rollout/retries"] == 0.0
+
+
+def test_a_response_with_too_few_experts_is_counted(server, engine):
+    server.experts_short = 1
+    ((generation, _),) = engine.generate(PROMPTS[:1], SAMPLING, deadline=20.0)
+    assert len(generation.routed_experts) == len(PROMPTS[0]) + LENGTH - 2
+    assert engine.take_metrics()["rollout/unrouted_responses"] == 2.0
 
 
 @pytest.mark.parametrize("tells", [True, False])

@@ -84,6 +84,12 @@ def _expert_problems(config: RunConfig, architecture: Architecture) -> list[str]
             f"parallel.tensor: {parallel.tensor} with experts needs parallel.sequence: true, so that each of these "
             "ranks sends tokens of its own to them"
         )
+    for name in ("aux_loss_coefficient", "z_loss_coefficient"):
+        if config.moe.freeze_router and getattr(config.moe, name):
+            problems.append(
+                f"moe.{name}: {getattr(config.moe, name)} with moe.freeze_router would change everything but the "
+                "routers that it is for; set one of them only"
+            )
     return problems
 
 

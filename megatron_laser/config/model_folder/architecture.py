@@ -190,6 +190,11 @@ def _mixture(raw: dict[str, Any], problems: list[str]) -> MixtureOfExperts:
     normalised = mixtral or raw.get("norm_topk_prob", False)
     if not isinstance(normalised, bool):
         problems.append(f"norm_topk_prob: expected true or false, got {normalised!r}")
+    if normalised is True and chosen == 1:
+        problems.append(
+            "num_experts_per_tok 1 with normalised probabilities (norm_topk_prob): the one is always 1 then, and the "
+            "router learns nothing; expected 2 or more"
+        )
     if raw.get("decoder_sparse_step", 1) != 1 or raw.get("mlp_only_layers"):
         problems.append(
             f"decoder_sparse_step: {raw.get('decoder_sparse_step', 1)!r} with mlp_only_layers: "

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from megatron_laser.rollout.client.errors import (
     ServerError,
     ServerFault,
+    ServerMismatch,
     ServerRefused,
 )
 from megatron_laser.rollout.client.event_loop import all_or_first_error, cancelling
@@ -164,9 +165,10 @@ class Driver:
             known = known_tokens(partial)
             body |= routing_request(sampling.routing, known)
             routed: Routed | None = None
+            unrouted = False
 
             def parse(answer: Any) -> Reply:
-                nonlocal routed
+                nonlocal routed, unrouted
                 reply = parse_generate(
                     answer, self._vocab_size, max_new_tokens=left, prompt_tokens=len(input_ids)
                 )
@@ -174,6 +176,7 @@ class Driver:
                     # The last token was not fed.
                     tokens = max(0, len(input_ids) + len(reply.ids) - 1 - known)
                     routed = parse_routing(answer, sampling.routing, tokens=tokens)
+                    unrouted = routed is None or len(routed) < tokens
                 return reply
 
             seconds = min(ends - time.monotonic(), _REQUEST_SECONDS + _TOKEN_SECONDS * left)
@@ -186,7 +189,8 @@ class Driver:
                     weights=weights,
                     seconds=seconds,
                     phase="generation",
-                    direct=failed is not None,
+                    # SGLang's router passes on the fields that it knows: the servers would not be asked for experts.
+                    direct=failed is not None or sampling.routing is not None,
                 )
             finally:
                 job.rid = ""
@@ -195,7 +199,7 @@ class Driver:
                 raise ServerFault(member.url, "generation", "aborted, but not by this run")
             self.stats.prompt_tokens += reply.prompt_tokens
             self.stats.cached_tokens += reply.cached_tokens
-            if sampling.routing is not None and routed is None and reply.finish_reason != "abort":
+            if unrouted and reply.finish_reason != "abort":
                 self._note_unrouted(member)
             return joined(partial, reply, weights.version, sampling, routed)
 
@@ -207,13 +211,13 @@ class Driver:
         return generation
 
     def _note_unrouted(self, member: Member) -> None:
-        """A response came without its experts: said once, counted always."""
+        """A response came without the experts of all its tokens: said once, counted always."""
         self.stats.unrouted += 1
         if not self._said_unrouted:
             self._said_unrouted = True
             logger.warning(
-                "%s gives no routed experts, which moe.routing_replay asks for: the trainer routes these responses' "
-                "tokens by itself; start servers with --enable-return-routed-experts, as `serve` does",
+                "%s gives no routed experts for some tokens, which moe.routing_replay asks for: the trainer routes "
+                "these by itself; start servers with --enable-return-routed-experts, as `serve` does",
                 member.url,
             )
 
@@ -303,7 +307,7 @@ async def retried(attempt: Callable[[], Awaitable[T]], note: Callable[[ServerErr
         try:
             return await attempt()
         except ServerError as error:
-            if isinstance(error, ServerRefused) or cancelling():
+            if isinstance(error, ServerRefused | ServerMismatch) or cancelling():
                 raise
             note(error)
         await asyncio.sleep(random.uniform(0.0, longest))

@@ -65,7 +65,7 @@ def require_finished(generation: Generation | None) -> Generation:
 class RequestStats:
     """Counts since they were last taken; seconds are summed over requests.
 
-    unrouted: responses that were asked for with their experts and came without.
+    unrouted: responses that were asked for with their experts and came without those of all tokens.
     """
 
     requests: int = 0

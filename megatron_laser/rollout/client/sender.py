@@ -12,6 +12,7 @@ from megatron_laser.rollout.client.errors import (
     ServerError,
     ServerFault,
     ServerGone,
+    ServerMismatch,
     ServerRefused,
     ServerTimeout,
     StaleServer,
@@ -22,6 +23,7 @@ from megatron_laser.rollout.client.health import Answered
 from megatron_laser.rollout.client.http import ServerClient
 from megatron_laser.rollout.client.responses import RequestStats, Weights
 from megatron_laser.rollout.client.router import Router
+from megatron_laser.rollout.routed_experts import WrongExperts
 from megatron_laser.rollout.sglang_api import ABORT_REQUEST, Reply, ScoreReply, abort_body, abort_message
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class RequestSender:
             patient: an answer that is late says nothing of the server, whose probes do.
 
         Raises:
+            ServerMismatch: its answer has experts that this model cannot have.
             ServerError: as the request failed, or its answer is none, or is of other weights.
         """
         self._stats.requests += 1
@@ -76,6 +79,8 @@ class RequestSender:
             if refused is not None:
                 raise ServerRefused(url, phase, refused)
             reply = parse(answer)
+        except WrongExperts as error:
+            raise ServerMismatch(url, phase, f"its answer has {error}") from error
         except (LookupError, TypeError, ValueError) as error:
             fault = ServerFault(url, phase, f"its answer has {error}")
             if routed is None:

@@ -25,7 +25,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_laser.model.mapping import (
-    ROUTER,
     Geometry,
     Replicated,
     Row,
@@ -80,17 +79,11 @@ def load_state(policy: Policy, folder: Path, optimizer_step: int) -> None:
     """Load weights and optimizer state from `folder` into the policy, whatever layout stored them.
 
     Tensor by tensor: the host holds a few copies of this rank's largest parameter, not of its state. No collective.
-    Routers that were frozen when it was stored, and are not any more, begin with moments of zero.
     """
     geometry = policy.chunks.geometry
     places = optimizer_state.places(policy.optimizer)
     configure(reserved_bytes=optimizer_state.missing_moment_bytes(policy.optimizer))
     reader = torch_dist.Reader(folder)
-    stored = reader.tensors().keys()
-
-    def was_frozen(rule: Rule) -> bool:
-        moments = f"optimizer.{optimizer_state.EXP_AVG}.{rule.hf[0]}"
-        return rule.megatron.endswith(ROUTER) and moments not in stored
 
     def load(prefix: str, mapped: MappedParameter, dtype: torch.dtype) -> torch.Tensor:
         empty = torch.empty(mapped.parameter.shape, dtype=dtype)
@@ -106,12 +99,8 @@ def load_state(policy: Policy, folder: Path, optimizer_step: int) -> None:
             if place is None or place.slot is None:  # frozen, or another data-parallel rank has its state
                 continue
             for kind in optimizer_state.KINDS:
-                if kind == optimizer_state.MAIN and (
-                    not policy.chunks.config.bf16 or was_frozen(mapped.rule)
-                ):
+                if kind == optimizer_state.MAIN and not policy.chunks.config.bf16:
                     place.restore(kind, mapped.parameter.detach())
-                elif was_frozen(mapped.rule):
-                    place.restore(kind, torch.zeros(mapped.parameter.shape))
                 else:
                     place.restore(kind, load(f"optimizer.{kind}", mapped, torch.float32))
     optimizer_state.set_step(policy.optimizer, optimizer_step)
