@@ -74,8 +74,9 @@ class FlatBatch:
                     f"FlatBatch.{name} has shape {getattr(self, name).shape}: expected ({size},) from "
                     f"{samples} samples and their lengths."
                 )
-        if (self.routed_tokens < 0).any() or (self.routed_tokens > self.lengths).any():
-            sample = int(np.argmax((self.routed_tokens < 0) | (self.routed_tokens > self.lengths)))
+        outside = (self.routed_tokens < 0) | (self.routed_tokens > self.lengths)
+        if outside.any():
+            sample = int(np.argmax(outside))
             raise ValueError(
                 f"FlatBatch.routed_tokens of sample {sample} is {int(self.routed_tokens[sample])}: expected 0 to its "
                 f"{int(self.lengths[sample])} tokens."
@@ -146,7 +147,7 @@ class FlatBatch:
 
         Batches that were kept before models had experts lack the last two arrays, and have none.
         """
-        if not arrays.keys() & _ROUTED.keys():
+        if not arrays.keys() & {"routed_tokens", "routed_experts"}:
             samples = len(arrays.get("prompt_lengths", ()))
             arrays = {**arrays, "routed_tokens": np.zeros(samples, np.int32), "routed_experts": _UNROUTED}
         if arrays.keys() != cls.ARRAYS.keys():
@@ -161,7 +162,6 @@ class FlatBatch:
 
 
 _UNROUTED = np.zeros((0, 0), dtype=np.uint8)
-_ROUTED = {name: FlatBatch.ARRAYS[name] for name in ("routed_tokens", "routed_experts")}
 
 
 def flatten(batch: RolloutBatch) -> FlatBatch:

@@ -41,8 +41,10 @@ def broadcast_arrays(arrays: dict[str, np.ndarray] | None, runtime: Runtime) -> 
 
 def broadcast_text(text: str | None, runtime: Runtime) -> str:
     """Rank 0's words on every rank; `text` is ignored elsewhere."""
-    own = None if text is None else {"text": np.frombuffer(text.encode(), dtype=np.uint8)}
-    return bytes(broadcast_arrays(own, runtime)["text"]).decode()
+    if runtime.world_size == 1:
+        assert text is not None
+        return text
+    return _send_bytes(text.encode() if runtime.is_main and text is not None else None, runtime).decode()
 
 
 def barrier(runtime: Runtime) -> None:

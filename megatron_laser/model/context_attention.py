@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_laser.batching.context import packed_order, sequence_positions
-from megatron_laser.model.sequence_batches import Pad, PaddedBatch, padded_batch, similar_lengths
+from megatron_laser.model.sequence_batches import PaddedBatch, heads_first, padded_batch, similar_lengths
 
 # Entries of one mask of queries and keys: longer batches are worked through in blocks of queries.
 _MASK_ENTRIES = 1 << 22
@@ -124,12 +124,9 @@ def context_attention(
     both = GatherSequence.apply(torch.cat([key, value], dim=1), layout, group)
     outputs = []
     for batch in layout.batches:
-        q = _heads_first(Pad.apply(query, batch.queries), batch.queries)
+        q = heads_first(query, batch.queries)
         # One copy of the key heads for each of their query heads: no fused kernel takes grouped heads with a mask.
-        k, v = (
-            repeat_heads(part, q.shape[1])
-            for part in _heads_first(Pad.apply(both, batch.keys), batch.keys).chunk(2, dim=1)
-        )
+        k, v = (repeat_heads(part, q.shape[1]) for part in heads_first(both, batch.keys).chunk(2, dim=1))
         parts = [
             torch.nn.functional.scaled_dot_product_attention(
                 q[:, :, columns],
@@ -148,11 +145,6 @@ def context_attention(
 def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[batch, kv_heads, width, head_dim] as [batch, heads, ...]: each key/value head for its group of query heads."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def _heads_first(padded: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
-    """[batch * width, heads, head_dim] as [batch, heads, width, head_dim]."""
-    return padded.view(batch.batch, batch.width, *padded.shape[1:]).transpose(1, 2)
 
 
 def _visible(positions: torch.Tensor, keys: int) -> torch.Tensor:

@@ -109,7 +109,7 @@ def transformer_config(
     Raises:
         ConfigError: `layers` asks for a Transformer Engine that cannot be used.
     """
-    fused = use_transformer_engine(layers)
+    fused, architecture = use_transformer_engine(layers), architecture_of(config)
     arguments: dict[str, Any] = dict(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -122,8 +122,8 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=config.model_type == "qwen2",
-        qk_layernorm=config.model_type in ("qwen3", "qwen3_moe"),
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -152,7 +152,7 @@ def transformer_config(
         transformer_impl="transformer_engine" if fused else "local",
         attention_backend=AttnBackend[attention],
     )
-    if moe := architecture_of(config).moe:
+    if moe := architecture.moe:
         arguments.update(
             num_moe_experts=moe.num_experts,
             moe_router_topk=moe.experts_per_token,

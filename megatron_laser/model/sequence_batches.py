@@ -55,7 +55,12 @@ def padded_batch(starts: torch.Tensor, lengths: torch.Tensor, device: torch.devi
     )
 
 
-class Pad(torch.autograd.Function):
+def heads_first(packed: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
+    """Packed [tokens, heads, head_dim] as the padded [batch, heads, width, head_dim] that SDPA takes."""
+    return _Pad.apply(packed, batch).view(batch.batch, batch.width, *packed.shape[1:]).transpose(1, 2)
+
+
+class _Pad(torch.autograd.Function):
     """Packed rows to padded slots. The real slots are a permutation, so the backward is a gather as well."""
 
     @staticmethod

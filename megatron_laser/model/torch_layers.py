@@ -19,7 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_laser.model.context_attention import context_attention, repeat_heads
-from megatron_laser.model.sequence_batches import Pad, PaddedBatch, padded_batch, similar_lengths
+from megatron_laser.model.sequence_batches import PaddedBatch, heads_first, padded_batch, similar_lengths
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,7 @@ class PackedSdpaAttention(MegatronModule):
             packed_seq_params.padded_layout = layout
         outputs = []
         for batch in layout.batches:
-            q, k, v = (
-                Pad.apply(x, batch).view(batch.batch, batch.width, *x.shape[1:]).transpose(1, 2)
-                for x in (query, key, value)
-            )
+            q, k, v = (heads_first(x, batch) for x in (query, key, value))
             out = self._sdpa(q, k, v).transpose(1, 2).reshape(batch.batch * batch.width, *query.shape[1:])
             outputs.append(out.index_select(0, batch.slots))
         return torch.cat(outputs).index_select(0, layout.inverse)

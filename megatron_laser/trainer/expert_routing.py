@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -93,9 +93,8 @@ class Counts:
     @classmethod
     def of(cls, tallies: Iterable[Tally], group: dist.ProcessGroup | None) -> Counts:
         """The sum of the tallies and over all ranks: layers are on one pipeline stage, tokens on one rank of it."""
-        names = ("assigned", "probability", "z", "replayed", "differing")
         tallies = list(tallies)
-        sums = [sum(getattr(tally, name).double().cpu() for tally in tallies) for name in names]
+        sums = [sum(getattr(tally, f.name).double().cpu() for tally in tallies) for f in fields(cls)]
         flat = torch.cat([value.flatten() for value in sums])  # type: ignore[union-attr]
         if group is not None:
             dist.all_reduce(flat, group=group)

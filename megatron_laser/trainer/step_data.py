@@ -160,14 +160,15 @@ def prepare_step(
     costs = None
     if architecture is not None:
         costs = [
-            forward_flops(architecture, prompt + response, response)
-            for prompt, response in zip(flat.prompt_lengths.tolist(), flat.response_lengths.tolist())
+            forward_flops(architecture, tokens, response)
+            for tokens, response in zip(flat.lengths.tolist(), flat.response_lengths.tolist())
         ]
     elif config.batching.balance == "flops":
         raise ValueError("batching.balance: flops needs the model's architecture")
-    lengths = (flat.prompt_lengths + flat.response_lengths).tolist()
     schedule = build_schedule(
-        [padded_tokens(length, parallel) for length in lengths],  # as packed: the budget holds with padding
+        [
+            padded_tokens(length, parallel) for length in flat.lengths.tolist()
+        ],  # as packed: the budget holds with padding
         data_parallel=data_size,
         tokens_per_micro_batch=micro_batch_tokens(config),
         minibatches=config.policy.minibatches,

@@ -82,6 +82,7 @@ class Trainer:
         self._score_token_id = score_token_id if config.laser.enabled else None
         self.policy = build_policy(config) if policy is None else policy
         self.reference = build_reference(config) if needs_reference_model(config) else None
+        self._architecture = architecture_of(self.policy.chunks.hf)
         self._experts = self._model_experts()
         self._bad_steps = BadSteps(config, runtime, score_token_id=self._score_token_id)
 
@@ -155,7 +156,7 @@ class Trainer:
     def _model_experts(self) -> Experts | None:
         """What the routers' share of a step is made with; None for a dense model."""
         chunks = self.policy.chunks
-        moe = architecture_of(chunks.hf).moe
+        moe = self._architecture.moe
         if moe is None:
             return None
         parallel, runtime = self._config.parallel, self._runtime
@@ -202,7 +203,7 @@ class Trainer:
             data_size=self._runtime.data_size,
             context_rank=self._runtime.context_rank,
             experts=self._experts,
-            architecture=architecture_of(self.policy.chunks.hf),
+            architecture=self._architecture,
         )
 
     def weight_stream(self) -> Iterator[tuple[str, torch.Tensor]]:

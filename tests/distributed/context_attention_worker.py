@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from helpers.models import tiny_config
+from helpers.packed import packed_params
 from helpers.torchrun import run_worker
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_laser.batching.context import context_positions
 from megatron_laser.distributed import communicators
@@ -28,18 +28,6 @@ from megatron_laser.model.torch_layers import PackedSdpaAttention  # noqa: E402
 HEADS, HEAD_DIM = 4, 16
 # In units of 2 x ranks tokens: long and short ones, equal ones, one alone, a sequence without tokens.
 LENGTHS = [(1, 9, 1, 4, 4, 2), (12,), (1, 1, 1), (3, 0, 5)]
-
-
-def whole_params(units, size):
-    bounds = torch.tensor([0, *(2 * size * unit for unit in units)]).cumsum(0).to(torch.int32)
-    longest = int(bounds.diff().max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
 
 
 def reference(q, k, v, bounds):
@@ -123,7 +111,7 @@ def main():
         config, layer_number=1, attn_mask_type=None, attention_type="self", pg_collection=collection
     )
     for units in LENGTHS:
-        check_rotary(whole_params(units, size))
+        check_rotary(packed_params([2 * size * unit for unit in units]))
         for kv_heads in (1, 2, 4):
             for entries in (
                 1 << 22,
@@ -131,12 +119,14 @@ def main():
                 1,
             ):  # the last two: several blocks of queries, and one query at a time
                 context_attention._MASK_ENTRIES = entries
-                params = whole_params(units, size)
+                params = packed_params([2 * size * unit for unit in units])
                 check_attention(attention, params, kv_heads, torch.float64, 1e-12)
                 layout = params.context_layout
                 check_attention(attention, params, kv_heads, torch.float32, 1e-4)
                 assert params.context_layout is layout  # worked out once per micro-batch
-        check_attention(attention, whole_params(units, size), 2, torch.bfloat16, 0.01)
+        check_attention(
+            attention, packed_params([2 * size * unit for unit in units]), 2, torch.bfloat16, 0.01
+        )
     try:
         attention(*torch.zeros(3, 4, 1, HEADS, HEAD_DIM), attention_mask=None)
     except ValueError as error:

@@ -1,5 +1,6 @@
 """Tiny random models of every supported family, saved as Hugging Face folders."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -124,3 +125,17 @@ def save_word_tokenizer(folder: Path, words: list[str]) -> None:
         extra_special_tokens=[word for word in words if word.startswith("<|")],
     )
     fast.save_pretrained(folder)
+
+
+def chosen_experts(model, ids: Sequence[int]) -> torch.Tensor:
+    """[tokens, layers, experts per token] int64 of a transformers model's own routers, in one forward."""
+    found: list[torch.Tensor] = []
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda _, __, result: found.append(result[2]))
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found, dim=1)

@@ -20,6 +20,26 @@ class Response:
     truncated: bool = False
 
 
+#: A right, a wrong and a truncated response of so many tokens.
+R, W, T = (lambda n: Response(n, True)), (lambda n: Response(n, False)), (lambda n: Response(n, False, True))
+#: Rollout batches of four groups: all right, all wrong, truncated and one-token responses are among them.
+STEPS = [
+    [
+        [R(5), W(12), R(3), T(20)],
+        [W(2), W(9), R(14), W(6)],
+        [R(4), R(4), T(16), W(1)],
+        [W(7), R(11), W(3), R(8)],
+    ],
+    [
+        [W(5), W(6), W(7), W(8)],
+        [R(2), R(9), T(13), W(6)],
+        [R(3), W(10), R(5), R(1)],
+        [T(9), T(9), W(4), R(2)],
+    ],
+    [[R(15), W(3)], [W(2), R(8), W(4), R(6), T(12)], [R(7), W(7), R(7), W(9)], [W(1), W(5), R(17), R(2)]],
+]
+
+
 def rollout_batch(
     groups: Sequence[Sequence[Response]],
     *,

@@ -111,6 +111,19 @@ def start_run(file: Path, *overrides: str, processes: int = 1, log: Path | None 
     )
 
 
+def finish(process: subprocess.Popen, *, seconds: float) -> str:
+    """All that the run printed, once it has ended well."""
+    output, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 0, output[-5000:]
+    return output
+
+
+def metric_lines(folder: Path) -> int:
+    """How many lines metrics.jsonl has by now."""
+    file = folder / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
 def end_session(process: subprocess.Popen) -> None:
     """Kill a run and everything that it started."""
     import contextlib

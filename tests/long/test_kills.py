@@ -6,7 +6,14 @@ import signal
 import time
 
 import pytest
-from helpers.tiny_run import end_session, metrics_without_times, start_run, write_tiny_run
+from helpers.tiny_run import (
+    end_session,
+    finish,
+    metric_lines,
+    metrics_without_times,
+    start_run,
+    write_tiny_run,
+)
 
 from megatron_laser.trainer.checkpoint import folder as folders
 
@@ -25,24 +32,13 @@ LAYOUTS = {
 }
 
 
-def finish(process):
-    output, _ = process.communicate(timeout=1200)
-    assert process.returncode == 0, output[-5000:]
-    return output
-
-
-def lines(folder):
-    file = folder / "metrics.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
-
-
 def kill(process, folder, target, rng):
     """SIGKILL to the whole session a moment after step `target`; one time in four while it still starts."""
     end = time.monotonic() + 180
     if rng.random() < 0.25:
         time.sleep(rng.uniform(0.0, 8.0))
     else:
-        while lines(folder) < target and process.poll() is None and time.monotonic() < end:
+        while metric_lines(folder) < target and process.poll() is None and time.monotonic() < end:
             time.sleep(0.005)
         time.sleep(rng.uniform(0.0, 0.3))
     os.killpg(process.pid, signal.SIGKILL)
@@ -61,7 +57,7 @@ def test_a_run_that_is_killed_ten_times_ends_as_if_nothing_had_happened(tmp_path
     )
     rng = random.Random(layout)
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    finish(start_run(file, f"run.output_dir={undisturbed}", *overrides, processes=processes))
+    finish(start_run(file, f"run.output_dir={undisturbed}", *overrides, processes=processes), seconds=1200)
     kills = 0
     for target in sorted(rng.sample(range(1, STEPS - 10), KILLS)):
         process = start_run(file, f"run.output_dir={killed}", *overrides, processes=processes)
@@ -74,8 +70,8 @@ def test_a_run_that_is_killed_ten_times_ends_as_if_nothing_had_happened(tmp_path
         kills += process.returncode == -signal.SIGKILL
         for _, path in folders.published(killed / "checkpoints"):
             folders.verify(path)
-    finish(start_run(file, f"run.output_dir={killed}", *overrides, processes=processes))
+    finish(start_run(file, f"run.output_dir={killed}", *overrides, processes=processes), seconds=1200)
     assert kills == KILLS, "the run was over before it could be killed: raise STEPS"
     assert metrics_without_times(killed) == metrics_without_times(undisturbed)
-    again = finish(start_run(file, f"run.output_dir={killed}", *overrides, processes=processes))
+    again = finish(start_run(file, f"run.output_dir={killed}", *overrides, processes=processes), seconds=1200)
     assert f"has finished its {STEPS} steps: nothing to do" in again

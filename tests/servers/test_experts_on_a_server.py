@@ -5,8 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-from helpers.models import disk_tensors
+from helpers.models import chosen_experts, disk_tensors
 from helpers.sglang_server import shared_server
 from helpers.source_tree import ROOT
 
@@ -117,7 +116,7 @@ def test_the_server_tells_where_it_sent_each_token_and_that_is_where_the_model_s
                 ids = prompt + generation.response_ids
                 routed = generation.routed_experts
                 assert routed.dtype == np.uint8 and len(routed) in (len(ids) - 1, len(ids))
-                own = chosen(model, ids)[: len(routed)]
+                own = chosen_experts(model, ids)[: len(routed)].numpy()
                 assert (np.sort(routed, axis=2) == np.sort(own, axis=2)).all()
                 compared += len(routed)
         assert compared > 60
@@ -154,21 +153,7 @@ def test_a_response_in_several_pieces_has_the_experts_of_all_its_tokens(server, 
                 ids = prompt + generation.response_ids
                 routed = generation.routed_experts
                 assert len(routed) == len(ids) - 1
-                own = chosen(model, ids)[: len(routed)]
+                own = chosen_experts(model, ids)[: len(routed)].numpy()
                 assert (np.sort(routed, axis=2) == np.sort(own, axis=2)).all()
     finally:
         engine.close()
-
-
-def chosen(model, ids):
-    """[tokens, layers, experts per token] of transformers' routers."""
-    found = []
-    hooks = [
-        layer.mlp.gate.register_forward_hook(lambda _, __, result: found.append(result[2]))
-        for layer in model.model.layers
-    ]
-    with torch.no_grad():
-        model(torch.tensor([ids]))
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(found, dim=1).numpy()

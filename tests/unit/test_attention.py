@@ -10,9 +10,9 @@ from megatron_laser.model import platform
 
 platform.install()
 
+from helpers.packed import packed_params  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 
 from megatron_laser.model.context_attention import repeat_heads  # noqa: E402
 from megatron_laser.model.hf_config import transformer_config  # noqa: E402
@@ -28,18 +28,6 @@ LENGTH_CASES = {
     "powers of two": (1, 2, 4, 8, 16, 32, 64),
     "with an empty sequence": (4, 0, 7),
 }
-
-
-def packed(lengths):
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    longest = max(lengths)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
 
 
 def attention():
@@ -75,7 +63,7 @@ def test_packed_attention_and_its_gradients_equal_attention_on_each_sequence_alo
     inputs = random_qkv(sum(lengths), kv_heads)
     weights = torch.randn(sum(lengths), HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(1))
     mine = [x.clone().requires_grad_() for x in inputs]
-    out = attention()(*mine, attention_mask=None, packed_seq_params=packed(lengths))
+    out = attention()(*mine, attention_mask=None, packed_seq_params=packed_params(lengths))
     (out * weights).sum().backward()
 
     plain = [x.double().requires_grad_() for x in inputs]
@@ -89,9 +77,9 @@ def test_packed_attention_and_its_gradients_equal_attention_on_each_sequence_alo
 def test_no_value_of_another_sequence_reaches_a_row():
     lengths = (5, 9, 2)
     q, k, v = random_qkv(sum(lengths))
-    before = attention()(q, k, v, attention_mask=None, packed_seq_params=packed(lengths))
+    before = attention()(q, k, v, attention_mask=None, packed_seq_params=packed_params(lengths))
     k[5:14], v[5:14], q[5:14] = 1e4, -1e4, 3.0
-    after = attention()(q, k, v, attention_mask=None, packed_seq_params=packed(lengths))
+    after = attention()(q, k, v, attention_mask=None, packed_seq_params=packed_params(lengths))
     assert torch.equal(before[:5], after[:5])
     assert torch.equal(before[14:], after[14:])
 
@@ -108,7 +96,7 @@ def test_unpacked_input_is_causal_attention_too():
 
 @pytest.mark.parametrize("lengths", LENGTH_CASES.values(), ids=LENGTH_CASES.keys())
 def test_every_row_has_one_slot_and_at_most_half_of_a_batch_is_padding(lengths):
-    layout = padded_layout(packed(lengths).cu_seqlens_q)
+    layout = padded_layout(packed_params(lengths).cu_seqlens_q)
     rows = torch.cat([batch.rows for batch in layout.batches])
     assert sorted(rows.tolist()) == list(range(sum(lengths)))
     assert torch.equal(rows[layout.inverse], torch.arange(sum(lengths)))
@@ -118,7 +106,7 @@ def test_every_row_has_one_slot_and_at_most_half_of_a_batch_is_padding(lengths):
 
 
 def test_layout_is_worked_out_once_per_micro_batch():
-    params = packed((3, 4))
+    params = packed_params((3, 4))
     q, k, v = random_qkv(7)
     attention()(q, k, v, attention_mask=None, packed_seq_params=params)
     first = params.padded_layout
@@ -146,7 +134,7 @@ def reference_rotary(t, lengths, freqs):
 @pytest.mark.parametrize("lengths", LENGTH_CASES.values(), ids=LENGTH_CASES.keys())
 def test_vectorised_rotary_embedding_equals_the_loop_over_sequences(single_process, lengths):
     group = parallel_state.get_context_parallel_group()
-    params = packed(lengths)
+    params = packed_params(lengths)
     freqs = rotary_frequencies(params.max_seqlen_q)
     t = random_qkv(sum(lengths))[0].requires_grad_()
     got = rope_utils._apply_rotary_pos_emb_thd(t, params.cu_seqlens_q, freqs, cp_group=group)
@@ -160,7 +148,7 @@ def test_vectorised_rotary_embedding_equals_the_loop_over_sequences(single_proce
 @pytest.mark.parametrize("extra", [0, 7], ids=["longest", "longer"])
 def test_vectorised_rotary_embedding_equals_megatrons_own(single_process, lengths, extra):
     group = parallel_state.get_context_parallel_group()
-    params = packed(lengths)
+    params = packed_params(lengths)
     freqs = rotary_frequencies(params.max_seqlen_q + extra)
     t = random_qkv(sum(lengths))[0]
     apply = rope_utils._apply_rotary_pos_emb_thd
@@ -172,7 +160,7 @@ def test_as_many_frequencies_as_packed_tokens_are_one_for_each_token_as_upstream
     # Megatron-Core 0.19 takes them for positions over the whole batch. A rotary length of max_seqlen never is one of
     # several sequences, so a run does not get there; both paths must agree all the same.
     group = parallel_state.get_context_parallel_group()
-    params = packed((5, 9, 2))
+    params = packed_params((5, 9, 2))
     freqs = rotary_frequencies(16)
     t = random_qkv(16)[0]
     apply = rope_utils._apply_rotary_pos_emb_thd
@@ -195,7 +183,9 @@ def test_a_packed_model_gives_each_sequence_what_it_has_alone_on_both_rotary_pat
     def logits(pieces):
         given = torch.cat(pieces)[None]
         positions = torch.cat([torch.arange(len(piece)) for piece in pieces])[None]
-        return model(given, positions, None, packed_seq_params=packed([len(piece) for piece in pieces]))[0]
+        return model(
+            given, positions, None, packed_seq_params=packed_params([len(piece) for piece in pieces])
+        )[0]
 
     pieces = tokens.split(lengths)
     with torch.no_grad():
@@ -219,7 +209,7 @@ def test_key_and_value_heads_are_repeated_for_their_own_query_heads():
 
 
 def test_rotary_embedding_without_a_group_is_refused_as_upstream_does(single_process):
-    t, params = random_qkv(4)[0], packed((4,))
+    t, params = random_qkv(4)[0], packed_params((4,))
     with pytest.raises(ValueError, match="cp_group"):
         rope_utils._apply_rotary_pos_emb_thd(t, params.cu_seqlens_q, torch.zeros(4, 1, 1, HEAD_DIM))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.faulty_server import HELD, LENGTH, STOP, FaultyServer, open_engine, routes
-from helpers.models import disk_tensors, save_tiny_model, tiny_model
+from helpers.models import chosen_experts, disk_tensors, save_tiny_model, tiny_model
 
 from megatron_laser.batching.flat import FlatBatch, flatten
 from megatron_laser.rollout.client.errors import ServerMismatch
@@ -252,20 +252,6 @@ def test_experts_that_do_not_fit_their_batch_are_refused(routed, said):
         flatten(batch(*routed))
 
 
-def chosen_by(model, ids):
-    """[tokens, layers, experts per token] of a plain forward."""
-    chosen = []
-    gates = [
-        layer.mlp.gate.register_forward_hook(lambda _, __, out: chosen.append(out[2]))
-        for layer in model.model.layers
-    ]
-    with torch.no_grad():
-        model(torch.tensor([ids]))
-    for gate in gates:
-        gate.remove()
-    return torch.stack(chosen, dim=1)
-
-
 @pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
 def test_the_in_process_engine_tells_where_its_tokens_went(tmp_path, family):
     model = save_tiny_model(tmp_path, family, scale=0.18)
@@ -287,7 +273,7 @@ def test_the_in_process_engine_tells_where_its_tokens_went(tmp_path, family):
                 scored = params.score_token_id is not None and generation.finish_reason == "stop"
                 assert routed.shape == (len(ids) - (not scored), 4, 2) and routed.dtype == np.uint8
                 seen.add((generation.finish_reason, scored))
-                expected = chosen_by(model, ids)[: len(routed)].sort(-1).values
+                expected = chosen_experts(model, ids)[: len(routed)].sort(-1).values
                 assert torch.equal(torch.from_numpy(routed).long().sort(-1).values, expected)
     assert seen == {("stop", True), ("stop", False), ("length", False)}
     assert hooks() == 0

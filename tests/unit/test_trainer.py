@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.models import save_tiny_model, tiny_model
 from helpers.plain_training import TOKEN_MEANS, Plain, PlainTrainer
-from helpers.rollouts import Response, rollout_batch
+from helpers.rollouts import STEPS, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
 
 from megatron_laser.model import platform
@@ -20,22 +20,6 @@ from megatron_laser.trainer import trainer as trainer_module  # noqa: E402
 from megatron_laser.trainer.step_data import make_micro_batch  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 
-R, W, T = (lambda n: Response(n, True)), (lambda n: Response(n, False)), (lambda n: Response(n, False, True))
-STEPS = [
-    [
-        [R(5), W(12), R(3), T(20)],
-        [W(2), W(9), R(14), W(6)],
-        [R(4), R(4), T(16), W(1)],
-        [W(7), R(11), W(3), R(8)],
-    ],
-    [
-        [W(5), W(6), W(7), W(8)],
-        [R(2), R(9), T(13), W(6)],
-        [R(3), W(10), R(5), R(1)],
-        [T(9), T(9), W(4), R(2)],
-    ],
-    [[R(15), W(3)], [W(2), R(8), W(4), R(6), T(12)], [R(7), W(7), R(7), W(9)], [W(1), W(5), R(17), R(2)]],
-]
 OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "grad_clip": 0.5, "eps": 1e-5}
 LASER = {
     "score_token": SCORE_TOKEN,
