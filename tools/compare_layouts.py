@@ -53,6 +53,27 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
             "parallel.virtual_pipeline=2",
             "batching.tokens_per_micro_batch=160",
         ],
+        "pipeline 2 of 1 and 3 layers": [
+            "parallel.pipeline=2",
+            "parallel.stage_layers=[1, 3]",
+            "batching.tokens_per_micro_batch=160",
+        ],
+        "pipeline 2, balanced, offloaded": [
+            "parallel.pipeline=2",
+            "parallel.stage_layers=balanced",
+            "model.recompute=full",
+            "model.offload_activations=true",
+            "optimizer.offload=true",
+            "batching.tokens_per_micro_batch=80",
+        ],
+        "data 2, distributed, overlapped, offloaded, 1 layer recomputed": [
+            "optimizer.distributed=true",
+            "optimizer.overlap_grad_reduce=true",
+            "optimizer.overlap_param_gather=true",
+            "optimizer.offload=true",
+            "model.recompute=full",
+            "model.recompute_layers=1",
+        ],
         "context 2": ["parallel.context=2"],
         "context 2, 80 tokens": ["parallel.context=2", "batching.tokens_per_micro_batch=80"],
         "context 2, distributed optimizer": ["parallel.context=2", "optimizer.distributed=true"],
@@ -81,6 +102,13 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
             "batching.tokens_per_micro_batch=80",
         ],
         "context 2 x data 2": ["parallel.context=2"],
+        "context 2 x tensor 2, sequence, offloaded": [
+            "parallel.context=2",
+            "parallel.tensor=2",
+            "parallel.sequence=true",
+            "model.recompute=full",
+            "model.offload_activations=true",
+        ],
     },
 }
 # Of a model with experts, in place of those above.
@@ -108,6 +136,13 @@ EXPERT_LAYOUTS: dict[int, dict[str, list[str]]] = {
             "batching.tokens_per_micro_batch=160",
         ],
         "expert 2 within context 2": ["parallel.context=2", "parallel.expert=2"],
+        "expert 2, distributed, offloaded": [
+            "parallel.expert=2",
+            "optimizer.distributed=true",
+            "optimizer.offload=true",
+            "model.recompute=full",
+            "model.offload_activations=true",
+        ],
     },
     4: {
         "expert 2 x data 2": ["parallel.expert=2"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_laser.config import Architecture, ModelFolderError, read_architecture
 from megatron_laser.config.model_folder.architecture import architecture_from_dict
+from megatron_laser.config.schema.inputs import Recompute
 from megatron_laser.model import platform
-from megatron_laser.model.transformer_engine import Attention, Layers, use_transformer_engine
+from megatron_laser.model.transformer_engine import Attention, Fp8, Layers, use_transformer_engine
 
 
 def read_hf_config(path: str | Path) -> PretrainedConfig:
@@ -92,7 +94,10 @@ def transformer_config(
     expert: int = 1,
     expert_tensor: int = 1,
     sequence: bool = False,
-    recompute: str = "none",
+    chunk_layers: Sequence[int] = (),
+    recompute: Recompute = "none",
+    recompute_layers: int | None = None,
+    fp8: Fp8 = "none",
     layers: Layers = "auto",
     attention: Attention = "auto",
     fuse_gradient_accumulation: bool = False,
@@ -103,7 +108,8 @@ def transformer_config(
     ranks, and every loss term is already divided by its global count.
 
     Args:
-        layers: `model.layers`; attention: `model.attention`.
+        chunk_layers: layers of each pipeline chunk; () where each has as many.
+        recompute, recompute_layers, fp8, layers, attention: of the section `model`.
         fuse_gradient_accumulation: for layers of torch; those of Transformer Engine are told by `PolicyModel`.
 
     Raises:
@@ -168,8 +174,20 @@ def transformer_config(
             expert_model_parallel_size=expert,
             expert_tensor_parallel_size=expert_tensor,
         )
-    if recompute == "mlp":
-        arguments.update(recompute_granularity="selective", recompute_modules=["mlp"])
+    if chunk_layers:
+        parts = [["decoder"] * count for count in chunk_layers]
+        parts[0].insert(0, "embedding")
+        parts[-1].append("loss")
+        arguments.update(pipeline_model_parallel_layout=parts)
+    if recompute == "full" and recompute_layers is not None:
+        arguments.update(
+            recompute_granularity="full", recompute_method="block", recompute_num_layers=recompute_layers
+        )
     elif recompute == "full":
         arguments.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif recompute != "none":
+        arguments.update(recompute_granularity="selective", recompute_modules=list(recompute))
+    if fp8 != "none":
+        # Gradients have a wider range than e4m3, unless each block has a scale of its own.
+        arguments.update(fp8="e4m3" if fp8 == "blockwise" else "hybrid", fp8_recipe=fp8)
     return TransformerConfig(**arguments)

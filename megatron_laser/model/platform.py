@@ -97,6 +97,28 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def new_stream() -> Any:
+    """A stream for copies beside the computation; None on a CPU, where there is nothing to be beside."""
+    return torch.cuda.Stream() if has_cuda() else None
+
+
+@contextlib.contextmanager
+def beside(stream: Any) -> Iterator[Any]:
+    """Work for `stream`, which begins when what is queued for the current one is done; None: here and now."""
+    if stream is None:
+        yield None
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield stream
+
+
+def wait_for(event: Any) -> None:
+    """Let the current stream's next work wait for `event`; None: it has happened."""
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
+
+
 def reset_peak_memory() -> None:
     """Start a new measurement of `peak_device_gib`."""
     if has_cuda():

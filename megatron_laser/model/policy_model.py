@@ -25,6 +25,7 @@ from transformers import PretrainedConfig
 
 from megatron_laser.config import padded_vocab_size
 from megatron_laser.model import hf_config
+from megatron_laser.model.activation_offload import offloading
 from megatron_laser.model.experts import ExpertLayer, ExpertTransformerLayer, Router
 from megatron_laser.model.megatron_patches import patch_megatron
 from megatron_laser.model.torch_layers import PackedSdpaAttention, RMSNorm
@@ -156,8 +157,13 @@ class PolicyModel(GPTModel):
         post_process: bool = True,
         vp_stage: int | None = None,
         fuse_gradient_accumulation: bool = False,
+        offload_activations: bool = False,
     ) -> None:
-        """`fuse_gradient_accumulation`: Transformer Engine's layers add dW to main_grad in their own products."""
+        """
+        Args:
+            fuse_gradient_accumulation: Transformer Engine's layers add dW to main_grad in their own products.
+            offload_activations: what the layers save for the backward pass waits for it in host memory.
+        """
         tensor = config.tensor_model_parallel_size
         padded = padded_vocab_size(hf.vocab_size, tensor, vocab_multiple)
         tied = bool(hf.tie_word_embeddings)
@@ -178,6 +184,8 @@ class PolicyModel(GPTModel):
             self.rotary_pos_emb.inv_freq.device
         )
         self.rotary_pos_emb.forward = RotaryAngles(self.rotary_pos_emb)  # type: ignore[method-assign,assignment]
+        if offload_activations:
+            self.decoder.forward = offloading(self.decoder, self.decoder.forward)  # type: ignore[method-assign]
         if fuse_gradient_accumulation:
             _fuse_gradient_accumulation(self)
 

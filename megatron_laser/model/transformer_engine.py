@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # Megatron is imported after `settle`
 
 logger = logging.getLogger(__name__)
 
+Fp8 = Literal["none", "blockwise", "delayed"]
 Layers = Literal["auto", "transformer_engine", "torch"]
 Attention = Literal["auto", "flash", "fused"]
 
@@ -149,6 +150,28 @@ def attention_problems(
         "fused attention of packed sequences needs compute capability 9.0 and cuDNN 9.6 or newer, its flash attention "
         "the package flash-attn; run with NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 to see what it says of each. Or set "
         "model.layers: torch"
+    ]
+
+
+def fp8_problems(recipe: Fp8, layers: Layers = "auto") -> list[str]:
+    """One line when FP8 products are wanted (`model.fp8`) and cannot be had here; else nothing."""
+    if recipe == "none":
+        return []
+    if not use_transformer_engine(layers):
+        return [
+            f"model.fp8: {recipe} needs Transformer Engine's layers, and layers are of torch here (model.layers: "
+            f"{layers}); FP8 is for GPUs from Hopper (compute capability 9.0) on. Set model.fp8 to none"
+        ]
+    quantization: Any = importlib.import_module("transformer_engine.pytorch.quantization")
+    ask = "is_fp8_block_scaling_available" if recipe == "blockwise" else "is_fp8_available"
+    able, reason = getattr(quantization, ask)(return_reason=True)
+    utils: Any = importlib.import_module("transformer_engine.pytorch.utils")
+    if able and utils.get_device_compute_capability() < (9, 0):
+        able, reason = False, "its compute capability is below 9.0, that of Hopper"
+    if able:
+        return []
+    return [
+        f"model.fp8: {recipe} cannot run on this GPU ({platform.device_name()}): {reason}. Set model.fp8 to none"
     ]
 
 

@@ -61,14 +61,22 @@ class Colocation:
     """One rank's part in it. Every rank calls the same methods at the same edges of the loop."""
 
     def __init__(
-        self, state: StateOffload | None, runtime: Runtime, timers: Timers, *, seconds: float
+        self,
+        state: StateOffload | None,
+        runtime: Runtime,
+        timers: Timers,
+        *,
+        seconds: float,
+        while_training: frozenset[Part] = ALL_PARTS,
     ) -> None:
         """
         Args:
             state: of this rank's trainer; None: nobody shares its device, and nothing is done.
             seconds: that a server may take for one change.
+            while_training: what the trainer then has on the device from the start; it fetches the rest itself.
         """
         self._state = state
+        self._trainer_holds = TRAINER_HOLDS | {MemoryPhase.TRAIN: while_training}
         self._runtime = runtime
         self._timers = timers
         self._seconds = seconds
@@ -95,10 +103,11 @@ class Colocation:
                     lambda controller: self._release(controller, phase),
                 )
             with ranks.phase(f"{phase.value}: moving the trainer's state"):
-                self._leave(self._state, TRAINER_HOLDS[phase], phase.value)
-                taken = self._state.onload(TRAINER_HOLDS[phase])
+                holds = self._trainer_holds[phase]
+                self._leave(self._state, holds, phase.value)
+                taken = self._state.onload(holds)
                 if taken:
-                    _log(phase.value, f"the trainer took {_gib(taken)} for {_names(TRAINER_HOLDS[phase])}")
+                    _log(phase.value, f"the trainer took {_gib(taken)} for {_names(holds)}")
             if not SERVERS_HOLD[phase]:
                 return ""
             return ranks.ask_controller(
@@ -145,8 +154,11 @@ def open_colocation(config: RunConfig, runtime: Runtime, trainer: Trainer, timer
     """
     rollout = config.rollout
     shared = rollout.engine == "sglang" and rollout.weight_sync == "colocated"
-    state = StateOffload(trainer.policy, trainer.reference) if shared else None
-    colocation = Colocation(state, runtime, timers, seconds=rollout.sync_deadline)
+    state = trainer.policy.memory if shared else None
+    while_training = ALL_PARTS - {Part.OPTIMIZER} if config.optimizer.offload else ALL_PARTS
+    colocation = Colocation(
+        state, runtime, timers, seconds=rollout.sync_deadline, while_training=while_training
+    )
     colocation.make_room()
     return colocation
 

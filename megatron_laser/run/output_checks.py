@@ -19,7 +19,9 @@ FINISHED = "FINISHED"
 # What may change between the start of a run and its continuation: it decides where and how fast things run,
 # how long and how talkative, but not what is learned from which data.
 _MAY_CHANGE = {
-    "model": {"recompute", "layers", "attention", "keep_logits_gib"},
+    "model": {
+        *("recompute", "recompute_layers", "offload_activations", "layers", "attention", "keep_logits_gib"),
+    },
     "parallel": None,
     "batching": None,
     "checkpoint": None,
@@ -36,6 +38,7 @@ _MAY_CHANGE = {
     "reward": {"workers", "deadline"},
     "optimizer": {
         "distributed",
+        "offload",
         "overlap_grad_reduce",
         "overlap_param_gather",
         "gradient_accumulation_fusion",

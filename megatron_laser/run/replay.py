@@ -31,6 +31,8 @@ _ONE_PROCESS = (
         for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
     ),
     "parallel.sequence=false",
+    "parallel.stage_layers=even",
+    "optimizer.moments_dtype=float32",
     *(f"optimizer.{name}=false" for name in ("distributed", "overlap_grad_reduce", "overlap_param_gather")),
 )
 _SHOWN_SAMPLES = 20

@@ -13,12 +13,12 @@ from types import FrameType
 import torch.distributed as dist
 
 from megatron_laser.config import ConfigError
-from megatron_laser.config.plan.memory import GIB
 from megatron_laser.config.plan.resolve import resolve_memory
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.distributed.coordinator import Coordinator
 from megatron_laser.distributed.runtime import Runtime
+from megatron_laser.logprob_memory import GIB
 from megatron_laser.model import platform
 from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
 from megatron_laser.model.transformer_engine import backend_variable_problems, use_transformer_engine

@@ -101,7 +101,8 @@ def optimizer_step(
     bad = _agree(_not_finite(entries, norm), group)
     if TOTAL in bad or NORM in bad:
         return OptimizerStep(epoch, minibatch, norm, bad, entries)
-    policy.optimizer.step()
+    with policy.optimizer_on_device():
+        policy.optimizer.step()
     return OptimizerStep(epoch, minibatch, norm, (), entries)
 
 

@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_laser.model import platform
+from megatron_laser.model.host_memory import copy_pieces, host_buffers
 from megatron_laser.trainer.optimizer_state import torch_optimizers
-from megatron_laser.trainer.policy import Chunks, Policy
+
+if TYPE_CHECKING:
+    from megatron_laser.trainer.policy import Chunks, Policy
 
 
 class Part(Enum):
@@ -34,8 +38,6 @@ class Part(Enum):
 
 ALL_PARTS = frozenset(Part)
 
-_SMALLEST_PIECE = 2**20  # bytes
-
 
 @dataclass
 class _Parked:
@@ -51,7 +53,7 @@ class StateOffload:
 
     def __init__(self, policy: Policy, reference: Chunks | None = None) -> None:
         self._policy = policy
-        self._reference = reference
+        self.reference = reference
         self._device = platform.device()
         self._parked: dict[Part, list[_Parked]] = {}
         # Pinning memory takes longer than filling it: host buffers are kept, by the storage that they belong to.
@@ -62,8 +64,11 @@ class StateOffload:
         """The parts that can be used."""
         return ALL_PARTS - frozenset(self._parked)
 
-    def offload(self, parts: Collection[Part]) -> int:
-        """Take `parts` off the device; those that are away already stay so. Returns the bytes that became free."""
+    def offload(self, parts: Collection[Part], *, for_others: bool = True) -> int:
+        """Take `parts` off the device; those that are away already stay so. Returns the bytes that became free.
+
+        for_others: other processes are to have them; else this one's allocator keeps them for what comes next.
+        """
         leaving = [part for part in Part if part in parts and part not in self._parked]
         if not leaving:
             return 0
@@ -82,7 +87,8 @@ class StateOffload:
             for parked in self._parked[part]:
                 parked.storage.resize_(0)
                 freed += parked.nbytes
-        platform.empty_cache()
+        if for_others:
+            platform.empty_cache()
         return freed
 
     def onload(self, parts: Collection[Part]) -> int:
@@ -97,7 +103,7 @@ class StateOffload:
                 if parked.host is None:
                     target.zero_()
                 else:
-                    _copy_pieces(parked.host, target, to_host=False)
+                    copy_pieces(parked.host, target, to_host=False)
                 taken += parked.nbytes
         platform.synchronize()
         return taken
@@ -105,12 +111,10 @@ class StateOffload:
     def _copy(self, storage: torch.UntypedStorage) -> list[torch.Tensor]:
         known = self._hosts.get(storage._cdata)
         if known is None or sum(piece.numel() for piece in known[1]) < storage.nbytes():
-            pinned = self._device.type == "cuda"
-            sizes = host_pieces(storage.nbytes())
-            host = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
+            host = host_buffers(storage.nbytes(), pinned=self._device.type == "cuda")
             # The storage is held as well: its address names it, and must not be given to another one.
             known = self._hosts[storage._cdata] = (storage, host)
-        _copy_pieces(known[1], _bytes_of(storage), to_host=True)
+        copy_pieces(known[1], _bytes_of(storage), to_host=True)
         return known[1]
 
     def _storages(self, part: Part) -> list[torch.UntypedStorage]:
@@ -129,8 +133,8 @@ class StateOffload:
         if part is Part.PARAMETERS:
             yield from _parameters(self._policy.chunks)
         elif part is Part.REFERENCE:
-            if self._reference is not None:
-                yield from _parameters(self._reference)
+            if self.reference is not None:
+                yield from _parameters(self.reference)
         elif part is Part.GRADIENTS:
             for module in self._policy.chunks.wrapped:
                 for buffer in (*module.buffers, *module.expert_parallel_buffers):  # type: ignore[misc]
@@ -140,34 +144,17 @@ class StateOffload:
                 for group in optimizer.param_groups:
                     yield from group["params"]
                 for state in optimizer.state.values():
-                    yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+                    # The count of steps is a number that is read at any time.
+                    yield from (
+                        value
+                        for name, value in state.items()
+                        if isinstance(value, torch.Tensor) and name != "step"
+                    )
 
 
 def _parameters(chunks: Chunks) -> Iterator[torch.Tensor]:
     for model in chunks.models:
         yield from model.parameters()
-
-
-def host_pieces(nbytes: int) -> list[int]:
-    """Sizes of the host buffers for `nbytes` bytes, largest first: powers of two, of 1 MiB or more.
-
-    torch rounds every pinned allocation up to a power of two (CachingHostAllocator), which for one buffer is up to
-    twice its size; of these pieces less than 1 MiB is lost.
-    """
-    rounded = -(-nbytes // _SMALLEST_PIECE) * _SMALLEST_PIECE
-    return [1 << bit for bit in reversed(range(rounded.bit_length())) if rounded >> bit & 1]
-
-
-def _copy_pieces(host: list[torch.Tensor], device: torch.Tensor, *, to_host: bool) -> None:
-    """`device`: [nbytes] uint8; `host` has at least as many, in order."""
-    begin = 0
-    for piece in host:
-        part = device[begin : begin + piece.numel()]
-        begin += part.numel()
-        if to_host:
-            piece[: part.numel()].copy_(part, non_blocking=True)
-        else:
-            part.copy_(piece[: part.numel()], non_blocking=True)
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

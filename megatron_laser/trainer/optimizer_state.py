@@ -10,7 +10,9 @@ optimizer on or off, between the two.
 
 Only this module names the insides of Megatron's optimizers, as read in Megatron-Core 0.16.1 and 0.19.2:
 `chained_optimizers`, `is_stub_optimizer`, the groups of `Float16OptimizerWithFloat16Params`, and
-`model_param_group_index_map`, `_get_model_param_range_map` and `buffers` of `DistributedOptimizer`.
+`model_param_group_index_map`, `_get_model_param_range_map` and `buffers` of `DistributedOptimizer`; and of Transformer
+Engine's FusedAdam `initialize_state`, with which it keeps moments in bfloat16 and then, beside them and under the bf16
+slices of the model's parameters, the fp32 main weights too (read in 2.20.2).
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class _Slot:
     """Where one model parameter's state lives in the torch optimizer.
 
     main: the tensor that the torch optimizer updates, a flat slice of the parameter under the distributed
-    optimizer; [start, stop) is that slice in the flattened parameter.
+    optimizer; [start, stop) is that slice in the flattened parameter. Where the optimizer keeps the main weights itself
+    it is the slice of the model's own parameter.
     """
 
     main: torch.Tensor
@@ -43,6 +46,10 @@ class _Slot:
 
     def tensor(self, kind: str) -> torch.Tensor:
         """The live tensor of `kind`; Adam's moments are created (as zeros) where there are none yet."""
+        if _keeps_main_weights(self.optimizer):
+            if not self.optimizer.state[self.main]:
+                self.optimizer.initialize_state(self.main, False)  # type: ignore[attr-defined]
+            return self.optimizer.state[self.main]["master_param" if kind == MAIN else kind]
         if kind == MAIN:
             return self.main
         state = self.optimizer.state[self.main]
@@ -83,6 +90,11 @@ class Place:
             self.slot.tensor(kind).copy_(own.view_as(self.slot.main))
 
 
+def _keeps_main_weights(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is Transformer Engine's FusedAdam with main weights of its own."""
+    return bool(getattr(optimizer, "master_weights", False))
+
+
 def places(optimizer: MegatronOptimizer) -> dict[int, Place]:
     """id(model parameter) -> where its state is. Creates moments (zeros) that the first update would create."""
     found = {}
@@ -96,16 +108,17 @@ def places(optimizer: MegatronOptimizer) -> dict[int, Place]:
 
 
 def missing_moment_bytes(optimizer: MegatronOptimizer) -> int:
-    """What Adam's moments (float32) that do not exist yet will take on the device; the first update makes them."""
-    mains = [
-        (main, inner.state.get(main, {}))
-        for inner in torch_optimizers(optimizer)
-        for group in inner.param_groups
-        for main in group["params"]
-    ]
-    return sum(
-        4 * main.numel() for main, state in mains for kind in (EXP_AVG, EXP_AVG_SQ) if kind not in state
-    )
+    """What the state that does not exist yet will take on the device; the first update makes it."""
+    total = 0
+    for inner in torch_optimizers(optimizer):
+        sizes = {EXP_AVG: 4, EXP_AVG_SQ: 4}
+        if _keeps_main_weights(inner):
+            sizes = {name: dtype.itemsize for name, dtype in inner.name_to_dtype_map.items()}  # type: ignore[attr-defined]
+        for group in inner.param_groups:
+            for main in group["params"]:
+                there = inner.state.get(main, {})
+                total += main.numel() * sum(size for name, size in sizes.items() if name not in there)
+    return total
 
 
 def get_step(optimizer: MegatronOptimizer) -> int:

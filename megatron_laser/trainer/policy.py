@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +29,26 @@ from transformers import PretrainedConfig
 from megatron_laser.config import ConfigError
 from megatron_laser.config.derived import longest_sequence, micro_batch_tokens, optimizer_steps
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.config.stages import chunk_layers
 from megatron_laser.model import platform
 from megatron_laser.model.experts import freeze_routers
 from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
-from megatron_laser.model.hf_config import read_hf_config, transformer_config
+from megatron_laser.model.hf_config import architecture_of, read_hf_config, transformer_config
 from megatron_laser.model.hf_folder import HfFolder
+from megatron_laser.model.host_memory import require_pinned_memory
 from megatron_laser.model.mapping import Geometry
 from megatron_laser.model.platform import DTYPES
 from megatron_laser.model.policy_model import PolicyModel
 from megatron_laser.model.transformer_engine import (
     attention_problems,
     backend_variable_problems,
+    fp8_problems,
     use_transformer_engine,
 )
 from megatron_laser.model.weights import WeightExporter, load_weights
 from megatron_laser.ops import configure
 from megatron_laser.trainer import optimizer_state
+from megatron_laser.trainer.offload import Part, StateOffload
 
 
 @dataclass
@@ -67,6 +73,21 @@ class Policy:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     exporter: WeightExporter
+    memory: StateOffload = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.memory = StateOffload(self)
+
+    @contextmanager
+    def optimizer_on_device(self) -> Iterator[None]:
+        """With the optimizer's state on the device, and afterwards where it was (`optimizer.offload`)."""
+        away = Part.OPTIMIZER not in self.memory.on_device
+        self.memory.onload({Part.OPTIMIZER})
+        try:
+            yield
+        finally:
+            if away:
+                self.memory.offload({Part.OPTIMIZER}, for_others=False)
 
     def complete_weights(self) -> None:
         """Gather the weights of the last update where the next forward would (`overlap_param_gather`). A collective."""
@@ -93,6 +114,9 @@ def build_chunks(
         config.optimizer.gradient_accumulation_fusion,
         transformer_engine=use_transformer_engine(config.model.layers),
     )
+    uneven: tuple[int, ...] = ()
+    if parallel.pipeline > 1 and parallel.stage_layers != "even":
+        uneven = chunk_layers(config, architecture_of(hf))
     model_config = transformer_config(
         hf,
         dtype=DTYPES[config.model.dtype],
@@ -106,7 +130,10 @@ def build_chunks(
         layers=config.model.layers,
         attention=config.model.attention,
         fuse_gradient_accumulation=fuse,
+        chunk_layers=uneven,
         recompute=config.model.recompute,
+        recompute_layers=config.model.recompute_layers,
+        fp8=config.model.fp8,
     )
     stages: list[int | None] = (
         list(range(parallel.virtual_pipeline)) if parallel.virtual_pipeline > 1 else [None]
@@ -127,6 +154,7 @@ def build_chunks(
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             vp_stage=stage,
             fuse_gradient_accumulation=fuse,
+            offload_activations=trained and config.model.offload_activations,
         )
         models.append(model.to(platform.device()))
     heads = (hf.num_attention_heads // parallel.tensor, hf.num_key_value_heads // parallel.tensor)
@@ -143,8 +171,10 @@ def build_chunks(
 def build_policy(config: RunConfig) -> Policy:
     """The trained policy: weights from `model.path`, DDP, optimizer and schedule.
 
-    Raises ConfigError when Transformer Engine, or the environment's choice of its attention, does not fit `model`.
+    Raises ConfigError, before weights are read, when Transformer Engine, the environment's choice of its attention or
+    this machine does not fit `model` and `optimizer`.
     """
+    _check_machine(config)
     if problems := backend_variable_problems(config.model.attention):
         raise ConfigError(problems)
     keep = config.model.keep_logits_gib
@@ -157,15 +187,46 @@ def build_policy(config: RunConfig) -> Policy:
             freeze_routers(module)
     _wrap_ddp(config, chunks)
     optimizer = _build_optimizer(config, chunks)
-    # Until a checkpoint is loaded or the first update is made, the moments are not there and look like free memory.
-    configure(reserved_bytes=optimizer_state.missing_moment_bytes(optimizer))
     chunks.config.grad_scale_func = optimizer.scale_loss
-    return Policy(
+    policy = Policy(
         chunks,
         optimizer,
         _build_scheduler(config, optimizer),
         WeightExporter(chunks.models, hf, chunks.geometry),
     )
+    if config.optimizer.offload:
+        policy.memory.offload({Part.OPTIMIZER}, for_others=False)
+    else:
+        # Until a checkpoint is loaded or the first update is made, the moments are not there and look like free memory.
+        configure(reserved_bytes=optimizer_state.missing_moment_bytes(optimizer))
+    return policy
+
+
+def _check_machine(config: RunConfig) -> None:
+    """Raises ConfigError for what the configuration wants and this machine, or what is installed, cannot do."""
+    model, settings = config.model, config.optimizer
+    if platform.has_cuda():
+        if model.offload_activations:
+            require_pinned_memory("model.offload_activations: true")
+        if settings.offload:
+            require_pinned_memory("optimizer.offload: true")
+    if settings.moments_dtype != "float32" and not use_transformer_engine(model.layers):
+        raise ConfigError(
+            [
+                f"optimizer.moments_dtype: {settings.moments_dtype} is for Transformer Engine's optimizer, and layers "
+                "are of torch here (model.layers); leave it float32"
+            ]
+        )
+    needs_engine = [name for name in ("layernorm", "moe_act") if name in model.recompute]
+    if needs_engine and not use_transformer_engine(model.layers):
+        raise ConfigError(
+            [
+                f"model.recompute: {' and '.join(needs_engine)} can be recomputed in Transformer Engine's layers only, "
+                "and layers are of torch here (model.layers); use mlp, full or none"
+            ]
+        )
+    if problems := fp8_problems(model.fp8, model.layers):
+        raise ConfigError(problems)
 
 
 def build_reference(config: RunConfig) -> Chunks:
@@ -182,7 +243,7 @@ def build_reference(config: RunConfig) -> Chunks:
 def _wrap_ddp(config: RunConfig, chunks: Chunks) -> None:
     settings = config.optimizer
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=settings.gradient_dtype == "float32",
         use_distributed_optimizer=settings.distributed,
         overlap_grad_reduce=settings.overlap_grad_reduce,
         overlap_param_gather=settings.overlap_param_gather,
@@ -204,6 +265,8 @@ def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Any = None, **
 
 def _build_optimizer(config: RunConfig, chunks: Chunks) -> MegatronOptimizer:
     settings = config.optimizer
+    moments = DTYPES[settings.moments_dtype]
+    small = moments != torch.float32
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -217,6 +280,11 @@ def _build_optimizer(config: RunConfig, chunks: Chunks) -> MegatronOptimizer:
         params_dtype=chunks.config.params_dtype,
         use_distributed_optimizer=settings.distributed,
         overlap_param_gather=settings.overlap_param_gather,
+        use_precision_aware_optimizer=small,
+        exp_avg_dtype=moments,
+        exp_avg_sq_dtype=moments,
+        # Whole float32 weights: what is left of them beside bfloat16 ones would be rounded otherwise than elsewhere.
+        store_param_remainders=False,
     )
     # Norms and biases take no weight decay.
     return get_megatron_optimizer(

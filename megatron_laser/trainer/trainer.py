@@ -82,6 +82,7 @@ class Trainer:
         self._score_token_id = score_token_id if config.laser.enabled else None
         self.policy = build_policy(config) if policy is None else policy
         self.reference = build_reference(config) if needs_reference_model(config) else None
+        self.policy.memory.reference = self.reference
         self._architecture = architecture_of(self.policy.chunks.hf)
         self._experts = self._model_experts()
         self._bad_steps = BadSteps(config, runtime, score_token_id=self._score_token_id)

@@ -22,6 +22,13 @@ LAYOUTS = {
     "tensor 2, sequence, padded": ["parallel.tensor=2", "parallel.sequence=true", "model.vocab_multiple=32"],
     "pipeline 2": ["parallel.pipeline=2", SMALL],
     "pipeline 2, virtual 2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2", SMALL],
+    "pipeline 2 of 1 and 3 layers, offloaded": [
+        "parallel.pipeline=2",
+        "parallel.stage_layers=[1, 3]",
+        "optimizer.offload=true",
+        SMALL,
+    ],
+    "data 2, distributed, offloaded": [DISTRIBUTED, "optimizer.offload=true"],
     "context 2": ["parallel.context=2"],
     "context 2, distributed": ["parallel.context=2", DISTRIBUTED],
     "data 2": [],
@@ -40,6 +47,7 @@ PAIRS = [
     ("data 2, overlapped", "data 2"),
     ("context 2, distributed", "pipeline 2"),
     ("tensor 2", "context 2"),
+    ("pipeline 2 of 1 and 3 layers, offloaded", "data 2, distributed, offloaded"),
 ]
 EXPERT_LAYOUTS = {
     "data 2": [],

@@ -19,9 +19,9 @@ from megatron_laser.config.derived import (
     needed_pad_multiple,
     padded_tokens,
 )
-from megatron_laser.config.plan.memory import GIB
 from megatron_laser.config.plan.view import render_plan
 from megatron_laser.config.schema.system import ParallelConfig
+from megatron_laser.logprob_memory import GIB
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # Qwen2.5-32B at tensor 8: key/value heads 8 x 128, query heads 40 x 128, bf16.

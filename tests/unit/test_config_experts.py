@@ -117,11 +117,13 @@ def test_a_rank_has_its_share_of_experts_and_of_everything_else():
     whole = stage_parameters(architecture, Layout(), 1)
     assert whole == (count_parameters(architecture),)
     experts = 48 * 128 * 3 * 768 * 2048
-    assert stage_expert_parameters(architecture, Layout()) == experts
+    assert stage_expert_parameters(architecture, Layout()) == (experts,)
     layout = Layout(tensor=4, pipeline=2, data=4, expert=8)
     assert layout.expert_data == 2
-    assert stage_expert_parameters(architecture, layout) == experts // 2 // 8
-    assert stage_expert_parameters(architecture, replace(layout, expert_tensor=2)) == experts // 2 // 16
+    assert stage_expert_parameters(architecture, layout) == (experts // 2 // 8,) * 2
+    assert (
+        stage_expert_parameters(architecture, replace(layout, expert_tensor=2)) == (experts // 2 // 16,) * 2
+    )
     dense = count_parameters(architecture) - experts
     # Routers and norms are on every rank of the tensor dimension.
     replicated = 48 * (128 * 2048 + 2 * 2048 + 2 * 128) + 2048

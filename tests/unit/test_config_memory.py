@@ -15,7 +15,7 @@ from megatron_laser.cli import app
 from megatron_laser.config import ConfigError, load_config, resolve_plan
 from megatron_laser.config.model_folder.architecture import read_architecture
 from megatron_laser.config.plan.activations import layer_activation_bytes
-from megatron_laser.config.plan.memory import MemorySum
+from megatron_laser.config.plan.lines import MemorySum
 from megatron_laser.logprob_memory import GIB, choose_keep_budget
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -10,8 +10,9 @@ from megatron_laser.model import platform
 
 platform.install()
 
+from megatron_laser.model.host_memory import host_pieces  # noqa: E402
 from megatron_laser.trainer.checkpoint import sharded_state  # noqa: E402
-from megatron_laser.trainer.offload import ALL_PARTS, Part, StateOffload, host_pieces  # noqa: E402
+from megatron_laser.trainer.offload import ALL_PARTS, Part, StateOffload  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 
 R, W = Response(5, True), Response(7, False)
@@ -58,7 +59,8 @@ def test_a_round_trip_leaves_every_bit_and_every_view_as_it_was(trainer_of):
     state = StateOffload(trainer.policy)
     freed = state.offload(ALL_PARTS)
     assert state.on_device == frozenset()
-    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors)
+    # counts of steps are numbers, and stay
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors if tensor.dim())
     weights = sum(p.numel() for p in trainer.policy.chunks.models[0].parameters())
     # fp32 gradients and both moments, and the weights themselves
     assert freed >= weights * (4 + 8 + 4 if before[0].dtype is torch.float32 else 4 + 8 + 4 + 2)

@@ -262,11 +262,22 @@ def test_entropy_is_differentiated_only_when_the_loss_has_it(
         assert seen and set(seen) == {coefficient > 0.0}
 
 
-@pytest.mark.parametrize("recompute", ["mlp", "full"])
-def test_recomputation_gives_the_same_update(single_process, model_folder, tmp_path, recompute):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["recompute=mlp"],
+        ["recompute=core_attn"],
+        ["recompute=[mlp, core_attn]"],
+        ["recompute=full"],
+        ["recompute=full", "recompute_layers=1"],
+        ["recompute=full", "offload_activations=true"],
+    ],
+    ids=", ".join,
+)
+def test_recomputation_gives_the_same_update(single_process, model_folder, tmp_path, settings):
     initial = tiny_model("qwen2")
     plain = train(build(model_folder, tmp_path / "a", single_process), initial)[1]
-    other = build(model_folder, tmp_path / "b", single_process, f"model.recompute={recompute}")
+    other = build(model_folder, tmp_path / "b", single_process, *(f"model.{setting}" for setting in settings))
     recomputed = train(other, initial)[1]
     assert all((plain[name] - recomputed[name]).abs().max() < 1e-7 for name in plain)
 

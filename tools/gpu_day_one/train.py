@@ -15,7 +15,7 @@ from gpu_day_one.stage import Stage
 from megatron_laser.benchmarks.measure import median_ratio
 from megatron_laser.config import RunConfig
 from megatron_laser.config.model_folder.flops import forward_flops
-from megatron_laser.config.plan.memory import STATE, UPDATE
+from megatron_laser.config.plan.lines import STATE, UPDATE
 from megatron_laser.config.plan.resolve import Plan, resolve_plan
 from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.model import platform

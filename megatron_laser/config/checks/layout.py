@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from megatron_laser.config.checks.memory import model_memory_problems
 from megatron_laser.config.checks.rollout import colocated_layout_problems, deadline_problems
 from megatron_laser.config.derived import evaluation_max_new_tokens
 from megatron_laser.config.model_folder.architecture import Architecture
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.config.stages import stage_problems
 from megatron_laser.errors import ConfigError
 
 
@@ -52,11 +54,8 @@ def split_problems(config: RunConfig, architecture: Architecture) -> list[str]:
     for name, value in parts:
         problems += divisible(name, value, "parallel.tensor", parallel.tensor)
     problems += _expert_problems(config, architecture)
-    chunks = parallel.pipeline * parallel.virtual_pipeline
-    label = "parallel.pipeline"
-    if parallel.virtual_pipeline > 1:
-        label = f"parallel.pipeline {parallel.pipeline} x virtual_pipeline {parallel.virtual_pipeline} ="
-    problems += divisible("num_hidden_layers", architecture.num_layers, label, chunks)
+    problems += stage_problems(parallel, architecture.num_layers)
+    problems += model_memory_problems(config, architecture)
     return problems
 
 

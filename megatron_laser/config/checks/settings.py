@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_laser.config.checks.layout import divisible
+from megatron_laser.config.checks.memory import memory_problems
 from megatron_laser.config.checks.partition_excess import (
     EXCESS_LIMIT,
     log_partition_excess,
@@ -44,6 +45,10 @@ def settings_problems(config: RunConfig) -> list[str]:
 
 
 def _model_problems(config: RunConfig) -> list[str]:
+    return [*_attention_problems(config), *memory_problems(config)]
+
+
+def _attention_problems(config: RunConfig) -> list[str]:
     model = config.model
     if model.attention == "auto":
         return []

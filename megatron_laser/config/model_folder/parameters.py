@@ -17,6 +17,7 @@ class Layout:
     """Sizes of the parallel dimensions; `data` is what the others leave of the world.
 
     Experts lie on the same ranks in another order: `expert` x `expert_tensor` x `expert_data` of each stage.
+    stage_layers: layers on each pipeline stage, in all its chunks; () where each has as many.
     """
 
     tensor: int = 1
@@ -26,6 +27,11 @@ class Layout:
     data: int = 1
     expert: int = 1
     expert_tensor: int = 1
+    stage_layers: tuple[int, ...] = ()
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers on each pipeline stage of a model of so many."""
+        return self.stage_layers or (num_layers // self.pipeline,) * self.pipeline
 
     @property
     def expert_data(self) -> int:
@@ -137,11 +143,13 @@ def stage_parameters(architecture: Architecture, layout: Layout, vocab_multiple:
     """
     arch = architecture
     split, replicated, _ = _layer(arch)
-    layers = arch.num_layers // layout.pipeline
     shard = padded_vocab_size(arch.vocab_size, layout.tensor, vocab_multiple) // layout.tensor
     table = shard * arch.hidden_size
-    each = layers * (split // layout.tensor + replicated) + stage_expert_parameters(arch, layout)
-    stages = [each] * layout.pipeline
+    experts = stage_expert_parameters(arch, layout)
+    stages = [
+        layers * (split // layout.tensor + replicated) + own
+        for layers, own in zip(layout.layers(arch.num_layers), experts, strict=True)
+    ]
     stages[0] += table
     stages[-1] += arch.hidden_size
     if layout.pipeline > 1 or not arch.tied_embeddings:
@@ -149,10 +157,13 @@ def stage_parameters(architecture: Architecture, layout: Layout, vocab_multiple:
     return tuple(stages)
 
 
-def stage_expert_parameters(architecture: Architecture, layout: Layout) -> int:
-    """Of `stage_parameters`, those of experts; the same on every stage, 0 for a dense model."""
+def stage_expert_parameters(architecture: Architecture, layout: Layout) -> tuple[int, ...]:
+    """Of `stage_parameters`, those of experts; 0 for a dense model."""
     _, _, experts = _layer(architecture)
-    return architecture.num_layers // layout.pipeline * experts // (layout.expert * layout.expert_tensor)
+    return tuple(
+        layers * experts // (layout.expert * layout.expert_tensor)
+        for layers in layout.layers(architecture.num_layers)
+    )
 
 
 def rank_bytes(
@@ -163,24 +174,27 @@ def rank_bytes(
     reference_model: bool,
     expert_parameters: int = 0,
     expert_shards: int = 1,
+    gradient_dtype: str = "float32",
+    moments_dtype: str = "float32",
 ) -> RankBytes:
     """Bytes for `parameters` on one rank.
 
     Args:
         parameters: held by the rank.
-        dtype: float32 or bfloat16, of the weights. Gradients are accumulated in float32. AdamW keeps two
-            float32 moments, with bfloat16 weights also a float32 copy of them.
+        dtype: float32 or bfloat16, of the weights. AdamW keeps two moments in `moments_dtype`, with bfloat16 weights
+            also a float32 copy of them.
         shards: ranks that share the optimizer state: data-parallel x context-parallel size with the
             distributed optimizer, otherwise 1.
         reference_model: whether a frozen copy of the weights is held too.
         expert_parameters: of `parameters`, those of experts, whose optimizer state `expert_shards` ranks share.
+        gradient_dtype: in which gradients are accumulated.
     """
     weights = parameters * DTYPE_BYTES[dtype]
-    each = 8 if dtype == "float32" else 12
+    each = 2 * DTYPE_BYTES[moments_dtype] + (0 if dtype == "float32" else 4)
     dense = parameters - expert_parameters
     return RankBytes(
         weights=weights,
-        gradients=parameters * 4,
+        gradients=parameters * DTYPE_BYTES[gradient_dtype],
         optimizer=-(-each * dense // shards) - (-each * expert_parameters // expert_shards),
         reference_model=weights if reference_model else 0,
     )

@@ -10,19 +10,21 @@ b bytes a number:
         queries and keys, the attention's output; 3 f: both halves of the gated MLP and their product
     none   = layer for each layer and micro-batch in flight
     mlp    = the same without h / s + 3 f / t
-    full   = b T h / s for each layer and micro-batch in flight
+    full   = b T h / s for each layer and micro-batch in flight, on the GPU or (`offload_activations`) in host memory
 
 and, whatever is recomputed, one layer at a time: b T (2 h + 3 f / t) for gathered inputs and gradients, plus what
-`full` or `mlp` make anew.
+is made anew.
 
 With experts b (T / t) c (e h + 3 f) takes the place of 3 f / t: each of T / t tokens goes to c experts of width f,
 whose e `expert_tensor` ranks gather them, and as many come as go where all experts get as many tokens. The rank of a
-much used one needs more.
+much used one needs more. `moe_act` leaves out their product, b (T / t) c f, and `layernorm` b T h / s, the
+output of the norm before them.
 """
 
 from __future__ import annotations
 
 from megatron_laser.config.model_folder.architecture import Architecture
+from megatron_laser.config.schema.inputs import Recompute
 
 
 def layer_activation_bytes(
@@ -32,7 +34,7 @@ def layer_activation_bytes(
     itemsize: int,
     tensor: int,
     sequence: bool,
-    recompute: str,
+    recompute: Recompute,
     expert_tensor: int = 1,
 ) -> tuple[int, int]:
     """(kept of each layer, made anew for one layer in the backward): the module's formula, for T = `tokens`."""
@@ -43,9 +45,20 @@ def layer_activation_bytes(
     unit = itemsize * tokens
     inside = inside_mlp(architecture, unit, tensor, expert_tensor)
     whole = unit * 4 * h // s + unit * 3 * (q + k) // tensor + inside
-    # The norm before experts is not fused with them: its output is what they are run again from.
-    mlp = inside if architecture.moe else unit * h // s + inside
-    kept = {"none": whole, "mlp": whole - mlp, "full": unit * h // s}[recompute]
+    moe = architecture.moe
+    if recompute == "full":
+        kept = unit * h // s
+    elif recompute == "none":
+        kept = whole
+    else:
+        kept = whole
+        if "mlp" in recompute:
+            # The norm before experts is not fused with them: its output is what they are run again from.
+            kept -= inside if moe else unit * h // s + inside
+        elif "moe_act" in recompute and moe is not None:
+            kept -= unit * moe.experts_per_token * moe.intermediate_size // tensor
+        if "layernorm" in recompute and moe is not None:
+            kept -= unit * h // s
     return kept, whole - kept
 
 

@@ -29,8 +29,10 @@ from megatron_laser.config.model_folder.special_tokens import ScoreToken, resolv
 from megatron_laser.config.model_folder.weight_checks import check_model_folder
 from megatron_laser.config.plan.context import ContextShare, context_share
 from megatron_laser.config.plan.features import Feature, run_features
-from megatron_laser.config.plan.memory import GPU_MEMORY_GIB, MemorySum, memory_sum
+from megatron_laser.config.plan.lines import MemorySum
+from megatron_laser.config.plan.memory import GPU_MEMORY_GIB, memory_sum
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.config.stages import chunk_layers, layers_per_stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +94,9 @@ def resolve_plan(
         stage = math.lcm(parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor)
         world_size = colocated_gpus(config.rollout) or parallel.pipeline * stage
     check_layout(config, architecture, world_size)
-    layout = _layout(config, world_size)
+    layout = _layout(config, architecture, world_size)
     stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
-    size = _rank_bytes(config, architecture, layout, stages)
+    sizes = _rank_bytes(config, architecture, layout, stages)
     batch = _batch(config, layout)
     return Plan(
         config=config,
@@ -106,8 +108,8 @@ def resolve_plan(
             architecture.vocab_size, layout.tensor, config.model.vocab_multiple
         ),
         stage_parameters=stages,
-        bytes_per_rank=size,
-        memory=_memory(config, architecture, layout, size, batch, gpu_memory_gib),
+        bytes_per_rank=max(sizes, key=lambda size: size.total),
+        memory=_memory(config, architecture, layout, sizes, batch, gpu_memory_gib),
         gpu_memory_gib=gpu_memory_gib,
         context=context_share(config, architecture, batch.tokens_per_rank),
         features=run_features(config),
@@ -118,13 +120,13 @@ def resolve_plan(
 def resolve_memory(config: RunConfig, world_size: int, gpu_memory_gib: float) -> MemorySum:
     """`resolve_plan(...).memory` alone, for a configuration that has passed its checks; reads only config.json."""
     architecture = read_architecture(config.model.path)
-    layout = _layout(config, world_size)
+    layout = _layout(config, architecture, world_size)
     stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
-    size, batch = _rank_bytes(config, architecture, layout, stages), _batch(config, layout)
-    return _memory(config, architecture, layout, size, batch, gpu_memory_gib)
+    sizes, batch = _rank_bytes(config, architecture, layout, stages), _batch(config, layout)
+    return _memory(config, architecture, layout, sizes, batch, gpu_memory_gib)
 
 
-def _layout(config: RunConfig, world_size: int) -> Layout:
+def _layout(config: RunConfig, architecture: Architecture, world_size: int) -> Layout:
     parallel = config.parallel
     return Layout(
         tensor=parallel.tensor,
@@ -134,19 +136,27 @@ def _layout(config: RunConfig, world_size: int) -> Layout:
         data=world_size // (parallel.tensor * parallel.pipeline * parallel.context),
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
+        stage_layers=layers_per_stage(chunk_layers(config, architecture), parallel.pipeline),
     )
 
 
 def _rank_bytes(
     config: RunConfig, architecture: Architecture, layout: Layout, stages: tuple[int, ...]
-) -> RankBytes:
-    return rank_bytes(
-        max(stages),
-        config.model.dtype,
-        shards=layout.data * layout.context if config.optimizer.distributed else 1,
-        reference_model=needs_reference_model(config),
-        expert_parameters=stage_expert_parameters(architecture, layout),
-        expert_shards=layout.expert_data if config.optimizer.distributed else 1,
+) -> tuple[RankBytes, ...]:
+    """Of a rank of each pipeline stage."""
+    settings = config.optimizer
+    return tuple(
+        rank_bytes(
+            parameters,
+            config.model.dtype,
+            shards=layout.data * layout.context if settings.distributed else 1,
+            reference_model=needs_reference_model(config),
+            expert_parameters=experts,
+            expert_shards=layout.expert_data if settings.distributed else 1,
+            gradient_dtype=settings.gradient_dtype,
+            moments_dtype=settings.moments_dtype,
+        )
+        for parameters, experts in zip(stages, stage_expert_parameters(architecture, layout), strict=True)
     )
 
 
@@ -154,19 +164,25 @@ def _memory(
     config: RunConfig,
     architecture: Architecture,
     layout: Layout,
-    size: RankBytes,
+    sizes: tuple[RankBytes, ...],
     batch: BatchPlan,
     gpu_memory_gib: float,
 ) -> MemorySum:
-    return memory_sum(
-        config,
-        architecture,
-        layout,
-        size,
-        batch.micro_batches_per_rank,
-        batch.tokens_per_rank,
-        gpu_memory_gib,
+    """Of the fullest stage's ranks."""
+    sums = (
+        memory_sum(
+            config,
+            architecture,
+            layout,
+            stage,
+            size,
+            batch.micro_batches_per_rank,
+            batch.tokens_per_rank,
+            gpu_memory_gib,
+        )
+        for stage, size in enumerate(sizes)
     )
+    return max(sums, key=lambda memory: memory.total)
 
 
 def _batch(config: RunConfig, layout: Layout) -> BatchPlan:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from megatron_laser.config.derived import micro_batch_tokens
 from megatron_laser.config.plan.context import ContextShare
-from megatron_laser.config.plan.memory import GENERATE, KEPT, SAVE, STATE, SYNC, UPDATE, gib
+from megatron_laser.config.plan.lines import HOST, KEPT, PHASES, STATE, gib
 from megatron_laser.config.plan.resolve import Plan
 
 
@@ -101,17 +101,22 @@ def _memory(plan: Plan) -> Table:
     share = " to ".join(f"{count:,}" for count in dict.fromkeys((stages[0], stages[-1])))
     table.add_row("parameters", "", f"{plan.parameters:,}; per rank {share}")
     for line in memory.lines:
-        if line.bytes or line.name == KEPT:  # that there is no room for them is worth a line
+        if line.phase != HOST and (
+            line.bytes or line.name == KEPT
+        ):  # that there is no room for them is worth a line
             when = "" if line.phase == STATE else f"{line.phase}: "
             table.add_row(line.name, gib(line.bytes), escape(when + line.detail))
-    phases = [(phase, memory.phase_bytes(phase)) for phase in (UPDATE, SAVE, SYNC, GENERATE)]
+    phases = [(phase, memory.phase_bytes(phase)) for phase in PHASES]
     table.add_row(
         "sum",
         gib(memory.total),
         f"{gib(memory.phase_bytes(STATE))} always + the largest of "
-        + ", ".join(f"{phase} {gib(size)}" for phase, size in phases)
+        + ", ".join(f"{phase} {gib(size)}" for phase, size in phases if size or phase == memory.peak_phase)
         + f"; the GPU has {plan.gpu_memory_gib:g} GiB",
     )
+    if memory.host:
+        parts = ", ".join(f"{line.name} {gib(line.bytes)}" for line in memory.lines if line.phase == HOST)
+        table.add_row("host memory", gib(memory.host), f"page-locked, for each rank: {parts}")
     return table
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import field_validator
+from pydantic import BeforeValidator, field_validator
 
 from megatron_laser.config.schema.fields import (
     Count,
@@ -20,6 +20,24 @@ from megatron_laser.config.schema.fields import (
     TopP,
 )
 
+RecomputeModule = Literal["mlp", "layernorm", "moe_act", "core_attn"]
+
+
+def _recompute(value: Any) -> Any:
+    """One module may stand without the list's brackets; `none` and `full` are no modules."""
+    if value in ("none", "full"):
+        return value
+    modules = tuple(value) if isinstance(value, list | tuple) else (value,)
+    known = get_args(RecomputeModule)
+    if not modules or any(module not in known for module in modules) or len(set(modules)) < len(modules):
+        raise ValueError(f"expected none, full, or one or more of {', '.join(known)}, each once")
+    return modules
+
+
+Recompute = Annotated[Literal["none", "full"] | tuple[RecomputeModule, ...], BeforeValidator(_recompute)]
+
+Fp8 = Literal["none", "blockwise", "delayed"]
+
 
 class ModelConfig(Section):
     """The policy's starting point and how it is held in memory."""
@@ -31,10 +49,25 @@ class ModelConfig(Section):
     """Type of weights and activations in training. With bfloat16 the optimizer keeps float32 copies."""
     vocab_multiple: Count = 128
     """Each tensor-parallel shard of the padded vocabulary has a multiple of this many rows."""
-    recompute: Literal["none", "mlp", "full"] = "none"
-    """Activation recomputation: `full` keeps only each layer's input and runs the layer again in the
-    backward pass (about a third more compute, much less memory); `mlp` runs only the MLP again (most of the memory
-    for less compute). The dry run shows whether `none` fits."""
+    recompute: Recompute = "none"
+    """Activation recomputation: `full` keeps only each layer's input and runs the layer again in the backward pass
+    (about a third more compute, much less memory). A module or a list of them runs only these again: `mlp`, the MLP or
+    all of the experts (most of the memory for less compute); `layernorm`, the norms before experts, and
+    `moe_act`, the experts' activation function (both with Transformer Engine, cheap); `core_attn`, torch's attention
+    (Transformer Engine's keeps nothing that this would save). The dry run shows whether `none` fits."""
+    recompute_layers: Count | None = None
+    """With `recompute: full`: only so many layers of each pipeline stage, of each chunk with
+    `parallel.virtual_pipeline`, from its first on; the others keep their activations. null: all."""
+    offload_activations: bool = False
+    """With `recompute: full`: keep the layers' inputs in page-locked host memory from the forward to the backward pass,
+    copied beside the computation. What is left on the GPU of a layer is nothing, so that length is bounded by one
+    layer's work and the head."""
+    fp8: Fp8 = "none"
+    """FP8 matrix products in the layers (Transformer Engine, Hopper or newer, `dtype: bfloat16`): `blockwise`, a scale
+    for each 1 x 128 of activations and gradients and each 128 x 128 of weights, e4m3 throughout (as DeepSeek-V3, CUDA
+    12.9 or newer); `delayed`, one scale a tensor from the step before, gradients in e5m2. Weights and optimizer stay as
+    they are; embedding, head, norms, routers and attention scores are not in FP8. Judge it by `logprob_diff_mean` and
+    `rollout_k3_kl`. Rehearsed without a GPU, not run on one."""
     layers: Literal["auto", "transformer_engine", "torch"] = "auto"
     """What layers are built from: `auto`, Transformer Engine on CUDA (an error where it is missing or does not
     import) and torch on a CPU; `torch`, Megatron's own layers with torch's attention and norms, for a GPU without

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from megatron_laser.config.schema.fields import (
     Count,
@@ -19,6 +19,19 @@ from megatron_laser.config.schema.fields import (
 )
 
 
+def _stage_layers(value: Any) -> Any:
+    if value in ("even", "balanced"):
+        return value
+    if not isinstance(value, list | tuple) or not value or any(type(n) is not int or n < 1 for n in value):
+        raise ValueError(
+            "expected even, balanced or a list with the number of layers, 1 or more, of each chunk"
+        )
+    return tuple(value)
+
+
+StageLayers = Annotated[Literal["even", "balanced"] | tuple[int, ...], BeforeValidator(_stage_layers)]
+
+
 class ParallelConfig(Section):
     """How many ranks share one copy of the model. The data-parallel size is what is left of the world."""
 
@@ -28,6 +41,11 @@ class ParallelConfig(Section):
     """Stages that split the layers."""
     virtual_pipeline: Count = 1
     """Chunks of layers per stage (interleaved schedule); above 1 needs `pipeline` above 1."""
+    stage_layers: StageLayers = "even"
+    """Layers on each pipeline stage: `even`, as many on each, which must divide; `balanced`, so that the slowest stage
+    has as little to compute as possible, with the head counted on the last one (the embedding is a look-up, which takes
+    memory and no time); or their numbers, one for each of `pipeline` x `virtual_pipeline` chunks in the order of the
+    layers."""
     context: Count = 1
     """Ranks that share each sequence (context parallelism), for sequences whose activations do not fit on one: a rank
     holds 1 / context of every sequence's tokens, and the longest may have `context` times

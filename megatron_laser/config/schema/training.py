@@ -136,6 +136,16 @@ class OptimizerConfig(Section):
     """Where a linear or cosine schedule ends."""
     distributed: bool = False
     """Shard optimizer state over the data-parallel and context ranks (Megatron's distributed optimizer)."""
+    offload: bool = False
+    """Keep the optimizer's state in page-locked host memory, and on the GPU only while it updates the weights, when
+    activations are gone: the peak is then that of the forward and backward passes or of the update, not of both. The
+    same numbers, bit for bit; each optimizer step moves the state there and back."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How Adam's two moments are kept. `bfloat16` halves them, at 8 bits of precision: with Transformer Engine's
+    optimizer, `distributed` and `model.dtype: bfloat16`. The update itself is computed in float32."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In what gradients are summed over micro-batches and reduced over ranks. `bfloat16` halves their memory and
+    traffic and rounds every sum to 8 bits: a small batch's contribution can be lost. Needs `model.dtype: bfloat16`."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False

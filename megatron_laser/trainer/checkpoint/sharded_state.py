@@ -39,6 +39,7 @@ from megatron_laser.trainer import optimizer_state
 from megatron_laser.trainer.checkpoint import torch_dist
 from megatron_laser.trainer.checkpoint.collective_errors import on_every_rank
 from megatron_laser.trainer.checkpoint.torch_dist import ShardedTensor
+from megatron_laser.trainer.offload import Part
 from megatron_laser.trainer.policy import Policy
 
 WEIGHTS = "weights"
@@ -70,9 +71,12 @@ def build_state(
     policy.complete_weights()
     parameters = [mapped for mapped in _mapped_parameters(policy) if mapped.owned and _stored_here(mapped)]
 
-    # Whatever can run out of memory on one rank alone does so before the first collective.
-    stager = on_every_rank(lambda: Stager(policy, parameters, copy=copy), group)
-    return on_every_rank(stager.stage, group)
+    # What goes back to host memory leaves nothing alive of itself here.
+    copy = copy or Part.OPTIMIZER not in policy.memory.on_device
+    with policy.optimizer_on_device():
+        # Whatever can run out of memory on one rank alone does so before the first collective.
+        stager = on_every_rank(lambda: Stager(policy, parameters, copy=copy), group)
+        return on_every_rank(stager.stage, group)
 
 
 def load_state(policy: Policy, folder: Path, optimizer_step: int) -> None:
@@ -80,6 +84,11 @@ def load_state(policy: Policy, folder: Path, optimizer_step: int) -> None:
 
     Tensor by tensor: the host holds a few copies of this rank's largest parameter, not of its state. No collective.
     """
+    with policy.optimizer_on_device():
+        _load_state(policy, folder, optimizer_step)
+
+
+def _load_state(policy: Policy, folder: Path, optimizer_step: int) -> None:
     geometry = policy.chunks.geometry
     places = optimizer_state.places(policy.optimizer)
     configure(reserved_bytes=optimizer_state.missing_moment_bytes(policy.optimizer))
@@ -153,7 +162,8 @@ class Stager:
         """The tensor in host memory: in the buffer, or the live one where no copy is asked for."""
         if kind is not None and place.group is not None:
             return self._host[: parameter.numel()].view(parameter.shape)
-        live = parameter.flatten() if kind is None else place.whole(kind)
+        # Moments in bfloat16 are stored as they would be in float32, so that a resumed run may keep them otherwise.
+        live = parameter.flatten() if kind is None else place.whole(kind).float()
         if not self._copy:
             return live.view(parameter.shape)
         host = self._host.view(live.dtype)[: live.numel()]
