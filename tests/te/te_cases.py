@@ -32,6 +32,9 @@ OVERLAPPED = [
     "optimizer.overlap_grad_reduce=true",
     "optimizer.overlap_param_gather=true",
 ]
+DISTRIBUTED = "optimizer.distributed=true"
+OFFLOADED = ["optimizer.offload=true", "model.recompute=full", "model.offload_activations=true"]
+MOMENTS, GRADIENTS = (f"optimizer.{name}_dtype=bfloat16" for name in ("moments", "gradient"))
 FUSED = "optimizer.gradient_accumulation_fusion=on"
 BF16 = "model.dtype=bfloat16"
 # Ratios away from 1, on both sides of the clipping; in bf16 a token near its bound would decide the gradient's norm.
@@ -50,11 +53,25 @@ FP32_CASES = {
     "context": {"family": "qwen2-tied", "settings": [*CONTEXT, *OVERLAPPED, FUSED]},
     "experts": {"family": "qwen3-moe", "settings": ["parallel.expert=2", *OVERLAPPED, FUSED, SMALL]},
     "experts-split": {"family": "qwen3-moe", "settings": [*SEQUENCE, "parallel.expert_tensor=2", FUSED]},
+    "experts-recomputed": {
+        "family": "qwen3-moe",
+        "settings": ["parallel.expert=2", "model.recompute=[layernorm, moe_act]", SMALL],
+    },
+    "offloaded": {
+        "family": "qwen3",
+        "settings": ["parallel.pipeline=2", "parallel.stage_layers=[1, 3]", *OFFLOADED, SMALL],
+    },
     "sequence-llama": {"family": "llama3-rope", "settings": [*SEQUENCE, SMALL]},
 }
 BF16_CASES = {
     "bf16": {"family": "qwen2", "settings": [*OVERLAPPED, SMALL, FUSED, BF16, "model.attention=fused"]},
     "bf16-sequence": {"family": "qwen3", "settings": [*SEQUENCE, SMALL, BF16]},
+    "bf16-moments": {
+        "family": "qwen2",
+        "settings": [*OVERLAPPED, SMALL, BF16, MOMENTS, "optimizer.offload=true"],
+    },
+    "bf16-gradients": {"family": "qwen3", "settings": [*OVERLAPPED, *OFFLOADED, FUSED, BF16, GRADIENTS]},
+    "bf16-all": {"family": "qwen2", "settings": [*SEQUENCE, DISTRIBUTED, FUSED, BF16, MOMENTS, GRADIENTS]},
     "bf16-context": {"family": "qwen3", "settings": [*CONTEXT, BF16, "model.recompute=full"]},
 }
 CASES = FP32_CASES | BF16_CASES

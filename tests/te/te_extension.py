@@ -281,16 +281,25 @@ def convert_bshd_to_thd(padded, cu_seqlens, tokens):
 def multi_tensor_adam(
     chunk, noop, lists, lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay, *rest
 ):
-    """AdamW on fp32 lists [gradients, parameters, first moments, second moments], in place."""
-    assert not rest and len(lists) == 4 and mode == 1
+    """AdamW on lists [gradients, parameters, first moments, second moments, and perhaps main weights], in place.
+
+    Without main weights all is fp32; with them gradients are bf16 or fp32, parameters bf16, moments of one dtype.
+    """
+    assert not rest and len(lists) in (4, 5) and mode == 1
     assert not int(noop)
     first, second = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
-    for gradient, parameter, average, square in zip(*lists):
-        assert gradient.dtype == parameter.dtype == average.dtype == square.dtype == torch.float32
-        average.mul_(beta1).add_(gradient, alpha=1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        update = (average / first) / ((square / second).sqrt() + epsilon) + weight_decay * parameter
-        parameter.sub_(update, alpha=float(lr))
+    for gradient, parameter, average, square, *main in zip(*lists):
+        assert average.dtype == square.dtype
+        if main:
+            assert main[0].dtype == torch.float32 and parameter.dtype == torch.bfloat16
+        else:
+            assert gradient.dtype == parameter.dtype == average.dtype == torch.float32
+        g, m, v, p = (t.float() for t in (gradient, average, square, main[0] if main else parameter))
+        m = m.mul(beta1).add(g, alpha=1 - beta1)
+        v = v.mul(beta2).addcmul(g, g, value=1 - beta2)
+        updated = p - float(lr) * ((m / first) / ((v / second).sqrt() + epsilon) + weight_decay * p)
+        for target, value in zip((parameter, average, square, *main), (updated, m, v, updated)):
+            target.copy_(value)
 
 
 @_counted

@@ -105,7 +105,20 @@ def rehearse(config, runtime):
         "rings": list(rings),
         "modules": sorted({type(m).__name__ for m in trainer.policy.chunks.models[0].modules()}),
         "optimizer": type(torch_optimizers(trainer)[0]).__module__,
+        "state": state_of(trainer),
     }
+
+
+def state_of(trainer):
+    """(bytes on the device, {kind: dtype}) of the optimizer's state between two steps."""
+    from helpers.runs import torch_optimizers
+
+    found = {}
+    for optimizer in torch_optimizers(trainer):
+        for state in optimizer.state.values():
+            found |= {name: value for name, value in state.items() if value.dim()}
+    there = sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+    return there, {name: str(tensor.dtype) for name, tensor in found.items()}
 
 
 rings: list[dict] = []

@@ -19,6 +19,7 @@ from te_cases import (
     CASES,
     FP32_CASES,
     GROUPS,
+    MOMENTS,
     REFUSED,
     STEPS,
     config_of,
@@ -134,6 +135,19 @@ def test_layers_optimizer_and_clipping_are_transformer_engines(name, rehearsed):
     assert bool(result["rings"]) == (name == "bf16-context")
     used = {"generic_gemm", "rmsnorm_fwd", "rmsnorm_bwd", "fused_rope_forward", "fused_rope_backward"}
     assert used | {"multi_tensor_adam", "multi_tensor_l2norm"} <= result["calls"].keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_optimizers_state_is_kept_as_set_and_where_set(name, rehearsed):
+    there, dtypes = rehearsed[name]["state"]
+    settings = CASES[name]["settings"]
+    if MOMENTS in settings:
+        assert dtypes == dict(
+            exp_avg="torch.bfloat16", exp_avg_sq="torch.bfloat16", master_param="torch.float32"
+        )
+    else:
+        assert dtypes == dict(exp_avg="torch.float32", exp_avg_sq="torch.float32")
+    assert (there == 0) == ("optimizer.offload=true" in settings)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("experts")])
