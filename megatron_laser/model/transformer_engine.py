@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # Megatron is imported after `settle`
 
 logger = logging.getLogger(__name__)
 
-Fp8 = Literal["none", "blockwise", "delayed"]
+Fp8 = Literal["none", "blockwise", "tensorwise"]
 Layers = Literal["auto", "transformer_engine", "torch"]
 Attention = Literal["auto", "flash", "fused"]
 
@@ -171,7 +171,8 @@ def fp8_problems(recipe: Fp8, layers: Layers = "auto") -> list[str]:
     if able:
         return []
     return [
-        f"model.fp8: {recipe} cannot run on this GPU ({platform.device_name()}): {reason}. Set model.fp8 to none"
+        f"model.fp8: {recipe} cannot run on this GPU ({platform.device_name()}): {reason.rstrip('.')}. Set "
+        "model.fp8 to none"
     ]
 
 

@@ -21,6 +21,11 @@ from megatron_laser.distributed.runtime import Runtime
 from megatron_laser.logprob_memory import GIB
 from megatron_laser.model import platform
 from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
+from megatron_laser.model.machine import (
+    host_memory_problems,
+    memory_setting_problems,
+    ranks_on_this_node,
+)
 from megatron_laser.model.transformer_engine import backend_variable_problems, use_transformer_engine
 from megatron_laser.observability.timers import Timers
 
@@ -79,9 +84,11 @@ def check_machine(config: RunConfig, runtime: Runtime) -> None:
 def machine_problems(config: RunConfig, world_size: int) -> list[str]:
     """What is missing on this rank's machine; one line each, with the setting."""
     model = config.model
-    problems = backend_variable_problems(model.attention)
+    problems = _host_problems(config, world_size)
+    problems += backend_variable_problems(model.attention)
     try:
         fused = use_transformer_engine(model.layers)
+        problems += memory_setting_problems(config)
         fuses_gradient_accumulation(config.optimizer.gradient_accumulation_fusion, transformer_engine=fused)
     except ConfigError as error:
         problems += error.problems
@@ -103,6 +110,18 @@ def _memory_problems(config: RunConfig, world_size: int) -> list[str]:
     except ConfigError as error:
         return [f"{problem} (this GPU: {platform.device_name()})" for problem in error.problems]
     return []
+
+
+def _host_problems(config: RunConfig, world_size: int) -> list[str]:
+    if not platform.has_cuda() or not (config.optimizer.offload or config.model.offload_activations):
+        return []
+    names = [
+        f"{section}.{name}: true"
+        for section, name in (("optimizer", "offload"), ("model", "offload_activations"))
+        if getattr(getattr(config, section), name)
+    ]
+    needed = resolve_memory(config, world_size, (platform.total_memory_bytes() or 0) / GIB).host
+    return host_memory_problems(needed, ranks_on_this_node(), ", ".join(names))
 
 
 def _installed(package: str) -> bool:

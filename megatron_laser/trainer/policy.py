@@ -35,14 +35,13 @@ from megatron_laser.model.experts import freeze_routers
 from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
 from megatron_laser.model.hf_config import architecture_of, read_hf_config, transformer_config
 from megatron_laser.model.hf_folder import HfFolder
-from megatron_laser.model.host_memory import require_pinned_memory
+from megatron_laser.model.machine import memory_setting_problems
 from megatron_laser.model.mapping import Geometry
 from megatron_laser.model.platform import DTYPES
 from megatron_laser.model.policy_model import PolicyModel
 from megatron_laser.model.transformer_engine import (
     attention_problems,
     backend_variable_problems,
-    fp8_problems,
     use_transformer_engine,
 )
 from megatron_laser.model.weights import WeightExporter, load_weights
@@ -174,8 +173,10 @@ def build_policy(config: RunConfig) -> Policy:
     Raises ConfigError, before weights are read, when Transformer Engine, the environment's choice of its attention or
     this machine does not fit `model` and `optimizer`.
     """
-    _check_machine(config)
-    if problems := backend_variable_problems(config.model.attention):
+    if problems := [
+        *backend_variable_problems(config.model.attention),
+        *memory_setting_problems(config),
+    ]:
         raise ConfigError(problems)
     keep = config.model.keep_logits_gib
     configure(keep_logits_bytes=None if keep is None else round(keep * 2**30))
@@ -200,33 +201,6 @@ def build_policy(config: RunConfig) -> Policy:
         # Until a checkpoint is loaded or the first update is made, the moments are not there and look like free memory.
         configure(reserved_bytes=optimizer_state.missing_moment_bytes(optimizer))
     return policy
-
-
-def _check_machine(config: RunConfig) -> None:
-    """Raises ConfigError for what the configuration wants and this machine, or what is installed, cannot do."""
-    model, settings = config.model, config.optimizer
-    if platform.has_cuda():
-        if model.offload_activations:
-            require_pinned_memory("model.offload_activations: true")
-        if settings.offload:
-            require_pinned_memory("optimizer.offload: true")
-    if settings.moments_dtype != "float32" and not use_transformer_engine(model.layers):
-        raise ConfigError(
-            [
-                f"optimizer.moments_dtype: {settings.moments_dtype} is for Transformer Engine's optimizer, and layers "
-                "are of torch here (model.layers); leave it float32"
-            ]
-        )
-    needs_engine = [name for name in ("layernorm", "moe_act") if name in model.recompute]
-    if needs_engine and not use_transformer_engine(model.layers):
-        raise ConfigError(
-            [
-                f"model.recompute: {' and '.join(needs_engine)} can be recomputed in Transformer Engine's layers only, "
-                "and layers are of torch here (model.layers); use mlp, full or none"
-            ]
-        )
-    if problems := fp8_problems(model.fp8, model.layers):
-        raise ConfigError(problems)
 
 
 def build_reference(config: RunConfig) -> Chunks:

@@ -52,6 +52,11 @@ FAMILIES = {
         Qwen3MoeConfig,
         dict(tie_word_embeddings=True, norm_topk_prob=False, **_EXPERTS),
     ),
+    # Sizes that FP8 products take: multiples of 16.
+    "qwen3-moe-even": (
+        Qwen3MoeConfig,
+        dict(tie_word_embeddings=False, norm_topk_prob=True, **_EXPERTS | {"moe_intermediate_size": 32}),
+    ),
     "mixtral": (
         MixtralConfig,
         dict(tie_word_embeddings=False, num_local_experts=8, num_experts_per_tok=2, intermediate_size=24),

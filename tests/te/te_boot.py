@@ -7,9 +7,11 @@ it, this project, gloo, and what `megatron_laser.model.platform` does on a machi
 Fake, all of it here and in te_extension.py:
 
 - the compiled extension (te_extension.py) and `load_framework_extension`, which would load it as a shared object;
-- `torch` inside Transformer Engine's modules is the project's CPU proxy with a GPU of compute capability 9.0 added;
+- `torch` inside Transformer Engine's modules is the project's CPU proxy with a GPU of compute capability 9.0 and CUDA
+  13.0 added;
 - `Tensor.is_cuda` is true for whoever asks from one of these modules;
 - requests of the context ring, for some of which it waits twice: NCCL does not mind, gloo would wait forever;
+- the states of CUDA's random generators, which recomputation under FP8 keeps: nothing here is random;
 - einops and the export to ONNX, which are imported and not used by what runs here.
 
 Nobody else sees CUDA; layers are built from Transformer Engine because `model.layers` says so.
@@ -41,6 +43,7 @@ def boot(sources: Path) -> None:
     _import_package()
     _pretend_cuda()
     _wait_once()
+    _without_generators()
 
 
 class _Unused(types.ModuleType):
@@ -83,6 +86,7 @@ def _pretend_cuda():
 
     proxy = platform._TorchProxy()
     proxy.cuda = Cuda()
+    proxy.version = types.SimpleNamespace(**vars(torch.version) | {"cuda": "13.0"})
     inside = set()
     for name, module in list(sys.modules.items()):
         if name.startswith("transformer_engine.") and getattr(module, "torch", None) is torch:
@@ -106,6 +110,13 @@ def _wait_once():
         return [_Request(work) for work in communicate(*args)]
 
     context_parallel.flash_attn_p2p_communicate = flash_attn_p2p_communicate
+
+
+def _without_generators():
+    from transformer_engine.pytorch import distributed
+
+    distributed._get_cuda_rng_state = lambda *args, **kwargs: None
+    distributed._set_cuda_rng_state = lambda *args, **kwargs: None
 
 
 class _Request:

@@ -74,7 +74,19 @@ BF16_CASES = {
     "bf16-all": {"family": "qwen2", "settings": [*SEQUENCE, DISTRIBUTED, FUSED, BF16, MOMENTS, GRADIENTS]},
     "bf16-context": {"family": "qwen3", "settings": [*CONTEXT, BF16, "model.recompute=full"]},
 }
-CASES = FP32_CASES | BF16_CASES
+FP8_CASES = {
+    f"fp8-{recipe}{name}": {
+        "family": family,
+        "settings": [*layout, SMALL, BF16, f"model.fp8={recipe}", "batching.pad_multiple=64"],
+    }
+    for recipe in ("blockwise", "tensorwise")
+    for name, family, layout in (
+        ("", "qwen2", [*OVERLAPPED, FUSED]),
+        ("-sequence", "qwen3", [*SEQUENCE, FUSED, "model.recompute=full"]),
+        ("-experts", "qwen3-moe-even", ["parallel.expert=2", "model.recompute=[moe_act, layernorm]"]),
+    )
+}
+CASES = FP32_CASES | BF16_CASES | FP8_CASES
 # What is broken in te_breaks.py, and a case in which it matters: one step is trained.
 BROKEN_CASES = {
     "shard_marks": {"family": "qwen2-tied", "settings": TENSOR},

@@ -11,6 +11,7 @@ import enum
 import itertools
 
 import te_attention
+import te_fp8
 import torch
 
 calls: collections.Counter[str] = collections.Counter()
@@ -96,6 +97,11 @@ def generic_gemm(
 ):  # fmt: skip
     """op(b) @ op(a), in row-major terms; with `grad`, `bias` asks for the sum over the rows of b."""
     assert not gelu and quantizer is None and comm_overlap is None and extra_output is None
+    kinds = {type(t).__name__ for t in (a, b)}
+    calls[f"generic_gemm of {' and '.join(sorted(kinds))}"] += 1
+    fallback = a.dtype if isinstance(a, torch.Tensor) else None
+    a = te_fp8.operand(a, "rowwise" if transa else "columnwise")
+    b = te_fp8.operand(b, "columnwise" if transb else "rowwise")
     assert a.dtype == b.dtype, f"cuBLAS: {a.dtype} x {b.dtype}"
     assert a.is_contiguous() and b.is_contiguous()
     rows = b.reshape(-1, b.shape[-1])
@@ -111,7 +117,7 @@ def generic_gemm(
             product = product + bias.float()
     if out is None:
         assert not accumulate
-        dtype = a.dtype if out_dtype is None else _TORCH_DTYPES[DType(int(out_dtype))]
+        dtype = fallback if out_dtype is None else _TORCH_DTYPES[DType(int(out_dtype))]
         out = product.to(dtype)
         out = out if transb else out.view(*b.shape[:-1], -1)
     else:
@@ -119,6 +125,16 @@ def generic_gemm(
         product = product.view(out.shape)
         out.copy_(out.float() * beta + product if accumulate else product)
     return out, bias_gradient, None, None
+
+
+quantize, bgrad_quantize, split_quantize, fp8_transpose = map(
+    _counted, (te_fp8.quantize, te_fp8.bgrad_quantize, te_fp8.split_quantize, te_fp8.fp8_transpose)
+)
+
+fused_multi_row_padding, fused_multi_row_unpadding = map(
+    _counted, (te_fp8.fused_multi_row_padding, te_fp8.fused_multi_row_unpadding)
+)
+create_empty_quantized_tensor = te_fp8.create_empty_quantized_tensor
 
 
 def get_num_cublas_streams():
@@ -134,7 +150,7 @@ def te_general_grouped_gemm(
     """`generic_gemm` for each expert; of one without tokens nothing is written but a gradient of zeros."""
     parts = out[0].split(m_splits) if single_output else out
     for one, other, part in zip(a, b, parts, strict=True):
-        if other.numel() == 0:
+        if other.size().numel() == 0:
             if transb and not accumulate:
                 part.zero_()
             continue
@@ -149,9 +165,11 @@ def te_general_grouped_gemm(
 @_counted
 def rmsnorm_fwd(x, weight, eps, out, quantizer, out_dtype, sm_margin, zero_centered_gamma):
     """(y, None, 1 / rms [rows] fp32)."""
-    assert quantizer is None and not zero_centered_gamma and x.dim() == 2
+    assert not zero_centered_gamma and x.dim() == 2
     rsigma = torch.rsqrt(x.float().pow(2).mean(-1) + eps)
     y = (x.float() * rsigma[:, None] * weight.float()).to(_TORCH_DTYPES[DType(int(out_dtype))])
+    if quantizer is not None:
+        return te_fp8.quantize(y, quantizer, out), None, rsigma
     return (y if out is None else out.copy_(y)), None, rsigma
 
 

@@ -41,6 +41,12 @@ def main():
         if runtime.is_main:
             torch.save(metrics, folder / f"{name}.pt")
         dist.barrier()
+    for recipe in ("blockwise", "tensorwise"):
+        settings = f"model.fp8={recipe}", "batching.pad_multiple=64"
+        config, runtime = begin(folder, f"refused-{recipe}", CASES["bf16"], *settings)
+        if runtime.is_main:
+            torch.save(refusal_before_hopper(config), folder / f"refused-{recipe}.pt")
+        dist.barrier()
     for attention in REFUSED:
         config, runtime = begin(
             folder, f"refused-{attention}", CASES["bf16-context"], f"model.attention={attention}"
@@ -181,16 +187,32 @@ def train_one_step(config, runtime):
 
 
 def refusal(config):
-    """What building a policy says where cuDNN has no kernel for it. Reading a weight would be another error."""
+    """What building a policy says where cuDNN has no kernel for it."""
+    no = te_extension.NVTE_Fused_Attn_Backend.NVTE_No_Backend, "no such kernel"
+    with mock.patch.object(te_extension, "get_fused_attn_backend", lambda parameters: no):
+        return refused(config)
+
+
+def refusal_before_hopper(config):
+    """What building a policy says on an A100. What Transformer Engine found out before it has kept."""
+    from transformer_engine.pytorch import quantization, utils
+
+    with (
+        mock.patch.object(quantization, "get_device_compute_capability", lambda: (8, 0)),
+        mock.patch.object(utils, "get_device_compute_capability", lambda: (8, 0)),
+        mock.patch.object(quantization, "_FP8_SUPPORT", None),
+        mock.patch.object(quantization, "_FP8_BLOCK_SCALING_SUPPORT", None),
+    ):
+        return refused(config)
+
+
+def refused(config):
+    """The error of a build that must not come to reading a weight, which would be another one."""
     from megatron_laser.errors import ConfigError
     from megatron_laser.trainer import policy
 
-    no = te_extension.NVTE_Fused_Attn_Backend.NVTE_No_Backend, "no such kernel"
     unread = AssertionError("weights were read")
-    with (
-        mock.patch.object(te_extension, "get_fused_attn_backend", lambda parameters: no),
-        mock.patch.object(policy, "load_weights", side_effect=unread),
-    ):
+    with mock.patch.object(policy, "load_weights", side_effect=unread):
         try:
             policy.build_policy(config)
         except ConfigError as error:

@@ -17,6 +17,7 @@ from te_cases import (
     BF16_CASES,
     BROKEN_CASES,
     CASES,
+    FP8_CASES,
     FP32_CASES,
     GROUPS,
     MOMENTS,
@@ -32,6 +33,7 @@ from megatron_laser.model.hf_folder import HfFolder
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
+RECIPES = ("blockwise", "tensorwise")
 WORKER = Path(__file__).with_name("te_worker.py")
 
 
@@ -50,8 +52,8 @@ def rehearsed(folder):
         sources = transformer_engine_sources()
     except LookupError as error:
         pytest.skip(f"no Transformer Engine {VERSION} from pip: {error}")
-    torchrun(WORKER, 2, sources, folder, timeout=280)
-    names = [*CASES, *BROKEN_CASES, *(f"refused-{attention}" for attention in REFUSED)]
+    torchrun(WORKER, 2, sources, folder, timeout=400)
+    names = [*CASES, *BROKEN_CASES, *(f"refused-{what}" for what in (*REFUSED, *RECIPES))]
     return {name: torch.load(folder / f"{name}.pt") for name in names}
 
 
@@ -125,6 +127,35 @@ def test_bf16_goes_through_transformer_engines_attention_and_stays_near(name, re
             start = result["loaded"][key].float()
             change, expected = (trained - start for trained in (result["trained"][key].float(), tensor))
             assert torch.cosine_similarity(change.flatten(), expected.flatten(), dim=0) > 0.97, key
+
+
+@pytest.mark.parametrize("name", FP8_CASES)
+def test_all_of_a_layers_products_are_in_fp8_and_figures_stay_near(name, rehearsed, local):
+    metrics, weights = local(name)
+    result = rehearsed[name]
+    experts = "experts" in name
+    kinds = {kind for kind in result["calls"] if kind.startswith("generic_gemm of ")}
+    if experts:  # the router's own
+        kinds -= {"generic_gemm of Parameter and Tensor", "generic_gemm of Tensor"}
+    wanted = "Float8Blockwise" if "blockwise" in name else "Float8Tensor"
+    assert kinds and all(part.startswith(wanted) for kind in kinds for part in kind.split(" ")[2::2])
+    # Rounded inputs send some tokens to other experts.
+    limits = {"self_reward_loss": 0.2 if experts else 0.1, "entropy": 0.005, "grad_norm": 0.1}  # relative
+    for mine, theirs in zip(result["metrics"], metrics, strict=True):
+        for key, tolerance in limits.items():
+            assert mine[key] == pytest.approx(theirs[key], rel=tolerance), key
+    for key, tensor in weights.items():
+        if tensor.dim() == 2 and not (experts and ".mlp." in key):
+            start = result["loaded"][key].float()
+            change, expected = (trained - start for trained in (result["trained"][key].float(), tensor))
+            assert torch.cosine_similarity(change.flatten(), expected.flatten(), dim=0) > 0.85, key
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fp8_before_hopper_is_refused_before_weights_are_read(recipe, rehearsed):
+    message = rehearsed[f"refused-{recipe}"]
+    assert f"model.fp8: {recipe} cannot run on this GPU" in message and "model.fp8 to none" in message
+    assert "compute capability" in message
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -67,13 +67,6 @@ def _precision_problems(config: RunConfig) -> list[str]:
             problems.append(
                 f"model.fp8: {model.fp8} is for Transformer Engine's layers, and model.layers is torch"
             )
-        if model.fp8 == "delayed" and (
-            own := [name for name in ("layernorm", "moe_act") if name in model.recompute]
-        ):
-            problems.append(
-                f"model.recompute: {' and '.join(own)} with model.fp8 delayed, whose scales would be taken from the "
-                "second run; use mlp, full or none"
-            )
         parallel, pad = config.parallel, gpu_pad_multiple(config)
         unit = FP8_MULTIPLE * parallel.context * (parallel.tensor if parallel.sequence else 1)
         if pad % unit:

@@ -166,6 +166,14 @@ def stage_expert_parameters(architecture: Architecture, layout: Layout) -> tuple
     )
 
 
+def stage_matrices(architecture: Architecture, layout: Layout) -> tuple[int, ...]:
+    """Of `stage_parameters`, those of the layers' weight matrices (and their biases): what FP8 products read."""
+    split, _, _ = _layer(architecture)
+    experts = stage_expert_parameters(architecture, layout)
+    stages = zip(layout.layers(architecture.num_layers), experts, strict=True)
+    return tuple(layers * split // layout.tensor + own for layers, own in stages)
+
+
 def rank_bytes(
     parameters: int,
     dtype: str,

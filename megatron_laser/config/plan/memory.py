@@ -18,6 +18,7 @@ from megatron_laser.config.model_folder.parameters import (
     RankBytes,
     count_parameters,
     padded_vocab_size,
+    stage_matrices,
 )
 from megatron_laser.config.plan.context import ring_neighbours
 from megatron_laser.config.plan.lines import (
@@ -74,6 +75,12 @@ def memory_sum(
             "CUDA context, cuBLAS, cuDNN", CONTEXT_BYTES, STATE, "an allowance", "none: a smaller model"
         ),
     ]
+    if config.model.fp8 != "none":
+        # Cast once an optimizer step: as the forward reads them, and turned, as the backward does.
+        cast = 2 * stage_matrices(architecture, layout)[stage]
+        lines.append(
+            MemoryLine("weights in FP8", cast, STATE, "two copies of the layers' matrices", "model.fp8")
+        )
     reducing = layout.data * layout.context  # gradients and optimizer shards are over both
     sizes = [layout.tensor, layout.pipeline, layout.context, reducing, layout.world_size]
     if architecture.moe is not None:

@@ -36,7 +36,7 @@ def _recompute(value: Any) -> Any:
 
 Recompute = Annotated[Literal["none", "full"] | tuple[RecomputeModule, ...], BeforeValidator(_recompute)]
 
-Fp8 = Literal["none", "blockwise", "delayed"]
+Fp8 = Literal["none", "blockwise", "tensorwise"]
 
 
 class ModelConfig(Section):
@@ -64,10 +64,10 @@ class ModelConfig(Section):
     layer's work and the head."""
     fp8: Fp8 = "none"
     """FP8 matrix products in the layers (Transformer Engine, Hopper or newer, `dtype: bfloat16`): `blockwise`, a scale
-    for each 1 x 128 of activations and gradients and each 128 x 128 of weights, e4m3 throughout (as DeepSeek-V3, CUDA
-    12.9 or newer); `delayed`, one scale a tensor from the step before, gradients in e5m2. Weights and optimizer stay as
-    they are; embedding, head, norms, routers and attention scores are not in FP8. Judge it by `logprob_diff_mean` and
-    `rollout_k3_kl`. Rehearsed without a GPU, not run on one."""
+    for each 1 x 128 of activations and gradients and each 128 x 128 of weights, e4m3 throughout (as DeepSeek-V3; CUDA
+    12.9 or newer); `tensorwise`, one scale for each whole tensor as it is, gradients in e5m2. Weights and optimizer
+    stay as they are; embedding, head, norms, routers and attention scores are not in FP8. Judge it by
+    `logprob_diff_mean` and `rollout_k3_kl`. Rehearsed without a GPU, not run on one."""
     layers: Literal["auto", "transformer_engine", "torch"] = "auto"
     """What layers are built from: `auto`, Transformer Engine on CUDA (an error where it is missing or does not
     import) and torch on a CPU; `torch`, Megatron's own layers with torch's attention and norms, for a GPU without
