@@ -44,6 +44,7 @@ def train(
     if dry_run:
         from rich.console import Console
 
+        from megatron_laser.batching.expected import balance_lines
         from megatron_laser.config.plan.memory import GPU_MEMORY_GIB
         from megatron_laser.config.plan.view import render_plan
 
@@ -51,7 +52,7 @@ def train(
         if not available > 0:
             raise typer.BadParameter(f"--gpu-memory-gib {available:g}: expected more than 0")
         plan = resolve_plan(loaded, world_size, available)
-        Console(soft_wrap=not sys.stdout.isatty()).print(render_plan(plan))
+        Console(soft_wrap=not sys.stdout.isatty()).print(render_plan(plan, balance_lines(plan)))
         plan.memory.check(available * 2**30)
         return
     if gpu_memory_gib is not None:

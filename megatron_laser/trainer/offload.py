@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import torch
+from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_laser.model import platform
 from megatron_laser.model.host_memory import copy_pieces, host_buffers
+from megatron_laser.trainer.chunks import Chunks
 from megatron_laser.trainer.optimizer_state import torch_optimizers
-
-if TYPE_CHECKING:
-    from megatron_laser.trainer.policy import Chunks, Policy
 
 
 class Part(Enum):
@@ -51,8 +49,8 @@ class _Parked:
 class StateOffload:
     """Moves parts of this rank's state between device and host. A part that is away must not be used."""
 
-    def __init__(self, policy: Policy, reference: Chunks | None = None) -> None:
-        self._policy = policy
+    def __init__(self, chunks: Chunks, optimizer: MegatronOptimizer, reference: Chunks | None = None) -> None:
+        self._chunks, self._optimizer = chunks, optimizer
         self.reference = reference
         self._device = platform.device()
         self._parked: dict[Part, list[_Parked]] = {}
@@ -73,7 +71,7 @@ class StateOffload:
         if not leaving:
             return 0
         if Part.GRADIENTS in leaving:
-            self._policy.optimizer.zero_grad()  # references from the main weights into the buffers
+            self._optimizer.zero_grad()  # references from the main weights into the buffers
         storages = {part: self._storages(part) for part in leaving}
         platform.synchronize()  # queued kernels may still write
         for part in leaving:
@@ -131,16 +129,16 @@ class StateOffload:
 
     def _tensors(self, part: Part) -> Iterator[torch.Tensor]:
         if part is Part.PARAMETERS:
-            yield from _parameters(self._policy.chunks)
+            yield from _parameters(self._chunks)
         elif part is Part.REFERENCE:
             if self.reference is not None:
                 yield from _parameters(self.reference)
         elif part is Part.GRADIENTS:
-            for module in self._policy.chunks.wrapped:
+            for module in self._chunks.wrapped:
                 for buffer in (*module.buffers, *module.expert_parallel_buffers):  # type: ignore[misc]
                     yield buffer.grad_data
         else:
-            for optimizer in torch_optimizers(self._policy.optimizer):
+            for optimizer in torch_optimizers(self._optimizer):
                 for group in optimizer.param_groups:
                     yield from group["params"]
                 for state in optimizer.state.values():

@@ -23,7 +23,6 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from megatron_laser.config import ConfigError
@@ -47,21 +46,8 @@ from megatron_laser.model.transformer_engine import (
 from megatron_laser.model.weights import WeightExporter, load_weights
 from megatron_laser.ops import configure
 from megatron_laser.trainer import optimizer_state
+from megatron_laser.trainer.chunks import Chunks
 from megatron_laser.trainer.offload import Part, StateOffload
-
-
-@dataclass
-class Chunks:
-    """Model chunks of this rank, one per virtual pipeline stage.
-
-    models: the bare `PolicyModel`s; wrapped: what the schedules call (bf16 and, when trained, DDP around).
-    """
-
-    models: list[PolicyModel]
-    wrapped: list[torch.nn.Module]
-    config: TransformerConfig
-    hf: PretrainedConfig
-    geometry: Geometry
 
 
 @dataclass
@@ -75,7 +61,7 @@ class Policy:
     memory: StateOffload = field(init=False)
 
     def __post_init__(self) -> None:
-        self.memory = StateOffload(self)
+        self.memory = StateOffload(self.chunks, self.optimizer)
 
     @contextmanager
     def optimizer_on_device(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ def test_memory_is_free_while_the_state_is_away():
     tensors = state_of(model, adam, buffer)
     before = [tensor.detach().cpu() for tensor in tensors]
     held, free = torch.cuda.memory_allocated(), platform.free_memory_bytes()
-    state = StateOffload(policy)
+    state = StateOffload(policy.chunks, policy.optimizer)
     for _ in range(2):
         freed = state.offload(ALL_PARTS)
         assert (
@@ -47,3 +47,34 @@ def test_memory_is_free_while_the_state_is_away():
         assert state.onload(ALL_PARTS) == freed
         for tensor, values in zip(tensors, before):
             assert torch.equal(tensor.detach().cpu(), values)
+
+
+def test_layers_inputs_come_back_as_they_were_and_take_no_device_memory_meanwhile() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    from megatron_laser.model.activation_offload import offloading
+
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList(torch.nn.Linear(1024, 1024, device="cuda") for _ in range(16))
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            hidden = checkpoint(lambda x, layer=layer: layer(x).relu(), hidden, use_reentrant=True)
+        return hidden
+
+    given = torch.randn(8192, 1024, device="cuda")
+    gradients, held = [], []
+    for run in (forward, offloading(layers, forward)):
+        for _ in range(2):  # the second time with host buffers that have been used
+            layers.zero_grad()
+            inputs = given.clone().requires_grad_()
+            before = torch.cuda.memory_allocated()
+            output = run(inputs)
+            torch.cuda.synchronize()
+            held.append(torch.cuda.memory_allocated() - before)
+            output.square().sum().backward()
+            gradients.append([inputs.grad, *(parameter.grad.clone() for parameter in layers.parameters())])
+    for other in gradients[1:]:
+        assert all(torch.equal(one, same) for one, same in zip(gradients[0], other))
+    size = given.numel() * given.element_size()
+    assert held[1] >= 15 * size and held[3] <= 2 * size

@@ -12,7 +12,7 @@ platform.install()
 
 from megatron_laser.model.host_memory import host_pieces  # noqa: E402
 from megatron_laser.trainer.checkpoint import sharded_state  # noqa: E402
-from megatron_laser.trainer.offload import ALL_PARTS, Part, StateOffload  # noqa: E402
+from megatron_laser.trainer.offload import ALL_PARTS, Part  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 
 R, W = Response(5, True), Response(7, False)
@@ -56,7 +56,7 @@ def test_a_round_trip_leaves_every_bit_and_every_view_as_it_was(trainer_of):
     tensors = state_of(trainer)
     assert len(tensors) > 3 * sum(1 for _ in trainer.policy.chunks.models[0].parameters())
     before = [tensor.detach().clone() for tensor in tensors]
-    state = StateOffload(trainer.policy)
+    state = trainer.policy.memory
     freed = state.offload(ALL_PARTS)
     assert state.on_device == frozenset()
     # counts of steps are numbers, and stay
@@ -81,7 +81,7 @@ def test_a_round_trip_leaves_every_bit_and_every_view_as_it_was(trainer_of):
 
 def test_training_with_turns_equals_training_without(trainer_of):
     plain, moving = trainer_of(), trainer_of()
-    state = StateOffload(moving.policy)
+    state = moving.policy.memory
     state.offload(ALL_PARTS)
     for step in (1, 2, 3):
         state.onload(ALL_PARTS)
@@ -100,7 +100,7 @@ def test_a_checkpoint_needs_weights_and_optimizer_only(trainer_of):
     trainer = trainer_of()
     train(trainer, 1)
     expected = {name: entry.data.clone() for name, entry in sharded_state.build_state(trainer.policy).items()}
-    state = StateOffload(trainer.policy)
+    state = trainer.policy.memory
     state.offload(ALL_PARTS)
     state.onload({Part.PARAMETERS, Part.OPTIMIZER})
     assert state.on_device == {Part.PARAMETERS, Part.OPTIMIZER}
@@ -114,7 +114,7 @@ def test_the_optimizers_leaving_does_not_touch_the_weights(trainer_of):
     trainer = trainer_of()
     train(trainer, 1)
     before = {name: tensor.clone() for name, tensor in trainer.weight_stream()}
-    state = StateOffload(trainer.policy)
+    state = trainer.policy.memory
     state.offload({Part.OPTIMIZER, Part.GRADIENTS})
     for name, tensor in trainer.weight_stream():
         assert torch.equal(tensor, before[name])
@@ -125,7 +125,7 @@ def test_the_optimizers_leaving_does_not_touch_the_weights(trainer_of):
 def test_host_memory_is_taken_once(trainer_of):
     trainer = trainer_of()
     train(trainer, 1)
-    state = StateOffload(trainer.policy)
+    state = trainer.policy.memory
     copies = []
     for _ in range(3):
         state.offload(ALL_PARTS)
@@ -139,7 +139,7 @@ def test_host_memory_is_taken_once(trainer_of):
 def test_a_reference_model_leaves_too(trainer_of):
     trainer = trainer_of(kl_coefficient=0.1)
     assert trainer.reference is not None
-    state = StateOffload(trainer.policy, trainer.reference)
+    state = trainer.policy.memory
     parameters = list(trainer.reference.models[0].parameters())
     before = [parameter.clone() for parameter in parameters]
     state.offload({Part.REFERENCE})

@@ -12,7 +12,7 @@ from gpu_day_one import qwen
 from gpu_day_one.stage import Stage
 from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.model import platform
-from megatron_laser.trainer.offload import ALL_PARTS, Part, StateOffload
+from megatron_laser.trainer.offload import ALL_PARTS, Part
 from megatron_laser.trainer.trainer import Trainer
 
 
@@ -30,7 +30,7 @@ def run(stage: Stage) -> None:
     flat = qwen.rollouts(shape, 2, sizes)
     trainer = Trainer(config, runtimes.start(config), score_token_id=2)
     trainer.train_step(flat, 1)
-    state = StateOffload(trainer.policy)
+    state = trainer.policy.memory
     kept = ALL_PARTS - {Part.GRADIENTS}
     before = _bits(trainer)
     for number in range(2):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -12,17 +14,18 @@ from megatron_laser.config.plan.lines import HOST, KEPT, PHASES, STATE, gib
 from megatron_laser.config.plan.resolve import Plan
 
 
-def render_plan(plan: Plan) -> RenderableType:
-    """Layout, batch, memory and features, one table each."""
-    return Group(_model(plan), _batch(plan), _memory(plan), _features(plan))
+def render_plan(plan: Plan, balance: Sequence[str] = ()) -> RenderableType:
+    """Layout, batch, memory and features, one table each. `balance`: lines of `batching.expected` for the second."""
+    return Group(_model(plan), _batch(plan, balance), _memory(plan), _features(plan))
 
 
 def _model(plan: Plan) -> Table:
     table, arch, layout = _table(f"Run {plan.config.run.name}"), plan.architecture, plan.layout
+    stages = " + ".join(map(str, layout.stage_layers))
     parts = [
         f"{layout.world_size} ranks",
         f"tensor {layout.tensor}" + (" with sequence parallel" if plan.config.parallel.sequence else ""),
-        f"pipeline {layout.pipeline}",
+        f"pipeline {layout.pipeline}" + (f" of {stages} layers" if len(set(layout.stage_layers)) > 1 else ""),
         f"virtual pipeline {layout.virtual_pipeline}",
         f"context {layout.context}",
         f"data {layout.data}",
@@ -71,7 +74,7 @@ def _context(plan: Plan, share: ContextShare) -> str:
     )
 
 
-def _batch(plan: Plan) -> Table:
+def _batch(plan: Plan, balance: Sequence[str]) -> Table:
     table, batch = _table("Batch"), plan.batch
     table.add_row(
         "rollout",
@@ -91,6 +94,8 @@ def _batch(plan: Plan) -> Table:
         f"{micro_batch_tokens(plan.config):,}"
         + (f", {plan.config.batching.tokens_per_micro_batch:,} on each context rank" if ranks > 1 else ""),
     )
+    for line in balance:
+        table.add_row("expected balance", escape(line))
     return table
 
 
