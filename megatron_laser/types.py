@@ -65,38 +65,56 @@ class WeightSpan:
     tokens: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Generation:
     """What an engine returns for one response.
 
-    `response_ids` includes the stop token when `finish_reason` is "stop". `logprobs` has one entry for each
-    response id: the log-probability of logits / temperature, before top-p filtering. `weight_version` is the
-    oldest that sampled a part of it, and `spans` says which sampled what; empty: all is `weight_version`'s.
-    With `finish_reason` "abort" it is unfinished: an engine can go on with it.
+    `response_ids` [tokens] int32 includes the stop token when `finish_reason` is "stop". `logprobs` [tokens] float32,
+    nats, has one entry for each response id: the log-probability of logits / temperature, before top-p filtering. Both
+    may be given as any sequence of numbers. `weight_version` is the oldest that sampled a part of it, and `spans` says
+    which sampled what; empty: all is `weight_version`'s. With `finish_reason` "abort" it is unfinished: an engine can
+    go on with it.
 
     `routed_experts` [tokens, layers, experts_per_token] uint8, int16 with more than 256 experts: where a model with
     experts sent the first tokens of prompt and response, of which there may be fewer than of both; None: not told.
     """
 
-    response_ids: list[int]
-    logprobs: list[float]
+    response_ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
     finish_reason: FinishReason
     weight_version: int
     zc_logprob: float | None = None
     spans: tuple[WeightSpan, ...] = ()
-    routed_experts: npt.NDArray[np.uint8 | np.int16] | None = field(default=None, compare=False)
+    routed_experts: npt.NDArray[np.uint8 | np.int16] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises OverflowError for an id that does not fit int32."""
+        self.response_ids = np.asarray(self.response_ids, dtype=np.int32)
+        self.logprobs = np.asarray(self.logprobs, dtype=np.float32)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same, whatever experts made it; a log-prob that is NaN equals none."""
+        if not isinstance(other, Generation):
+            return NotImplemented
+        return (
+            (self.finish_reason, self.weight_version, self.zc_logprob, self.spans)
+            == (other.finish_reason, other.weight_version, other.zc_logprob, other.spans)
+            and np.array_equal(self.response_ids, other.response_ids)
+            and np.array_equal(self.logprobs, other.logprobs)
+        )
 
     @property
     def text_ids(self) -> list[int]:
-        """What is decoded and graded: the response without the stop token that ended it."""
-        return self.response_ids[:-1] if self.finish_reason == "stop" else self.response_ids
+        """What is decoded and graded: the response without the stop token that ended it, as tokenizers take it."""
+        found: list[int] = self.response_ids[: -1 if self.finish_reason == "stop" else None].tolist()
+        return found
 
     def is_scored(self, stop_token_ids: tuple[int, ...]) -> bool:
         """Whether this response has a self-reward score: it stopped by itself, on a stop token."""
         return (
             self.finish_reason == "stop"
             and len(self.response_ids) > 0
-            and self.response_ids[-1] in stop_token_ids
+            and int(self.response_ids[-1]) in stop_token_ids
         )
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -178,20 +177,23 @@ def flatten(batch: RolloutBatch) -> FlatBatch:
                 f"sample {index} of step {batch.step} has {len(ids)} response ids and {len(logprobs)} "
                 "log-probs: expected one log-prob for each id from the rollout engine."
             )
-    tokens = chain.from_iterable(chain(s.prompt_ids, s.generation.response_ids) for s in samples)
-    rollout_logprobs = chain.from_iterable(s.generation.logprobs for s in samples)
+    # Prompts stand in one batch many times, and each is one list.
+    prompts = {id(s.prompt_ids): _as_int32(np.array(s.prompt_ids, dtype=np.int64)) for s in samples}
+    tokens = [part for s in samples for part in (prompts[id(s.prompt_ids)], s.generation.response_ids)]
     zc_logprobs = [math.nan if s.zc_logprob is None else s.zc_logprob for s in samples]
     routed = _routed(batch.step, samples)
     return FlatBatch(
         step=batch.step,
         weight_version=batch.weight_version,
-        tokens=_as_int32(np.fromiter(tokens, dtype=np.int64)),
+        tokens=np.concatenate(tokens or [np.zeros(0, np.int32)]),
         prompt_lengths=np.array([len(s.prompt_ids) for s in samples], dtype=np.int32),
         response_lengths=np.array([len(s.generation.response_ids) for s in samples], dtype=np.int32),
         group_ids=np.array(batch.group_ids(), dtype=np.int32),
         rewards=np.array([s.reward for s in samples], dtype=np.float32),
         scored=np.array([s.scored for s in samples], dtype=np.bool_),
-        rollout_logprobs=np.fromiter(rollout_logprobs, dtype=np.float32),
+        rollout_logprobs=np.concatenate(
+            [s.generation.logprobs for s in samples] or [np.zeros(0, np.float32)]
+        ),
         zc_logprobs=np.array(zc_logprobs, dtype=np.float32),
         routed_tokens=np.array([len(rows) for rows in routed], dtype=np.int32),
         routed_experts=np.concatenate([rows for rows in routed if len(rows)] or [_UNROUTED]),

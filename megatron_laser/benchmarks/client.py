@@ -112,7 +112,7 @@ def bench_client(config: RunConfig, *, rounds: int) -> ClientBenchmarkResult:
             provenance(sglang=next(iter(facts.values())).sglang_version),
             servers=len(facts),
             requests=groups * rollout.samples_per_prompt,
-            concurrency=rollout.max_concurrency,
+            concurrency=rollout.max_concurrency_per_server * len(facts),
             tokens=statistics.mean(counts),
             tokens_per_second=rates,
             score_time_fraction=statistics.median(fraction),
@@ -144,7 +144,8 @@ def _arms(
     if config.laser.score_token is not None:
         token = resolve_score_token(config.model.path, config.laser.score_token).id
     scoring = SamplingParams(**{**asdict(plain), "score_token_id": token})
-    key, limit, deadline = engine.api_key, config.rollout.max_concurrency, config.rollout.deadline
+    key, deadline = engine.api_key, config.rollout.deadline
+    limit = config.rollout.max_concurrency_per_server * len(urls)
 
     def ours(batch: Sequence[Sequence[int]], sampling: SamplingParams) -> int:
         groups = engine.generate(batch, sampling, deadline=deadline)

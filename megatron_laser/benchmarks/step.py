@@ -153,8 +153,8 @@ class StepBenchmark:
             prompt = rng.integers(3, self._model.vocab_size, _PROMPT_TOKENS).tolist()
             group = Group(Prompt(row, "", "", prompt), [])
             for sample in range(self._shape["samples"]):
-                ids = [*rng.integers(3, self._model.vocab_size, length - 1).tolist(), _EOS]
-                generation = Generation(ids, [-9.0] * length, "stop", 0)
+                ids = np.append(rng.integers(3, self._model.vocab_size, length - 1), _EOS).astype(np.int32)
+                generation = Generation(ids, np.full(length, -9.0, np.float32), "stop", 0)
                 group.samples.append(
                     Sample(prompt, generation, "", True, float(sample % 2), "correct", -20.0)
                 )

@@ -45,7 +45,7 @@ KeyVariable = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="In this process: float32 or bfloat16.")]
 Batch = Annotated[int, typer.Option(help="In this process: sequences at once.")]
-Concurrency = Annotated[int, typer.Option(help="With servers: requests at once.")]
+Concurrency = Annotated[int, typer.Option(help="With servers: requests at once on each.")]
 Wait = Annotated[
     float, typer.Option("--wait", help="With servers: seconds until all of them must have answered.")
 ]
@@ -101,7 +101,7 @@ def engine_choice(
         api_key=os.environ.get(variable) or None,
         dtype=dtype,  # type: ignore[arg-type]
         max_batch_size=batch,
-        max_concurrency=concurrency,
+        max_concurrency_per_server=concurrency,
         wait=wait,
     )
 

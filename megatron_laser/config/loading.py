@@ -244,6 +244,14 @@ def _join(value: Any, base: Path) -> Any:
     return os.path.normpath(base.absolute() / Path(value).expanduser())
 
 
+_FORMER = {
+    (
+        "rollout",
+        "max_concurrency",
+    ): "it was over all servers; `rollout.max_concurrency_per_server` is for each of them"
+}
+
+
 def suggest_key(path: Sequence[str]) -> str:
     """A hint for the unknown key `path`, such as "did you mean `optimizer.lr`?".
 
@@ -261,6 +269,8 @@ def suggest_key(path: Sequence[str]) -> str:
     if len(path) == 1:
         return f"the keys of {path[0]} are {', '.join(sections[path[0]])}"
     section, key = path[0], path[1]
+    if (former := _FORMER.get((section, key))) is not None:
+        return former
     if len(path) > 2:
         if key in sections[section]:
             return f"{section}.{key} is a setting, not a section; did you mean `{section}.{key}`?"

@@ -28,7 +28,8 @@ class EngineChoice:
         router_url: of a router in front of the servers in `urls`, which then takes the requests.
         api_key: that the servers ask for. Never on a command line, where other users could read it.
         dtype: float32 or bfloat16, in this process.
-        max_batch_size: sequences at once in this process. max_concurrency: requests at once to servers.
+        max_batch_size: sequences at once in this process. max_concurrency_per_server: requests at once
+            on each server.
         wait: seconds until all servers must have answered for the first time.
     """
 
@@ -37,7 +38,7 @@ class EngineChoice:
     api_key: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_batch_size: int = 256
-    max_concurrency: int = 256
+    max_concurrency_per_server: int = 256
     wait: float = 60.0
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class EngineChoice:
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise TestTimeError(f"dtype {self.dtype!r}: expected float32 or bfloat16")
-        for name in ("max_batch_size", "max_concurrency"):
+        for name in ("max_batch_size", "max_concurrency_per_server"):
             if getattr(self, name) < 1:
                 raise TestTimeError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if not self.wait > 0:
@@ -76,7 +77,7 @@ class EngineChoice:
         return generation_batch(
             in_process=self.in_process,
             max_batch_size=self.max_batch_size,
-            max_concurrency=self.max_concurrency,
+            max_concurrency=self.max_concurrency_per_server * len(self.urls),
         )
 
     @property
@@ -138,7 +139,7 @@ def _servers(choice: EngineChoice, model: ModelFolder, deadline: float) -> Rollo
                 tied=bool(config.get("tie_word_embeddings", False)),
             ),
             deadline=min(deadline, choice.wait),
-            max_concurrency=choice.max_concurrency,
+            max_concurrency_per_server=choice.max_concurrency_per_server,
             router_url=choice.router_url,
         )
     except ServersLost as error:

@@ -42,11 +42,11 @@ class SavedResponse:
     @staticmethod
     def of(row: int, sample: int, generation: Generation) -> SavedResponse:
         """What is kept of a generation."""
-        logprobs = generation.logprobs
+        logprobs = generation.logprobs.tolist()
         return SavedResponse(
             row=row,
             sample=sample,
-            response_ids=list(generation.response_ids),
+            response_ids=generation.response_ids.tolist(),
             finish_reason=generation.finish_reason,
             mean_logprob=math.fsum(logprobs) / len(logprobs) if logprobs else None,
             zc_logprob=generation.zc_logprob,
@@ -55,14 +55,12 @@ class SavedResponse:
     @property
     def text_ids(self) -> list[int]:
         """See `Generation.text_ids`."""
-        return self._generation().text_ids
+        return self.response_ids[:-1] if self.finish_reason == "stop" else self.response_ids
 
     def is_scored(self, stop_token_ids: tuple[int, ...]) -> bool:
         """See `Generation.is_scored`."""
-        return self._generation().is_scored(stop_token_ids)
-
-    def _generation(self) -> Generation:
-        return Generation(self.response_ids, [], self.finish_reason, 0)
+        ended = self.finish_reason == "stop" and len(self.response_ids) > 0
+        return ended and self.response_ids[-1] in stop_token_ids
 
 
 def partial_responses_path(records_path: Path, identity: Mapping[str, Any]) -> Path:

@@ -20,6 +20,7 @@ from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.client.errors import ServerGone
 from megatron_laser.rollout.engine import RolloutEngine, StopEarly, StoppedEarly
+from megatron_laser.rollout.open_files import named_servers
 from megatron_laser.types import Prompt, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class RunEvaluation:
         batch = generation_batch(
             in_process=in_process,
             max_batch_size=config.rollout.max_batch_size,
-            max_concurrency=config.rollout.max_concurrency,
+            max_concurrency=config.rollout.max_concurrency_per_server * named_servers(config.rollout),
         )
         records = self._folder / f"{split}_step_{step}.jsonl"
         with self._timers("evaluate"):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_laser.files import plain, write_atomically
 from megatron_laser.types import RolloutBatch
 
@@ -54,7 +56,7 @@ def dump_rollouts(
                 "advantage": advantage,
                 "finish_reason": generation.finish_reason,
                 "response_ids_length": len(generation.response_ids),
-                "mean_logprob": sum(logprobs) / len(logprobs) if logprobs else None,
+                "mean_logprob": float(logprobs.mean(dtype=np.float64)) if len(logprobs) else None,
                 "weight_version": generation.weight_version,
             }
             lines.append(

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from megatron_laser.config import RunConfig
 from megatron_laser.errors import UserError
 from megatron_laser.types import Generation, Group
@@ -89,7 +91,7 @@ class Endings:
         others = Counter(
             token
             for generation in generations
-            for token in set(generation.response_ids)
+            for token in np.unique(generation.response_ids).tolist()
             if token in self._special and token not in self._stops
         )
         token, places = others.most_common(1)[0] if others else (0, 0)

@@ -297,13 +297,15 @@ class _Batch:
     ) -> Iterable[tuple[int, Generation]]:
         if len(rows) == 0:
             return
-        ids = torch.stack([column[rows] for column in self._tokens[: step + 1]], dim=1).tolist()
-        logprobs = torch.stack([column[rows] for column in self._logprobs[: step + 1]], dim=1).tolist()
+        ids = torch.stack([column[rows] for column in self._tokens[: step + 1]], dim=1).int().cpu().numpy()
+        logprobs = (
+            torch.stack([column[rows] for column in self._logprobs[: step + 1]], dim=1).float().cpu().numpy()
+        )
         values = [None] * len(ids) if scores is None else scores.tolist()
         for row, response, row_logprobs, score in zip(rows.tolist(), ids, logprobs, values):
             generation = Generation(
-                response_ids=response,
-                logprobs=row_logprobs,
+                response_ids=response.copy(),  # not a view of all that end here
+                logprobs=row_logprobs.copy(),
                 finish_reason=reason,  # type: ignore[arg-type]
                 weight_version=self._engine.version,
                 zc_logprob=score,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_laser.rewards import Grade
-from megatron_laser.rollout.routed_experts import routing_from, routing_state
 from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample, WeightSpan
 
 
@@ -94,14 +97,15 @@ def restore(state: Mapping[str, Any], prompts: list[Prompt], size: int) -> OpenG
 
 def generation_state(generation: Generation) -> dict[str, Any]:
     """A response as JSON values."""
+    routed = generation.routed_experts
     return {
-        "response_ids": generation.response_ids,
-        "logprobs": generation.logprobs,
+        "response_ids": array_state(generation.response_ids),
+        "logprobs": array_state(generation.logprobs),
         "finish_reason": generation.finish_reason,
         "weight_version": generation.weight_version,
         "zc_logprob": generation.zc_logprob,
         "spans": [[span.version, span.tokens] for span in generation.spans],
-        "routed_experts": routing_state(generation.routed_experts),
+        "routed_experts": None if routed is None else array_state(routed),
     }
 
 
@@ -109,8 +113,26 @@ def generation_from(state: Mapping[str, Any]) -> Generation:
     """The inverse of `generation_state`."""
     values = dict(state)
     spans = tuple(WeightSpan(version, tokens) for version, tokens in values.pop("spans"))
-    routed = routing_from(values.pop("routed_experts", None))  # older checkpoints have none
-    return Generation(**values, spans=spans, routed_experts=routed)
+    routed = values.pop("routed_experts", None)  # older checkpoints have none
+    # Older ones have lists of numbers, which become the same arrays.
+    ids, logprobs = (
+        array_from(saved) if isinstance(saved := values.pop(name), dict) else saved
+        for name in ("response_ids", "logprobs")
+    )
+    return Generation(
+        ids, logprobs, **values, spans=spans, routed_experts=None if routed is None else array_from(routed)
+    )
+
+
+def array_state(array: npt.NDArray[Any]) -> dict[str, Any]:
+    """JSON values from which `array_from` makes the array again, bit by bit."""
+    data = base64.b64encode(array.tobytes()).decode()
+    return {"shape": list(array.shape), "dtype": array.dtype.name, "data": data}
+
+
+def array_from(state: Mapping[str, Any]) -> npt.NDArray[Any]:
+    """The inverse of `array_state`."""
+    return np.frombuffer(base64.b64decode(state["data"]), dtype=state["dtype"]).reshape(state["shape"])
 
 
 def batch_state(batch: RolloutBatch, positions: Mapping[int, int]) -> dict[str, Any]:

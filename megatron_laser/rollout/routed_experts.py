@@ -1,4 +1,4 @@
-"""Which experts an engine sent tokens to: asked of SGLang, read from its answers, joined, and kept in a checkpoint.
+"""Which experts an engine sent tokens to: asked of SGLang, read from its answers, and joined.
 
 SGLang 0.5.23 reports it with `return_routed_experts` where it was started with --enable-return-routed-experts: int32
 in base64, [tokens, layers, experts_per_token], from `routed_experts_start_len` to the last token but one, which is the
@@ -8,8 +8,8 @@ slot. An aborted request that was running tells them, too; one that was still qu
 
 from __future__ import annotations
 
-import base64
 import binascii
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,12 @@ def routing_request(shape: RoutingShape | None, known: int) -> dict[str, Any]:
     return {"return_routed_experts": True, "routed_experts_start_len": known}
 
 
+def has_routing(answer: Any) -> bool:
+    """Whether an answer tells experts, so that reading it takes a while."""
+    meta = answer.get("meta_info") if isinstance(answer, dict) else None
+    return isinstance(meta, dict) and meta.get("routed_experts") is not None
+
+
 def parse_routing(answer: Any, shape: RoutingShape, *, tokens: int) -> Routed | None:
     """The experts in the answer to a request that asked for those of `tokens` tokens; None where it has none.
 
@@ -49,7 +55,7 @@ def parse_routing(answer: Any, shape: RoutingShape, *, tokens: int) -> Routed | 
     if text is None:
         return None
     try:
-        flat = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.int32)
+        flat = np.frombuffer(b"".join(_decoded(text)), dtype=np.int32)
     except (TypeError, ValueError, binascii.Error) as error:
         raise WrongExperts(f"routed_experts that are no int32 in base64: {error}") from error
     row = shape.layers * shape.experts_per_token
@@ -58,7 +64,7 @@ def parse_routing(answer: Any, shape: RoutingShape, *, tokens: int) -> Routed | 
             f"{len(flat)} routed_experts: expected {tokens} tokens x {shape.layers} layers x "
             f"{shape.experts_per_token} experts"
         )
-    if len(flat) and not 0 <= flat.min() <= flat.max() < shape.num_experts:
+    if len(flat) and flat.view(np.uint32).max() >= shape.num_experts:  # a negative one is a large one then
         raise WrongExperts(
             f"routed_experts from {flat.min()} to {flat.max()}: the model has experts 0 to {shape.num_experts - 1}"
         )
@@ -74,25 +80,23 @@ def parse_routing(answer: Any, shape: RoutingShape, *, tokens: int) -> Routed | 
     return routed
 
 
+_PIECE = 2**20  # characters: the interpreter's lock is held that long, and a multiple of 4
+
+
+def _decoded(text: str | bytes) -> Iterator[bytes]:
+    """base64.b64decode(text, validate=True), piece by piece. Raises as that does."""
+    characters = text.encode("ascii") if isinstance(text, str) else text
+    view = memoryview(characters)
+    for start in range(0, len(view), _PIECE):
+        piece = binascii.a2b_base64(view[start : start + _PIECE], strict_mode=True)
+        if len(piece) < _PIECE // 4 * 3 and start + _PIECE < len(view):
+            raise ValueError("padding before the end")
+        yield piece
+
+
 def joined_routing(partial: Generation | None, later: Routed | None) -> Routed | None:
     """What is known of a response after an answer that began where `partial` ends."""
     earlier = None if partial is None else partial.routed_experts
     if earlier is None or later is None:
         return earlier if later is None else later
     return np.concatenate([earlier, later])
-
-
-def routing_state(routed: Routed | None) -> dict[str, Any] | None:
-    """JSON values from which `routing_from` makes the array again, bit by bit."""
-    if routed is None:
-        return None
-    data = base64.b64encode(np.ascontiguousarray(routed).tobytes()).decode()
-    return {"shape": list(routed.shape), "dtype": routed.dtype.name, "data": data}
-
-
-def routing_from(state: dict[str, Any] | None) -> Routed | None:
-    """The inverse of `routing_state`."""
-    if state is None:
-        return None
-    flat = np.frombuffer(base64.b64decode(state["data"]), dtype=state["dtype"])
-    return flat.reshape(state["shape"])

@@ -14,6 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laser.rollout.answer_arrays import TokenLogprobs
 from megatron_laser.types import FinishReason, SamplingParams
 
 MIN_SGLANG = (0, 5, 23)
@@ -53,21 +57,21 @@ class WireError(ValueError):
     """A body that is no answer to the request."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Reply:
     """One finished request.
 
     Attributes:
-        ids: the generated token ids, the stop token included.
-        logprobs: one for each of `ids`, nats, of logits / temperature.
+        ids: [tokens] int32, the generated token ids, the stop token included.
+        logprobs: [tokens] float32, one for each of `ids`, nats, of logits / temperature.
         finish_reason: `abort` when it was aborted, with what it had by then.
         version: the server's name of the weights at the end of the request.
         versions: the names of all weights that generated a part of it.
         prompt_tokens, cached_tokens: tokens of the input, and how many of them the prefix cache held.
     """
 
-    ids: list[int]
-    logprobs: list[float]
+    ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
     finish_reason: FinishReason
     version: str
     versions: tuple[str, ...]
@@ -150,6 +154,9 @@ def score_body(input_ids: Sequence[int], token_id: int, *, rid: str) -> dict[str
 def parse_generate(body: Any, vocab_size: int, *, max_new_tokens: int, prompt_tokens: int) -> Reply:
     """The answer to one `generate_body` with an input of `prompt_tokens` ids.
 
+    Args:
+        body: JSON values, or what `read_answer` makes of them.
+
     Raises WireError when `body` is not that.
     """
     meta = _meta(body)
@@ -157,35 +164,62 @@ def parse_generate(body: Any, vocab_size: int, *, max_new_tokens: int, prompt_to
     kind = reason.get("type") if isinstance(reason, dict) else None
     if kind not in _FINISH:
         raise WireError(f"finish_reason {reason!r}")
-    ids = body.get("output_ids")
-    if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
-        raise WireError(f"output_ids that are not token ids below {vocab_size}: {str(ids)[:200]}")
+    ids = _token_ids(body.get("output_ids"), vocab_size)
     stated = meta.get("completion_tokens", len(ids))
     if stated != len(ids) and kind != "abort":  # an aborted request's counts may lag behind its tokens
         raise WireError(f"{len(ids)} output_ids but completion_tokens {stated!r}")
     if len(ids) > max_new_tokens:
         raise WireError(f"{len(ids)} output_ids where at most {max_new_tokens} were asked for")
-    if not ids and kind != "abort" and max_new_tokens > 0:
+    if not len(ids) and kind != "abort" and max_new_tokens > 0:
         raise WireError(f"no output_ids, and finish_reason {kind!r}")
-    entries = meta.get("output_token_logprobs")
-    entries = [] if entries is None and not ids else entries
-    if not isinstance(entries, list) or len(entries) != len(ids):
-        raise WireError(
-            f"{len(ids)} output_ids but output_token_logprobs {str(entries)[:200]}: expected one for each"
-        )
-    logprobs = []
-    for token, entry in zip(ids, entries):
-        if entry[1] != token:
-            raise WireError(f"output_token_logprobs are of token {entry[1]} where output_ids has {token}")
-        logprobs.append(_finite(entry[0], "output_token_logprobs"))
     return Reply(
         ids,
-        logprobs,
+        _token_logprobs(meta.get("output_token_logprobs"), ids),
         _FINISH[kind],
         _version(meta),
         (*(span["version"] for span in meta.get("weight_versions") or ()), _version(meta)),
         *_input_tokens(meta, prompt_tokens),
     )
+
+
+def _token_ids(found: Any, vocab_size: int) -> npt.NDArray[np.int32]:
+    if isinstance(found, np.ndarray):
+        if not len(found) or 0 <= found.min() <= found.max() < vocab_size:
+            return found
+        found = found.tolist()
+    if not isinstance(found, list) or not all(isinstance(i, int) and 0 <= i < vocab_size for i in found):
+        raise WireError(f"output_ids that are not token ids below {vocab_size}: {str(found)[:200]}")
+    return np.array(found, np.int32)
+
+
+def _token_logprobs(entries: Any, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    """[tokens], of `[log-prob, id, text]` for each of `ids`."""
+    if isinstance(entries, TokenLogprobs):
+        narrow = _float32(entries.logprobs)
+        if np.array_equal(entries.ids, ids) and np.isfinite(narrow).all():
+            return narrow
+        entries = entries.entries()  # what is wrong with them is said below
+    entries = [] if entries is None and not len(ids) else entries
+    if not isinstance(entries, list) or len(entries) != len(ids):
+        raise WireError(
+            f"{len(ids)} output_ids but output_token_logprobs {str(entries)[:200]}: expected one for each"
+        )
+    logprobs = []
+    for token, entry in zip(ids.tolist(), entries):
+        if entry[1] != token:
+            raise WireError(f"output_token_logprobs are of token {entry[1]} where output_ids has {token}")
+        logprobs.append(_finite(entry[0], "output_token_logprobs"))
+    narrow = _float32(np.array(logprobs, np.float64))
+    if not np.isfinite(narrow).all():
+        raise WireError(
+            f"output_token_logprobs has {logprobs[int(np.isfinite(narrow).argmin())]!r}: no float32"
+        )
+    return narrow
+
+
+def _float32(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
 
 
 def abort_message(body: Any) -> str | None:

@@ -68,7 +68,7 @@ def open_engine(config: RunConfig) -> RolloutEngine:
             _source(config, child),
             api_key=endpoints.api_key or os.environ.get(rollout.sglang.api_key_env),
             expected=_expected(config),
-            max_concurrency=rollout.max_concurrency,
+            max_concurrency_per_server=rollout.max_concurrency_per_server,
             router_url=endpoints.router_url,
             min_servers=rollout.min_servers,
             start_deadline=rollout.sglang.start_deadline,

@@ -31,7 +31,7 @@ _MAY_CHANGE = {
     "policy": {"mismatch_abort"},
     "laser": {"max_unscored_steps"},
     "rollout": {
-        *("deadline", "max_concurrency", "min_servers", "servers_deadline", "sglang"),
+        *("deadline", "max_concurrency_per_server", "min_servers", "servers_deadline", "sglang"),
         *("weight_sync", "sync_folder", "sync_bucket_mib", "sync_flatten", "sync_deadline", "sync_address"),
         "verify_sync",
     },

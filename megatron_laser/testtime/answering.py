@@ -79,13 +79,13 @@ def answer(
     ]
     missing = [place for place, finished in enumerate(scored) if finished and scores[place] is None]
     if missing:
-        pairs = [(chat.prompt_ids, generations[place].response_ids) for place in missing]
+        pairs = [(chat.prompt_ids, generations[place].response_ids.tolist()) for place in missing]
         for place, result in zip(missing, scorer.score_ids(pairs, deadline=_left(ends)), strict=True):
             scores[place] = result.score
     texts = [model.decode(generation.text_ids) for generation in generations]
     choice = choose(texts, scores, vote=chat.vote, pool=pool, deadline=_left(ends))
     samples = [
-        SampledAnswer(text, generation.response_ids, finished, score, extract_answer(text))
+        SampledAnswer(text, generation.response_ids.tolist(), finished, score, extract_answer(text))
         for text, generation, finished, score in zip(texts, generations, scored, scores, strict=True)
     ]
     return Answer(samples, choice, sum(len(generation.response_ids) for generation in generations))

@@ -105,14 +105,14 @@ def _measure(
         ),
         deadline=settings.deadline,
     )
-    generated = {token_id for group in groups for one in group for token_id in one.response_ids}
+    generated = {token_id for group in groups for one in group for token_id in one.response_ids.tolist()}
     sequences: list[list[int]] = []
     ends: list[int] = []
     for prompt, group in zip(prompts, groups, strict=True):
         for generation in group:
             if generation.is_scored(model.stop_token_ids):
-                sequences.append([*prompt.token_ids, *generation.response_ids])
-                ends.append(generation.response_ids[-1])
+                sequences.append([*prompt.token_ids, *generation.response_ids.tolist()])
+                ends.append(int(generation.response_ids[-1]))
     total = len(prompts) * settings.samples
     say(f"{len(sequences)} of {total} responses ended by themselves")
     if len(sequences) < FEWEST_RESPONSES:

@@ -67,13 +67,13 @@ def test_log_probs_and_checksums_are_the_trainers_after_a_sync(kind, server, pro
             sampling = SamplingParams(4, 12, (EOS,), score_token_id=SCORE)
             for prompt, group in zip(prompts, engine.generate(prompts, sampling, deadline=60)):
                 for generation in group:
-                    rows = logprobs(model, prompt + generation.response_ids)
+                    rows = logprobs(model, prompt + generation.response_ids.tolist())
                     ours = [
                         float(rows[len(prompt) - 1 + t, token])
-                        for t, token in enumerate(generation.response_ids)
+                        for t, token in enumerate(generation.response_ids.tolist())
                     ]
                     assert generation.weight_version == version
-                    assert generation.logprobs == pytest.approx(ours, abs=1e-4)
+                    assert generation.logprobs.tolist() == pytest.approx(ours, abs=1e-4)
     finally:
         engine.close()
 
@@ -113,7 +113,7 @@ def test_the_server_tells_where_it_sent_each_token_and_that_is_where_the_model_s
         compared = 0
         for prompt, group in zip(prompts, engine.generate(prompts, sampling, deadline=60)):
             for generation in group:
-                ids = prompt + generation.response_ids
+                ids = prompt + generation.response_ids.tolist()
                 routed = generation.routed_experts
                 assert routed.dtype == np.uint8 and len(routed) in (len(ids) - 1, len(ids))
                 own = chosen_experts(model, ids)[: len(routed)].numpy()
@@ -141,7 +141,7 @@ def test_a_response_in_several_pieces_has_the_experts_of_all_its_tokens(server, 
 
         some = engine.generate_some(prompts, sampling, deadline=120, on_finished=on_finished, stop=stop)
         had = {(p, s): g for p, group in enumerate(some) for s, g in enumerate(group) if g is not None}
-        begun = [place for place, g in had.items() if g.finish_reason == "abort" and g.response_ids]
+        begun = [place for place, g in had.items() if g.finish_reason == "abort" and len(g.response_ids)]
         told = [(p, s) for p, s in begun if had[p, s].routed_experts is not None]
         print(f"{len(begun)} responses were begun, of {len(told)} the aborted answer told the experts")
         assert begun and told == begun
@@ -150,7 +150,7 @@ def test_a_response_in_several_pieces_has_the_experts_of_all_its_tokens(server, 
         again = engine.generate_some(prompts, sampling, deadline=120, resume=had)
         for prompt, group in zip(prompts, again):
             for generation in group:
-                ids = prompt + generation.response_ids
+                ids = prompt + generation.response_ids.tolist()
                 routed = generation.routed_experts
                 assert len(routed) == len(ids) - 1
                 own = chosen_experts(model, ids)[: len(routed)].numpy()

@@ -82,12 +82,12 @@ def test_log_probs_and_scores_are_the_trainers_after_a_sync(kind, sglang_server,
             for prompt, group in zip(prompts, engine.generate(prompts, sampling, deadline=60)):
                 for generation in group:
                     assert generation.weight_version == version
-                    rows = logprobs(model, prompt + generation.response_ids)
+                    rows = logprobs(model, prompt + generation.response_ids.tolist())
                     ours = [
                         float(rows[len(prompt) - 1 + t, token])
-                        for t, token in enumerate(generation.response_ids)
+                        for t, token in enumerate(generation.response_ids.tolist())
                     ]
-                    assert generation.logprobs == pytest.approx(ours, abs=1e-4)
+                    assert generation.logprobs.tolist() == pytest.approx(ours, abs=1e-4)
                     if generation.zc_logprob is not None:
                         assert generation.zc_logprob == pytest.approx(float(rows[-1, SCORE]), abs=1e-4)
             sequence = [4, 5, 6, 7, EOS]
@@ -173,7 +173,7 @@ def test_what_is_stopped_early_goes_on_where_it_was(sglang_server):
         again = engine.generate_some(prompts, sampling, deadline=120, resume=had)
         for (p, s), before in had.items():
             after = again[p][s]
-            assert after.response_ids[: len(before.response_ids)] == before.response_ids
+            assert after.response_ids[: len(before.response_ids)].tolist() == before.response_ids.tolist()
             assert len(after.response_ids) == len(after.logprobs) <= 50
         assert all(g.finish_reason in ("stop", "length") for group in again for g in group)
     finally:

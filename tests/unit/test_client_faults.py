@@ -12,7 +12,7 @@ from helpers.faulty_server import LENGTH, SCORE, STOP, VOCABULARY, FaultyServer,
 from megatron_laser.rollout.client import driver, fleet, router
 from megatron_laser.rollout.client.errors import ServerRefused, ServersLost
 from megatron_laser.rollout.client.health import State
-from megatron_laser.types import SamplingParams
+from megatron_laser.types import Generation, SamplingParams
 
 PROMPTS = [[4, 5], [4, 6], [5, 6]]
 SAMPLING = SamplingParams(2, 8, (STOP,))
@@ -66,7 +66,14 @@ def generate(engine, *, deadline=20.0, sampling=SAMPLING):
 
 
 def is_whole(generation):
-    return generation.response_ids == [7, 8, 9, STOP] and generation.logprobs == [-0.5] * LENGTH
+    return generation == Generation(
+        [7, 8, 9, STOP],
+        [-0.5] * LENGTH,
+        "stop",
+        generation.weight_version,
+        generation.zc_logprob,
+        generation.spans,
+    )
 
 
 @pytest.mark.parametrize("seed", [5, None])
@@ -109,7 +116,7 @@ def test_what_one_server_breaks_another_completes(servers):
 @pytest.mark.parametrize("status", ["400", "401", "404", "422"])
 def test_a_refused_request_is_not_repeated(status, servers):
     server = servers.server()
-    engine = servers.engine(server, max_concurrency=1)
+    engine = servers.engine(server, max_concurrency_per_server=1)
     server.faults.append(status)
     with pytest.raises(ServerRefused, match=rf"server {server.url}, generation: /generate answered {status}"):
         generate(engine, sampling=SamplingParams(1, 8, (STOP,)))
@@ -119,7 +126,7 @@ def test_a_refused_request_is_not_repeated(status, servers):
 
 def test_a_score_is_repeated_without_its_generation(servers):
     server = servers.server()
-    engine = servers.engine(server, max_concurrency=1)
+    engine = servers.engine(server, max_concurrency_per_server=1)
     server.faults.extend([None, "reset", "truncated JSON", "500"])  # a generation; three tries of its score
     groups, finished = generate(engine, sampling=SamplingParams(2, 8, (STOP,), score_token_id=SCORE))
     assert finished == ALL
@@ -211,7 +218,7 @@ def test_without_servers_the_run_hears_of_it_once_at_the_servers_deadline(server
 
 def test_an_answer_of_other_weights_is_dropped(servers):
     server = servers.server()
-    engine = servers.engine(server, max_concurrency=1)
+    engine = servers.engine(server, max_concurrency_per_server=1)
     engine.update_weights([], 3)
     server.faults.append("other weights")
     groups, finished = generate(engine)

@@ -4,6 +4,7 @@ import asyncio
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from megatron_laser.rollout.client.driver import retried
@@ -17,7 +18,9 @@ SAMPLING = SamplingParams(2, 6, STOPS, temperature=0.7, top_p=0.9)
 
 
 def reply(ids, reason):
-    return Reply(ids, [-0.5] * len(ids), reason, "run-3", ("run-3",), 3, 2)
+    return Reply(
+        np.array(ids, np.int32), np.full(len(ids), -0.5, np.float32), reason, "run-3", ("run-3",), 3, 2
+    )
 
 
 def test_a_generation_is_asked_for_as_it_will_be_trained_on():
@@ -71,7 +74,7 @@ def test_a_score_is_one_position_of_the_raw_logits_and_generates_nothing():
 def test_only_a_response_that_ended_on_a_stop_token_has_a_score(ids, reason, ended, scored):
     found = joined(None, reply(ids, reason), 3, SAMPLING)
     assert (found.finish_reason, found.is_scored(STOPS)) == (ended, scored)
-    assert found.response_ids == ids and len(found.logprobs) == len(ids)
+    assert found.response_ids.tolist() == ids and len(found.logprobs) == len(ids)
 
 
 def test_a_resumed_response_has_the_tokens_log_probs_and_versions_of_all_its_parts():
@@ -85,7 +88,7 @@ def test_a_resumed_response_has_the_tokens_log_probs_and_versions_of_all_its_par
         3,
         spans=(WeightSpan(3, 2), WeightSpan(4, 1), WeightSpan(6, 2)),
     )
-    assert first.response_ids == [7, 8]  # what came before is left as it was
+    assert first.response_ids.tolist() == [7, 8]  # what came before is left as it was
 
 
 def test_the_length_limit_counts_all_parts():

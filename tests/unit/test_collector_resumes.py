@@ -13,6 +13,7 @@ from megatron_laser.rewards import Grade, GradingPoolError
 from megatron_laser.rollout.client import fleet
 from megatron_laser.rollout.client.errors import ServersLost, WeightsNeeded
 from megatron_laser.rollout.collector import RolloutCollector
+from megatron_laser.rollout.pending import array_from
 from megatron_laser.run.engines import NEEDS_WEIGHTS, call_engine
 from megatron_laser.types import Prompt, SamplingParams, WeightSpan
 
@@ -42,7 +43,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def engine(server):
-    made = open_engine(server, max_concurrency=5)
+    made = open_engine(server, max_concurrency_per_server=5)
     made.update_weights([], 0)
     yield made
     made.close()
@@ -88,7 +89,7 @@ def test_what_is_unfinished_when_enough_is_there_is_aborted_kept_and_resumed(ser
     assert [group["position"] for group in pending] == [1, 3]
     for group in pending:
         assert group["generations"]["0"]["finish_reason"] == "abort"
-        assert group["generations"]["0"]["response_ids"] == [7, 8] and HELD == 2
+        assert array_from(group["generations"]["0"]["response_ids"]).tolist() == [7, 8] and HELD == 2
 
     server.holds = lambda body: False
     engine.update_weights([], 1)
@@ -99,7 +100,10 @@ def test_what_is_unfinished_when_enough_is_there_is_aborted_kept_and_resumed(ser
     assert sorted(resumed) == sorted([*PROMPTS[row].token_ids, 7, 8] for row in (1, 3))
     for group in second.groups[:2]:
         (sample,) = group.samples
-        assert sample.generation.response_ids == [7, 8, 9, STOP] and len(sample.generation.logprobs) == 4
+        assert (
+            sample.generation.response_ids.tolist() == [7, 8, 9, STOP]
+            and len(sample.generation.logprobs) == 4
+        )
         assert sample.generation.spans == (WeightSpan(0, 2), WeightSpan(1, 2))
         assert sample.generation.weight_version == 0
     assert made.metrics["staleness_max"] == 1.0
@@ -164,7 +168,7 @@ def test_a_step_goes_on_after_its_servers_were_given_weights_again(server, engin
     assert len(server.generations) - asked == 12 - done  # what had arrived is not asked for again
     assert sum(grading.graded.values()) == 12
     samples = list(batch.samples())
-    assert all(s.generation.response_ids == [7, 8, 9, STOP] and s.reward == 1.0 for s in samples)
+    assert all(s.generation.response_ids.tolist() == [7, 8, 9, STOP] and s.reward == 1.0 for s in samples)
     assert {s.zc_logprob for s in samples} == {None if score is None else -7.5}
 
 

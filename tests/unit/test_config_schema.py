@@ -54,7 +54,7 @@ DEFAULTS = {
         "oversample": 1.0,
         "ahead": 0,
         "max_staleness": 2,
-        "max_concurrency": 1024,
+        "max_concurrency_per_server": 256,
         "min_servers": 1,
         "servers_deadline": 900.0,
         "weight_sync": "distributed",

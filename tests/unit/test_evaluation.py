@@ -77,7 +77,9 @@ class FakeEngine:
         self.scored += [list(sequence) for sequence in sequences]
         values: list[float] = []
         for prompt, *response in sequences:
-            values.append(next(z for g, z in self.script[prompt - 100] if g.response_ids == response))
+            values.append(
+                next(z for g, z in self.script[prompt - 100] if g.response_ids.tolist() == response)
+            )
         return values
 
 

@@ -199,7 +199,7 @@ def test_the_small_example_through_a_server_differs_in_who_generates_and_scores(
     assert served["laser"]["score_source"] == "server" and served["policy"]["old_logprobs"] == "on_policy"
     for settings in (in_process, served):
         for section, key in (
-            *(("rollout", key) for key in ("engine", "sglang", "max_concurrency")),
+            *(("rollout", key) for key in ("engine", "sglang", "max_concurrency_per_server")),
             ("laser", "score_source"),
             ("policy", "old_logprobs"),
             ("run", "output_dir"),

@@ -82,28 +82,28 @@ def test_every_prompt_gets_its_samples_in_order(generations):
 def test_logprobs_are_those_of_a_full_forward_at_the_sampling_temperature(engine, reference, temperature):
     out = engine.generate(PROMPTS, replace(SAMPLING, temperature=temperature), deadline=60)
     for prompt, one in flat(out):
-        expected = logprobs_of(reference, prompt, one.response_ids, temperature)
-        torch.testing.assert_close(torch.tensor(one.logprobs), expected, atol=1e-5, rtol=0)
+        expected = logprobs_of(reference, prompt, one.response_ids.tolist(), temperature)
+        torch.testing.assert_close(torch.from_numpy(one.logprobs), expected, atol=1e-5, rtol=0)
 
 
 def test_a_response_ends_at_its_first_stop_token_or_at_the_length_limit(generations):
     reasons = set()
     for _, one in flat(generations):
         reasons.add(one.finish_reason)
-        assert not set(one.response_ids[:-1]) & set(STOPS)
+        assert not set(one.response_ids.tolist()[:-1]) & set(STOPS)
         assert len(one.logprobs) == len(one.response_ids) <= SAMPLING.max_new_tokens
         if one.finish_reason == "stop":
-            assert one.response_ids[-1] in STOPS
+            assert one.response_ids.tolist()[-1] in STOPS
         else:
             assert one.finish_reason == "length"
-            assert one.response_ids[-1] not in STOPS
+            assert one.response_ids.tolist()[-1] not in STOPS
             assert len(one.response_ids) == SAMPLING.max_new_tokens
         assert one.is_scored(STOPS) == (one.finish_reason == "stop")
     assert reasons == {"stop", "length"}
 
 
 def test_each_of_several_stop_tokens_ends_a_response(generations):
-    used = {one.response_ids[-1] for _, one in flat(generations) if one.finish_reason == "stop"}
+    used = {one.response_ids.tolist()[-1] for _, one in flat(generations) if one.finish_reason == "stop"}
     assert len(used) > 3
 
 
@@ -120,9 +120,9 @@ def test_the_score_is_of_the_raw_logits_behind_the_stop_token(engine, reference,
     out = engine.generate(PROMPTS, replace(SAMPLING, temperature=temperature), deadline=60)
     stopped = [(prompt, one) for prompt, one in flat(out) if one.finish_reason == "stop"]
     assert len(stopped) > 10
-    scores = engine.score([prompt + one.response_ids for prompt, one in stopped], SCORE, deadline=60)
+    scores = engine.score([prompt + one.response_ids.tolist() for prompt, one in stopped], SCORE, deadline=60)
     for (prompt, one), score in zip(stopped, scores):
-        expected = logits_of(reference, prompt, one.response_ids)[-1].log_softmax(-1)[SCORE].item()
+        expected = logits_of(reference, prompt, one.response_ids.tolist())[-1].log_softmax(-1)[SCORE].item()
         assert one.zc_logprob == pytest.approx(expected, abs=1e-5)
         assert score == pytest.approx(expected, abs=1e-5)
     assert all(one.zc_logprob is None for _, one in flat(out) if one.finish_reason == "length")
@@ -157,23 +157,23 @@ def test_greedy_equals_transformers_generate_in_batches_of_any_size(folder, refe
                 pad_token_id=0,
             )[0, len(prompt) :].tolist()
             for one in group:
-                assert one.response_ids == expected
+                assert one.response_ids.tolist() == expected
                 raw = logprobs_of(reference, prompt, expected)
-                torch.testing.assert_close(torch.tensor(one.logprobs), raw, atol=1e-5, rtol=0)
+                torch.testing.assert_close(torch.from_numpy(one.logprobs), raw, atol=1e-5, rtol=0)
 
 
 def test_equal_seeds_give_equal_responses_and_other_seeds_do_not(folder, generations):
     def ids(seed):
         out = make_engine(folder).generate(PROMPTS, replace(SAMPLING, seed=seed), deadline=60)
-        return [one.response_ids for _, one in flat(out)]
+        return [one.response_ids.tolist() for _, one in flat(out)]
 
-    assert ids(3) == [one.response_ids for _, one in flat(generations)]
+    assert ids(3) == [one.response_ids.tolist() for _, one in flat(generations)]
     assert ids(4) != ids(3)
 
 
 def test_samples_of_one_prompt_differ(generations):
     for group in generations:
-        assert len({tuple(one.response_ids) for one in group}) > 1
+        assert len({tuple(one.response_ids.tolist()) for one in group}) > 1
 
 
 def nucleus(probabilities, top_p):
@@ -192,8 +192,8 @@ def test_sampling_never_leaves_the_nucleus_and_logprobs_are_those_before_it(engi
     sampling = replace(SAMPLING, temperature=temperature, top_p=top_p)
     out = engine.generate(PROMPTS, sampling, deadline=60)
     for prompt, one in flat(out):
-        rows = (logits_of(reference, prompt, one.response_ids)[:-1] / temperature).log_softmax(-1)
-        for row, token, logprob in zip(rows, one.response_ids, one.logprobs):
+        rows = (logits_of(reference, prompt, one.response_ids.tolist())[:-1] / temperature).log_softmax(-1)
+        for row, token, logprob in zip(rows, one.response_ids.tolist(), one.logprobs.tolist()):
             # A little wider than top_p: a token on the edge may fall on either side in float32.
             assert token in nucleus(row.double().exp().tolist(), top_p + 1e-5)
             assert logprob == pytest.approx(row[token].item(), abs=1e-5)
@@ -215,7 +215,7 @@ def test_first_tokens_are_drawn_from_the_models_distribution(folder, reference, 
     draws, prompt = 4000, PROMPTS[0]
     sampling = SamplingParams(draws, 1, (), temperature=temperature, top_p=top_p, seed=11)
     (group,) = make_engine(folder, max_batch_size=draws).generate([prompt], sampling, deadline=60)
-    tokens = torch.tensor([one.response_ids[0] for one in group])
+    tokens = torch.tensor([one.response_ids.tolist()[0] for one in group])
     counts = torch.bincount(tokens, minlength=250).tolist()
     probabilities = (logits_of(reference, prompt, [])[-1].double() / temperature).softmax(-1).tolist()
     kept = nucleus(probabilities, top_p)
@@ -289,8 +289,8 @@ def test_an_update_changes_all_weights_and_the_version(folder):
     other = tiny_model("qwen2", seed=9, scale=SCALE)
     for one in group:
         assert one.weight_version == 7
-        expected = logprobs_of(other, PROMPTS[0], one.response_ids)
-        torch.testing.assert_close(torch.tensor(one.logprobs), expected, atol=1e-5, rtol=0)
+        expected = logprobs_of(other, PROMPTS[0], one.response_ids.tolist())
+        torch.testing.assert_close(torch.from_numpy(one.logprobs), expected, atol=1e-5, rtol=0)
 
 
 def test_tied_weights_are_updated_by_the_embedding_alone(tmp_path):

@@ -186,9 +186,9 @@ def test_flat_arrays_give_the_samples_back():
         item = flat.pack_input(index)
         assert item.sample_index == index and item.scored is sample.scored
         assert item.prompt_ids.tolist() == sample.prompt_ids == flat.prompt_ids(index).tolist()
-        assert item.response_ids.tolist() == sample.generation.response_ids
+        assert item.response_ids.tolist() == sample.generation.response_ids.tolist()
         own = slice(*flat.response_offsets[index : index + 2])
-        assert flat.rollout_logprobs[own].tolist() == sample.generation.logprobs
+        assert flat.rollout_logprobs[own].tolist() == sample.generation.logprobs.tolist()
 
 
 def test_policy_rows_find_their_rollout_logprob():
@@ -219,10 +219,12 @@ def test_an_empty_batch_flattens():
 
 def test_broken_generations_are_refused_when_flattened():
     batch = rollout_batch()
-    batch.groups[0].samples[1].generation.logprobs.pop()
+    batch.groups[0].samples[1].generation.logprobs = np.full(2, -0.5, np.float32)
     with pytest.raises(ValueError, match="sample 1 of step 12 has 3 response ids and 2 log-probs"):
         flatten(batch)
     batch = rollout_batch()
-    batch.groups[0].samples[1].generation.response_ids[0] = 2**31
+    batch.groups[0].samples[1].prompt_ids = [2**31]
     with pytest.raises(OverflowError):
         flatten(batch)
+    with pytest.raises(OverflowError):
+        Generation([2**31], [-0.5], "length", 0)

@@ -115,7 +115,7 @@ def test_a_resumed_response_says_which_weights_sampled_which_token():
             assert generation.weight_version == versions[0]
             assert generation.response_ids[-1] == STOP
             assert len(generation.response_ids) == varied(
-                sample.prompt_ids[0], generation.response_ids[1] - 10
+                sample.prompt_ids[0], int(generation.response_ids[1]) - 10
             )
             mixed += len(versions) > 1
     assert mixed > 0

@@ -334,7 +334,7 @@ def test_a_run_goes_on_with_other_servers_and_not_with_another_kind_of_data():
             "min_servers": 1,
             "weight_sync": "disk",
             "sync_deadline": 5,
-            "max_concurrency": 7,
+            "max_concurrency_per_server": 7,
             "verify_sync": True,
         },
     )

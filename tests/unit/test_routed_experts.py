@@ -267,7 +267,7 @@ def test_the_in_process_engine_tells_where_its_tokens_went(tmp_path, family):
     for params in (sampling, plain):
         for prompt, group in zip(prompts, engine.generate(prompts, params, deadline=60)):
             for generation in group:
-                ids = [*prompt, *generation.response_ids]
+                ids = [*prompt, *generation.response_ids.tolist()]
                 routed = generation.routed_experts
                 # With a score the stop token is fed, too.
                 scored = params.score_token_id is not None and generation.finish_reason == "stop"

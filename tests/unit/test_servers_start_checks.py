@@ -30,7 +30,10 @@ def test_debugged_collectives_with_servers_in_the_group_are_refused(config, monk
 
 
 def test_too_few_open_files_are_found_before_a_model_is_built(config, monkeypatch):
-    monkeypatch.setattr("resource.getrlimit", lambda _: (512, 512))
-    with pytest.raises(ConfigError, match=r"rollout\.max_concurrency: 1024"):
-        check_start(config())
+    monkeypatch.setattr("resource.getrlimit", lambda _: (1000, 1000))
+    with pytest.raises(ConfigError, match=r"max_concurrency_per_server: 256 requests at once on each of 3 "):
+        check_start(config(sglang={"servers": 3}))
+    with pytest.raises(ConfigError, match=r"256 requests at once on each of 4 "):
+        check_start(config(sglang={"urls": [f"http://10.0.0.{host}:3000" for host in range(4)]}))
+    check_start(config(sglang={"servers": 2}))
     check_start(config(engine="in_process"))

@@ -286,7 +286,7 @@ def test_urls_open_the_servers_client_with_key_and_model_and_other_weights_are_s
             tied=False,
         ),
         "deadline": 5.0,
-        "max_concurrency": 256,
+        "max_concurrency_per_server": 256,
         "router_url": "http://127.0.0.1:2",
         "closed": True,
     }

@@ -118,9 +118,10 @@ class RolloutConfig(Section):
     """Seconds that one step's rollout may take before the run stops with an error."""
     max_batch_size: Count = 256
     """Sequences generated at once by the in-process engine."""
-    max_concurrency: Count = 1024
-    """Requests that are open at once, over all servers. Each is a connection, which counts as an open file of rank 0:
-    the run raises its limit, and ends with an error where `ulimit -Hn` does not let it."""
+    max_concurrency_per_server: Count = 256
+    """Requests that are open at once on each server; what is beyond waits in rank 0. Servers that join or die change
+    the sum. Each is a connection, which counts as an open file of rank 0: the run raises its limit, and ends with an
+    error where `ulimit -Hn` does not let it. With a router so many times the servers go through it."""
     min_servers: Count = 1
     """The run goes on while at least so many servers are healthy and hold the current weights; below it waits
     for up to `servers_deadline`."""

@@ -22,11 +22,12 @@ from megatron_laser.rollout.client.errors import (
     ServerMismatch,
     ServerRefused,
 )
-from megatron_laser.rollout.client.event_loop import all_or_first_error, cancelling
+from megatron_laser.rollout.client.event_loop import OneThread, all_or_first_error, cancelling
 from megatron_laser.rollout.client.fleet import Fleet, Member
 from megatron_laser.rollout.client.responses import RequestStats, Weights, joined
 from megatron_laser.rollout.client.router import Router
 from megatron_laser.rollout.client.sender import RequestSender
+from megatron_laser.rollout.client.slots import Slots
 from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.rollout.routed_experts import Routed, known_tokens, parse_routing, routing_request
 from megatron_laser.rollout.sglang_api import (
@@ -63,12 +64,10 @@ class _Job:
 class Driver:
     """Sends requests to the servers of `fleet`, through `router` where there is one."""
 
-    def __init__(
-        self, fleet: Fleet, *, vocab_size: int, max_concurrency: int, router: Router | None = None
-    ) -> None:
+    def __init__(self, fleet: Fleet, *, vocab_size: int, router: Router | None = None) -> None:
         self._fleet = fleet
         self._vocab_size = vocab_size
-        self._slots = asyncio.Semaphore(max_concurrency)
+        self._slots = Slots(fleet)
         self._trouble = ""  # what a request was last repeated for
         self._said_unrouted = False
         self.stats = RequestStats()
@@ -100,6 +99,9 @@ class Driver:
                     jobs.append(_Job(p, s, ids, known))
         cached_on: dict[int, Member] = {}
         stopped = asyncio.Event()
+        finished = OneThread(
+            "rollout responses"
+        )  # what is done with one, its decoding too, does not hold up the loop
 
         async def run(job: _Job) -> None:
             async with self._slots:
@@ -110,7 +112,7 @@ class Driver:
                 return
             results[job.prompt][job.sample] = generation
             if generation.finish_reason != "abort" and on_finished is not None:
-                on_finished(job.prompt, job.sample, generation)
+                await finished.call(on_finished, job.prompt, job.sample, generation)
 
         tasks = {asyncio.create_task(run(job)): job for job in jobs}
         if stop is not None:
@@ -122,6 +124,7 @@ class Driver:
         finally:
             watcher.cancel()
             await asyncio.gather(watcher, return_exceptions=True)
+            await finished.end()
         return results
 
     async def score(
@@ -148,7 +151,7 @@ class Driver:
         stopped: asyncio.Event,
     ) -> Generation | None:
         partial = job.partial
-        had = [] if partial is None else partial.response_ids
+        had: list[int] = [] if partial is None else partial.response_ids.tolist()
         left = sampling.max_new_tokens - len(had)
         input_ids = [*job.prompt_ids, *had]
 
@@ -206,7 +209,7 @@ class Driver:
         generation = await self._retried(attempt, lambda: job.member)
         token = sampling.score_token_id
         if generation is not None and token is not None and generation.is_scored(sampling.stop_token_ids):
-            sequence = [*job.prompt_ids, *generation.response_ids]
+            sequence = [*job.prompt_ids, *generation.response_ids.tolist()]
             generation.zc_logprob = await self._score_one(sequence, token, weights, job.member, ends)
         return generation
 

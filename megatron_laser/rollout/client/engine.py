@@ -65,7 +65,7 @@ class SglangEngine:
         *,
         api_key: str | None,
         expected: Expected,
-        max_concurrency: int = 256,
+        max_concurrency_per_server: int = 256,
         router_url: str | None = None,
         min_servers: int = 1,
         start_deadline: float = 600.0,
@@ -80,14 +80,16 @@ class SglangEngine:
         Args:
             source: the servers as they are now; asked again while the engine lives.
             expected: what their model must be.
+            max_concurrency_per_server: requests that are open at once on each; with a router, so many times the
+                servers through it.
             start_deadline: seconds until `min_servers` must answer.
             on_close: called at the end of `close`: whoever started the servers ends them.
 
         Raises:
-            ServersLost, ConfigError: they do not; `max_concurrency` is beyond the limit of open files.
+            ServersLost, ConfigError: they do not; so many requests to each are beyond the limit of open files.
             ServerMismatch, ServerRefused: one cannot be used, is no SGLang server, or wants another key.
         """
-        raise_open_files(max_concurrency)
+        raise_open_files(max_concurrency_per_server, max(1, len(source())))
         self.session = secrets.token_hex(4)  # weights of an earlier life of this run are not ours
         self.api_key = api_key
         self.transport = transport
@@ -107,14 +109,13 @@ class SglangEngine:
                 limits=limits,
                 min_servers=min_servers,
                 servers_deadline=servers_deadline,
+                per_server=max_concurrency_per_server,
             )
             fleet.identify = functools.partial(identify_member, expected=expected, deadline=SLACK)
             router = None
             if router_url is not None:
                 router = Router(ServerClient(router_url, sessions), probe_deadline=fleet.probe_deadline)
-            driver = Driver(
-                fleet, vocab_size=expected.vocab_size, max_concurrency=max_concurrency, router=router
-            )
+            driver = Driver(fleet, vocab_size=expected.vocab_size, router=router)
             fleet.watch()
             return sessions, fleet, driver
 
@@ -136,7 +137,7 @@ class SglangEngine:
         api_key: str | None,
         expected: Expected,
         deadline: float,
-        max_concurrency: int = 256,
+        max_concurrency_per_server: int = 256,
         router_url: str | None = None,
     ) -> SglangEngine:
         """Use servers with the weights that they hold. Raises as the constructor does; `deadline` in seconds."""
@@ -145,7 +146,7 @@ class SglangEngine:
             lambda: endpoints,
             api_key=api_key,
             expected=expected,
-            max_concurrency=max_concurrency,
+            max_concurrency_per_server=max_concurrency_per_server,
             router_url=router_url,
             min_servers=len(endpoints),
             start_deadline=deadline,
@@ -184,7 +185,7 @@ class SglangEngine:
         on_finished: Callable[[int, int, Generation], None] | None = None,
         stop: StopEarly | None = None,
     ) -> list[list[Generation]]:
-        """See `RolloutEngine.generate`; `on_finished` is called in the event loop's thread.
+        """See `RolloutEngine.generate`; `on_finished` is called in a thread beside the event loop's.
 
         Raises also WeightsNeeded and ServersLost (see `Fleet.pick`) and ServerError."""
         found = self.generate_some(prompts, sampling, deadline=deadline, on_finished=on_finished, stop=stop)

@@ -52,6 +52,22 @@ class LoopThread:
         self.loop.close()
 
 
+class OneThread:
+    """A thread beside the current event loop, for calls that must not hold it up; one after the other."""
+
+    def __init__(self, name: str) -> None:
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What `function` returns or raises. It is called even if whoever waits for it is cancelled."""
+        return await asyncio.shield(asyncio.wrap_future(self._thread.submit(function, *arguments)))
+
+    async def end(self) -> None:
+        """Wait for the calls that are under way or waiting; there are no more after them."""
+        await asyncio.wrap_future(self._thread.submit(lambda: None))
+        self._thread.shutdown(wait=False)
+
+
 def cancelling() -> bool:
     """Whether the current task itself is being cancelled, and not just something that it waits for."""
     task = asyncio.current_task()

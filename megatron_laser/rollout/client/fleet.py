@@ -108,6 +108,7 @@ class Fleet:
         limits: Limits,
         min_servers: int = 1,
         servers_deadline: float = 900.0,
+        per_server: int = 256,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._source = source
@@ -116,6 +117,7 @@ class Fleet:
         self._clock = clock
         self._min_servers = min_servers
         self._servers_deadline = servers_deadline
+        self.per_server = per_server  # requests at once
         self._members: dict[str, Member] = {}
         self._monitor: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -128,6 +130,8 @@ class Fleet:
         self.catch_up: Callable[[Member], Awaitable[str]] | None = None
         # Called when a server has fallen silent behind an open port, which breaks no connection.
         self.on_hang: Callable[[], None] | None = None
+        # Called when it may have changed who takes new requests.
+        self.on_change: Callable[[], None] | None = None
         self._look()
 
     @property
@@ -200,9 +204,13 @@ class Fleet:
                 if self.on_hang is not None and isinstance(event, Missed) and not event.refused:
                     self.on_hang()
         self._changed.set()
+        if self.on_change is not None:
+            self.on_change()
 
     async def pick(self, phase: str, preferred: Member | None = None, failed: Member | None = None) -> Member:
         """The server for the next request: `preferred` if it takes work, else the least loaded; waits for one.
+
+        None gets more than `per_server` requests, but where another has just died and left its own to the others.
 
         Args:
             phase: what the request is for, for messages.
@@ -216,9 +224,10 @@ class Fleet:
             available = self.available()
             if len(available) >= self._min_servers:
                 self._short_since = None
-                if preferred is not None and preferred in available and preferred is not failed:
+                free = [member for member in available if len(member.running) < self.per_server] or available
+                if preferred is not None and preferred in free and preferred is not failed:
                     return preferred
-                return min(available, key=lambda member: (member is failed, member.load))
+                return min(free, key=lambda member: (member is failed, member.load))
             self._check_shortage(phase, len(available))
             await self._change(1.0)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import aiohttp
 import orjson
 
+from megatron_laser.rollout.answer_arrays import MIN_BYTES, read_answer
 from megatron_laser.rollout.client.errors import (
     OutOfFiles,
     ServerBusy,
@@ -20,8 +23,13 @@ from megatron_laser.rollout.client.errors import (
 )
 from megatron_laser.rollout.sglang_api import GENERATE, PROSE
 
+T = TypeVar("T")
+
 _CONNECT_SECONDS = 10.0
 _BUSY = (408, 429, 503)  # a full queue, a router without workers, a server that starts: worth another try
+_READERS = (
+    2  # threads that read long answers: while one has the interpreter's lock, the other is inside NumPy
+)
 _SHOWN = 500  # characters of a server's own words
 
 
@@ -41,8 +49,12 @@ class ServerClient:
         return await self._call("POST", path, body, deadline, phase, self._sessions.control)
 
     async def request(self, body: dict[str, Any], *, deadline: float, phase: str) -> Any:
-        """The JSON behind `GENERATE`, over a kept connection."""
+        """The JSON behind `GENERATE`, as `read_answer` gives it, over a kept connection."""
         return await self._call("POST", GENERATE, body, deadline, phase, self._sessions.data)
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """See `Sessions.in_thread`."""
+        return await self._sessions.in_thread(work)
 
     async def _call(
         self,
@@ -66,7 +78,8 @@ class ServerClient:
                 raise OutOfFiles(
                     self.url,
                     phase,
-                    f"{path}: this process has too many open files (ulimit -n); lower rollout.max_concurrency",
+                    f"{path}: this process has too many open files (ulimit -n); lower "
+                    "rollout.max_concurrency_per_server",
                 ) from error
             raise ServerGone(
                 self.url, phase, f"{path}: {error or type(error).__name__}; is the server up?"
@@ -81,7 +94,9 @@ class ServerClient:
         if not raw:
             return None
         try:
-            return orjson.loads(raw)
+            if len(raw) < MIN_BYTES:
+                return orjson.loads(raw)
+            return await self._sessions.in_thread(lambda: read_answer(raw))
         except orjson.JSONDecodeError as error:
             if path in PROSE:
                 return raw.decode(errors="replace")
@@ -96,7 +111,8 @@ class Sessions:
     """The connections of one event loop: kept ones for generation, fresh ones for control.
 
     A kept connection may have been closed by the server just as it is used again; a generation is then simply
-    repeated, but a control call must not fail for that.
+    repeated, but a control call must not fail for that. Long answers are read in threads beside the loop, which would
+    answer nobody else meanwhile.
     """
 
     def __init__(self, api_key: str | None) -> None:
@@ -113,8 +129,15 @@ class Sessions:
             connector=aiohttp.TCPConnector(limit=0, force_close=True), headers=headers, trust_env=False
         )
 
+        self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="rollout answers")
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """What `work` returns, which runs beside the loop. Given up, it runs to its end, and nobody hears of it."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
     async def close(self) -> None:
         """Close all connections."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         await asyncio.gather(self.data.close(), self.control.close())
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_laser.rollout.engine import StoppedEarly
 from megatron_laser.rollout.routed_experts import Routed, joined_routing
 from megatron_laser.rollout.sglang_api import Reply
@@ -29,14 +32,16 @@ def joined(
 
     routed: where the tokens went whose experts were not known before.
     """
-    before = Generation([], [], "abort", version) if partial is None else partial
-    ids = [*before.response_ids, *reply.ids]
-    spans = (*before.spans, WeightSpan(version, len(reply.ids)))
+    ids, logprobs = reply.ids, reply.logprobs
+    if partial is not None:
+        ids = np.concatenate([partial.response_ids, ids])
+        logprobs = np.concatenate([partial.logprobs, logprobs])
+    spans = (*(() if partial is None else partial.spans), WeightSpan(version, len(reply.ids)))
     # Weights under which a request was only queued have sampled nothing of it.
     spans = tuple(span for span in spans if span.tokens) or spans[-1:]
     return Generation(
         ids,
-        [*before.logprobs, *reply.logprobs],
+        logprobs,
         _how_it_ended(reply.finish_reason, ids, sampling),
         min(span.version for span in spans),
         spans=spans,
@@ -44,12 +49,12 @@ def joined(
     )
 
 
-def _how_it_ended(reason: FinishReason, ids: list[int], sampling: SamplingParams) -> FinishReason:
+def _how_it_ended(reason: FinishReason, ids: npt.NDArray[np.int32], sampling: SamplingParams) -> FinishReason:
     # An abort takes effect behind the token that is being made, and hides that this was the last one. Such a
     # response must not be continued behind its end.
-    if reason != "abort" or not ids:
+    if reason != "abort" or not len(ids):
         return reason
-    if ids[-1] in sampling.stop_token_ids:
+    if int(ids[-1]) in sampling.stop_token_ids:
         return "stop"
     return "length" if len(ids) >= sampling.max_new_tokens else "abort"
 

@@ -23,7 +23,7 @@ from megatron_laser.rollout.client.health import Answered
 from megatron_laser.rollout.client.http import ServerClient
 from megatron_laser.rollout.client.responses import RequestStats, Weights
 from megatron_laser.rollout.client.router import Router
-from megatron_laser.rollout.routed_experts import WrongExperts
+from megatron_laser.rollout.routed_experts import WrongExperts, has_routing
 from megatron_laser.rollout.sglang_api import ABORT_REQUEST, Reply, ScoreReply, abort_body, abort_message
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ class RequestSender:
         """POST `GENERATE`; ends when the server dies.
 
         Args:
-            parse: raises ValueError, LookupError or TypeError for what is no answer.
+            parse: called in a thread beside the loop where the answer holds experts; raises ValueError, LookupError or
+                TypeError for what is no answer.
             direct: to `member` itself, and not through the router, which might choose what failed before.
             patient: an answer that is late says nothing of the server, whose probes do.
 
@@ -78,7 +79,10 @@ class RequestSender:
             refused = abort_message(answer)
             if refused is not None:
                 raise ServerRefused(url, phase, refused)
-            reply = parse(answer)
+            if has_routing(answer):  # two megabytes and more of them for a long response
+                reply = await member.client.in_thread(lambda: parse(answer))
+            else:
+                reply = parse(answer)
         except WrongExperts as error:
             raise ServerMismatch(url, phase, f"its answer has {error}") from error
         except (LookupError, TypeError, ValueError) as error:

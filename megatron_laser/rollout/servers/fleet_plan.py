@@ -95,7 +95,8 @@ def plan_fleet(config: RunConfig, endpoints: Path) -> FleetPlan:
         )
     if has_weight_files(config.model.path):  # servers may be told to make them up
         check_model_folder(config.model.path)
-    raise_open_files(config.rollout.max_concurrency)  # servers and router inherit it
+    # Servers and router inherit it.
+    raise_open_files(config.rollout.max_concurrency_per_server, sglang.servers)
     python = find_python(sglang, Path.cwd())
     installed = check_sglang(python, router=sglang.router, cuda=sglang.device == "cuda")
     gpus: tuple[str | None, ...] = (None,) * sglang.servers

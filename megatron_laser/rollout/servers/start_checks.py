@@ -13,7 +13,7 @@ from megatron_laser.config.checks.rollout import colocated_gpus
 from megatron_laser.config.process_environment import read_place
 from megatron_laser.config.schema.rollout import RolloutConfig
 from megatron_laser.rollout.nccl import DEBUG, debugs_collectives
-from megatron_laser.rollout.open_files import raise_open_files
+from megatron_laser.rollout.open_files import named_servers, raise_open_files
 from megatron_laser.rollout.servers.command import find_python
 from megatron_laser.rollout.servers.installed import ask_installed
 
@@ -90,14 +90,15 @@ def check_start(config: RunConfig) -> None:
 
     Raises:
         ConfigError: colocated servers cannot work here (see `refuse_colocated`), torch's debugging would hang the
-            weight group, or this process may not have `rollout.max_concurrency` connections.
+            weight group, or this process may not have as many connections as
+            `rollout.max_concurrency_per_server` asks for.
     """
     rollout = config.rollout
     if rollout.engine != "sglang":
         return
     if problems := debugged_broadcasts(rollout, os.environ):
         raise ConfigError(problems)
-    raise_open_files(rollout.max_concurrency)
+    raise_open_files(rollout.max_concurrency_per_server, named_servers(rollout))
     refuse_colocated(config)
 
 
