@@ -59,26 +59,34 @@ def float32_as_json(bits):
 floats = (
     st.floats(width=32, allow_nan=False, allow_infinity=False) | st.floats(-50.0, 0.0) | st.floats()
 ).map(lambda value: orjson.dumps(value).decode())
-odd_numbers = st.sampled_from(
+
+
+def one_of(words):
+    return st.sampled_from(words.split("|"))
+
+
+odd_numbers = one_of(
     "-0|-0.0|0|7|-3|1e-5|-1.5E+3|1E2|5e-324|1e39|-1e400|3.4028235677973366e38|123456789012345678901234567890|"
     "0.1000000000000000055511151231257827|-16777217|9007199254740993|NaN|Infinity|-Infinity|nan|null|true|+1|01|-01|.5|"
-    '-.5|1.|1.e5|1.E5|--1|-||e5|1e|1e+|1e5.5| -0.5|-0.5 |\n1|"-0.5"|[1]|0x1|1_0|1,2|²'.split("|")
+    '-.5|1.|1.e5|1.E5|--1|-||e5|1e|1e+|1e5.5| -0.5|-0.5 |\n1|"-0.5"|[1]|0x1|1_0|1,2|²'
 )
 numbers = floats | odd_numbers
 ids = st.integers(0, VOCABULARY).map(str)
-odd_ids = st.sampled_from(
+odd_ids = one_of(
     "0|99999999|100000000|4294967296|-1|-0|01|00|1.0|1e1|| 7|7 |null|true|"
-    '"7"|[7]|+7|18446744073709551616|/|:|1/|7]|[7'.split("|")
+    '"7"|[7]|+7|18446744073709551616|/|:|1/|7]|[7'
 )
 texts = st.sampled_from(
     ["", '"output_ids":[1,2]', '"output_token_logprobs":[[-1.0,5,null]]', "]]", '\x00\\"é\n', "[["]
 )
-fillers = st.sampled_from(
+fillers = one_of(
     '|"input_token_logprobs":[[null,3,null]],|"x":"\\"output_token_logprobs":1,|"x":{"output_ids":[9]},|"output_ids":[9],|'
     '"x":{"output_token_logprobs":[[-1.0,5,null]]},|"x\\"output_token_logprobs":[[-1,5,null]],|"completion_tokens":2,|'
-    '"output_token_logprobs":[[-1.0,5,null]],|"a":"\\u0000","b":[[1],[2]],'.split("|")
+    '"output_token_logprobs":[[-1.0,5,null]],|"a":"\\u0000","b":[[1],[2]],'
 )
-afters = st.sampled_from(["", ',"output_top_logprobs":[[1],[2]]', ',"completion_tokens":1', ',"e":[[]]', ',"x":"]]"'])
+afters = st.sampled_from(
+    ["", ',"output_top_logprobs":[[1],[2]]', ',"completion_tokens":1', ',"e":[[]]', ',"x":"]]"']
+)
 
 
 @given(st.lists(st.tuples(ids, floats), min_size=1, max_size=20), texts, afters)
@@ -136,8 +144,6 @@ def test_bytes_that_are_lost_or_changed_end_as_with_the_plain_parser(place, remo
 def test_an_aborted_answer_without_tokens_or_logprobs_has_none():
     none = answer([], [], reason="abort")
     for raw in (none, none.replace(b'logprobs":[]', b'logprobs":null')):
-            b'"output_token_logprobs":[]', b'"output_token_logprobs":' + entries.encode()
-        )
         assert outcome(fast, raw) == outcome(orjson.loads, raw) == ([], [], "abort", "v")
 
 
