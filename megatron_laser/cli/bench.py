@@ -125,3 +125,22 @@ def bench_client(
         typer.echo(result.table())
         if output is not None:
             result.write_json(output)
+
+
+@app.command("rank-zero")
+def bench_rank_zero(
+    responses: Annotated[int, typer.Option(help="Responses of a step.", min=1)] = 1024,
+    tokens: Annotated[int, typer.Option(help="Tokens of each.", min=1)] = 32_768,
+    output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """What receiving a step's long responses costs rank 0: CPU of its threads, pauses of its event loop, memory.
+
+    No server is needed: a process of its own sends answers that were rendered before.
+    """
+    _prepare_process()
+    from megatron_laser.benchmarks.rank_zero import bench_rank_zero as run
+
+    result = run(responses=responses, tokens=tokens)
+    typer.echo(result.table())
+    if output is not None:
+        result.write_json(output)
