@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laser.rollout.answer_arrays import TokenLogprobs
+from megatron_laser.rollout.answer_arrays import TokenLogprobs, as_float32
 from megatron_laser.types import FinishReason, SamplingParams
 
 MIN_SGLANG = (0, 5, 23)
@@ -152,10 +152,7 @@ def score_body(input_ids: Sequence[int], token_id: int, *, rid: str) -> dict[str
 
 
 def parse_generate(body: Any, vocab_size: int, *, max_new_tokens: int, prompt_tokens: int) -> Reply:
-    """The answer to one `generate_body` with an input of `prompt_tokens` ids.
-
-    Args:
-        body: JSON values, or what `read_answer` makes of them.
+    """The answer to one `generate_body` with an input of `prompt_tokens` ids; `body`: as `read_answer` gives it.
 
     Raises WireError when `body` is not that.
     """
@@ -195,7 +192,7 @@ def _token_ids(found: Any, vocab_size: int) -> npt.NDArray[np.int32]:
 def _token_logprobs(entries: Any, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
     """[tokens], of `[log-prob, id, text]` for each of `ids`."""
     if isinstance(entries, TokenLogprobs):
-        narrow = _float32(entries.logprobs)
+        narrow = as_float32(entries.logprobs)
         if np.array_equal(entries.ids, ids) and np.isfinite(narrow).all():
             return narrow
         entries = entries.entries()  # what is wrong with them is said below
@@ -209,17 +206,12 @@ def _token_logprobs(entries: Any, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.
         if entry[1] != token:
             raise WireError(f"output_token_logprobs are of token {entry[1]} where output_ids has {token}")
         logprobs.append(_finite(entry[0], "output_token_logprobs"))
-    narrow = _float32(np.array(logprobs, np.float64))
+    narrow = as_float32(np.array(logprobs, np.float64))
     if not np.isfinite(narrow).all():
         raise WireError(
             f"output_token_logprobs has {logprobs[int(np.isfinite(narrow).argmin())]!r}: no float32"
         )
     return narrow
-
-
-def _float32(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    with np.errstate(over="ignore"):
-        return values.astype(np.float32)
 
 
 def abort_message(body: Any) -> str | None:
