@@ -1,8 +1,9 @@
 """The long lists of a server's answer, from its bytes to arrays without a Python object for each number.
 
 An answer of 32,768 tokens has 1.4 MB: `output_ids`, and `output_token_logprobs` with [log-prob, id, null] for each.
-As Python objects they cost 18 ms on an idle core, all of it under the interpreter's lock; here it is 6 ms, two thirds of
-which NumPy and Arrow spend outside of it. What this cannot be sure of it leaves to `orjson`: the result is the same, bit by bit.
+As Python objects they cost 18 ms on an idle core, all of it under the interpreter's lock; here it is 6 ms, two thirds
+of which NumPy and Arrow spend outside of it. What this cannot be sure of it leaves to `orjson`: the result is the same,
+bit by bit.
 
 How it can be sure: a list is cut out of the bytes where its key stands and a marker put in its place; `orjson` reads
 the rest, and must find the markers where it would have found the lists. A list itself is compared byte by byte with the
