@@ -22,7 +22,13 @@ import orjson
 
 from megatron_laser.benchmarks.measure import median_ratio
 from megatron_laser.benchmarks.result import Result, aligned, provenance
-from megatron_laser.config import RunConfig, read_architecture, read_stop_token_ids, resolve_score_token
+from megatron_laser.config import (
+    ConfigError,
+    RunConfig,
+    read_architecture,
+    read_stop_token_ids,
+    resolve_score_token,
+)
 from megatron_laser.data import build_prompts, read_rows
 from megatron_laser.data.tokenizer import load_tokenizer
 from megatron_laser.rollout.client.engine import SglangEngine
@@ -75,6 +81,13 @@ def bench_client(config: RunConfig, *, rounds: int) -> ClientBenchmarkResult:
     Servers that the configuration does not name are started, and stopped at the end. Raises as `open_engine` does.
     """
     rollout = config.rollout
+    if rollout.sglang.quantization is not None:
+        raise ConfigError(
+            [
+                "rollout.sglang.quantization: servers for FP8 weights have none before a run sends them, and a "
+                "benchmark of the client sends none; use null"
+            ]
+        )
     prompts = _prompts(config)
     groups = rollout.prompts_per_step
     plain = SamplingParams(

@@ -27,6 +27,7 @@ OWN_OPTIONS = {
     "enable_memory_saver": "rollout.weight_sync",
     "enable_deterministic_inference": "rollout.sglang.deterministic",
     "enable_return_routed_experts": "moe.routing_replay",
+    "quantization": "rollout.sglang.quantization",
     "enable_nccl_nvls": "the variable NCCL_NVLS_ENABLE, which must be the same for trainer and servers",
     "config": "these options, which go into a file of their own",
 }
@@ -63,6 +64,8 @@ UNUSABLE_OPTIONS = {
     "delete_ckpt_after_loading": "it deletes model.path, which the run and every restarted server read",
     "checkpoint_engine_wait_weights_before_ready": "the run sends weights to servers that answer already",
 }
+# Of FP8 servers: they decide how weights are held, and tell who has none yet.
+_OWN_WITH_FP8 = ("json_model_override_args", "load_format", "weight_version")
 _FRACTION = "mem_fraction_static"
 
 # Routers' choices are noted by the place of a token's keys and values in the GPU's cache, and do not move with them.
@@ -83,6 +86,13 @@ def option_problems(rollout: RolloutConfig) -> list[str]:
         normal = _normal(name)
         if normal in OWN_OPTIONS:
             problems.append(f"{key}: follows from {OWN_OPTIONS[normal]}; remove it")
+        elif rollout.sglang.quantization and normal in _OWN_WITH_FP8:
+            problems.append(f"{key}: follows from rollout.sglang.quantization; remove it")
+        elif rollout.sglang.quantization and normal == "skip_server_warmup" and not value:
+            problems.append(
+                f"{key}: {value}: with rollout.sglang.quantization a server has no weights before the run has sent "
+                "them, and a warm-up would compute with none; remove it"
+            )
         elif value is None or value is False:
             continue  # not given to the server
         elif reason := _unusable(normal):

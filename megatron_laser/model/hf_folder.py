@@ -111,12 +111,16 @@ def write_hf_folder(
     source: Path,
     dtype: torch.dtype,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    cast: bool = True,
 ) -> Path:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; published by one rename.
 
     Configuration, tokenizer, chat template and licence are copied from `source`. At most one shard of
     `max_shard_bytes` is held in memory. An existing `target` is replaced only once the new one is complete; where
     it is a link, the folder that it points to is.
+
+    Args:
+        dtype: of config.json, and of the tensors, if `cast`; else they stay as they come.
 
     Raises:
         OSError: it cannot be written, for want of space or permission; what was written of it is deleted.
@@ -125,7 +129,7 @@ def write_hf_folder(
     partial = real.with_name(real.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _fill(partial, weights, source, dtype, max_shard_bytes)
+        _fill(partial, weights, source, dtype, max_shard_bytes, cast)
         replace_folder(partial, real, aside=real.with_name(real.name + ".old"))
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # on a full disk its bytes are what a checkpoint needs
@@ -138,6 +142,7 @@ def _fill(
     source: Path,
     dtype: torch.dtype,
     max_shard_bytes: int,
+    cast: bool,
 ) -> None:
     partial.mkdir(parents=True)
     for file in source.iterdir():
@@ -151,7 +156,7 @@ def _fill(
 
     shards: list[list[str]] = []
     total = 0
-    for shard in _shards(weights, dtype, max_shard_bytes):
+    for shard in _shards(weights, dtype if cast else None, max_shard_bytes):
         file = partial / f"shard-{len(shards)}"
         try:
             save_file(shard, file, metadata={"format": "pt"})
@@ -173,7 +178,7 @@ def _fill(
 
 
 def _shards(
-    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, limit: int
+    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None, limit: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     shard: dict[str, torch.Tensor] = {}
     size = 0

@@ -1,7 +1,8 @@
-"""What a server says of the weights in its memory: checksums, and whether experts lie there as in a model folder."""
+"""What a server says of the weights in its memory: checksums, whether they are quantized, where experts lie."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,3 +58,18 @@ def expert_storage(server: Mapping[str, Any]) -> str:
         for name, plain in _PLAIN_EXPERTS.items()
         if server.get(name) is not None and server[name] not in plain
     )
+
+
+def quantization(server: Mapping[str, Any]) -> str | None:
+    """Of an answer of `SERVER_INFO`, SGLang's name for how weights are quantized; None: they are not."""
+    method = server.get("quantization")
+    return None if method in (None, "", "unquant") else str(method)
+
+
+def weight_blocks(server: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Rows and columns that have one scale, by the configuration that a server was started with; None: not said."""
+    try:
+        blocks = json.loads(server["json_model_override_args"])["quantization_config"]["weight_block_size"]
+        return tuple(int(size) for size in blocks)
+    except (KeyError, TypeError, ValueError):
+        return None

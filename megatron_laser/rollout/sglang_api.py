@@ -46,6 +46,8 @@ RELEASE_MEMORY_OCCUPATION = "/release_memory_occupation"
 RESUME_MEMORY_OCCUPATION = "/resume_memory_occupation"
 ROUTER_WORKERS = "/workers"
 
+NO_WEIGHTS = "not-sent-yet"  # weight version of a server that cannot load the weights of its model folder
+
 PROSE = (FLUSH_CACHE,)  # answer with text that is not JSON
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")  # what a server gives back and takes again
 CHECKSUM_BODY = {"action": "checksum"}  # of `WEIGHTS_CHECKER`
@@ -356,6 +358,8 @@ class ServerFacts:
     model_type: str | None = None
     generates: bool = True
     preferred_sampling: Any = None  # what it does to every request behind its back
+    quantization: str | None = None  # see `server_weights.py`, as the next two
+    weight_blocks: tuple[int, ...] | None = None
     expert_storage: str = ""  # see `server_weights.py`
     replay_problems: tuple[str, ...] = ()  # why the experts that it reports cannot be used
 

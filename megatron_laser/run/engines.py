@@ -13,7 +13,6 @@ from typing import assert_never
 import torch
 
 from megatron_laser.config import ConfigError, RunConfig, longest_sequence, read_architecture
-from megatron_laser.config.server_options import server_option
 from megatron_laser.model import platform
 from megatron_laser.model.platform import DTYPES
 from megatron_laser.rewards import GradingPoolError
@@ -141,6 +140,7 @@ def _expected(config: RunConfig) -> Expected:
         tied=architecture.tied_embeddings,
         deterministic=config.rollout.sglang.deterministic,
         routing=config.moe.routing_replay,
+        quantization=config.rollout.sglang.quantization,
     )
 
 
@@ -196,9 +196,8 @@ def _source(config: RunConfig, child: ServeProcess | None) -> Callable[[], Seque
 
 def _transport(config: RunConfig) -> WeightTransport:
     rollout, dtype = config.rollout, DTYPES[config.model.dtype]
-    quantized = server_option(rollout.sglang.options, "quantization", None)
-    heads = read_architecture(config.model.path).num_attention_heads
-    layout = ServerLayout(heads, str(quantized) if quantized else None)
+    quantized = rollout.sglang.quantization is not None
+    layout = ServerLayout(read_architecture(config.model.path).num_attention_heads)
     if rollout.weight_sync == "disk":
         return DiskTransport(
             rollout.sync_folder or Path(config.run.output_dir) / "weights",
@@ -207,6 +206,7 @@ def _transport(config: RunConfig) -> WeightTransport:
             seconds=rollout.sync_deadline,
             always_verify=rollout.verify_sync,
             layout=layout,
+            quantized=quantized,
         )
     if rollout.weight_sync == "colocated":
         return ColocatedTransport(
@@ -215,6 +215,7 @@ def _transport(config: RunConfig) -> WeightTransport:
             seconds=rollout.sync_deadline,
             always_verify=rollout.verify_sync,
             layout=layout,
+            quantized=quantized,
         )
     if rollout.weight_sync != "distributed":
         assert_never(rollout.weight_sync)
@@ -227,6 +228,7 @@ def _transport(config: RunConfig) -> WeightTransport:
         flattened=rollout.sync_flatten,
         always_verify=rollout.verify_sync,
         layout=layout,
+        quantized=quantized,
         past_groups=_past_groups(config),
     )
 

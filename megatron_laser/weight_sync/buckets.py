@@ -12,7 +12,8 @@ import torch
 class Bucket:
     """Tensors that travel together. `last`: none follows.
 
-    tensors: (Hugging Face name, tensor), all of one dtype. Copies: the model may go on.
+    tensors: (Hugging Face name, tensor), those with larger elements first, so that all are aligned in `flat`: SGLang
+    refuses others (`weight_sync/tensor_bucket.py`, 0.5.23). Copies: the model may go on.
     """
 
     tensors: tuple[tuple[str, torch.Tensor], ...]
@@ -36,26 +37,24 @@ class Bucket:
         }
 
 
-def buckets(
-    weights: Iterable[tuple[str, torch.Tensor]], limit: int, *, dtype: torch.dtype | None = None
-) -> Iterator[Bucket]:
+def buckets(weights: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[Bucket]:
     """Cut the stream, in its order, into buckets of at most `limit` bytes (one tensor may be larger).
 
-    A bucket holds one dtype only, so that every tensor in it is aligned. It is complete when a tensor comes that does
-    not fit, which also tells that it is not the last: nothing but that tensor is held beside it.
-
-    Args:
-        dtype: what tensors are converted to; None: as they are.
+    A bucket is complete when a tensor comes that does not fit, which also tells that it is not the last: nothing but
+    that tensor is held beside it.
     """
     part: list[tuple[str, torch.Tensor]] = []
     size = 0
     for name, tensor in weights:
-        copy = tensor.detach().to(dtype=dtype, copy=True).contiguous()
-        other = bool(part) and part[0][1].dtype != copy.dtype
-        if part and (other or size + copy.nbytes > limit):
-            yield Bucket(tuple(part), last=False)
+        copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+        if part and size + copy.nbytes > limit:
+            yield _bucket(part, last=False)
             part, size = [], 0
         part.append((name, copy))
         size += copy.nbytes
     if part:
-        yield Bucket(tuple(part), last=True)
+        yield _bucket(part, last=True)
+
+
+def _bucket(part: list[tuple[str, torch.Tensor]], *, last: bool) -> Bucket:
+    return Bucket(tuple(sorted(part, key=lambda item: -item[1].itemsize)), last)

@@ -5,6 +5,7 @@ SGLang keeps query, key and value in one parameter and gate and up projection in
 a share of them: ours are made of the streamed tensors' shares in that order (`sglang/srt/layers/linear.py` and
 `vocab_parallel_embedding.py`, 0.5.23). All experts of a layer are in two parameters, [experts, gate and up rows,
 hidden] and [experts, hidden, down columns] (`layers/moe/fused_moe_triton/layer.py`); their matrices come in any order.
+Scales of FP8 matrices (`fp8.py`) are fused and spread as the matrices are, in blocks of 128 rows and columns.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from megatron_laser.config.model_folder.quantized import BLOCK, SCALE_SUFFIX
 from megatron_laser.rollout.client.errors import ServerFault, StaleServer
 from megatron_laser.rollout.client.fleet import Member
 from megatron_laser.rollout.server_weights import rank_checksums
@@ -38,15 +40,16 @@ _VERSIONS = (
     2  # the first weights sent are often those that servers have loaded: only the next ones prove an update
 )
 
+_WEIGHT = f"weight(?:{SCALE_SUFFIX})?"
 _FUSED = (
-    (re.compile(r"(.*\.self_attn\.)[qkv]_proj\.(weight|bias)"), r"\1qkv_proj.\2"),
-    (re.compile(r"(.*\.mlp\.)(?:gate|up)_proj\.(weight)"), r"\1gate_up_proj.\2"),
+    (re.compile(rf"(.*\.self_attn\.)[qkv]_proj\.({_WEIGHT}|bias)"), r"\1qkv_proj.\2"),
+    (re.compile(rf"(.*\.mlp\.)(?:gate|up)_proj\.({_WEIGHT})"), r"\1gate_up_proj.\2"),
 )
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(?:(gate_proj|w1)|(up_proj|w3)|(down_proj|w2))\.weight")
-_EXPERTS = re.compile(r".*\.experts\.(?:w13|w2)_weight")
-_BY_ROWS = re.compile(r".*\.(q|gate|up)_proj\.(weight|bias)|.*\.experts\.\d+\.w[13]\.weight")
-_KEY_VALUE = re.compile(r".*\.self_attn\.[kv]_proj\.(weight|bias)")
-_BY_COLUMNS = re.compile(r".*\.(o|down)_proj\.weight|.*\.experts\.\d+\.w2\.weight")
+_EXPERT = re.compile(rf"(.*\.experts)\.(\d+)\.(?:(gate_proj|w1)|(up_proj|w3)|(down_proj|w2))\.({_WEIGHT})")
+_EXPERTS = re.compile(rf".*\.experts\.(?:w13|w2)_{_WEIGHT}")
+_BY_ROWS = re.compile(rf".*\.(q|gate|up)_proj\.({_WEIGHT}|bias)|.*\.experts\.\d+\.w[13]\.{_WEIGHT}")
+_KEY_VALUE = re.compile(rf".*\.self_attn\.[kv]_proj\.({_WEIGHT}|bias)")
+_BY_COLUMNS = re.compile(rf".*\.(o|down)_proj\.{_WEIGHT}|.*\.experts\.\d+\.w2\.{_WEIGHT}")
 _PADDED = ("model.embed_tokens.weight", "lm_head.weight")
 _VOCABULARY_MULTIPLE = 64  # SGLang pads the vocabulary's rows with zeros to a multiple of this
 
@@ -57,11 +60,9 @@ class ServerLayout:
 
     Attributes:
         heads: query heads of the model; None: unknown, and shares of query, key and value are not compared.
-        quantized: the servers' own quantization, whose values are not the trainer's; None: none.
     """
 
     heads: int | None = None
-    quantized: str | None = None
 
 
 class StreamDigest:
@@ -70,7 +71,6 @@ class StreamDigest:
     def __init__(
         self,
         *,
-        dtype: torch.dtype,
         on_cpu: bool,
         sizes: Collection[int] = (1,),
         layout: ServerLayout | None = None,
@@ -81,7 +81,6 @@ class StreamDigest:
             sizes: tensor-parallel sizes of the servers.
         """
         self.layout = layout or ServerLayout()
-        self._dtype = dtype
         self._hash: type[ParameterHash] = Sha256 if on_cpu else TileSums
         self._sums: dict[tuple[int, int], dict[str, ParameterHash]] = {
             (size, rank): {} for size in sizes for rank in range(size)
@@ -89,9 +88,9 @@ class StreamDigest:
         self._head_size: dict[str, int] = {}  # by layer
 
     def watch(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same stream."""
+        """The same stream, which has what the servers shall hold (`fp8.py:as_served`)."""
         for name, tensor in weights:
-            self._add(name, tensor.detach().to(self._dtype))
+            self._add(name, tensor.detach())
             yield name, tensor
 
     def _add(self, name: str, tensor: torch.Tensor) -> None:
@@ -124,7 +123,7 @@ def _share(
     if _KEY_VALUE.fullmatch(name):
         if head_size is None:
             return None
-        heads = len(tensor) // head_size
+        heads = len(tensor) * (BLOCK if name.endswith(SCALE_SUFFIX) else 1) // head_size
         if heads < size:  # each head is held by several ranks
             rank, size = rank // (size // heads), heads
         return tensor.chunk(size)[rank]
@@ -151,7 +150,7 @@ def server_name(name: str) -> str:
         if pattern.fullmatch(name):
             return pattern.sub(replacement, name)
     if match := _EXPERT.fullmatch(name):
-        return f"{match[1]}.{'w2' if match[5] else 'w13'}_weight"
+        return f"{match[1]}.{'w2' if match[5] else 'w13'}_{match[6]}"
     return name
 
 
@@ -178,8 +177,6 @@ def no_checksums(reported: Any) -> str | None:
 
 def not_compared(digest: StreamDigest, size: int) -> str | None:
     """Why servers of tensor-parallel size `size` cannot be compared with the trainer, or not wholly; None: they are."""
-    if digest.layout.quantized is not None:
-        return f"they hold weights in {digest.layout.quantized}, which are not the trainer's numbers"
     if size > 1 and digest.layout.heads is None:
         return "how query, key and value are spread over their ranks is not known"
     return None
@@ -229,12 +226,12 @@ class Checks:
         self._versions: set[int] = set()
         self._said: set[str] = set()
 
-    def digest(self, members: list[Member], dtype: torch.dtype, version: int) -> StreamDigest | None:
+    def digest(self, members: list[Member], version: int) -> StreamDigest | None:
         """For the stream of `version` that `members` are about to get; None: that sync is not verified."""
         if not (self._always or (len(self._versions) < _VERSIONS and version not in self._versions)):
             return None
         sizes = {member.tensor for member in members}
-        return StreamDigest(dtype=dtype, on_cpu=on_cpu(members), sizes=sizes, layout=self._layout)
+        return StreamDigest(on_cpu=on_cpu(members), sizes=sizes, layout=self._layout)
 
     def verify(self, update: Update, digest: StreamDigest | None, version: int) -> None:
         """Drops every server of `update` whose weights are not those that `digest` saw; nothing for None.
@@ -273,8 +270,7 @@ def verify(update: Update, digest: StreamDigest) -> None:
         if unclear is not None:
             update.drop(member, ServerFault(member.url, _PHASE, unclear))
             continue
-        quantized, plain = digest.layout.quantized is not None, not member.expert_storage
-        wrong = [] if quantized else differences(digest, report, experts=plain)
+        wrong = differences(digest, report, experts=not member.expert_storage)
         if wrong:
             shown = "; ".join(wrong[:_SHOWN]) + (
                 f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""

@@ -21,6 +21,7 @@ from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.sglang_api import UPDATE_WEIGHTS_FROM_TENSOR, from_tensor_body
 from megatron_laser.weight_sync.buckets import Bucket, buckets
 from megatron_laser.weight_sync.checksums import Checks, ServerLayout
+from megatron_laser.weight_sync.fp8 import as_served
 from megatron_laser.weight_sync.update import Update
 
 _PHASE = "taking over weights"
@@ -37,11 +38,13 @@ class ColocatedTransport:
         seconds: float,
         always_verify: bool,
         layout: ServerLayout | None = None,
+        quantized: bool = False,
     ) -> None:
         """What this needs of the machine is asked by `rollout.servers.start_checks`, before anything starts."""
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
         self._seconds = seconds
+        self._quantized = quantized
         self._checks = Checks(always=always_verify, layout=layout)
 
     def send(
@@ -53,11 +56,12 @@ class ColocatedTransport:
         them go on when the trainer has made room.
         """
         update = Update(engine, label, seconds=self._seconds)
-        digest = self._checks.digest(update.members, self._dtype, version)
-        watched = weights if digest is None else digest.watch(weights)
+        digest = self._checks.digest(update.members, version)
+        served = as_served(weights, dtype=self._dtype, quantized=self._quantized)
+        watched = served if digest is None else digest.watch(served)
         with update.paused(go_on=False):
             update.begin_session()
-            for bucket in buckets(watched, self._bucket_bytes, dtype=self._dtype):
+            for bucket in buckets(watched, self._bucket_bytes):
                 self._send_bucket(update, bucket)
             update.end_session()
             self._checks.verify(update, digest, version)

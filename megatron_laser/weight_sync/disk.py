@@ -23,6 +23,7 @@ from megatron_laser.rollout.sglang_api import (
     from_disk_body,
 )
 from megatron_laser.weight_sync.checksums import Checks, ServerLayout
+from megatron_laser.weight_sync.fp8 import as_served
 from megatron_laser.weight_sync.update import Update, check_version, pause_and_flush
 
 logger = logging.getLogger(__name__)
@@ -42,16 +43,20 @@ class DiskTransport:
         seconds: float,
         always_verify: bool,
         layout: ServerLayout | None = None,
+        quantized: bool = False,
     ) -> None:
         """
         Args:
             source: the model's Hugging Face folder, for its configuration and tokenizer.
             always_verify: compare checksums after every sync, not only the first two versions.
+            quantized: matrices are written in FP8, with their scales. The folder's config.json says nothing of it: what
+                loads it are servers that were started for that.
         """
         self._folder = folder
         self._source = source
         self._dtype = dtype
         self._seconds = seconds
+        self._quantized = quantized
         self._checks = Checks(always=always_verify, layout=layout)
         self._current: tuple[str, Path] | None = None
         self._written: set[Path] = set()
@@ -62,11 +67,12 @@ class DiskTransport:
         """See `WeightTransport.send`. Raises SyncFailed, OSError (a full disk, a folder that is not writable)."""
         engine.identify_late()  # those that cannot be used are left out by the update
         fit = [member for member in engine.fleet.updatable() if member.identified]
-        digest = self._checks.digest(fit, self._dtype, version)
-        watched = weights if digest is None else digest.watch(weights)
+        digest = self._checks.digest(fit, version)
+        served = as_served(weights, dtype=self._dtype, quantized=self._quantized)
+        watched = served if digest is None else digest.watch(served)
         target = self._folder / f"{_PREFIX}{label}"
         self._written.add(target)
-        write_hf_folder(watched, target, source=self._source, dtype=self._dtype)
+        write_hf_folder(watched, target, source=self._source, dtype=self._dtype, cast=False)
         update = Update(engine, label, seconds=self._seconds)
         with update.paused():
             body = from_disk_body(str(target), label)

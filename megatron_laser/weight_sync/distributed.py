@@ -31,6 +31,7 @@ from megatron_laser.rollout.sglang_api import (
 )
 from megatron_laser.weight_sync.buckets import Bucket, buckets
 from megatron_laser.weight_sync.checksums import Checks, ServerLayout
+from megatron_laser.weight_sync.fp8 import as_served
 from megatron_laser.weight_sync.group import Broadcast, PastGroups, UpdateGroup, reachable_address
 from megatron_laser.weight_sync.peers import Peers
 from megatron_laser.weight_sync.update import SyncFailed, Update
@@ -65,6 +66,7 @@ class DistributedTransport:
         flattened: bool,
         always_verify: bool,
         layout: ServerLayout | None = None,
+        quantized: bool = False,
         past_groups: Path | None = None,
     ) -> None:
         """
@@ -73,6 +75,7 @@ class DistributedTransport:
             peers: decides between NCCL and gloo, and refuses what would hang.
             address: where servers reach this process; None: found out.
             flattened: one broadcast a bucket instead of one a tensor.
+            quantized: matrices go in FP8, with their scales.
         """
         self.peers = peers
         self._dtype = dtype
@@ -80,6 +83,7 @@ class DistributedTransport:
         self._seconds = seconds
         self._address = address
         self._flattened = flattened
+        self._quantized = quantized
         self._checks = Checks(always=always_verify, layout=layout)
         self._group: UpdateGroup | None = None
         self._groups = 0
@@ -90,8 +94,9 @@ class DistributedTransport:
     ) -> None:
         """See `WeightTransport.send`. Raises SyncFailed; the group is then rebuilt at the next call."""
         update = Update(engine, label, seconds=self._seconds)
-        digest = self._checks.digest(update.members, self._dtype, version)
-        watched = weights if digest is None else digest.watch(weights)
+        digest = self._checks.digest(update.members, version)
+        served = as_served(weights, dtype=self._dtype, quantized=self._quantized)
+        watched = served if digest is None else digest.watch(served)
         try:
             with update.paused():
                 group = self._join(update)
@@ -155,7 +160,7 @@ class DistributedTransport:
         self, update: Update, group: UpdateGroup, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> None:
         flight: _InFlight | None = None
-        for bucket in buckets(weights, self._bucket_bytes, dtype=self._dtype):
+        for bucket in buckets(weights, self._bucket_bytes):
             if flight is not None:
                 self._wait_for(update, flight)
             # What has arrived goes before the next one is made: two buckets at a time, this one and one that grows.

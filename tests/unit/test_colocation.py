@@ -64,7 +64,7 @@ class Ranks:
 @contextlib.contextmanager
 def together(*servers, starts=None):
     """(colocation, ranks, engine, state) over fakes; the first server's log also gets the trainer's moves."""
-    digest = StreamDigest(dtype=torch.float32, on_cpu=True)
+    digest = StreamDigest(on_cpu=True)
     assert len(list(digest.watch(WEIGHT_STREAM))) == len(WEIGHT_STREAM)
     for server in servers:
         server.sums = digest.sums()

@@ -77,6 +77,7 @@ DEFAULTS = {
             "router": False,
             "api_key_env": "MEGATRON_LASER_API_KEY",
             "deterministic": False,
+            "quantization": None,
             "options": {},
             "start_deadline": 1800.0,
             "hang_deadline": 300.0,

@@ -60,7 +60,7 @@ def test_a_servers_experts_are_known_from_the_stream_of_any_layout(family, ranks
     order = streamed(weights, ranks)
     assert sorted(name for name, _ in order) == sorted(weights)
     assert ranks == 1 or [name for name, _ in order] != list(weights)
-    digest = StreamDigest(dtype=dtype, on_cpu=on_cpu, sizes=(1, 2), layout=ServerLayout(heads=4))
+    digest = StreamDigest(on_cpu=on_cpu, sizes=(1, 2), layout=ServerLayout(heads=4))
     for _ in digest.watch(order):
         pass
     assert digest.has_experts
@@ -76,9 +76,9 @@ def test_a_servers_experts_are_known_from_the_stream_of_any_layout(family, ranks
 
 def test_one_expert_that_a_server_did_not_take_is_found():
     weights = disk_tensors(tiny_model("qwen3-moe"))
-    engine, digest = FakeEngine(2), StreamDigest(dtype=torch.float32, on_cpu=True)
+    engine, digest = FakeEngine(2), StreamDigest(on_cpu=True)
     list(digest.watch(weights.items()))
-    stale = StreamDigest(dtype=torch.float32, on_cpu=True)
+    stale = StreamDigest(on_cpu=True)
     old = "model.layers.2.mlp.experts.5.down_proj.weight"
     list(stale.watch({**weights, old: weights[old] * 2}.items()))
     engine.servers[0].sums, engine.servers[1].sums = digest.sums(), stale.sums()
@@ -89,7 +89,7 @@ def test_one_expert_that_a_server_did_not_take_is_found():
 
 def test_experts_that_a_server_keeps_in_another_order_are_compared_between_servers_and_that_is_said(caplog):
     weights = disk_tensors(tiny_model("mixtral"))
-    engine, digest = FakeEngine(3), StreamDigest(dtype=torch.float32, on_cpu=True)
+    engine, digest = FakeEngine(3), StreamDigest(on_cpu=True)
     list(digest.watch(weights.items()))
     for server, value in zip(engine.servers, ("1" * 16, "1" * 16, "2" * 16)):
         server.sums = {

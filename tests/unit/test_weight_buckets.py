@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from megatron_laser.weight_sync.buckets import buckets
 from megatron_laser.weight_sync.checksums import ServerLayout, StreamDigest, differences, server_name
 from megatron_laser.weight_sync.distributed import DistributedTransport
+from megatron_laser.weight_sync.fp8 import as_served
 from megatron_laser.weight_sync.hashes import TileSums
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
@@ -29,19 +30,23 @@ def stream(sizes):
     sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 2)), max_size=12),
     limit=st.integers(1, 200),
 )
-def test_buckets_keep_order_bounds_and_dtypes_and_only_the_final_one_is_last(sizes, limit):
+def test_buckets_keep_order_and_bounds_and_only_the_final_one_is_last(sizes, limit):
     sent = stream(sizes)
     found = list(buckets(iter(sent), limit))
-    assert [name for bucket in found for name, _ in bucket.tensors] == [name for name, _ in sent]
+    place = {name: index for index, (name, _) in enumerate(sent)}
+    order = [sorted(place[name] for name, _ in bucket.tensors) for bucket in found]
+    assert [index for part in order for index in part] == list(range(len(sent)))
     assert [bucket.last for bucket in found] == [False] * (len(found) - 1) + [True] * bool(found)
     for bucket in found:
         assert bucket.tensors and (bucket.nbytes <= limit or len(bucket.tensors) == 1)
-        assert len({tensor.dtype for _, tensor in bucket.tensors}) == 1
+        sizes = [
+            tensor.itemsize for _, tensor in bucket.tensors
+        ]  # so that each begins at a multiple of its own
+        assert sizes == sorted(sizes, reverse=True)
     # none could have taken the first tensor of the next one
     for bucket, after in pairwise(found):
-        first = after.tensors[0][1]
-        full = bucket.nbytes + first.nbytes > limit
-        assert full or first.dtype != bucket.tensors[0][1].dtype
+        first = min(after.tensors, key=lambda item: place[item[0]])[1]
+        assert bucket.nbytes + first.nbytes > limit
 
 
 @settings(deadline=None)
@@ -55,7 +60,7 @@ def test_a_flat_bucket_is_its_tensors_bytes_one_after_the_other(sizes):
 
 
 def test_what_a_server_is_told_of_a_bucket_describes_it():
-    (bucket,) = buckets([("a", torch.zeros(2, 3)), ("b", torch.zeros(4))], 1000, dtype=torch.bfloat16)
+    (bucket,) = buckets([("a", torch.zeros(2, 3).bfloat16()), ("b", torch.zeros(4).bfloat16())], 1000)
     assert bucket.describe() == {
         "names": ["a", "b"],
         "dtypes": ["bfloat16", "bfloat16"],
@@ -66,7 +71,7 @@ def test_what_a_server_is_told_of_a_bucket_describes_it():
 
 def test_a_bucket_is_a_copy_so_that_training_may_go_on():
     weight = torch.ones(3)
-    (bucket,) = buckets([("a", weight)], 100, dtype=torch.float32)
+    (bucket,) = buckets([("a", weight)], 100)
     weight.add_(1)
     assert bucket.tensors[0][1].tolist() == [1.0, 1.0, 1.0]
     transposed = torch.arange(6.0).reshape(2, 3).T
@@ -163,7 +168,7 @@ def test_sums_are_those_of_the_servers_fused_and_padded_parameters():
         "model.norm.weight": rows(1, 4, 11)[0],
         "lm_head.weight": rows(64, 4, 12),
     }
-    digest = StreamDigest(dtype=torch.float32, on_cpu=True)
+    digest = StreamDigest(on_cpu=True)
     list(digest.watch((name, torch.from_numpy(array)) for name, array in arrays.items()))
     values = list(arrays.values())
     assert digest.sums() == {
@@ -179,10 +184,9 @@ def test_sums_are_those_of_the_servers_fused_and_padded_parameters():
 
 
 def test_sums_are_of_what_is_sent_not_of_what_is_trained():
-    digest = StreamDigest(dtype=torch.bfloat16, on_cpu=True)
+    digest = StreamDigest(on_cpu=True)
     weight = torch.tensor([1.0, 1.0 + 2**-12])
-    ((_, passed),) = digest.watch([("w", weight)])
-    assert passed is weight
+    list(digest.watch(as_served([("w", weight)], dtype=torch.bfloat16, quantized=False)))
     ones = np.array([0x3F80, 0x3F80], dtype=np.uint16)  # both round to 1.0
     assert digest.sums() == {"w": sha(ones)}
 
@@ -255,7 +259,7 @@ def test_each_tensor_parallel_rank_has_its_share(on_cpu, size, kv_rows):
         (f"{layer}mlp.down_proj.weight", torch.rand(4, 8)),
     ]
     tensors = {name.removeprefix(layer).split(".")[-2]: tensor for name, tensor in stream}
-    digest = StreamDigest(dtype=torch.float32, on_cpu=on_cpu, sizes={1, size}, layout=ServerLayout(heads=8))
+    digest = StreamDigest(on_cpu=on_cpu, sizes={1, size}, layout=ServerLayout(heads=8))
     list(digest.watch(stream))
 
     def total(*parts):
@@ -288,7 +292,7 @@ def test_each_tensor_parallel_rank_has_its_share(on_cpu, size, kv_rows):
 def test_shares_that_are_not_known_are_not_compared():
     name = "model.layers.0.self_attn.{}_proj.weight"
     stream = [(name.format(part), torch.rand(4, 4)) for part in "qkvo"]
-    digest = StreamDigest(dtype=torch.float32, on_cpu=True, sizes={2})
+    digest = StreamDigest(on_cpu=True, sizes={2})
     list(digest.watch(stream))
     assert list(digest.sums(2, 1)) == [name.format("o")]
 

@@ -14,7 +14,7 @@ from megatron_laser.rollout.client.errors import (
 )
 from megatron_laser.rollout.client.health import Answered, State
 from megatron_laser.weight_sync import update as steps
-from megatron_laser.weight_sync.checksums import Checks, ServerLayout, StreamDigest
+from megatron_laser.weight_sync.checksums import Checks, StreamDigest
 from megatron_laser.weight_sync.update import SyncFailed, Update
 
 GIVE = "/update_weights_from_disk"
@@ -162,7 +162,7 @@ def test_no_step_is_given_more_time_than_the_update_has_left():
 
 
 def digest_of(weights, **settings):
-    digest = StreamDigest(dtype=torch.float32, **{"on_cpu": True} | settings)
+    digest = StreamDigest(**{"on_cpu": True} | settings)
     assert list(digest.watch(weights)) == list(weights)
     return digest
 
@@ -219,18 +219,18 @@ def test_servers_on_gpus_are_compared_with_the_trainer_too():
     assert f"b.bias: {'0' * 16} instead of {digest.sums()['b.bias']}" in made.failures[0]
 
 
-def test_servers_that_quantize_are_compared_with_each_other_only_and_that_is_said_once(caplog):
-    layout = ServerLayout(quantized="fp8")
-    checks = Checks(always=True, layout=layout)
+def test_servers_whose_shares_are_unknown_are_compared_with_each_other_too_and_that_is_said_once(caplog):
+    checks = Checks(always=True)
     for version in (1, 2):
-        engine, digest = FakeEngine(3), digest_of(WEIGHTS, layout=layout)
-        for server in engine.servers:
-            server.sums = {"a.weight": "same", "b.bias": "same"}
-        engine.servers[2].sums = {"a.weight": "another", "b.bias": "same"}
+        engine, digest = FakeEngine(3), digest_of(WEIGHTS, sizes={2})
+        for member, server in zip(engine.fleet.members, engine.servers):
+            member.tensor, server.info["tp_size"] = 2, 2
+            server.sums = digest.sums(2) | {"q": "same"}
+        engine.servers[2].sums["q"] = "another"
         made = update(engine, version, check=digest, checks=checks)
         assert [member.url for member in made.members] == ["http://s0", "http://s1"]
         assert "http://s2" in made.failures[0] and "differ from those of http://s0" in made.failures[0]
-    assert caplog.text.count("hold weights in fp8") == 1
+    assert caplog.text.count("spread over their ranks is not known") == 1
 
 
 # disk --------------------------------------------------------------------------------------------------------------

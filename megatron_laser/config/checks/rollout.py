@@ -17,12 +17,18 @@ def rollout_problems(config: RunConfig) -> list[str]:
     rollout = config.rollout
     problems = [*_nucleus_problems(rollout), *_staleness_problems(config)]
     if rollout.engine == "in_process":
+        if rollout.sglang.quantization is not None:
+            problems.append(
+                "rollout.sglang.quantization: fp8 needs rollout.engine: sglang; the in-process engine computes in "
+                "model.dtype"
+            )
         return [*problems, *_in_process_problems(rollout)]
     problems += _server_problems(rollout)
     problems += option_problems(rollout)
     if config.moe.routing_replay:
         problems += replay_problems(rollout.sglang.options, prefix="rollout.sglang.options.")
     problems += _seed_problems(rollout)
+    problems += _quantization_problems(config)
     if rollout.weight_sync == "colocated":
         problems += _colocated_problems(rollout)
     return problems
@@ -56,6 +62,44 @@ def _seed_problems(rollout: RolloutConfig) -> list[str]:
             "that exchange weights. Use tensor 1 and more servers, weight_sync: disk, or false"
         ]
     return []
+
+
+def _quantization_problems(config: RunConfig) -> list[str]:
+    sglang = config.rollout.sglang
+    if sglang.quantization is None:
+        return []
+    problems = []
+    if sglang.device == "cpu":
+        problems.append(
+            "rollout.sglang.quantization: fp8 with rollout.sglang.device cpu; SGLang multiplies FP8 there with AMX "
+            "only, and packs weights for it in a way that no weight sync undoes. Use null"
+        )
+    if config.model.dtype != "bfloat16":
+        problems.append(
+            f"rollout.sglang.quantization: fp8 with model.dtype {config.model.dtype}; SGLang's FP8 kernels take "
+            "activations in bfloat16. Use model.dtype: bfloat16, or null"
+        )
+    return problems
+
+
+def quantization_warnings(config: RunConfig) -> list[str]:
+    """What is allowed with `rollout.sglang.quantization`, but hardly what is wanted; one line each."""
+    if config.rollout.engine != "sglang" or config.rollout.sglang.quantization is None:
+        return []
+    policy, warnings = config.policy, []
+    if policy.old_logprobs != "rollout" and policy.importance_cap is None and policy.importance_mask is None:
+        warnings.append(
+            "rollout.sglang.quantization: fp8 samples from another policy than the one that is trained, and nothing "
+            "corrects for it; set policy.importance_cap (2.0, truncated importance sampling) or "
+            "policy.importance_mask, and watch logprob_diff_mean and rollout_k3_kl"
+        )
+    if config.laser.enabled and config.laser.score_source == "server":
+        warnings.append(
+            "rollout.sglang.quantization: fp8 with laser.score_source server: scores for advantages and metrics are "
+            "of the quantized model, and laser.ref_logprob was measured on the plain one; laser.score_source: "
+            "trainer has the trainer's own"
+        )
+    return warnings
 
 
 def off_policy_reason(rollout: RolloutConfig) -> str | None:

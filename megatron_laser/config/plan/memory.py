@@ -20,6 +20,7 @@ from megatron_laser.config.model_folder.parameters import (
     padded_vocab_size,
     stage_matrices,
 )
+from megatron_laser.config.model_folder.quantized import quantized_bytes
 from megatron_laser.config.plan.context import ring_neighbours
 from megatron_laser.config.plan.lines import (
     GENERATE,
@@ -202,7 +203,9 @@ def _colocated_phases(
     given = server_option(sglang.options, "mem_fraction_static", None)
     fraction = MEM_FRACTION_STATIC if given is None else float(given)
     pools = int(fraction * gpu_memory_gib * GIB)
-    weights = count_parameters(arch) * DTYPE_BYTES[config.model.dtype] // sglang.tensor
+    dtype_bytes = DTYPE_BYTES[config.model.dtype]
+    held = quantized_bytes(arch, dtype_bytes) if sglang.quantization else count_parameters(arch) * dtype_bytes
+    weights = held // sglang.tensor
     away = sum(line.bytes for line in state if line.phase == STATE)
     kept = state[0].bytes  # a sync needs the trainer's weights
     return [

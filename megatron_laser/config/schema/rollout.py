@@ -65,6 +65,14 @@ class SglangConfig(Section):
     seed of its own, made of `run.seed` or `evaluation.seed`, the step and its place, and does not depend on what else
     the server computes. Slower; not on CPUs. false: servers ignore seeds, and two runs of one seed sample other
     responses."""
+    quantization: Literal["fp8"] | None = None
+    """`fp8`: servers hold the matrices of attention, MLP and experts as float8_e4m3fn with one scale for each block of
+    128 x 128, and multiply with activations quantized in groups of 128; embedding, output layer, routers, norms, biases
+    and the key/value cache stay in `model.dtype`. The trainer quantizes at each weight sync and goes on in
+    `model.dtype`, so responses come from another policy than the one that is trained: correct it with
+    `policy.importance_cap` or `policy.importance_mask`, and judge it by the metrics `logprob_diff_mean` and
+    `rollout_k3_kl` (`policy.mismatch_abort` ends a run by the first). Needs `model.dtype: bfloat16` and GPUs of Ada
+    or Hopper (compute capability 8.9 or 9.0). Not run on a GPU yet. null: servers hold what the trainer has."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further options of `sglang.launch_server` by name, without the dashes: `{mem_fraction_static: 0.8}`."""
     start_deadline: Positive = 1800.0

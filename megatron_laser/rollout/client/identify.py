@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_laser.config.model_folder.quantized import BLOCK
 from megatron_laser.config.server_options import replay_problems
 from megatron_laser.rollout.client.errors import (
     ServerError,
@@ -22,10 +23,11 @@ from megatron_laser.rollout.client.errors import (
 )
 from megatron_laser.rollout.client.fleet import Member
 from megatron_laser.rollout.client.http import ServerClient
-from megatron_laser.rollout.server_weights import expert_storage
+from megatron_laser.rollout.server_weights import expert_storage, quantization, weight_blocks
 from megatron_laser.rollout.sglang_api import (
     MIN_SGLANG,
     MODEL_INFO,
+    NO_WEIGHTS,
     SERVER_INFO,
     ServerFacts,
     parse_version,
@@ -64,6 +66,7 @@ class Expected:
         sizes: of config.json, by name; compared where the server's model folder can be read from here.
         tied: whether the output layer is the embedding, compared there, too; None: not compared.
         deterministic: seeds must decide what it samples.
+        quantization: `rollout.sglang.quantization`.
         routing: the experts that it reports must be those it used; one that reports none is used all the same.
     """
 
@@ -75,6 +78,7 @@ class Expected:
     tied: bool | None = None
     deterministic: bool = False
     routing: bool = False
+    quantization: str | None = None
 
 
 async def identify_member(member: Member, expected: Expected, *, deadline: float) -> ServerFacts:
@@ -120,12 +124,15 @@ async def identify(client: ServerClient, expected: Expected, *, deadline: float)
         raise ServerMismatch(url, _PHASE, f"{MODEL_INFO} names no weight_version: {NO_SERVER}")
     facts = replace(
         server_facts(info, server),
+        quantization=quantization(server),
+        weight_blocks=weight_blocks(server),
         expert_storage=expert_storage(server),
         replay_problems=tuple(replay_problems(server, prefix="its option ")),
     )
     folder = _config_of(facts.model_path)
     problems = mismatches(facts, expected, folder)
-    if not problems and facts.vocab_size is None and "vocab_size" not in folder:
+    unknown = facts.vocab_size is None and "vocab_size" not in folder
+    if not problems and unknown and facts.weight_version != NO_WEIGHTS:  # which cannot answer that yet
         problems = await _vocabulary_problems(client, expected, deadline)
     if problems:
         raise ServerMismatch(url, _PHASE, "; ".join(problems))
@@ -194,6 +201,7 @@ def mismatches(facts: ServerFacts, expected: Expected, folder: Mapping[str, Any]
         problems.append(
             f"it computes in {facts.dtype}, model.dtype is {expected.dtype}; start it with --dtype {expected.dtype}"
         )
+    problems += _quantization_problems(facts, expected)
     limit = facts.longest_input
     if expected.longest is not None and limit is not None and limit < expected.longest:
         problems.append(
@@ -217,6 +225,38 @@ def mismatches(facts: ServerFacts, expected: Expected, folder: Mapping[str, Any]
     if isinstance(vocabulary, int) and vocabulary < expected.vocab_size:
         problems.append(_smaller_vocabulary(expected, f"it has {vocabulary}"))
     return problems + _folder_problems(facts.model_path, found, expected)
+
+
+def _quantization_problems(facts: ServerFacts, expected: Expected) -> list[str]:
+    if facts.weight_version == NO_WEIGHTS and expected.dtype is None:
+        return [
+            "it was started for the FP8 weights of a run, which has sent none yet; start one without "
+            "rollout.sglang.quantization"
+        ]
+    if expected.dtype is None:  # nobody sends it weights: it may hold them as it likes
+        return []
+    held = (facts.quantization, facts.weight_blocks if facts.quantization else None)
+    wanted = (expected.quantization, (BLOCK, BLOCK) if expected.quantization else None)
+    if held == wanted:
+        return []
+    if expected.quantization is None:
+        return [
+            f"it holds its weights in {facts.quantization} (--quantization), and a run sends plain ones; start it "
+            "without that option, or set rollout.sglang.quantization: fp8 for servers that `megatron-laser serve` "
+            "starts so"
+        ]
+    return [
+        f"it holds its weights {_held(facts)}, but rollout.sglang.quantization is {expected.quantization}: the run "
+        f"sends FP8 in blocks of {BLOCK} x {BLOCK}; start it with `megatron-laser serve` and that setting, which "
+        "gives it --quantization fp8 and --json-model-override-args with a quantization_config of such blocks"
+    ]
+
+
+def _held(facts: ServerFacts) -> str:
+    if facts.quantization is None:
+        return "as they are"
+    blocks = " x ".join(map(str, facts.weight_blocks or ()))
+    return f"in {facts.quantization}" + (f" in blocks of {blocks}" if blocks else ", quantized at its start")
 
 
 def _folder_problems(path: str, folder: Mapping[str, Any], expected: Expected) -> list[str]:

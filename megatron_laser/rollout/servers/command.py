@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laser.config import ConfigError, RunConfig
+from megatron_laser.config.model_folder.quantized import BLOCK_CONFIG
 from megatron_laser.config.schema.rollout import SglangConfig
 from megatron_laser.config.server_options import server_option
 from megatron_laser.rollout.nccl import server_settings
 from megatron_laser.rollout.servers.guard import MARK
-from megatron_laser.rollout.sglang_api import MODEL_INFO
+from megatron_laser.rollout.sglang_api import MODEL_INFO, NO_WEIGHTS
 
 ROUTER_KEY = "MEGATRON_LASER_ROUTER_KEY"
 PYTHON_VARIABLE = "MEGATRON_LASER_SGLANG_PYTHON"
@@ -35,6 +37,15 @@ BASE_OPTIONS: dict[str, Any] = {
 # The product that makes the logits of bfloat16 weights can give them in fp32: rounded, they differ from the trainer's
 # by up to 0.1 nat.
 BFLOAT16_CUDA_OPTIONS: dict[str, Any] = {"enable-fp32-lm-head": True}
+
+# The configuration of a folder of FP8 weights over one of plain weights, whose values then mean nothing, since scales
+# are missing: the first weight sync brings codes and scales. SGLang's dummy weights would be finite, but would also
+# fill the scales of the key/value cache (`layers/quantization/kv_cache.py`), which no sync mends.
+FP8_OPTIONS: dict[str, Any] = {
+    "quantization": BLOCK_CONFIG["quant_method"],
+    "json-model-override-args": json.dumps({"quantization_config": BLOCK_CONFIG}),
+    "weight-version": NO_WEIGHTS,
+}
 
 # What a small model on a CPU needs beside that.
 CPU_OPTIONS: dict[str, Any] = {
@@ -82,9 +93,7 @@ _DROPPED = frozenset(
 _DROPPED_PREFIXES = ("TORCHELASTIC_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "NVTE_", "MEGATRON_LASER_")
 
 _ROUTER_SCRIPT = (  # the key comes in the environment: arguments are visible to every user of the machine
-    "import os, runpy, sys; "
-    f"key = os.environ.pop({ROUTER_KEY!r}, ''); "
-    "sys.argv += ['--api-key', key] if key else []; "
+    f"import os, runpy, sys; key = os.environ.pop({ROUTER_KEY!r}, ''); sys.argv += ['--api-key', key] if key else []; "
     "runpy.run_module('sglang_router.launch_router', run_name='__main__', alter_sys=True)"
 )
 
@@ -138,6 +147,8 @@ def server_command(
     settings = BASE_OPTIONS | (CPU_OPTIONS if sglang.device == "cpu" else {})
     if sglang.device == "cuda" and config.model.dtype == "bfloat16":
         settings |= BFLOAT16_CUDA_OPTIONS
+    if sglang.quantization is not None:
+        settings |= FP8_OPTIONS
     if sglang.deterministic:
         settings |= {"enable-deterministic-inference": True}
     if config.moe.routing_replay:
@@ -162,6 +173,8 @@ def server_command(
 
 def initial_weight_version(sglang: SglangConfig) -> str:
     """What a server calls the weights of the model folder."""
+    if sglang.quantization is not None:
+        return NO_WEIGHTS
     return str(server_option(sglang.options, "weight_version", "default"))  # SGLang's
 
 

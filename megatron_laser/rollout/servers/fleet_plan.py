@@ -22,6 +22,7 @@ from megatron_laser.config.model_folder.safetensors_headers import has_weight_fi
 from megatron_laser.config.schema.rollout import SglangConfig
 from megatron_laser.rollout.open_files import raise_open_files
 from megatron_laser.rollout.servers.command import assign_gpus, find_python
+from megatron_laser.rollout.servers.fp8_gpus import check_gpus
 from megatron_laser.rollout.servers.installed import Installed, check_sglang
 from megatron_laser.rollout.servers.ports import PortFinder
 
@@ -99,6 +100,7 @@ def plan_fleet(config: RunConfig, endpoints: Path) -> FleetPlan:
     raise_open_files(config.rollout.max_concurrency_per_server, sglang.servers)
     python = find_python(sglang, Path.cwd())
     installed = check_sglang(python, router=sglang.router, cuda=sglang.device == "cuda")
+    check_gpus(config)
     gpus: tuple[str | None, ...] = (None,) * sglang.servers
     if sglang.device == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -15,6 +15,7 @@ from megatron_laser.config.schema.rollout import RolloutConfig
 from megatron_laser.rollout.nccl import DEBUG, debugs_collectives
 from megatron_laser.rollout.open_files import named_servers, raise_open_files
 from megatron_laser.rollout.servers.command import find_python
+from megatron_laser.rollout.servers.fp8_gpus import check_gpus
 from megatron_laser.rollout.servers.installed import ask_installed
 
 
@@ -89,8 +90,8 @@ def check_start(config: RunConfig) -> None:
     """Does nothing for `rollout.engine: in_process`. Call on rank 0.
 
     Raises:
-        ConfigError: colocated servers cannot work here (see `refuse_colocated`), torch's debugging would hang the
-            weight group, or this process may not have as many connections as
+        ConfigError: colocated servers cannot work here (see `refuse_colocated`), nor FP8 ones on these GPUs, torch's
+            debugging would hang the weight group, or this process may not have as many connections as
             `rollout.max_concurrency_per_server` asks for.
     """
     rollout = config.rollout
@@ -98,6 +99,8 @@ def check_start(config: RunConfig) -> None:
         return
     if problems := debugged_broadcasts(rollout, os.environ):
         raise ConfigError(problems)
+    if rollout.sglang.urls is None and rollout.sglang.endpoints is None:  # servers will be on this node
+        check_gpus(config)
     raise_open_files(rollout.max_concurrency_per_server, named_servers(rollout))
     refuse_colocated(config)
 

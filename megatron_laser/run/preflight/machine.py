@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_laser.config import ConfigError, RunConfig, count_parameters, read_architecture
+from megatron_laser.config.checks.rollout import quantization_warnings
 from megatron_laser.config.model_folder.parameters import rank_bytes
 from megatron_laser.errors import Finding
 from megatron_laser.rollout.servers.start_checks import check_start
@@ -27,6 +28,7 @@ GROUP = "Machine"
 
 def check_server_start(config: RunConfig, log: FindingLog) -> None:
     """Whether servers can be started and given weights; asks their interpreter, which may take seconds."""
+    log.add(GROUP, [Finding("FP8 rollout", "warning", text) for text in quantization_warnings(config)])
     with log.topic(GROUP, "servers"):
         check_start(config)
         check_servers(config)
