@@ -65,6 +65,18 @@ class WeightSpan:
     tokens: int
 
 
+def as_int32(ids: npt.ArrayLike) -> npt.NDArray[np.int32]:
+    """Token ids as an array, itself where it is one already. Raises OverflowError for an id that does not fit: NumPy
+    before 2.0 wraps such ids in silence."""
+    if isinstance(ids, np.ndarray) and ids.dtype == np.int32:
+        return ids
+    wide = np.asarray(ids, dtype=np.int64)
+    narrow = wide.astype(np.int32)
+    if not np.array_equal(narrow, wide):
+        raise OverflowError(f"token id {int(wide[narrow != wide][0])} does not fit int32")
+    return narrow
+
+
 @dataclass(slots=True, eq=False)
 class Generation:
     """What an engine returns for one response.
@@ -89,7 +101,7 @@ class Generation:
 
     def __post_init__(self) -> None:
         """Raises OverflowError for an id that does not fit int32."""
-        self.response_ids = np.asarray(self.response_ids, dtype=np.int32)
+        self.response_ids = as_int32(self.response_ids)
         self.logprobs = np.asarray(self.logprobs, dtype=np.float32)
 
     def __eq__(self, other: object) -> bool:

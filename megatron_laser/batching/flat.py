@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laser.batching.packing import PackInput
-from megatron_laser.types import RolloutBatch, Sample
+from megatron_laser.types import RolloutBatch, Sample, as_int32
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def flatten(batch: RolloutBatch) -> FlatBatch:
                 "log-probs: expected one log-prob for each id from the rollout engine."
             )
     # Prompts stand in one batch many times, and each is one list.
-    prompts = {id(s.prompt_ids): _as_int32(np.array(s.prompt_ids, dtype=np.int64)) for s in samples}
+    prompts = {id(s.prompt_ids): as_int32(s.prompt_ids) for s in samples}
     tokens = [part for s in samples for part in (prompts[id(s.prompt_ids)], s.generation.response_ids)]
     zc_logprobs = [math.nan if s.zc_logprob is None else s.zc_logprob for s in samples]
     routed = _routed(batch.step, samples)
@@ -218,11 +218,3 @@ def _routed(step: int, samples: Sequence[Sample]) -> list[npt.NDArray[np.uint8 |
             )
         found.append(routed.reshape(len(routed), -1))
     return found
-
-
-def _as_int32(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """NumPy before 2.0 wraps such ids in silence."""
-    narrow = ids.astype(np.int32)
-    if not np.array_equal(narrow, ids):
-        raise OverflowError(f"token id {int(ids[narrow != ids][0])} does not fit int32")
-    return narrow
