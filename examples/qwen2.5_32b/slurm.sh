@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The recipe on Slurm: 4 nodes train, 4 generate.
 #
-#   sbatch examples/qwen2.5_32b/slurm.sh [laser|grpo] [section.key=value ...]
+#   sbatch examples/qwen2.5_32b/slurm.sh [laser|grpo|laser_32k|grpo_32k] [section.key=value ...]
 #
 # Submit it from the repository's root, on a file system that all nodes see. In a container (pyxis) set
 # CONTAINER_IMAGE, and CONTAINER_MOUNTS for models, data and this repository. 900 seconds before the time limit the run
@@ -20,7 +20,7 @@ kind=${1:-laser}
 root=${SLURM_SUBMIT_DIR:?run this with sbatch}
 run=$root/examples/qwen2.5_32b/$kind.yaml
 [ -f "$run" ] || {
-  echo "slurm.sh: $run is not there; submit from the repository's root, with laser or grpo" >&2
+  echo "slurm.sh: $run is not there; submit from the repository's root, with laser, grpo, laser_32k or grpo_32k" >&2
   exit 2
 }
 TRAIN_NODES=4 exec bash "$root/examples/launch/slurm_apart.sh" "$run" "$@"

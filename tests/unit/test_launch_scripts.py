@@ -240,7 +240,7 @@ def test_the_slurm_script_of_a_recipe_starts_its_run(run, name):
     script = ROOT / "examples" / name / "slurm.sh"
     status, calls, errors = run(script, "grpo", "run.seed=2", PROCESSES_PER_NODE="8")
     assert status == 0, errors
-    if name == "qwen2.5_32b":
+    if name in ("qwen2.5_32b", "qwen3_30b_a3b"):
         expected = f"{ROOT}/examples/{name}/grpo.yaml run.seed=2"
         assert len(of(calls, f"train {expected}")) == 4
     else:
@@ -248,6 +248,27 @@ def test_the_slurm_script_of_a_recipe_starts_its_run(run, name):
     status, _, errors = run(script, "other")
     assert status == 2
     assert "other.yaml is not there" in errors
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected", "nodes", "trainers"),
+    [
+        ("qwen2.5_32b/slurm.sh", ["laser_32k"], "qwen2.5_32b/laser_32k.yaml", 8, 4),
+        ("qwen3_30b_a3b/slurm_4_nodes.sh", [], "qwen3_30b_a3b/laser_4_nodes.yaml", 4, 2),
+    ],
+)
+def test_the_slurm_script_of_a_variant_starts_it_on_its_nodes(
+    run, tmp_path, script, arguments, expected, nodes, trainers
+):
+    names = " ".join(f"n{number + 1}" for number in range(nodes))
+    write_executable(tmp_path / "scontrol", f"printf '%s\\n' {names}")
+    path = ROOT / "examples" / script
+    assert f"#SBATCH --nodes={nodes}\n" in path.read_text()
+    status, calls, errors = run(path, *arguments, "run.seed=2", PROCESSES_PER_NODE="8")
+    assert status == 0, errors
+    command = f"{ROOT}/examples/{expected} run.seed=2"
+    assert len(of(calls, f"train {command}")) == trainers
+    assert len([call for call in of(calls, f"serve {command}") if "--wait" not in call]) == nodes - trainers
 
 
 def test_trainer_and_servers_have_one_setting_of_nccls_memory_and_one_place_for_kernels(run):
