@@ -1,6 +1,6 @@
 """Trains, saves, resumes and exports with layers of Transformer Engine, one case after the other; for test_te.py.
 
-te_worker.py SOURCES FOLDER
+te_worker.py SOURCES FOLDER GROUP
 """
 
 import inspect
@@ -14,13 +14,13 @@ from te_boot import boot
 
 
 def main():
-    sources, folder = (Path(argument) for argument in sys.argv[1:])
-    boot(sources)
+    sources, folder, group = sys.argv[1:]
+    boot(Path(sources))
 
     import torch
     import torch.distributed as dist
-    from te_breaks import broken, spoil_unread_gradients
-    from te_cases import BROKEN_CASES, CASES, REFUSED
+    from te_breaks import spoil_unread_gradients
+    from te_cases import GROUPS_OF_CASES
 
     from megatron_laser.distributed import runtime as runtimes
 
@@ -28,33 +28,32 @@ def main():
     spoil_unread_gradients()
     record_rings()
     permute_in_torch()
-    for name, case in CASES.items():
-        config, runtime = begin(folder, name, case)
-        result = rehearse(config, runtime)
+    for name in GROUPS_OF_CASES[group]:
+        result, runtime = outcome(Path(folder), name)
         if runtime.is_main:
-            torch.save(result, folder / f"{name}.pt")
-        dist.barrier()
-    for name, case in BROKEN_CASES.items():
-        config, runtime = begin(folder, name, case)
-        with broken(name):
-            metrics = train_one_step(config, runtime)
-        if runtime.is_main:
-            torch.save(metrics, folder / f"{name}.pt")
-        dist.barrier()
-    for recipe in ("blockwise", "tensorwise"):
-        settings = f"model.fp8={recipe}", "batching.pad_multiple=64"
-        config, runtime = begin(folder, f"refused-{recipe}", CASES["bf16"], *settings)
-        if runtime.is_main:
-            torch.save(refusal_before_hopper(config), folder / f"refused-{recipe}.pt")
-        dist.barrier()
-    for attention in REFUSED:
-        config, runtime = begin(
-            folder, f"refused-{attention}", CASES["bf16-context"], f"model.attention={attention}"
-        )
-        if runtime.is_main:
-            torch.save(refusal(config), folder / f"refused-{attention}.pt")
+            torch.save(result, f"{folder}/{name}.pt")
         dist.barrier()
     runtimes.stop()
+
+
+def outcome(folder, name):
+    """(what the case of this name gives, the runtime)."""
+    from te_breaks import broken
+    from te_cases import BROKEN_CASES, CASES, REFUSED
+
+    if name in CASES:
+        config, runtime = begin(folder, name, CASES[name])
+        return rehearse(config, runtime), runtime
+    if name in BROKEN_CASES:
+        config, runtime = begin(folder, name, BROKEN_CASES[name])
+        with broken(name):
+            return train_one_step(config, runtime), runtime
+    what = name.removeprefix("refused-")
+    if what in REFUSED:
+        config, runtime = begin(folder, name, CASES["bf16-context"], f"model.attention={what}")
+        return refusal(config), runtime
+    config, runtime = begin(folder, name, CASES["bf16"], f"model.fp8={what}", "batching.pad_multiple=64")
+    return refusal_before_hopper(config), runtime
 
 
 def begin(folder, name, case, *settings):
