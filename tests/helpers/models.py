@@ -52,22 +52,24 @@ FAMILIES = {
         Qwen3MoeConfig,
         dict(tie_word_embeddings=True, norm_topk_prob=False, **_EXPERTS),
     ),
-    # Sizes that FP8 products take: multiples of 16.
-    "qwen3-moe-even": (
-        Qwen3MoeConfig,
-        dict(tie_word_embeddings=False, norm_topk_prob=True, **_EXPERTS | {"moe_intermediate_size": 32}),
-    ),
     "mixtral": (
         MixtralConfig,
         dict(tie_word_embeddings=False, num_local_experts=8, num_experts_per_tok=2, intermediate_size=24),
     ),
     "llama3-rope": (LlamaConfig, dict(tie_word_embeddings=False, rope_parameters=_LLAMA3_ROPE)),
 }
+# Of one of them, with sizes that FP8 products take: multiples of 16.
+OTHER_SIZES = {
+    "qwen3-moe-even": (
+        Qwen3MoeConfig,
+        dict(tie_word_embeddings=False, norm_topk_prob=True, **_EXPERTS | {"moe_intermediate_size": 32}),
+    ),
+}
 
 
 def tiny_config(family: str, **changes: object) -> PretrainedConfig:
-    """The configuration of a tiny model of `family`, a key of FAMILIES."""
-    config_class, settings = FAMILIES[family]
+    """The configuration of a tiny model of `family`, a key of FAMILIES or OTHER_SIZES."""
+    config_class, settings = (FAMILIES | OTHER_SIZES)[family]
     return config_class(**(_SIZES | settings | changes))
 
 
