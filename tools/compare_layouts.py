@@ -3,6 +3,8 @@
 
     python tools/compare_layouts.py                     # 1, 2 and 4 gloo processes on this machine
     python tools/compare_layouts.py --processes 1 2     # without the 2 x 2 layouts
+    python tools/compare_layouts.py --experts           # a model with experts, and
+    python tools/compare_layouts.py --uneven            # interleaved pipelines of uneven chunks
 
 Every layout starts from the same tiny random model and trains on the same rollouts: off-policy old log-probs,
 right and wrong scored responses, truncated and one-token ones, groups of different sizes, a number of
@@ -167,6 +169,24 @@ EXPERT_LAYOUTS: dict[int, dict[str, list[str]]] = {
         "expert 2 x context 2": ["parallel.expert=2", "parallel.context=2"],
     },
 }
+# Of a model of six layers, in place of those above: chunks of an interleaved pipeline with different numbers of layers.
+UNEVEN_LAYOUTS: dict[int, dict[str, list[str]]] = {
+    1: {"1 process": []},
+    2: {
+        f"pipeline 2 x virtual 2 of {' + '.join(map(str, layers))}": [
+            "parallel.pipeline=2",
+            "parallel.virtual_pipeline=2",
+            f"parallel.stage_layers={layers}",
+            "batching.tokens_per_micro_batch=160",
+            *more,
+        ]
+        for layers, more in (
+            ([2, 1, 1, 2], []),
+            ([1, 3, 1, 1], ["model.recompute=full", "model.offload_activations=true"]),
+            ([2, 2, 1, 1], ["model.recompute=full", "model.recompute_layers=1", "optimizer.offload=true"]),
+        )
+    },
+}
 CONFIG = """
 model: {{path: {model}, dtype: float32, vocab_multiple: 1}}
 data: {{train: {model}/unused.jsonl, max_prompt_tokens: 32}}
@@ -181,7 +201,12 @@ run: {{steps: {steps}, output_dir: {model}/run, deadline: 120}}
 MOE = "moe: {aux_loss_coefficient: 0.05, z_loss_coefficient: 0.01, routing_replay: true}"
 
 
-def make_model(folder: Path, tied: bool, experts: bool = False) -> None:
+def layouts_of(*, experts: bool, uneven: bool) -> dict[int, dict[str, list[str]]]:
+    """The layouts of the model that the command line chose."""
+    return UNEVEN_LAYOUTS if uneven else EXPERT_LAYOUTS if experts else LAYOUTS
+
+
+def make_model(folder: Path, tied: bool, experts: bool = False, layers: int = 4) -> None:
     """A tiny random Qwen2, or Qwen3-MoE, whose sizes 2 x 2 layouts divide."""
     from transformers import Qwen2Config, Qwen3MoeConfig
 
@@ -191,7 +216,7 @@ def make_model(folder: Path, tied: bool, experts: bool = False) -> None:
         vocab_size=90,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -246,7 +271,7 @@ def fixed_rollouts(step: int, experts: bool = False):
     return flatten(batch)
 
 
-def run_worker(model: Path, output: Path, *, experts: bool) -> None:
+def run_worker(model: Path, output: Path, *, experts: bool, uneven: bool) -> None:
     """Inside torchrun: train under each layout in turn; rank 0 writes the figures."""
     import torch
     import torch.distributed as dist
@@ -257,7 +282,7 @@ def run_worker(model: Path, output: Path, *, experts: bool) -> None:
     from megatron_laser.trainer.trainer import Trainer
 
     torch.set_num_threads(1)
-    layouts = (EXPERT_LAYOUTS if experts else LAYOUTS)[int(os.environ.get("WORLD_SIZE", "1"))]
+    layouts = layouts_of(experts=experts, uneven=uneven)[int(os.environ.get("WORLD_SIZE", "1"))]
     runtime = None
     store = None
     results = {}
@@ -288,13 +313,13 @@ def run_worker(model: Path, output: Path, *, experts: bool) -> None:
     runtimes.stop()
 
 
-def launch(model: Path, processes: int, output: Path, *, experts: bool) -> dict:
+def launch(model: Path, processes: int, output: Path, *, experts: bool, uneven: bool) -> dict:
     """Start the worker, under torchrun when there is more than one process."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     command += [__file__, "--worker", str(model), "--output", str(output)]
-    command += ["--experts"] if experts else []
+    command += ["--experts"] * experts + ["--uneven"] * uneven
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -334,22 +359,32 @@ def main() -> None:
     parser.add_argument(
         "--experts", action="store_true", help="a model with experts, under layouts of its own"
     )
+    parser.add_argument(
+        "--uneven",
+        action="store_true",
+        help="a model of six layers, under interleaved pipelines of uneven chunks (1 and 2 processes)",
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
-        run_worker(arguments.worker, arguments.output, experts=arguments.experts)
+        run_worker(arguments.worker, arguments.output, experts=arguments.experts, uneven=arguments.uneven)
         return
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch)
-        make_model(model, arguments.tied, arguments.experts)
+        make_model(model, arguments.tied, arguments.experts, layers=6 if arguments.uneven else 4)
         (model / "config.yaml").write_text(
             CONFIG.format(model=model, steps=STEPS, moe=MOE if arguments.experts else "")
         )
         results: dict[str, dict] = {}
-        for processes in sorted({1, *arguments.processes}):
+        known = layouts_of(experts=arguments.experts, uneven=arguments.uneven)
+        for processes in sorted({1, *arguments.processes} & set(known)):
             results |= launch(
-                model, processes, model / f"results-{processes}.json", experts=arguments.experts
+                model,
+                processes,
+                model / f"results-{processes}.json",
+                experts=arguments.experts,
+                uneven=arguments.uneven,
             )
     reference_name = next(iter(results))
     reference = results[reference_name]

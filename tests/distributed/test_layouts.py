@@ -43,6 +43,15 @@ def test_every_layout_learns_the_same(tied, processes):
 
 @pytest.mark.distributed
 @pytest.mark.slow
+def test_interleaved_pipelines_of_uneven_chunks_learn_the_same():
+    result = compare("--uneven")
+    assert result.returncode == 0, result.stdout[-6000:]
+    for chunks in ("2 + 1 + 1 + 2", "1 + 3 + 1 + 1", "2 + 2 + 1 + 1"):
+        assert f"pipeline 2 x virtual 2 of {chunks} " in result.stdout
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [("2",), ("4",)], ids=" and ".join)
 def test_every_layout_of_experts_learns_the_same(processes):
     result = compare("--experts", "--processes", *processes)

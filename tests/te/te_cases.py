@@ -81,7 +81,7 @@ FP8_CASES = {
     }
     for recipe, name, family, layout in (
         ("blockwise", "", "qwen2", [*OVERLAPPED, FUSED]),
-        ("blockwise", "-sequence", "qwen3", [*SEQUENCE, FUSED, "model.recompute=full"]),
+        ("blockwise", "-sequence", "qwen3", [*SEQUENCE, FUSED, *OFFLOADED]),
         ("blockwise", "-experts", "qwen3-moe-even", [*EXPERT, "model.recompute=[moe_act, layernorm]"]),
         ("tensorwise", "-sequence", "qwen2", [*SEQUENCE, FUSED]),
         ("tensorwise", "-experts", "qwen3-moe-even", [*EXPERT, *OVERLAPPED]),
