@@ -62,7 +62,7 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def together(*servers, starts=None):
+def together(*servers, starts=None, **settings):
     """(colocation, ranks, engine, state) over fakes; the first server's log also gets the trainer's moves."""
     digest = StreamDigest(on_cpu=True)
     assert len(list(digest.watch(WEIGHT_STREAM))) == len(WEIGHT_STREAM)
@@ -83,7 +83,12 @@ def together(*servers, starts=None):
         state = RecordingOffload(servers[0].log)
         runtime = SimpleNamespace(world_size=1)
         try:
-            yield (Colocation(state, runtime, Timers(), seconds=10.0), Ranks(engine), engine, state)
+            yield (
+                Colocation(state, runtime, Timers(), seconds=10.0, **settings),
+                Ranks(engine),
+                engine,
+                state,
+            )
         finally:
             engine.close()
 
@@ -112,6 +117,21 @@ GOING_ON = [
     *("resume_memory_occupation cuda_graph", "resume_memory_occupation kv_cache"),
     "continue_generation",
 ]
+
+
+def test_an_optimizer_that_comes_for_its_step_alone_stays_away_while_training_begins():
+    server = FakeMemory()
+    while_training = ALL_PARTS - {Part.OPTIMIZER}
+    with together(server, while_training=while_training) as (colocation, ranks, engine, state):
+        colocation.make_room()
+        assert sync(colocation, ranks, engine, 0) == ""
+        colocation.switch_to(MemoryPhase.TRAIN, ranks)
+        assert state.on_device == while_training
+        state.onload({Part.OPTIMIZER})  # the step that fails leaves it there
+        colocation.switch_to(MemoryPhase.SAVE, ranks)
+        assert state.on_device == {Part.PARAMETERS, Part.OPTIMIZER}
+        colocation.switch_to(MemoryPhase.GENERATE, ranks)
+        assert state.on_device == frozenset()
 
 
 def test_a_step_goes_round_in_this_order():
