@@ -310,14 +310,8 @@ def init_group_body(
     name: str, *, backend: str, address: str, port: int, rank_offset: int, world_size: int
 ) -> dict[str, Any]:
     """The body of an invitation: a server's first rank is `rank_offset` of the `world_size` of the group."""
-    return {
-        "master_address": address,
-        "master_port": port,
-        "rank_offset": rank_offset,
-        "world_size": world_size,
-        "group_name": name,
-        "backend": backend,
-    }
+    group = {"group_name": name, "world_size": world_size, "backend": backend}
+    return group | {"master_address": address, "master_port": port, "rank_offset": rank_offset}
 
 
 def leave_group_body(name: str) -> dict[str, Any]:
