@@ -2,7 +2,8 @@
 
 With `recompute: full` the input of each layer is all that the backward needs of it. Autograd hands it over to be saved;
 here its bytes go to page-locked memory on a stream of their own, and come back, one layer ahead, when the backward
-asks for them. A layer computes for much longer than its input takes to be moved.
+asks for them. Before a layer begins, the copy of the input before its own must have ended: so the GPU holds two of
+them, and where copies are slower than layers (small layers, a slow bus), the layers wait.
 
 Megatron's own fine-grained offloading (`fine_grained_activation_offload.py`, read in Megatron-Core 0.19.2) learns in
 its first pass how many micro-batches a step has and what they save, and keeps to it: here their number changes from
@@ -19,6 +20,9 @@ import torch
 
 from megatron_laser.model import platform
 from megatron_laser.model.host_memory import copy_pieces, host_buffers
+
+#: Bytes of a host buffer. One size for all: torch keeps page-locked memory by its size, and micro-batches differ.
+PIECE = 8 * 2**20
 
 
 @dataclass(eq=False)
@@ -39,6 +43,7 @@ class _Pass:
         """stream: for copies, None on a CPU. staying: storages that are not to be moved, the parameters'."""
         self._stream, self._staying = stream, staying
         self._saved: list[_Parked | None] = []
+        self._leaving: tuple[torch.Tensor, Any] | None = None  # what is being copied, and when it has been
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Parked:
         """Autograd's hook: what is kept in place of `tensor`."""
@@ -46,11 +51,14 @@ class _Pass:
         if not tensor.requires_grad or tensor.untyped_storage().data_ptr() in self._staying:
             return tensor
         source = tensor.detach().contiguous()
-        host = host_buffers(source.nbytes, pinned=self._stream is not None)
-        with platform.beside(self._stream):
+        host = host_buffers(source.nbytes, pinned=self._stream is not None, piece=PIECE)
+        with platform.beside(self._stream) as copies:
             copy_pieces(host, _bytes(source), to_host=True)
-        if self._stream is not None:
-            source.record_stream(self._stream)  # its memory is not used again before it is copied
+            copied = None if copies is None else copies.record_event()
+        if self._leaving is not None:
+            platform.wait_for(self._leaving[1])
+        # Held until its copy is waited for: its memory must not be used again before.
+        self._leaving = (source, copied) if copied is not None else None
         parked = _Parked(len(self._saved), torch.empty_like(source, device="meta"), host)
         self._saved.append(parked)
         return parked

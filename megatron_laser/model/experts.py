@@ -211,6 +211,11 @@ class ExpertLayer(MoELayer):
 
         # Megatron's own recomputation of this layer would not come by here again.
         if "mlp" in (self.config.recompute_modules or ()) and self.training and torch.is_grad_enabled():
+            if self.config.fp8:  # with the other one the second run would not be in FP8
+                from megatron.core.extensions.transformer_engine import te_checkpoint
+
+                tracker = tensor_parallel.random.get_cuda_rng_tracker
+                return te_checkpoint(run, False, tracker, self.tp_group, hidden_states)
             return tensor_parallel.checkpoint(run, False, hidden_states)
         return run(hidden_states)
 

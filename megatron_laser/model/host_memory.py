@@ -19,9 +19,10 @@ def host_pieces(nbytes: int) -> list[int]:
     return [1 << bit for bit in reversed(range(rounded.bit_length())) if rounded >> bit & 1]
 
 
-def host_buffers(nbytes: int, *, pinned: bool) -> list[torch.Tensor]:
-    """Buffers of uint8 for `nbytes` bytes, in order."""
-    return [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in host_pieces(nbytes)]
+def host_buffers(nbytes: int, *, pinned: bool, piece: int | None = None) -> list[torch.Tensor]:
+    """Buffers of uint8 for `nbytes` bytes, in order: as `host_pieces` says, or all of `piece` bytes."""
+    sizes = host_pieces(nbytes) if piece is None else [piece] * -(-nbytes // piece)
+    return [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
 
 
 def copy_pieces(host: list[torch.Tensor], device: torch.Tensor, *, to_host: bool) -> None:

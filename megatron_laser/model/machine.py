@@ -72,7 +72,12 @@ def available_host_bytes() -> int | None:
         return None
     try:
         limit = int((_CGROUP / "memory.max").read_text())  # "max" where there is none
-        available = min(available, limit - int((_CGROUP / "memory.current").read_text()))
+        used = int((_CGROUP / "memory.current").read_text())
+        # Of what is used, files that were read or written can be dropped.
+        for line in (_CGROUP / "memory.stat").read_text().splitlines():
+            name, _, size = line.partition(" ")
+            used -= int(size) if name in ("active_file", "inactive_file") else 0
+        available = min(available, limit - used)
     except (OSError, ValueError):
         pass
     return available

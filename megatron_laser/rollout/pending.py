@@ -132,7 +132,8 @@ def array_state(array: npt.NDArray[Any]) -> dict[str, Any]:
 
 def array_from(state: Mapping[str, Any]) -> npt.NDArray[Any]:
     """The inverse of `array_state`."""
-    return np.frombuffer(base64.b64decode(state["data"]), dtype=state["dtype"]).reshape(state["shape"])
+    flat = np.frombuffer(base64.b64decode(state["data"]), dtype=state["dtype"]).copy()  # else it is read-only
+    return flat.reshape(state["shape"])
 
 
 def batch_state(batch: RolloutBatch, positions: Mapping[int, int]) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class StateOffload:
             return 0
         if Part.GRADIENTS in leaving:
             self._optimizer.zero_grad()  # references from the main weights into the buffers
+        self._drop_fp8_copies(leaving)
         storages = {part: self._storages(part) for part in leaving}
         platform.synchronize()  # queued kernels may still write
         for part in leaving:
@@ -105,6 +106,14 @@ class StateOffload:
                 taken += parked.nbytes
         platform.synchronize()
         return taken
+
+    def _drop_fp8_copies(self, leaving: Collection[Part]) -> None:
+        """Of weights that leave: Transformer Engine makes them anew in the first micro-batch of each pass."""
+        for part, chunks in ((Part.PARAMETERS, self._chunks), (Part.REFERENCE, self.reference)):
+            if part in leaving and chunks is not None:
+                for model in chunks.models:
+                    for module in model.modules():
+                        getattr(module, "_fp8_workspaces", {}).clear()  # of TransformerEngineBaseModule
 
     def _copy(self, storage: torch.UntypedStorage) -> list[torch.Tensor]:
         known = self._hosts.get(storage._cdata)

@@ -84,7 +84,7 @@ FP8_CASES = {
         ("blockwise", "-sequence", "qwen3", [*SEQUENCE, FUSED, *OFFLOADED]),
         ("blockwise", "-experts", "qwen3-moe-even", [*EXPERT, "model.recompute=[moe_act, layernorm]"]),
         ("tensorwise", "-sequence", "qwen2", [*SEQUENCE, FUSED]),
-        ("tensorwise", "-experts", "qwen3-moe-even", [*EXPERT, *OVERLAPPED]),
+        ("tensorwise", "-experts", "qwen3-moe-even", [*EXPERT, *OVERLAPPED, "model.recompute=mlp"]),
     )
 }
 CASES = FP32_CASES | BF16_CASES | FP8_CASES

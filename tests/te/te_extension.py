@@ -150,6 +150,8 @@ def te_general_grouped_gemm(
     """`generic_gemm` for each expert; of one without tokens nothing is written but a gradient of zeros."""
     parts = out[0].split(m_splits) if single_output else out
     for one, other, part in zip(a, b, parts, strict=True):
+        names = " and ".join(sorted({type(one).__name__, type(other).__name__}))
+        calls[f"grouped gemm of {names}"] += 1
         if other.size().numel() == 0:
             if transb and not accumulate:
                 part.zero_()

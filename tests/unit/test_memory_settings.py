@@ -163,7 +163,8 @@ def test_a_node_with_too_little_host_memory_is_found_by_arithmetic(tmp_path, mon
     assert available is not None and available > 0
     (tmp_path / "memory.max").write_text(str(8 * GIB))
     (tmp_path / "memory.current").write_text(str(8 * GIB - 2**20))
-    assert machine.available_host_bytes() == 2**20
+    (tmp_path / "memory.stat").write_text("anon 5\nactive_file 4096\ninactive_file 8192\n")
+    assert machine.available_host_bytes() == 2**20 + 4096 + 8192
     monkeypatch.setattr(machine, "available_host_bytes", lambda: 100 * GIB)
     assert machine.host_memory_problems(25 * GIB, 4, "optimizer.offload: true") == []
     (problem,) = machine.host_memory_problems(26 * GIB, 4, "optimizer.offload: true")
@@ -210,7 +211,16 @@ def test_the_plan_counts_layers_that_are_recomputed(tmp_path, folders):
     assert half == (full + nothing) // 2
     assert full < activations("recompute=mlp")[0] < nothing
     moved, memory = activations("recompute=full", "offload_activations=true")
-    assert moved == full // 2 and memory.host == full  # two of four layers' inputs are on the GPU
+    assert moved == full // 2  # two of four layers' inputs are on the GPU
+    assert memory.host == 4 * activation_offload.PIECE  # each in pieces of one size
+    whole, pipeline = "recompute=full", ("parallel.pipeline=2", "batching.tokens_per_micro_batch=128")
+    stage = lines(tmp_path, folders, *pipeline, f"model.{whole}", "model.offload_activations=true", ranks=2)[
+        0
+    ]
+    plain = lines(tmp_path, folders, *pipeline, f"model.{whole}", ranks=2)[0]
+    kept = plain["activations", "update"].bytes // 2  # of each of two layers: the last stage is the fullest
+    # and what the schedule has of the micro-batch: the stage's input and its output
+    assert stage["activations", "update"].bytes == (2 + 2) * kept
     layout = ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "batching.tokens_per_micro_batch=128")
     chunks = lines(tmp_path, folders, *layout, "model.recompute=full", "model.recompute_layers=1", ranks=2)[0]
     whole = lines(tmp_path, folders, *layout, "model.recompute=full", ranks=2)[0]
@@ -297,6 +307,6 @@ def test_inputs_of_layers_are_gone_between_forward_and_backward(
     gc.collect()
     assert len(seen) >= 5  # of four layers and of the last norm
     assert all((reference() is None) == moves for reference in seen)
-    assert set(moved) == {2**20}  # the smallest piece
+    assert set(moved) == {activation_offload.PIECE}
     output.sum().backward()
     assert hidden.grad is not None and bool(hidden.grad.abs().sum() > 0)

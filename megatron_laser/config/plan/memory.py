@@ -78,10 +78,10 @@ def memory_sum(
     ]
     if config.model.fp8 != "none":
         # Cast once an optimizer step: as the forward reads them, and turned, as the backward does.
-        cast = 2 * stage_matrices(architecture, layout)[stage]
-        lines.append(
-            MemoryLine("weights in FP8", cast, STATE, "two copies of the layers' matrices", "model.fp8")
-        )
+        copies = 3 if size.reference_model else 2  # a reference model has the first one alone
+        cast = copies * stage_matrices(architecture, layout)[stage]
+        detail = f"{copies} copies of the layers' matrices"
+        lines.append(MemoryLine("weights in FP8", cast, STATE, detail, "model.fp8"))
     reducing = layout.data * layout.context  # gradients and optimizer shards are over both
     sizes = [layout.tensor, layout.pipeline, layout.context, reducing, layout.world_size]
     if architecture.moe is not None:

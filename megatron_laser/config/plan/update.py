@@ -14,8 +14,9 @@ from megatron_laser.config.plan.context import attention_bytes, rank_tokens
 from megatron_laser.config.plan.lines import HEAD, HOST, KEPT, UPDATE, MemoryLine, gib
 from megatron_laser.config.schema.inputs import Recompute
 from megatron_laser.config.schema.root import RunConfig
-from megatron_laser.logprob_memory import GIB, TILE_BYTES, choose_keep_budget
+from megatron_laser.logprob_memory import GIB, MIB, TILE_BYTES, choose_keep_budget
 
+PIECE = 8 * MIB  # model/activation_offload.py
 STEP_BYTES_PER_TOKEN = 56  # ids, positions, labels, log-probs, weights of a step's micro-batches
 
 
@@ -81,8 +82,9 @@ def update_lines(
     lines = [
         MemoryLine(
             "activations",
-            # Of what goes to host memory two layers' inputs are on the GPU: one on its way, one in use.
-            min(2, layers) * kept if model.offload_activations else int((inputs + of_plain * plain) * flight),
+            _on_device(layers, kept, flight, p)
+            if model.offload_activations
+            else int((inputs + of_plain * plain) * flight),
             UPDATE,
             f"{each}, recompute {how}, {tokens:,} tokens{where}{where_stage}"
             + (", in host memory but for two" if model.offload_activations else ""),
@@ -113,13 +115,23 @@ def update_lines(
     if model.offload_activations:
         lines.append(
             MemoryLine(
-                "activations", int(inputs * flight), HOST, "layers' inputs", "model.offload_activations"
+                "activations",
+                int(-(-kept // PIECE) * PIECE * layers * flight),
+                HOST,
+                f"layers' inputs, in pieces of {gib(PIECE)}",
+                "model.offload_activations",
             )
         )
     if context.buffers:
         detail = f"keys, values and gradients of {layout.context} context ranks, one layer at a time"
         lines.append(MemoryLine("context attention", context.buffers, UPDATE, detail, budget))
     return lines
+
+
+def _on_device(layers: int, kept: int, flight: float, stages: int) -> int:
+    """What `offload_activations` leaves on the GPU: two layers' inputs, one on its way and one in use, and in a
+    pipeline what the schedule keeps of each micro-batch in flight, the stage's input and output."""
+    return min(2, layers) * kept + (int(2 * flight * kept) if stages > 1 else 0)
 
 
 def _head(
