@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from megatron_laser.config.schema.inputs import ModelConfig
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.schema.system import ParallelConfig
 
@@ -77,6 +78,16 @@ def optimizer_steps(config: RunConfig) -> int:
 def evaluation_max_new_tokens(config: RunConfig) -> int:
     """`evaluation.max_new_tokens`, or the rollout's where that is null."""
     return config.evaluation.max_new_tokens or config.rollout.max_new_tokens
+
+
+def recompute_words(model: ModelConfig) -> str:
+    """`model.recompute` as one would say it."""
+    return model.recompute if isinstance(model.recompute, str) else ", ".join(model.recompute)
+
+
+def recomputed_of_experts(model: ModelConfig) -> list[str]:
+    """Modules of `model.recompute` that only experts have, in Transformer Engine's layers."""
+    return [name for name in ("layernorm", "moe_act") if name in model.recompute]
 
 
 def micro_batch_tokens(config: RunConfig) -> int:

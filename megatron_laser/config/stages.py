@@ -12,11 +12,10 @@ from megatron_laser.config.derived import longest_sequence
 from megatron_laser.config.model_folder.architecture import Architecture
 from megatron_laser.config.model_folder.flops import attention_flops, layer_flops_per_token
 from megatron_laser.config.schema.root import RunConfig
-from megatron_laser.config.schema.system import ParallelConfig
 
 
 def chunk_layers(config: RunConfig, architecture: Architecture) -> tuple[int, ...]:
-    """Layers of each chunk, [pipeline * virtual_pipeline], of a configuration without `stage_problems`."""
+    """Layers of each chunk, [pipeline * virtual_pipeline], of a configuration without problems."""
     parallel, layers = config.parallel, architecture.num_layers
     chunks = parallel.pipeline * parallel.virtual_pipeline
     if parallel.stage_layers == "even":
@@ -52,40 +51,12 @@ def balanced_chunks(layers: int, stages: int, chunks_each: int, head: float) -> 
         work[stage] += 1
     found = [0] * (stages * chunks_each)
     for stage, count in enumerate(on_stage):
-        for chunk in range(
-            chunks_each
-        ):  # what is left over goes to early chunks: the head is behind the last one
-            more = chunk < count % chunks_each
-            found[chunk * stages + stage] = count // chunks_each + more
+        # What is left over goes to early chunks: the head is behind the last one.
+        for chunk in range(chunks_each):
+            found[chunk * stages + stage] = count // chunks_each + (chunk < count % chunks_each)
     return tuple(found)
 
 
 def layers_per_stage(chunks: Sequence[int], stages: int) -> tuple[int, ...]:
     """Layers on each of `stages` pipeline stages, in all its chunks."""
     return tuple(sum(chunks[stage::stages]) for stage in range(stages))
-
-
-def stage_problems(parallel: ParallelConfig, layers: int) -> list[str]:
-    """Why a model of so many layers cannot be cut as `parallel` says; one line each, with the arithmetic."""
-    wanted, chunks = parallel.stage_layers, parallel.pipeline * parallel.virtual_pipeline
-    label = f"parallel.pipeline {parallel.pipeline}"
-    if parallel.virtual_pipeline > 1:
-        label += f" x virtual_pipeline {parallel.virtual_pipeline} = {chunks}"
-    if wanted == "even":
-        if rest := layers % chunks:
-            return [
-                f"num_hidden_layers {layers} is not divisible by {label}: {layers} % {chunks} = {rest}; set "
-                "parallel.stage_layers to balanced, or to the number of layers of each"
-            ]
-        return []
-    if wanted == "balanced":
-        short = f"num_hidden_layers {layers} is less than {label}: some would have none"
-        return [short] if layers < chunks else []
-    problems = []
-    if len(wanted) != chunks:
-        problems.append(f"parallel.stage_layers has {len(wanted)} numbers: expected one for each of {label}")
-    if sum(wanted) != layers:
-        problems.append(
-            f"parallel.stage_layers: {' + '.join(map(str, wanted))} = {sum(wanted)}, and num_hidden_layers is {layers}"
-        )
-    return problems

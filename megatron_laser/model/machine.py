@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megatron_laser.config.derived import recomputed_of_experts
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.errors import ConfigError
 from megatron_laser.logprob_memory import GIB
@@ -28,7 +29,7 @@ def memory_setting_problems(config: RunConfig) -> list[str]:
                 f"optimizer.moments_dtype: {settings.moments_dtype} is for Transformer Engine's optimizer, {where}; "
                 "leave it float32"
             )
-        if own := [name for name in ("layernorm", "moe_act") if name in model.recompute]:
+        if own := recomputed_of_experts(model):
             problems.append(
                 f"model.recompute: {' and '.join(own)} can be recomputed in Transformer Engine's layers only, {where}; "
                 "use mlp, full or none"

@@ -84,8 +84,7 @@ def check_machine(config: RunConfig, runtime: Runtime) -> None:
 def machine_problems(config: RunConfig, world_size: int) -> list[str]:
     """What is missing on this rank's machine; one line each, with the setting."""
     model = config.model
-    problems = _host_problems(config, world_size)
-    problems += backend_variable_problems(model.attention)
+    problems = backend_variable_problems(model.attention)
     try:
         fused = use_transformer_engine(model.layers)
         problems += memory_setting_problems(config)
@@ -105,23 +104,18 @@ def _memory_problems(config: RunConfig, world_size: int) -> list[str]:
     available = platform.total_memory_bytes()
     if available is None:
         return []
-    try:
-        resolve_memory(config, world_size, available / GIB).check(available)
-    except ConfigError as error:
-        return [f"{problem} (this GPU: {platform.device_name()})" for problem in error.problems]
-    return []
-
-
-def _host_problems(config: RunConfig, world_size: int) -> list[str]:
-    if not platform.has_cuda() or not (config.optimizer.offload or config.model.offload_activations):
-        return []
-    names = [
+    memory = resolve_memory(config, world_size, available / GIB)
+    asking = [
         f"{section}.{name}: true"
         for section, name in (("optimizer", "offload"), ("model", "offload_activations"))
         if getattr(getattr(config, section), name)
     ]
-    needed = resolve_memory(config, world_size, (platform.total_memory_bytes() or 0) / GIB).host
-    return host_memory_problems(needed, ranks_on_this_node(), ", ".join(names))
+    problems = host_memory_problems(memory.host, ranks_on_this_node(), ", ".join(asking)) if asking else []
+    try:
+        memory.check(available)
+    except ConfigError as error:
+        problems += [f"{problem} (this GPU: {platform.device_name()})" for problem in error.problems]
+    return problems
 
 
 def _installed(package: str) -> bool:

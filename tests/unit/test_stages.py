@@ -6,7 +6,7 @@ import pytest
 from helpers.runs import run_config
 
 from megatron_laser.config import ConfigError, read_architecture
-from megatron_laser.config.checks.layout import check_layout
+from megatron_laser.config.checks.layout import check_layout, stage_problems
 from megatron_laser.config.plan.resolve import resolve_plan
 from megatron_laser.config.schema.system import ParallelConfig
 from megatron_laser.config.stages import (
@@ -14,7 +14,6 @@ from megatron_laser.config.stages import (
     chunk_layers,
     head_layers,
     layers_per_stage,
-    stage_problems,
 )
 
 from helpers.models import save_tiny_model  # isort: skip

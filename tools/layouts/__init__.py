@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+OVERLAPPED = [
+    "optimizer.distributed=true",
+    "optimizer.overlap_grad_reduce=true",
+    "optimizer.overlap_param_gather=true",
+]
 BUDGETS = (4096, 160, 80)
 # processes -> {name: overrides}; the first entry of all is the reference.
 LAYOUTS: dict[int, dict[str, list[str]]] = {
@@ -10,9 +15,7 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
         **{f"data 2, {budget} tokens": [f"batching.tokens_per_micro_batch={budget}"] for budget in BUDGETS},
         "data 2, distributed optimizer": ["optimizer.distributed=true"],
         "data 2, distributed, overlapped": [
-            "optimizer.distributed=true",
-            "optimizer.overlap_grad_reduce=true",
-            "optimizer.overlap_param_gather=true",
+            *OVERLAPPED,
         ],
         "tensor 2": ["parallel.tensor=2"],
         "tensor 2, 80 tokens": ["parallel.tensor=2", "batching.tokens_per_micro_batch=80"],
@@ -38,9 +41,7 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
             "batching.tokens_per_micro_batch=80",
         ],
         "data 2, distributed, overlapped, offloaded, 1 layer recomputed": [
-            "optimizer.distributed=true",
-            "optimizer.overlap_grad_reduce=true",
-            "optimizer.overlap_param_gather=true",
+            *OVERLAPPED,
             "optimizer.offload=true",
             "model.recompute=full",
             "model.recompute_layers=1",

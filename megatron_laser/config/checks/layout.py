@@ -8,7 +8,7 @@ from megatron_laser.config.derived import evaluation_max_new_tokens
 from megatron_laser.config.model_folder.architecture import Architecture
 from megatron_laser.config.model_folder.quantized import block_problems
 from megatron_laser.config.schema.root import RunConfig
-from megatron_laser.config.stages import stage_problems
+from megatron_laser.config.schema.system import ParallelConfig
 from megatron_laser.errors import ConfigError
 
 
@@ -60,6 +60,30 @@ def split_problems(config: RunConfig, architecture: Architecture) -> list[str]:
     problems += _expert_problems(config, architecture)
     problems += stage_problems(parallel, architecture.num_layers)
     problems += model_memory_problems(config, architecture)
+    return problems
+
+
+def stage_problems(parallel: ParallelConfig, layers: int) -> list[str]:
+    """Why a model of so many layers cannot be cut as `parallel` says; one line each, with the arithmetic."""
+    wanted, chunks = parallel.stage_layers, parallel.pipeline * parallel.virtual_pipeline
+    label = f"parallel.pipeline {parallel.pipeline} x virtual_pipeline {parallel.virtual_pipeline} ="
+    if parallel.virtual_pipeline == 1:
+        label = "parallel.pipeline"
+    if wanted == "even":
+        cure = "; set parallel.stage_layers to balanced, or to the number of layers of each"
+        return [problem + cure for problem in divisible("num_hidden_layers", layers, label, chunks)]
+    if wanted == "balanced":
+        short = f"num_hidden_layers {layers} is less than {label} {chunks}: some would have none"
+        return [short] if layers < chunks else []
+    problems = []
+    if len(wanted) != chunks:
+        problems.append(
+            f"parallel.stage_layers has {len(wanted)} numbers: expected one for each of {label} {chunks}"
+        )
+    if sum(wanted) != layers:
+        problems.append(
+            f"parallel.stage_layers: {' + '.join(map(str, wanted))} = {sum(wanted)}, and num_hidden_layers is {layers}"
+        )
     return problems
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_laser.config.derived import gpu_pad_multiple, needed_pad_multiple
+from megatron_laser.config.derived import (
+    gpu_pad_multiple,
+    needed_pad_multiple,
+    recompute_words,
+    recomputed_of_experts,
+)
 from megatron_laser.config.model_folder.architecture import Architecture
 from megatron_laser.config.schema.root import RunConfig
 
@@ -17,7 +22,7 @@ def memory_problems(config: RunConfig) -> list[str]:
 
 def _recompute_problems(config: RunConfig) -> list[str]:
     model, problems = config.model, []
-    how = model.recompute if isinstance(model.recompute, str) else ", ".join(model.recompute)
+    how = recompute_words(model)
     if model.recompute_layers is not None and model.recompute != "full":
         problems.append(
             f"model.recompute_layers: {model.recompute_layers} counts layers that are recomputed whole, and "
@@ -29,7 +34,7 @@ def _recompute_problems(config: RunConfig) -> list[str]:
             + (f" of {model.recompute_layers} layers" if model.recompute_layers is not None else "")
             + " layers keep more than these; set model.recompute to full, of all layers"
         )
-    needs_engine = [name for name in ("layernorm", "moe_act") if name in model.recompute]
+    needs_engine = recomputed_of_experts(model)
     if needs_engine and model.layers == "torch":
         problems.append(
             f"model.recompute: {how} with model.layers torch: {' and '.join(needs_engine)} can be recomputed in "
@@ -86,12 +91,11 @@ def model_memory_problems(config: RunConfig, architecture: Architecture) -> list
     """Problems of these settings with this model; one line each, with the arithmetic."""
     model, problems = config.model, []
     if architecture.moe is None:
-        for name in ("layernorm", "moe_act"):
-            if name in model.recompute:
-                problems.append(
-                    f"model.recompute: {name} is for models with experts; in a {architecture.model_type} model it "
-                    "would change nothing"
-                )
+        problems += [
+            f"model.recompute: {name} is for models with experts; in a {architecture.model_type} model it would change "
+            "nothing"
+            for name in recomputed_of_experts(model)
+        ]
     if model.fp8 != "none":
         tensor = config.parallel.tensor
         heads, kv_heads = architecture.num_attention_heads, architecture.num_key_value_heads

@@ -7,6 +7,7 @@ layers (Narayanan et al. 2021, arXiv 2104.04473, section 2.2, and Megatron's int
 
 from __future__ import annotations
 
+from megatron_laser.config.derived import recompute_words
 from megatron_laser.config.model_folder.architecture import Architecture
 from megatron_laser.config.model_folder.parameters import DTYPE_BYTES, Layout, padded_vocab_size
 from megatron_laser.config.plan.activations import inside_mlp, layer_activation_bytes
@@ -76,7 +77,6 @@ def update_lines(
     each = f"{layers - plain} layers x {gib(kept)}" + (f" + {plain} x {gib(of_plain)}" if plain else "")
     if flight > 1:
         each = f"({each})" * bool(plain) + each * (not plain) + f" x {flight:g} in flight"
-    how = model.recompute if isinstance(model.recompute, str) else ", ".join(model.recompute)
     where = f" on each of {layout.context} context ranks" if layout.context > 1 else ""
     own = -(-replica_tokens // layout.context)
     lines = [
@@ -86,7 +86,7 @@ def update_lines(
             if model.offload_activations
             else int((inputs + of_plain * plain) * flight),
             UPDATE,
-            f"{each}, recompute {how}, {tokens:,} tokens{where}{where_stage}"
+            f"{each}, recompute {recompute_words(model)}, {tokens:,} tokens{where}{where_stage}"
             + (", in host memory but for two" if model.offload_activations else ""),
             budget,
         ),

@@ -106,9 +106,8 @@ def _memory(plan: Plan) -> Table:
     share = " to ".join(f"{count:,}" for count in dict.fromkeys((stages[0], stages[-1])))
     table.add_row("parameters", "", f"{plan.parameters:,}; per rank {share}")
     for line in memory.lines:
-        if line.phase != HOST and (
-            line.bytes or line.name == KEPT
-        ):  # that there is no room for them is worth a line
+        # That there is no room for probabilities is worth a line.
+        if line.phase != HOST and (line.bytes or line.name == KEPT):
             when = "" if line.phase == STATE else f"{line.phase}: "
             table.add_row(line.name, gib(line.bytes), escape(when + line.detail))
     phases = [(phase, memory.phase_bytes(phase)) for phase in PHASES]
