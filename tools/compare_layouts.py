@@ -10,7 +10,8 @@ Every layout starts from the same tiny random model and trains on the same rollo
 right and wrong scored responses, truncated and one-token ones, groups of different sizes, a number of
 samples that no rank count divides. All loss terms are on: clipping, KL to a reference model, entropy, self-reward,
 mixed advantages. Loss terms and gradient norms of each step and a parameter checksum after the last must
-agree with one process at one token budget: |a - b| <= 1e-5 |b| + 1e-7 in fp32. The exit status is 1 otherwise.
+agree with one process at one token budget, which packs every sample's prompt (`batching.share_prompts: false`; where
+a layout allows it, the others pack a group's once): |a - b| <= 1e-5 |b| + 1e-7 in fp32. The exit status is 1 otherwise.
 """
 
 from __future__ import annotations

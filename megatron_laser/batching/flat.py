@@ -129,7 +129,13 @@ class FlatBatch:
 
     def pack_input(self, index: int) -> PackInput:
         """A sample as `pack` takes it."""
-        return PackInput(index, self.prompt_ids(index), self.response_ids(index), bool(self.scored[index]))
+        return PackInput(
+            index,
+            self.prompt_ids(index),
+            self.response_ids(index),
+            bool(self.scored[index]),
+            int(self.group_ids[index]),
+        )
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """One array per entry of `ARRAYS`, in that order; `header` is (step, weight_version)."""

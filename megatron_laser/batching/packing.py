@@ -3,12 +3,16 @@
 This is the only place where labels are shifted. Row t predicts token t + 1: the last prompt row is labelled
 y_1, rows y_1 .. y_{T-1} are labelled y_2 .. y_T, and the EOS row of a scored response is labelled with the
 score token z_c, at temperature 1 (LaSeR, arXiv 2510.14943: the score is log pi(z_c | x, y, EOS)).
+
+Samples of one group can share their prompt: all its tokens but the last are packed once, as a sequence of their own,
+and behind it, for each response, the prompt's last token and the response, which attend to that sequence and to
+themselves. Repeating that one token keeps every labelled row one sample's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +22,16 @@ _PADDING_TOKEN = 0  # any id: padding is a sequence of its own, or behind one, a
 
 @dataclass(frozen=True, slots=True)
 class PackInput:
-    """One sample. Ids are int arrays (fast) or lists; `scored` as in `Sample.scored`."""
+    """One sample. Ids are int arrays (fast) or lists; `scored` as in `Sample.scored`.
+
+    group: samples of equal number have one and the same prompt; None: nothing is known.
+    """
 
     sample_index: int
     prompt_ids: npt.NDArray[np.integer] | Sequence[int]
     response_ids: npt.NDArray[np.integer] | Sequence[int]
     scored: bool
+    group: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,9 @@ class PackedMicroBatch:
     sample_index: [R] int64. response_position: [R] int64, t (from 0) of the row labelled with
     response_ids[t]; len(response_ids) for the score row.
     inv_temperature: [R] float32, the policy's on policy rows and 1 on score rows.
+    parents: [n] int64, of each sequence the one that its tokens attend to as well, whole and before themselves: its
+    group's prompt, without the last token. -1: none. Positions go on from it, and `max_seqlen` counts it. None where no
+    prompt is shared.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -51,6 +62,7 @@ class PackedMicroBatch:
     sample_index: npt.NDArray[np.int64]
     response_position: npt.NDArray[np.int64]
     inv_temperature: npt.NDArray[np.float32]
+    parents: npt.NDArray[np.int64] | None = None
 
 
 def pack(
@@ -60,6 +72,7 @@ def pack(
     pad_multiple: int,
     inv_temperature: float,
     context_size: int = 1,
+    share_prompts: bool = False,
 ) -> PackedMicroBatch:
     """Concatenate prompts and responses, pad, and label.
 
@@ -75,9 +88,11 @@ def pack(
         context_size: context-parallel ranks. Above 1 every sequence is padded to a multiple of twice as many tokens,
             of which each rank gets two chunks. This padding stands behind the sequence's own tokens and has later
             positions, so under a causal mask none of them sees it.
+        share_prompts: samples of one group, next to each other, share their prompt if it has more than one token.
 
     Raises:
-        ValueError: an empty prompt, or `pad_multiple`, `context_size` or `inv_temperature` out of range.
+        ValueError: an empty prompt, `pad_multiple`, `context_size` or `inv_temperature` out of range, or prompts to
+            share over context ranks.
     """
     if context_size < 1:
         raise ValueError(f"context_size={context_size}: expected at least 1.")
@@ -97,24 +112,30 @@ def pack(
             f"sample {index} has an empty prompt: expected at least one token before the response."
         )
 
-    real_lengths = prompt_lengths + response_lengths
+    if share_prompts and context_size > 1:
+        raise ValueError(f"share_prompts with context_size={context_size}: expected 1.")
+    cut = _sequences(sequences, share_prompts)
+    parents = np.array(cut.parents, dtype=np.int64)
+    real_lengths = np.array([sum(len(ids) for ids in part) for part in cut.parts], dtype=np.int64)
     lengths = -(-real_lengths // multiple) * multiple
     total = int(lengths.sum())
     padding = -total % pad_multiple if total else max(pad_multiple, 2)
     if padding:
         lengths = np.append(lengths, padding)
+        parents = np.append(parents, -1)
     cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
-    starts = cu_seqlens[: len(sequences)]
     tokens = np.full(total + padding, _PADDING_TOKEN, dtype=np.int64)
-    parts = [ids for item in sequences for ids in (item.prompt_ids, item.response_ids)]
-    if parts:
-        ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
-        tokens[np.repeat(starts, real_lengths) + positions_in(real_lengths)] = ids
+    if cut.parts:
+        ids = np.concatenate([np.asarray(ids, dtype=np.int64) for part in cut.parts for ids in part])
+        tokens[np.repeat(cu_seqlens[: len(cut.parts)], real_lengths) + positions_in(real_lengths)] = ids
+    # Positions of a sequence behind a shared prompt go on from it.
+    offsets = np.where(parents >= 0, lengths[parents], 0)
+    starts = cu_seqlens[np.array(cut.place, dtype=np.int64)]
 
     scored = np.array([item.scored for item in sequences], dtype=np.bool_) & (response_lengths > 0)
     rows = response_lengths + (scored if score_token_id is not None else 0)
     response_position = positions_in(rows)
-    row_index = np.repeat(starts + prompt_lengths - 1, rows) + response_position
+    row_index = np.repeat(starts + np.array(cut.own_prompt, dtype=np.int64) - 1, rows) + response_position
     is_score = response_position == np.repeat(response_lengths, rows)
     # The row after a score row is padding, of another sequence, or none: its token is never used as a label.
     labels = tokens[np.minimum(row_index + 1, len(tokens) - 1)]
@@ -123,16 +144,56 @@ def pack(
     sample_index = np.array([item.sample_index for item in sequences], dtype=np.int64)
     return PackedMicroBatch(
         tokens=tokens,
-        position_ids=positions_in(lengths),
+        position_ids=positions_in(lengths) + np.repeat(offsets, lengths),
         cu_seqlens=cu_seqlens.astype(np.int32),
-        max_seqlen=int(lengths.max()),
+        max_seqlen=int((lengths + offsets).max()),
         row_index=row_index,
         labels=labels,
         is_score=is_score,
         sample_index=np.repeat(sample_index, rows),
         response_position=response_position,
         inv_temperature=np.where(is_score, 1.0, inv_temperature).astype(np.float32),
+        parents=parents if (parents >= 0).any() else None,
     )
+
+
+_Ids = npt.NDArray[np.integer] | Sequence[int]
+
+
+@dataclass(slots=True)
+class _Sequences:
+    """The packed sequences without padding: ids in parts, and parents.
+
+    place, own_prompt: of each sample its sequence, and how many tokens of its prompt stand in that.
+    """
+
+    parts: list[tuple[_Ids, ...]] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    place: list[int] = field(default_factory=list)
+    own_prompt: list[int] = field(default_factory=list)
+
+
+def _sequences(samples: Sequence[PackInput], share_prompts: bool) -> _Sequences:
+    result = _Sequences()
+    group: int | None = None  # whose prompt stands in the sequence `parent`
+    parent = -1
+    for index, item in enumerate(samples):
+        prompt = item.prompt_ids
+        if not share_prompts or item.group is None or len(prompt) == 1:
+            group = None
+        elif item.group != group:
+            followed = index + 1 < len(samples) and samples[index + 1].group == item.group
+            group = item.group if followed else None
+            if followed:
+                parent = len(result.parts)
+                result.parts.append((prompt[:-1],))
+                result.parents.append(-1)
+        own = prompt if group is None else prompt[-1:]
+        result.place.append(len(result.parts))
+        result.own_prompt.append(len(own))
+        result.parts.append((own, item.response_ids))
+        result.parents.append(-1 if group is None else parent)
+    return result
 
 
 def positions_in(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -98,6 +98,27 @@ def micro_batch_tokens(config: RunConfig) -> int:
     return config.batching.tokens_per_micro_batch * config.parallel.context
 
 
+def shared_prompt_problems(
+    config: RunConfig, *, experts: bool, torch_attention: bool | None = None
+) -> list[str]:
+    """Why prompts cannot be packed once for a group; one line each.
+
+    Args:
+        experts: whether the model has them. torch_attention: whether attention is torch's; None: not known yet.
+    """
+    problems = []
+    if config.parallel.context > 1:
+        problems.append(f"parallel.context is {config.parallel.context}, whose ranks split whole sequences")
+    if experts:
+        problems.append("the model has experts, whose routers count every sample's tokens")
+    if torch_attention is False:
+        problems.append(
+            f"attention is Transformer Engine's (model.layers: {config.model.layers}, model.dtype: "
+            f"{config.model.dtype}), which knows no shared prompts"
+        )
+    return problems
+
+
 def context_multiple(parallel: ParallelConfig) -> int:
     """What each packed sequence is padded to a multiple of, in tokens: two chunks (zig-zag) for each context rank."""
     return 2 * parallel.context if parallel.context > 1 else 1

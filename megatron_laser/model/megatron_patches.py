@@ -35,6 +35,10 @@ def patch_megatron() -> None:
         special = kwargs.get("multi_latent_attention") or kwargs.get("mla_rotary_interleaved")
         plain = not special and kwargs.get("mscale", 1.0) == 1.0
         if group is None or not plain or freqs.shape[-1] != t.shape[-1]:
+            if _positions_of(cu_seqlens) is not None:
+                raise ValueError(
+                    "this model's rotary embedding starts at 0 in every sequence: share no prompts"
+                )
             return original(t, cu_seqlens, freqs, cp_group=group, **kwargs)
         cos, sin = table.of(t, cu_seqlens, freqs, group.size(), group.rank())
         return t * cos + rope._rotate_half(t, kwargs.get("rotary_interleaved", False)) * sin
@@ -82,6 +86,18 @@ def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
 
 
+def set_positions(cu_seqlens: torch.Tensor, positions: torch.Tensor) -> None:
+    """Rotary positions [tokens] int64 of the packed tokens whose sequences start elsewhere than at 0.
+
+    Megatron hands its rotary functions nothing of a micro-batch but `cu_seqlens`.
+    """
+    cu_seqlens.rotary_positions = positions  # type: ignore[attr-defined]
+
+
+def _positions_of(cu_seqlens: torch.Tensor) -> torch.Tensor | None:
+    return getattr(cu_seqlens, "rotary_positions", None)
+
+
 class _RotaryTable:
     """cos and sin [tokens, 1, head_dim] of the last micro-batch seen."""
 
@@ -115,6 +131,9 @@ def _positions(
     own_tokens: int, cu_seqlens: torch.Tensor, frequencies: int, size: int, rank: int
 ) -> torch.Tensor | slice:
     """Which frequency each of a context rank's tokens has: its place in its sequence."""
+    known = _positions_of(cu_seqlens)
+    if known is not None:
+        return known
     # As many frequencies as packed tokens are one for each token, upstream; else every sequence starts at 0.
     for_each_token = frequencies == size * own_tokens
     if size > 1:

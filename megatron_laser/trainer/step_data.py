@@ -15,6 +15,7 @@ from megatron_laser.batching.context import context_shard
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.batching.packing import PackedMicroBatch, pack
 from megatron_laser.batching.schedule import build_schedule
+from megatron_laser.batching.shared_prompts import shared_units, unit_tokens
 from megatron_laser.config import Architecture
 from megatron_laser.config.derived import (
     gpu_pad_multiple,
@@ -27,6 +28,7 @@ from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.model.experts import LoadBalance, Routing, Tally
 from megatron_laser.model.policy_model import HeadInputs
+from megatron_laser.model.torch_layers import share_prompts as share_packed_prompts
 from megatron_laser.trainer.expert_routing import Experts
 
 
@@ -149,47 +151,48 @@ def prepare_step(
     context_rank: int,
     experts: Experts | None = None,
     architecture: Architecture | None = None,
+    share_prompts: bool = False,
 ) -> StepData:
     """Cut the rollout batch into optimizer steps, ranks and micro-batches, and pack this rank's share.
 
     A pure function of its arguments: every rank computes the same schedule, and the context ranks of one data rank
     pack the same micro-batches, of which each keeps its tokens. `score_token_id` None leaves the score rows out;
     `experts` of a model that has them, and its `architecture`, by which `batching.balance: flops` shares out samples.
+    `share_prompts`: a group's prompt is packed once for all its responses in a micro-batch.
     """
-    parallel = config.parallel
+    units = _units(flat, config, data_size) if share_prompts else [(i,) for i in range(flat.num_samples)]
     costs = None
     if architecture is not None:
-        costs = [
-            forward_flops(architecture, tokens, response)
-            for tokens, response in zip(flat.lengths.tolist(), flat.response_lengths.tolist())
-        ]
+        costs = [_forward_flops(flat, architecture, unit) for unit in units]
     elif config.batching.balance == "flops":
         raise ValueError("batching.balance: flops needs the model's architecture")
+    parallel = config.parallel
     schedule = build_schedule(
         [
-            padded_tokens(length, parallel) for length in flat.lengths.tolist()
+            padded_tokens(_tokens(flat, unit), parallel) for unit in units
         ],  # as packed: the budget holds with padding
         data_parallel=data_size,
         tokens_per_micro_batch=micro_batch_tokens(config),
         minibatches=config.policy.minibatches,
-        group_ids=flat.group_ids.tolist(),
+        group_ids=[int(flat.group_ids[unit[0]]) for unit in units],
         # The interleaved pipeline schedule works on whole rounds of micro-batches.
         micro_batch_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
         costs=costs if config.batching.balance == "flops" else None,
     )
     minibatches = []
     for ranks in schedule.minibatches:
-        members = np.array(sorted(i for rank in ranks for samples in rank for i in samples), dtype=np.int64)
+        members = sorted(i for rank in ranks for chosen in rank for unit in chosen for i in units[unit])
         minibatches.append(
             _minibatch(
                 flat,
                 config,
-                members,
-                ranks[data_rank],
+                np.array(members, dtype=np.int64),
+                [[i for unit in chosen for i in units[unit]] for chosen in ranks[data_rank]],
                 score_token_id,
                 pad=pad_multiple(config),
                 context_rank=context_rank,
                 experts=experts,
+                share_prompts=share_prompts,
             )
         )
     return StepData(
@@ -199,6 +202,27 @@ def prepare_step(
         group_ids=torch.from_numpy(flat.group_ids.astype(np.int64)),
         rank_imbalance=None if costs is None else schedule.imbalance(costs),
     )
+
+
+def _units(flat: FlatBatch, config: RunConfig, data_size: int) -> list[tuple[int, ...]]:
+    """What is scheduled as a whole where prompts are shared."""
+    return shared_units(
+        flat.group_ids.tolist(),
+        flat.prompt_lengths.tolist(),
+        flat.response_lengths.tolist(),
+        budget=micro_batch_tokens(config),
+        ranks=data_size * config.policy.minibatches,  # of all optimizer steps, which have each their groups
+    )
+
+
+def _tokens(flat: FlatBatch, unit: Sequence[int]) -> int:
+    return unit_tokens(int(flat.prompt_lengths[unit[0]]), [int(flat.response_lengths[i]) for i in unit])
+
+
+def _forward_flops(flat: FlatBatch, architecture: Architecture, unit: Sequence[int]) -> int:
+    prompt = int(flat.prompt_lengths[unit[0]])
+    alone = [forward_flops(architecture, int(flat.lengths[i]), int(flat.response_lengths[i])) for i in unit]
+    return sum(alone) - (len(unit) - 1) * forward_flops(architecture, prompt - 1, 0)
 
 
 def _minibatch(
@@ -211,6 +235,7 @@ def _minibatch(
     pad: int,
     context_rank: int,
     experts: Experts | None,
+    share_prompts: bool,
 ) -> MiniBatch:
     scored = flat.scored[members].astype(bool)
     right = scored & (flat.rewards[members] > 0.5)
@@ -246,6 +271,7 @@ def _minibatch(
                 experts=experts,
                 replay=config.moe.routing_replay,
                 balance=balance,
+                share_prompts=share_prompts,
             )
             for samples in own
         ],
@@ -271,11 +297,13 @@ def make_micro_batch(
     experts: Experts | None = None,
     replay: bool = False,
     balance: LoadBalance | None = None,
+    share_prompts: bool = False,
 ) -> MicroBatch:
     """Pack the given samples of the rollout batch and place them, or a context rank's share, on the device.
 
     `entropy_gradient`: the loss has an entropy term; else entropies are a metric only. `experts`: of a model that has
-    them; `replay`: whether its routers are told what the engine chose, `balance`: and their losses.
+    them; `replay`: whether its routers are told what the engine chose, `balance`: and their losses. `share_prompts`:
+    samples of one group stand behind one prompt; attention must be `torch_layers`'.
     """
     whole = pack(
         [flat.pack_input(index) for index in samples],
@@ -283,6 +311,7 @@ def make_micro_batch(
         pad_multiple=pad_multiple,
         inv_temperature=1.0 / temperature,
         context_size=context_size,
+        share_prompts=share_prompts,
     )
     packed = context_shard(whole, size=context_size, rank=context_rank)
     device = platform.device()
@@ -302,13 +331,16 @@ def make_micro_batch(
         # guesses it else, and its guess changed between releases.
         pad_between_seqs=False,
     )
+    position_ids = put(packed.position_ids, torch.int64)
+    if packed.parents is not None:
+        share_packed_prompts(packed_seq_params, packed.parents, position_ids)
     if experts is not None:
         routing = experts.routing(flat, samples, packed.cu_seqlens, replay=replay)
         routing.balance = balance
         packed_seq_params.routing = routing
     return MicroBatch(
         tokens=put(packed.tokens, torch.int64).unsqueeze(0),
-        position_ids=put(packed.position_ids, torch.int64).unsqueeze(0),
+        position_ids=position_ids.unsqueeze(0),
         packed=packed_seq_params,
         head=HeadInputs(
             rows=put(packed.row_index, torch.int64),

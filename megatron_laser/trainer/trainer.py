@@ -19,6 +19,7 @@ from megatron_laser.config.derived import (
     old_policy_pass_kind,
     pipeline_bubble,
     self_reward_first_step,
+    shared_prompt_problems,
 )
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.distributed.runtime import Runtime
@@ -26,6 +27,7 @@ from megatron_laser.errors import UserError
 from megatron_laser.model import platform
 from megatron_laser.model.experts import Pass
 from megatron_laser.model.hf_config import architecture_of
+from megatron_laser.model.transformer_engine import has_torch_attention
 from megatron_laser.observability.timers import Timers
 from megatron_laser.trainer.bad_steps import BadSteps
 from megatron_laser.trainer.expert_routing import Counts, Experts, expert_metrics
@@ -85,7 +87,16 @@ class Trainer:
         self.policy.memory.reference = self.reference
         self._architecture = architecture_of(self.policy.chunks.hf)
         self._experts = self._model_experts()
+        self._share_prompts = self._prompts_are_shared()
         self._bad_steps = BadSteps(config, runtime, score_token_id=self._score_token_id)
+
+    def _prompts_are_shared(self) -> bool:
+        model = self._config.model
+        return self._config.batching.share_prompts is not False and not shared_prompt_problems(
+            self._config,
+            experts=self._experts is not None,
+            torch_attention=has_torch_attention(model.layers, model.dtype),
+        )
 
     def train_step(self, flat: FlatBatch, step: int) -> StepResult:
         """One rollout batch of a run: `run_batch`, and what a run must not go on with.
@@ -205,6 +216,7 @@ class Trainer:
             context_rank=self._runtime.context_rank,
             experts=self._experts,
             architecture=self._architecture,
+            share_prompts=self._share_prompts,
         )
 
     def weight_stream(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -153,7 +153,12 @@ DEFAULTS = {
         "expert_tensor": 1,
         "sequence": False,
     },
-    "batching": {"tokens_per_micro_batch": 16384, "pad_multiple": None, "balance": "tokens"},
+    "batching": {
+        "tokens_per_micro_batch": 16384,
+        "pad_multiple": None,
+        "balance": "tokens",
+        "share_prompts": None,
+    },
     "checkpoint": {
         "every": 100,
         "keep_last": 2,

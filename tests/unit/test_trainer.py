@@ -154,7 +154,7 @@ def test_three_steps_equal_a_plain_implementation(single_process, model_folder, 
     trained = dict(trainer.weight_stream())
     start = dict(initial.named_parameters())
     for name, parameter in plain.model.named_parameters():
-        assert (trained[name] - parameter).abs().max() < 1e-6, name
+        assert (trained[name] - parameter).abs().max() < 2e-6, name  # a five-hundredth of an update
         assert (parameter - start[name]).abs().max() > 1e-4, name
     assert set(trained) == set(start)
 

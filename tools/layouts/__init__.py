@@ -10,7 +10,11 @@ OVERLAPPED = [
 BUDGETS = (4096, 160, 80)
 # processes -> {name: overrides}; the first entry of all is the reference.
 LAYOUTS: dict[int, dict[str, list[str]]] = {
-    1: {f"1 process, {budget} tokens": [f"batching.tokens_per_micro_batch={budget}"] for budget in BUDGETS},
+    1: {
+        f"1 process, {budget} tokens{words}": [f"batching.tokens_per_micro_batch={budget}", *overrides]
+        for words, overrides in ((", own prompts", ["batching.share_prompts=false"]), ("", []))
+        for budget in BUDGETS
+    },
     2: {
         **{f"data 2, {budget} tokens": [f"batching.tokens_per_micro_batch={budget}"] for budget in BUDGETS},
         "data 2, distributed optimizer": ["optimizer.distributed=true"],
@@ -18,6 +22,7 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
             *OVERLAPPED,
         ],
         "tensor 2": ["parallel.tensor=2"],
+        "tensor 2, own prompts": ["parallel.tensor=2", "batching.share_prompts=false"],
         "tensor 2, 80 tokens": ["parallel.tensor=2", "batching.tokens_per_micro_batch=80"],
         "tensor 2, sequence": ["parallel.tensor=2", "parallel.sequence=true"],
         "pipeline 2, 160 tokens": ["parallel.pipeline=2", "batching.tokens_per_micro_batch=160"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_laser.config.checks.memory import model_memory_problems
 from megatron_laser.config.checks.rollout import colocated_layout_problems, deadline_problems
-from megatron_laser.config.derived import evaluation_max_new_tokens
+from megatron_laser.config.derived import evaluation_max_new_tokens, shared_prompt_problems
 from megatron_laser.config.model_folder.architecture import Architecture
 from megatron_laser.config.model_folder.quantized import block_problems
 from megatron_laser.config.schema.root import RunConfig
@@ -60,6 +60,12 @@ def split_problems(config: RunConfig, architecture: Architecture) -> list[str]:
     problems += _expert_problems(config, architecture)
     problems += stage_problems(parallel, architecture.num_layers)
     problems += model_memory_problems(config, architecture)
+    if config.batching.share_prompts:
+        reasons = shared_prompt_problems(config, experts=architecture.moe is not None)
+        problems += [
+            f"batching.share_prompts: true, but {reason}; leave it null or set it to false"
+            for reason in reasons
+        ]
     return problems
 
 

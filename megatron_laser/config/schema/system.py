@@ -79,6 +79,11 @@ class BatchingConfig(Section):
     by the model's shape, in which attention grows with the square of a sequence. Worth it where responses are long and
     differ: in a 7B model attention adds an eighth to a layer's work at 8k tokens and half at 32k. The budget is of
     tokens either way, and no result depends on it. `rank_imbalance` of the metrics says what is left."""
+    share_prompts: bool | None = None
+    """Pack the prompt of a group once, for all its responses that are in one micro-batch, which attend to it: less to
+    compute, the more so the longer prompts are beside responses, and no result depends on it. A group is cut only where
+    the budget or the number of ranks asks for it. It needs torch's attention (layers without Transformer Engine, or
+    float32), a dense model and `parallel.context: 1`. null: where these hold."""
 
 
 class CheckpointConfig(Section):

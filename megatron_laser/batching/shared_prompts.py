@@ -1,0 +1,66 @@
+"""Which samples are scheduled and packed together because they share their prompt: pure functions.
+
+The samples of a group have one prompt. Packed together, its tokens go through the model once, and every response
+attends to them (`packing.pack`). So a group, or a piece of one, is scheduled as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+SampleIndexes = tuple[int, ...]
+
+
+def unit_tokens(prompt: int, responses: Sequence[int]) -> int:
+    """Tokens of responses that are packed behind one prompt; its last token stands before each of them again.
+
+    A single response is packed as ever, and so is a prompt of one token, of which nothing would be left to share.
+    """
+    if len(responses) == 1 or prompt == 1:
+        return len(responses) * prompt + sum(responses)
+    return prompt - 1 + len(responses) + sum(responses)
+
+
+def shared_units(
+    group_ids: Sequence[int],
+    prompt_lengths: Sequence[int],
+    response_lengths: Sequence[int],
+    *,
+    budget: int,
+    ranks: int,
+) -> list[SampleIndexes]:
+    """Samples that are packed behind one prompt, in order: each group, cut into as few pieces as will do.
+
+    A piece fits the budget, or is one sample, and there is a piece for every rank. A piece's responses stand in the
+    batch next to each other.
+
+    Args:
+        group_ids: of each sample; samples of a group next to each other.
+        budget: tokens of a micro-batch.
+        ranks: that the pieces are shared out to, in each optimizer step.
+    """
+    groups: list[list[int]] = []
+    for sample, group in enumerate(group_ids):
+        if groups and group_ids[groups[-1][0]] == group:
+            groups[-1].append(sample)
+        else:
+            groups.append([sample])
+    least = -(-ranks // len(groups)) if groups else 1
+    units: list[SampleIndexes] = []
+    for members in groups:
+        prompt = prompt_lengths[members[0]]
+        count = min(least, len(members))
+        while count < len(members) and any(
+            unit_tokens(prompt, [response_lengths[i] for i in piece]) > budget and len(piece) > 1
+            for piece in _cut(members, count)
+        ):
+            count += 1
+        units += [tuple(piece) for piece in _cut(members, count)]
+    return units
+
+
+def _cut(members: Sequence[int], pieces: int) -> list[Sequence[int]]:
+    """Runs of as even numbers as possible."""
+    edges = [len(members) * piece // pieces for piece in range(pieces + 1)]
+    return [members[first:last] for first, last in pairwise(edges)]
