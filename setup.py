@@ -58,6 +58,7 @@ EXTRAS_REQUIRE = {
     # which pip's own build environment does not do: tools/setup_gpu.sh builds it.
     "gpu": ["transformer-engine[core_cu13]==2.20.*", "triton>=3.6,<3.9"],
     "wandb": ["wandb"],
+    "smollm2": ["gguf>=0.17", "accelerate>=1.1"],  # transformers reads the example's model with them
     "test": [
         *(
             "pytest>=8",

@@ -96,7 +96,7 @@ if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; th
   megatron=$(grep '^megatron-core==' "$root/constraints-cpu.txt")
   install "$megatron" --no-deps --ignore-requires-python "$megatron"
 fi
-install "megatron_laser and its requirements" --no-build-isolation --editable "${root}[test]"
+install "megatron_laser and its requirements" --no-build-isolation --editable "${root}[test,smollm2]"
 "$venv/bin/python" -m pip check >>"$log" 2>&1 || say "pip check complains, see $log"
 fingerprint "$venv/bin/python" >"$stamp"
 say "done in $((SECONDS - begun)) s; to use it yourself: . .venv/bin/activate"

@@ -66,8 +66,8 @@ def build_prompts(
         rows: see `read_rows`.
         tokenizer: a Hugging Face tokenizer.
         prompt_suffix: appended to the problem as it is.
-        apply_chat_template: one user turn through the tokenizer's template, with the generation prompt; else
-            the text itself, with the special tokens that the tokenizer adds by default (Llama's BOS). A BOS that
+        apply_chat_template: one user turn, behind the row's earlier turns if it has any, through the tokenizer's
+            template, with the generation prompt; else the text itself, with the special tokens that the tokenizer adds by default (Llama's BOS). A BOS that
             the text brings along is not doubled, and named in the log; see `encoding`.
         max_prompt_tokens: longer prompts are dropped, and named in the log.
         vocab_size: number of ids that the model has (before padding).
@@ -76,7 +76,7 @@ def build_prompts(
         log: warn of prompts that are left out or mended; False where somebody looks at the report.
 
     Raises:
-        DataError: the tokenizer has no chat template, the suffix is no text, an id is not in the vocabulary, a prompt
+        DataError: the tokenizer has no chat template, a row is a conversation and none is applied, the suffix is no text, an id is not in the vocabulary, a prompt
             has no tokens, or no prompt is left.
     """
     if apply_chat_template and not getattr(tokenizer, "chat_template", None):
@@ -94,8 +94,12 @@ def build_prompts(
         batch = rows[start : start + _BATCH]
         texts = [row.problem + prompt_suffix for row in batch]
         if apply_chat_template:
-            encoded = encode_chats(tokenizer, [[{"role": "user", "content": text}] for text in texts])
+            chats = [(*row.turns, ("user", text)) for row, text in zip(batch, texts, strict=True)]
+            encoded = encode_chats(
+                tokenizer, [[{"role": role, "content": text} for role, text in chat] for chat in chats]
+            )
         else:
+            _check_plain(batch, section)
             encoded = encode_texts(tokenizer, texts)
         for row, one in zip(batch, encoded, strict=True):
             token_ids = one.token_ids
@@ -124,6 +128,15 @@ def build_prompts(
             ", ".join(bos_repeated[:_NAMED]) + (", ..." if len(bos_repeated) > _NAMED else ""),
         )
     return prompts, report
+
+
+def _check_plain(rows: Sequence[Row], section: str) -> None:
+    for row in rows:
+        if row.turns:
+            raise DataError(
+                f"{row.source}: the problem is a conversation of {len(row.turns) + 1} turns, which needs a chat "
+                f"template: set {section}.apply_chat_template: true, or write the problem as text"
+            )
 
 
 def _check_ids(token_ids: list[int], row: Row, vocab_size: int) -> None:

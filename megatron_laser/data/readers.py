@@ -34,7 +34,8 @@ class Row:
 
     Attributes:
         row: its number over all files, from 0.
-        problem: the prompt column's text.
+        problem: the prompt column's text; of a conversation the last turn's.
+        turns: (role, content) of the turns before that; () for a text.
         answer: the reference, as the reward function gets it.
         source: file and line (JSON Lines, from 1) or row (Parquet, from 0), for messages.
         taken_from: the form that the reference was taken out of, see `references`; "" where it stands as it is.
@@ -45,6 +46,7 @@ class Row:
     answer: str
     source: str
     taken_from: str = ""
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 def read_rows(paths: Paths, *, prompt_key: str, answer_key: str, mathematics: bool = True) -> list[Row]:
@@ -52,7 +54,8 @@ def read_rows(paths: Paths, *, prompt_key: str, answer_key: str, mathematics: bo
 
     Args:
         paths: one file or several: .jsonl, .ndjson or .parquet.
-        prompt_key: field or column with the problem, a non-empty string.
+        prompt_key: field or column with the problem: a non-empty string, or a conversation, a list of
+            {"role": ..., "content": ...} whose last turn is the user's.
         answer_key: field or column with the reference answer.
         mathematics: the references are for the mathematical grader (`rewards.is_math_verify`): numbers, lists
             of one and worked solutions give the answer in them. False: they are as written, everything but text as
@@ -67,9 +70,11 @@ def read_rows(paths: Paths, *, prompt_key: str, answer_key: str, mathematics: bo
         for source, record in read_records(
             path, {"data.prompt_key": prompt_key, "data.answer_key": answer_key}
         ):
-            problem = _problem(record, prompt_key, source)
+            *turns, (_, problem) = _turns(record, prompt_key, source)
             reference = _reference(record, answer_key, source, mathematics)
-            rows.append(Row(len(rows), problem, reference.text, source, reference.taken_from))
+            rows.append(
+                Row(len(rows), problem, reference.text, source, reference.taken_from, turns=tuple(turns))
+            )
         if len(rows) == before:
             raise DataError(f"{path}: no rows; a data file needs at least one")
     return rows
@@ -232,17 +237,39 @@ def _shortest(value: float, kind: str) -> Decimal:
     return Decimal(str(_SHORT_FLOATS[kind](value)))
 
 
-def _problem(record: Mapping[str, Any], key: str, source: str) -> str:
+_ROLES = ("system", "user", "assistant")
+
+
+def _turns(record: Mapping[str, Any], key: str, source: str) -> list[tuple[str, str]]:
+    """(role, content) of a conversation; of a text, one turn of the user."""
     setting = "data.prompt_key"
     if key not in record:
         raise DataError(_missing(key, setting, source, list(record), "key"))
     value = record[key]
-    if not isinstance(value, str):
-        raise DataError(f"{source}: {key!r} ({setting}): expected a string, found {value!r:.80}")
-    if not value.strip():
+    if isinstance(value, str):
+        turns = [("user", value)]
+    elif isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value):
+        turns = [(turn.get("role"), turn.get("content")) for turn in value]
+    else:
+        raise DataError(
+            f"{source}: {key!r} ({setting}): expected a string, or a list of turns with role and content, found "
+            f"{value!r:.80}"
+        )
+    for number, (role, content) in enumerate(turns, start=1):
+        if role not in _ROLES or not isinstance(content, str):
+            raise DataError(
+                f"{source}: {key!r} ({setting}): turn {number} has role {role!r:.40} and content {content!r:.40}; "
+                f"expected one of {', '.join(_ROLES)}, and a string"
+            )
+        _check_text(content, key, setting, source)
+    if turns[-1][0] != "user":
+        raise DataError(
+            f"{source}: {key!r} ({setting}): the last turn is the {turns[-1][0]}'s; expected the user's, which the "
+            "model answers"
+        )
+    if not turns[-1][1].strip():
         raise DataError(f"{source}: {key!r} ({setting}) is empty")
-    _check_text(value, key, setting, source)
-    return value
+    return turns
 
 
 def _reference(record: Mapping[str, Any], key: str, source: str, mathematics: bool) -> Reference:

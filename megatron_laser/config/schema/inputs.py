@@ -96,7 +96,8 @@ class DataConfig(Section):
     test: OptionalFilePaths = None
     """Problems for the evaluation after the last step; null: none."""
     prompt_key: Text = "problem"
-    """Column that holds the problem."""
+    """Column that holds the problem: a text, or a conversation, a list of turns with `role` (system, user, assistant)
+    and `content`, of which the last is the user's; those before it may be worked examples."""
     answer_key: Text = "answer"
     """Column that holds the reference answer. For `math_verify` the answer is taken out of worked solutions
     (`#### 827`, a box), lists of one and numbers; a `reward.function` of your own gets text as it stands, the rest as
@@ -104,8 +105,8 @@ class DataConfig(Section):
     prompt_suffix: str = " Please reason step by step, and put your final answer within \\boxed{}."
     """Appended to each problem, before the chat template."""
     apply_chat_template: bool = True
-    """Send problem and suffix through the tokenizer's chat template as one user message; false: the plain
-    text is the prompt. A BOS that a problem brings along is not doubled."""
+    """Send problem and suffix through the tokenizer's chat template as a user message, behind the earlier turns of a
+    conversation; false: the plain text is the prompt. A BOS that a problem brings along is not doubled."""
     max_prompt_tokens: Count = 2048
     """Longest prompt, in tokens. Longer ones are left out and counted."""
     shuffle: bool = True
