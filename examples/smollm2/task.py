@@ -50,7 +50,9 @@ class Problem:
 
     def row(self) -> dict:
         """The row of a data file."""
-        turns = [turn for worked in WORKED for turn in (("user", worked.question), ("assistant", worked.response))]
+        turns = [
+            turn for worked in WORKED for turn in (("user", worked.question), ("assistant", worked.response))
+        ]
         turns.append(("user", self.question))
         return {
             "problem": [{"role": role, "content": content} for role, content in turns],

@@ -127,6 +127,46 @@ def bench_client(
             result.write_json(output)
 
 
+@app.command("prompts")
+def bench_prompts(
+    model: Annotated[
+        Path | None, typer.Option(help="Hugging Face folder; default: a random model of 7M.")
+    ] = None,
+    lengths: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--length", help="PROMPT:RESPONSE in tokens; several times.  [default: 128:128, 137:17, 32:256]"
+        ),
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="Prompts per step.", min=1)] = 8,
+    samples: Annotated[int, typer.Option(help="Responses per prompt.", min=1)] = 8,
+    budget: Annotated[int, typer.Option(help="Tokens of a micro-batch.", min=1)] = 2048,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds that are counted.", min=1)] = 5,
+    output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """What packing a group's prompt once saves of a train step, and a common beginning of prompts of generation."""
+    pairs = []
+    for text in lengths or ["128:128", "137:17", "32:256"]:
+        prompt, _, response = text.partition(":")
+        if not (prompt.isdigit() and response.isdigit() and int(prompt) > 1 and int(response) > 1):
+            raise typer.BadParameter(f"{text!r}: expected PROMPT:RESPONSE, 2 tokens or more each")
+        if int(prompt) + int(response) > budget:
+            raise typer.BadParameter(f"{text!r}: a sample has more tokens than --budget {budget}")
+        pairs.append((int(prompt), int(response)))
+    _prepare_process()
+    from megatron_laser.model.transformer_engine import settle
+
+    settle("torch")
+    from megatron_laser.benchmarks.shared_prompts import bench_shared_prompts
+
+    result = bench_shared_prompts(
+        model, samples=samples, prompts=prompts, lengths=pairs, rounds=rounds, budget=budget
+    )
+    typer.echo(result.table())
+    if output is not None:
+        result.write_json(output)
+
+
 @app.command("rank-zero")
 def bench_rank_zero(
     responses: Annotated[int, typer.Option(help="Responses of a step.", min=1)] = 1024,

@@ -67,8 +67,9 @@ def build_prompts(
         tokenizer: a Hugging Face tokenizer.
         prompt_suffix: appended to the problem as it is.
         apply_chat_template: one user turn, behind the row's earlier turns if it has any, through the tokenizer's
-            template, with the generation prompt; else the text itself, with the special tokens that the tokenizer adds by default (Llama's BOS). A BOS that
-            the text brings along is not doubled, and named in the log; see `encoding`.
+            template, with the generation prompt; else the text itself, with the special tokens that the tokenizer adds
+            by default (Llama's BOS). A BOS that the text brings along is not doubled, and named in the log; see
+            `encoding`.
         max_prompt_tokens: longer prompts are dropped, and named in the log.
         vocab_size: number of ids that the model has (before padding).
         section: of the settings that are named in messages.
@@ -76,8 +77,8 @@ def build_prompts(
         log: warn of prompts that are left out or mended; False where somebody looks at the report.
 
     Raises:
-        DataError: the tokenizer has no chat template, a row is a conversation and none is applied, the suffix is no text, an id is not in the vocabulary, a prompt
-            has no tokens, or no prompt is left.
+        DataError: the tokenizer has no chat template, a row is a conversation and no template is applied, the suffix is
+            no text, an id is not in the vocabulary, a prompt has no tokens, or no prompt is left.
     """
     if apply_chat_template and not getattr(tokenizer, "chat_template", None):
         raise DataError(

@@ -1,7 +1,8 @@
 """The in-process engine: transformers underneath, batched, with a KV cache, for models that fit one device.
 
 It samples from fp32 log-softmax of logits / temperature and returns exactly those log-probs. Each prompt is
-prefilled once and its cache repeated for its samples; finished rows leave the batch. A response that ends in
+prefilled once and its cache repeated for its samples, and what all prompts of a batch begin with (a system prompt,
+worked examples) is prefilled once for all of them; finished rows leave the batch. A response that ends in
 a stop token stays for one more position when a score is asked for: that forward's log-prob of the score token
 is the self-reward's input.
 """
@@ -13,19 +14,20 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
-from megatron_laser.algorithms.numerics import is_finite, log_probs
-from megatron_laser.config import ModelFolderError, check_model_folder
+from megatron_laser.algorithms.numerics import log_probs
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.rollout.folder_names import folder_tensors
+from megatron_laser.rollout.hf_model import RoutingRecorder, load_model
 from megatron_laser.rollout.routed_experts import Routed
-from megatron_laser.types import Generation, RoutingShape, SamplingParams
+from megatron_laser.types import Generation, SamplingParams
 
 # Rows that are done leave the batch once they make up this share of it.
 _COMPACT_SHARE = 0.25
+# Tokens that prompts have to begin with alike, for a forward pass of its own.
+_MIN_COMMON = 16
 
 
 class InProcessEngine:
@@ -47,6 +49,8 @@ class InProcessEngine:
         self._vocab_size: int = self._model.config.vocab_size
         self._max_positions: int = self._model.config.max_position_embeddings
         self._version = 0
+        self.shares_beginnings = True
+        """Whether what a batch's prompts begin with alike is computed once."""
 
     @property
     def version(self) -> int:
@@ -132,20 +136,29 @@ class InProcessEngine:
         self._parameters = {}
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None
+        self, prompts: Sequence[Sequence[int]], cache: DynamicCache | None, *, common: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left-padded forward: last logits [prompts, vocab], and the mask [prompts, width] of real tokens."""
+        """Left-padded forward: last logits [prompts, vocab], and the mask [prompts, width] of real tokens.
+
+        The first `common` tokens, which all prompts share, go through the model once; a cache has to take them.
+        Padding stands behind them.
+        """
+        if common and cache is not None:
+            ids = torch.as_tensor(prompts[0][:common], dtype=torch.int64, device=self._device)
+            self._model(input_ids=ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_repeat_interleave(len(prompts))
         width = max(len(prompt) for prompt in prompts)
-        ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-        mask = torch.zeros(len(prompts), width, dtype=torch.int64)
+        ids = torch.zeros(len(prompts), width - common, dtype=torch.int64)
+        mask = torch.ones(len(prompts), width, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
+            padding = width - len(prompt)
+            ids[row, padding:] = torch.as_tensor(prompt[common:])
+            mask[row, common : common + padding] = 0
         mask = mask.to(self._device)
         output = self._model(
             input_ids=ids.to(self._device),
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, common:],
             past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=1,
@@ -214,7 +227,10 @@ class _Batch:
         """Sample until every row has ended; yield (row, generation) as rows end."""
         sampling, engine = self._sampling, self._engine
         cache = DynamicCache(config=engine._model.config)
-        logits, mask = engine.prefill(self._prompts, cache)
+        # Routes are noted for every token of every prompt.
+        shares = engine.shares_beginnings and self._recorder is None
+        common = common_tokens(self._prompts) if shares else 0
+        logits, mask = engine.prefill(self._prompts, cache, common=common)
         if self._recorder is not None:
             routes = self._recorder.take(*mask.shape)
             self._prompt_routes = [row[real] for row, real in zip(routes, mask.bool().cpu())]
@@ -323,29 +339,14 @@ class _Batch:
         return torch.cat(fed).numpy()
 
 
-class RoutingRecorder:
-    """Notes which experts a model's routers choose, until it is closed."""
-
-    def __init__(self, model: PreTrainedModel, shape: RoutingShape) -> None:
-        # One entry for every token of a whole batch is kept until its last row ends.
-        self._dtype = torch.from_numpy(np.empty(0, dtype=shape.dtype)).dtype
-        self._chosen: list[torch.Tensor] = []
-        # A router's third result: transformers' Qwen3-MoE and Mixtral.
-        self._hooks = [
-            layer.mlp.gate.register_forward_hook(lambda _, __, result: self._chosen.append(result[2]))
-            for layer in model.model.layers
-        ]
-
-    def close(self) -> None:
-        """Leave the model as it was."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def take(self, rows: int, width: int) -> torch.Tensor:
-        """The experts of the last forward over [rows, width] tokens: [rows, width, layers, k] on the CPU."""
-        chosen = torch.stack([layer.cpu() for layer in self._chosen], dim=1).to(self._dtype)
-        self._chosen.clear()
-        return chosen.view(rows, width, *chosen.shape[1:])
+def common_tokens(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all of several prompts begin with, short of the shortest one; 0 where they are too few."""
+    ids = [list(prompt) for prompt in prompts]
+    first, last = min(ids), max(ids)  # of all in order, these differ first
+    shortest = min(map(len, prompts))
+    common = next((i for i, (one, other) in enumerate(zip(first, last)) if one != other), shortest)
+    common = min(common, shortest - 1)
+    return common if len(prompts) > 1 and common >= _MIN_COMMON else 0
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -353,24 +354,3 @@ def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     ordered, index = probabilities.sort(dim=-1, descending=True)
     outside = ordered.cumsum(dim=-1) - ordered >= top_p
     return torch.zeros_like(probabilities).scatter(1, index, ordered.masked_fill(outside, 0.0))
-
-
-def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The folder's model in `dtype` on `device`, for inference.
-
-    Raises:
-        ConfigError, ModelFolderError: its weights are not those of its config.json, or are not all finite.
-    """
-    check_model_folder(folder)  # transformers loads what is there and makes up the rest
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=dtype, local_files_only=True, attn_implementation="sdpa"
-    )
-    for parameter in model.parameters():
-        # A copy: the file is mapped, and whoever cuts it off would end the process.
-        parameter.data = parameter.data.to(device, copy=True)
-    if bad := [name for name, parameter in model.named_parameters() if not is_finite(parameter)]:
-        raise ModelFolderError(
-            f"{folder}: {len(bad)} tensors hold NaN or infinity ({', '.join(bad[:3])}); use weights from before that, "
-            "or download the files again"
-        )
-    return model.to(device).eval().requires_grad_(False)

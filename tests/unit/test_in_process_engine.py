@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_laser.config import ModelFolderError
 from megatron_laser.rollout import RolloutEngine
-from megatron_laser.rollout.in_process import InProcessEngine
+from megatron_laser.rollout.in_process import InProcessEngine, common_tokens
 from megatron_laser.types import SamplingParams
 
 SCORE = 249
@@ -349,3 +349,39 @@ def test_weights_that_are_not_those_of_config_json_are_refused(folder, tmp_path,
     )
     with pytest.raises(ModelFolderError, match=named):
         make_engine(tmp_path / "model")
+
+
+COMMON = list(range(20, 60))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "common"),
+    [
+        ([[*COMMON, 5], [*COMMON, 6, 7, 8], [*COMMON, 5, 9]], 40),
+        ([COMMON, [*COMMON, 6]], 39),  # one token of each is left, to predict from
+        ([COMMON, COMMON], 39),
+        ([[*COMMON[:15], 5], [*COMMON[:15], 6]], 0),  # too few
+        ([COMMON], 0),
+        ([COMMON, [7, *COMMON]], 0),
+    ],
+)
+def test_what_all_prompts_begin_with_is_found(prompts, common):
+    assert common_tokens(prompts) == common
+
+
+def test_a_common_beginning_is_computed_once_and_changes_nothing(engine, reference, monkeypatch):
+    prompts = [[*COMMON, 5], [*COMMON, 6, 7, 8], [*COMMON, 5, 9], COMMON]
+    seen = []
+    forward = engine._model.forward
+    monkeypatch.setattr(
+        engine._model, "forward", lambda **inputs: seen.append(inputs["input_ids"].shape) or forward(**inputs)
+    )
+    generations = engine.generate(prompts, SAMPLING, deadline=60)
+    assert seen[:2] == [(1, 39), (4, 4)]
+    for prompt, one in flat(generations, prompts):
+        ids = torch.tensor([[*prompt, *one.response_ids]])
+        logprobs = reference(input_ids=ids).logits[0].float().log_softmax(-1)
+        chosen = logprobs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0]
+        assert one.logprobs.tolist() == pytest.approx(chosen.tolist(), abs=2e-5)
+        if one.finish_reason == "stop":
+            assert one.zc_logprob == pytest.approx(logprobs[-1, SCORE].item(), abs=2e-5)

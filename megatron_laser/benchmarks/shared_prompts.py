@@ -1,0 +1,220 @@
+"""What a group's prompt costs once instead of for every response: the train step, and generation in this process.
+
+Both arms train the same weights on the same rollouts, and take turns in an order that is turned around from round to
+round. A train step is the old-policy pass, the advantages, forward, backward and the optimizer. Generation compares
+prompts that are computed alone with those whose common beginning is computed once; a group's prompt always is.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig
+
+from megatron_laser.batching.flat import FlatBatch, flatten
+from megatron_laser.benchmarks.measure import median_ratio
+from megatron_laser.benchmarks.random_model import save_random_model
+from megatron_laser.benchmarks.result import Result, aligned, provenance
+from megatron_laser.config import load_config
+from megatron_laser.config.model_folder.architecture import read_architecture
+from megatron_laser.distributed import runtime as runtimes
+from megatron_laser.model import platform
+from megatron_laser.rollout.in_process import InProcessEngine
+from megatron_laser.trainer.trainer import Trainer
+from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample, SamplingParams
+
+OWN, SHARED = "own", "shared"
+_CONFIG = """
+model: {{path: {model}, dtype: float32, layers: torch}}
+data: {{train: {model}/unused.jsonl, max_prompt_tokens: 8192}}
+rollout: {{prompts_per_step: 8, samples_per_prompt: 8, max_new_tokens: 8192}}
+laser: {{enabled: true, score_token: 3, ref_logprob: -20.0, reasoning_warmup_steps: 0, self_reward_warmup_steps: 0}}
+optimizer: {{lr: 1.0e-6}}
+batching: {{tokens_per_micro_batch: {budget}}}
+run: {{steps: 1000, output_dir: {scratch}/run}}
+"""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`prompts` groups of `samples` responses. common: tokens that all prompts begin with."""
+
+    prompts: int
+    samples: int
+    prompt: int
+    response: int
+    common: int
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of each round for both arms, and the tokens that the model saw in a pass (train) or prefill."""
+
+    work: str
+    shape: Shape
+    tokens: dict[str, int]
+    seconds: dict[str, list[float]]
+
+    @property
+    def speedup(self) -> tuple[float, float, float]:
+        """Median of own / shared, round by round, and a 95 % interval of that median."""
+        return median_ratio(self.seconds[OWN], self.seconds[SHARED])
+
+
+@dataclass(frozen=True)
+class SharedPromptsResult(Result):
+    """One entry for each shape and kind of work."""
+
+    parameters: int
+    timed: list[Timed]
+
+    def table(self) -> str:
+        """A table for people; tokens per second are those of prompts and responses, as the samples have them."""
+        rows = [
+            [
+                "",
+                "prompt",
+                "response",
+                "own tok/s",
+                "shared tok/s",
+                "speed-up",
+                "95 % interval",
+                "tokens computed",
+            ]
+        ]
+        for one in self.timed:
+            shape = one.shape
+            useful = shape.prompts * shape.samples * (shape.prompt + shape.response)
+            rates = [f"{useful / statistics.median(one.seconds[arm]):.0f}" for arm in (OWN, SHARED)]
+            middle, low, high = one.speedup
+            rows.append(
+                [
+                    *(one.work, str(shape.prompt), str(shape.response), *rates),
+                    *(f"{middle:.2f}", f"{low:.2f} to {high:.2f}"),
+                    f"{one.tokens[OWN]} to {one.tokens[SHARED]}",
+                ]
+            )
+        shape = self.timed[0].shape
+        return "\n".join(
+            [
+                f"prompts shared by a group, {self.parameters / 1e6:.1f}M parameters, {shape.prompts} prompts x "
+                f"{shape.samples} responses, on {self.provenance}, {len(self.timed[0].seconds[OWN])} interleaved "
+                "rounds",
+                *aligned(rows),
+            ]
+        )
+
+
+def bench_shared_prompts(
+    model: Path | None,
+    *,
+    samples: int,
+    prompts: int,
+    lengths: list[tuple[int, int]],
+    rounds: int,
+    budget: int,
+) -> SharedPromptsResult:
+    """Time every (prompt, response) of `lengths` with the model of a folder, or a random one of 7M parameters."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = model or Path(scratch) / "model"
+        if model is None:
+            save_random_model(folder, _small_model())
+        file = Path(scratch) / "run.yaml"
+        file.write_text(_CONFIG.format(model=folder, scratch=scratch, budget=budget), encoding="utf-8")
+        configs = {
+            arm: load_config(file, [f"batching.share_prompts={str(arm == SHARED).lower()}"])
+            for arm in (OWN, SHARED)
+        }
+        runtime = runtimes.start(configs[OWN])
+        trainers = {OWN: Trainer(configs[OWN], runtime, score_token_id=3)}
+        trainers[SHARED] = Trainer(configs[SHARED], runtime, score_token_id=3, policy=trainers[OWN].policy)
+        engine = InProcessEngine(folder, dtype=torch.float32, device=platform.device())
+        vocabulary = read_architecture(folder).vocab_size
+        timed = []
+        for prompt, response in lengths:
+            shape = Shape(prompts, samples, prompt, response, common=prompt * 3 // 4)
+            flat = _rollouts(shape, vocabulary)
+            timed += [_train(trainers, flat, shape, rounds), _generate(engine, flat, shape, rounds)]
+        runtimes.stop()
+        parameters = sum(one.numel() for one in engine.named_parameters().values())
+    return SharedPromptsResult(provenance(), parameters, timed)
+
+
+def _small_model() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=8192,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16384,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+    )
+
+
+def _train(trainers: dict[str, Trainer], flat: FlatBatch, shape: Shape, rounds: int) -> Timed:
+    step = 0
+
+    def run(arm: str) -> None:
+        nonlocal step
+        step += 1
+        trainers[arm].train_step(flat, step)
+        platform.synchronize()
+
+    tokens = {
+        arm: sum(batch.tokens.numel() for batch in trainer.prepare(flat).micro_batches)
+        for arm, trainer in trainers.items()
+    }
+    return Timed("train", shape, tokens, _rounds(run, rounds))
+
+
+def _generate(engine: InProcessEngine, flat: FlatBatch, shape: Shape, rounds: int) -> Timed:
+    prompts = [flat.prompt_ids(group * shape.samples).tolist() for group in range(shape.prompts)]
+    sampling = SamplingParams(
+        samples_per_prompt=shape.samples, max_new_tokens=shape.response, stop_token_ids=(), seed=1
+    )
+
+    def run(arm: str) -> None:
+        engine.shares_beginnings = arm == SHARED
+        engine.generate(prompts, sampling, deadline=3600.0)
+
+    own = shape.prompts * shape.prompt
+    tokens = {OWN: own, SHARED: own - (shape.prompts - 1) * shape.common}
+    return Timed("generate", shape, tokens, _rounds(run, rounds))
+
+
+def _rounds(run: Callable[[str], None], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each arm, after one round that does not count."""
+    seconds: dict[str, list[float]] = {OWN: [], SHARED: []}
+    for number in range(rounds + 1):
+        for arm in (OWN, SHARED) if number % 2 else (SHARED, OWN):
+            started = time.perf_counter()
+            run(arm)
+            if number:
+                seconds[arm].append(time.perf_counter() - started)
+    return seconds
+
+
+def _rollouts(shape: Shape, vocabulary: int) -> FlatBatch:
+    """Random tokens; every second response is right, and all are scored."""
+    rng = np.random.default_rng(0)
+    batch = RolloutBatch(step=1, weight_version=0)
+    beginning = rng.integers(4, vocabulary, shape.common).tolist()
+    for row in range(shape.prompts):
+        prompt = [*beginning, *rng.integers(4, vocabulary, shape.prompt - shape.common).tolist()]
+        group = Group(Prompt(row, "", "", prompt), [])
+        for sample in range(shape.samples):
+            ids = np.append(rng.integers(4, vocabulary, shape.response - 1), 2).astype(np.int32)
+            generation = Generation(ids, np.full(shape.response, -9.0, np.float32), "stop", 0)
+            group.samples.append(Sample(prompt, generation, "", True, float(sample % 2), "correct", -20.0))
+        batch.groups.append(group)
+    return flatten(batch)
