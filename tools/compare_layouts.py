@@ -89,8 +89,9 @@ def fixed_rollouts(step: int, experts: bool = False):
 
     rng, routing = np.random.default_rng(step), np.random.default_rng(step + 100)
     batch = RolloutBatch(step=step, weight_version=step - 1)
+    beginning = [int(x) for x in rng.integers(2, 89, 18)]  # of all prompts, as a system prompt is
     for row, size in enumerate((4, 4, 3, 4, 4, 2, 4, 4)):
-        prompt = [int(x) for x in rng.integers(2, 89, rng.integers(3, 12))]
+        prompt = [*beginning, *(int(x) for x in rng.integers(2, 89, rng.integers(3, 12)))]
         group = Group(Prompt(row, "", "", prompt), [])
         for number in range(size):
             length = 1 if (row, number) == (1, 2) else int(rng.integers(2, 40))

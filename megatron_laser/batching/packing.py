@@ -6,16 +6,20 @@ score token z_c, at temperature 1 (LaSeR, arXiv 2510.14943: the score is log pi(
 
 Samples of one group can share their prompt: all its tokens but the last are packed once, as a sequence of their own,
 and behind it, for each response, the prompt's last token and the response, which attend to that sequence and to
-themselves. Repeating that one token keeps every labelled row one sample's.
+themselves. Repeating that one token keeps every labelled row one sample's. What all prompts of a micro-batch begin
+with (a system prompt, worked examples) is packed once as well, and the rest of each prompt stands behind it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
+
+from megatron_laser.batching.shared_prompts import common_beginning
 
 _PADDING_TOKEN = 0  # any id: padding is a sequence of its own, or behind one, and has no label
 
@@ -47,9 +51,9 @@ class PackedMicroBatch:
     sample_index: [R] int64. response_position: [R] int64, t (from 0) of the row labelled with
     response_ids[t]; len(response_ids) for the score row.
     inv_temperature: [R] float32, the policy's on policy rows and 1 on score rows.
-    parents: [n] int64, of each sequence the one that its tokens attend to as well, whole and before themselves: its
-    group's prompt, without the last token. -1: none. Positions go on from it, and `max_seqlen` counts it. None where no
-    prompt is shared.
+    parents: [n] int64, of each sequence an earlier one that its tokens attend to as well, whole and before themselves,
+    together with that one's own parents. -1: none. Positions go on from it, and `max_seqlen` counts it. None where
+    nothing is shared.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -88,7 +92,8 @@ def pack(
         context_size: context-parallel ranks. Above 1 every sequence is padded to a multiple of twice as many tokens,
             of which each rank gets two chunks. This padding stands behind the sequence's own tokens and has later
             positions, so under a causal mask none of them sees it.
-        share_prompts: samples of one group, next to each other, share their prompt if it has more than one token.
+        share_prompts: samples of one group, next to each other, share their prompt if it has more than one token, and
+            all prompts what they begin with (`common_beginning`).
 
     Raises:
         ValueError: an empty prompt, `pad_multiple`, `context_size` or `inv_temperature` out of range, or prompts to
@@ -129,7 +134,8 @@ def pack(
         ids = np.concatenate([np.asarray(ids, dtype=np.int64) for part in cut.parts for ids in part])
         tokens[np.repeat(cu_seqlens[: len(cut.parts)], real_lengths) + positions_in(real_lengths)] = ids
     # Positions of a sequence behind a shared prompt go on from it.
-    offsets = np.where(parents >= 0, lengths[parents], 0)
+    offsets = np.zeros(len(lengths), dtype=np.int64)
+    offsets[: len(cut.offsets)] = cut.offsets
     starts = cu_seqlens[np.array(cut.place, dtype=np.int64)]
 
     scored = np.array([item.scored for item in sequences], dtype=np.bool_) & (response_lengths > 0)
@@ -162,37 +168,45 @@ _Ids = npt.NDArray[np.integer] | Sequence[int]
 
 @dataclass(slots=True)
 class _Sequences:
-    """The packed sequences without padding: ids in parts, and parents.
+    """The packed sequences without padding: ids in parts, parents, and the tokens that all their ancestors have.
 
     place, own_prompt: of each sample its sequence, and how many tokens of its prompt stand in that.
     """
 
     parts: list[tuple[_Ids, ...]] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     place: list[int] = field(default_factory=list)
     own_prompt: list[int] = field(default_factory=list)
+
+    def add(self, parent: int, *ids: _Ids) -> int:
+        """A further sequence behind `parent`; returns its index."""
+        self.parts.append(ids)
+        self.parents.append(parent)
+        above = 0 if parent < 0 else self.offsets[parent] + sum(map(len, self.parts[parent]))
+        self.offsets.append(above)
+        return len(self.parts) - 1
 
 
 def _sequences(samples: Sequence[PackInput], share_prompts: bool) -> _Sequences:
     result = _Sequences()
-    group: int | None = None  # whose prompt stands in the sequence `parent`
-    parent = -1
-    for index, item in enumerate(samples):
-        prompt = item.prompt_ids
-        if not share_prompts or item.group is None or len(prompt) == 1:
-            group = None
-        elif item.group != group:
-            followed = index + 1 < len(samples) and samples[index + 1].group == item.group
-            group = item.group if followed else None
-            if followed:
-                parent = len(result.parts)
-                result.parts.append((prompt[:-1],))
-                result.parents.append(-1)
-        own = prompt if group is None else prompt[-1:]
-        result.place.append(len(result.parts))
-        result.own_prompt.append(len(own))
-        result.parts.append((own, item.response_ids))
-        result.parents.append(-1 if group is None else parent)
+    alone = ((index,) for index in range(len(samples)))
+    runs: list[Sequence[int]] = list(alone)
+    if share_prompts:
+        key = [(item.group, -1 if item.group is not None else index) for index, item in enumerate(samples)]
+        runs = [list(run) for _, run in groupby(range(len(samples)), key=key.__getitem__)]
+    common = common_beginning([samples[run[0]].prompt_ids for run in runs]) if share_prompts else 0
+    root = result.add(-1, samples[0].prompt_ids[:common]) if common else -1
+    for run in runs:
+        start, parent = common, root
+        prompt = samples[run[0]].prompt_ids
+        if len(run) > 1 and start < len(prompt) - 1:
+            parent = result.add(parent, prompt[start:-1])
+            start = len(prompt) - 1
+        for index in run:
+            own = samples[index].prompt_ids[start:]
+            result.own_prompt.append(len(own))
+            result.place.append(result.add(parent, own, samples[index].response_ids))
     return result
 
 

@@ -1,4 +1,4 @@
-"""Which samples are scheduled and packed together because they share their prompt: pure functions.
+"""What prompts share, and which samples are scheduled and packed together because of it: pure functions.
 
 The samples of a group have one prompt. Packed together, its tokens go through the model once, and every response
 attends to them (`packing.pack`). So a group, or a piece of one, is scheduled as a whole.
@@ -9,7 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
+
 SampleIndexes = tuple[int, ...]
+# Tokens that prompts have to begin with alike, to be worth a sequence, or a forward pass, of their own.
+_MIN_COMMON = 16
+
+
+def common_beginning(prompts: Sequence[npt.NDArray[np.integer] | Sequence[int]]) -> int:
+    """How many tokens all of several prompts begin with, short of the shortest one; 0 where they are too few."""
+    shortest = min(map(len, prompts), default=0)
+    if len(prompts) < 2 or shortest <= _MIN_COMMON:
+        return 0
+    ids = np.array([np.asarray(prompt[: shortest - 1]) for prompt in prompts])
+    differ = (ids != ids[0]).any(axis=0)
+    common = int(differ.argmax()) if differ.any() else shortest - 1
+    return common if common >= _MIN_COMMON else 0
 
 
 def unit_tokens(prompt: int, responses: Sequence[int]) -> int:

@@ -18,6 +18,7 @@ import torch
 from transformers import DynamicCache
 
 from megatron_laser.algorithms.numerics import log_probs
+from megatron_laser.batching.shared_prompts import common_beginning
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.rollout.folder_names import folder_tensors
 from megatron_laser.rollout.hf_model import RoutingRecorder, load_model
@@ -26,8 +27,6 @@ from megatron_laser.types import Generation, SamplingParams
 
 # Rows that are done leave the batch once they make up this share of it.
 _COMPACT_SHARE = 0.25
-# Tokens that prompts have to begin with alike, for a forward pass of its own.
-_MIN_COMMON = 16
 
 
 class InProcessEngine:
@@ -229,7 +228,7 @@ class _Batch:
         cache = DynamicCache(config=engine._model.config)
         # Routes are noted for every token of every prompt.
         shares = engine.shares_beginnings and self._recorder is None
-        common = common_tokens(self._prompts) if shares else 0
+        common = common_beginning(self._prompts) if shares else 0
         logits, mask = engine.prefill(self._prompts, cache, common=common)
         if self._recorder is not None:
             routes = self._recorder.take(*mask.shape)
@@ -337,16 +336,6 @@ class _Batch:
         prompt = self._prompt_routes[row // self._sampling.samples_per_prompt]
         fed = [prompt, *(step[row : row + 1] for step in self._routes)]
         return torch.cat(fed).numpy()
-
-
-def common_tokens(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all of several prompts begin with, short of the shortest one; 0 where they are too few."""
-    ids = [list(prompt) for prompt in prompts]
-    first, last = min(ids), max(ids)  # of all in order, these differ first
-    shortest = min(map(len, prompts))
-    common = next((i for i, (one, other) in enumerate(zip(first, last)) if one != other), shortest)
-    common = min(common, shortest - 1)
-    return common if len(prompts) > 1 and common >= _MIN_COMMON else 0
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:

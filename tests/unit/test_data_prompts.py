@@ -189,3 +189,16 @@ def test_more_rows_than_one_batch_keep_their_order(tokenizer: Any) -> None:
     prompts, _ = build([row(number, "1" if number % 2 else "2") for number in range(2345)], tokenizer)
     assert [prompt.row for prompt in prompts] == list(range(2345))
     assert [words(prompts[number]).split()[1] for number in (0, 999, 1000, 2344)] == ["2", "1", "2", "2"]
+
+
+def test_the_earlier_turns_of_a_conversation_stand_before_its_question(tokenizer: Any) -> None:
+    turns = (("user", "what 1"), ("assistant", "2"))
+    chat = Row(0, "is 1 + 2", "3", "train.jsonl:1", turns=turns)
+    prompts, _ = build([chat, row(1, "1 + 2")], tokenizer, max_prompt_tokens=20)
+    assert words(prompts[0]) == "<user> what 1 <user> 2 <user> is 1 + 2 boxed <assistant>"
+    assert words(prompts[1]) == "<user> 1 + 2 boxed <assistant>"
+    assert prompts[0].problem == "is 1 + 2"
+    with pytest.raises(
+        DataError, match=r"train.jsonl:1: the problem is a conversation of 3 turns, which needs a chat"
+    ):
+        build([chat], tokenizer, apply_chat_template=False)

@@ -77,8 +77,25 @@ def test_only_newlines_end_a_line(tmp_path: Path) -> None:
         ),
         (b'{"problem": " ", "answer": "1"}', "'problem' .data.prompt_key. is empty"),
         (b'{"problem": "x", "answer": ""}', "'answer' .data.answer_key. is empty"),
-        (b'{"problem": ["x"], "answer": "1"}', "expected a string, found"),
-        (b'{"problem": 5, "answer": "1"}', "expected a string, found 5"),
+        (
+            b'{"problem": ["x"], "answer": "1"}',
+            "expected a string, or a list of turns with role and content, found",
+        ),
+        (
+            b'{"problem": 5, "answer": "1"}',
+            "expected a string, or a list of turns with role and content, found 5",
+        ),
+        (
+            b'{"problem": [], "answer": "1"}',
+            "expected a string, or a list of turns with role and content, found",
+        ),
+        (b'{"problem": [{"role": "user"}], "answer": "1"}', "turn 1 has role 'user' and content None"),
+        (b'{"problem": [{"role": "tool", "content": "x"}], "answer": "1"}', "turn 1 has role 'tool'"),
+        (b'{"problem": [{"role": "user", "content": " "}], "answer": "1"}', "is empty"),
+        (
+            b'{"problem": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "answer": "1"}',
+            "the last turn is the assistant's; expected the user's",
+        ),
         (
             b'{"problem": "x", "answer": true}',
             "expected a text, a number or a list of one of them, found True",
@@ -173,3 +190,17 @@ def test_the_fingerprint_follows_content_order_and_keys_but_not_names(tmp_path: 
     assert len({base, *others}) == 5
     with pytest.raises(DataError, match=r"none\.jsonl: cannot be read"):
         fingerprint(tmp_path / "none.jsonl", keys)
+
+
+def test_a_problem_may_be_a_conversation_in_either_kind_of_file(tmp_path: Path) -> None:
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2 + 3?"},
+    ]
+    lines = write_jsonl(tmp_path / "a.jsonl", {"problem": chat, "answer": "5"})
+    for file in (lines, write_parquet(tmp_path / "a.parquet", {"problem": [chat], "answer": ["5"]})):
+        (row,) = read(file)
+        assert (row.problem, row.answer) == ("2 + 3?", "5")
+        assert row.turns == (("system", "Be brief."), ("user", "1 + 1?"), ("assistant", "2"))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_laser.config import ModelFolderError
 from megatron_laser.rollout import RolloutEngine
-from megatron_laser.rollout.in_process import InProcessEngine, common_tokens
+from megatron_laser.rollout.in_process import InProcessEngine
 from megatron_laser.types import SamplingParams
 
 SCORE = 249
@@ -352,21 +352,6 @@ def test_weights_that_are_not_those_of_config_json_are_refused(folder, tmp_path,
 
 
 COMMON = list(range(20, 60))
-
-
-@pytest.mark.parametrize(
-    ("prompts", "common"),
-    [
-        ([[*COMMON, 5], [*COMMON, 6, 7, 8], [*COMMON, 5, 9]], 40),
-        ([COMMON, [*COMMON, 6]], 39),  # one token of each is left, to predict from
-        ([COMMON, COMMON], 39),
-        ([[*COMMON[:15], 5], [*COMMON[:15], 6]], 0),  # too few
-        ([COMMON], 0),
-        ([COMMON, [7, *COMMON]], 0),
-    ],
-)
-def test_what_all_prompts_begin_with_is_found(prompts, common):
-    assert common_tokens(prompts) == common
 
 
 def test_a_common_beginning_is_computed_once_and_changes_nothing(engine, reference, monkeypatch):

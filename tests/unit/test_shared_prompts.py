@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laser.batching import PackInput, pack
-from megatron_laser.batching.shared_prompts import shared_units, unit_tokens
+from megatron_laser.batching.shared_prompts import common_beginning, shared_units, unit_tokens
 from megatron_laser.errors import ConfigError
 from megatron_laser.model import platform
 
@@ -69,6 +69,25 @@ def test_a_micro_batch_written_by_hand():
     ]
 
 
+COMMON = list(range(20, 60))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "common"),
+    [
+        ([[*COMMON, 5], [*COMMON, 6, 7, 8], [*COMMON, 5, 9]], 40),
+        ([COMMON, [*COMMON, 6]], 39),  # one token of each is left, to predict from
+        ([COMMON, COMMON], 39),
+        ([[*COMMON[:15], 5], [*COMMON[:15], 6]], 0),  # too few
+        ([COMMON], 0),
+        ([COMMON, [7, *COMMON]], 0),
+    ],
+)
+def test_what_all_prompts_begin_with_is_found(prompts, common):
+    assert common_beginning(prompts) == common
+    assert common_beginning([np.array(prompt) for prompt in prompts]) == common
+
+
 groups = st.lists(
     st.tuples(
         st.lists(st.integers(1, 80), min_size=1, max_size=9),
@@ -80,8 +99,9 @@ groups = st.lists(
 
 
 @settings(max_examples=100, deadline=None)
-@given(groups=groups, pad_multiple=st.sampled_from([1, 4, 16]))
-def test_every_labelled_row_sees_what_it_saw_and_has_its_label(groups, pad_multiple):
+@given(groups=groups, pad_multiple=st.sampled_from([1, 4, 16]), beginning=st.sampled_from([0, 16, 40]))
+def test_every_labelled_row_sees_what_it_saw_and_has_its_label(groups, pad_multiple, beginning):
+    groups = [([*COMMON[:beginning], *prompt], responses) for prompt, responses in groups]
     samples = [
         PackInput(10 * number + index, prompt, response, scored, number)
         for number, (prompt, responses) in enumerate(groups)
@@ -98,17 +118,18 @@ def test_every_labelled_row_sees_what_it_saw_and_has_its_label(groups, pad_multi
         assert shared.position_ids[mine] == plain.position_ids[theirs] == len(seen_by(plain, theirs)) - 1
     assert shared.max_seqlen >= shared.position_ids.max() + 1
     tokens = sum(unit_tokens(len(p), [len(response) for response, _ in responses]) for p, responses in groups)
-    assert len(shared.tokens) == max(-(-tokens // pad_multiple) * pad_multiple, 1)
+    tokens -= (len(groups) - 1) * common_beginning([prompt for prompt, _ in groups])
+    # A prompt that is all beginning but for its last token has nothing of its own to pack once, nor one of a sample.
+    assert len(shared.tokens) <= max(-(-tokens // pad_multiple) * pad_multiple, pad_multiple, 2)
 
 
 def seen_by(batch, row):
     """The tokens that a causal attention with `parents` lets a row see, in order."""
     sequence = int(np.searchsorted(batch.cu_seqlens, row, side="right")) - 1
     own = batch.tokens[batch.cu_seqlens[sequence] : row + 1].tolist()
-    if batch.parents is None or batch.parents[sequence] < 0:
-        return own
-    first = batch.parents[sequence]
-    return batch.tokens[batch.cu_seqlens[first] : batch.cu_seqlens[first + 1]].tolist() + own
+    while batch.parents is not None and (sequence := batch.parents[sequence]) >= 0:
+        own = batch.tokens[batch.cu_seqlens[sequence] : batch.cu_seqlens[sequence + 1]].tolist() + own
+    return own
 
 
 def test_nothing_is_shared_unless_asked_and_known():
@@ -151,19 +172,25 @@ CASES = {
     "long prompts": [(40, [3, 4, 3, 5]), (33, [2, 2])],
     "of very different lengths": [(3, [50, 1, 7]), (20, [9, 9, 9, 9]), (2, [1, 1])],
     "with sequences that share nothing": [(6, [4]), (9, [3, 3]), (1, [8, 8])],
+    "with a common beginning": [(40, [3, 4, 3, 5]), (33, [2, 2]), (50, [7])],
+    "that is all of a prompt": [(33, [3, 4]), (33, [2, 2]), (50, [7, 1, 30])],
 }
 
 
 @pytest.mark.parametrize("mask_entries", [1 << 22, 64], ids=["one mask", "in blocks"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_attention_and_gradients_are_those_of_whole_sequences(case, mask_entries, monkeypatch):
+def test_attention_and_gradients_are_those_of_whole_sequences(case, mask_entries, request, monkeypatch):
+    alike = 32 if "beginning" in request.node.name or "all of a prompt" in request.node.name else 0
     monkeypatch.setattr("megatron_laser.model.sequence_batches._MASK_ENTRIES", mask_entries)
     samples = [
-        PackInput(10 * number + index, [1] * prompt, [2] * length, True, number)
+        PackInput(
+            10 * number + index, [1] * alike + [2 + number] * (prompt - alike), [2] * length, True, number
+        )
         for number, (prompt, lengths) in enumerate(case)
         for index, length in enumerate(lengths)
     ]
     batch = packed(samples, pad_multiple=16)
+    assert (batch.parents == 0).sum() >= 3 or not alike  # the beginning has children
     generator = torch.Generator().manual_seed(0)
     shapes = ((HEADS, 3.0), (KV_HEADS, 1.0), (KV_HEADS, 1.0))
     tokens = len(batch.tokens)
@@ -188,10 +215,13 @@ def reference(q, k, v, batch):
     """Attention with one dense mask over all packed tokens."""
     tokens = len(batch.tokens)
     sequence = torch.repeat_interleave(torch.from_numpy(np.diff(batch.cu_seqlens)))
-    parents = torch.from_numpy(batch.parents)[sequence]
+    parents = torch.from_numpy(np.append(batch.parents, -1))  # -1's parent is -1
     positions = torch.arange(tokens)
-    own = (sequence[:, None] == sequence) & (positions[:, None] >= positions)
-    visible = own | (parents[:, None] == sequence)
+    visible = (sequence[:, None] == sequence) & (positions[:, None] >= positions)
+    above = sequence
+    for _ in range(3):
+        above = parents[above]
+        visible |= above[:, None] == sequence
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     logits = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[2])
     return torch.einsum("hqk,khd->qhd", logits.masked_fill(~visible, -math.inf).softmax(-1), v)
