@@ -99,21 +99,22 @@ def attend_up_to(
         positions: [batch, queries] int64, each query's place among the keys.
         furthest: for each column of queries the last place, on the host.
     """
-    # One copy of the key heads for each of their query heads: no fused kernel takes grouped heads with a mask.
-    k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
-    step = max(1, _MASK_ENTRIES // (k.shape[0] * k.shape[2]))
+    batch, heads, width, size = q.shape
+    # The query heads of a key head stand below each other, as if they were one head's queries: no fused kernel takes
+    # grouped heads with a mask, and copies of the key heads cost more than the attention itself.
+    kv_heads, group = k.shape[1], heads // k.shape[1]
+    step = max(1, _MASK_ENTRIES // (batch * group * k.shape[2]))
     parts = []
-    for start in range(0, q.shape[2], step):
-        columns = slice(start, min(start + step, q.shape[2]))
+    for start in range(0, width, step):
+        columns = slice(start, min(start + step, width))
         seen = max(furthest[columns]) + 1
         visible = positions[:, columns, None] >= torch.arange(seen, device=positions.device)
-        parts.append(
-            F.scaled_dot_product_attention(
-                q[:, :, columns],
-                k[:, :, :seen],
-                v[:, :, :seen],
-                attn_mask=visible.unsqueeze(1),
-                scale=scale,
-            )
+        out = F.scaled_dot_product_attention(
+            q[:, :, columns].reshape(batch, kv_heads, -1, size),
+            k[:, :, :seen],
+            v[:, :, :seen],
+            attn_mask=visible.repeat(1, group, 1).unsqueeze(1),
+            scale=scale,
         )
+        parts.append(out.view(batch, heads, -1, size))
     return torch.cat(parts, dim=2)

@@ -1,12 +1,14 @@
-"""The transformers model that generates in this process: loaded and checked, and what its routers choose."""
+"""The transformers model that generates in this process: loaded and checked, its cache, and what its routers choose."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from megatron_laser.algorithms.numerics import is_finite
 from megatron_laser.config import ModelFolderError, check_model_folder
@@ -32,6 +34,52 @@ def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> 
             "or download the files again"
         )
     return model.to(device).eval().requires_grad_(False)
+
+
+def new_cache(config: PretrainedConfig) -> DynamicCache:
+    """An empty cache of keys and values for a model that generates a token at a time."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values [batch, kv_heads, tokens, head_dim], with room for further tokens behind them.
+
+    Upstream's layer copies everything for each token that is added. Read in transformers 5.23.
+    """
+
+    ROOM = 64
+    """Tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._whole: dict[str, torch.Tensor] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add [batch, kv_heads, new tokens, head_dim]; returns all of them, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._behind("keys", key_states)
+        self.values = self._behind("values", value_states)
+        return self.keys, self.values
+
+    def _behind(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        """`new` behind what is there: in its own memory where there is room, else copied to where there is."""
+        have: torch.Tensor = getattr(self, name)
+        batch, heads, count, size = new.shape
+        first = have.shape[2] if have.numel() else 0
+        # Rows that were chosen or repeated are in other memory, without room.
+        whole = self._whole.get(name)
+        if whole is None or whole.data_ptr() != have.data_ptr() or whole.shape[2] < first + count:
+            whole = new.new_empty(batch, heads, first + count + self.ROOM, size)
+            if first:
+                whole[:, :, :first] = have
+            self._whole[name] = whole
+        whole[:, :, first : first + count] = new
+        return whole[:, :, : first + count]
 
 
 class RoutingRecorder:

@@ -208,7 +208,9 @@ def test_attention_and_gradients_are_those_of_whole_sequences(case, mask_entries
     (expected * weights).sum().backward()
     torch.testing.assert_close(out, expected.float(), atol=2e-6, rtol=1e-5)
     for got, want in zip(mine, plain):
-        torch.testing.assert_close(got.grad, want.grad.float(), atol=5e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            got.grad, want.grad.float(), atol=2e-5, rtol=1e-5
+        )  # of sums of up to 60 terms
 
 
 def reference(q, k, v, batch):
