@@ -98,24 +98,17 @@ def micro_batch_tokens(config: RunConfig) -> int:
     return config.batching.tokens_per_micro_batch * config.parallel.context
 
 
-def shared_prompt_problems(
-    config: RunConfig, *, experts: bool, torch_attention: bool | None = None
-) -> list[str]:
-    """Why prompts cannot be packed once for a group; one line each.
+def shared_prompt_problems(config: RunConfig, *, experts: bool) -> list[str]:
+    """Why prompts cannot be packed once for a group, apart from the kind of layers; one line each.
 
     Args:
-        experts: whether the model has them. torch_attention: whether attention is torch's; None: not known yet.
+        experts: whether the model has them.
     """
     problems = []
     if config.parallel.context > 1:
         problems.append(f"parallel.context is {config.parallel.context}, whose ranks split whole sequences")
     if experts:
         problems.append("the model has experts, whose routers count every sample's tokens")
-    if torch_attention is False:
-        problems.append(
-            f"attention is Transformer Engine's (model.layers: {config.model.layers}, model.dtype: "
-            f"{config.model.dtype}), which knows no shared prompts"
-        )
     return problems
 
 

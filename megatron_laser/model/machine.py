@@ -11,7 +11,7 @@ from megatron_laser.errors import ConfigError
 from megatron_laser.logprob_memory import GIB
 from megatron_laser.model import platform
 from megatron_laser.model.host_memory import require_pinned_memory
-from megatron_laser.model.transformer_engine import fp8_problems, has_torch_attention, use_transformer_engine
+from megatron_laser.model.transformer_engine import fp8_problems, use_transformer_engine
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -35,10 +35,10 @@ def memory_setting_problems(config: RunConfig) -> list[str]:
                 "use mlp, full or none"
             )
     problems += fp8_problems(model.fp8, model.layers)
-    if config.batching.share_prompts and not has_torch_attention(model.layers, model.dtype):
+    if config.batching.share_prompts and use_transformer_engine(model.layers):
         problems.append(
-            "batching.share_prompts: true, but attention is Transformer Engine's here, which knows no shared prompts; "
-            "leave it null, set it to false, or set model.layers: torch"
+            "batching.share_prompts: true, but layers are Transformer Engine's here (model.layers), and know no shared "
+            "prompts; leave it null, set it to false, or set model.layers: torch"
         )
     if platform.has_cuda():
         for setting, wanted in (

@@ -57,14 +57,6 @@ def use_transformer_engine(layers: Layers = "auto") -> bool:
     return True
 
 
-def has_torch_attention(layers: Layers, dtype: str) -> bool:
-    """Whether a model's attention is `torch_layers.PackedSdpaAttention` (see `policy_model.block_spec`).
-
-    Raises ConfigError as `use_transformer_engine` does.
-    """
-    return dtype == "float32" or not use_transformer_engine(layers)
-
-
 def settle(layers: Layers) -> None:
     """Find out about Transformer Engine before Megatron-Core is imported.
 

@@ -27,7 +27,7 @@ from megatron_laser.errors import UserError
 from megatron_laser.model import platform
 from megatron_laser.model.experts import Pass
 from megatron_laser.model.hf_config import architecture_of
-from megatron_laser.model.transformer_engine import has_torch_attention
+from megatron_laser.model.transformer_engine import use_transformer_engine
 from megatron_laser.observability.timers import Timers
 from megatron_laser.trainer.bad_steps import BadSteps
 from megatron_laser.trainer.expert_routing import Counts, Experts, expert_metrics
@@ -91,12 +91,9 @@ class Trainer:
         self._bad_steps = BadSteps(config, runtime, score_token_id=self._score_token_id)
 
     def _prompts_are_shared(self) -> bool:
-        model = self._config.model
-        return self._config.batching.share_prompts is not False and not shared_prompt_problems(
-            self._config,
-            experts=self._experts is not None,
-            torch_attention=has_torch_attention(model.layers, model.dtype),
-        )
+        if self._config.batching.share_prompts is False or use_transformer_engine(self._config.model.layers):
+            return False
+        return not shared_prompt_problems(self._config, experts=self._experts is not None)
 
     def train_step(self, flat: FlatBatch, step: int) -> StepResult:
         """One rollout batch of a run: `run_batch`, and what a run must not go on with.

@@ -291,3 +291,17 @@ def test_what_cannot_share_prompts_is_said_before_weights_are_read(model, tmp_pa
     )
     with pytest.raises(ConfigError, match=r"batching\.share_prompts: true, but parallel\.context is 2"):
         check_layout(config, read_architecture(model), 2)
+
+
+def test_layers_of_transformer_engine_share_nothing(model, tmp_path, monkeypatch):
+    from megatron_laser.model import machine
+
+    monkeypatch.setattr(machine, "use_transformer_engine", lambda layers: True)
+    monkeypatch.setattr(machine, "fp8_problems", lambda recipe, layers: [])
+    config = run_config(tmp_path, model, "batching.share_prompts=true")
+    assert any(
+        "batching.share_prompts: true, but layers are" in one
+        for one in machine.memory_setting_problems(config)
+    )
+    config = run_config(tmp_path, model)
+    assert not any("share_prompts" in one for one in machine.memory_setting_problems(config))
