@@ -33,8 +33,8 @@ from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample
 OWN, SHARED = "own", "shared"
 _CONFIG = """
 model: {{path: {model}, dtype: float32, layers: torch}}
-data: {{train: {model}/unused.jsonl, max_prompt_tokens: 8192}}
-rollout: {{prompts_per_step: 8, samples_per_prompt: 8, max_new_tokens: 8192}}
+data: {{train: {model}/unused.jsonl, max_prompt_tokens: {prompt}}}
+rollout: {{prompts_per_step: {prompts}, samples_per_prompt: {samples}, max_new_tokens: {response}}}
 laser: {{enabled: true, score_token: 3, ref_logprob: -20.0, reasoning_warmup_steps: 0, self_reward_warmup_steps: 0}}
 optimizer: {{lr: 1.0e-6}}
 batching: {{tokens_per_micro_batch: {budget}}}
@@ -127,7 +127,11 @@ def bench_shared_prompts(
         if model is None:
             save_random_model(folder, _small_model())
         file = Path(scratch) / "run.yaml"
-        file.write_text(_CONFIG.format(model=folder, scratch=scratch, budget=budget), encoding="utf-8")
+        longest = dict(zip(("prompt", "response"), map(max, zip(*lengths))))
+        settings = _CONFIG.format(
+            model=folder, scratch=scratch, budget=budget, prompts=prompts, samples=samples, **longest
+        )
+        file.write_text(settings, encoding="utf-8")
         configs = {
             arm: load_config(file, [f"batching.share_prompts={str(arm == SHARED).lower()}"])
             for arm in (OWN, SHARED)

@@ -150,9 +150,12 @@ def bench_prompts(
         prompt, _, response = text.partition(":")
         if not (prompt.isdigit() and response.isdigit() and int(prompt) > 1 and int(response) > 1):
             raise typer.BadParameter(f"{text!r}: expected PROMPT:RESPONSE, 2 tokens or more each")
-        if int(prompt) + int(response) > budget:
-            raise typer.BadParameter(f"{text!r}: a sample has more tokens than --budget {budget}")
         pairs.append((int(prompt), int(response)))
+    longest = sum(map(max, zip(*pairs)))
+    if longest > budget:
+        raise typer.BadParameter(
+            f"the longest prompt and response have {longest} tokens, more than --budget {budget}"
+        )
     _prepare_process()
     from megatron_laser.model.transformer_engine import settle
 
