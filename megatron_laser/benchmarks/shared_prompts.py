@@ -1,8 +1,9 @@
 """What a group's prompt costs once instead of for every response: the train step, and generation in this process.
 
 Both arms train the same weights on the same rollouts, and take turns in an order that is turned around from round to
-round. A train step is the old-policy pass, the advantages, forward, backward and the optimizer. Generation compares
-prompts that are computed alone with those whose common beginning is computed once; a group's prompt always is.
+round. A train step is the old-policy pass, the advantages, forward, backward and the optimizer. Generation is the
+in-process engine's: every sample with a prompt of its own, and a prompt once for its samples and a beginning once for
+all prompts.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of each round for both arms, and the tokens that the model saw in a pass (train) or prefill."""
+    """Seconds of each round for both arms, and the tokens that go through the model in a pass (train) or prefill."""
 
     work: str
     shape: Shape
@@ -183,16 +184,24 @@ def _train(trainers: dict[str, Trainer], flat: FlatBatch, shape: Shape, rounds: 
 
 def _generate(engine: InProcessEngine, flat: FlatBatch, shape: Shape, rounds: int) -> Timed:
     prompts = [flat.prompt_ids(group * shape.samples).tolist() for group in range(shape.prompts)]
-    sampling = SamplingParams(
-        samples_per_prompt=shape.samples, max_new_tokens=shape.response, stop_token_ids=(), seed=1
-    )
 
     def run(arm: str) -> None:
-        engine.shares_beginnings = arm == SHARED
-        engine.generate(prompts, sampling, deadline=3600.0)
+        alone = arm == OWN
+        engine.shares_beginnings = not alone
+        sampling = SamplingParams(
+            samples_per_prompt=1 if alone else shape.samples,
+            max_new_tokens=shape.response,
+            stop_token_ids=(),
+            seed=1,
+        )
+        engine.generate(
+            [prompt for prompt in prompts for _ in range(shape.samples if alone else 1)],
+            sampling,
+            deadline=3600.0,
+        )
 
-    own = shape.prompts * shape.prompt
-    tokens = {OWN: own, SHARED: own - (shape.prompts - 1) * shape.common}
+    once = shape.prompts * shape.prompt
+    tokens = {OWN: once * shape.samples, SHARED: once - (shape.prompts - 1) * shape.common}
     return Timed("generate", shape, tokens, _rounds(run, rounds))
 
 

@@ -144,7 +144,7 @@ def bench_prompts(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds that are counted.", min=1)] = 5,
     output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:
-    """What packing a group's prompt once saves of a train step, and a common beginning of prompts of generation."""
+    """What a group's prompt, and what all prompts begin with, save of a train step and generation if computed once."""
     pairs = []
     for text in lengths or ["128:128", "137:17", "32:256"]:
         prompt, _, response = text.partition(":")

@@ -290,7 +290,7 @@ class _Batch:
             probabilities = logprobs.exp()
             if self._sampling.top_p < 1.0:
                 probabilities = _nucleus(probabilities, self._sampling.top_p)
-            tokens = _draw(probabilities, self._generator)
+            tokens = draw(probabilities, self._generator)
         return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
     def _record(
@@ -340,7 +340,7 @@ class _Batch:
         return torch.cat(fed).numpy()
 
 
-def _draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One index [rows] of each row [rows, vocab] of probabilities, which need not be normalised."""
     if probabilities.is_cuda:
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
