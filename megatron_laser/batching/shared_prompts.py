@@ -44,17 +44,16 @@ def shared_units(
     response_lengths: Sequence[int],
     *,
     budget: int,
-    ranks: int,
+    least: int,
 ) -> list[SampleIndexes]:
     """Samples that are packed behind one prompt, in order: each group, cut into as few pieces as will do.
 
-    A piece fits the budget, or is one sample, and there is a piece for every rank. A piece's responses stand in the
-    batch next to each other.
+    A piece fits the budget, or is one sample, and its responses stand in the batch next to each other.
 
     Args:
         group_ids: of each sample; samples of a group next to each other.
         budget: tokens of a micro-batch.
-        ranks: that the pieces are shared out to, in each optimizer step.
+        least: pieces that are wanted, about: groups are cut alike, and none beyond its samples.
     """
     groups: list[list[int]] = []
     for sample, group in enumerate(group_ids):
@@ -62,11 +61,11 @@ def shared_units(
             groups[-1].append(sample)
         else:
             groups.append([sample])
-    least = -(-ranks // len(groups)) if groups else 1
+    each = -(-least // len(groups)) if groups else 1
     units: list[SampleIndexes] = []
     for members in groups:
         prompt = prompt_lengths[members[0]]
-        count = min(least, len(members))
+        count = min(each, len(members))
         while count < len(members) and any(
             unit_tokens(prompt, [response_lengths[i] for i in piece]) > budget and len(piece) > 1
             for piece in _cut(members, count)

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from transformers import LlamaConfig
 
 from megatron_laser.batching.flat import FlatBatch, flatten
+from megatron_laser.batching.shared_prompts import common_beginning
 from megatron_laser.benchmarks.measure import median_ratio
 from megatron_laser.benchmarks.random_model import save_random_model
 from megatron_laser.benchmarks.result import Result, aligned, provenance
@@ -32,15 +34,6 @@ from megatron_laser.trainer.trainer import Trainer
 from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample, SamplingParams
 
 OWN, SHARED = "own", "shared"
-_CONFIG = """
-model: {{path: {model}, dtype: float32, layers: torch}}
-data: {{train: {model}/unused.jsonl, max_prompt_tokens: {prompt}}}
-rollout: {{prompts_per_step: {prompts}, samples_per_prompt: {samples}, max_new_tokens: {response}}}
-laser: {{enabled: true, score_token: 3, ref_logprob: -20.0, reasoning_warmup_steps: 0, self_reward_warmup_steps: 0}}
-optimizer: {{lr: 1.0e-6}}
-batching: {{tokens_per_micro_batch: {budget}}}
-run: {{steps: 1000, output_dir: {scratch}/run}}
-"""
 
 
 @dataclass(frozen=True)
@@ -124,15 +117,30 @@ def bench_shared_prompts(
 ) -> SharedPromptsResult:
     """Time every (prompt, response) of `lengths` with the model of a folder, or a random one of 7M parameters."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = model or Path(scratch) / "model"
+        folder = Path(scratch) / "model" if model is None else model.absolute()
         if model is None:
             save_random_model(folder, _small_model())
         file = Path(scratch) / "run.yaml"
-        longest = dict(zip(("prompt", "response"), map(max, zip(*lengths))))
-        settings = _CONFIG.format(
-            model=folder, scratch=scratch, budget=budget, prompts=prompts, samples=samples, **longest
-        )
-        file.write_text(settings, encoding="utf-8")
+        prompt, response = map(max, zip(*lengths))
+        settings = {
+            "model": {"path": str(folder), "dtype": "float32", "layers": "torch"},
+            "data": {"train": str(file), "max_prompt_tokens": prompt},  # of which nothing is read
+            "rollout": {
+                "prompts_per_step": prompts,
+                "samples_per_prompt": samples,
+                "max_new_tokens": response,
+            },
+            "laser": {
+                "score_token": 3,
+                "ref_logprob": -20.0,
+                "reasoning_warmup_steps": 0,
+                "self_reward_warmup_steps": 0,
+            },
+            "optimizer": {"lr": 1e-6},
+            "batching": {"tokens_per_micro_batch": budget},
+            "run": {"steps": 1000, "output_dir": str(Path(scratch) / "run")},
+        }
+        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
         configs = {
             arm: load_config(file, [f"batching.share_prompts={str(arm == SHARED).lower()}"])
             for arm in (OWN, SHARED)
@@ -140,7 +148,9 @@ def bench_shared_prompts(
         runtime = runtimes.start(configs[OWN])
         trainers = {OWN: Trainer(configs[OWN], runtime, score_token_id=3)}
         trainers[SHARED] = Trainer(configs[SHARED], runtime, score_token_id=3, policy=trainers[OWN].policy)
-        engine = InProcessEngine(folder, dtype=torch.float32, device=platform.device())
+        engine = InProcessEngine(
+            folder, dtype=torch.float32, device=platform.device(), max_batch_size=prompts * samples
+        )
         vocabulary = read_architecture(folder).vocab_size
         timed = []
         for prompt, response in lengths:
@@ -201,7 +211,8 @@ def _generate(engine: InProcessEngine, flat: FlatBatch, shape: Shape, rounds: in
         )
 
     once = shape.prompts * shape.prompt
-    tokens = {OWN: once * shape.samples, SHARED: once - (shape.prompts - 1) * shape.common}
+    alike = common_beginning(prompts)
+    tokens = {OWN: once * shape.samples, SHARED: once - (shape.prompts - 1) * alike}
     return Timed("generate", shape, tokens, _rounds(run, rounds))
 
 

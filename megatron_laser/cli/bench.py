@@ -139,7 +139,7 @@ def bench_prompts(
         ),
     ] = None,
     prompts: Annotated[int, typer.Option(help="Prompts per step.", min=1)] = 8,
-    samples: Annotated[int, typer.Option(help="Responses per prompt.", min=1)] = 8,
+    samples: Annotated[int, typer.Option(help="Responses per prompt.", min=2)] = 8,
     budget: Annotated[int, typer.Option(help="Tokens of a micro-batch.", min=1)] = 2048,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds that are counted.", min=1)] = 5,
     output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,

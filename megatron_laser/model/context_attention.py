@@ -7,6 +7,7 @@ up to their own position. In the backward the ranks' gradients of keys and value
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,10 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_laser.batching.context import packed_order, sequence_positions
-from megatron_laser.model.sequence_batches import (
-    PaddedBatch,
-    attend_up_to,
-    heads_first,
-    padded_batch,
-    similar_lengths,
-)
+from megatron_laser.model.sequence_batches import PaddedBatch, heads_first, padded_batch, similar_lengths
+
+# Entries of one mask of queries and keys: longer batches are worked through in blocks of queries.
+_MASK_ENTRIES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,13 @@ class ContextBatch:
     keys: PaddedBatch
     positions: torch.Tensor
     furthest: tuple[int, ...]
+
+    def query_blocks(self) -> Iterator[tuple[slice, int]]:
+        """(columns of queries, how many keys the last of them sees); a mask has at most `_MASK_ENTRIES` entries."""
+        step = max(1, _MASK_ENTRIES // (self.keys.batch * self.keys.width))
+        for start in range(0, self.queries.width, step):
+            columns = slice(start, min(start + step, self.queries.width))
+            yield columns, max(self.furthest[columns]) + 1
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,28 @@ def context_attention(
     outputs = []
     for batch in layout.batches:
         q = heads_first(query, batch.queries)
-        k, v = heads_first(both, batch.keys).chunk(2, dim=1)
-        out = attend_up_to(q, k, v, batch.positions, batch.furthest, scale)
-        out = out.transpose(1, 2).reshape(-1, *query.shape[1:])
+        # One copy of the key heads for each of their query heads: no fused kernel takes grouped heads with a mask.
+        k, v = (repeat_heads(part, q.shape[1]) for part in heads_first(both, batch.keys).chunk(2, dim=1))
+        parts = [
+            torch.nn.functional.scaled_dot_product_attention(
+                q[:, :, columns],
+                k[:, :, :seen],
+                v[:, :, :seen],
+                attn_mask=_visible(batch.positions[:, columns], seen),
+                scale=scale,
+            )
+            for columns, seen in batch.query_blocks()
+        ]
+        out = torch.cat(parts, dim=2).transpose(1, 2).reshape(-1, *query.shape[1:])
         outputs.append(out.index_select(0, batch.queries.slots))
     return torch.cat(outputs).index_select(0, layout.inverse)
+
+
+def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[batch, kv_heads, width, head_dim] as [batch, heads, ...]: each key/value head for its group of query heads."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _visible(positions: torch.Tensor, keys: int) -> torch.Tensor:
+    """[batch, 1, queries, keys] bool: whether a query sees a key. Keys of padding stand behind all real ones."""
+    return (positions[:, :, None] >= torch.arange(keys, device=positions.device)).unsqueeze(1)

@@ -35,10 +35,10 @@ def memory_setting_problems(config: RunConfig) -> list[str]:
                 "use mlp, full or none"
             )
     problems += fp8_problems(model.fp8, model.layers)
-    if config.batching.share_prompts and use_transformer_engine(model.layers):
+    if config.batching.share_prompts and (platform.has_cuda() or use_transformer_engine(model.layers)):
         problems.append(
-            "batching.share_prompts: true, but layers are Transformer Engine's here (model.layers), and know no shared "
-            "prompts; leave it null, set it to false, or set model.layers: torch"
+            "batching.share_prompts: true is for layers of torch on a CPU, and kernels on GPUs know no shared prompts; "
+            "leave it null or set it to false"
         )
     if platform.has_cuda():
         for setting, wanted in (

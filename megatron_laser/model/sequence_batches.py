@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 # A batch takes sequences down to this share of its longest one: at most half of it is padding.
 _MIN_FILL = 0.5
-# Entries of one mask of queries and keys: longer batches are worked through in blocks of queries.
-_MASK_ENTRIES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -76,45 +73,3 @@ class _Pad(torch.autograd.Function):
         out = grad.new_zeros(ctx.shape)
         out[ctx.batch.rows] = grad.index_select(0, ctx.batch.slots)
         return out, None
-
-
-def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """[batch, kv_heads, width, head_dim] as [batch, heads, ...]: each key/value head for its group of query heads."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def attend_up_to(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    positions: torch.Tensor,
-    furthest: Sequence[int],
-    scale: float | None,
-) -> torch.Tensor:
-    """Attention in which each query sees the keys up to its own position: [batch, heads, queries, head_dim].
-
-    Args:
-        q: [batch, heads, queries, head_dim]. k, v: [batch, kv_heads, keys, head_dim], in order; padding stands behind
-            all real ones.
-        positions: [batch, queries] int64, each query's place among the keys.
-        furthest: for each column of queries the last place, on the host.
-    """
-    batch, heads, width, size = q.shape
-    # The query heads of a key head stand below each other, as if they were one head's queries: no fused kernel takes
-    # grouped heads with a mask, and copies of the key heads cost more than the attention itself.
-    kv_heads, group = k.shape[1], heads // k.shape[1]
-    step = max(1, _MASK_ENTRIES // (batch * group * k.shape[2]))
-    parts = []
-    for start in range(0, width, step):
-        columns = slice(start, min(start + step, width))
-        seen = max(furthest[columns]) + 1
-        visible = positions[:, columns, None] >= torch.arange(seen, device=positions.device)
-        out = F.scaled_dot_product_attention(
-            q[:, :, columns].reshape(batch, kv_heads, -1, size),
-            k[:, :, :seen],
-            v[:, :, :seen],
-            attn_mask=visible.repeat(1, group, 1).unsqueeze(1),
-            scale=scale,
-        )
-        parts.append(out.view(batch, heads, -1, size))
-    return torch.cat(parts, dim=2)

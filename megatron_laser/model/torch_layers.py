@@ -3,9 +3,8 @@
 Megatron hands over one packed micro-batch: q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]
 and `PackedSeqParams(qkv_format="thd")`. The sequences are regrouped into a few right-padded batches of
 similar length, and each batch is one SDPA call with `is_causal=True`: padding stands after the real tokens, so no real
-query can see it. Responses that share their group's prompt (`PackedSeqParams.parents`, which `share_prompts` sets) have
-batches of their own, see `prompt_attention`. The regrouping is worked out once per micro-batch and kept on the
-`PackedSeqParams` object.
+query can see it. Where sequences share others (`PackedSeqParams.parents`, set by `share_prompts`), `prompt_attention`
+takes over. The regrouping is worked out once per micro-batch and kept on the `PackedSeqParams` object.
 """
 
 from __future__ import annotations
@@ -21,57 +20,39 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_laser.model.context_attention import context_attention
+from megatron_laser.model.context_attention import context_attention, repeat_heads
 from megatron_laser.model.megatron_patches import set_positions
-from megatron_laser.model.prompt_attention import ResponseBatch, response_batches
-from megatron_laser.model.sequence_batches import (
-    PaddedBatch,
-    heads_first,
-    padded_batch,
-    repeat_heads,
-    similar_lengths,
-)
+from megatron_laser.model.prompt_attention import PromptAttention, prompt_layout
+from megatron_laser.model.sequence_batches import PaddedBatch, heads_first, padded_batch, similar_lengths
 
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """All batches of a micro-batch; `inverse` [tokens] brings their joined rows back into packed order.
-
-    batches: of sequences that see themselves alone; responses: of those that see a shared prompt, too.
-    """
+    """All batches of a micro-batch; `inverse` [tokens] brings their joined rows back into packed order."""
 
     batches: tuple[PaddedBatch, ...]
-    responses: tuple[ResponseBatch, ...]
     inverse: torch.Tensor
 
 
-def padded_layout(cu_seqlens: torch.Tensor, parents: np.ndarray | None = None) -> PaddedLayout:
-    """Group the sequences of `cu_seqlens` ([sequences + 1] int32) into right-padded, similar batches.
-
-    parents: [sequences], as in `batching.PackedMicroBatch`; None: no sequence sees another one.
-    """
+def padded_layout(cu_seqlens: torch.Tensor) -> PaddedLayout:
+    """Group the sequences of `cu_seqlens` ([sequences + 1] int32) into right-padded, similar batches."""
     device = cu_seqlens.device
     bounds = cu_seqlens.cpu().long()
     lengths = bounds[1:] - bounds[:-1]
-    responses: tuple[ResponseBatch, ...] = ()
-    alone = lengths
-    if parents is not None:
-        responses = response_batches(bounds, parents, device)
-        alone = torch.where(torch.from_numpy(parents) < 0, lengths, 0)
     batches = tuple(
-        padded_batch(bounds[:-1][members], lengths[members], device) for members in similar_lengths(alone)
+        padded_batch(bounds[:-1][members], lengths[members], device) for members in similar_lengths(lengths)
     )
-    packed = torch.cat([batch.rows for batch in (*batches, *(one.queries for one in responses))])
+    packed = torch.cat([batch.rows for batch in batches])
     inverse = torch.empty_like(packed)
     inverse[packed] = torch.arange(len(packed), device=device)
-    return PaddedLayout(batches, responses, inverse)
+    return PaddedLayout(batches, inverse)
 
 
 def share_prompts(packed: PackedSeqParams, parents: np.ndarray, position_ids: torch.Tensor) -> None:
-    """Tell attention and rotary embedding that sequences of `packed` stand behind others.
+    """Tell attention and rotary embedding that sequences of `packed` stand behind others. On a CPU only.
 
     Args:
-        parents: [sequences], position_ids: [tokens] on the device, as in `batching.PackedMicroBatch`.
+        parents: [sequences], position_ids: [tokens], as in `batching.PackedMicroBatch`.
     """
     packed.parents = parents  # type: ignore[attr-defined]
     set_positions(packed.cu_seqlens_q, position_ids)
@@ -118,17 +99,23 @@ class PackedSdpaAttention(MegatronModule):
             return context_attention(
                 query, key, value, packed_seq_params, scale=self.softmax_scale, group=self.context_group
             )
+        parents = getattr(packed_seq_params, "parents", None)
+        if parents is not None:
+            shared = getattr(packed_seq_params, "prompt_layout", None)
+            if shared is None:
+                shared = packed_seq_params.prompt_layout = prompt_layout(
+                    packed_seq_params.cu_seqlens_q, parents
+                )
+            return PromptAttention.apply(query, key, value, shared, self.softmax_scale)
         layout = getattr(packed_seq_params, "padded_layout", None)
         if layout is None:
-            parents = getattr(packed_seq_params, "parents", None)
-            layout = padded_layout(packed_seq_params.cu_seqlens_q, parents)
+            layout = padded_layout(packed_seq_params.cu_seqlens_q)
             packed_seq_params.padded_layout = layout
         outputs = []
         for batch in layout.batches:
             q, k, v = (heads_first(x, batch) for x in (query, key, value))
             out = self._sdpa(q, k, v).transpose(1, 2).reshape(batch.batch * batch.width, *query.shape[1:])
             outputs.append(out.index_select(0, batch.slots))
-        outputs += [batch.attend(query, key, value, self.softmax_scale) for batch in layout.responses]
         return torch.cat(outputs).index_select(0, layout.inverse)
 
     def _sdpa(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

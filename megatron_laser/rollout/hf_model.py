@@ -66,6 +66,16 @@ class RoomyLayer(DynamicLayer):
         self.values = self._behind("values", value_states)
         return self.keys, self.values
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """See upstream. The memory of the rows before is free at once."""
+        super().batch_repeat_interleave(repeats)
+        self._whole.clear()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """See upstream. The memory of the rows before is free at once."""
+        super().batch_select_indices(indices)
+        self._whole.clear()
+
     def _behind(self, name: str, new: torch.Tensor) -> torch.Tensor:
         """`new` behind what is there: in its own memory where there is room, else copied to where there is."""
         have: torch.Tensor = getattr(self, name)

@@ -357,6 +357,10 @@ def _pick(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One index [rows] in proportion to weights [rows, entries] in float64, never one of weight 0."""
     below = weights.cumsum(dim=-1)
     total = below[:, -1:]
+    if not bool(((total > 0) & total.isfinite()).all()):
+        raise ValueError(
+            "next-token probabilities are not finite, or all 0: the weights overflow, or hold NaN"
+        )
     drawn = torch.rand(total.shape, dtype=total.dtype, generator=generator) * total
     drawn = torch.minimum(
         drawn, torch.nextafter(total, torch.zeros_like(total))

@@ -205,13 +205,18 @@ def prepare_step(
 
 
 def _units(flat: FlatBatch, config: RunConfig, data_size: int) -> list[tuple[int, ...]]:
-    """What is scheduled as a whole where prompts are shared."""
+    """What is scheduled as a whole where prompts are shared: groups, or pieces where ranks and stages need more."""
+    parallel = config.parallel
+    wanted = data_size * config.policy.minibatches
+    # Two for each rank, that none has twice the others' work; a round of micro-batches for an interleaved pipeline.
+    wanted *= 2 if data_size > 1 else 1
+    wanted *= parallel.pipeline if parallel.virtual_pipeline > 1 else 1
     return shared_units(
         flat.group_ids.tolist(),
         flat.prompt_lengths.tolist(),
         flat.response_lengths.tolist(),
         budget=micro_batch_tokens(config),
-        ranks=data_size * config.policy.minibatches,  # of all optimizer steps, which have each their groups
+        least=wanted,
     )
 
 

@@ -91,7 +91,9 @@ class Trainer:
         self._bad_steps = BadSteps(config, runtime, score_token_id=self._score_token_id)
 
     def _prompts_are_shared(self) -> bool:
-        if self._config.batching.share_prompts is False or use_transformer_engine(self._config.model.layers):
+        # Layers of Transformer Engine are for CUDA, but can be asked for elsewhere.
+        elsewhere = platform.has_cuda() or use_transformer_engine(self._config.model.layers)
+        if self._config.batching.share_prompts is False or elsewhere:
             return False
         return not shared_prompt_problems(self._config, experts=self._experts is not None)
 

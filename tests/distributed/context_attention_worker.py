@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 
 from megatron_laser.batching.context import context_positions
 from megatron_laser.distributed import communicators
-from megatron_laser.model import platform, sequence_batches
+from megatron_laser.model import context_attention, platform
 
 platform.install()
 
@@ -118,7 +118,7 @@ def main():
                 200,
                 1,
             ):  # the last two: several blocks of queries, and one query at a time
-                sequence_batches._MASK_ENTRIES = entries
+                context_attention._MASK_ENTRIES = entries
                 params = packed_params([2 * size * unit for unit in units])
                 check_attention(attention, params, kv_heads, torch.float64, 1e-12)
                 layout = params.context_layout

@@ -14,9 +14,9 @@ from helpers.packed import packed_params  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 
+from megatron_laser.model.context_attention import repeat_heads  # noqa: E402
 from megatron_laser.model.hf_config import transformer_config  # noqa: E402
 from megatron_laser.model.policy_model import PolicyModel  # noqa: E402
-from megatron_laser.model.sequence_batches import repeat_heads  # noqa: E402
 from megatron_laser.model.torch_layers import PackedSdpaAttention, padded_layout  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16

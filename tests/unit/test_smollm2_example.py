@@ -91,6 +91,21 @@ def test_another_file_is_not_taken_for_the_package(tmp_path):
     assert missing.returncode == 1 and "missing.whl: no such file" in missing.stderr
 
 
+def test_data_of_others_is_left_alone(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text("mine\n")
+    done = prepare(tmp_path)
+    assert done.returncode == 1 and "test.jsonl: holds other data" in done.stderr
+    assert (tmp_path / "data" / "test.jsonl").read_text() == "mine\n"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "data").write_text("a file")
+    done = prepare(tmp_path)
+    assert done.returncode == 1 and "--data and --output name other folders" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_folder_that_it_did_not_make_is_left_alone(tmp_path):
     (tmp_path / "base").mkdir()
     done = prepare(tmp_path)

@@ -82,8 +82,8 @@ class BatchingConfig(Section):
     share_prompts: bool | None = None
     """Pack the prompt of a group once, for all its responses that are in one micro-batch, which attend to it: less to
     compute, the more so the longer prompts are beside responses, and no result depends on it. A group is cut only where
-    the budget or the number of ranks asks for it. It needs layers without Transformer Engine (`model.layers`), a
-    dense model and `parallel.context: 1`. null: where these hold."""
+    the budget or the number of ranks asks for it. It needs a CPU and layers of torch
+    (kernels on GPUs know no shared prompts), a dense model and `parallel.context: 1`. null: where these hold."""
 
 
 class CheckpointConfig(Section):
