@@ -237,8 +237,9 @@ def test_the_update_does_not_depend_on_the_padding(single_process, model_folder,
         for pad in (1, 64)
     ]
     (plain, weights), (padded, others) = runs
+    # Rounding differs with the shapes of batches.
     for name, value in plain[0].metrics.items():
-        assert padded[0].metrics[name] == pytest.approx(value, rel=4e-6, abs=1e-9), name  # rounding of batches of other shapes
+        assert padded[0].metrics[name] == pytest.approx(value, rel=4e-6, abs=1e-9), name
     assert all((others[name] - weights[name]).abs().max() < 1e-6 for name in weights)
 
 
