@@ -23,6 +23,7 @@ OVERRIDES = (
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_with_context_and_expert_ranks_ends_as_if_nothing_had_happened(tmp_path):
     file = write_tiny_run(
         tmp_path, family="qwen3-moe", run={"steps": STEPS}, checkpoint={"every": 1, "keep_last": 2}

@@ -52,7 +52,9 @@ def test_interleaved_pipelines_of_uneven_chunks_learn_the_same():
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [("2",), ("4",)], ids=" and ".join)
+@pytest.mark.parametrize(
+    "processes", [pytest.param(("2",), id="2"), pytest.param(("4",), id="4", marks=pytest.mark.long)]
+)
 def test_every_layout_of_experts_learns_the_same(processes):
     result = compare("--experts", "--processes", *processes)
     assert result.returncode == 0, result.stdout[-6000:]

@@ -198,7 +198,8 @@ def test_long_responses_fit_because_two_ranks_share_them() -> None:
 
 def test_every_folder_with_a_model_is_tested_here() -> None:
     found = {(path.parent.name, path.stem) for path in EXAMPLES.glob("*/*.yaml")}
-    assert {run for run in found if run[0] != "tiny_sum"} == {*RUNS, *VARIANTS}
+    small = ("tiny_sum", "smollm2")  # for CPUs, with models that are made or fetched: tested by running them
+    assert {run for run in found if run[0] not in small} == {*RUNS, *VARIANTS}
     assert {path.parent.name for path in EXAMPLES.glob("*/config.json")} == set(RECIPES)
     assert [path.name for path in EXAMPLES.glob("*.yaml")] == ["benchmarks.yaml"]  # no run: for `eval`
 
