@@ -21,7 +21,7 @@ SMALL = (
         "rollout.max_new_tokens=20",
     ),
     *("evaluation.every=0", "evaluation.baseline=false", "data.test=null", "data.validation=null"),
-    *("checkpoint.every=0", "run.deadline=200", "optimizer.warmup_steps=0"),
+    *("checkpoint.every=0", "run.deadline=200"),
 )
 LAYOUTS = {
     "tensor 3": (3, ("parallel.tensor=3",)),
