@@ -189,12 +189,12 @@ class _Sequences:
 
 
 def _sequences(samples: Sequence[PackInput], share_prompts: bool) -> _Sequences:
+    def run_of(index: int) -> tuple[int | None, int]:
+        group = samples[index].group if share_prompts else None
+        return group, index if group is None else -1
+
     result = _Sequences()
-    alone = ((index,) for index in range(len(samples)))
-    runs: list[Sequence[int]] = list(alone)
-    if share_prompts:
-        key = [(item.group, -1 if item.group is not None else index) for index, item in enumerate(samples)]
-        runs = [list(run) for _, run in groupby(range(len(samples)), key=key.__getitem__)]
+    runs = [list(run) for _, run in groupby(range(len(samples)), key=run_of)]
     common = common_beginning([samples[run[0]].prompt_ids for run in runs]) if share_prompts else 0
     root = result.add(-1, samples[0].prompt_ids[:common]) if common else -1
     for run in runs:

@@ -7,7 +7,7 @@ attends to them (`packing.pack`). So a group, or a piece of one, is scheduled as
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -55,12 +55,7 @@ def shared_units(
         budget: tokens of a micro-batch.
         least: pieces that are wanted, about: groups are cut alike, and none beyond its samples.
     """
-    groups: list[list[int]] = []
-    for sample, group in enumerate(group_ids):
-        if groups and group_ids[groups[-1][0]] == group:
-            groups[-1].append(sample)
-        else:
-            groups.append([sample])
+    groups = [list(run) for _, run in groupby(range(len(group_ids)), key=group_ids.__getitem__)]
     each = -(-least // len(groups)) if groups else 1
     units: list[SampleIndexes] = []
     for members in groups:

@@ -11,9 +11,14 @@ from megatron_laser.errors import ConfigError
 from megatron_laser.logprob_memory import GIB
 from megatron_laser.model import platform
 from megatron_laser.model.host_memory import require_pinned_memory
-from megatron_laser.model.transformer_engine import fp8_problems, use_transformer_engine
+from megatron_laser.model.transformer_engine import Layers, fp8_problems, use_transformer_engine
 
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def knows_shared_prompts(layers: Layers) -> bool:
+    """Whether attention and rotary embedding here are those that take `PackedMicroBatch.parents`: torch's, on a CPU."""
+    return not (platform.has_cuda() or use_transformer_engine(layers))
 
 
 def memory_setting_problems(config: RunConfig) -> list[str]:
@@ -35,7 +40,7 @@ def memory_setting_problems(config: RunConfig) -> list[str]:
                 "use mlp, full or none"
             )
     problems += fp8_problems(model.fp8, model.layers)
-    if config.batching.share_prompts and (platform.has_cuda() or use_transformer_engine(model.layers)):
+    if config.batching.share_prompts and not knows_shared_prompts(model.layers):
         problems.append(
             "batching.share_prompts: true is for layers of torch on a CPU, and kernels on GPUs know no shared prompts; "
             "leave it null or set it to false"

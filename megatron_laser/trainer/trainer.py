@@ -27,7 +27,7 @@ from megatron_laser.errors import UserError
 from megatron_laser.model import platform
 from megatron_laser.model.experts import Pass
 from megatron_laser.model.hf_config import architecture_of
-from megatron_laser.model.transformer_engine import use_transformer_engine
+from megatron_laser.model.machine import knows_shared_prompts
 from megatron_laser.observability.timers import Timers
 from megatron_laser.trainer.bad_steps import BadSteps
 from megatron_laser.trainer.expert_routing import Counts, Experts, expert_metrics
@@ -91,9 +91,8 @@ class Trainer:
         self._bad_steps = BadSteps(config, runtime, score_token_id=self._score_token_id)
 
     def _prompts_are_shared(self) -> bool:
-        # Layers of Transformer Engine are for CUDA, but can be asked for elsewhere.
-        elsewhere = platform.has_cuda() or use_transformer_engine(self._config.model.layers)
-        if self._config.batching.share_prompts is False or elsewhere:
+        batching, layers = self._config.batching, self._config.model.layers
+        if batching.share_prompts is False or not knows_shared_prompts(layers):
             return False
         return not shared_prompt_problems(self._config, experts=self._experts is not None)
 
