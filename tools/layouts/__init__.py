@@ -8,13 +8,18 @@ OVERLAPPED = [
     "optimizer.overlap_param_gather=true",
 ]
 BUDGETS = (4096, 160, 80)
+
+
+def _one_process(words: str = "", *overrides: str) -> dict[str, list[str]]:
+    return {
+        f"1 process, {budget} tokens{words}": [f"batching.tokens_per_micro_batch={budget}", *overrides]
+        for budget in BUDGETS
+    }
+
+
 # processes -> {name: overrides}; the first entry of all is the reference.
 LAYOUTS: dict[int, dict[str, list[str]]] = {
-    1: {
-        f"1 process, {budget} tokens{words}": [f"batching.tokens_per_micro_batch={budget}", *overrides]
-        for words, overrides in ((", own prompts", ["batching.share_prompts=false"]), ("", []))
-        for budget in BUDGETS
-    },
+    1: {**_one_process(", own prompts", "batching.share_prompts=false"), **_one_process()},
     2: {
         **{f"data 2, {budget} tokens": [f"batching.tokens_per_micro_batch={budget}"] for budget in BUDGETS},
         "data 2, distributed optimizer": ["optimizer.distributed=true"],
@@ -90,7 +95,7 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
 }
 # Of a model with experts, in place of those above.
 EXPERT_LAYOUTS: dict[int, dict[str, list[str]]] = {
-    1: LAYOUTS[1],
+    1: _one_process(),  # which share no prompts
     2: {
         "data 2": [],
         "data 2, distributed optimizer": ["optimizer.distributed=true"],
