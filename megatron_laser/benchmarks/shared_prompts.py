@@ -12,18 +12,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from transformers import LlamaConfig
 
-from megatron_laser.batching.flat import FlatBatch, flatten
+from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.batching.shared_prompts import common_beginning
 from megatron_laser.benchmarks.measure import median_ratio
 from megatron_laser.benchmarks.random_model import save_random_model
+from megatron_laser.benchmarks.random_rollouts import random_rollouts
 from megatron_laser.benchmarks.result import Result, aligned, provenance
 from megatron_laser.config import load_config
 from megatron_laser.config.model_folder.architecture import read_architecture
@@ -31,7 +31,7 @@ from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.model import platform
 from megatron_laser.rollout.in_process import InProcessEngine
 from megatron_laser.trainer.trainer import Trainer
-from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample, SamplingParams
+from megatron_laser.types import SamplingParams
 
 OWN, SHARED = "own", "shared"
 
@@ -155,7 +155,7 @@ def bench_shared_prompts(
         timed = []
         for prompt, response in lengths:
             shape = Shape(prompts, samples, prompt, response, common=prompt * 3 // 4)
-            flat = _rollouts(shape, vocabulary)
+            flat = random_rollouts(**asdict(shape), ids=(4, vocabulary), eos=2)
             timed += [_train(trainers, flat, shape, rounds), _generate(engine, flat, shape, rounds)]
         runtimes.stop()
         parameters = sum(one.numel() for one in engine.named_parameters().values())
@@ -226,19 +226,3 @@ def _rounds(run: Callable[[str], None], rounds: int) -> dict[str, list[float]]:
             if number:
                 seconds[arm].append(time.perf_counter() - started)
     return seconds
-
-
-def _rollouts(shape: Shape, vocabulary: int) -> FlatBatch:
-    """Random tokens; every second response is right, and all are scored."""
-    rng = np.random.default_rng(0)
-    batch = RolloutBatch(step=1, weight_version=0)
-    beginning = rng.integers(4, vocabulary, shape.common).tolist()
-    for row in range(shape.prompts):
-        prompt = [*beginning, *rng.integers(4, vocabulary, shape.prompt - shape.common).tolist()]
-        group = Group(Prompt(row, "", "", prompt), [])
-        for sample in range(shape.samples):
-            ids = np.append(rng.integers(4, vocabulary, shape.response - 1), 2).astype(np.int32)
-            generation = Generation(ids, np.full(shape.response, -9.0, np.float32), "stop", 0)
-            group.samples.append(Sample(prompt, generation, "", True, float(sample % 2), "correct", -20.0))
-        batch.groups.append(group)
-    return flatten(batch)

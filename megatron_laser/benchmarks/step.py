@@ -16,18 +16,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from transformers import Qwen2Config
 
-from megatron_laser.batching.flat import FlatBatch, flatten
+from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.benchmarks.measure import median_ratio, peak_allocated_bytes
 from megatron_laser.benchmarks.random_model import save_random_model
+from megatron_laser.benchmarks.random_rollouts import random_rollouts
 from megatron_laser.benchmarks.result import Result, aligned, provenance
 from megatron_laser.config import load_config
 from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.model import platform
 from megatron_laser.trainer.trainer import Trainer
-from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample
 
 _PROMPT_TOKENS = 32
 _EOS = 1
@@ -146,17 +145,11 @@ class StepBenchmark:
 
     def rollouts(self) -> FlatBatch:
         """Random prompts and responses of the given lengths, all scored, every second one right."""
-        rng = np.random.default_rng(0)
-        length = self._shape["response_length"]
-        batch = RolloutBatch(step=1, weight_version=0)
-        for row in range(self._shape["prompts"]):
-            prompt = rng.integers(3, self._model.vocab_size, _PROMPT_TOKENS).tolist()
-            group = Group(Prompt(row, "", "", prompt), [])
-            for sample in range(self._shape["samples"]):
-                ids = np.append(rng.integers(3, self._model.vocab_size, length - 1), _EOS).astype(np.int32)
-                generation = Generation(ids, np.full(length, -9.0, np.float32), "stop", 0)
-                group.samples.append(
-                    Sample(prompt, generation, "", True, float(sample % 2), "correct", -20.0)
-                )
-            batch.groups.append(group)
-        return flatten(batch)
+        return random_rollouts(
+            prompts=self._shape["prompts"],
+            samples=self._shape["samples"],
+            prompt=_PROMPT_TOKENS,
+            response=self._shape["response_length"],
+            ids=(3, self._model.vocab_size),
+            eos=_EOS,
+        )
