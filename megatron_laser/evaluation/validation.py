@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Any
 from megatron_laser.config import RunConfig, evaluation_max_new_tokens
 from megatron_laser.data.tokenizer import decode_response
 from megatron_laser.evaluation.evaluator import evaluate
+from megatron_laser.evaluation.progress import Progress
 from megatron_laser.evaluation.responses import generation_batch, partial_responses_path
 from megatron_laser.evaluation.weight_identity import engine_digest
 from megatron_laser.observability.timers import Timers
@@ -43,10 +44,13 @@ class RunEvaluation:
         stop_token_ids: tuple[int, ...],
         score_token_id: int | None,
         last_step: int,
+        say: Callable[[str], None],
     ) -> None:
         """Remove evaluations of steps beyond `last_step`, where the run goes on: they are of weights that are gone.
 
-        Args: splits: prompts of "validation" and "test"; None or missing: that split is not given.
+        Args:
+            splits: prompts of "validation" and "test"; None or missing: that split is not given.
+            say: takes a line every 15 seconds that an evaluation goes on.
         """
         self._config = config
         self._splits = splits
@@ -56,6 +60,7 @@ class RunEvaluation:
         self._engine = engine
         self._grading = grading
         self._timers = timers
+        self._say = say
         self._folder = Path(config.run.output_dir) / "evaluation"
         self._stop = StopEarly()
         self.stop_reason = ""
@@ -112,6 +117,7 @@ class RunEvaluation:
             max_batch_size=config.rollout.max_batch_size,
             max_concurrency=config.rollout.max_concurrency_per_server * named_servers(config.rollout),
         )
+        progress = Progress(f"{split} split after step {step}", len(prompts) * samples, say=self._say)
         records = self._folder / f"{split}_step_{step}.jsonl"
         with self._timers("evaluate"):
             responses = self._responses(records, prompts, sampling, batch) if resumable else None
@@ -131,6 +137,7 @@ class RunEvaluation:
                 generation_batch=batch,
                 responses_path=responses,
                 repeatable=in_process,
+                on_response=progress.response,
                 stop=self._stop,
             )
             if responses is not None:

@@ -102,6 +102,8 @@ class Controller:
             self._load_state(resumed["run"])
         last_step = -1 if resumed is None else int(resumed["step"])
         self._last_step = max(0, last_step)
+        self._record = RunRecorder(config, inputs.folder, resumed)
+        self._close_later("metrics", self._record.close)
         self._evaluation = RunEvaluation(
             config,
             {"validation": inputs.validation, "test": inputs.test},
@@ -112,9 +114,8 @@ class Controller:
             stop_token_ids=inputs.stop_token_ids,
             score_token_id=inputs.score_token_id,
             last_step=last_step,
+            say=self._record.message,
         )
-        self._record = RunRecorder(config, inputs.folder, resumed)
-        self._close_later("metrics", self._record.close)
 
     def _close_later(self, what: str, close: Callable[[], object]) -> None:
         """What ends the run is not to be hidden by what fails while it ends."""

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from megatron_laser.cli import app
 from megatron_laser.data import DataError
-from megatron_laser.evaluation.benchmarks.progress import Progress, duration
 from megatron_laser.evaluation.benchmarks.run import evaluate_benchmarks
 from megatron_laser.evaluation.benchmarks.settings import load_benchmarks
+from megatron_laser.evaluation.progress import Progress, duration
 from megatron_laser.testtime import EngineChoice, TestTimeError, load_model_folder
 
 OVERRIDES = ["problems.samples=8", "problems.max_new_tokens=12", "problems.prompt_suffix=''"]
@@ -237,6 +237,20 @@ def test_progress_says_speed_and_what_is_left(capsys):
     progress.finish()
     assert "70/100" in capsys.readouterr().err
     assert [duration(s) for s in (42, 200, 7500)] == ["42 s", "3 min 20 s", "2 h 05 min"]
+
+
+def test_progress_of_a_training_run_is_a_line_now_and_then(capsys):
+    """A silent evaluation of minutes before the first step looks like a run that hangs."""
+    lines = []
+    progress = Progress("test split after step 0", 4, say=lines.append)
+    progress.response(10, new=True)
+    assert lines == []
+    progress._shown -= 15.0
+    progress.response(10, new=True)
+    progress.response(10, new=True)
+    (line,) = lines
+    assert line.startswith("test split after step 0: 2/4 responses (50%), ")
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

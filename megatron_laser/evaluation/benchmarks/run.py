@@ -22,12 +22,12 @@ from megatron_laser.evaluation.benchmarks.folder import (
     response_settings,
     set_aside,
 )
-from megatron_laser.evaluation.benchmarks.progress import Progress
 from megatron_laser.evaluation.benchmarks.settings import Benchmark, benchmark_rows
 from megatron_laser.evaluation.engine_choice import EngineChoice
 from megatron_laser.evaluation.evaluator import evaluate
 from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.evaluation.pinned_weights import PinnedWeights
+from megatron_laser.evaluation.progress import Progress
 from megatron_laser.evaluation.records import read_records
 from megatron_laser.evaluation.summary import evaluation_detail
 from megatron_laser.evaluation.weight_identity import WeightsChanged

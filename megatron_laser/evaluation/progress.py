@@ -1,10 +1,11 @@
-"""How far an evaluation is, at what speed, and when it will be done: one line, rewritten on a terminal."""
+"""How far an evaluation is, at what speed, and when it will be done: lines, or one that is rewritten on a terminal."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 _EVERY_ON_TERMINAL = 0.2  # seconds between lines
@@ -14,12 +15,25 @@ _EVERY_IN_LOG = 15.0
 class Progress:
     """Counts responses; speed and remaining time are of this attempt, not of what was there before."""
 
-    def __init__(self, name: str, total: int, *, stream: TextIO | None = None) -> None:
-        """`total`: responses in all, those of earlier attempts included."""
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        *,
+        stream: TextIO | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            total: responses in all, those of earlier attempts included.
+            stream: where to; default standard error.
+            say: takes lines in the stream's place, as often as a log does.
+        """
         self._name = name
         self._total = total
         self._stream = stream or sys.stderr
-        self._terminal = self._stream.isatty()
+        self._say = say
+        self._terminal = say is None and self._stream.isatty()
         self._lock = threading.Lock()
         self._done = self._new = self._tokens = 0
         self._started = self._shown = time.monotonic()
@@ -55,6 +69,9 @@ class Progress:
 
     def _show(self) -> None:
         self._shown = time.monotonic()
+        if self._say is not None:
+            self._say(self.line())
+            return
         self._stream.write(f"\r\x1b[2K{self.line()}" if self._terminal else f"{self.line()}\n")
         self._stream.flush()
 
