@@ -15,7 +15,7 @@ from peer.workers import Worker
 from soak import soak
 
 TOOLS = sorted(file for pattern in ("*.sh", "*.py", "gpu/*.py") for file in (ROOT / "tools").glob(pattern))
-SLOW = {"peer_trl.py"}  # imports all that a run does
+SLOW = {"measure_example.py", "peer_trl.py"}  # import torch, or all that a run does
 
 
 @pytest.mark.parametrize(
