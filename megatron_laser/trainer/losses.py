@@ -25,12 +25,14 @@ from megatron_laser.trainer.step_metrics import ROWS_KEY
 class SampleTensors:
     """Per sample of the rollout batch, [samples] float32 on the device.
 
-    advantages: the mixed advantages; rewards: the verifier's r_v; reference_zc_logprobs: c_ref of each sample.
+    advantages: the mixed advantages; rewards: the verifier's r_v; reference_zc_logprobs: c_ref of each sample;
+    engine_zc_logprobs: what the rollout engine read at the end of each response, None where it does not.
     """
 
     advantages: torch.Tensor
     rewards: torch.Tensor
     reference_zc_logprobs: torch.Tensor
+    engine_zc_logprobs: torch.Tensor | None = None
 
 
 class _Terms(NamedTuple):
@@ -59,14 +61,20 @@ class TrainLoss:
         *,
         with_self_reward: bool,
         compares_with_engine: bool,
+        compares_scores: bool,
     ) -> None:
-        """`compares_with_engine`: the old log-probs are of the weights that generated, and compare to the engine's."""
+        """
+        Args:
+            compares_with_engine: the old log-probs are of the weights that generated, and compare to the engine's.
+            compares_scores: so are the weights that are being trained, and their log-probs of the score token.
+        """
         self._policy = config.policy
         self._laser = config.laser
         self._minibatch = minibatch
         self._samples = samples
         self._with_self_reward = with_self_reward
         self._compares_with_engine = compares_with_engine
+        self._compares_scores = compares_scores
 
     def __call__(
         self, micro_batch: LabelledRows, output: torch.Tensor
@@ -155,6 +163,13 @@ class TrainLoss:
             sums["mismatch_sum"] = difference.diff_sum
             sums["mismatch_k3"] = difference.k3_sum
             sums["max_mismatch"] = difference.diff_max
+        engine_scores = self._samples.engine_zc_logprobs
+        if self._compares_scores and engine_scores is not None:
+            own = all_logprobs.index_select(0, rows.score_rows)
+            difference = mismatch(own, engine_scores[rows.score_sample])
+            sums["zc_mismatch_count"] = difference.count
+            sums["zc_mismatch_sum"] = difference.diff_sum
+            sums["max_zc_mismatch"] = difference.diff_max
         if terms.kl is not None and terms.row_kl is not None:
             sums["kl_loss"] = terms.kl
             sums["reference_kl"] = terms.row_kl.sum(dtype=torch.float64)

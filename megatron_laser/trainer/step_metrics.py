@@ -14,8 +14,9 @@ MEAN_KEYS = ("policy_loss", "self_reward_loss", "self_reward_error", "kl_loss", 
 # that they say the same under every `policy.loss_aggregation` and however the batch is cut.
 TOKEN_MEAN_KEYS = ("entropy", "clip_fraction", "approx_kl", "reference_kl", "importance_masked_fraction")
 ROWS_KEY = "policy_rows"
-SUM_KEYS = (*MEAN_KEYS, *TOKEN_MEAN_KEYS, ROWS_KEY, "mismatch_count", "mismatch_sum", "mismatch_k3")
-MAX_KEYS = ("max_mismatch",)
+_MISMATCH_KEYS = ("mismatch_count", "mismatch_sum", "mismatch_k3", "zc_mismatch_count", "zc_mismatch_sum")
+SUM_KEYS = (*MEAN_KEYS, *TOKEN_MEAN_KEYS, ROWS_KEY, *_MISMATCH_KEYS)
+MAX_KEYS = ("max_mismatch", "max_zc_mismatch")
 
 
 def means(totals: Mapping[str, float], *, updates: int) -> dict[str, float]:

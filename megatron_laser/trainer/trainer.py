@@ -143,6 +143,7 @@ class Trainer:
             advantages=advantages.to(device),
             rewards=data.rewards.to(device),
             reference_zc_logprobs=reference_zc_logprobs.to(device),
+            engine_zc_logprobs=zc_logprobs.to(device) if self._engine_scores else None,
         )
         self._set_pass(data, "train")
         with self._timers("train"):
@@ -241,9 +242,14 @@ class Trainer:
                 own[batch.score_sample.cpu()] = output[0].cpu()
         if self._score_token_id is None:
             return torch.full_like(own, math.nan)
-        if self._config.laser.score_source == "server":
+        if self._engine_scores:
             return torch.from_numpy(flat.zc_logprobs.copy()).float()
         return torch.where(data.scored, self._sum_over_ranks(own), math.nan)
+
+    @property
+    def _engine_scores(self) -> bool:
+        """Whether the rollout engine read the scores."""
+        return self._score_token_id is not None and self._config.laser.score_source == "server"
 
     def _reference_pass(self, data: StepData) -> torch.Tensor:
         """Fill `reference_logprobs` if there is a reference model; return c_ref for each sample [samples]."""
@@ -311,6 +317,7 @@ class Trainer:
                     with_self_reward=self._trains_score(step),
                     compares_with_engine=self._config.policy.old_logprobs == "recompute"
                     or (epoch, index) == (0, 0),
+                    compares_scores=(epoch, index) == (0, 0),
                 )
                 updates.append(
                     optimizer_step(
@@ -360,6 +367,9 @@ class Trainer:
         metrics["logprob_diff_mean"] = ratio(totals["mismatch_sum"], totals["mismatch_count"])
         metrics["logprob_diff_max"] = totals["max_mismatch"]
         metrics["rollout_k3_kl"] = ratio(totals["mismatch_k3"], totals["mismatch_count"])
+        if self._engine_scores:
+            metrics["zc_logprob_diff_mean"] = ratio(totals["zc_mismatch_sum"], totals["zc_mismatch_count"])
+            metrics["zc_logprob_diff_max"] = totals["max_zc_mismatch"]
         return metrics
 
     def _unused_names(self, step: int) -> set[str]:

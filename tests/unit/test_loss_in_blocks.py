@@ -15,6 +15,7 @@ platform.install()
 
 from megatron_laser.trainer.losses import SampleTensors, TrainLoss  # noqa: E402
 from megatron_laser.trainer.step_data import prepare_step  # noqa: E402
+from megatron_laser.trainer.step_metrics import MAX_KEYS  # noqa: E402
 
 # Truncated, empty and one-token responses; one micro-batch.
 GROUPS = [
@@ -74,8 +75,10 @@ def case_of(model, tmp_path, policy, laser, *, trained=True):
     if config.policy.kl_coefficient:
         rows.reference_logprobs = policy_logprobs + normal(len(policy_logprobs), spread=0.3)
     count = len(data.rewards)
-    samples = SampleTensors(normal(count), data.rewards, torch.full((count,), -6.0))
-    loss = TrainLoss(config, minibatch, samples, with_self_reward=trained, compares_with_engine=True)
+    samples = SampleTensors(normal(count), data.rewards, torch.full((count,), -6.0), normal(count) - 6.0)
+    loss = TrainLoss(
+        config, minibatch, samples, with_self_reward=trained, compares_with_engine=True, compares_scores=True
+    )
     return loss, rows, logprobs, normal(len(logprobs)).abs()
 
 
@@ -140,7 +143,7 @@ def test_every_named_sum_of_blocks_is_that_of_the_whole(model, tmp_path, case, t
         sums = [loss(micro_batch.block(rows), output[:, rows])[1] for rows in blocks(len(logprobs), cut)]
         for name, value in whole.items():
             values = torch.stack([part[name] for part in sums if name in part])
-            together = values.max() if name == "max_mismatch" else values.sum()
+            together = values.max() if name in MAX_KEYS else values.sum()
             torch.testing.assert_close(together, value, rtol=1e-12, atol=1e-12, msg=name)
 
 

@@ -340,6 +340,24 @@ def test_the_servers_score_is_used_when_asked_for(single_process, model_folder, 
     assert result.scores.tolist() == pytest.approx((0.4 * (zc + 6.0)).tolist(), abs=1e-6, nan_ok=True)
 
 
+@pytest.mark.parametrize("old_logprobs", ["recompute", "on_policy"])
+def test_the_servers_scores_are_compared_with_the_trainers(
+    single_process, model_folder, tmp_path, old_logprobs
+):
+    """A score read at another position, or of other weights, trains advantages on something else."""
+    settings = dict(policy={"old_logprobs": old_logprobs}, rollout={"prompts_per_step": 4})
+    flat = batch_of(1, tiny_model("qwen2"), 1.0)
+    own = build(model_folder, tmp_path, single_process, **settings).train_step(flat, 1)
+    assert not any(name.startswith("zc_logprob_diff") for name in own.metrics)
+    noise = np.linspace(-0.5, 1.0, flat.num_samples).astype(np.float32)
+    zc = own.zc_logprobs.numpy() + noise
+    trainer = build(model_folder, tmp_path, single_process, "laser.score_source=server", **settings)
+    metrics = trainer.train_step(replace(flat, zc_logprobs=zc), 1).metrics
+    scored = np.abs(noise[flat.scored])
+    assert metrics["zc_logprob_diff_mean"] == pytest.approx(scored.mean(), rel=1e-4)
+    assert metrics["zc_logprob_diff_max"] == pytest.approx(scored.max(), rel=1e-4)
+
+
 def test_a_reference_models_score_replaces_the_constant_when_asked_for(
     single_process, model_folder, tmp_path
 ):
