@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +96,29 @@ def peak_allocated_bytes(call: Callable[[], None]) -> int:
         current += event.nbytes()
         peak = max(peak, current)
     return peak
+
+
+def turns(arms: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """(round, arm) of interleaved rounds: every arm once a round, in every second round from the last to the first.
+
+    What slows the machine down for a while then slows all arms, and none is always the one behind another.
+    """
+    for number in range(rounds):
+        for arm in arms if number % 2 else reversed(arms):
+            yield number, arm
+
+
+def interleaved_seconds(
+    run: Callable[[str], object], arms: Sequence[str], *, rounds: int, warm_up: int = 0
+) -> dict[str, list[float]]:
+    """Seconds of `run(arm)`, arm -> a figure a round, after `warm_up` rounds that do not count; see `turns`."""
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for number, arm in turns(arms, warm_up + rounds):
+        started = time.perf_counter()
+        run(arm)
+        if number >= warm_up:
+            seconds[arm].append(time.perf_counter() - started)
+    return seconds
 
 
 def median_ratio(figures: Sequence[float], over: Sequence[float]) -> tuple[float, float, float]:

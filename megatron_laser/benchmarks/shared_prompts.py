@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from transformers import LlamaConfig
 
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.batching.shared_prompts import common_beginning
-from megatron_laser.benchmarks.measure import median_ratio
+from megatron_laser.benchmarks.measure import interleaved_seconds, median_ratio
 from megatron_laser.benchmarks.random_model import save_random_model
 from megatron_laser.benchmarks.random_rollouts import random_rollouts
 from megatron_laser.benchmarks.result import Result, aligned, provenance
@@ -189,7 +187,7 @@ def _train(trainers: dict[str, Trainer], flat: FlatBatch, shape: Shape, rounds: 
         arm: sum(batch.tokens.numel() for batch in trainer.prepare(flat).micro_batches)
         for arm, trainer in trainers.items()
     }
-    return Timed("train", shape, tokens, _rounds(run, rounds))
+    return Timed("train", shape, tokens, interleaved_seconds(run, (OWN, SHARED), rounds=rounds, warm_up=1))
 
 
 def _generate(engine: InProcessEngine, flat: FlatBatch, shape: Shape, rounds: int) -> Timed:
@@ -213,16 +211,4 @@ def _generate(engine: InProcessEngine, flat: FlatBatch, shape: Shape, rounds: in
     once = shape.prompts * shape.prompt
     alike = common_beginning(prompts)
     tokens = {OWN: once * shape.samples, SHARED: once - (shape.prompts - 1) * alike}
-    return Timed("generate", shape, tokens, _rounds(run, rounds))
-
-
-def _rounds(run: Callable[[str], None], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each arm, after one round that does not count."""
-    seconds: dict[str, list[float]] = {OWN: [], SHARED: []}
-    for number in range(rounds + 1):
-        for arm in (OWN, SHARED) if number % 2 else (SHARED, OWN):
-            started = time.perf_counter()
-            run(arm)
-            if number:
-                seconds[arm].append(time.perf_counter() - started)
-    return seconds
+    return Timed("generate", shape, tokens, interleaved_seconds(run, (OWN, SHARED), rounds=rounds, warm_up=1))

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import Qwen2Config
 
 from megatron_laser.batching.flat import FlatBatch
-from megatron_laser.benchmarks.measure import median_ratio, peak_allocated_bytes
+from megatron_laser.benchmarks.measure import interleaved_seconds, median_ratio, peak_allocated_bytes
 from megatron_laser.benchmarks.random_model import save_random_model
 from megatron_laser.benchmarks.random_rollouts import random_rollouts
 from megatron_laser.benchmarks.result import Result, aligned, provenance
@@ -118,12 +117,7 @@ class StepBenchmark:
                 for arm in ARMS:
                     step(arm)
             peaks = {arm: peak_allocated_bytes(lambda arm=arm: step(arm)) for arm in ARMS}  # type: ignore[misc]
-            seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-            for number in range(rounds):
-                for arm in ARMS if number % 2 else reversed(ARMS):
-                    started = time.perf_counter()
-                    step(arm)
-                    seconds[arm].append(time.perf_counter() - started)
+            seconds = interleaved_seconds(step, tuple(ARMS), rounds=rounds)
             runtimes.stop()
         return StepBenchmarkResult(
             provenance(),
