@@ -23,11 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.algorithms.metrics import auroc, bootstrap_interval
-from megatron_laser.evaluation.records import EvaluationRecord, read_records
-from megatron_laser.evaluation.summary import by_problem, evaluation_detail
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]  # the package that the runs use, installed or not
+
+from megatron_laser.algorithms.metrics import auroc, bootstrap_interval  # noqa: E402
+from megatron_laser.evaluation.records import EvaluationRecord, read_records  # noqa: E402
+from megatron_laser.evaluation.summary import by_problem, evaluation_detail  # noqa: E402
+
 METHODS = ("grpo", "laser")
 COLUMNS = {
     "accuracy": "accuracy",
@@ -70,8 +72,14 @@ EXAMPLES = {
 class Evaluation:
     """A run's evaluation of the test split at one step."""
 
-    summary: dict[str, float]
+    summary: dict[str, float | None]
+    """Null or missing: undefined, such as AUROC with one class, or votes where answers cannot be compared."""
     records_path: Path
+
+    def number(self, name: str) -> float:
+        """NaN where it is undefined."""
+        value = self.summary.get(name)
+        return math.nan if value is None else value
 
     @property
     def records(self) -> list[EvaluationRecord]:
@@ -97,10 +105,15 @@ def train(example: str, seeds: Sequence[int], folder: Path, overrides: list[str]
                 process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
             running.append((f"{target}.log", process))
             if not together:
-                process.wait()
-        failed = [log for log, process in running if process.wait()]
-        if failed:
-            raise SystemExit(f"a run failed, see {' and '.join(failed)}")
+                wait_for(running)
+        wait_for(running)
+
+
+def wait_for(running: list[tuple[str, subprocess.Popen[bytes]]]) -> None:
+    """Until all have ended; `running` is (log, process)."""
+    failed = [log for log, process in running if process.wait()]
+    if failed:
+        raise SystemExit(f"a run failed, see {' and '.join(failed)}")
 
 
 def evaluations(folder: Path) -> tuple[Evaluation, Evaluation]:
@@ -129,7 +142,7 @@ def tables(example: str, folder: Path, seeds: Sequence[int]) -> str:
     shown |= {f"{method}, seed {seed}": after for (method, seed), (_, after) in runs.items()}
     means = {
         method: {
-            key: statistics.fmean(runs[method, seed][1].summary[key] for seed in seeds)
+            key: statistics.fmean(runs[method, seed][1].number(key) for seed in seeds)
             for key in (*COLUMNS, "weighted_minus_majority")
         }
         for method in METHODS
@@ -137,35 +150,36 @@ def tables(example: str, folder: Path, seeds: Sequence[int]) -> str:
     lines = [
         "| run | " + " | ".join(COLUMNS.values()) + " | weighted - majority (95 %) |",
         "|---" * (len(COLUMNS) + 2) + "|",
-        *(row(name, evaluation.summary) for name, evaluation in shown.items()),
+        *(row(name, evaluation) for name, evaluation in shown.items()),
     ]
     for method in METHODS if len(seeds) > 1 else ():
-        cells = " | ".join(f"**{means[method][key]:.3f}**" for key in COLUMNS)
-        lines.append(
-            f"| **{method}, mean** | {cells} | **{means[method]['weighted_minus_majority']:+.3f}** |"
-        )
-    lines += ["", *interval_table(shown), "", *target_table(EXAMPLES[example], before.summary, means)]
+        cells = " | ".join(shown_number(means[method][key], form="**{:.3f}**") for key in COLUMNS)
+        gain = shown_number(means[method]["weighted_minus_majority"], form="**{:+.3f}**")
+        lines.append(f"| **{method}, mean** | {cells} | {gain} |")
+    lines += ["", *interval_table(shown), "", *target_table(EXAMPLES[example], before, means)]
     return "\n".join(lines)
 
 
-def row(name: str, summary: dict[str, float]) -> str:
+def row(name: str, evaluation: Evaluation) -> str:
     """One run as a line of the table."""
-    cells = " | ".join("" if summary.get(key) is None else f"{summary[key]:.3f}" for key in COLUMNS)
-    low, high = summary["weighted_minus_majority_low"], summary["weighted_minus_majority_high"]
-    return f"| {name} | {cells} | {summary['weighted_minus_majority']:+.3f} [{low:+.3f}, {high:+.3f}] |"
+    cells = " | ".join(shown_number(evaluation.number(key)) for key in COLUMNS)
+    gain = [evaluation.number(f"weighted_minus_majority{part}") for part in ("", "_low", "_high")]
+    return f"| {name} | {cells} | {shown_number(*gain, form='{:+.3f} [{:+.3f}, {:+.3f}]')} |"
+
+
+def shown_number(*values: float, form: str = "{:.3f}") -> str:
+    """Formatted; blank where it is undefined."""
+    return form.format(*values) if all(map(math.isfinite, values)) else ""
 
 
 def interval_table(shown: dict[str, Evaluation]) -> list[str]:
     """One column for each of `shown`, with 95 % bootstrap intervals over problems."""
     columns = [intervals(evaluation.records) for evaluation in shown.values()]
     lines = ["| 95 % intervals over problems | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
-    for name in columns[0]:
-        cells = [column.get(name, (math.nan,) * 3) for column in columns]
-        text = " | ".join(
-            f"{value:.3f} [{low:.3f}, {high:.3f}]" if math.isfinite(value) else ""
-            for value, low, high in cells
-        )
-        lines.append(f"| {name} | {text} |")
+    for name in dict.fromkeys(name for column in columns for name in column):
+        values = (column.get(name, (math.nan,) * 3) for column in columns)
+        cells = (shown_number(*value, form="{:.3f} [{:.3f}, {:.3f}]") for value in values)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -207,16 +221,16 @@ def _auroc_interval(
     return statistic(pairs), *bootstrap_interval(pairs, seed=0, num_resamples=_RESAMPLES, statistic=statistic)
 
 
-def target_table(example: Example, before: dict[str, float], means: dict[str, dict[str, float]]) -> list[str]:
+def target_table(example: Example, before: Evaluation, means: dict[str, dict[str, float]]) -> list[str]:
     """What was asked for beside what came out.
 
     Args:
-        before: summary of the base model. means: method -> name of a summary -> mean over seeds.
+        before: of the base model. means: method -> name of a summary -> mean over seeds.
     """
     grpo, laser = means["grpo"], means["laser"]
     least = [
-        ("accuracy gain, GRPO", grpo["accuracy"] - before["accuracy"], example.accuracy_gain),
-        ("accuracy gain, LaSeR", laser["accuracy"] - before["accuracy"], example.accuracy_gain),
+        ("accuracy gain, GRPO", grpo["accuracy"] - before.number("accuracy"), example.accuracy_gain),
+        ("accuracy gain, LaSeR", laser["accuracy"] - before.number("accuracy"), example.accuracy_gain),
         ("LaSeR's accuracy minus GRPO's", laser["accuracy"] - grpo["accuracy"], -example.accuracy_loss),
         ("LaSeR's F1", laser["self_reward_f1"], example.f1),
         ("LaSeR's AUROC", laser["self_reward_auroc"], example.auroc),
@@ -230,17 +244,20 @@ def target_table(example: Example, before: dict[str, float], means: dict[str, di
         for name, label in (("f1", "F1"), ("auroc", "AUROC"))
     ]
     lines = ["| means over the seeds | value | target | |", "|---|---|---|---|"]
-    for name, value, target in least:
-        lines.append(
-            f"| {name} | {value:.3f} | >= {target:.2f} | {'met' if value >= target else '**missed**'} |"
-        )
-    gain = laser["weighted_minus_majority"]
-    lines.append(
-        f"| LaSeR's weighted vote minus its majority | {gain:+.3f} | > 0 | {'met' if gain > 0 else '**missed**'} |"
-    )
-    ahead = laser["self_reward_auroc"] - laser["mean_logprob_auroc"]
-    lines.append(f"| LaSeR's score against its mean log-prob, AUROC | {ahead:+.3f} | no target | |")
+    lines += [
+        f"| {name} | {shown_number(value)} | >= {target:.2f} | {verdict(value >= target)} |"
+        for name, value, target in least
+    ]
+    gain, ahead = laser["weighted_minus_majority"], laser["self_reward_auroc"] - laser["mean_logprob_auroc"]
+    signed = [shown_number(value, form="{:+.3f}") for value in (gain, ahead)]
+    lines.append(f"| LaSeR's weighted vote minus its majority | {signed[0]} | > 0 | {verdict(gain > 0)} |")
+    lines.append(f"| LaSeR's score against its mean log-prob, AUROC | {signed[1]} | no target | |")
     return lines
+
+
+def verdict(met: bool) -> str:
+    """What is undefined is missed."""
+    return "met" if met else "**missed**"
 
 
 def main() -> None:
@@ -255,7 +272,7 @@ def main() -> None:
         "--only-table", action="store_true", help="train nothing, read the runs that are there"
     )
     parser.add_argument("overrides", nargs="*", help="settings for every run, such as run.steps=200")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     seeds = arguments.seeds or EXAMPLES[arguments.example].seeds
     folder = arguments.runs or ROOT / "runs" / f"{arguments.example}_seeds"
     if not arguments.only_table:

@@ -20,7 +20,7 @@ from itertools import cycle, islice
 import aiohttp
 import orjson
 
-from megatron_laser.benchmarks.measure import median_ratio
+from megatron_laser.benchmarks.measure import median_ratio, turns
 from megatron_laser.benchmarks.result import Result, aligned, provenance
 from megatron_laser.config import (
     ConfigError,
@@ -106,21 +106,22 @@ def bench_client(config: RunConfig, *, rounds: int) -> ClientBenchmarkResult:
         counts = []
         fraction = []
         stream = cycle(prompts)
-        for number in range(rounds + 1):  # the first is a warm-up
-            batch = list(islice(stream, groups))
-            engine.generate(
-                batch, plain, deadline=rollout.deadline
-            )  # every arm finds the prompts in the cache
-            for arm in ARMS if number % 2 else reversed(ARMS):
-                engine.take_metrics()
-                started = time.perf_counter()
-                tokens = arms[arm](batch)
-                seconds = time.perf_counter() - started
-                if number:
-                    rates[arm].append(tokens / seconds)
-                    counts.append(tokens)
-                if arm == SCORED:
-                    fraction.append(engine.take_metrics()["rollout/score_time_fraction"])
+        batches = [list(islice(stream, groups)) for _ in range(rounds + 1)]
+        seen = -1
+        for number, arm in turns(ARMS, len(batches)):
+            batch = batches[number]
+            if number > seen:  # every arm finds the prompts in the cache
+                engine.generate(batch, plain, deadline=rollout.deadline)
+                seen = number
+            engine.take_metrics()
+            started = time.perf_counter()
+            tokens = arms[arm](batch)
+            seconds = time.perf_counter() - started
+            if number:  # the first round is a warm-up
+                rates[arm].append(tokens / seconds)
+                counts.append(tokens)
+            if arm == SCORED:
+                fraction.append(engine.take_metrics()["rollout/score_time_fraction"])
         return ClientBenchmarkResult(
             provenance(sglang=next(iter(facts.values())).sglang_version),
             servers=len(facts),

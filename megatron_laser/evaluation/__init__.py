@@ -2,6 +2,7 @@
 
 - `evaluator.evaluate` takes an engine and prompts: samples what is missing (`responses`, kept on disk as they arrive),
   grades and scores each response (`records`), and turns the records into numbers and votes (`summary`).
+- `progress` says meanwhile how far it is.
 - `validation` calls it for a training run's validation and test splits, on the weights that the run's engine holds.
 - `benchmarks/` calls it for `megatron-laser eval`; `model_folder` is the model, `engine_choice` who generates.
 - `pinned_weights` makes sure that a command's weights stay the same; `weight_identity` tells weights apart by content.

@@ -50,7 +50,7 @@ class RunEvaluation:
 
         Args:
             splits: prompts of "validation" and "test"; None or missing: that split is not given.
-            say: takes a line every 15 seconds that an evaluation goes on.
+            say: takes a line every 15 seconds that an evaluation goes on, from another thread.
         """
         self._config = config
         self._splits = splits
@@ -119,7 +119,7 @@ class RunEvaluation:
         )
         progress = Progress(f"{split} split after step {step}", len(prompts) * samples, say=self._say)
         records = self._folder / f"{split}_step_{step}.jsonl"
-        with self._timers("evaluate"):
+        with self._timers("evaluate"), progress:
             responses = self._responses(records, prompts, sampling, batch) if resumable else None
             records.unlink(missing_ok=True)  # an earlier attempt's verdicts are made anew
             summary = evaluate(

@@ -365,11 +365,12 @@ class Trainer:
         metrics["lr"] = self.policy.learning_rate()
         metrics["bad_steps"] = float(len(updates) - len(taken))
         metrics["logprob_diff_mean"] = ratio(totals["mismatch_sum"], totals["mismatch_count"])
-        metrics["logprob_diff_max"] = totals["max_mismatch"]
+        metrics["logprob_diff_max"] = totals["max_mismatch"] if totals["mismatch_count"] else math.nan
         metrics["rollout_k3_kl"] = ratio(totals["mismatch_k3"], totals["mismatch_count"])
         if self._engine_scores:
             metrics["zc_logprob_diff_mean"] = ratio(totals["zc_mismatch_sum"], totals["zc_mismatch_count"])
-            metrics["zc_logprob_diff_max"] = totals["max_zc_mismatch"]
+            compared = totals["zc_mismatch_count"] > 0
+            metrics["zc_logprob_diff_max"] = totals["max_zc_mismatch"] if compared else math.nan
         return metrics
 
     def _unused_names(self, step: int) -> set[str]:

@@ -96,6 +96,7 @@ def one_process(prepared):
 def test_a_step_in_one_process_agrees_with_transformers(prepared, one_process):
     """The engine is transformers, the trainer Megatron's layers."""
     assert one_process["logprob_diff_max"] < 1e-4
+    assert 0 <= one_process["zc_logprob_diff_mean"] <= one_process["zc_logprob_diff_max"] < 1e-4
     assert one_process["zc_logprob_mean"] == pytest.approx(-17.5, abs=1.0)  # far down: the paper's regime
     assert one_process["grad_norm"] > 0
 
@@ -124,6 +125,7 @@ def test_layouts_give_the_first_step_of_one_process(prepared, one_process, tmp_p
     for name in COMPARED:
         assert metrics[name] == pytest.approx(one_process[name], rel=1e-4, abs=1e-7), name
     assert metrics["logprob_diff_max"] < 1e-4
+    assert 0 <= metrics["zc_logprob_diff_mean"] <= metrics["zc_logprob_diff_max"] < 1e-4
 
 
 def test_a_second_call_does_nothing(prepared):

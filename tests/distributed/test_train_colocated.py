@@ -70,6 +70,8 @@ def test_two_ranks_and_a_server_take_turns(tmp_path):
         assert line["logprob_diff_max"] < 1e-4  # the server samples from the weights that are trained
         assert line["staleness_max"] == 0
         assert line["time/turns"] > 0
+    differences = [line["zc_logprob_diff_max"] for line in steps if line["scored_fraction"]]
+    assert differences and max(differences) < 1e-4
     said = re.findall(r"colocated, phase (\w+): (.*?); [\d.]+ GiB free", output)
     expected = [*FIRST, *STEP, *STEP, *SAVE, *STEP, *SAVE, *EXPORT]
     said = [phase for phase in said if phase[0] != "servers start"]

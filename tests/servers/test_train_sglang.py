@@ -41,5 +41,8 @@ def test_a_run_is_fed_by_a_server(sglang_server, tmp_path, overrides):
             assert line["staleness_max"] == 0
         else:
             assert line["staleness_max"] <= 2
-    if not on_policy:
+    if on_policy:
+        differences = [line["zc_logprob_diff_max"] for line in steps if line["scored_fraction"]]
+        assert differences and max(differences) < 1e-4  # the server reads the score where it is trained
+    else:
         assert max(line["staleness_max"] for line in steps) >= 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -234,22 +235,27 @@ def test_progress_says_speed_and_what_is_left(capsys):
         progress.response(10, new=True)
     progress._started = time.monotonic() - 3.0
     assert progress.line() == "aime24: 70/100 responses (70%), 100 tokens/s, 3 s left"
-    progress.finish()
+    with progress:
+        pass
     assert "70/100" in capsys.readouterr().err
     assert [duration(s) for s in (42, 200, 7500)] == ["42 s", "3 min 20 s", "2 h 05 min"]
 
 
 def test_progress_of_a_training_run_is_a_line_now_and_then(capsys):
     """A silent evaluation of minutes before the first step looks like a run that hangs."""
-    lines = []
-    progress = Progress("test split after step 0", 4, say=lines.append)
-    progress.response(10, new=True)
-    assert lines == []
-    progress._shown -= 15.0
-    progress.response(10, new=True)
-    progress.response(10, new=True)
-    (line,) = lines
-    assert line.startswith("test split after step 0: 2/4 responses (50%), ")
+    lines = queue.Queue()
+    with Progress("test split after step 0", 4, say=lines.put, every=0.01) as progress:
+        assert (
+            lines.get(timeout=20) == "test split after step 0: 0/4 responses (0%)"
+        )  # before the first one ends
+        progress.response(10, new=True)
+        progress.response(10, new=True)
+        while not (line := lines.get(timeout=20)).startswith(
+            "test split after step 0: 2/4 responses (50%), "
+        ):
+            assert ": 0/4 " in line or ": 1/4 " in line
+    count = lines.qsize()
+    assert progress._thread.is_alive() is False and lines.qsize() == count
     assert capsys.readouterr() == ("", "")
 
 

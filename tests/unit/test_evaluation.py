@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.models import save_tiny_model
+from helpers.runs import run_config
 
 from megatron_laser.evaluation import (
     EvaluationSummary,
     evaluate,
     generation_batch,
+    progress,
     read_records,
     summarize,
 )
+from megatron_laser.evaluation.validation import RunEvaluation
+from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool
 from megatron_laser.types import Generation, Prompt, SamplingParams
 
@@ -317,3 +324,54 @@ def test_a_broken_record_is_named_by_its_line(tmp_path: Path) -> None:
     path.write_text('{"row": 1}\n')
     with pytest.raises(ValueError, match="line 1 is not an evaluation record"):
         read_records(path)
+
+
+class _SlowEngine(FakeEngine):
+    """Answers when `gate` is open; tells of each response as a real engine does."""
+
+    def __init__(self, script: list[list[tuple[Generation, float]]], gate: threading.Event) -> None:
+        super().__init__(script)
+        self.gate = gate
+
+    def generate(self, prompts: Any, sampling: SamplingParams, **others: Any) -> list[list[Generation]]:
+        groups = super().generate(prompts, sampling, **others)
+        assert self.gate.wait(20)
+        for row, group in enumerate(groups):
+            for number, generation in enumerate(group):
+                others["on_finished"](row, number, generation)
+        self.gate.clear()
+        assert self.gate.wait(20)
+        return groups
+
+
+def test_an_evaluation_within_a_run_says_how_far_it_is(
+    grading: GradingPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first response, too: minutes without a line look like a run that hangs."""
+    monkeypatch.setattr(progress, "_EVERY_IN_LOG", 0.01)
+    save_tiny_model(tmp_path / "model", "qwen2")
+    config = run_config(tmp_path, tmp_path / "model", evaluation={"samples_per_prompt": 3})
+    prompts = [Prompt(row, f"problem {row}", "1", [row + 100]) for row in range(len(SCRIPT))]
+    gate = threading.Event()
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if any(f": {count}/9 responses" in line for count in (0, 9)):
+            gate.set()
+
+    evaluation = RunEvaluation(
+        config,
+        {"validation": prompts},
+        _SlowEngine(SCRIPT, gate),  # type: ignore[arg-type]
+        grading,
+        Timers(),
+        tokenizer=SimpleNamespace(decode=lambda ids, **_: TEXTS[ids[0]]),
+        stop_token_ids=(EOS,),
+        score_token_id=SCORE_TOKEN,
+        last_step=0,
+        say=say,
+    )
+    assert evaluation.run("validation", 7)["eval/num_responses"] == 9
+    assert lines[0] == "validation split after step 7: 0/9 responses (0%)"
+    assert lines[-1].startswith("validation split after step 7: 9/9 responses (100%), ")

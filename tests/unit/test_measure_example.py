@@ -2,16 +2,19 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from helpers.source_tree import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 
+import measure_example
 from measure_example import EXAMPLES, evaluations, intervals, tables
 
 from megatron_laser.evaluation.records import EvaluationRecord, write_records
 from megatron_laser.evaluation.summary import summarize
+from megatron_laser.files import plain
 
 PROBLEMS = 20
 
@@ -37,7 +40,7 @@ def write_run(folder, before, after):
     (folder / "evaluation").mkdir(parents=True)
     for step, records in ((0, before), (100, after)):
         path = folder / "evaluation" / f"test_step_{step}.json"
-        path.write_text(json.dumps(summarize(records)))
+        path.write_text(json.dumps({name: plain(value) for name, value in summarize(records).items()}))
         with path.with_suffix(".jsonl").open("w") as file:
             write_records(file, records)
 
@@ -82,6 +85,41 @@ def test_figures_have_intervals_over_problems(runs):
     assert figures["AUROC of mean log-prob"] == (0.0, 0.0, 0.0)
     assert figures["majority of 4 weighted by the score"] == (1.0, 1.0, 1.0)
     assert figures["majority of 4 weighted by mean log-prob"] == (0.0, 0.0, 0.0)
+
+
+def test_what_is_undefined_is_blank(tmp_path):
+    """One class among the scored responses has no AUROC, responses without a box have no votes."""
+    right = [replace(record, extracted=None, answer_class=None) for record in responses(4, 0.9, 0.1)]
+    for method in ("grpo", "laser"):
+        write_run(tmp_path / f"{method}_1", right, right)
+    lines = [cells(line) for line in tables("smollm2", tmp_path, [1]).splitlines()]
+    run = next(line for line in lines if line[0] == "laser, seed 1")
+    assert run[1] == "1.000" and run[3] == "" and run[-1] == ""
+    assert ["LaSeR's AUROC", "", ">= 0.80", "**missed**"] in lines
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["smollm2", "--seeds", "1", "--runs", "X", "run.steps=2"], ["smollm2", "run.steps=2", "--seeds", "1"]],
+)
+def test_settings_may_stand_behind_options(arguments, monkeypatch, tmp_path):
+    """One method after the other, and none after one that failed."""
+    commands = []
+
+    def wait_for(running):
+        assert len(running) == 1
+        sys.exit("failed")
+
+    monkeypatch.setattr(measure_example, "ROOT", tmp_path)
+    monkeypatch.setattr(measure_example, "wait_for", wait_for)
+    monkeypatch.setattr(measure_example.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(measure_example.subprocess, "Popen", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(sys, "argv", ["measure_example.py", *arguments])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="failed"):
+        measure_example.main()
+    (command,) = commands
+    assert command[-1] == "run.steps=2" and "run.seed=1" in command
 
 
 def test_a_run_without_its_evaluations_is_named(tmp_path):

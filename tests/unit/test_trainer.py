@@ -1,5 +1,6 @@
 """The trainer against a plain implementation with transformers and torch's AdamW, on one process."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -356,6 +357,9 @@ def test_the_servers_scores_are_compared_with_the_trainers(
     scored = np.abs(noise[flat.scored])
     assert metrics["zc_logprob_diff_mean"] == pytest.approx(scored.mean(), rel=1e-4)
     assert metrics["zc_logprob_diff_max"] == pytest.approx(scored.max(), rel=1e-4)
+    nothing = replace(flat, scored=np.zeros_like(flat.scored), zc_logprobs=np.full_like(zc, np.nan))
+    metrics = trainer.train_step(nothing, 2).metrics
+    assert math.isnan(metrics["zc_logprob_diff_mean"]) and math.isnan(metrics["zc_logprob_diff_max"])
 
 
 def test_a_reference_models_score_replaces_the_constant_when_asked_for(

@@ -12,7 +12,7 @@ import torch
 
 from gpu_day_one import qwen
 from gpu_day_one.stage import Stage
-from megatron_laser.benchmarks.measure import median_ratio
+from megatron_laser.benchmarks.measure import median_ratio, turns
 from megatron_laser.config import RunConfig
 from megatron_laser.config.model_folder.flops import forward_flops
 from megatron_laser.config.plan.lines import STATE, UPDATE
@@ -79,29 +79,27 @@ def _interleave(
         LASER: laser,
         GRPO: Trainer(plain, runtime, score_token_id=None, policy=laser.policy),
     }
-    steps, seconds, peaks = 0, {GRPO: [], LASER: []}, {GRPO: 0, LASER: 0}
-    for number in range(stage.size(7, 2)):
-        for arm in (GRPO, LASER) if number % 2 else (LASER, GRPO):
-            steps += 1
-            platform.reset_peak_memory_bytes()
-            started = time.perf_counter()
-            result = trainers[arm].train_step(flat, steps)
-            platform.synchronize()
-            spent = time.perf_counter() - started
-            peaks[arm] = max(peaks[arm], platform.peak_memory_bytes())
-            warm_up = number < stage.size(2, 1)
-            if not warm_up:
-                seconds[arm].append(spent)
-            stage.note(
-                "step",
-                arm=arm,
-                warm_up=warm_up,
-                ms=spent * 1e3,
-                peak_gib=platform.peak_memory_bytes() / 2**30,
-                policy_loss=result.metrics["policy_loss"],
-                grad_norm=result.metrics["grad_norm"],
-                bad_steps=result.metrics["bad_steps"],
-            )
+    seconds, peaks = {GRPO: [], LASER: []}, {GRPO: 0, LASER: 0}
+    for steps, (number, arm) in enumerate(turns((GRPO, LASER), stage.size(7, 2)), start=1):
+        platform.reset_peak_memory_bytes()
+        started = time.perf_counter()
+        result = trainers[arm].train_step(flat, steps)
+        platform.synchronize()
+        spent = time.perf_counter() - started
+        peaks[arm] = max(peaks[arm], platform.peak_memory_bytes())
+        warm_up = number < stage.size(2, 1)
+        if not warm_up:
+            seconds[arm].append(spent)
+        stage.note(
+            "step",
+            arm=arm,
+            warm_up=warm_up,
+            ms=spent * 1e3,
+            peak_gib=platform.peak_memory_bytes() / 2**30,
+            policy_loss=result.metrics["policy_loss"],
+            grad_norm=result.metrics["grad_norm"],
+            bad_steps=result.metrics["bad_steps"],
+        )
     tokens = int(flat.lengths.sum())
     flops = _model_flops(plan, flat.lengths.tolist(), sizes.response * flat.num_samples)
     for arm in (GRPO, LASER):

@@ -135,31 +135,32 @@ def _run(
             progress = Progress(benchmark.name, len(prompts) * benchmark.samples)
             watch = _Watch(weights, progress)
             try:
-                evaluate(
-                    engine,
-                    prompts,
-                    sampling=SamplingParams(
-                        samples_per_prompt=benchmark.samples,
-                        max_new_tokens=benchmark.max_new_tokens,
-                        stop_token_ids=model.stop_token_ids,
-                        temperature=benchmark.temperature,
-                        top_p=benchmark.top_p,
-                        seed=benchmark.seed,
-                    ),
-                    decode=model.decode,
-                    grading=grading,
-                    score_token_id=model.score_token_id,
-                    ref_logprob=model.ref_logprob,
-                    beta=model.beta,
-                    targets=model.targets,
-                    records_path=folder / RECORDS,
-                    deadline=max(ends - time.monotonic(), 1e-9),
-                    generation_batch=choice.generation_batch,
-                    responses_path=folder / RESPONSES,
-                    repeatable=choice.repeatable,
-                    on_response=watch.response,
-                    stop=watch.stop,
-                )
+                with progress:
+                    evaluate(
+                        engine,
+                        prompts,
+                        sampling=SamplingParams(
+                            samples_per_prompt=benchmark.samples,
+                            max_new_tokens=benchmark.max_new_tokens,
+                            stop_token_ids=model.stop_token_ids,
+                            temperature=benchmark.temperature,
+                            top_p=benchmark.top_p,
+                            seed=benchmark.seed,
+                        ),
+                        decode=model.decode,
+                        grading=grading,
+                        score_token_id=model.score_token_id,
+                        ref_logprob=model.ref_logprob,
+                        beta=model.beta,
+                        targets=model.targets,
+                        records_path=folder / RECORDS,
+                        deadline=max(ends - time.monotonic(), 1e-9),
+                        generation_batch=choice.generation_batch,
+                        responses_path=folder / RESPONSES,
+                        repeatable=choice.repeatable,
+                        on_response=watch.response,
+                        stop=watch.stop,
+                    )
             except StoppedEarly:
                 _check(weights, folder)  # nothing had changed but a time: go on
                 continue
@@ -168,7 +169,6 @@ def _run(
                     _check(weights, folder)  # what is kept for that attempt must be of one model
                 raise
             _check(weights, folder)
-            progress.finish()
             return
 
 
