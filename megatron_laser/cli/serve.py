@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,7 +67,10 @@ def serve(
     from megatron_laser.rollout.servers.fleet_plan import endpoints_file
     from megatron_laser.rollout.servers.launcher import wait_for_servers
 
-    loaded = load_config(config, overrides or [])
+    settings = list(overrides or [])
+    if wait is not None and endpoints is not None:
+        settings.append(f"rollout.sglang.endpoints={json.dumps(str(endpoints.resolve()))}")
+    loaded = load_config(config, settings)
     if wait is not None:
         wait_for_servers(loaded, wait, _say)
         return

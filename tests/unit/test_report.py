@@ -15,6 +15,8 @@ import yaml
 from megatron_laser.evaluation import EvaluationRecord, summarize, write_records
 from megatron_laser.files import plain
 from megatron_laser.observability.metrics_logger import MetricsLogger
+from megatron_laser.report.plots import training
+from megatron_laser.report.run_data import load_runs
 from megatron_laser.report.run_report import write_report
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -278,6 +280,21 @@ def test_one_run_without_evaluation_gives_a_report_without_the_figures_that_need
     assert {path.stem for path in (run / "plots").glob("*.png")} == FIGURES - {"calibration", "votes"}
     assert "no finished evaluation" in report.read_text()
     assert "LaSeR − GRPO" not in report.read_text()
+
+
+def test_a_run_whose_score_was_only_evaluated_is_in_the_legend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GRPO's score is measured in evaluations alone: points without a line."""
+    figures = []
+    monkeypatch.setattr(training, "save", lambda figure, path, *texts: figures.append(figure) or path)
+    for name, metric in (("laser", "self_reward_f1"), ("grpo", "eval/self_reward_f1")):
+        with MetricsLogger(tmp_path / name, tensorboard=False) as metrics:
+            for step in range(1, 4):
+                metrics.log(step, {"reward_mean": 0.5, metric: 0.1 * step})
+    training.plot_self_reward(load_runs([tmp_path / "laser", tmp_path / "grpo"]), tmp_path / "plot.png")
+    legend = figures[0].axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["laser", "grpo", "validation"]
 
 
 def test_a_run_that_measured_no_score_still_has_a_report(tmp_path: Path) -> None:

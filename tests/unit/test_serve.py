@@ -391,3 +391,22 @@ def test_serve_says_what_is_wrong_with_the_run(tmp_path):
     result = CliRunner().invoke(app, ["serve", str(file), "rollout.engine=in_process"])
     assert result.exit_code == 2
     assert "error: " in result.output
+
+
+def test_waiting_looks_where_the_servers_were_told_to_publish(tmp_path, monkeypatch):
+    """`serve --endpoints FILE` and `serve --endpoints FILE --wait 1` belong together."""
+    from typer.testing import CliRunner
+
+    from megatron_laser.cli import app
+    from megatron_laser.rollout.servers import launcher
+
+    asked = []
+    monkeypatch.setattr(
+        launcher, "wait_for_servers", lambda config, nodes, say: asked.append((config, nodes))
+    )
+    file = write_run(tmp_path)
+    found = tmp_path / "a: b.json"
+    result = CliRunner().invoke(app, ["serve", str(file), "--endpoints", str(found), "--wait", "1"])
+    assert result.exit_code == 0, result.output
+    ((config, nodes),) = asked
+    assert nodes == 1 and str(config.rollout.sglang.endpoints) == str(found)

@@ -223,6 +223,11 @@ def _mark_warm_up(axes: Axes, runs: list[Run], *, at_top: bool) -> None:
 
 def _legend(axes: Axes, runs: list[Run], evaluated: str) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    for run in runs:  # a run that has no line, but points
+        if run.label not in labels and len(run.evaluation_series(evaluated)[0]):
+            colour = run_styles(runs)[run.label]["color"]
+            handles += axes.plot([], [], marker="o", linestyle="none", color=colour)
+            labels.append(run.label)
     if any(len(run.evaluation_series(evaluated)[0]) for run in runs):
         handles += axes.plot([], [], marker="o", linestyle="none", color="#777777")
         labels.append("validation")

@@ -162,7 +162,11 @@ def wait_for_servers(config: RunConfig, nodes: int, say: Callable[[str], None]) 
     """
     sglang = config.rollout.sglang
     if sglang.endpoints is None:
-        raise ConfigError(["rollout.sglang.endpoints: required by --wait, which looks for the servers there"])
+        raise ConfigError(
+            [
+                "rollout.sglang.endpoints (or --endpoints): required by --wait, which looks for the servers there"
+            ]
+        )
     needed, started, said = nodes * sglang.servers, time.monotonic(), 0.0
     first: dict[Path, float] = {}
     while True:
