@@ -15,7 +15,8 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle, islice
+from itertools import cycle, groupby, islice
+from operator import itemgetter
 
 import aiohttp
 import orjson
@@ -106,22 +107,20 @@ def bench_client(config: RunConfig, *, rounds: int) -> ClientBenchmarkResult:
         counts = []
         fraction = []
         stream = cycle(prompts)
-        batches = [list(islice(stream, groups)) for _ in range(rounds + 1)]
-        seen = -1
-        for number, arm in turns(ARMS, len(batches)):
-            batch = batches[number]
-            if number > seen:  # every arm finds the prompts in the cache
-                engine.generate(batch, plain, deadline=rollout.deadline)
-                seen = number
-            engine.take_metrics()
-            started = time.perf_counter()
-            tokens = arms[arm](batch)
-            seconds = time.perf_counter() - started
-            if number:  # the first round is a warm-up
-                rates[arm].append(tokens / seconds)
-                counts.append(tokens)
-            if arm == SCORED:
-                fraction.append(engine.take_metrics()["rollout/score_time_fraction"])
+        for number, of_round in groupby(turns(ARMS, rounds + 1), key=itemgetter(0)):
+            batch = list(islice(stream, groups))
+            # every arm finds the prompts in the cache
+            engine.generate(batch, plain, deadline=rollout.deadline)
+            for _, arm in of_round:
+                engine.take_metrics()
+                started = time.perf_counter()
+                tokens = arms[arm](batch)
+                seconds = time.perf_counter() - started
+                if number:  # the first round is a warm-up
+                    rates[arm].append(tokens / seconds)
+                    counts.append(tokens)
+                if arm == SCORED:
+                    fraction.append(engine.take_metrics()["rollout/score_time_fraction"])
         return ClientBenchmarkResult(
             provenance(sglang=next(iter(facts.values())).sglang_version),
             servers=len(facts),
