@@ -6,6 +6,7 @@ Samples may come in any order and groups may have any ids and sizes. Everything 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +15,25 @@ from torch import Tensor
 Unscored = Literal["zero", "exclude"]
 
 _EPSILON = 1e-6  # added to the standard deviation of the rewards, as in GRPO
+
+
+@dataclass(frozen=True)
+class AdvantageBatch:
+    """What a user's function of advantages is given: the whole rollout batch, the same on every rank; all [samples].
+
+    rewards: float64, the verifier's, with the terms for length (`policy.overlong_penalty`, `policy.length_penalty`).
+    labels: float64, the verifier's alone. group_ids: int64, equal for the responses to one prompt. lengths: int64,
+    sampled tokens. scored: bool, whether the response has a self-reward score; scores: float64, on the scale of its
+    targets (1 right, 0 wrong), NaN where there is none. advantages: float64, what the steps before this one made.
+    """
+
+    rewards: Tensor
+    labels: Tensor
+    group_ids: Tensor
+    lengths: Tensor
+    scores: Tensor
+    scored: Tensor
+    advantages: Tensor
 
 
 class _GroupStatistics(NamedTuple):
@@ -150,6 +170,41 @@ def mix_advantages(verifier_advantages: Tensor, self_advantages: Tensor, *, tau:
     return (verifier + tau * (self_advantages.double() - verifier)).float()
 
 
+def discrepancy_advantages(
+    advantages: Tensor,
+    scores: Tensor,
+    scored: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    kappa: float,
+    bounds: tuple[float, float],
+) -> Tensor:
+    """Advantages times w = clip(1 + kappa (d - mean of d over the group), low, high), d = |reward - clamp(score)|.
+
+    Responses whose score disagrees with the verifier count more (CREDO's answer weights). A response without a score
+    keeps its advantage and takes no part in the mean.
+
+    Args:
+        advantages, rewards: [samples]. scores, scored, group_ids: as in `self_reward_advantages`.
+        kappa: >= 0. bounds: (low, high) with 0 <= low <= 1 <= high.
+
+    Returns:
+        [samples] float32.
+    """
+    _check_samples(advantages=advantages, scores=scores, scored=scored, rewards=rewards, group_ids=group_ids)
+    low, high = bounds
+    if not (kappa >= 0 and 0.0 <= low <= 1.0 <= high):
+        raise ValueError(
+            f"kappa is {kappa} and its bounds [{low}, {high}]; expected 0 or more, and low <= 1 <= high"
+        )
+    clamped = _clamped_scores(scores, scored)
+    distance = (rewards.double() - clamped).abs()
+    group = _group_statistics(torch.where(scored.bool(), distance, 0.0), group_ids, members=scored.bool())
+    weight = (1.0 + kappa * group.deviation).clamp(low, high)
+    return (advantages.double() * torch.where(scored.bool(), weight, 1.0)).float()
+
+
 def groups_mixed(
     scores: Tensor,
     scored: Tensor,
@@ -190,12 +245,18 @@ def _score_groups(
     if not std_threshold >= 0:
         raise ValueError(f"laser.std_threshold is {std_threshold}; expected 0 or more")
     scored = scored.bool()
-    if bool((scored & torch.isnan(scores)).any()):
-        bad = int((scored & torch.isnan(scores)).nonzero()[0])
-        raise ValueError(f"scores[{bad}] is NaN although the sample is scored: its zc_logprob is missing")
-    clamped = torch.where(scored, scores.double().clamp(0.0, 1.0), 0.0)
+    clamped = _clamped_scores(scores, scored)
     group = _group_statistics(clamped, group_ids, members=scored if unscored == "exclude" else None)
     return group, group.std > std_threshold
+
+
+def _clamped_scores(scores: Tensor, scored: Tensor) -> Tensor:
+    """clamp(score, 0, 1), [samples] float64, 0 where there is none."""
+    missing = scored.bool() & torch.isnan(scores)
+    if bool(missing.any()):
+        bad = int(missing.nonzero()[0])
+        raise ValueError(f"scores[{bad}] is NaN although the sample is scored: its zc_logprob is missing")
+    return torch.where(scored.bool(), scores.double().clamp(0.0, 1.0), 0.0)
 
 
 def _group_statistics(values: Tensor, group_ids: Tensor, members: Tensor | None = None) -> _GroupStatistics:

@@ -1,4 +1,4 @@
-"""The clipped policy-gradient loss on flat rows, and the weights that make its sum the chosen aggregation.
+"""A policy loss on flat rows, and the weights that make its sum the chosen aggregation.
 
 A *row* is one response token. Weights carry the global counts, so the sum over any cut of the rows, over
 micro-batches and ranks, is the loss of the whole batch.
@@ -7,19 +7,22 @@ micro-batches and ranks, is the loss of the whole batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_laser.algorithms.numerics import at_least_float32
+from megatron_laser.algorithms.objectives import PolicyRows, RowLosses, ppo
 
 LossAggregation = Literal[
     "token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length"
 ]
 
-# exp(20) = 5e8: a ratio this far out is clipped or is a fault; past it float32 gradients would be inf * 0.
-_LARGEST_LOG_RATIO = 20.0
+# What a token's importance ratio is taken of: itself, its response's product, or the geometric mean of that.
+ImportanceLevel = Literal["token", "sequence", "geometric"]
 
 
 class PolicyLoss(NamedTuple):
@@ -72,6 +75,35 @@ def policy_loss(
     Returns:
         Scalars, at least float32.
     """
+    return weighted_policy_loss(
+        partial(ppo, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip),
+        logprobs,
+        old_logprobs,
+        advantages,
+        weights,
+        importance_weights=importance_weights,
+    )
+
+
+def weighted_policy_loss(
+    objective: Callable[[PolicyRows], RowLosses | Tensor],
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    importance_weights: Tensor | None = None,
+    average: Callable[[Tensor], Tensor] | None = None,
+) -> PolicyLoss:
+    """The sum over rows of any `objective`'s loss times weight; arguments as in `policy_loss`.
+
+    Args:
+        objective: of `POLICY_LOSSES`, with its options; or a user's, which may return the losses [rows] alone.
+        average: what `PolicyRows.response_mean` is.
+
+    Raises:
+        ValueError: shapes differ, or `objective` returned something else than one loss for each row.
+    """
     _check_rows(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
@@ -79,35 +111,20 @@ def policy_loss(
         weights=weights,
         importance_weights=importance_weights,
     )
-    if not 0.0 <= clip_low <= 1.0 or not clip_high >= 0.0:
-        raise ValueError(
-            f"policy.clip_low is {clip_low} and policy.clip_high is {clip_high}; "
-            "expected clip_low from 0 to 1 and clip_high of 0 or more"
-        )
-    if dual_clip is not None and not dual_clip > 1.0:
-        raise ValueError(f"policy.dual_clip is {dual_clip}; expected a number above 1, or null for none")
-
     logprobs = at_least_float32(logprobs)
-    advantages = advantages.detach().to(logprobs.dtype)
     row_weights = weights.detach().to(logprobs.dtype)
     if importance_weights is not None:
         loss_weights = row_weights * importance_weights.detach().to(logprobs.dtype)
     else:
         loss_weights = row_weights
-
-    log_ratio = (logprobs - old_logprobs.detach()).clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
-    ratio = log_ratio.exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    is_clipped = clipped > plain
-    row_loss = torch.where(is_clipped, clipped, plain)
-    if dual_clip is not None:
-        bound = -advantages * dual_clip
-        beyond = (advantages < 0) & (row_loss > bound)
-        row_loss = torch.where(beyond, bound, row_loss)
-        is_clipped = is_clipped | beyond
-
-    return PolicyLoss((loss_weights * row_loss).sum(), is_clipped, log_ratio.detach())
+    rows = PolicyRows(logprobs, old_logprobs.detach(), advantages.detach().to(logprobs.dtype), average)
+    found = objective(rows)
+    loss, clipped = found if isinstance(found, tuple) else (found, None)
+    if not isinstance(loss, Tensor) or loss.shape != logprobs.shape:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"policy.loss returned {shape}; expected one loss for each of {len(logprobs)} rows")
+    is_clipped = torch.zeros_like(logprobs, dtype=torch.bool) if clipped is None else clipped
+    return PolicyLoss((loss_weights * loss).sum(), is_clipped, rows.log_ratio.detach())
 
 
 def sequence_token_weights(
@@ -163,38 +180,69 @@ def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: floa
 
     Truncated importance sampling; [rows], at least float32, without gradient.
     """
-    _check_rows(old_logprobs=old_logprobs, rollout_logprobs=rollout_logprobs)
+    return capped_importance(log_importance(old_logprobs, rollout_logprobs), cap)
+
+
+def capped_importance(log_ratio: Tensor, cap: float) -> Tensor:
+    """min(ratio, cap) [rows] of what `log_importance` gave."""
     if not cap > 0:
         raise ValueError(f"policy.importance_cap is {cap}; expected a positive number, or null for none")
-    log_ratio = at_least_float32(old_logprobs.detach()) - rollout_logprobs.detach()
     return log_ratio.clamp(max=math.log(cap)).exp()
 
 
 def importance_outside(old_logprobs: Tensor, rollout_logprobs: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Rows whose ratio pi_old / pi_rollout is outside [low, high], or not a number.
+    """Rows whose ratio pi_old / pi_rollout is outside [low, high], or not a number; [rows] bool.
 
     Masked importance sampling: where `importance_weights` caps a ratio, this leaves the token out.
+    """
+    return outside_bounds(log_importance(old_logprobs, rollout_logprobs), bounds)
+
+
+def outside_bounds(log_ratio: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Where the ratio of what `log_importance` gave is outside (low, high), or not a number; [rows] bool.
+
+    bounds: 0 <= low < high, both inside.
+    """
+    low, high = bounds
+    if not 0.0 <= low < high:
+        raise ValueError(f"policy.importance_mask is [{low:g}, {high:g}]; expected 0 <= low < high")
+    lowest = math.log(low) if low > 0 else -math.inf
+    # Compared this way round, NaN is outside.
+    return ~((log_ratio >= lowest) & (log_ratio <= math.log(high)))
+
+
+def log_importance(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    *,
+    level: ImportanceLevel = "token",
+    average: Callable[[Tensor], Tensor] | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """log(pi_old / pi_rollout) of each row's token, or of its response; [rows], at least float32, without gradient.
 
     Args:
         old_logprobs: [rows], the trainer's, of the weights that generated the batch.
         rollout_logprobs: [rows], the engine's.
-        bounds: (low, high) with 0 <= low < high, both inside.
-
-    Returns:
-        [rows] bool.
+        level: "token", each token's own ratio; "sequence", the product over its response, which is unbiased and
+            whose spread grows with length; "geometric", the geometric mean of that.
+        average: for the other two, the mean over each row's response (`PolicyRows.response_mean`).
+        lengths: for "sequence", [rows] tokens of each row's response.
     """
     if old_logprobs.shape != rollout_logprobs.shape or old_logprobs.dim() != 1:
         raise ValueError(
             f"old_logprobs {tuple(old_logprobs.shape)} and rollout_logprobs {tuple(rollout_logprobs.shape)} "
             "must have one shape [rows]: pass one entry per response token"
         )
-    low, high = bounds
-    if not 0.0 <= low < high:
-        raise ValueError(f"policy.importance_mask is [{low:g}, {high:g}]; expected 0 <= low < high")
     log_ratio = at_least_float32(old_logprobs.detach()) - rollout_logprobs.detach()
-    lowest = math.log(low) if low > 0 else -math.inf
-    # Compared this way round, NaN is outside.
-    return ~((log_ratio >= lowest) & (log_ratio <= math.log(high)))
+    if level == "token":
+        return log_ratio
+    if average is None or (level == "sequence" and lengths is None):
+        raise ValueError(
+            f"policy.importance_level {level!r} needs the means over responses, and their lengths"
+        )
+    mean = average(log_ratio)
+    return mean if level == "geometric" or lengths is None else mean * lengths.to(mean.dtype)
 
 
 def _check_rows(**tensors: Tensor | None) -> None:

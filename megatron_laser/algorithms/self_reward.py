@@ -81,6 +81,7 @@ def self_reward_loss(
     kind: SelfRewardLossKind = "mse",
     ref_logprob: float | Tensor | None = None,
     beta: float | None = None,
+    right: Tensor | None = None,
 ) -> Tensor:
     """This rank's, this micro-batch's part of L_sr: a sum over its rows divided by the global count.
 
@@ -96,6 +97,7 @@ def self_reward_loss(
         kind: "mse", the paper's w * (r_s - target)^2, or "bce", the ablation that the paper reports to hurt:
             w times the binary cross-entropy of pi(z_c) against the label.
         ref_logprob, beta: what the scores were made with; "bce" needs them to recover pi(z_c) from the score.
+        right: [rows] bool, the class that weights a row, where labels are not 1 and 0; None: labels above 1/2.
 
     Returns:
         Scalar, at least float32.
@@ -122,9 +124,14 @@ def self_reward_loss(
         row_loss = _score_token_cross_entropy(scores, labels, targets, ref_logprob, beta)
     else:
         raise ValueError(f"laser.loss is {kind!r}; expected 'mse' or 'bce'")
+    return weighted_mean(row_loss, labels > 0.5 if right is None else right, class_weights, num_scored)
+
+
+def weighted_mean(row_loss: Tensor, right: Tensor, class_weights: tuple[float, float], count: int) -> Tensor:
+    """Sum of row_loss [rows] times its class's weight, divided by `count`, the rows of the global batch."""
     weight_correct, weight_incorrect = class_weights
-    weights = torch.full_like(labels, weight_incorrect).masked_fill(labels > 0.5, weight_correct)
-    return (weights * row_loss).sum() / max(num_scored, 1)
+    weights = torch.full_like(row_loss, weight_incorrect).masked_fill(right, weight_correct)
+    return (weights * row_loss).sum() / max(count, 1)
 
 
 def partition_excess(ref_logprob: float, beta: float, *, target: float = 1.0) -> float:

@@ -82,6 +82,7 @@ def context_shard(packed: PackedMicroBatch, *, size: int, rank: int) -> PackedMi
         row_index=row_index[own],
         labels=packed.labels[own],
         is_score=packed.is_score[own],
+        slot=packed.slot[own],
         sample_index=packed.sample_index[own],
         response_position=packed.response_position[own],
         inv_temperature=packed.inv_temperature[own],

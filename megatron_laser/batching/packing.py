@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +25,24 @@ from megatron_laser.batching.shared_prompts import common_beginning
 _PADDING_TOKEN = 0  # any id: padding is a sequence of its own, or behind one, and has no label
 
 
+class Marks(NamedTuple):
+    """Rows of a sample beside those that predict its tokens; each [rows] int64.
+
+    offset: behind how many tokens of the response, 0 to all; not decreasing for one readout. label: what is read there.
+    slot: the row's number among all that are read of the batch.
+    """
+
+    offset: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+    slot: npt.NDArray[np.int64]
+
+
 @dataclass(frozen=True, slots=True)
 class PackInput:
     """One sample. Ids are int arrays (fast) or lists; `scored` as in `Sample.scored`.
 
-    group: samples of equal number have one and the same prompt; None: nothing is known.
+    group: samples of equal number have one and the same prompt; None: nothing is known. marks: what is read of it in
+    place of one score token at the end.
     """
 
     sample_index: int
@@ -36,6 +50,7 @@ class PackInput:
     response_ids: npt.NDArray[np.integer] | Sequence[int]
     scored: bool
     group: int | None = None
+    marks: Marks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +61,11 @@ class PackedMicroBatch:
     cu_seqlens: [n + 1] int32, the first token of each sequence, then T. max_seqlen: the longest sequence. Both count
     the padding that a sequence got for context parallelism; under it, the arrays of tokens and rows may be one rank's
     share (`context.context_shard`), and these two are of the whole all the same.
-    row_index: [R] int64, strictly increasing position of the labelled row in `tokens`.
-    labels: [R] int64. is_score: [R] bool, True where the label is the score token.
+    row_index: [R] int64, position of the labelled row in `tokens`; increasing, strictly where no place has two labels.
+    labels: [R] int64. is_score: [R] bool, True where the label is a score token. slot: [R] int64, which of all that are
+    read (`Marks.slot`; the sample's index for a score token at the end), -1 on the other rows.
     sample_index: [R] int64. response_position: [R] int64, t (from 0) of the row labelled with
-    response_ids[t]; len(response_ids) for the score row.
+    response_ids[t], and on score rows how many tokens of the response are before the place.
     inv_temperature: [R] float32, the policy's on policy rows and 1 on score rows.
     parents: [n] int64, of each sequence an earlier one that its tokens attend to as well, whole and before themselves,
     together with that one's own parents. -1: none. Positions go on from it, and `max_seqlen` counts it. None where
@@ -63,6 +79,7 @@ class PackedMicroBatch:
     row_index: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     is_score: npt.NDArray[np.bool_]
+    slot: npt.NDArray[np.int64]
     sample_index: npt.NDArray[np.int64]
     response_position: npt.NDArray[np.int64]
     inv_temperature: npt.NDArray[np.float32]
@@ -138,16 +155,12 @@ def pack(
     offsets[: len(cut.offsets)] = cut.offsets
     starts = cu_seqlens[np.array(cut.place, dtype=np.int64)]
 
-    scored = np.array([item.scored for item in sequences], dtype=np.bool_) & (response_lengths > 0)
-    rows = response_lengths + (scored if score_token_id is not None else 0)
-    response_position = positions_in(rows)
-    row_index = np.repeat(starts + np.array(cut.own_prompt, dtype=np.int64) - 1, rows) + response_position
-    is_score = response_position == np.repeat(response_lengths, rows)
-    # The row after a score row is padding, of another sequence, or none: its token is never used as a label.
-    labels = tokens[np.minimum(row_index + 1, len(tokens) - 1)]
-    if score_token_id is not None:
-        labels[is_score] = score_token_id
     sample_index = np.array([item.sample_index for item in sequences], dtype=np.int64)
+    rows = _rows(sequences, response_lengths, score_token_id)
+    row_index = (starts + np.array(cut.own_prompt, dtype=np.int64) - 1)[rows.place] + rows.offset
+    is_score = rows.slot >= 0
+    # The row after a score row is padding, of another sequence, or none: its token is never used as a label.
+    labels = np.where(is_score, rows.label, tokens[np.minimum(row_index + 1, len(tokens) - 1)])
     return PackedMicroBatch(
         tokens=tokens,
         position_ids=positions_in(lengths) + np.repeat(offsets, lengths),
@@ -156,11 +169,51 @@ def pack(
         row_index=row_index,
         labels=labels,
         is_score=is_score,
-        sample_index=np.repeat(sample_index, rows),
-        response_position=response_position,
+        slot=rows.slot,
+        sample_index=sample_index[rows.place],
+        response_position=rows.offset,
         inv_temperature=np.where(is_score, 1.0, inv_temperature).astype(np.float32),
         parents=parents if (parents >= 0).any() else None,
     )
+
+
+class _Rows(NamedTuple):
+    """The labelled rows of all samples in packed order, each [R] int64.
+
+    place: the sample, as `pack` was given it. offset: tokens of the response before the row's label. label, slot: of
+    rows that predict a token 0 and -1.
+    """
+
+    place: npt.NDArray[np.int64]
+    offset: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+    slot: npt.NDArray[np.int64]
+
+
+def _rows(
+    sequences: Sequence[PackInput], response_lengths: npt.NDArray[np.int64], score_token_id: int | None
+) -> _Rows:
+    marks = [_marks(item, score_token_id) for item in sequences]
+    samples = np.arange(len(sequences), dtype=np.int64)
+    predicting, none = int(response_lengths.sum()), np.zeros(0, dtype=np.int64)
+    counts = np.array([len(item.offset) for item in marks], dtype=np.int64)
+    rows = _Rows(
+        np.concatenate((np.repeat(samples, response_lengths), np.repeat(samples, counts))),
+        np.concatenate((positions_in(response_lengths), *(item.offset for item in marks))),
+        np.concatenate((np.zeros(predicting, np.int64), none, *(item.label for item in marks))),
+        np.concatenate((np.full(predicting, -1, np.int64), none, *(item.slot for item in marks))),
+    )
+    order = np.lexsort((rows.slot, rows.offset, rows.place))  # by the last key first
+    return _Rows(*(values[order] for values in rows))
+
+
+def _marks(item: PackInput, score_token_id: int | None) -> Marks:
+    if item.marks is not None:
+        return item.marks
+    length = len(item.response_ids)
+    ends = np.array([length] if score_token_id is not None and item.scored and length else [], dtype=np.int64)
+    token = np.full_like(ends, 0 if score_token_id is None else score_token_id)
+    return Marks(ends, token, np.full_like(ends, item.sample_index))
 
 
 _Ids = npt.NDArray[np.integer] | Sequence[int]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from megatron_laser.config.readouts import readouts
 from megatron_laser.config.schema.inputs import ModelConfig
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.schema.system import ParallelConfig
@@ -45,19 +46,19 @@ def old_policy_pass_kind(config: RunConfig) -> OldPolicyPass:
 
 
 def self_reward_first_step(config: RunConfig) -> int | None:
-    """First step (from 1) with the self-reward loss, perhaps beyond `run.steps`; None when LaSeR is off or
-    alpha is 0."""
-    if not config.laser.enabled or config.laser.alpha == 0:
-        return None
-    return config.laser.reasoning_warmup_steps + 1
+    """First step (from 1) with a self-reward loss, perhaps beyond `run.steps`; None when LaSeR is off or
+    its weights are 0."""
+    return _first(readout.first_step for readout in readouts(config))
 
 
 def mixing_first_step(config: RunConfig) -> int | None:
-    """First step (from 1) with self-reward advantages, perhaps beyond `run.steps`; None when LaSeR is off or
-    tau is 0."""
-    if not config.laser.enabled or config.laser.tau == 0:
-        return None
-    return config.laser.reasoning_warmup_steps + config.laser.self_reward_warmup_steps + 1
+    """First step (from 1) in which scores change advantages, perhaps beyond `run.steps`; None when LaSeR is off or
+    none does (tau is 0)."""
+    return _first(readout.advantages_first_step for readout in readouts(config))
+
+
+def _first(steps: Iterable[int | None]) -> int | None:
+    return min((step for step in steps if step is not None), default=None)
 
 
 def longest_sequence(config: RunConfig) -> int:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_laser.config.checks.settings import settings_problems
+from megatron_laser.config.schema.readouts import ReadoutConfig
 from megatron_laser.config.schema.root import RunConfig, key_paths, nested_sections
 from megatron_laser.config.yaml_source import KeyPath, read_yaml, syntax_problem
 from megatron_laser.errors import ConfigError
@@ -29,7 +30,8 @@ PATH_KEYS = frozenset(
         ("rollout", "sglang.endpoints"),
     }
 )
-FUNCTION_KEY = ("reward", "function")
+FUNCTION_KEYS = frozenset({("reward", "function"), ("policy", "loss"), ("policy", "advantage")})
+READOUTS_KEY = ("laser", "readouts")
 PROGRAM_KEY = ("rollout", "sglang.python")
 
 _EXPECTED = {
@@ -201,11 +203,14 @@ def _describe(error: ValidationError, origin: dict[KeyPath, str]) -> list[str]:
 
 def _name(path: KeyPath, location: tuple[int | str, ...]) -> str:
     index = "".join(f"[{part}]" for part in location[2:] if isinstance(part, int))
-    return ".".join(path) + index
+    inner = f".{location[3]}" if path == READOUTS_KEY and len(location) > 3 else ""
+    return ".".join(path) + index + inner
 
 
 def _reason(path: KeyPath, detail: ErrorDetails) -> str:
     kind, value = detail["type"], detail["input"]
+    if kind == "extra_forbidden" and path == READOUTS_KEY:
+        return f"unknown key; the keys of a readout are {', '.join(ReadoutConfig.model_fields)}"
     if kind == "extra_forbidden":
         return f"unknown key; {suggest_key(path)}"
     if kind == "missing":
@@ -231,11 +236,24 @@ def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
         return _join(value, base)
     if key == PROGRAM_KEY and isinstance(value, str) and "/" in value:  # a bare name is looked up on PATH
         return _join(value, base)
-    if key == FUNCTION_KEY and isinstance(value, str):
-        file, colon, function = value.rpartition(":")
-        if colon and file.endswith(".py"):
-            return f"{_join(file, base)}:{function}"
+    if key in FUNCTION_KEYS:
+        return _absolute_function(value, base)
+    if key == READOUTS_KEY and isinstance(value, list):
+        return [
+            {
+                name: _absolute_function(item, base) if name == "advantages" else item
+                for name, item in entry.items()
+            }
+            if isinstance(entry, dict)
+            else entry
+            for entry in value
+        ]
     return value
+
+
+def _absolute_function(value: Any, base: Path) -> Any:
+    file, colon, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    return f"{_join(file, base)}:{function}" if colon and file.endswith(".py") else value
 
 
 def _join(value: Any, base: Path) -> Any:

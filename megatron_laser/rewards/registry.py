@@ -6,9 +6,7 @@ A reward function takes (response: str, answer: str) and returns a number from 0
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
@@ -18,10 +16,10 @@ from types import ModuleType
 from megatron_laser.rewards.grade import Grade, RewardSpecError
 from megatron_laser.rewards.mathematics.grading import grade_math
 from megatron_laser.rewards.workers.user_code import definition, described
+from megatron_laser.user_functions import FILE_MODULE_PREFIX, import_file
 
 RewardFunction = Callable[[str, str], "float | Grade"]
 
-_FILE_MODULE_PREFIX = "megatron_laser_reward_file_"
 _registered: dict[str, RewardFunction] = {}
 
 
@@ -136,7 +134,7 @@ def reward_location(function: RewardFunction) -> str:
             f"reward function {function!r} cannot be imported by the grading workers: "
             "define it with def at the top level of a module"
         )
-    if module == "__main__" or module.startswith(_FILE_MODULE_PREFIX):
+    if module == "__main__" or module.startswith(FILE_MODULE_PREFIX):
         source = getattr(sys.modules.get(module), "__file__", None)
         if source is None:
             raise RewardSpecError(f"reward function {name!r} was typed interactively: put it into a .py file")
@@ -153,24 +151,14 @@ def _load_module(spec: str, name: str) -> ModuleType:
 
 def _load_file(spec: str, path: Path) -> ModuleType:
     path = path.resolve()
-    name = _FILE_MODULE_PREFIX + hashlib.sha256(str(path).encode()).hexdigest()[:16]
-    if name in sys.modules:
-        return sys.modules[name]
-    loader = importlib.util.spec_from_file_location(name, path)
-    if loader is None or loader.loader is None:
-        raise _spec_error(spec, f"{path} cannot be loaded as Python.")
-    module = importlib.util.module_from_spec(loader)
-    sys.modules[name] = module
     try:
-        loader.loader.exec_module(module)
+        return import_file(path)
     except BaseException as error:
-        del sys.modules[name]
         if isinstance(error, FileNotFoundError) and not path.is_file():
             raise _spec_error(spec, f"there is no file {path}.") from None
         raise RewardSpecError(
             f"reward.function {spec!r}: running {path} failed: {described(error)}"
         ) from error
-    return module
 
 
 def check_signature(spec: str, function: Callable[..., object]) -> None:

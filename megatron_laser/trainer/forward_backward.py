@@ -16,8 +16,8 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from megatron_laser.model.policy_model import HeadInputs
 from megatron_laser.ops import RowLoss
+from megatron_laser.trainer.micro_batch import MicroBatch
 from megatron_laser.trainer.policy import Chunks, Policy
-from megatron_laser.trainer.step_data import MicroBatch
 
 
 class LossFunction(Protocol):
@@ -28,8 +28,8 @@ class LossFunction(Protocol):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Output [1 or 2, rows] of the head -> (scalar loss, named float64 sums)."""
 
-    def row_loss(self, micro_batch: MicroBatch) -> RowLoss:
-        """The same loss without the sums, in parts: its gradients are those of the whole."""
+    def row_loss(self, micro_batch: MicroBatch) -> RowLoss | None:
+        """The same loss without the sums, in parts: its gradients are those of the whole. None: it has no parts."""
 
 
 TOTAL, NORM = "total_loss", "grad_norm"

@@ -10,10 +10,10 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_laser.algorithms.policy_loss import sequence_token_weights
-from megatron_laser.algorithms.self_reward import class_weights
 from megatron_laser.batching.context import context_shard
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.batching.packing import PackedMicroBatch, pack
+from megatron_laser.batching.readout_points import ReadoutPoints
 from megatron_laser.batching.schedule import build_schedule
 from megatron_laser.batching.shared_prompts import shared_units, unit_tokens
 from megatron_laser.config import Architecture
@@ -30,67 +30,8 @@ from megatron_laser.model.experts import LoadBalance, Routing, Tally
 from megatron_laser.model.policy_model import HeadInputs
 from megatron_laser.model.torch_layers import share_prompts as share_packed_prompts
 from megatron_laser.trainer.expert_routing import Experts
-
-
-@dataclass(kw_only=True)
-class LabelledRows:
-    """What the loss knows about consecutive labelled rows; tensors are on the device.
-
-    policy_rows, score_rows: the positions among them, increasing, of the response tokens' rows and of the EOS rows
-    labelled z_c; every row is one or the other. policy_sample and score_sample int64: sample indexes in the rollout
-    batch. The log-prob tensors are per policy row and are filled in as they become known.
-    policy_counts [rows + 1], on the host: how many of the first 0, 1, .. rows are policy rows.
-    """
-
-    policy_rows: torch.Tensor
-    score_rows: torch.Tensor
-    policy_sample: torch.Tensor
-    score_sample: torch.Tensor
-    rollout_logprobs: torch.Tensor
-    old_logprobs: torch.Tensor | None = None
-    reference_logprobs: torch.Tensor | None = None
-    policy_counts: np.ndarray
-
-    def block(self, rows: slice) -> LabelledRows:
-        """Rows [rows.start, rows.stop) alone: views, but for the shifted positions, and no wait for the device."""
-        first, last = int(self.policy_counts[rows.start]), int(self.policy_counts[rows.stop])
-        policy, score = slice(first, last), slice(rows.start - first, rows.stop - last)
-        return LabelledRows(
-            policy_rows=self.policy_rows[policy] - rows.start,
-            score_rows=self.score_rows[score] - rows.start,
-            policy_sample=self.policy_sample[policy],
-            score_sample=self.score_sample[score],
-            rollout_logprobs=self.rollout_logprobs[policy],
-            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[policy],
-            reference_logprobs=None if self.reference_logprobs is None else self.reference_logprobs[policy],
-            policy_counts=self.policy_counts[rows.start : rows.stop + 1] - first,
-        )
-
-
-@dataclass(kw_only=True)
-class MicroBatch(LabelledRows):
-    """Model inputs [1, tokens] on the device, and the labelled rows: of the micro-batch, or a context rank's share.
-
-    `packed` describes whole sequences, of which a context rank has chunks.
-    """
-
-    tokens: torch.Tensor
-    position_ids: torch.Tensor
-    packed: PackedSeqParams
-    head: HeadInputs
-
-    def without_entropy(self) -> HeadInputs:
-        """Head inputs for all labelled rows, log-probs only."""
-        return replace(self.head, with_entropy=False)
-
-    def only_scores(self) -> HeadInputs:
-        """Head inputs for the score rows alone, through the few-row op."""
-        return HeadInputs(
-            rows=self.head.rows[self.score_rows],
-            labels=self.head.labels[self.score_rows],
-            inv_temperature=self.head.inv_temperature[self.score_rows],
-            few_rows=True,
-        )
+from megatron_laser.trainer.micro_batch import MicroBatch
+from megatron_laser.trainer.run_readouts import RunReadouts
 
 
 @dataclass
@@ -98,6 +39,7 @@ class MiniBatch:
     """The samples of one optimizer step.
 
     Counts are over all data-parallel and context ranks: the loss is a sum divided by them, however the batch is cut.
+    point_counts, class_weights: of each readout, its points and the weights of right and wrong ones.
     token_weights [samples of the rollout batch] float32: the weight of each policy row of a sample.
     balance, tally: the losses of the routers, and what they counted in a pass; None for a dense model.
     """
@@ -105,8 +47,8 @@ class MiniBatch:
     micro_batches: list[MicroBatch]
     num_samples: int
     num_tokens: int
-    num_scored: int
-    class_weights: tuple[float, float]
+    point_counts: tuple[int, ...]
+    class_weights: tuple[tuple[float, float], ...]
     token_weights: torch.Tensor
     balance: LoadBalance | None = None
     tally: Tally | None = None
@@ -125,14 +67,16 @@ class MiniBatch:
 class StepData:
     """All optimizer steps of one rollout batch, and per-sample facts known to every rank.
 
-    rewards, scored, group_ids: [samples], on the CPU. rank_imbalance: how much longer the busiest data-parallel rank
-    computes than the mean one, by the FLOPs of their samples: 0 is even; None where the model's shape was not given.
+    rewards, scored, group_ids: [samples], on the CPU. points: what readouts read of the batch. rank_imbalance: how much
+    longer the busiest data-parallel rank computes than the mean one, by the FLOPs of their samples: 0 is even; None
+    where the model's shape was not given.
     """
 
     minibatches: list[MiniBatch]
     rewards: torch.Tensor
     scored: torch.Tensor
     group_ids: torch.Tensor
+    points: ReadoutPoints
     rank_imbalance: float | None = None
 
     @property
@@ -146,6 +90,7 @@ def prepare_step(
     config: RunConfig,
     *,
     score_token_id: int | None,
+    readouts: RunReadouts | None = None,
     data_rank: int,
     data_size: int,
     context_rank: int,
@@ -156,9 +101,10 @@ def prepare_step(
     """Cut the rollout batch into optimizer steps, ranks and micro-batches, and pack this rank's share.
 
     A pure function of its arguments: every rank computes the same schedule, and the context ranks of one data rank
-    pack the same micro-batches, of which each keeps its tokens. `score_token_id` None leaves the score rows out;
-    `experts` of a model that has them, and its `architecture`, by which `batching.balance: flops` shares out samples.
-    `share_prompts`: a group's prompt is packed once for all its responses in a micro-batch.
+    pack the same micro-batches, of which each keeps its tokens. `score_token_id` None leaves the score rows out, and
+    `readouts` None takes those of `config` with this token; `experts` of a model that has them, and its `architecture`,
+    by which `batching.balance: flops` shares out samples. `share_prompts`: a group's prompt is packed once for all its
+    responses in a micro-batch.
     """
     units = _units(flat, config, data_size) if share_prompts else [(i,) for i in range(flat.num_samples)]
     costs = None
@@ -179,6 +125,8 @@ def prepare_step(
         micro_batch_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
         costs=costs if config.batching.balance == "flops" else None,
     )
+    readouts = readouts or RunReadouts.of(config, score_token_id)
+    points = readouts.points(flat)
     minibatches = []
     for ranks in schedule.minibatches:
         members = sorted(i for rank in ranks for chosen in rank for unit in chosen for i in units[unit])
@@ -188,7 +136,8 @@ def prepare_step(
                 config,
                 np.array(members, dtype=np.int64),
                 [[i for unit in chosen for i in units[unit]] for chosen in ranks[data_rank]],
-                score_token_id,
+                readouts,
+                points,
                 pad=pad_multiple(config),
                 context_rank=context_rank,
                 experts=experts,
@@ -200,6 +149,7 @@ def prepare_step(
         rewards=torch.from_numpy(flat.rewards.astype(np.float32)),
         scored=torch.from_numpy(flat.scored.astype(bool)),
         group_ids=torch.from_numpy(flat.group_ids.astype(np.int64)),
+        points=points,
         rank_imbalance=None if costs is None else schedule.imbalance(costs),
     )
 
@@ -235,15 +185,14 @@ def _minibatch(
     config: RunConfig,
     members: np.ndarray,
     own: Sequence[Sequence[int]],
-    score_token_id: int | None,
+    readouts: RunReadouts,
+    points: ReadoutPoints,
     *,
     pad: int,
     context_rank: int,
     experts: Experts | None,
     share_prompts: bool,
 ) -> MiniBatch:
-    scored = flat.scored[members].astype(bool)
-    right = scored & (flat.rewards[members] > 0.5)
     num_tokens = int(flat.response_lengths[members].sum())
     weights = sequence_token_weights(
         torch.from_numpy(flat.response_lengths[members].astype(np.int64)),
@@ -254,7 +203,7 @@ def _minibatch(
     )
     per_sample = torch.zeros(len(flat.prompt_lengths), dtype=torch.float32)
     per_sample[torch.from_numpy(members)] = weights
-    balanced = class_weights(int(right.sum()), int(scored.sum() - right.sum()))
+    counts, balanced = readouts.class_weights(flat, points, members)
     balance = None
     if experts is not None:
         balance = LoadBalance(
@@ -267,7 +216,8 @@ def _minibatch(
             make_micro_batch(
                 flat,
                 samples,
-                score_token_id=score_token_id,
+                score_token_id=None,
+                points=points,
                 temperature=config.rollout.temperature,
                 pad_multiple=pad,
                 context_size=config.parallel.context,
@@ -282,8 +232,8 @@ def _minibatch(
         ],
         num_samples=len(members),
         num_tokens=num_tokens,
-        num_scored=int(scored.sum()),
-        class_weights=balanced if config.laser.class_weights else (1.0, 1.0),
+        point_counts=counts,
+        class_weights=balanced,
         token_weights=per_sample.to(platform.device()),
         balance=balance,
     )
@@ -294,6 +244,7 @@ def make_micro_batch(
     samples: Sequence[int],
     *,
     score_token_id: int | None,
+    points: ReadoutPoints | None = None,
     temperature: float,
     pad_multiple: int,
     context_size: int = 1,
@@ -306,12 +257,16 @@ def make_micro_batch(
 ) -> MicroBatch:
     """Pack the given samples of the rollout batch and place them, or a context rank's share, on the device.
 
+    `points`: what is read of the batch, in place of `score_token_id` behind each scored response.
     `entropy_gradient`: the loss has an entropy term; else entropies are a metric only. `experts`: of a model that has
     them; `replay`: whether its routers are told what the engine chose, `balance`: and their losses. `share_prompts`:
     samples of one group stand behind one prompt; attention must be `torch_layers`'.
     """
+    inputs = [flat.pack_input(index) for index in samples]
+    if points is not None:
+        inputs = [replace(item, marks=points.marks(item.sample_index)) for item in inputs]
     whole = pack(
-        [flat.pack_input(index) for index in samples],
+        inputs,
         score_token_id=score_token_id,
         pad_multiple=pad_multiple,
         inv_temperature=1.0 / temperature,
@@ -359,9 +314,16 @@ def make_micro_batch(
         score_rows=put(np.flatnonzero(packed.is_score), torch.int64),
         policy_sample=put(packed.sample_index[policy], torch.int64),
         score_sample=put(packed.sample_index[packed.is_score], torch.int64),
+        score_slot=put(packed.slot[packed.is_score], torch.int64),
+        score_readout=_readout_of(packed, points),
         rollout_logprobs=put(_rollout_logprobs(flat, packed, policy), torch.float32),
         policy_counts=np.concatenate(([0], np.cumsum(policy))),
     )
+
+
+def _readout_of(packed: PackedMicroBatch, points: ReadoutPoints | None) -> np.ndarray:
+    slots = packed.slot[packed.is_score]
+    return np.zeros_like(slots) if points is None else np.searchsorted(points.slot_starts, slots, "right") - 1
 
 
 def _rollout_logprobs(flat: FlatBatch, packed: PackedMicroBatch, policy: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,13 +19,21 @@ SUM_KEYS = (*MEAN_KEYS, *TOKEN_MEAN_KEYS, ROWS_KEY, *_MISMATCH_KEYS)
 MAX_KEYS = ("max_mismatch", "max_zc_mismatch")
 
 
-def means(totals: Mapping[str, float], *, updates: int) -> dict[str, float]:
+def readout_key(index: int, name: str, *, trained: bool) -> str:
+    """What a readout's loss is called: the first one has names of its own."""
+    if index == 0:
+        return "self_reward_loss" if trained else "self_reward_error"
+    return f"readout/{name}/loss"
+
+
+def means(totals: Mapping[str, float], *, updates: int, more: Sequence[str] = ()) -> dict[str, float]:
     """What is reported of `reduce_sums`: MEAN_KEYS over the optimizer steps, TOKEN_MEAN_KEYS over their tokens.
 
     Args:
         totals: of all ranks, over `updates` optimizer steps. NaN where there was none, or no token.
+        more: further names that are reported as MEAN_KEYS are.
     """
-    return {name: ratio(totals[name], updates) for name in MEAN_KEYS} | {
+    return {name: ratio(totals[name], updates) for name in (*MEAN_KEYS, *more)} | {
         name: ratio(totals[name], totals[ROWS_KEY]) for name in TOKEN_MEAN_KEYS
     }
 
@@ -36,14 +44,18 @@ def ratio(total: float, count: float) -> float:
 
 
 def reduce_sums(
-    entries: Iterable[Mapping[str, torch.Tensor]], *, contributes: bool, group: dist.ProcessGroup | None
+    entries: Iterable[Mapping[str, torch.Tensor]],
+    *,
+    contributes: bool,
+    group: dist.ProcessGroup | None,
+    more: Sequence[str] = (),
 ) -> dict[str, float]:
     """Add up (or take the maximum of) the named scalars of all micro-batches and ranks.
 
-    Keys outside SUM_KEYS and MAX_KEYS are an error: every rank must send the same vector. Ranks that do not
-    contribute (they hold a copy of another rank's rows, or none) take part with zeros.
+    Keys outside SUM_KEYS, MAX_KEYS and `more` (sums) are an error: every rank must send the same vector. Ranks that do
+    not contribute (they hold a copy of another rank's rows, or none) take part with zeros.
     """
-    sums = dict.fromkeys(SUM_KEYS, 0.0)
+    sums = dict.fromkeys((*SUM_KEYS, *more), 0.0)
     maxima = dict.fromkeys(MAX_KEYS, 0.0)
     if contributes:
         columns: dict[str, list[torch.Tensor]] = {}

@@ -9,16 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
-from megatron_laser.algorithms import advantages as adv
-from megatron_laser.algorithms.self_reward import self_reward_scores
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.config.derived import (
-    mixing_first_step,
     needs_reference_model,
     old_policy_pass_kind,
     pipeline_bubble,
-    self_reward_first_step,
     shared_prompt_problems,
 )
 from megatron_laser.config.schema.root import RunConfig
@@ -32,10 +29,12 @@ from megatron_laser.observability.timers import Timers
 from megatron_laser.trainer.bad_steps import BadSteps
 from megatron_laser.trainer.expert_routing import Counts, Experts, expert_metrics
 from megatron_laser.trainer.forward_backward import OptimizerStep, optimizer_step, run_forward
-from megatron_laser.trainer.losses import SampleTensors, TrainLoss
+from megatron_laser.trainer.losses import BatchTensors, TrainLoss
+from megatron_laser.trainer.objective import Objective, ResponseMeans
 from megatron_laser.trainer.policy import Policy, build_policy, build_reference
+from megatron_laser.trainer.run_readouts import ReadoutScores, RunReadouts
 from megatron_laser.trainer.step_data import StepData, check_token_ids, prepare_step
-from megatron_laser.trainer.step_metrics import means, ratio, reduce_sums
+from megatron_laser.trainer.step_metrics import means, ratio, readout_key, reduce_sums
 
 
 class MismatchError(UserError, RuntimeError):
@@ -48,7 +47,8 @@ class StepResult:
 
     metrics: flat names, the same on every rank. zc_logprobs, scores: [samples] log pi(z_c | x, y, EOS) and
     r_s of the policy that generated the batch, NaN where a response has none (or LaSeR is off). advantages:
-    [samples], as used by the policy loss. All on the CPU. updates: the optimizer steps, skipped ones too.
+    [samples], as used by the policy loss. All on the CPU. updates: the optimizer steps, skipped ones too. readouts:
+    what each readout read of the batch; `scores` are the first one's.
     """
 
     metrics: dict[str, float]
@@ -56,6 +56,7 @@ class StepResult:
     scores: torch.Tensor
     advantages: torch.Tensor
     updates: tuple[OptimizerStep, ...]
+    readouts: tuple[ReadoutScores, ...] = ()
 
 
 class Trainer:
@@ -82,6 +83,8 @@ class Trainer:
         self._runtime = runtime
         self._timers = timers or Timers()
         self._score_token_id = score_token_id if config.laser.enabled else None
+        self._readouts = RunReadouts.of(config, self._score_token_id)
+        self._objective = Objective(config)
         self.policy = build_policy(config) if policy is None else policy
         self.reference = build_reference(config) if needs_reference_model(config) else None
         self.policy.memory.reference = self.reference
@@ -126,33 +129,43 @@ class Trainer:
         data = self.prepare(flat)
         with self._timers("logprob"):
             self._set_pass(data, "old_policy")
-            zc_logprobs = self._old_policy_pass(data, flat)
+            read = self._old_policy_pass(data, flat)
             self._balance_experts(data)
             self._set_pass(data, "reference")
-            reference_zc_logprobs = self._reference_pass(data)
-        scores = self_reward_scores(
-            zc_logprobs,
-            ref_logprob=reference_zc_logprobs,
-            beta=config.laser.beta,
-            targets=config.laser.targets,
+            references = self._reference_pass(data)
+        found = self._readouts.scores(data.points, read, references)
+        scores = [item.of_samples(flat.num_samples) for item in found]
+        zc_logprobs = self._readouts.first_logprobs(data.points, read, flat.num_samples)
+        lengths = torch.from_numpy(flat.response_lengths.astype(np.int64))
+        advantages, mixed = self._objective.advantages(
+            rewards=data.rewards,
+            group_ids=data.group_ids,
+            lengths=lengths,
+            truncated=~data.scored & (lengths >= config.rollout.max_new_tokens),
+            scores=scores,
+            step=step,
         )
-        mixing = self._mixes(step)
-        advantages, mixed = self._advantages(data, scores, mixing=mixing)
         device = platform.device()
-        samples = SampleTensors(
+        batch = BatchTensors(
             advantages=advantages.to(device),
-            rewards=data.rewards.to(device),
-            reference_zc_logprobs=reference_zc_logprobs.to(device),
+            means=ResponseMeans(lengths.to(device), self._context_ranks),
+            points=self._readouts.tensors(flat, data.points, references, device),
             engine_zc_logprobs=zc_logprobs.to(device) if self._engine_scores else None,
         )
+        self._weigh_responses(data, batch.means)
         self._set_pass(data, "train")
         with self._timers("train"):
             # A score that is missing or not finite is as bad as a loss: no advantage can be made of it.
             updates: tuple[OptimizerStep, ...]
-            if mixing and not bool(zc_logprobs[data.scored].isfinite().all()):
-                updates = (OptimizerStep(0, 0, math.nan, ("zc_logprob",), []),)
+            used = [
+                item.scores
+                for item, spec in zip(found, self._readouts.specs)
+                if spec.changes_advantages(step)
+            ]
+            if all(bool(values.isfinite().all()) for values in used):
+                updates = self._optimize(data, batch, step)
             else:
-                updates = self._optimize(data, samples, step)
+                updates = (OptimizerStep(0, 0, math.nan, ("zc_logprob",), []),)
         metrics = self._metrics(updates, step) | self._expert_metrics(data)
         metrics["advantage_mixed_fraction"] = mixed
         metrics["micro_batches"] = float(len(data.micro_batches))
@@ -162,7 +175,8 @@ class Trainer:
             metrics["pipeline_bubble"] = pipeline_bubble(
                 self._config.parallel, [len(minibatch.micro_batches) for minibatch in data.minibatches]
             )
-        return StepResult(metrics, zc_logprobs, scores, advantages, updates)
+        first = scores[0][0] if scores else torch.full_like(data.rewards, math.nan)
+        return StepResult(metrics, zc_logprobs, first, advantages, updates, tuple(found))
 
     def _model_experts(self) -> Experts | None:
         """What the routers' share of a step is made with; None for a dense model."""
@@ -210,6 +224,7 @@ class Trainer:
             flat,
             self._config,
             score_token_id=self._score_token_id,
+            readouts=self._readouts,
             data_rank=self._runtime.data_rank,
             data_size=self._runtime.data_size,
             context_rank=self._runtime.context_rank,
@@ -224,27 +239,44 @@ class Trainer:
         return self.policy.exporter.stream()
 
     def _old_policy_pass(self, data: StepData, flat: FlatBatch) -> torch.Tensor:
-        """Fill `old_logprobs`; return zc_logprob [samples] float32, NaN where there is none."""
+        """Fill `old_logprobs`; return what readouts read, [slots] float32."""
         kind = old_policy_pass_kind(self._config)
         batches = data.micro_batches
         if self._config.policy.old_logprobs == "rollout":
             for batch in batches:
                 batch.old_logprobs = batch.rollout_logprobs
-        own = torch.zeros(len(data.rewards))
+        own = torch.zeros(int(data.points.slot_starts[-1]))
         if kind == "full":
             outputs = run_forward(self.policy.chunks, batches, lambda batch: batch.without_entropy())
             for batch, output in zip(batches, outputs):
                 batch.old_logprobs = output[0].index_select(0, batch.policy_rows)
-                own[batch.score_sample.cpu()] = output[0].index_select(0, batch.score_rows).cpu()
+                own[batch.score_slot.cpu()] = output[0].index_select(0, batch.score_rows).cpu()
         elif kind == "score_rows":
             outputs = run_forward(self.policy.chunks, batches, lambda batch: batch.only_scores())
             for batch, output in zip(batches, outputs):
-                own[batch.score_sample.cpu()] = output[0].cpu()
-        if self._score_token_id is None:
-            return torch.full_like(own, math.nan)
-        if self._engine_scores:
-            return torch.from_numpy(flat.zc_logprobs.copy()).float()
-        return torch.where(data.scored, self._sum_over_ranks(own), math.nan)
+                own[batch.score_slot.cpu()] = output[0].cpu()
+        if self._engine_scores:  # one token behind each response
+            return torch.from_numpy(flat.zc_logprobs[data.points.sample].copy()).float()
+        return self._sum_over_ranks(own)
+
+    def _weigh_responses(self, data: StepData, means: ResponseMeans) -> None:
+        """Fill `log_importance`, where it is of whole responses and old log-probs are known before the update."""
+        policy = self._config.policy
+        corrects = policy.importance_cap is not None or policy.importance_mask is not None
+        if not corrects or policy.importance_level == "token" or policy.old_logprobs != "recompute":
+            return
+        for batch in data.micro_batches:
+            if batch.old_logprobs is not None:  # on the last pipeline stage
+                batch.log_importance = means.log_importance(
+                    batch, batch.old_logprobs, policy.importance_level
+                )
+
+    @property
+    def _context_ranks(self) -> dist.ProcessGroup | None:
+        if self._config.parallel.context == 1:
+            return None
+        group: dist.ProcessGroup = parallel_state.get_context_parallel_group()
+        return group
 
     @property
     def _engine_scores(self) -> bool:
@@ -252,20 +284,16 @@ class Trainer:
         return self._score_token_id is not None and self._config.laser.score_source == "server"
 
     def _reference_pass(self, data: StepData) -> torch.Tensor:
-        """Fill `reference_logprobs` if there is a reference model; return c_ref for each sample [samples]."""
-        laser = self._config.laser
-        constant = torch.full(
-            (len(data.rewards),), laser.ref_logprob if laser.ref_logprob is not None else 0.0
-        )
+        """Fill `reference_logprobs` if there is a reference model; return c_ref of each point, [points]."""
         if self.reference is None:
-            return constant
-        own = torch.zeros(len(data.rewards))
+            return self._readouts.references(data.points, None)
+        own = torch.zeros(int(data.points.slot_starts[-1]))
         batches = data.micro_batches
         outputs = run_forward(self.reference, batches, lambda batch: batch.without_entropy())
         for batch, output in zip(batches, outputs):
             batch.reference_logprobs = output[0].index_select(0, batch.policy_rows)
-            own[batch.score_sample.cpu()] = output[0].index_select(0, batch.score_rows).cpu()
-        return self._sum_over_ranks(own) if laser.enabled and laser.reference == "model" else constant
+            own[batch.score_slot.cpu()] = output[0].index_select(0, batch.score_rows).cpu()
+        return self._readouts.references(data.points, self._sum_over_ranks(own))
 
     def _sum_over_ranks(self, own: torch.Tensor) -> torch.Tensor:
         """Each sample's value from the one rank that has it."""
@@ -275,46 +303,17 @@ class Trainer:
             dist.all_reduce(own, group=self._runtime.cpu_group)
         return own
 
-    def _mixes(self, step: int) -> bool:
-        first = mixing_first_step(self._config)
-        return first is not None and step >= first
-
-    def _advantages(
-        self, data: StepData, scores: torch.Tensor, *, mixing: bool
-    ) -> tuple[torch.Tensor, float]:
-        """Advantages [samples] and the share of groups in which self-reward advantages were mixed in."""
-        laser, policy = self._config.laser, self._config.policy
-        verifier = adv.verifier_advantages(
-            data.rewards, data.group_ids, estimator=policy.advantage, normalize_std=policy.normalize_std
-        )
-        if not mixing or bool(scores[data.scored].isnan().any()):
-            return verifier, 0.0
-        self_reward = adv.self_reward_advantages(
-            scores,
-            data.scored,
-            data.group_ids,
-            verifier,
-            std_threshold=laser.std_threshold,
-            unscored=laser.unscored,
-        )
-        mixed = adv.groups_mixed(
-            scores, data.scored, data.group_ids, std_threshold=laser.std_threshold, unscored=laser.unscored
-        )
-        return adv.mix_advantages(verifier, self_reward, tau=laser.tau), mixed
-
-    def _trains_score(self, step: int) -> bool:
-        first = self_reward_first_step(self._config)
-        return first is not None and step >= first
-
-    def _optimize(self, data: StepData, samples: SampleTensors, step: int) -> tuple[OptimizerStep, ...]:
+    def _optimize(self, data: StepData, batch: BatchTensors, step: int) -> tuple[OptimizerStep, ...]:
         updates = []
         for epoch in range(self._config.policy.epochs):
             for index, minibatch in enumerate(data.minibatches):
                 loss = TrainLoss(
                     self._config,
                     minibatch,
-                    samples,
-                    with_self_reward=self._trains_score(step),
+                    batch,
+                    self._objective,
+                    self._readouts,
+                    step=step,
                     compares_with_engine=self._config.policy.old_logprobs == "recompute"
                     or (epoch, index) == (0, 0),
                     compares_scores=(epoch, index) == (0, 0),
@@ -358,9 +357,11 @@ class Trainer:
             [entry for update in taken for entry in update.entries],
             contributes=self._runtime.reports_rows,
             group=self._all_ranks,
+            more=self._more_losses,
         )
         unused = self._unused_names(step)
-        metrics = {k: v for k, v in means(totals, updates=len(taken)).items() if k not in unused}
+        reported = means(totals, updates=len(taken), more=self._more_losses)
+        metrics = {k: v for k, v in reported.items() if k not in unused}
         metrics["grad_norm"] = ratio(sum(update.grad_norm for update in taken), len(taken))
         metrics["lr"] = self.policy.learning_rate()
         metrics["bad_steps"] = float(len(updates) - len(taken))
@@ -373,10 +374,17 @@ class Trainer:
             metrics["zc_logprob_diff_max"] = totals["max_zc_mismatch"] if compared else math.nan
         return metrics
 
+    @property
+    def _more_losses(self) -> list[str]:
+        """Metrics of the losses of all readouts but the first."""
+        names = [spec.name for spec in self._readouts.specs]
+        return [readout_key(index, name, trained=True) for index, name in enumerate(names)][1:]
+
     def _unused_names(self, step: int) -> set[str]:
         """Metrics of what this step does not compute, or does not have in its loss."""
         policy = self._config.policy
-        unused = {"self_reward_error" if self._trains_score(step) else "self_reward_loss"}
+        specs = self._readouts.specs
+        unused = {"self_reward_error" if specs and specs[0].trains(step) else "self_reward_loss"}
         if not self._config.laser.enabled:
             unused.add("self_reward_error")
         if policy.kl_coefficient == 0.0:

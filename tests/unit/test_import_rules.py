@@ -30,7 +30,7 @@ from helpers.source_tree import (
 # A part may import the parts of lower layers only.
 LAYERS = (
     ("errors", "types", "logprob_memory"),
-    ("files",),
+    ("files", "user_functions"),
     ("config",),
     ("algorithms", "ops", "batching", "rewards"),
     ("data",),

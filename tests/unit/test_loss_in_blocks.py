@@ -13,7 +13,9 @@ from megatron_laser.model import platform
 
 platform.install()
 
-from megatron_laser.trainer.losses import SampleTensors, TrainLoss  # noqa: E402
+from megatron_laser.trainer.losses import BatchTensors, TrainLoss  # noqa: E402
+from megatron_laser.trainer.objective import Objective, ResponseMeans  # noqa: E402
+from megatron_laser.trainer.run_readouts import RunReadouts  # noqa: E402
 from megatron_laser.trainer.step_data import prepare_step  # noqa: E402
 from megatron_laser.trainer.step_metrics import MAX_KEYS  # noqa: E402
 
@@ -55,9 +57,8 @@ def model(tmp_path_factory):
 def case_of(model, tmp_path, policy, laser, *, trained=True):
     """(loss, micro-batch, log-probs [rows], entropies [rows]) with random numbers in float64."""
     config = run_config(tmp_path, model, policy=dict(policy), laser=dict(laser))
-    data = prepare_step(
-        rollout_batch(GROUPS), config, score_token_id=SCORE_TOKEN, data_rank=0, data_size=1, context_rank=0
-    )
+    flat = rollout_batch(GROUPS)
+    data = prepare_step(flat, config, score_token_id=SCORE_TOKEN, data_rank=0, data_size=1, context_rank=0)
     (minibatch,) = data.minibatches
     (rows,) = minibatch.micro_batches
     random = torch.Generator().manual_seed(1)
@@ -74,10 +75,23 @@ def case_of(model, tmp_path, policy, laser, *, trained=True):
         rows.old_logprobs = policy_logprobs + normal(len(policy_logprobs), spread=0.3)
     if config.policy.kl_coefficient:
         rows.reference_logprobs = policy_logprobs + normal(len(policy_logprobs), spread=0.3)
-    count = len(data.rewards)
-    samples = SampleTensors(normal(count), data.rewards, torch.full((count,), -6.0), normal(count) - 6.0)
+    count, readouts = len(data.rewards), RunReadouts.of(config, SCORE_TOKEN)
+    references = readouts.references(data.points, None)
+    tensors = BatchTensors(
+        normal(count),
+        ResponseMeans(torch.from_numpy(flat.response_lengths), None),
+        readouts.tensors(flat, data.points, references, torch.device("cpu")),
+        normal(count) - 6.0,
+    )
     loss = TrainLoss(
-        config, minibatch, samples, with_self_reward=trained, compares_with_engine=True, compares_scores=True
+        config,
+        minibatch,
+        tensors,
+        Objective(config),
+        readouts,
+        step=1000 if trained else 0,  # beyond the warm-up
+        compares_with_engine=True,
+        compares_scores=True,
     )
     return loss, rows, logprobs, normal(len(logprobs)).abs()
 

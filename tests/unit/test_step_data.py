@@ -73,11 +73,9 @@ def test_counts_are_those_of_the_global_minibatch_on_every_rank(model, tmp_path,
             minibatch = one.minibatches[m]
             assert minibatch.num_samples == len(chosen)
             assert minibatch.num_tokens == sum(response.length for response in chosen)
-            assert minibatch.num_scored == len(scored)
-            assert minibatch.class_weights == (
-                len(scored) / (2 * right),
-                len(scored) / (2 * (len(scored) - right)),
-            )
+            assert minibatch.point_counts == (len(scored),)
+            weights = (len(scored) / (2 * right), len(scored) / (2 * (len(scored) - right)))
+            assert minibatch.class_weights == (weights,)
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean_token_mean"])
@@ -92,7 +90,7 @@ def test_row_weights_of_all_ranks_sum_to_one_in_each_minibatch(model, tmp_path, 
 
 def test_class_weights_can_be_turned_off(model, tmp_path):
     (data,) = prepare(model, tmp_path, rollout_batch(GROUPS), "laser.class_weights=false")
-    assert data.minibatches[0].class_weights == (1.0, 1.0)
+    assert data.minibatches[0].class_weights == ((1.0, 1.0),)
 
 
 def test_a_rank_without_samples_still_runs_a_micro_batch_of_padding(model, tmp_path):
@@ -185,7 +183,7 @@ def test_scored_responses_have_one_score_row_on_their_stop_token_at_temperature_
 def test_without_a_score_token_there_are_no_score_rows(model, tmp_path):
     (data,) = prepare(model, tmp_path, rollout_batch(GROUPS), score_token_id=None)
     assert all(len(batch.score_rows) == 0 for batch in data.micro_batches)
-    assert data.minibatches[0].num_scored > 0
+    assert data.minibatches[0].point_counts == ()
 
 
 def test_an_empty_micro_batch_has_no_labels():
@@ -245,10 +243,10 @@ def test_context_ranks_share_the_rows_of_the_same_micro_batches(model, tmp_path,
             assert int(share.packed.cu_seqlens_q[-1]) == context * share.tokens.shape[1]
     for whole, *shares in zip(alone.minibatches, *(part.minibatches for part in parts), strict=True):
         for share in shares:
-            assert (share.num_samples, share.num_tokens, share.num_scored, share.class_weights) == (
+            assert (share.num_samples, share.num_tokens, share.point_counts, share.class_weights) == (
                 whole.num_samples,
                 whole.num_tokens,
-                whole.num_scored,
+                whole.point_counts,
                 whole.class_weights,
             )
             assert torch.equal(share.token_weights, whole.token_weights)

@@ -32,3 +32,18 @@ def round_up(value: float, digits: int = 3) -> float:
     """`value` rounded up to `digits` significant digits, so that a bound stays a bound."""
     scale = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
     return math.ceil(value * scale) / scale
+
+
+def partition_problems(place: str, ref_logprob: float, beta: float, right: float) -> list[str]:
+    """That the right target asks for too large a probability of the score token; `place` holds the settings."""
+    log_excess = log_partition_excess(ref_logprob, beta, right)
+    if log_excess <= math.log(EXCESS_LIMIT):
+        return []
+    excess = f"{math.exp(log_excess):.3g}" if log_excess < 100 else f"e^{log_excess:.1f}"
+    least = round_up(smallest_beta(ref_logprob, right))
+    return [
+        f"{place}.beta {beta:g} with {place}.ref_logprob {ref_logprob:g}: Z - 1 = e^ref_logprob * "
+        f"(e^({right:g}/beta) - 1) = e^{ref_logprob:g} * (e^{right / beta:.4g} - 1) = {excess}, more than "
+        f"{EXCESS_LIMIT}; the score token would take probability from the policy's own tokens. Set "
+        f"{place}.beta to {least:g} or more, or laser.allow_partition_excess: true to run all the same"
+    ]

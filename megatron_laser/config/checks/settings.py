@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 from megatron_laser.config.checks.layout import divisible
 from megatron_laser.config.checks.memory import memory_problems
-from megatron_laser.config.checks.partition_excess import (
-    EXCESS_LIMIT,
-    log_partition_excess,
-    round_up,
-    smallest_beta,
-)
 from megatron_laser.config.checks.rollout import rollout_problems
 from megatron_laser.config.derived import (
     longest_sequence,
@@ -19,6 +11,7 @@ from megatron_laser.config.derived import (
     needed_pad_multiple,
     optimizer_steps,
 )
+from megatron_laser.config.readouts import readout_problems
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.schema.system import ParallelConfig
 from megatron_laser.config.schema.training import PolicyConfig
@@ -35,7 +28,7 @@ def settings_problems(config: RunConfig) -> list[str]:
     """Problems that show without the model and the world size; one line each, with the arithmetic."""
     return [
         *_model_problems(config),
-        *_laser_problems(config),
+        *readout_problems(config),
         *_policy_problems(config),
         *_optimizer_problems(config),
         *_parallel_problems(config),
@@ -60,51 +53,6 @@ def _attention_problems(config: RunConfig) -> list[str]:
     if not where:
         return []
     return [f"model.attention: {model.attention} with {where}; set model.attention to auto"]
-
-
-def _laser_problems(config: RunConfig) -> list[str]:
-    laser = config.laser
-    if not laser.enabled:
-        return []
-    problems = []
-    if laser.score_token is None:
-        problems.append(
-            "laser.score_token: required while laser.enabled is true; name an unused special token of the "
-            "tokenizer, such as '<|vision_start|>' for Qwen2.5"
-        )
-    if laser.ref_logprob is None and laser.reference == "constant":
-        problems.append(
-            "laser.ref_logprob: required while laser.enabled is true and laser.reference is constant; it is "
-            "the mean log-prob of the score token after the initial model's responses (Qwen2.5: -23.0)"
-        )
-    right, wrong = laser.targets
-    if right <= wrong:
-        problems.append(
-            f"laser.targets: [right, wrong] = [{right:g}, {wrong:g}]; right must be greater than wrong"
-        )
-    if laser.loss == "bce" and laser.targets != (1.0, 0.0):
-        problems.append(
-            f"laser.targets: [{right:g}, {wrong:g}] with laser.loss bce, whose labels are always [1.0, 0.0]; "
-            "remove laser.targets or set laser.loss to mse"
-        )
-    # With reference: model the constant is only an estimate, but checked where it is given.
-    if laser.ref_logprob is not None and right > 0 and not laser.allow_partition_excess:
-        problems += _partition_problems(laser.ref_logprob, laser.beta, right)
-    return problems
-
-
-def _partition_problems(ref_logprob: float, beta: float, right: float) -> list[str]:
-    log_excess = log_partition_excess(ref_logprob, beta, right)
-    if log_excess <= math.log(EXCESS_LIMIT):
-        return []
-    excess = f"{math.exp(log_excess):.3g}" if log_excess < 100 else f"e^{log_excess:.1f}"
-    least = round_up(smallest_beta(ref_logprob, right))
-    return [
-        f"laser.beta {beta:g} with laser.ref_logprob {ref_logprob:g}: Z - 1 = e^ref_logprob * "
-        f"(e^({right:g}/beta) - 1) = e^{ref_logprob:g} * (e^{right / beta:.4g} - 1) = {excess}, more than "
-        f"{EXCESS_LIMIT}; the score token would take probability from the policy's own tokens. Set "
-        f"laser.beta to {least:g} or more, or laser.allow_partition_excess: true to run all the same"
-    ]
 
 
 def _policy_problems(config: RunConfig) -> list[str]:
@@ -138,6 +86,7 @@ def _policy_problems(config: RunConfig) -> list[str]:
             "is pi / pi_rollout already and would be corrected twice. Use recompute or on_policy, or null"
         )
     problems += _mask_problems(policy)
+    problems += _objective_problems(config)
     problems += divisible(
         "rollout.prompts_per_step", rollout.prompts_per_step, "policy.minibatches", policy.minibatches
     )
@@ -147,6 +96,46 @@ def _policy_problems(config: RunConfig) -> list[str]:
             "or set evaluation.every to 0"
         )
     return problems
+
+
+def _objective_problems(config: RunConfig) -> list[str]:
+    policy, problems = config.policy, []
+    if ":" not in policy.advantage and policy.advantage_options:
+        problems.append(
+            f"policy.advantage_options: {policy.advantage_options} with policy.advantage {policy.advantage}, which has "
+            "none; they are for a function of yours"
+        )
+    known = _LOSS_OPTIONS.get(policy.loss, ())
+    unknown = [name for name in policy.loss_options if ":" not in policy.loss and name not in known]
+    if unknown:
+        problems.append(
+            f"policy.loss_options: {unknown[0]} with policy.loss {policy.loss}, whose options are "
+            f"{', '.join(known) or 'none (it has clip_low and clip_high)'}"
+        )
+    if policy.dual_clip is not None and policy.loss != "ppo" and ":" not in policy.loss:
+        problems.append(
+            f"policy.dual_clip: {policy.dual_clip:g} with policy.loss {policy.loss}, which has no such bound; use ppo, "
+            "or null"
+        )
+    if (
+        policy.importance_level != "token"
+        and policy.importance_cap is None
+        and policy.importance_mask is None
+    ):
+        problems.append(
+            f"policy.importance_level: {policy.importance_level} without policy.importance_cap or "
+            "policy.importance_mask, which it is a setting of; give one of them, or token"
+        )
+    longest = config.rollout.max_new_tokens
+    if policy.overlong_buffer is not None and policy.overlong_buffer > longest:
+        problems.append(
+            f"policy.overlong_buffer: {policy.overlong_buffer} is more than rollout.max_new_tokens {longest}; it is a "
+            "part of it"
+        )
+    return problems
+
+
+_LOSS_OPTIONS = {"sapo": ("tau_positive", "tau_negative")}
 
 
 def _mask_problems(policy: PolicyConfig) -> list[str]:

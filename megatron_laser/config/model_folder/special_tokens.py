@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laser.config.model_folder.architecture import Architecture
+from megatron_laser.config.readouts import score_token_setting
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.errors import ConfigError
 
@@ -251,7 +252,7 @@ def resolve_score(
     Raises:
         ConfigError: it has no id, one that is not in the vocabulary, or one of `stops`.
     """
-    setting = config.laser.score_token
+    setting = score_token_setting(config)
     if setting is None:
         return None
     token = resolve_score_token(config.model.path, setting, vocabulary)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -62,6 +62,13 @@ def _token_ids(value: Any) -> Any:
     return (value,) if isinstance(value, int) and not isinstance(value, bool) else _tuple(value)
 
 
+def _function_name(value: str) -> str:
+    place, colon, function = value.rpartition(":")
+    if not (colon and place and function.isidentifier()):
+        raise ValueError("expected 'path/to/file.py:function' or 'package.module:function'")
+    return value
+
+
 def _score_token(value: Any) -> Any:
     if value is None or (isinstance(value, str) and value):
         return value
@@ -87,6 +94,7 @@ Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+FunctionName = Annotated[str, AfterValidator(_function_name)]
 FilePath = Annotated[Path, BeforeValidator(_path)]
 FilePaths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]
 OptionalFilePaths = Annotated[tuple[Path, ...] | None, BeforeValidator(_paths)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from megatron_laser.config.schema.fields import (
     AboveOne,
@@ -11,6 +13,7 @@ from megatron_laser.config.schema.fields import (
     CountOrZero,
     DecayPair,
     Fraction,
+    FunctionName,
     LogProb,
     NonNegative,
     NumberPair,
@@ -19,6 +22,7 @@ from megatron_laser.config.schema.fields import (
     Section,
     Switch,
 )
+from megatron_laser.config.schema.readouts import Readouts
 
 
 class LaserConfig(Section):
@@ -64,6 +68,9 @@ class LaserConfig(Section):
     reference: Literal["constant", "model"] = "constant"
     """What the score is measured from: the `constant` ref_logprob, or (ablation) each response's
     zc_logprob under a frozen copy of the initial `model`, which must then be loaded."""
+    readouts: Readouts | None = None
+    """Several readouts, or one of another kind: a list of tables, whose keys are below. What an entry leaves out is as
+    the settings above have it; null: one entry with nothing in it, which is LaSeR as published."""
     allow_partition_excess: bool = False
     """Run although Z - 1 > 0.05, that is although the score of right responses asks for a probability of
     z_c that disturbs the policy."""
@@ -72,10 +79,21 @@ class LaserConfig(Section):
 class PolicyConfig(Section):
     """The policy-gradient part: advantages, importance ratios and the loss."""
 
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] | FunctionName = "grpo"
     """Advantage estimator: `grpo`, (reward - group mean) / (group std + 1e-6); `dr_grpo`, reward - group
     mean; `rloo`, reward - mean of the group's other responses; `reinforce_pp`, (reward - group mean)
-    normalised over the whole rollout batch, the only one for groups of one (then without a group mean)."""
+    normalised over the whole rollout batch, the only one for groups of one (then without a group mean); or a function
+    of yours, `path/to/file.py:function`, that takes an `AdvantageBatch` (docs/objectives.md)."""
+    advantage_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of such a function."""
+    loss: Literal["ppo", "gspo", "cispo", "gmpo", "sapo"] | FunctionName = "ppo"
+    """What a token's loss is: `ppo`, the clipped surrogate; `gspo`, the same on the ratio of whole responses; `cispo`,
+    the clipped ratio as a weight without gradient; `gmpo`, the geometric mean of clipped ratios; `sapo`, a soft gate in
+    place of the clip; or a function of yours, `path/to/file.py:function`, that takes `PolicyRows`
+    (docs/objectives.md)."""
+    loss_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of it beside `clip_low`, `clip_high` and `dual_clip`: `sapo` has tau_positive, 1.0, and
+    tau_negative, 1.05."""
     normalize_std: bool = True
     """`grpo` only: divide by the group's standard deviation; false is `dr_grpo`."""
     old_logprobs: Literal["recompute", "on_policy", "rollout"] = "recompute"
@@ -87,13 +105,26 @@ class PolicyConfig(Section):
     """The ratio is clipped from above at 1 + clip_high; more than `clip_low`: clip-higher (DAPO)."""
     dual_clip: AboveOne | None = None
     """Bound, above 1, of the loss where the advantage is negative: at least dual_clip * advantage (dual-clip
-    PPO); null: off."""
+    PPO); null: off. Only of `loss: ppo`."""
     importance_cap: Positive | None = None
     """Truncated importance sampling (TIS): weight tokens by min(pi_old_trainer / pi_rollout, cap), detached;
     null: off. Not with `old_logprobs: rollout`, where that ratio is part of the loss already."""
     importance_mask: NumberPair | None = None
     """Masked importance sampling, [low, high]: tokens whose pi_old_trainer / pi_rollout is outside take no part in
     the policy loss and are counted (`importance_masked_fraction`); null: off. Not with `old_logprobs: rollout`."""
+    importance_level: Literal["token", "sequence", "geometric"] = "token"
+    """What the ratio of `importance_cap` and `importance_mask` is taken of: each `token`; its whole response
+    (`sequence`: the product of its tokens' ratios, unbiased, and wide for long responses); or the `geometric` mean of
+    these. With the last two a response is weighted, or left out, as a whole."""
+    overlong_buffer: Count | None = None
+    """Soft overlong punishment (DAPO): within so many tokens of `rollout.max_new_tokens` the reward that advantages are
+    made of falls linearly by up to `overlong_penalty`, which a response that was cut off loses whole; the label that
+    the score is trained with stays. null: off."""
+    overlong_penalty: NonNegative = 1.0
+    """See `overlong_buffer`."""
+    length_penalty: NonNegative = 0.0
+    """Weight of Kimi k1.5's length reward in the advantages' reward: within a group, short right responses gain up to
+    half of it, and long ones lose as much, wrong ones too; 0: off."""
     mismatch_abort: Positive | None = None
     """Stop the run when a step's mean |trainer - engine| log-prob (`logprob_diff_mean`) is more than this many
     nats: the engine then samples from another policy than the one that is trained; null: off."""

@@ -1,0 +1,217 @@
+"""The readouts of a run, each whole: what `laser.readouts` leaves out is taken from `laser`, once and here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_laser.config.checks.partition_excess import partition_problems
+from megatron_laser.config.schema.readouts import ReadoutConfig
+from megatron_laser.config.schema.root import RunConfig
+
+PositionKind = Literal["eos", "before_eos", "every", "delimiter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """One entry of `laser.readouts` with everything filled in; the settings' docstrings say what they mean.
+
+    every, delimiter: of the positions of these names. gamma: of the target `group_shrunk`. first_step,
+    advantages_first_step: from 1; None where the loss has no weight, or advantages stay as they are.
+    """
+
+    name: str
+    tokens: tuple[int | str, ...]
+    position: PositionKind
+    every: int
+    delimiter: str
+    score: Literal["scaled_logratio", "pair_sigmoid", "normalised"]
+    beta: float
+    ref_logprob: float | None
+    reference: Literal["constant", "model"]
+    target: Literal["binary", "group_shrunk", "prefix_value"]
+    gamma: float
+    targets: tuple[float, float]
+    loss: Literal["mse", "brier", "bce", "margin"]
+    margin: float
+    weight: float
+    class_weights: bool
+    first_step: int | None
+    advantages: str
+    advantages_first_step: int | None
+    tau: float
+    std_threshold: float
+    unscored: Literal["zero", "exclude"]
+    kappa: float
+    discrepancy_bounds: tuple[float, float]
+
+    @property
+    def of_responses(self) -> bool:
+        """One score for each response that ended by itself; else scores of prefixes, as many as there are places."""
+        return self.position in ("eos", "before_eos")
+
+    @property
+    def joins_tokens(self) -> bool:
+        """Whether score or loss of one place need the log-probs of several tokens at once."""
+        return len(self.tokens) > 1
+
+    def trains(self, step: int) -> bool:
+        """Whether its loss is part of the step's."""
+        return self.first_step is not None and step >= self.first_step
+
+    def changes_advantages(self, step: int) -> bool:
+        """Whether its scores are used in the step's advantages."""
+        return self.advantages_first_step is not None and step >= self.advantages_first_step
+
+
+def readouts(config: RunConfig) -> tuple[Readout, ...]:
+    """All readouts, the response's score first; () without LaSeR."""
+    laser = config.laser
+    if not laser.enabled:
+        return ()
+    entries = laser.readouts or (ReadoutConfig(),)
+    return tuple(_whole(config, entry, index) for index, entry in enumerate(entries))
+
+
+def score_token_setting(config: RunConfig) -> int | str | None:
+    """The first token of the response's score, as the settings have it."""
+    entries = config.laser.readouts
+    if entries and entries[0].tokens:
+        return entries[0].tokens[0]
+    return config.laser.score_token
+
+
+def _whole(config: RunConfig, entry: ReadoutConfig, index: int) -> Readout:
+    laser = config.laser
+    position, place = _choice(entry.position, "eos")
+    target, gamma = _choice(entry.target, "binary")
+    weight = laser.alpha if entry.weight is None else entry.weight
+    warmup = laser.reasoning_warmup_steps if entry.warmup_steps is None else entry.warmup_steps
+    more = (
+        laser.self_reward_warmup_steps
+        if entry.advantages_warmup_steps is None
+        else entry.advantages_warmup_steps
+    )
+    advantages = entry.advantages or ("mix" if index == 0 else "none")
+    tau = laser.tau if entry.tau is None else entry.tau
+    unused = advantages == "none" or (advantages == "mix" and tau == 0)
+    tokens = entry.tokens or (() if laser.score_token is None else (laser.score_token,))
+    return Readout(
+        name=entry.name or f"readout_{index + 1}",
+        tokens=tokens,
+        position=position,  # type: ignore[arg-type]
+        every=place if isinstance(place, int) else 0,
+        delimiter=place if isinstance(place, str) else "",
+        score=entry.score,
+        beta=laser.beta if entry.beta is None else entry.beta,
+        ref_logprob=laser.ref_logprob if entry.ref_logprob is None else entry.ref_logprob,
+        reference=laser.reference,
+        target=target,  # type: ignore[arg-type]
+        gamma=gamma if isinstance(gamma, float) else 1.0,
+        targets=laser.targets if entry.targets is None else entry.targets,
+        loss=entry.loss or laser.loss,
+        margin=entry.margin,
+        weight=weight,
+        class_weights=laser.class_weights if entry.class_weights is None else entry.class_weights,
+        first_step=None if weight == 0 else warmup + 1,
+        advantages=advantages,
+        advantages_first_step=None if unused else warmup + more + 1,
+        tau=tau,
+        std_threshold=laser.std_threshold if entry.std_threshold is None else entry.std_threshold,
+        unscored=entry.unscored or laser.unscored,
+        kappa=entry.kappa,
+        discrepancy_bounds=entry.discrepancy_bounds,
+    )
+
+
+def _choice(value: object, default: str) -> tuple[str, object]:
+    """(name, its value or None) of a setting that is a name or a table of one entry."""
+    if isinstance(value, dict):
+        (name, inner), *_ = value.items()
+        return str(name), inner
+    return str(value or default), None
+
+
+def readout_problems(config: RunConfig) -> list[str]:
+    """What cannot be read, or would not mean what it says; one line each."""
+    laser = config.laser
+    if not laser.enabled:
+        return []
+    found = readouts(config)
+    problems = []
+    if laser.readouts is None:
+        if laser.score_token is None:
+            problems.append(
+                "laser.score_token: required while laser.enabled is true; name an unused special token of the "
+                "tokenizer, such as '<|vision_start|>' for Qwen2.5"
+            )
+        where = ["laser"]
+    else:
+        where = [f"laser.readouts[{index}]" for index in range(len(found))]
+        names = [readout.name for readout in found]
+        if len(set(names)) < len(names):
+            problems.append(f"laser.readouts: names are {', '.join(names)}; each may be there once")
+        if not found[0].of_responses:
+            problems.append(
+                f"laser.readouts[0].position: {found[0].position}; the first readout is the response's score: eos or "
+                "before_eos"
+            )
+    for place, readout in zip(where, found, strict=True):
+        problems += _problems_of(place, readout, config)
+    if laser.score_source == "server" and (
+        len(found) > 1 or found[0].joins_tokens or found[0].position != "eos"
+    ):
+        problems.append(
+            "laser.score_source: server with laser.readouts of more than one token behind the end; servers return "
+            "that one alone: use trainer"
+        )
+    return problems
+
+
+def _problems_of(place: str, readout: Readout, config: RunConfig) -> list[str]:
+    short = place == "laser"
+    count, problems = len(readout.tokens), []
+    needed = {"scaled_logratio": (1, 2), "pair_sigmoid": (2, 2), "normalised": (2, 64)}[readout.score]
+    if not short and not needed[0] <= count <= needed[1]:
+        expected = f"{needed[0]}" if needed[0] == needed[1] else f"{needed[0]} to {needed[1]}"
+        problems.append(
+            f"{place}.tokens: {count} with score {readout.score}, which reads {expected}; name unused special "
+            "tokens here, or one as laser.score_token"
+        )
+    if count == 2 and readout.score == "scaled_logratio" and readout.loss != "bce":
+        problems.append(
+            f"{place}.tokens: two with score scaled_logratio and loss {readout.loss}, which use the first alone; name "
+            "one, or take loss bce (Eq. 16) or score pair_sigmoid"
+        )
+    if readout.score == "scaled_logratio" and readout.ref_logprob is None and readout.reference == "constant":
+        problems.append(
+            f"{place}.ref_logprob: required while laser.enabled is true and laser.reference is constant; it is "
+            "the mean log-prob of the score token after the initial model's responses (Qwen2.5: -23.0)"
+        )
+    right, wrong = readout.targets
+    if right <= wrong:
+        problems.append(
+            f"{place}.targets: [right, wrong] = [{right:g}, {wrong:g}]; right must be greater than wrong"
+        )
+    elif readout.loss in ("bce", "brier") and readout.targets != (1.0, 0.0):
+        problems.append(
+            f"{place}.targets: [{right:g}, {wrong:g}] with {place}.loss {readout.loss}, whose labels are always "
+            f"[1.0, 0.0]; remove {place}.targets or set {place}.loss to mse"
+        )
+    if readout.advantages != "none" and not readout.of_responses:
+        problems.append(
+            f"{place}.advantages: {readout.advantages} with position {readout.position}; scores of prefixes change no "
+            "advantages: none"
+        )
+    low, high = readout.discrepancy_bounds
+    if not 0.0 <= low <= 1.0 <= high:
+        problems.append(f"{place}.discrepancy_bounds: [{low:g}, {high:g}]; expected 0 <= low <= 1 <= high")
+    # With reference: model the constant is only an estimate, but checked where it is given.
+    if (
+        readout.score == "scaled_logratio"
+        and readout.ref_logprob is not None
+        and right > 0
+        and not config.laser.allow_partition_excess
+    ):
+        problems += partition_problems(place, readout.ref_logprob, readout.beta, right)
+    return problems
