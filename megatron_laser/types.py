@@ -89,6 +89,9 @@ class Generation:
 
     `routed_experts` [tokens, layers, experts_per_token] uint8, int16 with more than 256 experts: where a model with
     experts sent the first tokens of prompt and response, of which there may be fewer than of both; None: not told.
+
+    `sampled` [tokens] bool: which tokens the policy sampled; the others an environment wrote (`rollout.function`), and
+    nothing is learned from them. Their log-probs mean nothing, and `spans` does not count them. None: all.
     """
 
     response_ids: npt.NDArray[np.int32]
@@ -98,6 +101,7 @@ class Generation:
     zc_logprob: float | None = None
     spans: tuple[WeightSpan, ...] = ()
     routed_experts: npt.NDArray[np.uint8 | np.int16] | None = None
+    sampled: npt.NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         """Raises OverflowError for an id that does not fit int32."""
@@ -113,7 +117,18 @@ class Generation:
             == (other.finish_reason, other.weight_version, other.zc_logprob, other.spans)
             and np.array_equal(self.response_ids, other.response_ids)
             and np.array_equal(self.logprobs, other.logprobs)
+            and np.array_equal(self.sampled_mask, other.sampled_mask)
         )
+
+    @property
+    def sampled_mask(self) -> npt.NDArray[np.bool_]:
+        """[tokens] bool, `sampled` with None written out."""
+        return np.ones(len(self.response_ids), np.bool_) if self.sampled is None else self.sampled
+
+    @property
+    def policy_logprobs(self) -> npt.NDArray[np.float32]:
+        """`logprobs` of the tokens that the policy sampled."""
+        return self.logprobs if self.sampled is None else self.logprobs[self.sampled]
 
     @property
     def text_ids(self) -> list[int]:

@@ -13,7 +13,7 @@ with (a system prompt, worked examples) is packed once as well, and the rest of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
@@ -29,6 +29,7 @@ class PackInput:
     """One sample. Ids are int arrays (fast) or lists; `scored` as in `Sample.scored`.
 
     group: samples of equal number have one and the same prompt; None: nothing is known.
+    sampled: [response tokens] bool, which of them the policy sampled; None: all.
     """
 
     sample_index: int
@@ -36,6 +37,7 @@ class PackInput:
     response_ids: npt.NDArray[np.integer] | Sequence[int]
     scored: bool
     group: int | None = None
+    sampled: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,8 @@ def pack(
     """Concatenate prompts and responses, pad, and label.
 
     A response of T tokens gives T policy rows, and a score row when it is scored and `score_token_id` is
-    given. The last row of any other response, earlier prompt rows and padding have no label.
+    given. The last row of any other response, earlier prompt rows and padding have no label, nor has a row that
+    predicts a token which the policy did not sample (`PackInput.sampled`).
 
     Args:
         sequences: the micro-batch's samples in order; may be empty.
@@ -148,7 +151,7 @@ def pack(
     if score_token_id is not None:
         labels[is_score] = score_token_id
     sample_index = np.array([item.sample_index for item in sequences], dtype=np.int64)
-    return PackedMicroBatch(
+    packed = PackedMicroBatch(
         tokens=tokens,
         position_ids=positions_in(lengths) + np.repeat(offsets, lengths),
         cu_seqlens=cu_seqlens.astype(np.int32),
@@ -161,6 +164,20 @@ def pack(
         inv_temperature=np.where(is_score, 1.0, inv_temperature).astype(np.float32),
         parents=parents if (parents >= 0).any() else None,
     )
+    return _only_sampled(packed, sequences)
+
+
+def _only_sampled(packed: PackedMicroBatch, sequences: Sequence[PackInput]) -> PackedMicroBatch:
+    """Without the policy rows of tokens that the policy did not sample; score rows stay."""
+    if all(item.sampled is None for item in sequences):
+        return packed
+    keep = np.ones(len(packed.row_index), dtype=np.bool_)
+    for item in sequences:
+        if item.sampled is not None:
+            rows = np.flatnonzero((packed.sample_index == item.sample_index) & ~packed.is_score)
+            keep[rows] = item.sampled[packed.response_position[rows]]
+    by_row = ("row_index", "labels", "is_score", "sample_index", "response_position", "inv_temperature")
+    return replace(packed, **{name: getattr(packed, name)[keep] for name in by_row})
 
 
 _Ids = npt.NDArray[np.integer] | Sequence[int]
