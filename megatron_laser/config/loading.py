@@ -29,7 +29,8 @@ PATH_KEYS = frozenset(
         ("rollout", "sglang.endpoints"),
     }
 )
-FUNCTION_KEY = ("reward", "function")
+FUNCTION_KEYS = frozenset({("reward", "function"), ("rollout", "function")})
+OPTION_KEY = ("rollout", "function_options")
 PROGRAM_KEY = ("rollout", "sglang.python")
 
 _EXPECTED = {
@@ -138,6 +139,8 @@ def _apply_override(override: str, values: dict[KeyPath, Any], origin: dict[KeyP
         return _flatten(content, values, Path.cwd(), origin)
     if path[:2] in nested_sections() and (len(path) > 2 or isinstance(value, dict)):
         return _apply_nested(path, value, where, values, origin)
+    if len(path) == 3 and path[:2] == OPTION_KEY:
+        path, value = OPTION_KEY, {**(values.get(OPTION_KEY) or {}), path[2]: value}
     if len(path) != 2:
         return [f"{where}{'.'.join(path)}: unknown key; {suggest_key(path)}"]
     values[path] = absolute((path[0], path[1]), value, Path.cwd())
@@ -231,7 +234,7 @@ def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
         return _join(value, base)
     if key == PROGRAM_KEY and isinstance(value, str) and "/" in value:  # a bare name is looked up on PATH
         return _join(value, base)
-    if key == FUNCTION_KEY and isinstance(value, str):
+    if key in FUNCTION_KEYS and isinstance(value, str):
         file, colon, function = value.rpartition(":")
         if colon and file.endswith(".py"):
             return f"{_join(file, base)}:{function}"
