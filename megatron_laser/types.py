@@ -154,7 +154,9 @@ class Sample:
     text: str
     scored: bool
     reward: float = math.nan  # the verifier's label r_v, 1.0 right or 0.0 wrong; nan until graded
-    outcome: str = ""  # correct, wrong, no_answer, unparsable, timeout or crash
+    outcome: str = (
+        ""  # correct, wrong, no_answer, unparsable, timeout, crash, or why there is none (see `Group`)
+    )
     zc_logprob: float | None = None  # log pi(z_c | x, y, EOS) when the engine scored it
 
     @property
@@ -168,7 +170,8 @@ class Group:
     """All responses sampled for one prompt.
 
     samples: what a step trains on, graded. ungraded: the responses whose grading failed (outcome timeout or crash):
-    they have no label, and neither policy nor score learns from them.
+    they have no label, and neither policy nor score learns from them; and, empty, those that `rollout.function` did not
+    make (function_timeout, function_error, function_invalid).
     """
 
     prompt: Prompt

@@ -247,7 +247,8 @@ class SampleFunction:
         own = replace(prompt, token_ids=list(prompt.token_ids))
         task = asyncio.create_task(self._call(engine, own, sampling))
         try:
-            done, _ = await asyncio.wait({task, broken}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Future[Any]] = {task, broken}
+            done, _ = await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             engine.close()
             await _leave(task)
