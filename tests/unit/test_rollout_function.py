@@ -1,6 +1,7 @@
 """`rollout.function`: found and checked before a run, bounded in time, counted when it fails, over any engine."""
 
 import asyncio
+import json
 import logging
 import textwrap
 import threading
@@ -18,6 +19,7 @@ from megatron_laser.config import ConfigError, load_config
 from megatron_laser.data import PromptCursor
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import Grade
+from megatron_laser.rollout.ahead import RolloutAhead
 from megatron_laser.rollout.client.errors import WeightsNeeded
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
@@ -545,7 +547,7 @@ class Grader:
         return future
 
 
-def collector_of(function, engine):
+def collector_of(function, engine, **settings):
     return RolloutCollector(
         engine,
         Grader(),
@@ -558,6 +560,7 @@ def collector_of(function, engine):
         seed=3,
         timers=Timers(),
         function=function,
+        **settings,
     )
 
 
@@ -595,6 +598,27 @@ def test_a_step_without_any_sample_stops_the_run_with_the_cause(functions):
         FunctionFailed, match=r"6 function_error; the last one: error: ValueError: row \d \(.*in f\)"
     ):
         collector_of(function, engine).collect(1)
+
+
+def test_a_batch_that_is_ahead_goes_through_a_checkpoint_with_its_masks_and_failures(functions):
+    engine = CountingEngine()
+    engine.version = 0
+    function = functions(SOME_FAIL, engine, options={"bad": [4]}, vocab_size=200)
+    ahead = RolloutAhead(collector_of(function, engine, ahead=1), PROMPTS)
+    ahead.collect(1)
+    ahead.begin(2)  # beside the training of step 1, from the weights before it
+    ahead.wait(20.0)
+    state = json.loads(json.dumps(ahead.state()))
+    engine.version = 1
+    batch = ahead.collect(2)
+    assert batch.metrics["function_failed_error"] == 2 and batch.weight_version == 0
+    resumed = RolloutAhead(collector_of(function, engine, ahead=1), PROMPTS)
+    resumed.load_state(state)
+    again = resumed.collect(2)
+    assert again.groups[:2] == batch.groups[:2]  # generations compare by their masks, too
+    assert [sample.outcome for sample in again.groups[2].ungraded] == ["function_error"] * 2
+    assert all(sample.generation.sampled.tolist() == [True, False] for sample in again.samples())
+    assert [len(group.ungraded) for group in again.groups] == [0, 0, 2]
 
 
 # --- over servers

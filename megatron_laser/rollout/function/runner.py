@@ -134,7 +134,7 @@ class SampleFunction:
                 return future.result(timeout=_LOOK_EVERY)
             except concurrent.futures.TimeoutError:
                 if future.done():
-                    raise
+                    return future.result()  # done by now, or ended by a TimeoutError of its own
             except BaseException:
                 future.cancel()
                 raise
