@@ -89,6 +89,9 @@ class Generation:
 
     `routed_experts` [tokens, layers, experts_per_token] uint8, int16 with more than 256 experts: where a model with
     experts sent the first tokens of prompt and response, of which there may be fewer than of both; None: not told.
+
+    `sampled` [tokens] bool: which tokens the policy sampled; the others an environment wrote (`rollout.function`), and
+    nothing is learned from them. Their log-probs mean nothing, and `spans` does not count them. None: all.
     """
 
     response_ids: npt.NDArray[np.int32]
@@ -98,6 +101,7 @@ class Generation:
     zc_logprob: float | None = None
     spans: tuple[WeightSpan, ...] = ()
     routed_experts: npt.NDArray[np.uint8 | np.int16] | None = None
+    sampled: npt.NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         """Raises OverflowError for an id that does not fit int32."""
@@ -113,7 +117,18 @@ class Generation:
             == (other.finish_reason, other.weight_version, other.zc_logprob, other.spans)
             and np.array_equal(self.response_ids, other.response_ids)
             and np.array_equal(self.logprobs, other.logprobs)
+            and np.array_equal(self.sampled_mask, other.sampled_mask)
         )
+
+    @property
+    def sampled_mask(self) -> npt.NDArray[np.bool_]:
+        """[tokens] bool, `sampled` with None written out."""
+        return np.ones(len(self.response_ids), np.bool_) if self.sampled is None else self.sampled
+
+    @property
+    def policy_logprobs(self) -> npt.NDArray[np.float32]:
+        """`logprobs` of the tokens that the policy sampled."""
+        return self.logprobs if self.sampled is None else self.logprobs[self.sampled]
 
     @property
     def text_ids(self) -> list[int]:
@@ -139,7 +154,9 @@ class Sample:
     text: str
     scored: bool
     reward: float = math.nan  # the verifier's label r_v, 1.0 right or 0.0 wrong; nan until graded
-    outcome: str = ""  # correct, wrong, no_answer, unparsable, timeout or crash
+    outcome: str = (
+        ""  # correct, wrong, no_answer, unparsable, timeout, crash, or why there is none (see `Group`)
+    )
     zc_logprob: float | None = None  # log pi(z_c | x, y, EOS) when the engine scored it
 
     @property
@@ -153,7 +170,8 @@ class Group:
     """All responses sampled for one prompt.
 
     samples: what a step trains on, graded. ungraded: the responses whose grading failed (outcome timeout or crash):
-    they have no label, and neither policy nor score learns from them.
+    they have no label, and neither policy nor score learns from them; and, empty, those that `rollout.function` did not
+    make (function_timeout, function_error, function_invalid).
     """
 
     prompt: Prompt

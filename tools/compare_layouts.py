@@ -7,11 +7,12 @@
     python tools/compare_layouts.py --uneven            # interleaved pipelines of uneven chunks
 
 Every layout starts from the same tiny random model and trains on the same rollouts: off-policy old log-probs,
-right and wrong scored responses, truncated and one-token ones, groups of different sizes, a number of
-samples that no rank count divides. All loss terms are on: clipping, KL to a reference model, entropy, self-reward,
-mixed advantages. Loss terms and gradient norms of each step and a parameter checksum after the last must
-agree with one process at one token budget, which packs every sample's prompt (`batching.share_prompts: false`; where
-a layout allows it, the others pack a group's once): |a - b| <= 1e-5 |b| + 1e-7 in fp32. The exit status is 1 otherwise.
+right and wrong scored responses, truncated and one-token ones, some with tokens that an environment wrote, groups of
+different sizes, a number of samples that no rank count divides. All loss terms are on: clipping, KL to a reference
+model, entropy, self-reward, mixed advantages. Loss terms and gradient norms of each step and a parameter checksum after
+the last must agree with one process at one token budget, which packs every sample's prompt (`batching.share_prompts:
+false`; where a layout allows it, the others pack a group's once): |a - b| <= 1e-5 |b| + 1e-7 in fp32. The exit status
+is 1 otherwise.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ def fixed_rollouts(step: int, experts: bool = False):
                 ids[-1] = 1
             logprobs = [float(x) for x in rng.normal(-4.5, 0.5, length)]
             generation = Generation(ids, logprobs, "length" if truncated else "stop", step - 1)
+            if (row + number) % 3 == 1 and length > 8:
+                generation.sampled = np.array([not 3 <= t % 8 < 6 for t in range(length - 1)] + [True])
             if experts and (row + number) % 4:
                 # the best two of eight random numbers, for each of four layers
                 tokens = len(prompt) + length - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ class FlatBatch:
     zc_logprobs: [S] float32, NaN where the engine did not score.
     routed_tokens: [S] int32, of how many of a sample's first tokens the engine gave the experts; 0: of none.
     routed_experts: [sum of routed_tokens, layers * experts_per_token] uint8 or int16.
+    sampled: [sum of response lengths] bool, which response tokens the policy sampled; [0] where it sampled all.
     """
 
     step: int
@@ -40,6 +41,7 @@ class FlatBatch:
     zc_logprobs: npt.NDArray[np.float32]
     routed_tokens: npt.NDArray[np.int32]
     routed_experts: npt.NDArray[np.uint8 | np.int16]
+    sampled: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
 
     #: The arrays of `to_arrays` and their dtypes: plain numbers that any process group can send.
     ARRAYS: ClassVar[dict[str, type[np.generic]]] = {
@@ -54,6 +56,7 @@ class FlatBatch:
         "zc_logprobs": np.float32,
         "routed_tokens": np.int32,
         "routed_experts": np.uint8,  # or np.int16, of more than 256 experts
+        "sampled": np.uint8,
     }
 
     def __post_init__(self) -> None:
@@ -62,6 +65,7 @@ class FlatBatch:
         sizes = {
             "tokens": int(self.prompt_lengths.sum(dtype=np.int64)) + responses,
             "rollout_logprobs": responses,
+            "sampled": responses if len(self.sampled) else 0,
             **dict.fromkeys(
                 ("response_lengths", "group_ids", "rewards", "scored", "zc_logprobs", "routed_tokens"),
                 samples,
@@ -97,6 +101,14 @@ class FlatBatch:
     def lengths(self) -> npt.NDArray[np.int64]:
         """[S] prompt plus response tokens."""
         return self.prompt_lengths.astype(np.int64) + self.response_lengths
+
+    @cached_property
+    def sampled_lengths(self) -> npt.NDArray[np.int32]:
+        """[S] response tokens that the policy sampled: what losses and their counts are made of."""
+        if not len(self.sampled):
+            return self.response_lengths
+        counts = np.concatenate(([0], np.cumsum(self.sampled, dtype=np.int64)))
+        return np.diff(counts[self.response_offsets]).astype(np.int32)
 
     @cached_property
     def token_offsets(self) -> npt.NDArray[np.int64]:
@@ -135,6 +147,9 @@ class FlatBatch:
             self.response_ids(index),
             bool(self.scored[index]),
             int(self.group_ids[index]),
+            self.sampled[self.response_offsets[index] : self.response_offsets[index + 1]]
+            if len(self.sampled)
+            else None,
         )
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
@@ -150,8 +165,10 @@ class FlatBatch:
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> FlatBatch:
         """The inverse of `to_arrays`. Raises ValueError for missing, unknown or unfit arrays.
 
-        Batches that were kept before models had experts lack the last two arrays, and have none.
+        Batches that were kept before models had experts lack the arrays of these, and have none; those of before there
+        were environments lack `sampled`: the policy sampled all.
         """
+        arrays = {"sampled": np.zeros(0, np.uint8), **arrays}
         if not arrays.keys() & {"routed_tokens", "routed_experts"}:
             samples = len(arrays.get("prompt_lengths", ()))
             arrays = {**arrays, "routed_tokens": np.zeros(samples, np.int32), "routed_experts": _UNROUTED}
@@ -163,6 +180,7 @@ class FlatBatch:
         fields = dict(arrays)
         step, weight_version = (int(value) for value in fields.pop("header"))
         fields["scored"] = fields["scored"].astype(np.bool_)
+        fields["sampled"] = fields["sampled"].astype(np.bool_)
         return cls(step=step, weight_version=weight_version, **fields)
 
 
@@ -182,6 +200,11 @@ def flatten(batch: RolloutBatch) -> FlatBatch:
             raise ValueError(
                 f"sample {index} of step {batch.step} has {len(ids)} response ids and {len(logprobs)} "
                 "log-probs: expected one log-prob for each id from the rollout engine."
+            )
+        if sample.generation.sampled is not None and len(sample.generation.sampled) != len(ids):
+            raise ValueError(
+                f"sample {index} of step {batch.step} has {len(ids)} response ids and a mask `sampled` of "
+                f"{len(sample.generation.sampled)}: expected one entry for each id."
             )
     # Prompts stand in one batch many times, and each is one list.
     prompts = {id(s.prompt_ids): as_int32(s.prompt_ids) for s in samples}
@@ -203,6 +226,9 @@ def flatten(batch: RolloutBatch) -> FlatBatch:
         zc_logprobs=np.array(zc_logprobs, dtype=np.float32),
         routed_tokens=np.array([len(rows) for rows in routed], dtype=np.int32),
         routed_experts=np.concatenate([rows for rows in routed if len(rows)] or [_UNROUTED]),
+        sampled=np.concatenate([s.generation.sampled_mask for s in samples])
+        if any(s.generation.sampled is not None for s in samples)
+        else np.zeros(0, np.bool_),
     )
 
 

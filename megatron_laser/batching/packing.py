@@ -13,7 +13,7 @@ with (a system prompt, worked examples) is packed once as well, and the rest of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class PackInput:
     """One sample. Ids are int arrays (fast) or lists; `scored` as in `Sample.scored`.
 
     group: samples of equal number have one and the same prompt; None: nothing is known. marks: what is read of it in
-    place of one score token at the end.
+    place of one score token at the end. sampled: [response tokens] bool, which of them the policy sampled; None: all.
     """
 
     sample_index: int
@@ -51,6 +51,7 @@ class PackInput:
     scored: bool
     group: int | None = None
     marks: Marks | None = None
+    sampled: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,8 @@ def pack(
     """Concatenate prompts and responses, pad, and label.
 
     A response of T tokens gives T policy rows, and a score row when it is scored and `score_token_id` is
-    given. The last row of any other response, earlier prompt rows and padding have no label.
+    given. The last row of any other response, earlier prompt rows and padding have no label, nor has a row that
+    predicts a token which the policy did not sample (`PackInput.sampled`).
 
     Args:
         sequences: the micro-batch's samples in order; may be empty.
@@ -161,7 +163,7 @@ def pack(
     is_score = rows.slot >= 0
     # The row after a score row is padding, of another sequence, or none: its token is never used as a label.
     labels = np.where(is_score, rows.label, tokens[np.minimum(row_index + 1, len(tokens) - 1)])
-    return PackedMicroBatch(
+    packed = PackedMicroBatch(
         tokens=tokens,
         position_ids=positions_in(lengths) + np.repeat(offsets, lengths),
         cu_seqlens=cu_seqlens.astype(np.int32),
@@ -175,6 +177,28 @@ def pack(
         inv_temperature=np.where(is_score, 1.0, inv_temperature).astype(np.float32),
         parents=parents if (parents >= 0).any() else None,
     )
+    return _only_sampled(packed, sequences)
+
+
+def _only_sampled(packed: PackedMicroBatch, sequences: Sequence[PackInput]) -> PackedMicroBatch:
+    """Without the policy rows of tokens that the policy did not sample; score rows stay."""
+    if all(item.sampled is None for item in sequences):
+        return packed
+    keep = np.ones(len(packed.row_index), dtype=np.bool_)
+    for item in sequences:
+        if item.sampled is not None:
+            rows = np.flatnonzero((packed.sample_index == item.sample_index) & ~packed.is_score)
+            keep[rows] = item.sampled[packed.response_position[rows]]
+    by_row = (
+        "row_index",
+        "labels",
+        "is_score",
+        "slot",
+        "sample_index",
+        "response_position",
+        "inv_temperature",
+    )
+    return replace(packed, **{name: getattr(packed, name)[keep] for name in by_row})
 
 
 class _Rows(NamedTuple):

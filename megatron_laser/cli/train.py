@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_laser.cli.options import ConfigFile, Overrides, prepare_process
+
+if TYPE_CHECKING:
+    from megatron_laser.config import RunConfig
 
 
 def train(
@@ -48,6 +51,7 @@ def train(
         from megatron_laser.config.plan.memory import GPU_MEMORY_GIB
         from megatron_laser.config.plan.view import render_plan
 
+        _check_function(loaded)
         available = GPU_MEMORY_GIB if gpu_memory_gib is None else gpu_memory_gib
         if not available > 0:
             raise typer.BadParameter(f"--gpu-memory-gib {available:g}: expected more than 0")
@@ -72,3 +76,11 @@ def train(
         from megatron_laser.observability.best_effort import print_line
 
         print_line(f"done: {folder}/report.md")
+
+
+def _check_function(config: RunConfig) -> None:
+    """Import `rollout.function` and look at its arguments. Raises FunctionSpecError."""
+    if config.rollout.function is not None:
+        from megatron_laser.rollout.function.loading import load_function
+
+        load_function(config.rollout.function, config.rollout.function_options)

@@ -13,6 +13,7 @@ from megatron_laser.config.schema.system import ParallelConfig
 
 OldPolicyPass = Literal["full", "score_rows", "none"]
 
+_FUNCTION_SECONDS = 600.0
 _GPU_PAD = 128  # tokens on a tensor-parallel and context-parallel rank
 
 
@@ -64,6 +65,13 @@ def _first(steps: Iterable[int | None]) -> int | None:
 def longest_sequence(config: RunConfig) -> int:
     """Tokens of the longest training sequence: prompt plus response."""
     return config.data.max_prompt_tokens + config.rollout.max_new_tokens
+
+
+def function_deadline(config: RunConfig) -> float:
+    """Seconds for one sample of `rollout.function`."""
+    rollout = config.rollout
+    given = rollout.function_deadline
+    return min(_FUNCTION_SECONDS, rollout.deadline / 2) if given is None else given
 
 
 def rollout_tries(config: RunConfig) -> int:

@@ -30,8 +30,11 @@ PATH_KEYS = frozenset(
         ("rollout", "sglang.endpoints"),
     }
 )
-FUNCTION_KEYS = frozenset({("reward", "function"), ("policy", "loss"), ("policy", "advantage")})
+FUNCTION_KEYS = frozenset(
+    {("reward", "function"), ("rollout", "function"), ("policy", "loss"), ("policy", "advantage")}
+)
 READOUTS_KEY = ("laser", "readouts")
+OPTION_KEY = ("rollout", "function_options")
 PROGRAM_KEY = ("rollout", "sglang.python")
 
 _EXPECTED = {
@@ -140,6 +143,8 @@ def _apply_override(override: str, values: dict[KeyPath, Any], origin: dict[KeyP
         return _flatten(content, values, Path.cwd(), origin)
     if path[:2] in nested_sections() and (len(path) > 2 or isinstance(value, dict)):
         return _apply_nested(path, value, where, values, origin)
+    if len(path) == 3 and path[:2] == OPTION_KEY and isinstance(given := values.get(OPTION_KEY) or {}, dict):
+        path, value = OPTION_KEY, {**given, path[-1]: value}
     if len(path) != 2:
         return [f"{where}{'.'.join(path)}: unknown key; {suggest_key(path)}"]
     values[path] = absolute((path[0], path[1]), value, Path.cwd())

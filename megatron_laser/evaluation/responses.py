@@ -42,7 +42,7 @@ class SavedResponse:
     @staticmethod
     def of(row: int, sample: int, generation: Generation) -> SavedResponse:
         """What is kept of a generation."""
-        logprobs = generation.logprobs.tolist()
+        logprobs = generation.policy_logprobs.tolist()
         return SavedResponse(
             row=row,
             sample=sample,

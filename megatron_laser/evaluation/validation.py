@@ -15,12 +15,14 @@ from megatron_laser.config import RunConfig, evaluation_max_new_tokens
 from megatron_laser.data.tokenizer import decode_response
 from megatron_laser.evaluation.evaluator import evaluate
 from megatron_laser.evaluation.progress import Progress
-from megatron_laser.evaluation.responses import generation_batch, partial_responses_path
+from megatron_laser.evaluation.responses import EvaluationEngine, generation_batch, partial_responses_path
 from megatron_laser.evaluation.weight_identity import engine_digest
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.client.errors import ServerGone
 from megatron_laser.rollout.engine import RolloutEngine, StopEarly, StoppedEarly
+from megatron_laser.rollout.function.as_engine import FunctionAsEngine
+from megatron_laser.rollout.function.runner import SampleFunction
 from megatron_laser.rollout.open_files import named_servers
 from megatron_laser.types import Prompt, SamplingParams
 
@@ -45,13 +47,16 @@ class RunEvaluation:
         score_token_id: int | None,
         last_step: int,
         say: Callable[[str], None],
+        function: SampleFunction | None = None,
     ) -> None:
         """Remove evaluations of steps beyond `last_step`, where the run goes on: they are of weights that are gone.
 
         Args:
             splits: prompts of "validation" and "test"; None or missing: that split is not given.
             say: takes a line every 15 seconds that an evaluation goes on, from another thread.
+            function: makes the responses, as in training.
         """
+        self._function = function
         self._config = config
         self._splits = splits
         self._tokenizer = tokenizer
@@ -117,13 +122,16 @@ class RunEvaluation:
             max_batch_size=config.rollout.max_batch_size,
             max_concurrency=config.rollout.max_concurrency_per_server * named_servers(config.rollout),
         )
+        engine: EvaluationEngine = self._engine
+        if self._function is not None:
+            engine = FunctionAsEngine(self._function, self._engine, prompts)
         progress = Progress(f"{split} split after step {step}", len(prompts) * samples, say=self._say)
         records = self._folder / f"{split}_step_{step}.jsonl"
         with self._timers("evaluate"), progress:
             responses = self._responses(records, prompts, sampling, batch) if resumable else None
             records.unlink(missing_ok=True)  # an earlier attempt's verdicts are made anew
             summary = evaluate(
-                self._engine,
+                engine,
                 prompts,
                 sampling=sampling,
                 decode=partial(decode_response, self._tokenizer),
@@ -136,7 +144,7 @@ class RunEvaluation:
                 deadline=config.rollout.deadline,
                 generation_batch=batch,
                 responses_path=responses,
-                repeatable=in_process,
+                repeatable=in_process and self._function is None,  # tools may answer differently
                 on_response=progress.response,
                 stop=self._stop,
             )
@@ -161,4 +169,7 @@ class RunEvaluation:
             "batch": batch,
             **asdict(sampling),
         }
+        if self._function is not None:
+            rollout = self._config.rollout
+            identity |= {"function": rollout.function, "function_options": rollout.function_options}
         return partial_responses_path(records, identity)

@@ -95,6 +95,10 @@ def step_fields(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     failed = number(metrics, "grading_failed")
     if failed:
         fields.append(("not graded", f"{failed:.0f}"))
+    kinds = ("timeout", "error", "invalid")
+    unmade = sum(number(metrics, f"function_failed_{kind}") or 0 for kind in kinds)
+    if unmade:
+        fields.append(("not made", f"{unmade:.0f}"))
     return fields
 
 

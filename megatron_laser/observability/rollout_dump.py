@@ -39,7 +39,7 @@ def dump_rollouts(
             graded = number < len(group.samples)
             score, advantage = next(place) if graded else (None, None)
             generation = sample.generation
-            logprobs = generation.logprobs
+            logprobs = generation.policy_logprobs
             record = {
                 "step": batch.step,
                 "row": group.prompt.row,

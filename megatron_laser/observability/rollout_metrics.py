@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from megatron_laser.algorithms.advantages import groups_uniform
 from megatron_laser.algorithms.metrics import verification_metrics
 from megatron_laser.rewards import OUTCOMES
-from megatron_laser.types import RolloutBatch
+from megatron_laser.types import RolloutBatch, Sample
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -40,9 +41,18 @@ def rollout_metrics(batch: RolloutBatch, zc_logprobs: torch.Tensor, scores: torc
         "groups_uniform_fraction": groups_uniform(
             torch.from_numpy(rewards), torch.tensor(batch.group_ids(), dtype=torch.int64)
         ),
+        **_environment(samples),
         **{f"outcome/{name}": outcomes.get(name, 0) for name in OUTCOMES},
     }
     return metrics | score_metrics(zc_logprobs, scores, torch.from_numpy(rewards))
+
+
+def _environment(samples: Sequence[Sample]) -> dict[str, float]:
+    """The share of response tokens that no policy sampled; {} where it sampled all."""
+    if all(sample.generation.sampled is None for sample in samples):
+        return {}
+    masks = np.concatenate([sample.generation.sampled_mask for sample in samples])
+    return {"environment_tokens_fraction": 1.0 - float(masks.mean())}
 
 
 def scores_by_label(batch: RolloutBatch, scores: torch.Tensor) -> dict[str, list[float]]:

@@ -138,6 +138,12 @@ def _grading(run: Run) -> list[str]:
             f"**{run.label}: {failed.sum():.0f} responses in {(failed > 0).sum()} of {len(failed)} steps could not be "
             "graded** (`outcome/timeout` and `outcome/crash`); nothing was learned from them."
         )
+    made = [run.series(f"function_failed_{kind}")[1].sum() for kind in ("timeout", "error", "invalid")]
+    if sum(made) > 0:
+        sentences.append(
+            f"**{run.label}: `rollout.function` failed on {sum(made):.0f} samples** ({made[0]:.0f} time-outs, "
+            f"{made[1]:.0f} errors, {made[2]:.0f} invalid samples); nothing was learned from them."
+        )
     if run.final is not None:
         counts = [run.final.number(f"outcome/{name}") for name in FAILED_OUTCOMES]
         lost = sum(count for count in counts if math.isfinite(count))

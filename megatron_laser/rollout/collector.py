@@ -13,8 +13,16 @@ from typing import Any
 from megatron_laser.data.cursor import PromptCursor
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool, GradingPoolError
+from megatron_laser.rewards.grade import FAILED_OUTCOMES
 from megatron_laser.rollout.endings import Endings
 from megatron_laser.rollout.engine import ResumableEngine, RolloutEngine, StopEarly
+from megatron_laser.rollout.function.runner import (
+    FailureKind,
+    FunctionFailed,
+    SampleFunction,
+    failed_outcome,
+    failure_counts,
+)
 from megatron_laser.rollout.pending import OpenGroup, restore
 from megatron_laser.rollout.progress import Progress, staleness_metrics
 from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, SamplingParams
@@ -29,8 +37,9 @@ class RolloutCollector:
     rewards are all equal, and what else `Progress.graded_metrics` says; groups_missing, how many of
     `prompts_per_step` groups with unequal rewards were still missing when the tries were used up (0 without
     dropping); grading_failed, the responses that could not be graded (time-outs and crashes), on which the step does
-    not train. With a resumable engine also groups_carried (begun, and going on in the next step), the age of the
-    tokens, and what the engine counts.
+    not train. With a function also function_failed_timeout, _error and _invalid, the samples that it did not make, on
+    which the step does not train either. With a resumable engine also groups_carried (begun, and going on in the next
+    step), the age of the tokens, and what the engine counts.
     """
 
     def __init__(
@@ -52,6 +61,7 @@ class RolloutCollector:
         max_staleness: int = 0,
         ahead: int = 0,
         endings: Endings | None = None,
+        function: SampleFunction | None = None,
     ) -> None:
         """
         Args:
@@ -65,6 +75,7 @@ class RolloutCollector:
             max_staleness: carried responses with older tokens than so many steps are generated anew.
             ahead: how many steps the engine's weights may be behind those that the step trains.
             endings: watches for steps in which no response ends by itself.
+            function: makes the samples; None: the engine does, each in one piece.
         """
         self._engine = engine
         self._grading = grading
@@ -83,6 +94,7 @@ class RolloutCollector:
         self._max_staleness = max_staleness
         self._ahead = ahead
         self._endings = endings
+        self._function = function
         self._said: set[str] = set()
         self._carried: list[OpenGroup] = []
         self._progress: Progress | None = None
@@ -119,6 +131,7 @@ class RolloutCollector:
             RuntimeError: the engine holds other weights than those of step - 1 (or up to `ahead` steps older).
             TimeoutError: generation or grading passed the deadline.
             GradingPoolError: every response's grading failed, or so many that too few groups are left.
+            FunctionFailed: the same of a function that made no samples, or that blocks all others.
             NothingEnds: see `Endings.note`.
         """
         oldest = max(0, step - 1 - self._ahead)
@@ -147,11 +160,14 @@ class RolloutCollector:
             "prompts_tried": progress.tried,
             **progress.graded_metrics(stand_ins),
             "groups_missing": missing,
-            "grading_failed": failed.total(),
+            "grading_failed": sum(failed[outcome] for outcome in FAILED_OUTCOMES),
         }
+        if self._function is not None:
+            counts = failure_counts(failed)
+            self.metrics |= {f"function_failed_{kind}": count for kind, count in counts.items()}
         groups += stand_ins
         if len(groups) < self._fewest_groups:
-            raise GradingPoolError(
+            raise self._nothing_learned(failed)(
                 f"step {step}: only {len(groups)} of {len(groups) + len(progress.lost)} groups have a response that "
                 f"could be graded, and policy.minibatches needs {self._fewest_groups}; {self._why(failed)}"
             )
@@ -178,7 +194,7 @@ class RolloutCollector:
         with self._timers("grade"):
             self._sort_out(progress)
         if progress.lost and not progress.groups and not progress.uniform:
-            raise GradingPoolError(
+            raise self._nothing_learned(progress.failures())(
                 f"step {progress.step}: not one response could be graded, so there is nothing to learn from; "
                 f"{self._why(progress.failures())}"
             )
@@ -202,6 +218,9 @@ class RolloutCollector:
             if stop is not None:
                 group.grades[sample].add_done_callback(check_enough)
 
+        def on_failed(index: int, sample: int, kind: FailureKind) -> None:
+            opened[index].failures[sample] = failed_outcome(kind)
+
         sampling = _with_seed(self._sampling, self._seed, progress.step, progress.rounds)
         ids = [group.prompt.token_ids for group in opened]
         left = max(0.1, progress.ends - time.monotonic())
@@ -211,7 +230,18 @@ class RolloutCollector:
             for sample, generation in group.generations.items()
         }
         with self._timers("generate"):
-            if isinstance(self._engine, ResumableEngine):
+            if self._function is not None:
+                prompts = [group.prompt for group in opened]
+                done = {(i, s) for i, group in enumerate(opened) for s in (*group.grades, *group.failures)}
+                self._function.generate(
+                    prompts,
+                    sampling,
+                    deadline=left,
+                    on_finished=on_finished,
+                    on_failed=on_failed,
+                    skip=done,
+                )
+            elif isinstance(self._engine, ResumableEngine):
                 if stop is not None:
                     for grade in (grade for group in opened for grade in group.grades.values()):
                         grade.add_done_callback(check_enough)  # at once where it is there already
@@ -260,8 +290,19 @@ class RolloutCollector:
     def _why(self, failed: Counter[str]) -> str:
         """How many responses could not be graded, and why the last one."""
         counts = " and ".join(f"{count} {outcome}" for outcome, count in sorted(failed.items()))
+        if self._nothing_learned(failed) is FunctionFailed and self._function is not None:
+            last = self._function.last_trouble
+            return f"{counts}; the last one: {last}. Correct rollout.function, or raise rollout.function_deadline"
         last = self._grading.last_trouble
         return f"{counts}; the last one: {last}. Correct reward.function, or raise reward.deadline"
+
+    def _nothing_learned(self, failed: Counter[str]) -> type[GradingPoolError] | type[FunctionFailed]:
+        """Whose fault it is that there are too few samples: of the function's, where most failures are its."""
+        if self._function is None:
+            return GradingPoolError
+        return (
+            FunctionFailed if 2 * sum(failure_counts(failed).values()) >= failed.total() else GradingPoolError
+        )
 
     def _stand_ins(self, step: int, found: int, uniform: list[Group]) -> list[Group]:
         """Uniform groups for a step that found too few others; says so once in a run."""

@@ -21,6 +21,7 @@ class OpenGroup:
     """One prompt on its way to `size` graded responses.
 
     generations: sample -> finished or (`abort`) unfinished response. texts, grades: of the finished ones.
+    failures: sample -> outcome, where `rollout.function` made none.
     overdue: a response has been given up for its age: this time the step waits for it, or the longest ones would be
     begun again and again and never be trained on.
     """
@@ -31,11 +32,12 @@ class OpenGroup:
     generations: dict[int, Generation] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
     grades: dict[int, Future[Grade]] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
     overdue: bool = False
 
     def finished(self) -> bool:
         """Whether every response has ended; grades may still be on their way."""
-        return len(self.grades) == self.size
+        return len(self.grades) + len(self.failures) == self.size
 
     def graded(self) -> bool:
         """Whether every response is graded too."""
@@ -64,6 +66,11 @@ class OpenGroup:
         samples: list[Sample] = []
         ungraded: list[Sample] = []
         for number in range(self.size):
+            if number in self.failures:
+                nothing = Generation([], [], "length", weight_version=0)  # type: ignore[arg-type]
+                outcome = self.failures[number]
+                ungraded.append(Sample(self.prompt.token_ids, nothing, "", scored=False, outcome=outcome))
+                continue
             generation = self.generations[number]
             grade = self.grades[number].result(timeout=max(0.1, ends - time.monotonic()))
             (ungraded if grade.failed else samples).append(
@@ -106,6 +113,7 @@ def generation_state(generation: Generation) -> dict[str, Any]:
         "zc_logprob": generation.zc_logprob,
         "spans": [[span.version, span.tokens] for span in generation.spans],
         "routed_experts": None if routed is None else array_state(routed),
+        "sampled": None if generation.sampled is None else array_state(generation.sampled),
     }
 
 
@@ -113,14 +121,19 @@ def generation_from(state: Mapping[str, Any]) -> Generation:
     """The inverse of `generation_state`."""
     values = dict(state)
     spans = tuple(WeightSpan(version, tokens) for version, tokens in values.pop("spans"))
-    routed = values.pop("routed_experts", None)  # older checkpoints have none
+    routed, sampled = values.pop("routed_experts", None), values.pop("sampled", None)  # older ones have none
     # Older ones have lists of numbers, which become the same arrays.
     ids, logprobs = (
         array_from(saved) if isinstance(saved := values.pop(name), dict) else saved
         for name in ("response_ids", "logprobs")
     )
     return Generation(
-        ids, logprobs, **values, spans=spans, routed_experts=None if routed is None else array_from(routed)
+        ids,
+        logprobs,
+        **values,
+        spans=spans,
+        routed_experts=None if routed is None else array_from(routed),
+        sampled=None if sampled is None else array_from(sampled),
     )
 
 

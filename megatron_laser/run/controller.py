@@ -10,7 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.config import RunConfig, read_architecture, rollout_tries
+from megatron_laser.config import (
+    RunConfig,
+    evaluation_max_new_tokens,
+    longest_sequence,
+    read_architecture,
+    rollout_tries,
+)
+from megatron_laser.config.derived import function_deadline
 from megatron_laser.data import PromptCursor
 from megatron_laser.data.tokenizer import decode_response
 from megatron_laser.evaluation.validation import RunEvaluation
@@ -22,6 +29,7 @@ from megatron_laser.rollout.ahead import RolloutAhead
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.endings import watch_endings
 from megatron_laser.rollout.engine import StoppedEarly
+from megatron_laser.rollout.function.runner import SampleFunction
 from megatron_laser.run.engines import WorkResult, await_servers, call_engine, open_engine
 from megatron_laser.run.inputs import RunInputs
 from megatron_laser.run.recorder import RunRecorder
@@ -67,6 +75,7 @@ class Controller:
             workers=config.reward.workers, deadline=config.reward.deadline, function=config.reward.function
         )
         self._close_later("grading workers", self._grading.close)
+        self._function = self._open_function()
         rollout = config.rollout
         engine_scores = config.laser.enabled and config.laser.score_source == "server"
         self._collector = RolloutCollector(
@@ -94,6 +103,7 @@ class Controller:
             max_staleness=rollout.max_staleness,
             ahead=rollout.ahead,
             endings=watch_endings(config, inputs.stop_token_ids, inputs.tokenizer),
+            function=self._function,
         )
         self._ahead = RolloutAhead(self._collector, inputs.train) if rollout.ahead else None
         if self._ahead is not None:
@@ -115,7 +125,30 @@ class Controller:
             score_token_id=inputs.score_token_id,
             last_step=last_step,
             say=self._record.message,
+            function=self._function,
         )
+
+    def _open_function(self) -> SampleFunction | None:
+        """What makes the samples where the engine alone does not (`rollout.function`)."""
+        config, inputs = self._config, self._inputs
+        if config.rollout.function is None:
+            return None
+        architecture = read_architecture(config.model.path)
+        function = SampleFunction(
+            config.rollout.function,
+            self.engine,
+            options=config.rollout.function_options,
+            deadline=function_deadline(config),
+            tokenizer=inputs.tokenizer,
+            vocab_size=architecture.vocab_size,
+            longest=max(
+                longest_sequence(config), config.data.max_prompt_tokens + evaluation_max_new_tokens(config)
+            ),
+            max_positions=architecture.max_position_embeddings,
+            score_token_id=inputs.score_token_id,
+        )
+        self._close_later("rollout function", function.close)
+        return function
 
     def _close_later(self, what: str, close: Callable[[], object]) -> None:
         """What ends the run is not to be hidden by what fails while it ends."""

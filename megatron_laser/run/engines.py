@@ -22,6 +22,7 @@ from megatron_laser.rollout.client.identify import SIZES, Expected
 from megatron_laser.rollout.endings import NothingEnds
 from megatron_laser.rollout.endpoints import Endpoints, EndpointsError, ServerEndpoint, read_endpoints
 from megatron_laser.rollout.engine import RolloutEngine, takes_seeds
+from megatron_laser.rollout.function.runner import FunctionFailed
 from megatron_laser.rollout.servers import ServeProcess
 from megatron_laser.weight_sync.checksums import ServerLayout
 from megatron_laser.weight_sync.colocated import ColocatedTransport
@@ -116,7 +117,7 @@ def call_engine(phase: str, work: Callable[[], None]) -> WorkResult:
     except WeightsNeeded as error:
         logger.warning("%s: %s", phase, error)
         return NEEDS_WEIGHTS
-    except (ServersLost, ServerError, TimeoutError, GradingPoolError, NothingEnds) as error:
+    except (ServersLost, ServerError, TimeoutError, GradingPoolError, FunctionFailed, NothingEnds) as error:
         return f"{phase}: {error}"
     except OSError as error:
         return f"{phase}: {type(error).__name__}: {error}"

@@ -33,7 +33,7 @@ _MAY_CHANGE = {
     "rollout": {
         *("deadline", "max_concurrency_per_server", "min_servers", "servers_deadline", "sglang"),
         *("weight_sync", "sync_folder", "sync_bucket_mib", "sync_flatten", "sync_deadline", "sync_address"),
-        "verify_sync",
+        *("verify_sync", "function_deadline"),
     },
     "reward": {"workers", "deadline"},
     "optimizer": {

@@ -176,7 +176,7 @@ def _tokens(flat: FlatBatch, unit: Sequence[int]) -> int:
 
 def _forward_flops(flat: FlatBatch, architecture: Architecture, unit: Sequence[int]) -> int:
     prompt = int(flat.prompt_lengths[unit[0]])
-    alone = [forward_flops(architecture, int(flat.lengths[i]), int(flat.response_lengths[i])) for i in unit]
+    alone = [forward_flops(architecture, int(flat.lengths[i]), int(flat.sampled_lengths[i])) for i in unit]
     return sum(alone) - (len(unit) - 1) * forward_flops(architecture, prompt - 1, 0)
 
 
@@ -193,9 +193,9 @@ def _minibatch(
     experts: Experts | None,
     share_prompts: bool,
 ) -> MiniBatch:
-    num_tokens = int(flat.response_lengths[members].sum())
+    num_tokens = int(flat.sampled_lengths[members].sum())
     weights = sequence_token_weights(
-        torch.from_numpy(flat.response_lengths[members].astype(np.int64)),
+        torch.from_numpy(flat.sampled_lengths[members].astype(np.int64)),
         config.policy.loss_aggregation,
         num_samples=len(members),
         num_tokens=num_tokens,

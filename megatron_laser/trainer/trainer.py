@@ -148,7 +148,7 @@ class Trainer:
         device = platform.device()
         batch = BatchTensors(
             advantages=advantages.to(device),
-            means=ResponseMeans(lengths.to(device), self._context_ranks),
+            means=ResponseMeans(torch.from_numpy(flat.sampled_lengths).to(device), self._context_ranks),
             points=self._readouts.tensors(flat, data.points, references, device),
             engine_zc_logprobs=zc_logprobs.to(device) if self._engine_scores else None,
         )

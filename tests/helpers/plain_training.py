@@ -69,11 +69,13 @@ class PlainTrainer:
         return policy, logits[-1].log_softmax(-1)
 
     def logprobs(self, model: torch.nn.Module, flat: FlatBatch, i: int):
-        """Response log-probs, their rows' entropies, and log pi(z_c) behind the response."""
+        """Log-probs of sampled response tokens, their rows' entropies, and log pi(z_c) behind the response."""
         policy, last = self.rows(model, flat, i)
         ids = torch.from_numpy(flat.response_ids(i).astype("int64"))
         zc = None if self.settings.score_token is None else last[self.settings.score_token]
-        return policy.gather(1, ids[:, None]).squeeze(1), -(policy.exp() * policy).sum(-1), zc
+        logprobs, entropies = policy.gather(1, ids[:, None]).squeeze(1), -(policy.exp() * policy).sum(-1)
+        mask = sampled_of(flat, i)
+        return logprobs[mask], entropies[mask], zc
 
     def step(self, flat: FlatBatch, *, with_loss: bool, with_mixing: bool) -> dict:
         """One rollout batch; losses are means over the optimizer steps, TOKEN_MEANS over all their tokens."""
@@ -100,7 +102,7 @@ class PlainTrainer:
                 sums[name] += values[name] / (s.minibatches * s.epochs)
             for name in TOKEN_MEANS:
                 token_sums[name] += values[name]
-            tokens += sum(int(flat.response_lengths[i]) for i in members)
+            tokens += sum(int(sampled_of(flat, i).sum()) for i in members)
         token_means = {name: value / tokens for name, value in token_sums.items()}
         return sums | token_means | {"scores": scores, "advantages": advantages}
 
@@ -131,7 +133,7 @@ class PlainTrainer:
 
     def update(self, flat, members, advantages, before, frozen, with_loss) -> dict[str, float]:
         s = self.settings
-        lengths = {i: int(flat.response_lengths[i]) for i in members}
+        lengths = {i: int(sampled_of(flat, i).sum()) for i in members}
         row_weight = {  # of every token of response i
             "token_mean": lambda i: 1 / sum(lengths.values()),
             "sequence_mean_token_mean": lambda i: 1 / (len(members) * max(lengths[i], 1)),
@@ -150,7 +152,8 @@ class PlainTrainer:
         for i in members:
             logprobs, entropies, zc = self.logprobs(self.model, flat, i)
             start = flat.response_offsets[i]
-            rollout = torch.from_numpy(flat.rollout_logprobs[start : start + len(logprobs)]).double()
+            end = start + flat.response_lengths[i]
+            rollout = torch.from_numpy(flat.rollout_logprobs[start:end]).double()[sampled_of(flat, i)]
             old = {"rollout": rollout, "recompute": before[i][0], "on_policy": logprobs.detach()}[
                 s.old_logprobs
             ]
@@ -191,6 +194,14 @@ class PlainTrainer:
     def more_losses(self, flat, members) -> torch.Tensor | float:
         """What a kind of model adds to the loss of one update, after the forwards of `members`."""
         return 0.0
+
+
+def sampled_of(flat: FlatBatch, i: int) -> torch.Tensor:
+    """[tokens] bool: the response tokens that the policy sampled, and not an environment."""
+    start, length = int(flat.response_offsets[i]), int(flat.response_lengths[i])
+    if not len(flat.sampled):
+        return torch.ones(length, dtype=torch.bool)
+    return torch.tensor([bool(flat.sampled[start + t]) for t in range(length)], dtype=torch.bool)
 
 
 def unbiased_std(values: list[float]) -> float:

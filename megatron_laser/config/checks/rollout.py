@@ -15,7 +15,7 @@ SYNC_MARGIN = 1.1
 def rollout_problems(config: RunConfig) -> list[str]:
     """Problems of the rollout section with itself and with others; one line each."""
     rollout = config.rollout
-    problems = [*_nucleus_problems(rollout), *_staleness_problems(config)]
+    problems = [*_nucleus_problems(rollout), *_staleness_problems(config), *_function_problems(config)]
     if rollout.engine == "in_process":
         if rollout.sglang.quantization is not None:
             problems.append(
@@ -43,6 +43,31 @@ def _nucleus_problems(rollout: RolloutConfig) -> list[str]:
         "would be that of another policy than the one that sampled. Use 1.0, and a lower rollout.temperature to sample "
         "less widely; evaluation.top_p may be below 1"
     ]
+
+
+def _function_problems(config: RunConfig) -> list[str]:
+    """What a `rollout.function` cannot be combined with."""
+    rollout = config.rollout
+    if rollout.function is None:
+        given = rollout.function_options
+        return [f"rollout.function_options: {given} without rollout.function; name one"] if given else []
+    problems = []
+    if rollout.oversample > 1:
+        problems.append(
+            f"rollout.function with rollout.oversample: {rollout.oversample:g}: a function cannot be stopped in the "
+            "middle of a sample and go on in the next step; use oversample: 1"
+        )
+    if config.moe.routing_replay:
+        problems.append(
+            "rollout.function with moe.routing_replay: true: the experts of a sample of several turns are not put "
+            "together; use routing_replay: false"
+        )
+    if rollout.function_deadline is not None and rollout.function_deadline > rollout.deadline:
+        problems.append(
+            f"rollout.function_deadline: {rollout.function_deadline:g} is longer than rollout.deadline "
+            f"{rollout.deadline:g}; one slow sample would stop the run: lower the first or raise the second"
+        )
+    return problems
 
 
 def _seed_problems(rollout: RolloutConfig) -> list[str]:

@@ -8,6 +8,7 @@ from typing import assert_never
 
 from megatron_laser.config.checks.rollout import off_policy_reason
 from megatron_laser.config.derived import (
+    function_deadline,
     mixing_first_step,
     old_policy_pass_kind,
     optimizer_steps,
@@ -86,10 +87,11 @@ def rollout_features(config: RunConfig) -> list[tuple[str, bool, str]]:
     rollout = config.rollout
     if rollout.engine == "in_process":
         detail = f"rank 0 generates, up to {rollout.max_batch_size} sequences at once, from its own copy of the weights"
-        return [("rollout", True, f"in_process: {detail}")]
+        return [("rollout", True, f"in_process: {detail}"), *_function(config)]
     reason = off_policy_reason(rollout)
     return [
         ("rollout", True, f"sglang: {_servers(rollout)}"),
+        *_function(config),
         ("weight sync", True, _sync(rollout)),
         *_quantization(rollout),
         (
@@ -100,6 +102,15 @@ def rollout_features(config: RunConfig) -> list[tuple[str, bool, str]]:
             else "none: every response comes from the weights that are trained on it",
         ),
     ]
+
+
+def _function(config: RunConfig) -> list[tuple[str, bool, str]]:
+    """Nothing where the policy answers in one piece."""
+    rollout, seconds = config.rollout, function_deadline(config)
+    if rollout.function is None:
+        return []
+    detail = f"{rollout.function} makes each sample, in rank 0's process, in at most {seconds:g} s"
+    return [("rollout function", True, detail)]
 
 
 def _servers(rollout: RolloutConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from megatron_laser.config.addresses import host_and_port
 from megatron_laser.config.schema.fields import (
@@ -113,7 +113,20 @@ class RolloutConfig(Section):
     """Largest number of steps by which a token's weights may be older than those that are trained; a partial
     response of an earlier step that would pass it is generated anew, and then the step waits for it."""
     max_new_tokens: Count = 8192
-    """Longest response, in tokens. A response cut here has no score."""
+    """Longest response, in tokens. A response cut here has no score. With `function` it counts what the environment
+    writes, too."""
+    function: Text | None = None
+    """An async function of yours that makes a sample, of several turns, with tools or an environment:
+    `path/to/file.py:function` or `package.module:function`, see [rollout.md](rollout.md#a-function-of-yours). null: the
+    policy answers in one piece. It is checked before the run starts; runs in the process of rank 0; and makes the
+    responses of the run's evaluations as well."""
+    function_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of `function`: `{max_turns: 4}`."""
+    function_deadline: Positive | None = None
+    """Seconds that `function` may take for one sample, waiting for servers included; null: 600, or half of `deadline`
+    where that is less. A sample that takes longer, an
+    error, or an impossible sample is counted (`function_failed_timeout`, `_error`, `_invalid`) and left out of the
+    step; a step without any sample stops the run."""
     temperature: Positive = 1.0
     """Sampling temperature. Response log-probs are of logits / temperature; the score never is."""
     top_p: TopP = 1.0
@@ -156,3 +169,12 @@ class RolloutConfig(Section):
     the first update of them are always compared."""
     sglang: SglangConfig = Field(default_factory=SglangConfig)
     """The servers."""
+
+    @field_validator("function")
+    @classmethod
+    def _has_module_and_name(cls, value: str | None) -> str | None:
+        if value is not None:
+            module, _, function = value.rpartition(":")
+            if not (module and function.isidentifier()):
+                raise ValueError("expected 'path/to/file.py:function' or 'package.module:function'")
+        return value

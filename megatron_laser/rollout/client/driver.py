@@ -127,6 +127,33 @@ class Driver:
             await finished.end()
         return results
 
+    async def generate_one(
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams,
+        weights: Weights,
+        *,
+        ends: float,
+        cached_on: dict[int, Member],
+    ) -> Generation | None:
+        """One response, among other requests; `cached_on`: {0: the server that knows what `ids` begin with}, or {}."""
+        async with self._slots:
+            job = _Job(0, 0, ids, None)
+            return await self._generate_one(job, sampling, weights, cached_on, ends, asyncio.Event())
+
+    async def score_one(
+        self,
+        ids: Sequence[int],
+        token_id: int,
+        weights: Weights,
+        *,
+        ends: float,
+        cached_on: Mapping[int, Member],
+    ) -> float:
+        """One score; arguments as in `generate_one`."""
+        async with self._slots:
+            return await self._score_one(ids, token_id, weights, cached_on.get(0), ends)
+
     async def score(
         self, sequences: Sequence[Sequence[int]], token_id: int, weights: Weights, *, ends: float
     ) -> list[float]:

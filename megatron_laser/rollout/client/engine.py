@@ -223,6 +223,28 @@ class SglangEngine:
         work = self._driver.score(sequences, token_id, self._weights(), ends=time.monotonic() + deadline)
         return self.run(work, deadline, "scoring")
 
+    async def generate_one(
+        self, ids: Sequence[int], sampling: SamplingParams, *, ends: float, cached_on: dict[int, Member]
+    ) -> Generation:
+        """One response, for code that is awaited in `loop`; cancelled, its request is aborted on the server.
+
+        Args:
+            ends: by time.monotonic().
+            cached_on: see `Driver.generate_one`.
+
+        Raises as `generate` does.
+        """
+        self._check_ids([ids])
+        work = self._driver.generate_one(ids, sampling, self._weights(), ends=ends, cached_on=cached_on)
+        return require_finished(await work)
+
+    async def score_one(
+        self, ids: Sequence[int], token_id: int, *, ends: float, cached_on: Mapping[int, Member]
+    ) -> float:
+        """One score; as `generate_one`."""
+        self._check_ids([ids, [token_id]])
+        return await self._driver.score_one(ids, token_id, self._weights(), ends=ends, cached_on=cached_on)
+
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `RolloutEngine.update_weights`; by the engine's transport.
 

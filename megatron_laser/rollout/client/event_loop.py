@@ -24,6 +24,11 @@ class LoopThread:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
+    @property
+    def ident(self) -> int:
+        """The thread's, as `sys._current_frames` names it."""
+        return self._thread.ident or 0
+
     def run(self, work: Coroutine[Any, Any, T], deadline: float, late: Callable[[], str]) -> T:
         """The result of `work`, which runs in the thread.
 
