@@ -15,6 +15,7 @@ from megatron_laser.cli import (
     convert,
     env,
     evaluate,
+    metrics,
     replay,
     report,
     score,
@@ -38,6 +39,7 @@ app.command("check")(check.check)
 app.command("report")(report.report)
 app.command("eval")(evaluate.evaluate)
 app.command("score")(score.score)
+app.command("metrics")(metrics.metrics)
 app.command("calibrate")(calibrate.calibrate)
 app.command("serve")(serve.serve)
 app.command("convert")(convert.convert)

@@ -32,10 +32,20 @@ def score(
     model: Model,
     source: Annotated[
         Path | None,
-        typer.Argument(help="JSON Lines: prompt, messages or prompt_ids, and response or response_ids."),
+        typer.Argument(
+            help="JSON Lines: prompt, messages or prompt_ids, and response or response_ids. Or the --output of a "
+            "finished `megatron-laser eval`, of this model or another: its responses."
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="File to write; by default SOURCE with .scored before the suffix.")
+        Path | None,
+        typer.Option(
+            help="File to write; by default SOURCE with .scored before the suffix (a folder: SOURCE.scored.jsonl)."
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Of an evaluation: only this benchmark; may be given several times."),
     ] = None,
     serve: Annotated[
         bool,
@@ -89,11 +99,17 @@ def score(
 
     A file:    megatron-laser score runs/tiny_sum/laser answers.jsonl
 
+    An evaluation, perhaps of another model: megatron-laser score MODEL runs/eval --output scores.jsonl; how good these
+    scores are says `megatron-laser metrics scores.jsonl`. Of a later checkpoint over the initial model's answers it is
+    how far c_ref has moved.
+
     A server:  megatron-laser score runs/tiny_sum/laser --serve --port 8100, then any OpenAI client with base_url
     http://127.0.0.1:8100/v1; extra_body={"k": 16} asks for 16 samples. The answer's score is in choices[0].score.
     """
     if serve == (source is not None):
-        raise typer.BadParameter("give either a JSON Lines file or --serve")
+        raise typer.BadParameter("give either a JSON Lines file (or an evaluation's folder) or --serve")
+    if only and (source is None or not source.is_dir()):
+        raise typer.BadParameter("--only is for the folder of an evaluation")
     require_positive("--deadline", deadline)
     choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
     folder = model_folder(model, score_token, ref_logprob, beta, stop_token_id)
@@ -122,10 +138,25 @@ def score(
     from megatron_laser.testtime.scoring import read_answers, score_file
 
     assert source is not None
-    answers = read_answers(
-        folder, source, apply_chat_template=template, prompt_suffix=suffix, end_token_id=end_token_id
-    )
-    target = output or source.with_name(f"{source.stem}.scored{source.suffix}")
+    if source.is_dir():
+        from megatron_laser.testtime.evaluation_answers import read_evaluation_answers
+
+        answers = read_evaluation_answers(
+            folder,
+            source,
+            only=only or (),
+            apply_chat_template=chat_template
+            if chat_template is not None
+            else folder.from_run.get("apply_chat_template"),
+            prompt_suffix=folder.from_run.get("prompt_suffix") if prompt_suffix is None else prompt_suffix,
+            end_token_id=end_token_id,
+        )
+        target = output or source.absolute().with_name(f"{source.absolute().name}.scored.jsonl")
+    else:
+        answers = read_answers(
+            folder, source, apply_chat_template=template, prompt_suffix=suffix, end_token_id=end_token_id
+        )
+        target = output or source.with_name(f"{source.stem}.scored{source.suffix}")
     with PinnedWeights(choice, folder, deadline=deadline, identify=False) as weights:
         counts = score_file(
             Scorer(weights.engine(), folder, end_token_id=end_token_id),
@@ -139,3 +170,13 @@ def score(
         f"{counts['rows']:.0f} rows, {counts['scored']:.0f} with a score (mean {counts['score_mean']:.3f}), "
         f"{counts['right']:.0f} called right; wrote {target}"
     )
+    if counts["scored"]:
+        typer.echo(
+            f"log-prob of the score token: mean {counts['zc_mean']:.3f}, standard deviation {counts['zc_std']:.3f} nats"
+            f" (ref_logprob {folder.ref_logprob:g})"
+        )
+    if "zc_change" in counts:
+        typer.echo(
+            f"change against the source's own log-probs: {counts['zc_change']:+.3f} nats (standard deviation "
+            f"{counts['zc_change_std']:.3f}); where the answers are the initial model's, so far has c_ref moved"
+        )

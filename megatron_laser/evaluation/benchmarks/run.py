@@ -288,7 +288,7 @@ def _write_results(
         "beta": model.beta,
         "targets": list(model.targets),
         "benchmarks": details,
-        "average": _average(details),
+        "average": averages(details),
     }
     write_atomically(output / "results.json", json.dumps(as_json(results), indent=1) + "\n")
     report = write_benchmark_report(as_json(results), scores, output)
@@ -296,7 +296,7 @@ def _write_results(
     return results
 
 
-def _average(details: dict[str, dict[str, Any]]) -> dict[str, float]:
+def averages(details: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Means over the benchmarks, as the paper's table has them: each benchmark counts once."""
     names = ("accuracy", "self_reward_f1", "boxed_self_reward_f1", "released_self_reward_f1")
     names += ("self_reward_auroc", "self_reward_ece")
