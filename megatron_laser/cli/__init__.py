@@ -21,6 +21,7 @@ from megatron_laser.cli import (
     score,
     serve,
     train,
+    verify,
 )
 from megatron_laser.cli.errors import Commands
 
@@ -39,6 +40,7 @@ app.command("check")(check.check)
 app.command("report")(report.report)
 app.command("eval")(evaluate.evaluate)
 app.command("score")(score.score)
+app.command("verify")(verify.verify)
 app.command("metrics")(metrics.metrics)
 app.command("calibrate")(calibrate.calibrate)
 app.command("serve")(serve.serve)

@@ -66,6 +66,36 @@ def read_evaluation_answers(
     return Answers(rows, pairs, frozenset(forced))
 
 
+def read_evaluation_sequences(
+    model: ModelFolder,
+    folder: Path,
+    *,
+    only: Sequence[str] = (),
+    apply_chat_template: bool | None = None,
+    prompt_suffix: str | None = None,
+) -> Answers:
+    """The same rows with whole responses, cut off ones too, and the end only where the response wrote one.
+
+    Raises as `read_evaluation_answers` does.
+    """
+    rows: list[dict[str, Any]] = []
+    pairs: list[tuple[list[int], list[int]]] = []
+    for one in read_finished(folder, only=only):
+        pairs += prompt_and_response_ids(
+            one, model, apply_chat_template=apply_chat_template, prompt_suffix=prompt_suffix
+        )
+        for record in one.records:
+            row = _row(one.name, record)
+            rows.append({name: value for name, value in row.items() if not name.startswith("forced")})
+    for row, (prompt, response) in zip(rows, pairs, strict=True):
+        if len(prompt) + len(response) > model.max_positions:
+            raise TestTimeError(
+                f"{folder}: {row['benchmark']} row {row['row']}, sample {row['sample']}: "
+                f"{len(prompt) + len(response)} tokens, but {model.path} reads {model.max_positions}"
+            )
+    return Answers(rows, pairs)
+
+
 def prompt_and_response_ids(
     finished: FinishedBenchmark,
     model: ModelFolder,

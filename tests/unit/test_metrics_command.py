@@ -2,12 +2,17 @@
 
 import json
 import math
+import re
 import shutil
 
+import numpy as np
 import pytest
+import torch
 from helpers.tiny_run import write_tiny_run
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from megatron_laser.algorithms.metrics import spearman
 from megatron_laser.cli import app
 from megatron_laser.evaluation import read_records
 from megatron_laser.testtime import load_model_folder
@@ -104,6 +109,72 @@ def test_the_metrics_of_an_evaluation_are_its_own_and_other_scores_replace_them(
     assert result.exit_code == 2 and "95 of the 96 responses have no row" in " ".join(result.output.split())
 
 
+def test_a_verdict_is_asked_for_in_a_second_prompt_and_judged_like_a_score(folder, tmp_path):
+    (tmp_path / "prompt.txt").write_text("{problem} {response}")  # the model reads 64 tokens
+    options = [
+        "--template",
+        tmp_path / "prompt.txt",
+        "--right-pattern",
+        r"\b1\b",
+        "--wrong-pattern",
+        r"\b2\b",
+    ]
+    options += ["--verdicts", "2", "--max-new-tokens", "8", "--no-chat-template", "--batch", "64"]
+    said = invoke("verify", folder, folder / "eval", *options, "--output", tmp_path / "verified.jsonl")
+    rows = lines(tmp_path / "verified.jsonl")
+    verdicts = [verdict for row in rows for verdict in row["verdicts"]]
+    assert len(rows) == 96 and {True, False, None} == set(verdicts)
+    told = f"96 responses, 192 verdicts, {verdicts.count(None)} of them say neither"
+    assert told in said and "F1" in said
+    for text, verdict in zip([t for row in rows for t in row["verdict_texts"]], verdicts):
+        last = [word for word in text.split() if word in ("1", "2")][-1:]
+        assert verdict == {("1",): True, ("2",): False}.get(tuple(last))
+    invoke("metrics", tmp_path / "verified.jsonl", "--output", tmp_path / "out", "--workers", "1")
+    found = judged(tmp_path / "out")
+    assert found["num_scored"] == sum(row["score"] is not None for row in rows)
+    called = [row["score"] > 0.5 for row in rows if row["score"] is not None and row["reward"] > 0.5]
+    assert found["self_reward_accuracy_correct"] == pytest.approx(sum(called) / len(called))
+    assert found["released_self_reward_accuracy_incorrect"] > 0
+
+
+def test_log_ratios_are_those_of_plain_transformers(folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    shutil.copytree(folder, base, ignore=shutil.ignore_patterns("eval"))
+    state = load_file(base / "model.safetensors")
+    save_file(
+        {name: value * 1.25 for name, value in state.items()}, base / "model.safetensors", {"format": "pt"}
+    )
+    target = tmp_path / "ratios.jsonl"
+    said = invoke("score", folder, folder / "eval", "--reference", base, "--output", target)
+    rows = lines(target)
+    saved = {
+        (row["row"], row["sample"]): row["response_ids"]
+        for row in lines(folder / "eval/problems/responses.jsonl")
+    }
+    networks = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (folder, base)]
+    for row in rows[::9]:
+        response = saved[row["row"], row["sample"]]
+        prompt = [4 + row["row"] // 4, 24, 4 + row["row"] % 4, 27]
+        ids = torch.tensor([[*prompt, *response]])
+        sums = []
+        for network in networks:
+            with torch.no_grad():
+                logprobs = network(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            sums.append(float(logprobs.gather(1, ids[0, len(prompt) :, None]).sum()))
+        assert row["logprob"] == pytest.approx(sums[0], abs=1e-3)
+        assert row["score"] == row["log_ratio"] == pytest.approx(sums[0] - sums[1], abs=1e-3)
+    ratios, lengths = [row["log_ratio"] for row in rows], [row["response_ids_length"] for row in rows]
+    found = re.search(r"Spearman (-?[\d.]+), Pearson (-?[\d.]+)", said)
+    assert float(found[1]) == pytest.approx(spearman(ratios, lengths), abs=6e-4)
+    assert float(found[2]) == pytest.approx(np.corrcoef(ratios, lengths)[0, 1], abs=6e-4)
+    other = write_tiny_run(tmp_path / "other").parent
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"17"', '"x"'))
+    said = invoke("score", folder, folder / "eval", "--reference", other, exit_code=2)
+    assert "its tokenizer is not" in " ".join(said.split())
+
+
 def test_another_tokenizer_gets_the_texts_and_the_same_one_the_sampled_ids(folder, tmp_path):
     (one,) = read_finished(folder / "eval")
     model = load_model_folder(folder, score_token="<|score|>", ref_logprob=-3.5, beta=0.5)
@@ -128,6 +199,11 @@ def test_another_tokenizer_gets_the_texts_and_the_same_one_the_sampled_ids(folde
         (["metrics", "FILE", "--only", "x"], "--only is for the folder"),
         (["metrics", "EVAL", "--output", "EVAL"], "whose results it would replace"),
         (["metrics", "EVAL", "--only", "aime"], "--only aime: "),
+        (
+            ["score", "MODEL", "FILE", "--reference", "MODEL", "--url", "http://a:1"],
+            "both models are loaded in this",
+        ),
+        (["verify", "MODEL", "FILE", "--only", "x"], "--only is for the folder of an evaluation"),
         (["score", "MODEL", "FILE", "--only", "x"], "--only is for the folder of an evaluation"),
     ],
 )
