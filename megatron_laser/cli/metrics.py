@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -55,14 +56,16 @@ def metrics(
 
     A row of rm.jsonl: {"benchmark": "aime24", "row": 0, "sample": 3, "score": 1.25}
     """
-    if source.is_dir() and not only:
-        only = []
-    elif only and not source.is_dir():
+    if only and not source.is_dir():
         raise typer.BadParameter("--only is for the folder of an evaluation")
     if scores is not None and not source.is_dir():
         raise typer.BadParameter(
             "--scores is for the folder of an evaluation; the scores of a file stand in its rows"
         )
+    if source.is_dir() and scores is None and (sigmoid or score_key != "score"):
+        raise typer.BadParameter("--sigmoid and --score-key are for scores in a file; name it with --scores")
+    if not math.isfinite(threshold):
+        raise typer.BadParameter(f"--threshold {threshold}: expected a finite number")
     require_positive("--workers", workers)
     require_positive("--grading-deadline", grading_deadline)
     prepare_process("WARNING", is_main=True)

@@ -5,6 +5,7 @@ Every verdict is on disk as it arrives, beside the file that is written; the sam
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -24,6 +25,7 @@ from megatron_laser.evaluation.progress import Progress
 from megatron_laser.evaluation.responses import ResponseFile, Sampler, SavedResponse
 from megatron_laser.evaluation.weight_identity import WeightsChanged
 from megatron_laser.files import plain, through_links, write_atomically
+from megatron_laser.rollout.client.errors import ServerError
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.testtime.finished import read_finished
 from megatron_laser.testtime.prompts import prompt_token_ids
@@ -111,14 +113,13 @@ def verify_file(
     )
     with PinnedWeights(choice, model, deadline=deadline, engine=engine) as weights:
         kept = _kept_path(target, weights.identity, prompts, sampling, choice)
-        verdicts = _sample(weights, prompts, sampling, choice, kept, target.name, deadline)
         try:
-            weights.check()
-        except WeightsChanged as error:
-            kept.replace(kept.with_suffix(".mixed"))
-            raise WeightsChanged(
-                f"{error}. Verdicts of two models may be in {kept.with_suffix('.mixed')}"
-            ) from None
+            verdicts = _sample(weights, prompts, sampling, choice, kept, target.name, deadline)
+        except Exception:
+            with contextlib.suppress(ServerError):  # one that is gone; the next attempt asks again
+                _check(weights, kept)  # what is kept for that attempt must be of one model
+            raise
+        _check(weights, kept)
     written = []
     for row, found in zip(rows, verdicts, strict=True):
         texts = [model.decode(one.text_ids) for one in found]
@@ -162,6 +163,17 @@ def verdict_summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         "f1": of_judged.f1,
         "strict_f1": of_all.f1,
     }
+
+
+def _check(weights: PinnedWeights, kept: Path) -> None:
+    try:
+        weights.check()
+    except WeightsChanged as error:
+        mixed = kept.with_suffix(".mixed")
+        kept.replace(mixed)
+        raise WeightsChanged(
+            f"{error}. Verdicts of two models may be in {mixed}, which counts for nothing; the same command starts anew"
+        ) from None
 
 
 def _problem(row: dict[str, Any]) -> Any:

@@ -64,11 +64,7 @@ def test_its_commands_parse(line):
 
 
 def test_a_command_that_does_not_parse_is_seen():
-    for line in (
-        "megatron-laser eval MODEL x.yaml --scores y",
-        "megatron-laser verify MODEL",
-        "megatron-laser paper x",
-    ):
+    for words in ("eval MODEL x.yaml --scores y", "verify MODEL", "paper x"):
         with pytest.raises((Exception, SystemExit), match=r"[Nn]o such option|[Mm]issing|no command"):
             parse(f"megatron-laser {words}")
 

@@ -198,6 +198,8 @@ def test_another_tokenizer_gets_the_texts_and_the_same_one_the_sampled_ids(folde
         (["metrics", "FILE", "--scores", "x.jsonl"], "--scores is for the folder of an evaluation"),
         (["metrics", "FILE", "--only", "x"], "--only is for the folder"),
         (["metrics", "EVAL", "--output", "EVAL"], "whose results it would replace"),
+        (["metrics", "EVAL", "--sigmoid"], "--sigmoid and --score-key are for scores in a file"),
+        (["metrics", "FILE", "--threshold", "nan"], "expected a finite number"),
         (["metrics", "EVAL", "--only", "aime"], "--only aime: "),
         (
             ["score", "MODEL", "FILE", "--reference", "MODEL", "--url", "http://a:1"],

@@ -5,7 +5,9 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from megatron_laser.evaluation.weight_identity import WeightsChanged
 from megatron_laser.rollout.in_process import InProcessEngine
 from megatron_laser.testtime import EngineChoice, TestTimeError
 from megatron_laser.testtime.self_verification import (
@@ -83,11 +85,14 @@ def test_the_summary_counts_what_cannot_be_read_and_keeps_both_f1_apart():
 class Judge:
     """Says `SAYS` of the last token of the response that it is shown; may be killed after some verdicts."""
 
-    def __init__(self, *, dies_after=None):
-        self.dies_after, self.asked = dies_after, []
+    def __init__(self, *, dies_after=None, trains=False):
+        self.dies_after, self.trains, self.asked = dies_after, trains, []
+
+    error = KeyboardInterrupt
 
     def named_parameters(self):
-        return {}  # the weights by which verdicts are known again
+        """The weights by which verdicts are known again; `trains` changes them after the first call."""
+        return {"weight": torch.tensor([float(self.trains and len(self.asked) > 0)])}
 
     def generate(self, prompts, sampling, *, deadline, on_finished=None, stop=None):
         results = []
@@ -99,7 +104,7 @@ class Judge:
             ]
             for sample, generation in enumerate(group):
                 if self.dies_after is not None and len(self.asked) > self.dies_after:
-                    raise KeyboardInterrupt
+                    raise self.error
                 on_finished(number, sample, generation)
             results.append(group)
         return results
@@ -161,6 +166,17 @@ def test_after_a_kill_only_what_is_missing_is_asked_for_and_other_settings_begin
     verify_file(folder(), ROWS, target, choice, SETTINGS, deadline=60, engine=again)
     assert again.asked == [[7, 1], [7, 2]]
     assert target.read_text() == (tmp_path / "other.jsonl").read_text()
+
+
+def test_verdicts_of_weights_that_changed_meanwhile_are_set_aside(ids_of_digits, tmp_path):
+    target = tmp_path / "out.jsonl"
+    for error, judge in ((None, Judge(trains=True)), (TimeoutError, Judge(trains=True, dies_after=4))):
+        judge.error = error or KeyboardInterrupt
+        with pytest.raises(WeightsChanged, match=r"Verdicts of two models may be in .*\.mixed"):
+            verify_file(folder(), ROWS, target, EngineChoice(), SETTINGS, deadline=60, engine=judge)
+        (left,) = tmp_path.iterdir()
+        assert left.suffix == ".mixed"
+        left.unlink()
 
 
 def test_prompts_that_do_not_fit_are_counted_before_anything_is_loaded(tmp_path):
