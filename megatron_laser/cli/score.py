@@ -119,7 +119,7 @@ def score(
     http://127.0.0.1:8100/v1; extra_body={"k": 16} asks for 16 samples. The answer's score is in choices[0].score.
     """
     if serve == (source is not None):
-        raise typer.BadParameter("give either a JSON Lines file (or an evaluation's folder) or --serve")
+        raise typer.BadParameter("give either a JSON Lines file or --serve")
     if only and (source is None or not source.is_dir()):
         raise typer.BadParameter("--only is for the folder of an evaluation")
     if reference is not None and (serve or url):

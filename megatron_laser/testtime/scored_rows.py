@@ -123,7 +123,7 @@ def join_scores(
     by_name = {one.name: one for one in finished}
     rows_of_ids = {one.name: {name: row for row, name in one.ids().items()} for one in finished}
     open_ones = {(one.name, record.row, record.sample): record for one in finished for record in one.records}
-    total, places = len(open_ones), {}
+    places: dict[tuple[str, int, int], str] = {}
     scores: dict[tuple[str, int, int], float | None] = {}
     for place, row in json_rows(path):
         name = row.get("benchmark", finished[0].name if len(finished) == 1 else None)
@@ -144,13 +144,18 @@ def join_scores(
     if missing := [key for key in open_ones if key not in scores]:
         shown = "; ".join(f"{name} row {row} sample {sample}" for name, row, sample in missing[:_SHOWN])
         raise TestTimeError(
-            f"{path}: {len(missing)} of the {total} responses have no row ({shown}); write `{column.key}`: null for a "
-            "response that got no score"
+            f"{path}: {len(missing)} of the {len(open_ones)} responses have no row ({shown}); write "
+            f"`{column.key}`: null for a response that got no score"
         )
-    cleared = {"forced_score": None, "forced_zc_logprob": None, "zc_logprob": None}
     return {
         one.name: [
-            replace(record, score=scores[one.name, record.row, record.sample], **cleared)
+            replace(
+                record,
+                score=scores[one.name, record.row, record.sample],
+                zc_logprob=None,
+                forced_score=None,
+                forced_zc_logprob=None,
+            )
             for record in one.records
         ]
         for one in finished

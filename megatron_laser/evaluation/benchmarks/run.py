@@ -298,8 +298,10 @@ def _write_results(
 
 def averages(details: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Means over the benchmarks, as the paper's table has them: each benchmark counts once."""
-    names = ("accuracy", "self_reward_f1", "boxed_self_reward_f1", "released_self_reward_f1")
-    names += ("self_reward_auroc", "self_reward_ece")
+    names = (
+        *("accuracy", "self_reward_f1", "boxed_self_reward_f1", "released_self_reward_f1"),
+        *("self_reward_auroc", "self_reward_ece"),
+    )
     summaries = [detail["summary"] for detail in details.values()]
     return {
         name: sum(summary[name] for summary in summaries) / len(summaries)
