@@ -15,11 +15,13 @@ from megatron_laser.cli import (
     convert,
     env,
     evaluate,
+    metrics,
     replay,
     report,
     score,
     serve,
     train,
+    verify,
 )
 from megatron_laser.cli.errors import Commands
 
@@ -38,6 +40,8 @@ app.command("check")(check.check)
 app.command("report")(report.report)
 app.command("eval")(evaluate.evaluate)
 app.command("score")(score.score)
+app.command("verify")(verify.verify)
+app.command("metrics")(metrics.metrics)
 app.command("calibrate")(calibrate.calibrate)
 app.command("serve")(serve.serve)
 app.command("convert")(convert.convert)

@@ -57,6 +57,7 @@ def evaluate(
     repeatable: bool = True,
     on_response: Callable[[int, bool], None] | None = None,
     stop: StopEarly | None = None,
+    force_end_below: int = 0,
 ) -> EvaluationSummary:
     """Answer every prompt `sampling.samples_per_prompt` times and judge the answers and their scores.
 
@@ -78,6 +79,8 @@ def evaluate(
         on_response: called with each response's number of tokens, and whether it is new; first with those that were
             there already.
         stop: set, it ends the evaluation within seconds; what has been sampled by then is in `responses_path`.
+        force_end_below: responses with a box that did not end by themselves are scored behind a forced end token, for
+            `released_convention`, where prompt, response and that token are fewer tokens than this. 0: none.
 
     Raises:
         StoppedEarly: `stop` was set.
@@ -102,7 +105,18 @@ def evaluate(
     ):
         ends = time.monotonic() + deadline
         sampler = Sampler(engine, sampling, score_token_id, responses, repeatable, count, ends, stop)
-        job = _Job(engine, sampling, decode, grading, score_token_id, ref_logprob, beta, targets, ends)
+        job = _Job(
+            engine,
+            sampling,
+            decode,
+            grading,
+            score_token_id,
+            ref_logprob,
+            beta,
+            targets,
+            ends,
+            force_end_below,
+        )
         for prompt in prompts:
             for record in known.get(prompt.row, []):
                 count(record.response_ids_length, False)
@@ -146,27 +160,31 @@ class _Job:
     beta: float
     targets: tuple[float, float]
     ends: float
+    force_end_below: int
 
     def judge(self, prompts: Sequence[Prompt], groups: list[list[SavedResponse]]) -> list[EvaluationRecord]:
         """The records of all responses, prompt after prompt."""
         texts = [[self.decode(response.text_ids) for response in group] for group in groups]
+        answers = [[extract_answer(text) for text in group_texts] for group_texts in texts]
         zc_logprobs = self._score(prompts, groups)
+        forced = self._score_behind_forced_end(prompts, groups, answers)
         pairs = [(text, prompt.answer) for prompt, group in zip(prompts, texts) for text in group]
         grades = iter(self.grading.grade_many(pairs, deadline=self._left("grade")))
         records: list[EvaluationRecord] = []
-        for prompt, group, group_texts, group_zc in zip(prompts, groups, texts, zc_logprobs):
-            extracted = [extract_answer(text) for text in group_texts]
+        for place_of_prompt, (prompt, group) in enumerate(zip(prompts, groups)):
+            extracted = answers[place_of_prompt]
             classes = equivalence_classes(extracted, self._left("compare answers"), pool=self.grading)
             for place, response in enumerate(group):
                 records.append(
                     self._record(
                         prompt,
                         response,
-                        text=group_texts[place],
+                        text=texts[place_of_prompt][place],
                         grade=next(grades),
                         extracted=extracted[place],
                         answer_class=classes[place],
-                        zc_logprob=group_zc[place],
+                        zc_logprob=zc_logprobs[place_of_prompt][place],
+                        forced_zc_logprob=forced.get((place_of_prompt, place)),
                     )
                 )
         return records
@@ -193,12 +211,42 @@ class _Job:
                 values[i][j] = answer
         for prompt, row in zip(prompts, values):
             for value in row:
-                if value is not None and not math.isfinite(value):
-                    raise RuntimeError(
-                        f"the engine returned log-prob {value} of score token {self.score_token_id} for a "
-                        f"response to row {prompt.row}; expected a finite number: check the weights"
-                    )
+                if value is not None:
+                    self._check_finite(value, prompt)
         return values
+
+    def _score_behind_forced_end(
+        self,
+        prompts: Sequence[Prompt],
+        groups: list[list[SavedResponse]],
+        answers: list[list[str | None]],
+    ) -> dict[tuple[int, int], float]:
+        """(prompt, response) -> zc_logprob of those that have a box and no end, see `force_end_below`."""
+        if self.score_token_id is None or self.ref_logprob is None or not self.force_end_below:
+            return {}
+        stops = self.sampling.stop_token_ids
+        found = {
+            (i, j): [*prompts[i].token_ids, *response.response_ids, stops[0]]
+            for i, group in enumerate(groups)
+            for j, response in enumerate(group)
+            if answers[i][j] is not None and not response.is_scored(stops)
+        }
+        found = {place: ids for place, ids in found.items() if len(ids) < self.force_end_below}
+        if not found:
+            return {}
+        values = self.engine.score(
+            list(found.values()), self.score_token_id, deadline=self._left("score behind a forced end")
+        )
+        for (i, _), value in zip(found, values, strict=True):
+            self._check_finite(value, prompts[i])
+        return dict(zip(found, values))
+
+    def _check_finite(self, value: float, prompt: Prompt) -> None:
+        if not math.isfinite(value):
+            raise RuntimeError(
+                f"the engine returned log-prob {value} of score token {self.score_token_id} for a "
+                f"response to row {prompt.row}; expected a finite number: check the weights"
+            )
 
     def _record(
         self,
@@ -210,6 +258,7 @@ class _Job:
         extracted: str | None,
         answer_class: int | None,
         zc_logprob: float | None,
+        forced_zc_logprob: float | None,
     ) -> EvaluationRecord:
         return EvaluationRecord(
             row=prompt.row,
@@ -227,6 +276,8 @@ class _Job:
             score=self._self_reward(zc_logprob),
             mean_logprob=response.mean_logprob,
             answer_class=answer_class,
+            forced_zc_logprob=forced_zc_logprob,
+            forced_score=self._self_reward(forced_zc_logprob),
         )
 
     def _self_reward(self, zc_logprob: float | None) -> float | None:

@@ -29,6 +29,8 @@ class EvaluationRecord:
             `zc_logprob`.
         mean_logprob: mean log-prob of the response's tokens under sampling temperature; None if empty.
         answer_class: equal for equal answers to the same problem; None abstains.
+        forced_zc_logprob, forced_score: of a response with a box that did not end by itself, behind an end token that
+            it did not write: what the released evaluator calls its score (`released_convention`). None: not asked.
     """
 
     row: int
@@ -46,6 +48,8 @@ class EvaluationRecord:
     score: float | None
     mean_logprob: float | None
     answer_class: int | None
+    forced_zc_logprob: float | None = None
+    forced_score: float | None = None
 
     @property
     def right(self) -> bool:

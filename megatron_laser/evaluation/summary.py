@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from megatron_laser.algorithms.metrics import auroc, bootstrap_interval, spearman, verification_metrics
 from megatron_laser.algorithms.voting import FloatArray, VotingCurves, voting_curves
 from megatron_laser.evaluation.records import EvaluationRecord
+from megatron_laser.evaluation.released_convention import released_summary
+from megatron_laser.evaluation.verification_intervals import released_intervals, verification_intervals
 
 _CURVES = {
     "average": "average",
@@ -28,7 +30,6 @@ _LOGPROB_CURVES = {"logprob_majority": "weighted_majority", "best_by_logprob": "
 LENGTH_BINS = 5
 RELIABILITY_BINS = 10
 _LEVEL = 0.95
-_METRIC_RESAMPLES = 400  # each one sorts all scores; enough for two digits of an interval
 # first minus second, over the same subsets of responses
 _DIFFERENCES = {
     "weighted_minus_majority": ("weighted_majority", "majority"),
@@ -36,11 +37,16 @@ _DIFFERENCES = {
     "best_minus_average": ("best_of", "average"),
 }
 _SUMMARY_DIFFERENCES = ("weighted_minus_majority", "best_minus_average")
-_INTERVALS_OF = ("accuracy_correct", "accuracy_incorrect", "f1", "accuracy", "auroc", "ece", "brier")
 
 
 def summarize(
-    records: Sequence[EvaluationRecord], *, seed: int = 0, subsets: int = 200, num_resamples: int = 1000
+    records: Sequence[EvaluationRecord],
+    *,
+    seed: int = 0,
+    subsets: int = 200,
+    num_resamples: int = 1000,
+    threshold: float = 0.5,
+    missing_is_zero: bool = False,
 ) -> dict[str, float]:
     """Everything that is reported about an evaluation, as flat names.
 
@@ -52,6 +58,8 @@ def summarize(
     - `self_reward_<metric>`: `verification_metrics` over the responses that have a score and a grade (their number
       is `num_scored`), `boxed_self_reward_<metric>` over those that also have a boxed answer
       (`num_scored_boxed`). A response without a score has no part in them, and weight 0 in votes;
+    - `released_self_reward_<metric>`: the same metrics as the released evaluator counts them, see
+      `released_convention`; NaN where a response with a box that was cut off has not been scored;
     - `length_auroc` and `mean_logprob_auroc` over the same responses, for comparison with
       `self_reward_auroc`. They are raw: the chance that a right response is the longer (the more probable)
       one, so a length AUROC below 0.5 says that shorter responses are right more often;
@@ -65,6 +73,8 @@ def summarize(
         seed: of random subsets and of the bootstrap, which resamples problems.
         subsets: random orders of each problem's responses for the vote curves.
         num_resamples: of the bootstrap.
+        threshold: a response is called right when its score exceeds it.
+        missing_is_zero: see `released_convention.released_scores`.
 
     Raises:
         ValueError: no records.
@@ -81,8 +91,9 @@ def summarize(
         "num_scored_boxed": len(boxed),
     }
     summary |= _voting(problems, seed=seed, subsets=subsets, resamples=num_resamples)
-    summary |= _verification(scored, "")
-    summary |= _verification(boxed, "boxed_")
+    summary |= _verification(scored, "", threshold)
+    summary |= _verification(boxed, "boxed_", threshold)
+    summary |= released_summary(records, threshold=threshold, missing_is_zero=missing_is_zero)
     summary |= _score_statistics(scored)
     summary |= _zc_statistics(records)
     summary |= _response_statistics(records)
@@ -123,13 +134,14 @@ def vote_curves(problems: list[list[EvaluationRecord]], *, seed: int, subsets: i
     """Way of choosing -> accuracy with k = 1..K responses, each [problems, K]. See `algorithms.voting`.
 
     average and pass (pass@k) always; majority where answers can be compared (`no_votes`); weighted_majority (weights
-    clamp(r_s, 0, 1)) and best_of (by raw score) where there are scores, too; logprob_majority (weights e^(mean token
-    log-prob), as in DeepConf, arXiv 2508.15260, with the log-prob of the sampled tokens in place of the top-k
-    confidence) and best_by_logprob, what a user would try without a trained score. All votes are over the same random
-    subsets. The best is the best of those with an answer, or of all where answers cannot be compared.
+    clamp(r_s, 0, 1)) and best_of (by raw score) where there are scores, too; where there are log-probs logprob_majority
+    (weights e^(mean token log-prob), as in DeepConf, arXiv 2508.15260, with the log-prob of the sampled tokens in place
+    of the top-k confidence) and best_by_logprob, what a user would try without a trained score. All votes are over the
+    same random subsets. The best is the best of those with an answer, or of all where answers cannot be compared.
     """
     everything = [record for problem in problems for record in problem]
     has_scores = any(record.score is not None for record in everything)
+    has_logprobs = any(record.mean_logprob is not None for record in everything)
     can_vote = not no_votes(everything)
 
     def curves_of(weights: list[list[float | None]]) -> VotingCurves:
@@ -153,7 +165,9 @@ def vote_curves(problems: list[list[EvaluationRecord]], *, seed: int, subsets: i
     return {
         name: curve
         for name, curve in curves.items()
-        if (has_scores or name not in _NEED_SCORES) and (can_vote or name not in _NEED_ANSWERS)
+        if (has_scores or name not in _NEED_SCORES)
+        and (has_logprobs or name not in _LOGPROB_CURVES)
+        and (can_vote or name not in _NEED_ANSWERS)
     }
 
 
@@ -188,14 +202,16 @@ def _difference(name: str, curves: FloatArray, seed: int, resamples: int) -> dic
     return {name: float(last.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
-def _verification(records: list[EvaluationRecord], prefix: str) -> dict[str, float]:
+def _verification(records: list[EvaluationRecord], prefix: str, threshold: float) -> dict[str, float]:
     """Scores, and what needs no score, judged by how well they tell right from wrong."""
     scores = [record.score for record in records]
     labels = [float(record.right) for record in records]
-    metrics = verification_metrics(scores, labels)._asdict()
+    metrics = verification_metrics(scores, labels, threshold=threshold)._asdict()
     return {f"{prefix}self_reward_{name}": value for name, value in metrics.items()} | {
         f"{prefix}length_auroc": auroc([record.response_ids_length for record in records], labels),
-        f"{prefix}mean_logprob_auroc": auroc([record.mean_logprob for record in records], labels),
+        f"{prefix}mean_logprob_auroc": math.nan
+        if any(record.mean_logprob is None for record in records)
+        else auroc([record.mean_logprob for record in records], labels),
     }
 
 
@@ -236,9 +252,15 @@ def _response_statistics(records: Sequence[EvaluationRecord]) -> dict[str, float
 
 
 def evaluation_detail(
-    records: Sequence[EvaluationRecord], *, seed: int = 0, subsets: int = 200, num_resamples: int = 1000
+    records: Sequence[EvaluationRecord],
+    *,
+    seed: int = 0,
+    subsets: int = 200,
+    num_resamples: int = 1000,
+    threshold: float = 0.5,
+    missing_is_zero: bool = False,
 ) -> dict[str, Any]:
-    """All numbers of an evaluation, as results.json holds them.
+    """All numbers of an evaluation, as results.json holds them; the arguments are those of `summarize`.
 
     Returns:
         summary: see `summarize`.
@@ -246,15 +268,22 @@ def evaluation_detail(
         curves: way -> {"mean", "low", "high"}, lists over k = 1..K; see `vote_curves`. The intervals are 95 %
             bootstraps over problems, with the same resampled problems for every way and every k.
         differences: the same for pairs of ways, whose intervals say whether one is better.
-        verification: "all" responses with a score, and the "boxed" ones among them: metric ->
-            {"value", "low", "high"}.
+        verification: "all" responses with a score, the "boxed" ones among them, and where it is known "released", all
+            responses as the released evaluator counts them: metric -> {"value", "low", "high"}.
         by_length: see `accuracy_by_length`.
         reliability: see `reliability_bins`.
 
     Raises:
         ValueError: no records.
     """
-    summary = summarize(records, seed=seed, subsets=subsets, num_resamples=num_resamples)
+    summary = summarize(
+        records,
+        seed=seed,
+        subsets=subsets,
+        num_resamples=num_resamples,
+        threshold=threshold,
+        missing_is_zero=missing_is_zero,
+    )
     problems = by_problem(records)
     curves = vote_curves(problems, seed=seed, subsets=subsets)
     picks = np.random.default_rng(seed).integers(len(problems), size=(num_resamples, len(problems)))
@@ -265,14 +294,16 @@ def evaluation_detail(
     }
     scored = [[record for record in problem if record.verifiable] for problem in problems]
     boxed = [[record for record in problem if record.extracted is not None] for problem in scored]
+    released = released_intervals(problems, picks, threshold, missing_is_zero)
     return {
         "summary": summary,
         "no_votes": no_votes(records) or None,
         "curves": {name: _with_interval(values, picks) for name, values in curves.items()},
         "differences": {name: _with_interval(values, picks) for name, values in differences.items()},
         "verification": {
-            "all": _verification_intervals(scored, picks[:_METRIC_RESAMPLES]),
-            "boxed": _verification_intervals(boxed, picks[:_METRIC_RESAMPLES]),
+            "all": verification_intervals(scored, picks, threshold),
+            "boxed": verification_intervals(boxed, picks, threshold),
+            **({} if released is None else {"released": released}),
         },
         "by_length": accuracy_by_length(records),
         "reliability": reliability_bins(records),
@@ -335,32 +366,3 @@ def _with_interval(values: FloatArray, picks: NDArray[np.int64]) -> dict[str, li
     means = np.stack([values[row].mean(axis=0) for row in picks])
     low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
     return {"mean": values.mean(axis=0).tolist(), "low": low.tolist(), "high": high.tolist()}
-
-
-def _verification_intervals(
-    problems: list[list[EvaluationRecord]], picks: NDArray[np.int64]
-) -> dict[str, dict[str, float]]:
-    """Each metric with its interval; resamples in which it is undefined are left out."""
-    scores = [np.array([record.score for record in problem], dtype=np.float64) for problem in problems]
-    labels = [np.array([record.right for record in problem], dtype=np.float64) for problem in problems]
-
-    def metrics(order: Sequence[int] | NDArray[np.int64]) -> tuple[float, ...]:
-        joined = verification_metrics(
-            np.concatenate([scores[i] for i in order]), np.concatenate([labels[i] for i in order])
-        )._asdict()
-        return tuple(joined[name] for name in _INTERVALS_OF)
-
-    values = metrics(range(len(problems)))
-    resampled = np.array([metrics(row) for row in picks])
-    return {
-        name: {"value": value, **_quantiles(resampled[:, column])}
-        for column, (name, value) in enumerate(zip(_INTERVALS_OF, values))
-    }
-
-
-def _quantiles(values: FloatArray) -> dict[str, float]:
-    values = values[~np.isnan(values)]
-    if values.size == 0:
-        return {"low": math.nan, "high": math.nan}
-    low, high = np.quantile(values, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return {"low": float(low), "high": float(high)}

@@ -39,9 +39,11 @@ _METRICS = {
 _READING = """\
 Right and wrong are the verifier's verdicts on the last box of a response. The score is r_s = beta (log pi(score token
 | problem, response) − c_ref), on a scale where 1 and 0 are what right and wrong responses are trained towards; a
-response is called right when it exceeds 0.5, and counts clamp(r_s, 0, 1) in a weighted majority. F1 is the harmonic
-mean of the accuracies on right and on wrong responses. A truncated response has no score: it has weight 0 in weighted
-votes and no part in the score's metrics. "Boxed" leaves out responses without an answer. Mean log-prob is the
+response is called right when it exceeds the threshold (0.5 where none is named above), and counts clamp(r_s, 0, 1) in a
+weighted majority. F1 is the harmonic mean of the accuracies on right and on wrong responses. A truncated response has
+no score: it has weight 0 in weighted votes and no part in the score's metrics. "Boxed" leaves out responses without an
+answer. "Released" is the convention of the paper's released evaluator: all responses count, one without a box has
+score 0, one that was cut off behind a box has the score that stands behind a forced end token. Mean log-prob is the
 baseline that needs no training: weights e^(mean token log-prob), as in DeepConf with the sampled tokens' log-probs.
 pass@k is the unbiased estimate over all subsets; average, pass@k and best-of-k are exact expectations, the majorities
 are means over random subsets of each problem's responses. Intervals are 95 % bootstraps
@@ -73,7 +75,8 @@ def write_benchmark_report(
         ]
         if detail["summary"]["num_scored"]:
             sections += ["### The score against the verifier\n", _verification(detail)]
-        sections += ["### By length\n", _by_length(detail)]
+        if detail["by_length"]:
+            sections += ["### By length\n", _by_length(detail)]
     sections += ["## How to read this\n", _READING]
     path = output / "report.md"
     write_atomically(path, "\n".join(sections))
@@ -81,6 +84,8 @@ def write_benchmark_report(
 
 
 def _setting(results: Mapping[str, Any]) -> str:
+    if "judged" in results:  # scores that somebody gave: see `testtime.score_report`
+        return f"{results['judged']}\n"
     score = "no score token: no scores"
     if results["score_token_id"] is not None:
         reference = results["ref_logprob"]
@@ -94,9 +99,9 @@ def _setting(results: Mapping[str, Any]) -> str:
 def overview(results: Mapping[str, Any]) -> str:
     """The first table: a line for each benchmark."""
     lines = [
-        "| benchmark | problems × K | average | pass@K | majority@K | by log-prob@K | weighted@K | best@K | F1 | AUROC "
-        "| truncated |",
-        "|---|" + "---:|" * 10,
+        "| benchmark | problems × K | average | pass@K | majority@K | by log-prob@K | weighted@K | best@K | F1 "
+        "| F1 (released) | AUROC | truncated |",
+        "|---|" + "---:|" * 11,
     ]
     for name, detail in results["benchmarks"].items():
         summary = detail["summary"]
@@ -106,14 +111,15 @@ def overview(results: Mapping[str, Any]) -> str:
         )
         keys = (
             *("pass", "majority", "logprob_majority", "weighted_majority", "best_of"),
-            *("self_reward_f1", "self_reward_auroc", "truncated_fraction"),
+            *("self_reward_f1", "released_self_reward_f1", "self_reward_auroc", "truncated_fraction"),
         )
         cells = [count, interval, *(_number(summary.get(key)) for key in keys)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     average = results["average"]
     if len(results["benchmarks"]) > 1:
         cells = ["", _number(average.get("accuracy")), *[""] * 5]
-        cells += [_number(average.get("self_reward_f1")), _number(average.get("self_reward_auroc")), ""]
+        shown = ("self_reward_f1", "released_self_reward_f1", "self_reward_auroc")
+        cells += [*(_number(average.get(name)) for name in shown), ""]
         lines.append("| **mean** | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -125,12 +131,19 @@ def _facts(detail: Mapping[str, Any]) -> str:
         for name, value in summary.items()
         if name.startswith("outcome/")
     )
+    sampling = ""
+    if settings:
+        sampling = (
+            f" at temperature {settings['temperature']:g}, top-p {settings['top_p']:g}, up to "
+            f"{settings['max_new_tokens']} tokens"
+        )
+    length, boxed = summary["response_length_mean"], summary["boxed_fraction"]
+    mean = "" if length is None or math.isnan(length) else f"mean {length:.0f}; "
     return (
-        f"{summary['num_problems']:.0f} problems, {summary['num_responses']:.0f} responses at temperature "
-        f"{settings['temperature']:g}, top-p {settings['top_p']:g}, up to {settings['max_new_tokens']} tokens "
-        f"(mean {summary['response_length_mean']:.0f}; {summary['truncated_fraction']:.1%} truncated). "
+        f"{summary['num_problems']:.0f} problems, {summary['num_responses']:.0f} responses{sampling} "
+        f"({mean}{summary['truncated_fraction']:.1%} truncated). "
         f"Grades: {outcomes}. {summary['num_scored']:.0f} responses have a score, "
-        f"{summary['boxed_fraction']:.1%} a boxed answer.\n"
+        f"{'an unknown share' if boxed is None or math.isnan(boxed) else f'{boxed:.1%}'} a boxed answer.\n"
     )
 
 
@@ -188,21 +201,22 @@ def _differences(detail: Mapping[str, Any]) -> str:
 def _verification(detail: Mapping[str, Any]) -> str:
     summary, verification = detail["summary"], detail["verification"]
     lines = [
-        f"| | all {summary['num_scored']:.0f} scored | the {summary['num_scored_boxed']:.0f} with a boxed answer |",
-        "|---|---:|---:|",
+        f"| | all {summary['num_scored']:.0f} scored | the {summary['num_scored_boxed']:.0f} with a boxed answer "
+        f"| released: all {summary['num_responses']:.0f} |",
+        "|---|---:|---:|---:|",
     ]
     for name, label in _METRICS.items():
         cells = (
-            f"{_number(entry['value'])} {_interval(entry['low'], entry['high'])}"
-            for entry in (verification["all"][name], verification["boxed"][name])
+            f"{_number(entry['value'])} {_interval(entry['low'], entry['high'])}" if entry else "–"
+            for entry in (verification.get(kind, {}).get(name) for kind in ("all", "boxed", "released"))
         )
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     for name, label in (
         ("mean_logprob_auroc", "AUROC of mean log-prob"),
         ("length_auroc", "AUROC of length"),
     ):
-        lines.append(f"| {label} | {_number(summary[name])} | {_number(summary['boxed_' + name])} |")
-    lines.append(f"| Spearman(score, length) | {_number(summary['score_length_spearman'])} | |")
+        lines.append(f"| {label} | {_number(summary[name])} | {_number(summary['boxed_' + name])} | |")
+    lines.append(f"| Spearman(score, length) | {_number(summary['score_length_spearman'])} | | |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Test time: evaluate on benchmarks, score given answers, serve votes, calibrate a score token."""
+"""Test time: score given answers, judge anybody's scores, ask for verdicts, serve votes, calibrate a score token."""
 
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.engine_choice import EngineChoice, open_engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,10 +155,14 @@ def _check(model: ModelFolder, place: int, prompt: Sequence[int], sequence: Sequ
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Rows of a file as they are, and for each (prompt ids, response ids); no response ids: it was cut off."""
+    """Rows of a file as they are, and for each (prompt ids, response ids); no response ids: it was cut off.
+
+    forced: places of those that were cut off and have an end put behind them; what is found there is `forced_score`.
+    """
 
     rows: list[dict[str, Any]]
     pairs: list[tuple[list[int], list[int]]]
+    forced: frozenset[int] = frozenset()
 
 
 def read_answers(
@@ -170,7 +175,8 @@ def read_answers(
 ) -> Answers:
     """Read a JSON Lines file and check all of it; needs no engine, so it comes before one is opened.
 
-    A row has `prompt` (text), `messages` (a chat) or `prompt_ids`; and `response` (text) or `response_ids`. A
+    A row has `prompt` (text), `messages` (a chat) or `prompt_ids`, or `problem` as records of evaluations do; and
+    `response` (text) or `response_ids`. A
     `finish_reason` other than "stop" means: no score.
 
     Args:
@@ -180,7 +186,7 @@ def read_answers(
         TestTimeError: a row does not fit; names the line.
     """
     end = end_token(model, end_token_id)
-    rows = list(_rows(source))
+    rows = list(json_rows(source))
     if not rows:
         raise TestTimeError(f"{source}: no rows; expected one JSON object on each line")
     pairs = [_pair(place, row, model, end, apply_chat_template, prompt_suffix) for place, row in rows]
@@ -203,7 +209,9 @@ def score_file(
         check: called before `target` is written; raises when the scores are not of one model.
 
     Returns:
-        rows, scored, right (called so) and score_mean.
+        rows, scored, right (called so), score_mean, and of the score token's log-prob zc_mean and zc_std (the c_ref of
+        this model, NaN without scores); where rows had one before (an evaluation of another model) zc_change and
+        zc_change_std, of now minus then.
 
     Raises:
         RuntimeError, TimeoutError: as in `Scorer.score_ids`, and what `check` raises; `target` is then as it was.
@@ -213,18 +221,29 @@ def score_file(
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     scores: list[float] = []
+    zc_logprobs: list[float] = []
+    changes: list[float] = []
     try:
         with partial.open("w", encoding="utf-8") as file:
             for start in range(0, len(rows), batch):
                 results = scorer.score_ids(pairs[start : start + batch], deadline=deadline)
-                for row, result in zip(rows[start : start + batch], results):
+                for place, result in enumerate(results, start=start):
+                    row, own = rows[place], result
+                    if place in answers.forced:
+                        row = row | {"forced_score": result.score, "forced_zc_logprob": result.zc_logprob}
+                        own = Scored(None, None, None)
                     added = {
-                        "score": plain(result.score),
-                        "zc_logprob": plain(result.zc_logprob),
-                        "right": result.right,
+                        "score": plain(own.score),
+                        "zc_logprob": plain(own.zc_logprob),
+                        "right": own.right,
                     }
                     file.write(json.dumps(row | added, ensure_ascii=False) + "\n")
-                    scores += [] if result.score is None else [result.score]
+                    if own.score is None or own.zc_logprob is None:
+                        continue
+                    scores.append(own.score)
+                    zc_logprobs.append(own.zc_logprob)
+                    before = row.get("given_zc_logprob", row.get("zc_logprob"))
+                    changes += [own.zc_logprob - before] if isinstance(before, float) else []
         check()
         replace_file(partial, target)
     finally:
@@ -233,11 +252,23 @@ def score_file(
         "rows": len(rows),
         "scored": len(scores),
         "right": sum(score > THRESHOLD for score in scores),
-        "score_mean": math.fsum(scores) / len(scores) if scores else math.nan,
+        "score_mean": _mean(scores),
+        "zc_mean": _mean(zc_logprobs),
+        "zc_std": _std(zc_logprobs),
+        **({"zc_change": _mean(changes), "zc_change_std": _std(changes)} if changes else {}),
     }
 
 
-def _rows(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _std(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def json_rows(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of each line of a JSON Lines file. Raises TestTimeError: one is no JSON object."""
     if not source.is_file():
         raise TestTimeError(f"{source}: no such file")
     with source.open("rb") as file:
@@ -264,9 +295,11 @@ def _pair(
     apply_chat_template: bool,
     prompt_suffix: str,
 ) -> tuple[list[int], list[int]]:
+    names = ("prompt", "messages", "prompt_ids")
+    asked = row if any(row.get(name) is not None for name in names) else {"prompt": row.get("problem")}
     try:
         prompt = prompt_token_ids(
-            row, model.tokenizer, apply_chat_template=apply_chat_template, prompt_suffix=prompt_suffix
+            asked, model.tokenizer, apply_chat_template=apply_chat_template, prompt_suffix=prompt_suffix
         )
         if "response_ids" in row:
             response = _ids(row["response_ids"], "response_ids")

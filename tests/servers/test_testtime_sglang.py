@@ -125,6 +125,43 @@ def test_scores_of_a_file_are_those_of_the_model_in_this_process(server, own_sco
     assert None not in theirs and theirs == pytest.approx(ours, abs=1e-4)
 
 
+def test_a_finished_evaluation_is_scored_and_verified_by_the_server(server, own_scores, tmp_path):
+    output = tmp_path / "eval"
+    invoke(server, "eval", server.model / "problems.jsonl", "--output", output, "--workers", "1")
+    invoke(server, "score", output, "--output", tmp_path / "scored.jsonl")
+    rows = lines(tmp_path / "scored.jsonl")
+    records = lines(output / "problems" / "records.jsonl")
+    answers = {
+        (a["row"], a["sample"]): a["response_ids"] for a in lines(output / "problems" / "responses.jsonl")
+    }
+    forced = [record for record in records if record["forced_score"] is not None]
+    assert forced and all(record["score"] is None and record["extracted"] is not None for record in forced)
+    ours = own_scores(
+        [
+            (
+                [4 + record["row"] // 4, 24, 4 + record["row"] % 4, 27],
+                [*answers[record["row"], record["sample"]], 1],
+            )
+            for record in forced
+        ]
+    )
+    assert [record["forced_score"] for record in forced] == pytest.approx(ours, abs=1e-4)
+    for name in ("score", "forced_score"):
+        for row, record in zip(rows, records, strict=True):
+            assert row[name] == pytest.approx(record[name], abs=1e-4)
+
+    template = tmp_path / "prompt.txt"
+    template.write_text("{problem} {response}")
+    arguments = [output, "--template", template, "--right-pattern", r"\b1\b", "--wrong-pattern", r"\b2\b"]
+    arguments += ["--max-new-tokens", 8, "--no-chat-template", "--output", tmp_path / "verified.jsonl"]
+    shared = ["verify", str(server.model), *map(str, arguments), "--url", server.url]
+    result = CliRunner().invoke(app, shared, env=environment(server))
+    assert result.exit_code == 0, result.output
+    verified = lines(tmp_path / "verified.jsonl")
+    assert len(verified) == RESPONSES and {len(row["verdict_texts"]) for row in verified} == {1}
+    assert f"{RESPONSES} verdicts" in result.output and not list(tmp_path.glob(".*.verdicts"))
+
+
 def test_through_a_router_an_evaluation_has_all_responses_and_scores(server, own_scores, tmp_path):
     with router_before(server, tmp_path / "router.log") as router:
         through = ["--workers", "1", "--router", router.url]

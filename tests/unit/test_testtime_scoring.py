@@ -117,6 +117,23 @@ def test_a_file_gets_scores_beside_its_rows(folder, model, scorer, tmp_path):
     assert (counts["rows"], counts["scored"]) == (3, 2)
 
 
+def test_records_of_an_evaluation_are_answers_too_and_the_change_since_then_is_told(model, scorer, tmp_path):
+    prompt = {"prompt": "1 + 2 ?", "response": "\\boxed{ 7 }"}
+    (now,) = scorer.score([(prompt["prompt"], prompt["response"])])
+    rows = [
+        {"problem": prompt["prompt"], "response": prompt["response"], "zc_logprob": now.zc_logprob - change}
+        for change in (1.5, 0.5)
+    ]
+    source = tmp_path / "validation_step_0.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = read_answers(model, source, apply_chat_template=False, prompt_suffix="")
+    counts = score_file(scorer, answers, tmp_path / "scored.jsonl", deadline=60)
+    assert (counts["zc_change"], counts["zc_change_std"]) == pytest.approx((1.0, math.sqrt(0.5)), abs=1e-5)
+    assert (counts["zc_mean"], counts["zc_std"]) == pytest.approx((now.zc_logprob, 0.0), abs=1e-5)
+    written = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert [row["score"] for row in written] == pytest.approx([now.score] * 2, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -34,6 +34,7 @@ from megatron_laser.evaluation.weight_identity import WeightsChanged
 from megatron_laser.files import write_atomically
 from megatron_laser.report.benchmark_report import write_benchmark_report
 from megatron_laser.rewards import GradingPool, try_reward
+from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.client.errors import ServerError
 from megatron_laser.rollout.engine import RolloutEngine, StopEarly, StoppedEarly, takes_seeds
 from megatron_laser.types import Prompt, SamplingParams
@@ -129,6 +130,7 @@ def _run(
 ) -> None:
     """Answer and judge what is missing; sets the folder aside when the weights were not the same all the time."""
     engine = weights.engine()
+    readable = _longest_sequence(engine, model)
     ends = time.monotonic() + deadline
     with GradingPool(workers=pool[0], deadline=pool[1], function=benchmark.reward) as grading:
         while True:
@@ -160,6 +162,7 @@ def _run(
                         repeatable=choice.repeatable,
                         on_response=watch.response,
                         stop=watch.stop,
+                        force_end_below=readable,
                     )
             except StoppedEarly:
                 _check(weights, folder)  # nothing had changed but a time: go on
@@ -170,6 +173,14 @@ def _run(
                 raise
             _check(weights, folder)
             return
+
+
+def _longest_sequence(engine: RolloutEngine, model: ModelFolder) -> int:
+    """Tokens that model and servers can read."""
+    if not isinstance(engine, SglangEngine):
+        return model.max_positions
+    limits = [facts.longest_input for facts in engine.identify_all().values()]
+    return min([model.max_positions, *(limit for limit in limits if limit is not None)])
 
 
 class _Watch:
@@ -277,7 +288,7 @@ def _write_results(
         "beta": model.beta,
         "targets": list(model.targets),
         "benchmarks": details,
-        "average": _average(details),
+        "average": averages(details),
     }
     write_atomically(output / "results.json", json.dumps(as_json(results), indent=1) + "\n")
     report = write_benchmark_report(as_json(results), scores, output)
@@ -285,9 +296,12 @@ def _write_results(
     return results
 
 
-def _average(details: dict[str, dict[str, Any]]) -> dict[str, float]:
+def averages(details: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Means over the benchmarks, as the paper's table has them: each benchmark counts once."""
-    names = ("accuracy", "self_reward_f1", "boxed_self_reward_f1", "self_reward_auroc", "self_reward_ece")
+    names = (
+        *("accuracy", "self_reward_f1", "boxed_self_reward_f1", "released_self_reward_f1"),
+        *("self_reward_auroc", "self_reward_ece"),
+    )
     summaries = [detail["summary"] for detail in details.values()]
     return {
         name: sum(summary[name] for summary in summaries) / len(summaries)
