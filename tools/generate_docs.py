@@ -50,6 +50,8 @@ def generate() -> str:
         section = field.annotation
         assert isinstance(section, type) and issubclass(section, Section), name
         parts.append(f"## {name}\n\n{_prose(section.__doc__)}\n\n{_table(section)}\n")
+        for key, entry in _entries(section):
+            parts.append(f"### {name}.{key}\n\n{_prose(entry.__doc__)}\n\n{_table(entry)}\n")
     return "\n".join(parts)
 
 
@@ -64,6 +66,20 @@ def _table(section: type[Section]) -> str:
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def _entries(section: type[Section]) -> Iterator[tuple[str, type[Section]]]:
+    """The settings that are lists of tables, with the section that describes one of these."""
+    for key, field in section.model_fields.items():
+        for part in _parts(field.annotation):
+            if part is not field.annotation and isinstance(part, type) and issubclass(part, Section):
+                yield key, part
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _parts(part)
 
 
 def _leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -110,8 +126,12 @@ def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         )
     if origin is dict:
         return "table"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "table"
     if origin is tuple:
         parts = get_args(annotation)
+        if parts[-1] is Ellipsis and isinstance(parts[0], type) and issubclass(parts[0], Section):
+            return "list of tables"
         if parts[-1] is Ellipsis:
             one = describe_type(parts[0])
             return f"{one} or a list of them"

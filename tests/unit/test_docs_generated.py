@@ -24,7 +24,7 @@ def test_the_configuration_page_is_up_to_date():
 def test_every_key_has_a_line_with_a_meaning():
     text = tool.generate()
     for section, keys in key_paths().items():
-        part = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+        part = text.split(f"\n## {section}\n")[1].split("\n## ")[0].split("\n### ")[0]
         for key in keys:
             (line,) = [line for line in part.splitlines() if line.startswith(f"| `{key}` |")]
             assert len(line.rsplit(" | ", 1)[1]) > 12, line

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Coroutine, Mapping
@@ -15,10 +13,10 @@ from typing import Any
 from megatron_laser.config import RunConfig
 from megatron_laser.errors import Finding, UserError
 from megatron_laser.rewards.workers.user_code import definition, described
+from megatron_laser.user_functions import import_file
 
 RolloutFunction = Callable[..., Coroutine[Any, Any, object]]
 
-_FILE_MODULE_PREFIX = "megatron_laser_rollout_file_"
 _ARGUMENTS = "(engine, prompt, sampling, **rollout.function_options)"
 
 
@@ -87,23 +85,13 @@ def _load_file(spec: str, path: Path) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise _error(spec, f"there is no file {path}")
-    name = _FILE_MODULE_PREFIX + hashlib.sha256(str(path).encode()).hexdigest()[:16]
-    if name in sys.modules:
-        return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, path)
-    if found is None or found.loader is None:
-        raise _error(spec, f"{path} cannot be loaded as Python")
     # What lies beside it can be imported; last, so that a file there hides no installed package.
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module
     try:
-        found.loader.exec_module(module)
+        return import_file(path)
     except BaseException as error:
-        del sys.modules[name]
         raise _error(spec, f"running {path} failed: {described(error)}") from error
-    return module
 
 
 def _error(spec: str, problem: str) -> FunctionSpecError:
