@@ -9,9 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from megatron_laser.algorithms.self_reward import self_reward_scores
 from megatron_laser.evaluation.records import (
     EvaluationRecord,
     complete_records,
@@ -19,6 +16,7 @@ from megatron_laser.evaluation.records import (
     write_records,
 )
 from megatron_laser.evaluation.responses import EvaluationEngine, ResponseFile, Sampler, SavedResponse
+from megatron_laser.evaluation.score_rule import ScoreRule
 from megatron_laser.evaluation.summary import summarize
 from megatron_laser.files import plain, write_atomically
 from megatron_laser.rewards import Grade, GradingPool, equivalence_classes, extract_answer
@@ -50,6 +48,7 @@ def evaluate(
     ref_logprob: float | None,
     beta: float,
     targets: tuple[float, float] = (1.0, 0.0),
+    rule: ScoreRule | None = None,
     records_path: Path,
     deadline: float,
     generation_batch: int,
@@ -69,6 +68,7 @@ def evaluate(
         score_token_id: z_c; None for no scores.
         ref_logprob: c_ref; None records zc_logprob but gives no scores (how c_ref is measured).
         beta: beta_v. targets: `laser.targets` of the training run, the scale of the score.
+        rule: how the score is read, in place of these four.
         deadline: seconds for all of it.
         generation_batch: responses asked for in one call of the engine; at least one prompt's.
         responses_path: write every response here as it arrives, and go on from what this file and
@@ -104,16 +104,17 @@ def evaluate(
         ResponseFile(responses_path, skip_rows=known.keys()) as responses,
     ):
         ends = time.monotonic() + deadline
-        sampler = Sampler(engine, sampling, score_token_id, responses, repeatable, count, ends, stop)
+        if rule is None:
+            ids = () if score_token_id is None else (score_token_id,)
+            rule = ScoreRule(ids, ref_logprob, beta, targets)
+        returned = rule.token_ids[0] if rule.is_plain else None
+        sampler = Sampler(engine, sampling, returned, responses, repeatable, count, ends, stop)
         job = _Job(
             engine,
             sampling,
             decode,
             grading,
-            score_token_id,
-            ref_logprob,
-            beta,
-            targets,
+            rule,
             ends,
             force_end_below,
         )
@@ -155,10 +156,7 @@ class _Job:
     sampling: SamplingParams
     decode: Callable[[list[int]], str]
     grading: GradingPool
-    score_token_id: int | None
-    ref_logprob: float | None
-    beta: float
-    targets: tuple[float, float]
+    rule: ScoreRule
     ends: float
     force_end_below: int
 
@@ -194,19 +192,19 @@ class _Job:
     ) -> list[list[float | None]]:
         """zc_logprob of scored responses; the engine is asked for what it did not return with them."""
         values: list[list[float | None]] = [[None] * len(group) for group in groups]
-        if self.score_token_id is None:
+        if not self.rule.token_ids:
             return values
         open_places: list[tuple[int, int]] = []
         for i, group in enumerate(groups):
             for j, response in enumerate(group):
                 if not response.is_scored(self.sampling.stop_token_ids):
                     continue
-                values[i][j] = response.zc_logprob
-                if response.zc_logprob is None:
+                values[i][j] = response.zc_logprob if self.rule.is_plain else None
+                if values[i][j] is None:
                     open_places.append((i, j))
         if open_places:
             sequences = [prompts[i].token_ids + groups[i][j].response_ids for i, j in open_places]
-            answers = self.engine.score(sequences, self.score_token_id, deadline=self._left("score"))
+            answers = self.rule.read(self.engine, sequences, deadline=self._left("score"))
             for (i, j), answer in zip(open_places, answers, strict=True):
                 values[i][j] = answer
         for prompt, row in zip(prompts, values):
@@ -222,7 +220,8 @@ class _Job:
         answers: list[list[str | None]],
     ) -> dict[tuple[int, int], float]:
         """(prompt, response) -> zc_logprob of those that have a box and no end, see `force_end_below`."""
-        if self.score_token_id is None or self.ref_logprob is None or not self.force_end_below:
+        makes_none = self.rule.kind == "scaled_logratio" and self.rule.ref_logprob is None
+        if not self.rule.token_ids or makes_none or not self.force_end_below:
             return {}
         stops = self.sampling.stop_token_ids
         found = {
@@ -234,9 +233,8 @@ class _Job:
         found = {place: ids for place, ids in found.items() if len(ids) < self.force_end_below}
         if not found:
             return {}
-        values = self.engine.score(
-            list(found.values()), self.score_token_id, deadline=self._left("score behind a forced end")
-        )
+        left = self._left("score behind a forced end")
+        values = self.rule.read(self.engine, list(found.values()), deadline=left)
         for (i, _), value in zip(found, values, strict=True):
             self._check_finite(value, prompts[i])
         return dict(zip(found, values))
@@ -244,7 +242,7 @@ class _Job:
     def _check_finite(self, value: float, prompt: Prompt) -> None:
         if not math.isfinite(value):
             raise RuntimeError(
-                f"the engine returned log-prob {value} of score token {self.score_token_id} for a "
+                f"the engine returned log-prob {value} of score token {self.rule.token_ids[0]} for a "
                 f"response to row {prompt.row}; expected a finite number: check the weights"
             )
 
@@ -273,19 +271,12 @@ class _Job:
             outcome=grade.outcome,
             extracted=extracted,
             zc_logprob=zc_logprob,
-            score=self._self_reward(zc_logprob),
+            score=self.rule.score(zc_logprob),
             mean_logprob=response.mean_logprob,
             answer_class=answer_class,
             forced_zc_logprob=forced_zc_logprob,
-            forced_score=self._self_reward(forced_zc_logprob),
+            forced_score=self.rule.score(forced_zc_logprob),
         )
-
-    def _self_reward(self, zc_logprob: float | None) -> float | None:
-        if zc_logprob is None or self.ref_logprob is None:
-            return None
-        value = torch.tensor(zc_logprob, dtype=torch.float64)
-        scores = self_reward_scores(value, ref_logprob=self.ref_logprob, beta=self.beta, targets=self.targets)
-        return float(scores)
 
     def _left(self, phase: str) -> float:
         left = self.ends - time.monotonic()

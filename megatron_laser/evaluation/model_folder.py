@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_laser.algorithms.readouts import ScoreKind
 from megatron_laser.config import (
     ConfigError,
     RunConfig,
@@ -16,9 +17,11 @@ from megatron_laser.config import (
     read_stop_token_ids,
     resolve_score_token,
 )
+from megatron_laser.config.readouts import readouts, score_token_setting
 from megatron_laser.data.end_of_response import check_end_of_response, end_sources
 from megatron_laser.data.tokenizer import decode_response, load_tokenizer
 from megatron_laser.errors import TestTimeError
+from megatron_laser.evaluation.score_rule import ScoreRule
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ class ModelFolder:
         stop_token_ids: what ends a response; only such a response has a score.
         score_token_id: z_c, None without a score. ref_logprob: c_ref in nats. beta: beta_v.
         targets: what right and wrong responses were trained towards, the scale of the score.
+        more_tokens, kind, before_end: of the run's first readout, see `ScoreRule`.
         from_run: settings that its training run decides, by the names of `benchmarks.settings.Benchmark`.
     """
 
@@ -48,11 +52,20 @@ class ModelFolder:
     ref_logprob: float | None
     beta: float
     targets: tuple[float, float] = (1.0, 0.0)
+    more_tokens: tuple[int, ...] = ()
+    kind: ScoreKind = "scaled_logratio"
+    before_end: bool = False
     from_run: dict[str, Any] = field(default_factory=dict)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Response ids without the stop token to text."""
         return decode_response(self.tokenizer, ids)
+
+    @property
+    def rule(self) -> ScoreRule:
+        """How the score is read of an engine."""
+        ids = () if self.score_token_id is None else (self.score_token_id, *self.more_tokens)
+        return ScoreRule(ids, self.ref_logprob, self.beta, self.targets, self.kind, self.before_end)
 
     def require_score(self) -> tuple[int, float]:
         """(score token id, ref_logprob).
@@ -60,6 +73,8 @@ class ModelFolder:
         Raises:
             TestTimeError: one is not known.
         """
+        if self.score_token_id is not None and self.kind != "scaled_logratio":
+            return self.score_token_id, 0.0
         if self.score_token_id is None or self.ref_logprob is None:
             missing = "score token" if self.score_token_id is None else "reference log-prob"
             raise TestTimeError(
@@ -110,9 +125,11 @@ def load_model_folder(
     token_id = None
     if with_score:
         if run is not None and run.laser.enabled:
-            score_token = run.laser.score_token if score_token is None else score_token
-            ref_logprob = run.laser.ref_logprob if ref_logprob is None else ref_logprob
-            targets = run.laser.targets if targets is None else targets
+            score_token = score_token_setting(run) if score_token is None else score_token
+            first = readouts(run)[0]
+            ref_logprob = first.ref_logprob if ref_logprob is None else ref_logprob
+            targets = first.targets if targets is None else targets
+            beta = first.beta if beta is None else beta
         beta = run.laser.beta if beta is None and run is not None else beta
         token_id = None if score_token is None else _score_token_id(folder, score_token)
     for name, ids in (("stop token", stops), ("score token", () if token_id is None else (token_id,))):
@@ -128,6 +145,7 @@ def load_model_folder(
     beta = 0.1 if beta is None else beta
     if not beta > 0:
         raise TestTimeError(f"--beta {beta:g}: expected a number above 0 (the paper: 0.1)")
+    rule = ScoreRule((), None, beta) if run is None else ScoreRule.of(run, token_id, folder=folder)
     tokenizer = load_tokenizer(folder, ["Is 12 + 35 = 47? \\boxed{1}"])
     through_template = run is not None and run.data.apply_chat_template
     ends = end_sources(
@@ -145,6 +163,9 @@ def load_model_folder(
         ref_logprob=ref_logprob,
         beta=beta,
         targets=targets or (1.0, 0.0),
+        more_tokens=rule.token_ids[1:],
+        kind=rule.kind,
+        before_end=rule.before_end,
         from_run=_from_run(run),
     )
 

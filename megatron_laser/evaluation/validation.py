@@ -16,6 +16,7 @@ from megatron_laser.data.tokenizer import decode_response
 from megatron_laser.evaluation.evaluator import evaluate
 from megatron_laser.evaluation.progress import Progress
 from megatron_laser.evaluation.responses import EvaluationEngine, generation_batch, partial_responses_path
+from megatron_laser.evaluation.score_rule import ScoreRule
 from megatron_laser.evaluation.weight_identity import engine_digest
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool
@@ -139,7 +140,7 @@ class RunEvaluation:
                 score_token_id=self._score_token_id,
                 ref_logprob=config.laser.ref_logprob,
                 beta=config.laser.beta,
-                targets=config.laser.targets,
+                rule=ScoreRule.of(config, self._score_token_id),
                 records_path=records,
                 deadline=config.rollout.deadline,
                 generation_batch=batch,

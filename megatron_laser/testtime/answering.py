@@ -69,7 +69,7 @@ def answer(
         temperature=chat.temperature,
         top_p=chat.top_p,
         seed=chat.seed,
-        score_token_id=model.score_token_id,
+        score_token_id=model.score_token_id if model.rule.is_plain else None,
     )
     (generations,) = engine.generate([chat.prompt_ids], sampling, deadline=deadline)
     scored = [generation.is_scored(model.stop_token_ids) for generation in generations]

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_laser.algorithms.self_reward import self_reward_scores
 from megatron_laser.data import lone_surrogate
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.model_folder import ModelFolder
@@ -54,7 +51,8 @@ class Scorer:
         """
         self._engine = engine
         self._model = model
-        self._score_token_id, self._ref_logprob = model.require_score()
+        model.require_score()
+        self._rule = model.rule
         self._end = end_token(model, end_token_id)
 
     def response_ids(self, response: str) -> list[int]:
@@ -82,7 +80,7 @@ class Scorer:
                 places.append(place)
                 sequences.append(sequence)
         results = [Scored(None, None, None)] * len(pairs)
-        values = self._engine.score(sequences, self._score_token_id, deadline=deadline) if sequences else []
+        values = self._rule.read(self._engine, sequences, deadline=deadline) if sequences else []
         for place, value in zip(places, values, strict=True):
             results[place] = self.scored(value)
         return results
@@ -108,11 +106,8 @@ class Scorer:
             raise RuntimeError(
                 f"the engine returned log-prob {zc_logprob} for the score token: check the weights"
             )
-        model = self._model
-        value = torch.tensor(zc_logprob, dtype=torch.float64)
-        score = float(
-            self_reward_scores(value, ref_logprob=self._ref_logprob, beta=model.beta, targets=model.targets)
-        )
+        score = self._rule.score(zc_logprob)
+        assert score is not None  # `require_score`
         return Scored(score, zc_logprob, score > THRESHOLD)
 
 

@@ -154,7 +154,7 @@ def _run(
                         score_token_id=model.score_token_id,
                         ref_logprob=model.ref_logprob,
                         beta=model.beta,
-                        targets=model.targets,
+                        rule=model.rule,
                         records_path=folder / RECORDS,
                         deadline=max(ends - time.monotonic(), 1e-9),
                         generation_batch=choice.generation_batch,

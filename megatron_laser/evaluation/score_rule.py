@@ -1,0 +1,106 @@
+"""How a response's score is read of any engine: one token behind its end, or several, or one place before it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from megatron_laser.algorithms.readouts import ScoreKind
+from megatron_laser.algorithms.self_reward import self_reward_scores
+from megatron_laser.config import ConfigError, RunConfig, resolve_score_token
+from megatron_laser.config.readouts import readouts
+
+
+class _Scores(Protocol):
+    def score(self, sequences: Sequence[Sequence[int]], token_id: int, *, deadline: float) -> list[float]:
+        """See `RolloutEngine.score`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRule:
+    """The first entry of `laser.readouts`, with token ids.
+
+    token_ids: what is read; () for no score. ref_logprob: c_ref in nats; None: the log-prob is read, and no score made.
+    targets: the scale. before_end: in the distribution that the last token was sampled from.
+    """
+
+    token_ids: tuple[int, ...]
+    ref_logprob: float | None
+    beta: float
+    targets: tuple[float, float] = (1.0, 0.0)
+    kind: ScoreKind = "scaled_logratio"
+    before_end: bool = False
+
+    @classmethod
+    def of(cls, config: RunConfig, score_token_id: int | None, *, folder: Path | None = None) -> ScoreRule:
+        """Of a run's settings.
+
+        Args:
+            score_token_id: the first token; None: no score.
+            folder: whose tokenizer names the others; None: `model.path`.
+        """
+        found = readouts(config)
+        if score_token_id is None or not found:
+            laser = config.laser
+            ids = () if score_token_id is None else (score_token_id,)
+            return cls(ids, laser.ref_logprob, laser.beta, laser.targets)
+        first = found[0]
+        # A second token with a scaled log-ratio is for its loss alone.
+        others = () if first.score == "scaled_logratio" else first.tokens[1:]
+        ids = (score_token_id, *(_id(folder or config.model.path, token) for token in others))
+        before_end = first.position == "before_eos"
+        return cls(ids, first.ref_logprob, first.beta, first.targets, first.score, before_end)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one token's log-prob behind the end, which engines may return with a response."""
+        return len(self.token_ids) == 1 and not self.before_end
+
+    def read(self, engine: _Scores, sequences: Sequence[Sequence[int]], *, deadline: float) -> list[float]:
+        """What scores are made of, for prompt + response ids with their end: log pi(z_c), or of several tokens the
+        log-odds of the first one among them.
+
+        deadline: seconds for all of it.
+        """
+        ends = time.monotonic() + deadline
+        if self.before_end:
+            sequences = [sequence[:-1] for sequence in sequences]
+        columns = []
+        for token_id in self.token_ids:
+            left = ends - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"scoring took more than {deadline:g} s")
+            columns.append(engine.score(sequences, token_id, deadline=left))
+        if len(columns) == 1:
+            return columns[0]
+        read = torch.tensor(columns, dtype=torch.float64)
+        values: list[float] = (read[0] - read[1:].logsumexp(dim=0)).tolist()
+        return values
+
+    def score(self, value: float | None) -> float | None:
+        """The score of what `read` gave, on the scale of its targets (1 right, 0 wrong)."""
+        if value is None:
+            return None
+        right, wrong = self.targets
+        if self.kind != "scaled_logratio":
+            return (1.0 / (1.0 + math.exp(-max(min(value, 700.0), -700.0))) - wrong) / (right - wrong)
+        if self.ref_logprob is None:
+            return None
+        read = torch.tensor(value, dtype=torch.float64)
+        return float(
+            self_reward_scores(read, ref_logprob=self.ref_logprob, beta=self.beta, targets=self.targets)
+        )
+
+
+def _id(folder: Path, token: int | str) -> int:
+    found = resolve_score_token(folder, token).id
+    if found is None:
+        raise ConfigError([f"laser.readouts: token {token!r} is none of {folder}; give its id"])
+    return found
