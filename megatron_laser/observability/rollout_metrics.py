@@ -15,6 +15,7 @@ from megatron_laser.rewards import OUTCOMES
 from megatron_laser.types import RolloutBatch, Sample
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_PARTS = 4
 
 
 def rollout_metrics(batch: RolloutBatch, zc_logprobs: torch.Tensor, scores: torch.Tensor) -> dict[str, Any]:
@@ -81,3 +82,28 @@ def score_metrics(zc_logprobs: torch.Tensor, scores: torch.Tensor, rewards: torc
             metrics[f"score_{name}_std"] = float(part.std(correction=0))
             metrics[f"score_quantiles_{name}"] = np.quantile(part.numpy(), _QUANTILES).tolist()
     return metrics
+
+
+def readout_metrics(
+    name: str, scores: torch.Tensor, rewards: torch.Tensor, share: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """How well one readout tells right responses from wrong ones, as `readout/<name>/...`; {} without any point.
+
+    Args:
+        scores, rewards: [points], on the scale of 1 right and 0 wrong, and of the point's response.
+        share: [points], for scores of prefixes, which part of the response is before the point, 0 to 1; AUROC is then
+            also given for each quarter of the response in which there are points.
+    """
+    if not len(scores):
+        return {}
+    values, labels = scores.double(), (rewards > 0.5).double()
+    verification = verification_metrics(values, labels)
+    found: dict[str, Any] = {"points": float(len(values)), **verification._asdict()}
+    for part in range(_PARTS if share is not None else 0):
+        own = (share * _PARTS).long().clamp(max=_PARTS - 1) == part  # type: ignore[operator]
+        if bool(own.any()):
+            found[f"auroc_quarter_{part + 1}"] = verification_metrics(values[own], labels[own]).auroc
+    for label, word in ((1.0, "right"), (0.0, "wrong")):
+        if len(own_scores := values[labels == label]):
+            found[f"score_{word}_mean"] = float(own_scores.mean())
+    return {f"readout/{name}/{key}": value for key, value in found.items()}
