@@ -110,6 +110,8 @@ def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         )
     if origin is dict:
         return "table"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"{{{', '.join(annotation.model_fields)}}}"
     if origin is tuple:
         parts = get_args(annotation)
         if parts[-1] is Ellipsis:

@@ -1,6 +1,6 @@
 """Data: files to rows, rows to tokenized prompts, and the order in which they are used. No torch."""
 
-from megatron_laser.data.cursor import PromptCursor
+from megatron_laser.data.cursor import Cursor, PromptCursor
 from megatron_laser.data.encoding import encode_chats, encode_texts
 from megatron_laser.data.findings import (
     log_warnings,
@@ -9,13 +9,17 @@ from megatron_laser.data.findings import (
     refuse_score_token,
     score_token_in_data,
 )
+from megatron_laser.data.mixture import MixedCursor, MixedSource
 from megatron_laser.data.prompts import PromptReport, build_prompts
 from megatron_laser.data.readers import Row, fingerprint, read_ids, read_records, read_rows
 from megatron_laser.data.surrogates import lone_surrogate
 from megatron_laser.errors import DataError
 
 __all__ = [
+    "Cursor",
     "DataError",
+    "MixedCursor",
+    "MixedSource",
     "PromptCursor",
     "PromptReport",
     "Row",

@@ -57,6 +57,8 @@ def build_prompts(
     max_prompt_tokens: int,
     vocab_size: int,
     section: str = "data",
+    source: str = "",
+    reward: str = "",
     progress: Callable[[int], None] | None = None,
     log: bool = True,
 ) -> tuple[list[Prompt], PromptReport]:
@@ -73,6 +75,7 @@ def build_prompts(
         max_prompt_tokens: longer prompts are dropped, and named in the log.
         vocab_size: number of ids that the model has (before padding).
         section: of the settings that are named in messages.
+        source, reward: of `types.Prompt`.
         progress: told after each batch how many rows are done.
         log: warn of prompts that are left out or mended; False where somebody looks at the report.
 
@@ -111,7 +114,9 @@ def build_prompts(
             if len(token_ids) > max_prompt_tokens:
                 dropped.append((row.source, len(token_ids)))
             else:
-                prompts.append(Prompt(row.row, row.problem, row.answer, token_ids))
+                prompts.append(
+                    Prompt(row.row, row.problem, row.answer, token_ids, source=source, reward=reward)
+                )
         if progress is not None:
             progress(len(lengths))
     report = PromptReport(

@@ -49,7 +49,9 @@ class Row:
     turns: tuple[tuple[str, str], ...] = ()
 
 
-def read_rows(paths: Paths, *, prompt_key: str, answer_key: str, mathematics: bool = True) -> list[Row]:
+def read_rows(
+    paths: Paths, *, prompt_key: str, answer_key: str, mathematics: bool = True, first: int = 0
+) -> list[Row]:
     """Read all files, in the order given.
 
     Args:
@@ -60,6 +62,7 @@ def read_rows(paths: Paths, *, prompt_key: str, answer_key: str, mathematics: bo
         mathematics: the references are for the mathematical grader (`rewards.is_math_verify`): numbers, lists
             of one and worked solutions give the answer in them. False: they are as written, everything but text as
             JSON, and may be empty.
+        first: the first row's number, where other rows stand before these.
 
     Raises:
         DataError: a file is missing, unreadable or without rows, or a row does not fit; names file and line.
@@ -73,7 +76,14 @@ def read_rows(paths: Paths, *, prompt_key: str, answer_key: str, mathematics: bo
             *turns, (_, problem) = _turns(record, prompt_key, source)
             reference = _reference(record, answer_key, source, mathematics)
             rows.append(
-                Row(len(rows), problem, reference.text, source, reference.taken_from, turns=tuple(turns))
+                Row(
+                    first + len(rows),
+                    problem,
+                    reference.text,
+                    source,
+                    reference.taken_from,
+                    turns=tuple(turns),
+                )
             )
         if len(rows) == before:
             raise DataError(f"{path}: no rows; a data file needs at least one")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from megatron_laser.evaluation.records import (
     write_records,
 )
 from megatron_laser.evaluation.responses import EvaluationEngine, ResponseFile, Sampler, SavedResponse
-from megatron_laser.evaluation.summary import summarize
+from megatron_laser.evaluation.summary import summarize_sources
 from megatron_laser.files import plain, write_atomically
 from megatron_laser.rewards import Grade, GradingPool, equivalence_classes, extract_answer
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
@@ -28,7 +28,7 @@ from megatron_laser.types import Prompt, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSummary:
-    """The metrics (names: see `summarize`) and where records and summary lie."""
+    """The metrics (names: see `summarize_sources`) and where records and summary lie."""
 
     metrics: dict[str, float]
     records_path: Path
@@ -57,6 +57,7 @@ def evaluate(
     repeatable: bool = True,
     on_response: Callable[[int, bool], None] | None = None,
     stop: StopEarly | None = None,
+    graders: Mapping[str, GradingPool] | None = None,
 ) -> EvaluationSummary:
     """Answer every prompt `sampling.samples_per_prompt` times and judge the answers and their scores.
 
@@ -78,6 +79,7 @@ def evaluate(
         on_response: called with each response's number of tokens, and whether it is new; first with those that were
             there already.
         stop: set, it ends the evaluation within seconds; what has been sampled by then is in `responses_path`.
+        graders: for prompts whose `reward` is not `grading`'s.
 
     Raises:
         StoppedEarly: `stop` was set.
@@ -102,7 +104,9 @@ def evaluate(
     ):
         ends = time.monotonic() + deadline
         sampler = Sampler(engine, sampling, score_token_id, responses, repeatable, count, ends, stop)
-        job = _Job(engine, sampling, decode, grading, score_token_id, ref_logprob, beta, targets, ends)
+        job = _Job(
+            engine, sampling, decode, grading, graders or {}, score_token_id, ref_logprob, beta, targets, ends
+        )
         for prompt in prompts:
             for record in known.get(prompt.row, []):
                 count(record.response_ids_length, False)
@@ -126,7 +130,7 @@ def evaluate(
             write_records(file, new)
             # Texts are on disk; 32 long responses to each of many problems need not stay in memory.
             records += [replace(record, response="") for record in [*finished, *new]]
-    metrics = summarize(records, seed=sampling.seed or 0)
+    metrics = summarize_sources(records, seed=sampling.seed or 0)
     write_atomically(
         summary_path, json.dumps({name: plain(value) for name, value in metrics.items()}, indent=1) + "\n"
     )
@@ -141,6 +145,7 @@ class _Job:
     sampling: SamplingParams
     decode: Callable[[list[int]], str]
     grading: GradingPool
+    graders: Mapping[str, GradingPool]
     score_token_id: int | None
     ref_logprob: float | None
     beta: float
@@ -151,8 +156,7 @@ class _Job:
         """The records of all responses, prompt after prompt."""
         texts = [[self.decode(response.text_ids) for response in group] for group in groups]
         zc_logprobs = self._score(prompts, groups)
-        pairs = [(text, prompt.answer) for prompt, group in zip(prompts, texts) for text in group]
-        grades = iter(self.grading.grade_many(pairs, deadline=self._left("grade")))
+        grades = iter(self._grades(prompts, texts))
         records: list[EvaluationRecord] = []
         for prompt, group, group_texts, group_zc in zip(prompts, groups, texts, zc_logprobs):
             extracted = [extract_answer(text) for text in group_texts]
@@ -170,6 +174,25 @@ class _Job:
                     )
                 )
         return records
+
+    def _pool(self, prompt: Prompt) -> GradingPool:
+        return self.graders.get(prompt.reward, self.grading)
+
+    def _grades(self, prompts: Sequence[Prompt], texts: list[list[str]]) -> list[Grade]:
+        """Of all responses, prompt after prompt, each from its prompt's verifier."""
+        asked: dict[int, tuple[GradingPool, list[int], list[tuple[str, str]]]] = {}
+        place = 0
+        for prompt, group in zip(prompts, texts):
+            pool = self._pool(prompt)
+            _, places, pairs = asked.setdefault(id(pool), (pool, [], []))
+            for text in group:
+                places.append(place)
+                pairs.append((text, prompt.answer))
+                place += 1
+        grades: dict[int, Grade] = {}
+        for pool, places, pairs in asked.values():
+            grades.update(zip(places, pool.grade_many(pairs, deadline=self._left("grade")), strict=True))
+        return [grades[index] for index in range(place)]
 
     def _score(
         self, prompts: Sequence[Prompt], groups: list[list[SavedResponse]]
@@ -227,6 +250,7 @@ class _Job:
             score=self._self_reward(zc_logprob),
             mean_logprob=response.mean_logprob,
             answer_class=answer_class,
+            source=prompt.source,
         )
 
     def _self_reward(self, zc_logprob: float | None) -> float | None:

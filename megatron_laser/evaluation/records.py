@@ -29,6 +29,7 @@ class EvaluationRecord:
             `zc_logprob`.
         mean_logprob: mean log-prob of the response's tokens under sampling temperature; None if empty.
         answer_class: equal for equal answers to the same problem; None abstains.
+        source: the name of the problem's source; "" where there is one only.
     """
 
     row: int
@@ -46,6 +47,7 @@ class EvaluationRecord:
     score: float | None
     mean_logprob: float | None
     answer_class: int | None
+    source: str = ""
 
     @property
     def right(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -45,12 +46,14 @@ class RunEvaluation:
         score_token_id: int | None,
         last_step: int,
         say: Callable[[str], None],
+        graders: Mapping[str, GradingPool] | None = None,
     ) -> None:
         """Remove evaluations of steps beyond `last_step`, where the run goes on: they are of weights that are gone.
 
         Args:
             splits: prompts of "validation" and "test"; None or missing: that split is not given.
             say: takes a line every 15 seconds that an evaluation goes on, from another thread.
+            graders: for prompts whose `reward` is not `grading`'s.
         """
         self._config = config
         self._splits = splits
@@ -59,6 +62,7 @@ class RunEvaluation:
         self._score_token_id = score_token_id
         self._engine = engine
         self._grading = grading
+        self._graders = graders
         self._timers = timers
         self._say = say
         self._folder = Path(config.run.output_dir) / "evaluation"
@@ -89,7 +93,8 @@ class RunEvaluation:
     def run(self, split: str, step: int, *, resumable: bool = False) -> dict[str, float]:
         """Evaluate the engine's current weights on `validation` or `test`; {} when the split is not given.
 
-        Names are eval/<metric> for validation and test/<metric> for test.
+        Names are eval/<metric> for validation and test/<metric> for test; of each of several sources
+        eval/source/<name>/<metric>.
 
         Args:
             resumable: go on with the responses that a stopped attempt has sampled from the same weights.
@@ -101,7 +106,7 @@ class RunEvaluation:
         prompts = self._splits.get(split)
         if not prompts:
             return {}
-        prompts = prompts[: settings.max_prompts]
+        prompts = _first_of_each_source(prompts, settings.max_prompts)
         samples = settings.samples_per_prompt if split == "validation" else settings.final_samples_per_prompt
         sampling = SamplingParams(
             samples_per_prompt=samples,
@@ -139,6 +144,7 @@ class RunEvaluation:
                 repeatable=in_process,
                 on_response=progress.response,
                 stop=self._stop,
+                graders=self._graders,
             )
             if responses is not None:
                 responses.unlink(missing_ok=True)
@@ -162,3 +168,16 @@ class RunEvaluation:
             **asdict(sampling),
         }
         return partial_responses_path(records, identity)
+
+
+def _first_of_each_source(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
+    """At most `count` prompts of each source; None: all."""
+    if count is None:
+        return list(prompts)
+    taken: Counter[str] = Counter()
+    chosen = []
+    for prompt in prompts:
+        taken[prompt.source] += 1
+        if taken[prompt.source] <= count:
+            chosen.append(prompt)
+    return chosen

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_laser.data.cursor import PromptCursor
+from megatron_laser.data.cursor import Cursor
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool, GradingPoolError
 from megatron_laser.rollout.endings import Endings
@@ -38,7 +38,7 @@ class RolloutCollector:
         engine: RolloutEngine,
         grading: GradingPool,
         prompts: Sequence[Prompt],
-        cursor: PromptCursor,
+        cursor: Cursor,
         *,
         sampling: SamplingParams,
         prompts_per_step: int,
@@ -52,6 +52,7 @@ class RolloutCollector:
         max_staleness: int = 0,
         ahead: int = 0,
         endings: Endings | None = None,
+        graders: Mapping[str, GradingPool] | None = None,
     ) -> None:
         """
         Args:
@@ -65,6 +66,7 @@ class RolloutCollector:
             max_staleness: carried responses with older tokens than so many steps are generated anew.
             ahead: how many steps the engine's weights may be behind those that the step trains.
             endings: watches for steps in which no response ends by itself.
+            graders: for prompts whose `reward` is not `grading`'s.
         """
         self._engine = engine
         self._grading = grading
@@ -83,6 +85,7 @@ class RolloutCollector:
         self._max_staleness = max_staleness
         self._ahead = ahead
         self._endings = endings
+        self._graders = graders or {}
         self._said: set[str] = set()
         self._carried: list[OpenGroup] = []
         self._progress: Progress | None = None
@@ -146,6 +149,7 @@ class RolloutCollector:
         self.metrics = {
             "prompts_tried": progress.tried,
             **progress.graded_metrics(stand_ins),
+            **progress.source_metrics(stand_ins),
             "groups_missing": missing,
             "grading_failed": failed.total(),
         }
@@ -172,6 +176,7 @@ class RolloutCollector:
         if fresh > 0:
             for position, _ in self._cursor.take(fresh):
                 progress.open.append(OpenGroup(position, self._prompts[position], size))
+                progress.tried_by_source[self._prompts[position].source] += 1
             progress.tried += fresh
         self._generate(progress, missing)
         progress.rounds += 1
@@ -227,7 +232,8 @@ class RolloutCollector:
     def _submit(self, group: OpenGroup, sample: int, generation: Generation) -> None:
         text = self._text(generation)
         group.texts[sample] = text
-        group.grades[sample] = self._grading.submit(text, group.prompt.answer)
+        grading = self._graders.get(group.prompt.reward, self._grading)
+        group.grades[sample] = grading.submit(text, group.prompt.answer)
 
     def _sort_out(self, progress: Progress) -> None:
         """Complete groups go to the batch or to the uniform ones; the rest, and what is too much, is carried."""
@@ -260,8 +266,8 @@ class RolloutCollector:
     def _why(self, failed: Counter[str]) -> str:
         """How many responses could not be graded, and why the last one."""
         counts = " and ".join(f"{count} {outcome}" for outcome, count in sorted(failed.items()))
-        last = self._grading.last_trouble
-        return f"{counts}; the last one: {last}. Correct reward.function, or raise reward.deadline"
+        last = [pool.last_trouble for pool in (self._grading, *self._graders.values()) if pool.last_trouble]
+        return f"{counts}; the last one: {'; '.join(last)}. Correct reward.function, or raise reward.deadline"
 
     def _stand_ins(self, step: int, found: int, uniform: list[Group]) -> list[Group]:
         """Uniform groups for a step that found too few others; says so once in a run."""

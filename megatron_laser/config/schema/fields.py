@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -70,6 +70,15 @@ def _score_token(value: Any) -> Any:
     raise ValueError("expected a token such as '<|vision_start|>' or a token id of 0 or more")
 
 
+def _reward(value: str) -> str:
+    module, colon, function = value.rpartition(":")
+    if colon and not (module and function.isidentifier()):
+        raise ValueError(
+            "expected a registered name, 'package.module:function' or 'path/to/file.py:function'"
+        )
+    return value
+
+
 def _switch(value: Any) -> Any:
     """YAML 1.1 reads unquoted on and off as booleans."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
@@ -87,6 +96,7 @@ Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+RewardName = Annotated[str, Field(min_length=1), AfterValidator(_reward)]
 FilePath = Annotated[Path, BeforeValidator(_path)]
 FilePaths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]
 OptionalFilePaths = Annotated[tuple[Path, ...] | None, BeforeValidator(_paths)]

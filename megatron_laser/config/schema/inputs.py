@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, field_validator
+from pydantic import BeforeValidator
 
 from megatron_laser.config.schema.fields import (
     Count,
     CountOrZero,
     FilePath,
-    FilePaths,
     NonNegative,
-    OptionalFilePaths,
     Positive,
+    RewardName,
     Section,
     Seed,
     Text,
     TopP,
 )
+from megatron_laser.config.schema.sources import OptionalSources, Sources
 
 RecomputeModule = Literal["mlp", "layernorm", "moe_act", "core_attn"]
 
@@ -89,12 +89,17 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the problems come from and how they become prompts."""
 
-    train: FilePaths
-    """Training problems: one .jsonl or .parquet file, or a list of them."""
-    validation: OptionalFilePaths = None
-    """Problems for the evaluation every `evaluation.every` steps; null: none."""
-    test: OptionalFilePaths = None
-    """Problems for the evaluation after the last step; null: none."""
+    train: Sources
+    """Training problems: one .jsonl or .parquet file, or a list of them. Or a list of sources `{path, weight, reward,
+    name}`: each gives its `weight`'s share of the prompts (of the sum of all weights; 1 where none is given), shuffles
+    and repeats by itself, may have a `reward` of its own, and has metrics `source/<name>/...` (`name`: the file's,
+    without its suffix, where none is given). See data.md."""
+    validation: OptionalSources = None
+    """Problems for the evaluation every `evaluation.every` steps; null: none. Or sources `{path, reward, name}`, whose
+    metrics are in `eval/source/<name>/...`, too."""
+    test: OptionalSources = None
+    """Problems for the evaluation after the last step; null: none. Sources as in `validation`, in
+    `test/source/<name>/...`."""
     prompt_key: Text = "problem"
     """Column that holds the problem: a text, or a conversation, a list of turns with `role` (system, user, assistant)
     and `content`, of which the last is the user's; those before it may be worked examples."""
@@ -116,7 +121,7 @@ class DataConfig(Section):
 class RewardConfig(Section):
     """The verifier that labels responses right (1) or wrong (0)."""
 
-    function: Text = "math_verify"
+    function: RewardName = "math_verify"
     """A registered name, or `package.module:function`, or `path/to/file.py:function`. It returns a number from
     0 (wrong) to 1 (right); an error or anything else is the outcome `crash`, and such a response is left out of the
     step. It is tried before the run starts, and a step in which nothing could be graded stops the run."""
@@ -125,16 +130,6 @@ class RewardConfig(Section):
     deadline: Positive = 5.0
     """Seconds for one response; a worker that takes longer is killed and the outcome is `timeout`: the
     response is left out of the step."""
-
-    @field_validator("function")
-    @classmethod
-    def _has_module_and_name(cls, value: str) -> str:
-        module, colon, function = value.rpartition(":")
-        if colon and not (module and function.isidentifier()):
-            raise ValueError(
-                "expected a registered name, 'package.module:function' or 'path/to/file.py:function'"
-            )
-        return value
 
 
 class EvaluationConfig(Section):
@@ -147,7 +142,7 @@ class EvaluationConfig(Section):
     samples_per_prompt: Count = 1
     """Responses per problem on `data.validation`."""
     max_prompts: Count | None = None
-    """Use only the first so many problems of each split; null: all."""
+    """Use only the first so many problems of each split, of each of its sources where it has several; null: all."""
     temperature: NonNegative = 1.0
     """Sampling temperature; 0 is greedy."""
     top_p: TopP = 1.0

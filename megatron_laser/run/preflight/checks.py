@@ -55,9 +55,11 @@ def run_preflight(
     if not check_folders(config, log, overwrite=overwrite):
         check_disks(config, model, log, overwrite=overwrite)
     data = read_data(config, log)
-    with log.topic(REWARD, "reward function"):
-        answers = [row.answer for row in data.rows.get("train", [])[:1]]
-        log.add(REWARD, trial(config.reward.function, *answers, deadline=config.reward.deadline))
+    answers = dict(data.answers())
+    for function in answers or [config.reward.function]:
+        with log.topic(REWARD, "reward function"):
+            answer = [answers[function]] if answers else []
+            log.add(REWARD, trial(function, *answer, deadline=config.reward.deadline))
     with log.topic(MODEL, "tokenizer"):
         needed(model.vocabulary, "config.json")  # without it, or with a broken file, that is said by now
         probes = [row.problem for row in data.rows.get("train", [])[:_TOKENIZER_PROBES]]
