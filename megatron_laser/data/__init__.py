@@ -8,6 +8,7 @@ from megatron_laser.data.findings import (
     reference_findings,
     refuse_score_token,
     score_token_in_data,
+    unusable_findings,
 )
 from megatron_laser.data.mixture import MixedCursor, MixedSource
 from megatron_laser.data.prompts import PromptReport, build_prompts
@@ -36,4 +37,5 @@ __all__ = [
     "reference_findings",
     "refuse_score_token",
     "score_token_in_data",
+    "unusable_findings",
 ]

@@ -21,7 +21,7 @@ from megatron_laser.evaluation.records import (
 from megatron_laser.evaluation.responses import EvaluationEngine, ResponseFile, Sampler, SavedResponse
 from megatron_laser.evaluation.summary import summarize_sources
 from megatron_laser.files import plain, write_atomically
-from megatron_laser.rewards import Grade, GradingPool, equivalence_classes, extract_answer
+from megatron_laser.rewards import Grade, GradingPool, equivalence_classes
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.types import Prompt, SamplingParams
 
@@ -159,8 +159,10 @@ class _Job:
         grades = iter(self._grades(prompts, texts))
         records: list[EvaluationRecord] = []
         for prompt, group, group_texts, group_zc in zip(prompts, groups, texts, zc_logprobs):
-            extracted = [extract_answer(text) for text in group_texts]
-            classes = equivalence_classes(extracted, self._left("compare answers"), pool=self.grading)
+            form = self._pool(prompt).form
+            extracted = [form.extract(text, prompt.answer) for text in group_texts]
+            left = self._left("compare answers")
+            classes = equivalence_classes(extracted, left, pool=self.grading, form=form)
             for place, response in enumerate(group):
                 records.append(
                     self._record(

@@ -122,7 +122,8 @@ class RewardConfig(Section):
     """The verifier that labels responses right (1) or wrong (0)."""
 
     function: RewardName = "math_verify"
-    """A registered name, or `package.module:function`, or `path/to/file.py:function`. It returns a number from
+    """`math_verify`, `multiple_choice` or `free_text` (rewards.md), or `package.module:function`, or
+    `path/to/file.py:function`. It returns a number from
     0 (wrong) to 1 (right); an error or anything else is the outcome `crash`, and such a response is left out of the
     step. It is tried before the run starts, and a step in which nothing could be graded stops the run."""
     workers: Count = 2

@@ -17,9 +17,9 @@ from pydantic import ValidationError
 
 from megatron_laser.config.schema.fields import Count, FilePath, NonNegative, Section, Seed, Text, TopP
 from megatron_laser.config.yaml_source import read_yaml, syntax_problem
-from megatron_laser.data import Row, log_warnings, read_rows, reference_findings
+from megatron_laser.data import Row, log_warnings, read_rows, reference_findings, unusable_findings
 from megatron_laser.errors import ConfigError
-from megatron_laser.rewards import is_math_verify
+from megatron_laser.rewards import answer_form, is_math_verify
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
@@ -229,4 +229,6 @@ def benchmark_rows(benchmark: Benchmark, *, look: bool = False) -> list[Row]:
     )
     if look and mathematics:
         log_warnings(reference_findings(rows, name=benchmark.name, ask_grader=False))
+    elif look and (unusable := answer_form(benchmark.reward).unusable) is not None:
+        log_warnings(unusable_findings(rows, unusable, name=benchmark.name))
     return rows

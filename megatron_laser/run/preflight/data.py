@@ -14,8 +14,9 @@ from megatron_laser.data import (
     read_rows,
     reference_findings,
     score_token_in_data,
+    unusable_findings,
 )
-from megatron_laser.rewards import is_math_verify
+from megatron_laser.rewards import answer_form, is_math_verify
 from megatron_laser.run.preflight.finding_log import FindingLog, needed
 from megatron_laser.run.preflight.model import ModelInputs
 from megatron_laser.types import Prompt
@@ -85,6 +86,9 @@ def read_data(config: RunConfig, log: FindingLog) -> DataInputs:
             if is_math_verify(part.source.reward):
                 with log.topic(GROUP, "references"):
                     log.add(GROUP, reference_findings(part.rows, name=part.setting))
+            elif (unusable := answer_form(part.source.reward).unusable) is not None:
+                with log.topic(GROUP, "references"):
+                    log.add(GROUP, unusable_findings(part.rows, unusable, name=part.setting))
     return found
 
 
