@@ -31,7 +31,7 @@ from megatron_laser.config import (
     resolve_score_token,
 )
 from megatron_laser.config.schema.sources import data_files
-from megatron_laser.data import build_prompts, read_rows
+from megatron_laser.data import build_prompts, chat_options, read_rows
 from megatron_laser.data.tokenizer import load_tokenizer
 from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.sglang_api import GENERATE, generate_body
@@ -146,6 +146,7 @@ def _prompts(config: RunConfig) -> list[list[int]]:
         load_tokenizer(config.model.path),
         prompt_suffix=data.prompt_suffix,
         apply_chat_template=data.apply_chat_template,
+        options=chat_options(data),
         max_prompt_tokens=data.max_prompt_tokens,
         vocab_size=read_architecture(config.model.path).vocab_size,
     )

@@ -38,6 +38,7 @@ PATH_KEYS = frozenset(
 )
 PATH_KEY = ("data", "train")
 FUNCTION_KEY = ("reward", "function")
+TEMPLATE_KEY = ("data", "chat_template_arguments")
 PROGRAM_KEY = ("rollout", "sglang.python")
 
 _EXPECTED = {
@@ -146,6 +147,11 @@ def _apply_override(override: str, values: dict[KeyPath, Any], origin: dict[KeyP
         return _flatten(content, values, Path.cwd(), origin)
     if path[:2] in nested_sections() and (len(path) > 2 or isinstance(value, dict)):
         return _apply_nested(path, value, where, values, origin)
+    if path[:2] == TEMPLATE_KEY and len(path) == 3:
+        given = values.get(TEMPLATE_KEY)
+        values[TEMPLATE_KEY] = {**(given if isinstance(given, dict) else {}), path[2]: value}
+        origin[TEMPLATE_KEY] = where
+        return []
     if path[0] == "data" and path[1] in SOURCE_SETTINGS and len(path) > 3:
         value = source_paths({path[-1]: value}, Path.cwd())[path[-1]]
         changed, problem = override_source(path, value, values.get(path[:2]), where, origin)

@@ -1,5 +1,6 @@
 """Data: files to rows, rows to tokenized prompts, and the order in which they are used. No torch."""
 
+from megatron_laser.data.chat import NO_OPTIONS, ChatOptions, chat_options, check_chat_options
 from megatron_laser.data.cursor import Cursor, PromptCursor
 from megatron_laser.data.encoding import encode_chats, encode_texts
 from megatron_laser.data.findings import (
@@ -17,6 +18,8 @@ from megatron_laser.data.surrogates import lone_surrogate
 from megatron_laser.errors import DataError
 
 __all__ = [
+    "NO_OPTIONS",
+    "ChatOptions",
     "Cursor",
     "DataError",
     "MixedCursor",
@@ -25,6 +28,8 @@ __all__ = [
     "PromptReport",
     "Row",
     "build_prompts",
+    "chat_options",
+    "check_chat_options",
     "encode_chats",
     "encode_texts",
     "fingerprint",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from megatron_laser.config.schema.fields import (
     Count,
@@ -15,6 +15,7 @@ from megatron_laser.config.schema.fields import (
     RewardName,
     Section,
     Seed,
+    TemplateArguments,
     Text,
     TopP,
 )
@@ -112,6 +113,12 @@ class DataConfig(Section):
     apply_chat_template: bool = True
     """Send problem and suffix through the tokenizer's chat template as a user message, behind the earlier turns of a
     conversation; false: the plain text is the prompt. A BOS that a problem brings along is not doubled."""
+    chat_template_arguments: TemplateArguments = Field(default_factory=dict)
+    """Variables of the chat template, `{enable_thinking: false}`, in training and in every evaluation; `eval` and
+    `score` of the trained folder use the same. One that the template does not use is refused."""
+    system_prompt: Text | None = None
+    """First message of every chat, for problems that bring no system message along; null: none (a template may write
+    one of its own)."""
     max_prompt_tokens: Count = 2048
     """Longest prompt, in tokens. Longer ones are left out and counted."""
     shuffle: bool = True

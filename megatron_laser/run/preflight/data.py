@@ -10,6 +10,7 @@ from megatron_laser.config.derived import Source, data_sources
 from megatron_laser.data import (
     Row,
     build_prompts,
+    chat_options,
     prompt_findings,
     read_rows,
     reference_findings,
@@ -123,6 +124,7 @@ def _tokenize(
             apply_chat_template=data.apply_chat_template,
             max_prompt_tokens=data.max_prompt_tokens,
             vocab_size=needed(model.architecture, "config.json").vocab_size,
+            options=chat_options(data),
             source=part.source.name,
             reward="" if part.source.reward == config.reward.function else part.source.reward,
             progress=lambda done, before=before: progress(split, before + done, total),  # type: ignore[misc]
