@@ -14,7 +14,7 @@ from megatron_laser.rewards.grade import Grade
 from megatron_laser.rewards.mathematics.boxed import gold_answer
 from megatron_laser.rewards.mathematics.grading import CORRECT, NO_ANSWER, UNPARSABLE, WRONG
 
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MARKS = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[,;:! ]|\\\(|\\\)|\\\[|\\\]|[$*_`\"']")
 _LETTER = re.compile(
     r"(?:(?:option|choice|answer|letter)\s*:?\s*)?"
@@ -108,16 +108,16 @@ def _with_options(text: str) -> ChoiceReference:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"expected a JSON object with `answer` and `options` ({error})") from None
     if isinstance(options, dict):
-        if sorted(map(str.upper, options)) != list(_LETTERS[: len(options)]):
+        if sorted(map(str.upper, options)) != list(LETTERS[: len(options)]):
             raise ValueError(f"options {', '.join(options)}: expected the letters from A on")
         options = [options[letter] for letter in sorted(options, key=str.upper)]
-    if not isinstance(options, list) or not 2 <= len(options) <= len(_LETTERS):
-        raise ValueError(f"`options` is {options!r:.60}; expected 2 to {len(_LETTERS)} texts")
+    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
+        raise ValueError(f"`options` is {options!r:.60}; expected 2 to {len(LETTERS)} texts")
     texts = tuple(option if isinstance(option, str) else str(option) for option in options)
     place = _place(right, texts)
     if place is None:
         raise ValueError(f"the answer {right!r:.60} is none of the {len(texts)} options")
-    return ChoiceReference(_LETTERS[place], texts[place], texts)
+    return ChoiceReference(LETTERS[place], texts[place], texts)
 
 
 def _place(right: Any, options: tuple[str, ...]) -> int | None:
@@ -129,8 +129,8 @@ def _place(right: Any, options: tuple[str, ...]) -> int | None:
     if len(same) == 1:  # the text first: an option may be the single letter B
         return same[0]
     found = _letter(right)
-    if found is not None and _LETTERS.index(found[0]) < len(options):
-        return _LETTERS.index(found[0])
+    if found is not None and LETTERS.index(found[0]) < len(options):
+        return LETTERS.index(found[0])
     return _by_text(right, options)
 
 
@@ -140,14 +140,14 @@ def _choice(content: str, options: tuple[str, ...]) -> tuple[str, str] | None:
     if found is None:
         place = _by_text(content, options) if options else None
         if place is not None:
-            return _LETTERS[place], ""
+            return LETTERS[place], ""
         form = text_form(_bare(content))
         return None if options or not form else ("", form)
     letter, rest = found
     if not letter:
         return None
     if options:
-        place = _LETTERS.index(letter)
+        place = LETTERS.index(letter)
         said = _by_text(rest, options) if rest else None
         if place >= len(options) or (said is not None and said != place):
             return None  # no such option, or the letter of one and the text of another
