@@ -18,12 +18,14 @@ class AnswerForm:
     Attributes:
         extract: (response, reference) to its answer, None where it has none.
         quick_equal: whether two answers are the same, None where math_verify has to decide.
+        options_key: column of a data file with the options of a question; "" for none.
         unusable: why no response can equal a reference; "" where one can. None: `data.references` says so.
     """
 
     extract: Callable[[str, str], str | None]
     quick_equal: Callable[[str, str], bool | None]
     unusable: Callable[[str], str] | None = None
+    options_key: str = ""
 
 
 def _unusable_text(answer: str) -> str:
@@ -33,7 +35,7 @@ def _unusable_text(answer: str) -> str:
 MATHEMATICS = AnswerForm(lambda response, reference: extract_answer(response), quick_equal)
 _GENERAL = {
     multiple_choice: AnswerForm(
-        extract_choice, lambda left, right: text_form(left) == text_form(right), unusable_choice
+        extract_choice, lambda left, right: text_form(left) == text_form(right), unusable_choice, "options"
     ),
     free_text: AnswerForm(
         lambda response, reference: extract_text(response), quick_same_text, _unusable_text

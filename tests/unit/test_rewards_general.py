@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from megatron_laser.data import Row, unusable_findings
+from megatron_laser.data import Row, read_rows, unusable_findings
 from megatron_laser.rewards import GradingPool, answer_form, equivalence_classes, known_rewards, trial
 from megatron_laser.rewards.general.choices import extract_choice, multiple_choice, read_choice
 from megatron_laser.rewards.general.short_text import free_text, same_text
@@ -151,6 +153,43 @@ def test_references_that_cannot_be_used_are_refused_before_a_run_and_give_no_gra
     assert finding.level == "warning" and "1 of 3" in finding.text and "data.jsonl:3" in finding.examples[0]
     assert unusable_findings(rows[2:], unusable)[0].level == "error"
     assert unusable_findings(rows[:2], unusable)[0].level == "ok"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_options_in_a_column_of_their_own_become_a_part_of_the_reference(tmp_path, suffix):
+    records = [
+        {"problem": "?", "answer": "B", "options": ["x", "y"]},
+        {"problem": "?", "answer": "A", "options": None},
+    ]
+    file = tmp_path / f"data.{suffix}"
+    if suffix == "jsonl":
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file)
+    keys = {"prompt_key": "problem", "answer_key": "answer", "mathematics": False}
+    first, second = read_rows(file, options_key="options", **keys)
+    assert json.loads(first.answer) == {"answer": "B", "options": ["x", "y"]} and second.answer == "A"
+    assert multiple_choice(r"\boxed{y}", first.answer).outcome == "correct"
+    assert multiple_choice(r"\boxed{x}", first.answer).outcome == "wrong"
+    assert multiple_choice(r"\boxed{B}", first.answer).outcome == "correct"
+    assert multiple_choice(r"\boxed{z}", first.answer).outcome == "unparsable"
+    small = json.dumps({"answer": "a", "options": ["b", "a"]})  # the text a is the option B
+    assert [multiple_choice(f"\\boxed{{{one}}}", small).reward for one in ("B", "a", "A", "b")] == [
+        1,
+        1,
+        0,
+        0,
+    ]
+    assert [row.answer for row in read_rows(file, **keys)] == [
+        "B",
+        "A",
+    ]  # to any other verifier a column is a column
+    without = tmp_path / f"without.{suffix}"
+    if suffix == "jsonl":
+        without.write_text('{"problem": "?", "answer": "B"}\n')
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"problem": "?", "answer": "B"}]), without)
+    assert [row.answer for row in read_rows(without, options_key="options", **keys)] == ["B"]
 
 
 SAME = [

@@ -254,6 +254,7 @@ def benchmark_rows(benchmark: Benchmark, *, look: bool = False) -> list[Row]:
         prompt_key=benchmark.prompt_key,
         answer_key=benchmark.answer_key,
         mathematics=mathematics,
+        options_key=answer_form(benchmark.reward).options_key,
     )
     if look and mathematics:
         log_warnings(reference_findings(rows, name=benchmark.name, ask_grader=False))

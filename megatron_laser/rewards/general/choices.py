@@ -137,6 +137,8 @@ def _place(right: Any, options: tuple[str, ...]) -> int | None:
 def _choice(content: str, options: tuple[str, ...]) -> tuple[str, str] | None:
     """(letter, "") or ("", the text's form) that a stated answer names; None where it names none, or several."""
     found = _letter(content)
+    if found is not None and not found[1] and options and _is_a_text(content, found[0], options):
+        found = None
     if found is None:
         place = _by_text(content, options) if options else None
         if place is not None:
@@ -152,6 +154,12 @@ def _choice(content: str, options: tuple[str, ...]) -> tuple[str, str] | None:
         if place >= len(options) or (said is not None and said != place):
             return None  # no such option, or the letter of one and the text of another
     return letter, ""
+
+
+def _is_a_text(content: str, letter: str, options: tuple[str, ...]) -> bool:
+    """Whether a single letter is an option's text: x among x and y, where it is written small or names no option."""
+    bare = _bare(content).strip(" .()")
+    return bare in options and (bare.islower() or letter not in LETTERS[: len(options)])
 
 
 def _by_text(text: str, options: tuple[str, ...]) -> int | None:

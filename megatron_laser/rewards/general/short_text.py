@@ -119,7 +119,8 @@ def quick_same_text(left: str, right: str) -> bool | None:
     """What `same_text` says where microseconds suffice, None where math_verify has to decide."""
     quantities = _quantity(left), _quantity(right)
     if quantities[0] is not None and quantities[1] is not None:
-        (one, one_unit), (other, other_unit) = quantities
+        one, one_unit = quantities[0]
+        other, other_unit = quantities[1]
         if one_unit and other_unit:  # both have one: it has to be the same
             return quick_equal(one, other) if one_unit == other_unit else False
         if (not one_unit and not other_unit) or _is_unit(one_unit or other_unit):

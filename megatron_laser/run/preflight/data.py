@@ -76,6 +76,7 @@ def read_data(config: RunConfig, log: FindingLog) -> DataInputs:
                     answer_key=data.answer_key,
                     # A function of the user's gets the column as it is written, and may mean anything by it.
                     mathematics=is_math_verify(source.reward),
+                    options_key=answer_form(source.reward).options_key,
                     first=sum(len(part.rows) for part in parts),
                 )
                 parts.append(SourceRows(source, rows, setting))
