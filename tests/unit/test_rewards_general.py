@@ -14,6 +14,7 @@ from megatron_laser.rewards import GradingPool, answer_form, equivalence_classes
 from megatron_laser.rewards.general.choices import extract_choice, multiple_choice, read_choice
 from megatron_laser.rewards.general.short_text import free_text, same_text
 from megatron_laser.rewards.general.stated import stated_answer
+from megatron_laser.testtime.voting import choose
 
 OPTIONS = json.dumps({"answer": "C", "options": ["Rome", "a cat, or B", "Paris", "12 m/s"]})
 
@@ -347,6 +348,15 @@ def test_both_are_known_by_name_and_grade_in_workers_with_votes_of_their_own():
     assert [form.extract(text, OPTIONS) for text in texts] == ["C", "C", "C", "A", None]
     classes = equivalence_classes([form.extract(text, OPTIONS) for text in texts], form=form)
     assert classes == [0, 0, 0, 1, None]
+
+
+def test_the_proxy_votes_with_the_verifier_that_the_model_was_trained_with():
+    letters = ["The answer is (C).", r"\boxed{A}", r"\boxed{\text{(C)}}", "Answer: c"]
+    choice = choose(letters, [0.2, 0.9, 0.3, 0.1], vote="majority", form=answer_form("multiple_choice"))
+    assert (choice.index, choice.answer, choice.share, choice.classes) == (2, "C", 0.75, [0, 1, 0, 0])
+    texts = ["The answer is the mitochondrion.", r"\boxed{Mitochondrion}", r"\boxed{ribosome}"]
+    choice = choose(texts, [0.4, 0.5, 0.8], form=answer_form("free_text"))
+    assert (choice.index, choice.classes) == (1, [0, 0, 1])
 
 
 def test_the_relation_is_symmetric_on_all_examples():
