@@ -15,13 +15,19 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One problem, already tokenized. `row` counts rows over all data files, from 0."""
+    """One problem, already tokenized.
+
+    `row` counts rows over all data files, from 0. `source`: the name of its source, "" where there is one only.
+    `reward`: its verifier where that is not the run's.
+    """
 
     row: int
     problem: str
     answer: str
     token_ids: list[int]
     epoch: int = 0
+    source: str = ""
+    reward: str = ""
 
 
 @dataclass(frozen=True, slots=True)

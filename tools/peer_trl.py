@@ -51,6 +51,7 @@ from peer.summary import Side, ratio  # noqa: E402
 from peer.workers import Worker, WorkerError  # noqa: E402
 
 from megatron_laser.benchmarks.result import command_line, processor  # noqa: E402
+from megatron_laser.config.schema.sources import data_files  # noqa: E402
 
 EXAMPLE = ROOT / "examples" / "tiny_sum"
 _DEADLINE = 600.0  # seconds for a worker's start, or for one of its turns
@@ -179,7 +180,7 @@ def _result(sides: list[Side], config: Any, *, rounds: int, block: int) -> dict[
             "machine": f"{processor()}; one thread each",
             **versions,
             "model": _named(config.model.path / "model.safetensors"),
-            "data": ", ".join(_named(path) for path in config.data.train),
+            "data": ", ".join(_named(path) for path in data_files(config.data.train)),
             "batch": f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples, at most "
             f"{rollout.max_new_tokens} new tokens, learning rate {config.optimizer.lr:g}",
             "measured": f"{rounds} rounds of {block} steps of each side",

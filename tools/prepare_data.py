@@ -12,7 +12,15 @@ ones.
 Answers are taken out of the forms in which data sets have them: worked solutions that end in `#### 827` or hold a
 \boxed{827}, lists of one, numbers (1e-07 is written 0.0000001, 204.0 as 204). Those that no response can equal (prose,
 several lines, braces that do not match) are kept, counted and named; when they are most, nothing is written.
---answers-as-written leaves them alone, for a reward.function of your own.
+--answers-as-written leaves them alone, for free_text or a reward.function of your own.
+
+    python tools/prepare_data.py mmlu_pro.parquet --choices options --output data/mmlu_pro.jsonl
+    python tools/prepare_data.py gpqa_diamond.jsonl --choices 'Incorrect Answer 1' 'Incorrect Answer 2' \
+        'Incorrect Answer 3' --answer-key 'Correct Answer' --output data/gpqa_diamond.jsonl
+
+--choices makes multiple-choice problems for the verifier multiple_choice: of one column with all options (the answer is
+a letter, a number from 0 or a text), or of several with the wrong ones, which are then put into an order that follows
+from the problem. The options stand below the problem as A., B., ..., and in the answer beside the right letter.
 
 With --test, problems that also stand in the test files stop the tool: training on them would make the test
 worthless. --drop-overlap leaves them out instead. Problems are compared without blanks, dollar signs, LaTeX spacing
@@ -41,6 +49,7 @@ from megatron_laser.data.duplicates import comparable
 from megatron_laser.data.readers import import_pyarrow
 from megatron_laser.data.references import Reference, as_written, read_reference, why_unequal
 from megatron_laser.files import replace_file
+from megatron_laser.rewards.general.choices import LETTERS, read_choice
 
 PROMPT_KEYS = ("problem", "question", "prompt", "Problem", "Question")
 ANSWER_KEYS = ("answer", "final_answer", "Answer", "ground_truth", "reward_model.ground_truth")
@@ -119,9 +128,34 @@ def digest(problem: str) -> bytes:
 
 def reference(value: Any, options: argparse.Namespace) -> Reference:
     """The answer in a row; its text is empty when it cannot be used."""
-    if options.answers_as_written:
+    if options.answers_as_written or options.choices:
         return Reference(as_written(value) or "")
     return read_reference(value)
+
+
+def choices(
+    record: dict[str, Any], right: Any, columns: Sequence[str], problem: str
+) -> tuple[str, str] | None:
+    """(the problem with its options below it, the reference for multiple_choice); None where they do not fit."""
+    if len(columns) == 1:
+        options = value_at(record, columns[0])
+        if isinstance(options, dict):  # {"text": [...], "label": [...]} of ARC and its like
+            options = options.get("text")
+    else:
+        options = [right, *(value_at(record, column) for column in columns)]
+    if not isinstance(options, list) or not all(isinstance(one, str) and one.strip() for one in options):
+        return None
+    options = [" ".join(option.split()) for option in options]
+    if len(columns) > 1:
+        right = options[0]
+        options.sort(key=lambda option: hashlib.sha256(f"{problem}\n{option}".encode()).digest())
+    try:
+        reference = read_choice(json.dumps({"answer": right, "options": options}))
+    except ValueError:
+        return None
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
+    answer = {"answer": reference.letter, "options": options}
+    return f"{problem}\n\n{listed}", json.dumps(answer, ensure_ascii=False)
 
 
 def rows(
@@ -135,6 +169,12 @@ def rows(
             report.count("rows read")
             text = problem_text(value_at(record, prompt_key))
             value = value_at(record, answer_key)
+            if options.choices and text is not None:
+                found = choices(record, value, options.choices, text)
+                if found is None:
+                    report.count("dropped: no options, or an answer that is none of them", where)
+                    continue
+                text, value = found
             answer = reference(value, options)
             names = [record[key] for key in ID_KEYS if record.get(key) is not None]
             row = {"problem": text or "", "answer": answer.text, **({"id": str(names[0])} if names else {})}
@@ -181,7 +221,7 @@ def unique_rows(options: argparse.Namespace, report: Report) -> Iterator[dict[st
             report.count(kind, f"{where} = {tests[mark]}")
             continue
         report.count("written")
-        why = "" if options.answers_as_written else why_unequal(row["answer"])
+        why = "" if options.answers_as_written or options.choices else why_unequal(row["answer"])
         if why:
             report.unequal += 1
             report.count(f"WARNING, no response can equal the answer: {why}", where)
@@ -244,8 +284,9 @@ def arguments(values: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--answers-as-written",
         action="store_true",
-        help="neither extract nor judge answers: for a reward.function of your own",
+        help="neither extract nor judge answers: for free_text, or a reward.function of your own",
     )
+    add("--choices", nargs="+", metavar="COLUMN", help="of all options, or several: of the wrong ones")
     add("--report", type=Path, help="also write the counts and named rows as JSON")
     return parser.parse_args(values)
 

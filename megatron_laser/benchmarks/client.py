@@ -30,7 +30,8 @@ from megatron_laser.config import (
     read_stop_token_ids,
     resolve_score_token,
 )
-from megatron_laser.data import build_prompts, read_rows
+from megatron_laser.config.schema.sources import data_files
+from megatron_laser.data import build_prompts, chat_options, read_rows
 from megatron_laser.data.tokenizer import load_tokenizer
 from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.sglang_api import GENERATE, generate_body
@@ -137,12 +138,15 @@ def bench_client(config: RunConfig, *, rounds: int) -> ClientBenchmarkResult:
 def _prompts(config: RunConfig) -> list[list[int]]:
     """The run's training prompts, as token ids."""
     data = config.data
-    rows = read_rows(data.train, prompt_key=data.prompt_key, answer_key=data.answer_key, mathematics=False)
+    rows = read_rows(
+        data_files(data.train), prompt_key=data.prompt_key, answer_key=data.answer_key, mathematics=False
+    )
     built, _ = build_prompts(
         rows,
         load_tokenizer(config.model.path),
         prompt_suffix=data.prompt_suffix,
         apply_chat_template=data.apply_chat_template,
+        options=chat_options(data),
         max_prompt_tokens=data.max_prompt_tokens,
         vocab_size=read_architecture(config.model.path).vocab_size,
     )

@@ -15,8 +15,11 @@ from megatron_laser.cli.options import (
     KeyVariable,
     Router,
     StopIds,
+    SystemPrompt,
+    TemplateArguments,
     Urls,
     Wait,
+    chat_options,
     engine_choice,
     model_folder,
     require_positive,
@@ -53,6 +56,8 @@ def calibrate(
     chat_template: Annotated[
         bool, typer.Option("--chat-template/--no-chat-template", help="As in training.")
     ] = True,
+    chat_template_argument: TemplateArguments = None,
+    system_prompt: SystemPrompt = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -105,6 +110,7 @@ def calibrate(
         answer_key=answer_key,
         prompt_suffix=prompt_suffix,
         apply_chat_template=chat_template,
+        options=chat_options(chat_template_argument, system_prompt, template=chat_template, from_run={}),
         seed=seed,
         deadline=deadline,
     )

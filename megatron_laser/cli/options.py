@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from megatron_laser.data import ChatOptions
     from megatron_laser.testtime import EngineChoice, ModelFolder
 
 API_KEY_VARIABLE = "MEGATRON_LASER_API_KEY"
@@ -58,6 +59,52 @@ StopIds = Annotated[
     list[int] | None,
     typer.Option("--stop-token-id", help="What ends a response; by default the EOS ids of MODEL."),
 ]
+
+
+TemplateArguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--chat-template-argument",
+        help="NAME=VALUE (in YAML) for the chat template, such as enable_thinking=false; may be given several times. "
+        "In place of those of the training run.",
+        metavar="NAME=VALUE",
+    ),
+]
+SystemPrompt = Annotated[
+    str | None,
+    typer.Option(help="First message of every chat that has no system message; by default as in training."),
+]
+
+
+def chat_options(
+    arguments: list[str] | None, system_prompt: str | None, *, template: bool, from_run: dict[str, Any]
+) -> ChatOptions:
+    """What the chat template is given: the options, else what the training run gave it, else nothing."""
+    import yaml
+
+    from megatron_laser.data import ChatOptions
+
+    if not template:
+        if arguments or system_prompt:
+            raise typer.BadParameter(
+                "--chat-template-argument and --system-prompt are for a chat template; without one leave them out"
+            )
+        return ChatOptions()
+    given: dict[str, Any] = {}
+    for text in arguments or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise typer.BadParameter(f"--chat-template-argument {text!r}: expected NAME=VALUE")
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise typer.BadParameter(
+                f"--chat-template-argument {text!r}: the value is not valid YAML"
+            ) from None
+    return ChatOptions(
+        from_run.get("chat_template_arguments", {}) if arguments is None else given,
+        from_run.get("system_prompt", "") if system_prompt is None else system_prompt,
+    )
 
 
 def model_folder(

@@ -20,8 +20,11 @@ from megatron_laser.cli.options import (
     Router,
     ScoreToken,
     StopIds,
+    SystemPrompt,
+    TemplateArguments,
     Urls,
     Wait,
+    chat_options,
     engine_choice,
     model_folder,
     require_positive,
@@ -88,6 +91,8 @@ def score(
             "instead of by the score token; both models are loaded in this process, one after the other."
         ),
     ] = None,
+    chat_template_argument: TemplateArguments = None,
+    system_prompt: SystemPrompt = None,
     end_token_id: Annotated[
         int | None,
         typer.Option(help="What stands behind a response given as text; by default MODEL's first EOS id."),
@@ -131,6 +136,7 @@ def score(
     folder = model_folder(model, score_token, ref_logprob, beta, stop_token_id, with_score=reference is None)
     template = folder.from_run.get("apply_chat_template", True) if chat_template is None else chat_template
     suffix = folder.from_run.get("prompt_suffix", "") if prompt_suffix is None else prompt_suffix
+    options = chat_options(chat_template_argument, system_prompt, template=template, from_run=folder.from_run)
     if reference is not None:
         assert source is not None
         _log_ratios(
@@ -138,6 +144,10 @@ def score(
         )
         return
     folder.require_score()
+    if template:
+        from megatron_laser.data import check_chat_options
+
+        check_chat_options(folder.tokenizer, options, section="score")
     if serve:
         from megatron_laser.testtime.proxy import ProxySettings, run_proxy
 
@@ -151,6 +161,7 @@ def score(
             max_new_tokens=max_new_tokens or folder.from_run.get("max_new_tokens", 8192),
             apply_chat_template=template,
             prompt_suffix=suffix,
+            options=options,
             deadline=deadline,
         )
         run_proxy(folder, choice, settings, say=typer.echo)
@@ -176,7 +187,12 @@ def score(
         target = output or source.absolute().with_name(f"{source.absolute().name}.scored.jsonl")
     else:
         answers = read_answers(
-            folder, source, apply_chat_template=template, prompt_suffix=suffix, end_token_id=end_token_id
+            folder,
+            source,
+            apply_chat_template=template,
+            prompt_suffix=suffix,
+            end_token_id=end_token_id,
+            options=options,
         )
         target = output or source.with_name(f"{source.stem}.scored{source.suffix}")
     with PinnedWeights(choice, folder, deadline=deadline, identify=False) as weights:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 from typing import Literal
 
 from megatron_laser.config.readouts import readouts
 from megatron_laser.config.schema.inputs import ModelConfig
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.config.schema.sources import data_files, listed_sources
 from megatron_laser.config.schema.system import ParallelConfig
 
 OldPolicyPass = Literal["full", "score_rows", "none"]
@@ -155,3 +159,35 @@ def pipeline_bubble(parallel: ParallelConfig, micro_batches: Sequence[int]) -> f
     waits = (parallel.pipeline - 1) / parallel.virtual_pipeline
     total = sum(count + waits for count in micro_batches)
     return len(micro_batches) * waits / total if total else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Problems that are read, drawn and counted together.
+
+    name: "" where a split has one source only, which is then not told apart. share: of the prompts, exact; all of a
+    split's add up to 1. reward: the verifier's name or place.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+    share: Fraction
+    reward: str
+
+
+def data_sources(config: RunConfig, split: str) -> tuple[Source, ...]:
+    """The sources of `data.train`, `data.validation` or `data.test`; () for a split that is not given."""
+    setting = getattr(config.data, split)
+    default = config.reward.function
+    if setting is None:
+        return ()
+    listed = listed_sources(setting)
+    if len(listed) < 2:
+        reward = next((source.reward for source in listed if source.reward), default)
+        return (Source("", data_files(setting), Fraction(1), reward),)
+    # As it is written: the weight 0.1 is a tenth, not the binary fraction next to it.
+    weights = [Fraction(str(1.0 if source.weight is None else source.weight)) for source in listed]
+    return tuple(
+        Source(source.label, source.path, weight / sum(weights), source.reward or default)
+        for source, weight in zip(listed, weights, strict=True)
+    )

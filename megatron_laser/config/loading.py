@@ -13,8 +13,15 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_laser.config.checks.settings import settings_problems
+from megatron_laser.config.checks.sources import (
+    override_source,
+    place_in_source,
+    source_problems,
+    unknown_source_key,
+)
 from megatron_laser.config.schema.readouts import ReadoutConfig
 from megatron_laser.config.schema.root import RunConfig, key_paths, nested_sections
+from megatron_laser.config.schema.sources import SOURCE_SETTINGS
 from megatron_laser.config.yaml_source import KeyPath, read_yaml, syntax_problem
 from megatron_laser.errors import ConfigError
 
@@ -35,6 +42,9 @@ FUNCTION_KEYS = frozenset(
 )
 READOUTS_KEY = ("laser", "readouts")
 OPTION_KEY = ("rollout", "function_options")
+PATH_KEY = ("data", "train")
+FUNCTION_KEY = ("reward", "function")  # of a source
+TEMPLATE_KEY = ("data", "chat_template_arguments")
 PROGRAM_KEY = ("rollout", "sglang.python")
 
 _EXPECTED = {
@@ -74,7 +84,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         problems += _describe(error, origin)
     if config is not None:
-        problems += settings_problems(config)
+        problems += settings_problems(config) + source_problems(config.data, origin)
     if problems or config is None:
         raise ConfigError(problems, str(path))
     return config
@@ -145,9 +155,21 @@ def _apply_override(override: str, values: dict[KeyPath, Any], origin: dict[KeyP
         return _apply_nested(path, value, where, values, origin)
     if len(path) == 3 and path[:2] == OPTION_KEY and isinstance(given := values.get(OPTION_KEY) or {}, dict):
         path, value = OPTION_KEY, {**given, path[-1]: value}
+    if path[:2] == TEMPLATE_KEY and len(path) == 3:
+        given = values.get(TEMPLATE_KEY)
+        values[TEMPLATE_KEY] = {**(given if isinstance(given, dict) else {}), path[2]: value}
+        origin[TEMPLATE_KEY] = where
+        return []
+    if path[0] == "data" and path[1] in SOURCE_SETTINGS and len(path) > 3:
+        value = source_paths({path[-1]: value}, Path.cwd())[path[-1]]
+        changed, problem = override_source(path, value, values.get(path[:2]), where, origin)
+        values.update({} if problem else {path[:2]: changed})
+        return [f"{where}{problem}"] if problem else []
     if len(path) != 2:
         return [f"{where}{'.'.join(path)}: unknown key; {suggest_key(path)}"]
     values[path] = absolute((path[0], path[1]), value, Path.cwd())
+    for inner in [key for key in origin if key[:2] == path]:  # what stood in the file counts no more
+        del origin[inner]
     origin[path] = where
     return []
 
@@ -195,6 +217,14 @@ def _describe(error: ValidationError, origin: dict[KeyPath, str]) -> list[str]:
         if key in nested_sections() and len(location) > 2:
             key = (key[0], f"{key[1]}.{location[2]}")
             location = (*key, *location[3:])
+        if (place := place_in_source(location)) is not None:
+            path = (*key, *place)
+            where = origin.get(path) or origin.get(path[:3]) or origin.get(key, "")
+            name = f"{'.'.join(key)}[{place[0]}]" + "".join(f".{part}" for part in place[1:])
+            unknown = detail["type"] == "extra_forbidden"
+            reason = unknown_source_key(place[-1]) if unknown else _reason(key, detail)
+            lines.setdefault(path, f"{where}{name}: {reason}")
+            continue
         if detail["type"] == "extra_forbidden" and len(key) == 1 and isinstance(detail["input"], dict):
             # an unknown section: name each of its keys, since each may belong elsewhere
             paths: list[KeyPath] = [(key[0], str(name)) for name in detail["input"]] or [key]
@@ -237,8 +267,10 @@ def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
     """
     if key in PATH_KEYS:
         if isinstance(value, list):
-            return [_join(item, base) for item in value]
-        return _join(value, base)
+            return [
+                source_paths(item, base) if isinstance(item, dict) else _join(item, base) for item in value
+            ]
+        return source_paths(value, base) if isinstance(value, dict) else _join(value, base)
     if key == PROGRAM_KEY and isinstance(value, str) and "/" in value:  # a bare name is looked up on PATH
         return _join(value, base)
     if key in FUNCTION_KEYS:
@@ -259,6 +291,15 @@ def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
 def _absolute_function(value: Any, base: Path) -> Any:
     file, colon, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
     return f"{_join(file, base)}:{function}" if colon and file.endswith(".py") else value
+
+
+def source_paths(source: dict[Any, Any], base: Path) -> dict[Any, Any]:
+    """A source of problems with its files and its verifier made absolute."""
+    settings = {"path": PATH_KEY, "reward": FUNCTION_KEY}
+    return {
+        key: absolute(settings[key], value, base) if key in settings else value
+        for key, value in source.items()
+    }
 
 
 def _join(value: Any, base: Path) -> Any:

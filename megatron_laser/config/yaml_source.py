@@ -61,7 +61,7 @@ def read_yaml(path: Path) -> YamlSource:
 
 
 def _walk(node: yaml.MappingNode, prefix: KeyPath, source: YamlSource) -> None:
-    """Notes each key's line and duplicates, down to the keys of a nested section."""
+    """Notes each key's line and duplicates, down to the keys of a nested section, or of the tables in a list."""
     for key, value in node.value:
         if key.tag == "tag:yaml.org,2002:merge":
             continue
@@ -75,6 +75,11 @@ def _walk(node: yaml.MappingNode, prefix: KeyPath, source: YamlSource) -> None:
         source.lines[path] = line
         if isinstance(value, yaml.MappingNode) and len(prefix) < 2:
             _walk(value, path, source)
+        elif isinstance(value, yaml.SequenceNode) and len(prefix) == 1:
+            for index, item in enumerate(value.value):
+                source.lines[*path, str(index)] = item.start_mark.line + 1
+                if isinstance(item, yaml.MappingNode):
+                    _walk(item, (*path, str(index)), source)
 
 
 def syntax_problem(error: yaml.YAMLError) -> str:

@@ -1,6 +1,7 @@
 """Data: files to rows, rows to tokenized prompts, and the order in which they are used. No torch."""
 
-from megatron_laser.data.cursor import PromptCursor
+from megatron_laser.data.chat import NO_OPTIONS, ChatOptions, chat_options, check_chat_options
+from megatron_laser.data.cursor import Cursor, PromptCursor
 from megatron_laser.data.encoding import encode_chats, encode_texts
 from megatron_laser.data.findings import (
     log_warnings,
@@ -8,18 +9,27 @@ from megatron_laser.data.findings import (
     reference_findings,
     refuse_score_token,
     score_token_in_data,
+    unusable_findings,
 )
+from megatron_laser.data.mixture import MixedCursor, MixedSource
 from megatron_laser.data.prompts import PromptReport, build_prompts
 from megatron_laser.data.readers import Row, fingerprint, read_ids, read_records, read_rows
 from megatron_laser.data.surrogates import lone_surrogate
 from megatron_laser.errors import DataError
 
 __all__ = [
+    "NO_OPTIONS",
+    "ChatOptions",
+    "Cursor",
     "DataError",
+    "MixedCursor",
+    "MixedSource",
     "PromptCursor",
     "PromptReport",
     "Row",
     "build_prompts",
+    "chat_options",
+    "check_chat_options",
     "encode_chats",
     "encode_texts",
     "fingerprint",
@@ -32,4 +42,5 @@ __all__ = [
     "reference_findings",
     "refuse_score_token",
     "score_token_in_data",
+    "unusable_findings",
 ]

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_laser.errors import DataError
+
+
+class Cursor(Protocol):
+    """Hands out prompts; what a collector needs of one."""
+
+    @property
+    def progress(self) -> float:
+        """Epochs walked."""
+        ...
+
+    def take(self, count: int) -> list[tuple[int, int]]:
+        """The next `count` prompts as (position, epoch)."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, as JSON values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where `state` was taken."""
+        ...
 
 
 class PromptCursor:
@@ -16,7 +37,15 @@ class PromptCursor:
     The order of an epoch depends on (seed, epoch) and `num_prompts` alone.
     """
 
-    def __init__(self, num_prompts: int, seed: int, shuffle: bool, *, data_fingerprint: str = "") -> None:
+    def __init__(
+        self,
+        num_prompts: int,
+        seed: int,
+        shuffle: bool,
+        *,
+        data_fingerprint: str = "",
+        stream: int | None = None,
+    ) -> None:
         """Start before the first prompt of epoch 0.
 
         Args:
@@ -24,6 +53,7 @@ class PromptCursor:
             seed: not negative.
             shuffle: whether epochs are shuffled, each differently.
             data_fingerprint: see `readers.fingerprint`; stored with the state and compared on loading.
+            stream: of several cursors with one seed each has its own number, and so orders of its own.
 
         Raises:
             DataError: there are no prompts, or the seed is negative.
@@ -38,6 +68,7 @@ class PromptCursor:
             "shuffle": shuffle,
             "data_fingerprint": data_fingerprint,
         }
+        self._stream = () if stream is None else (stream,)
         self._epoch = 0
         self._offset = 0  # prompts of this epoch that were handed out; less than num_prompts
         self._order = self._epoch_order(0)
@@ -51,6 +82,16 @@ class PromptCursor:
     def progress(self) -> float:
         """Epochs walked, with the part of the current one."""
         return self._epoch + self._offset / len(self._order)
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts of an epoch."""
+        return len(self._order)
+
+    @property
+    def taken(self) -> int:
+        """Prompts handed out, over all epochs."""
+        return self._epoch * len(self._order) + self._offset
 
     def take(self, count: int) -> list[tuple[int, int]]:
         """The next `count` prompts as (position, epoch); goes on into later epochs as needed."""
@@ -78,6 +119,17 @@ class PromptCursor:
             DataError: the state lacks an entry or belongs to other data, another seed or order; the message
                 names both values. The cursor is unchanged then.
         """
+        epoch, offset = self.check_state(state)
+        self._epoch, self._offset = epoch, offset
+        self._order = self._epoch_order(epoch)
+
+    def check_state(self, state: dict[str, Any]) -> tuple[int, int]:
+        """(epoch, offset) of a state that can be loaded; raises as `load_state_dict` does."""
+        if "sources" in state:
+            raise DataError(
+                "the saved data cursor is over several sources of data.train, which names one now: resume with the "
+                "same data.train, or start a new run"
+            )
         missing = sorted({*self._identity, "epoch", "offset"} - state.keys())
         if missing:
             raise DataError(f"the saved data cursor lacks {', '.join(missing)}: it is not a cursor's state")
@@ -98,14 +150,13 @@ class PromptCursor:
                 f"the saved data cursor is at prompt {offset} of epoch {epoch}; "
                 f"expected a prompt from 0 to {len(self._order) - 1}"
             )
-        self._epoch, self._offset = epoch, offset
-        self._order = self._epoch_order(epoch)
+        return epoch, offset
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         """The positions in the epoch's order, [num_prompts] int64."""
         num_prompts = self._identity["num_prompts"]
         if not self._identity["shuffle"]:
             return np.arange(num_prompts, dtype=np.int64)
-        bits = np.random.Philox(np.random.SeedSequence((self._identity["seed"], epoch)))
+        bits = np.random.Philox(np.random.SeedSequence((self._identity["seed"], epoch, *self._stream)))
         # sorting raw bits, not Generator.permutation: numpy keeps only the bit streams the same over versions
         return np.argsort(bits.random_raw(num_prompts), kind="stable").astype(np.int64)

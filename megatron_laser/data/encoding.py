@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from megatron_laser.data.chat import NO_OPTIONS, ChatOptions
 from megatron_laser.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -37,29 +38,34 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[EncodedPrompt]:
     return [_once(ids[: len(ids) - len(suffix)], prefix) for ids in encoded]
 
 
-def encode_chats(tokenizer: Any, chats: Sequence[Chat]) -> list[EncodedPrompt]:
+def encode_chats(
+    tokenizer: Any, chats: Sequence[Chat], options: ChatOptions = NO_OPTIONS
+) -> list[EncodedPrompt]:
     """Chats through the tokenizer's template, with the generation prompt. The template writes the special tokens.
 
     A message that begins with the BOS that the template writes, too, loses its own.
 
     Raises:
-        DataError: the template does not parse, or refuses a chat.
+        DataError: the template does not parse, or refuses a chat (or its system prompt).
     """
     # Rendering and encoding apart: encoding a batch is many times faster, and what
     # apply_chat_template(tokenize=True) returns changed with transformers 5 (a BatchEncoding).
-    encoded = _encode(tokenizer, [_render(tokenizer, chat) for chat in chats], special=False)
+    chats = [options.messages(chat) for chat in chats]
+    texts = [render_chat(tokenizer, chat, arguments=options.arguments) for chat in chats]
+    encoded = _encode(tokenizer, texts, special=False)
     bos, _ = special_tokens_around(tokenizer)
     if not bos and getattr(tokenizer, "bos_token_id", None) is not None:
         bos = [int(tokenizer.bos_token_id)]
     if not bos:
         return [EncodedPrompt(ids) for ids in encoded]
-    text = str(tokenizer.decode(bos))
+    written = str(tokenizer.decode(bos))
     prompts = []
     for chat, ids in zip(chats, encoded, strict=True):
-        bare = [_without(message, text) for message in chat]
+        bare = [_without(message, written) for message in chat]
         repeated = ids[: len(bos)] == bos and any(new != old for new, old in zip(bare, chat))
         if repeated:
-            (ids,) = _encode(tokenizer, [_render(tokenizer, bare)], special=False)
+            text = render_chat(tokenizer, bare, arguments=options.arguments)
+            (ids,) = _encode(tokenizer, [text], special=False)
         once = _once(ids, bos)
         prompts.append(EncodedPrompt(once.token_ids, repeated or once.bos_repeated))
     return prompts
@@ -86,10 +92,6 @@ def _encode(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list
     return [[int(token_id) for token_id in token_ids] for token_ids in encoded]
 
 
-def _render(tokenizer: Any, chat: Chat) -> str:
-    return render_chat(tokenizer, chat)
-
-
 def _without(message: Mapping[str, Any], bos: str) -> Mapping[str, Any]:
     content = message["content"]
     while content.startswith(bos):
@@ -106,19 +108,28 @@ def _once(token_ids: list[int], prefix: list[int]) -> EncodedPrompt:
     return EncodedPrompt(token_ids[start:], start > 0)
 
 
-def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generation: bool = True) -> str:
+def render_chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    generation: bool = True,
+    arguments: Mapping[str, Any] = NO_OPTIONS.arguments,
+) -> str:
     """The text of a chat, with its special tokens.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
         messages: {"role", "content"} each.
         generation: end with what opens the assistant's answer.
+        arguments: further variables of the template.
 
     Raises:
         DataError: the template does not parse, or refuses the messages; with the template's own reason and line.
     """
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=generation, **arguments
+        )
     except Exception as error:  # a template may raise anything: it is a program of its own
         where = f" (line {line})" if (line := getattr(error, "lineno", None)) else ""
         reason = " ".join(str(error).split()) or "no reason given"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laser.config.model_folder.special_tokens import named_eos_ids
+from megatron_laser.data.chat import NO_OPTIONS, ChatOptions
 from megatron_laser.data.encoding import render_chat
 from megatron_laser.errors import Finding, Level
 
@@ -59,6 +60,7 @@ def end_sources(
     setting: Sequence[int],
     template_used: bool,
     name: str = "rollout.stop_token_ids",
+    options: ChatOptions = NO_OPTIONS,
 ) -> EndSources:
     """What the files of a model folder, its tokenizer and, where prompts go through it, its template say.
 
@@ -70,12 +72,12 @@ def end_sources(
         name=name,
         files=named_eos_ids(folder),
         tokenizer=tokenizer.eos_token_id,
-        turn_end=end_of_turn(tokenizer) if template_used else None,
+        turn_end=end_of_turn(tokenizer, options) if template_used else None,
         template_used=template_used,
     )
 
 
-def end_of_turn(tokenizer: Any) -> TurnEnd | None:
+def end_of_turn(tokenizer: Any, options: ChatOptions = NO_OPTIONS) -> TurnEnd | None:
     """What the tokenizer's chat template writes behind an assistant's answer.
 
     Raises:
@@ -84,7 +86,8 @@ def end_of_turn(tokenizer: Any) -> TurnEnd | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     chat = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": _ANSWER}]
-    _, found, rest = render_chat(tokenizer, chat, generation=False).rpartition(_ANSWER)
+    text = render_chat(tokenizer, options.messages(chat), generation=False, arguments=options.arguments)
+    _, found, rest = text.rpartition(_ANSWER)
     rest = rest.strip()
     if not found or not rest:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from megatron_laser.data.prompts import PromptReport
@@ -79,6 +79,24 @@ def reference_findings(
     if not findings:
         findings.append(Finding("references", "ok", f"{name}: {len(rows)} references, all of them answers"))
     return findings
+
+
+def unusable_findings(
+    rows: Sequence[Row], unusable: Callable[[str], str], *, name: str = "data.train"
+) -> list[Finding]:
+    """Whether the references are ones that a built-in verifier other than the mathematical one can use.
+
+    Args:
+        unusable: why one is not, "" where it is; see `rewards.AnswerForm`.
+        name: of the setting with the files.
+    """
+    faults = [(row, why) for row in rows if (why := unusable(row.answer))]
+    if not faults:
+        return [Finding("references", "ok", f"{name}: {len(rows)} references, all of them answers")]
+    level: Level = "error" if len(faults) > _REFUSED_SHARE * len(rows) else "warning"
+    text = f"{name}: {len(faults)} of {len(rows)} references cannot be used, and their responses will have no grade"
+    examples = _examples((f"{row.source}: {why}", row.answer) for row, why in faults)
+    return [Finding("references", level, text, examples, "correct or remove these rows (docs/rewards.md)")]
 
 
 def prompt_findings(report: PromptReport, *, name: str = "data.train") -> list[Finding]:

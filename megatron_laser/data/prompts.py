@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_laser.data.chat import NO_OPTIONS, ChatOptions, check_chat_options
 from megatron_laser.data.encoding import encode_chats, encode_texts
 from megatron_laser.data.readers import Row
 from megatron_laser.data.surrogates import lone_surrogate
@@ -57,6 +58,9 @@ def build_prompts(
     max_prompt_tokens: int,
     vocab_size: int,
     section: str = "data",
+    options: ChatOptions = NO_OPTIONS,
+    source: str = "",
+    reward: str = "",
     progress: Callable[[int], None] | None = None,
     log: bool = True,
 ) -> tuple[list[Prompt], PromptReport]:
@@ -73,20 +77,31 @@ def build_prompts(
         max_prompt_tokens: longer prompts are dropped, and named in the log.
         vocab_size: number of ids that the model has (before padding).
         section: of the settings that are named in messages.
+        options: what the chat template is given besides.
+        source, reward: of `types.Prompt`.
         progress: told after each batch how many rows are done.
         log: warn of prompts that are left out or mended; False where somebody looks at the report.
 
     Raises:
-        DataError: the tokenizer has no chat template, a row is a conversation and no template is applied, the suffix is
-            no text, an id is not in the vocabulary, a prompt has no tokens, or no prompt is left.
+        DataError: the tokenizer has no chat template or one that does not use an argument, a row is a conversation and
+            no template is applied, the suffix is no text, an id is not in the vocabulary, a prompt has no tokens, or no
+            prompt is left.
     """
     if apply_chat_template and not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"{section}.apply_chat_template is true, but the tokenizer has no chat template: set "
             f"{section}.apply_chat_template: false (a base model), or add chat_template.jinja to the model's folder"
         )
-    if broken := lone_surrogate(prompt_suffix):
-        raise DataError(f"{section}.prompt_suffix holds {broken}")
+    if apply_chat_template:
+        check_chat_options(tokenizer, options, section=section)
+    elif options:
+        raise DataError(
+            f"{section}.chat_template_arguments and {section}.system_prompt need {section}.apply_chat_template: true; "
+            "without a template leave them out"
+        )
+    for name, text in (("prompt_suffix", prompt_suffix), ("system_prompt", options.system_prompt)):
+        if broken := lone_surrogate(text):
+            raise DataError(f"{section}.{name} holds {broken}")
     prompts: list[Prompt] = []
     dropped: list[tuple[str, int]] = []
     lengths: list[int] = []
@@ -97,7 +112,9 @@ def build_prompts(
         if apply_chat_template:
             chats = [(*row.turns, ("user", text)) for row, text in zip(batch, texts, strict=True)]
             encoded = encode_chats(
-                tokenizer, [[{"role": role, "content": text} for role, text in chat] for chat in chats]
+                tokenizer,
+                [[{"role": role, "content": text} for role, text in chat] for chat in chats],
+                options,
             )
         else:
             _check_plain(batch, section)
@@ -111,7 +128,9 @@ def build_prompts(
             if len(token_ids) > max_prompt_tokens:
                 dropped.append((row.source, len(token_ids)))
             else:
-                prompts.append(Prompt(row.row, row.problem, row.answer, token_ids))
+                prompts.append(
+                    Prompt(row.row, row.problem, row.answer, token_ids, source=source, reward=reward)
+                )
         if progress is not None:
             progress(len(lengths))
     report = PromptReport(

@@ -49,7 +49,15 @@ class Row:
     turns: tuple[tuple[str, str], ...] = ()
 
 
-def read_rows(paths: Paths, *, prompt_key: str, answer_key: str, mathematics: bool = True) -> list[Row]:
+def read_rows(
+    paths: Paths,
+    *,
+    prompt_key: str,
+    answer_key: str,
+    mathematics: bool = True,
+    options_key: str = "",
+    first: int = 0,
+) -> list[Row]:
     """Read all files, in the order given.
 
     Args:
@@ -60,6 +68,9 @@ def read_rows(paths: Paths, *, prompt_key: str, answer_key: str, mathematics: bo
         mathematics: the references are for the mathematical grader (`rewards.is_math_verify`): numbers, lists
             of one and worked solutions give the answer in them. False: they are as written, everything but text as
             JSON, and may be empty.
+        options_key: column with the options of a multiple-choice question, which become a part of its reference
+            (`rewards.general.choices.read_choice`) in rows that have any; "": none is read.
+        first: the first row's number, where other rows stand before these.
 
     Raises:
         DataError: a file is missing, unreadable or without rows, or a row does not fit; names file and line.
@@ -67,13 +78,21 @@ def read_rows(paths: Paths, *, prompt_key: str, answer_key: str, mathematics: bo
     rows: list[Row] = []
     for path in _as_paths(paths):
         before = len(rows)
-        for source, record in read_records(
-            path, {"data.prompt_key": prompt_key, "data.answer_key": answer_key}
-        ):
+        keys = {"data.prompt_key": prompt_key, "data.answer_key": answer_key}
+        for source, record in read_records(path, keys, optional=options_key):
             *turns, (_, problem) = _turns(record, prompt_key, source)
+            if options_key and record.get(options_key) is not None:
+                record = _with_options(record, answer_key, options_key)
             reference = _reference(record, answer_key, source, mathematics)
             rows.append(
-                Row(len(rows), problem, reference.text, source, reference.taken_from, turns=tuple(turns))
+                Row(
+                    first + len(rows),
+                    problem,
+                    reference.text,
+                    source,
+                    reference.taken_from,
+                    turns=tuple(turns),
+                )
             )
         if len(rows) == before:
             raise DataError(f"{path}: no rows; a data file needs at least one")
@@ -123,13 +142,14 @@ def _as_paths(paths: Paths) -> list[Path]:
 
 
 def read_records(
-    path: Path, keys: Mapping[str, str] | None = None, *, required: bool = True
+    path: Path, keys: Mapping[str, str] | None = None, *, required: bool = True, optional: str = ""
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line or row, record) of a file, streamed. Numbers with a point come as Decimal where that is exact.
 
     Args:
         keys: setting -> column; of a Parquet file only these are read. None: all of them.
         required: a Parquet file must have these columns.
+        optional: a further column, which it may have.
 
     Raises:
         DataError: see `read_rows`.
@@ -142,7 +162,7 @@ def read_records(
     if suffix in _JSONL_SUFFIXES:
         return _jsonl_records(path)
     if suffix in _PARQUET_SUFFIXES:
-        return _parquet_records(path, keys, required)
+        return _parquet_records(path, keys, required, optional)
     known = ", ".join(_JSONL_SUFFIXES + _PARQUET_SUFFIXES)
     raise DataError(f"{path}: unknown kind of file {suffix or '(no suffix)'!r}; expected {known}")
 
@@ -193,7 +213,7 @@ def import_pyarrow(path: Path) -> Any:
 
 
 def _parquet_records(
-    path: Path, keys: Mapping[str, str] | None, required: bool
+    path: Path, keys: Mapping[str, str] | None, required: bool, optional: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     pyarrow = import_pyarrow(path)
     try:
@@ -202,7 +222,7 @@ def _parquet_records(
             for setting, key in (keys or {}).items():
                 if required and key not in columns:
                     raise DataError(_missing(key, setting, str(path), columns, "column"))
-            wanted = [key for key in dict.fromkeys((keys or {}).values()) if key in columns]
+            wanted = [key for key in dict.fromkeys([*(keys or {}).values(), optional]) if key in columns]
             short = [name for name in columns if str(file.schema_arrow.field(name).type) in _SHORT_FLOATS]
             if keys is not None and not wanted:
                 yield from ((f"{path} row {number}", {}) for number in range(file.metadata.num_rows))
@@ -270,6 +290,14 @@ def _turns(record: Mapping[str, Any], key: str, source: str) -> list[tuple[str, 
     if not turns[-1][1].strip():
         raise DataError(f"{source}: {key!r} ({setting}) is empty")
     return turns
+
+
+def _with_options(record: Mapping[str, Any], key: str, options_key: str) -> dict[str, Any]:
+    """The row with its options beside its answer, unless the answer is such an object by itself."""
+    answer = record.get(key)
+    if answer is None or isinstance(answer, dict) or (isinstance(answer, str) and answer.lstrip()[:1] == "{"):
+        return dict(record)
+    return {**record, key: {"answer": answer, "options": record[options_key]}}
 
 
 def _reference(record: Mapping[str, Any], key: str, source: str, mathematics: bool) -> Reference:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,16 +17,15 @@ from megatron_laser.evaluation.records import (
 )
 from megatron_laser.evaluation.responses import EvaluationEngine, ResponseFile, Sampler, SavedResponse
 from megatron_laser.evaluation.score_rule import ScoreRule
-from megatron_laser.evaluation.summary import summarize
 from megatron_laser.files import plain, write_atomically
-from megatron_laser.rewards import Grade, GradingPool, equivalence_classes, extract_answer
+from megatron_laser.rewards import Grade, GradingPool, equivalence_classes
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.types import Prompt, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSummary:
-    """The metrics (names: see `summarize`) and where records and summary lie."""
+    """The metrics (names: see `summarize_sources`) and where records and summary lie."""
 
     metrics: dict[str, float]
     records_path: Path
@@ -57,6 +56,7 @@ def evaluate(
     on_response: Callable[[int, bool], None] | None = None,
     stop: StopEarly | None = None,
     force_end_below: int = 0,
+    graders: Mapping[str, GradingPool] | None = None,
 ) -> EvaluationSummary:
     """Answer every prompt `sampling.samples_per_prompt` times and judge the answers and their scores.
 
@@ -81,6 +81,7 @@ def evaluate(
         stop: set, it ends the evaluation within seconds; what has been sampled by then is in `responses_path`.
         force_end_below: responses with a box that did not end by themselves are scored behind a forced end token, for
             `released_convention`, where prompt, response and that token are fewer tokens than this. 0: none.
+        graders: for prompts whose `reward` is not `grading`'s.
 
     Raises:
         StoppedEarly: `stop` was set.
@@ -141,7 +142,7 @@ def evaluate(
             write_records(file, new)
             # Texts are on disk; 32 long responses to each of many problems need not stay in memory.
             records += [replace(record, response="") for record in [*finished, *new]]
-    metrics = summarize(records, seed=sampling.seed or 0)
+    metrics = summarize_sources(records, seed=sampling.seed or 0)
     write_atomically(
         summary_path, json.dumps({name: plain(value) for name, value in metrics.items()}, indent=1) + "\n"
     )
@@ -157,6 +158,11 @@ class _Job:
     decode: Callable[[list[int]], str]
     grading: GradingPool
     rule: ScoreRule
+    graders: Mapping[str, GradingPool]
+    score_token_id: int | None
+    ref_logprob: float | None
+    beta: float
+    targets: tuple[float, float]
     ends: float
     force_end_below: int
 
@@ -186,6 +192,25 @@ class _Job:
                     )
                 )
         return records
+
+    def _pool(self, prompt: Prompt) -> GradingPool:
+        return self.graders.get(prompt.reward, self.grading)
+
+    def _grades(self, prompts: Sequence[Prompt], texts: list[list[str]]) -> list[Grade]:
+        """Of all responses, prompt after prompt, each from its prompt's verifier."""
+        asked: dict[int, tuple[GradingPool, list[int], list[tuple[str, str]]]] = {}
+        place = 0
+        for prompt, group in zip(prompts, texts):
+            pool = self._pool(prompt)
+            _, places, pairs = asked.setdefault(id(pool), (pool, [], []))
+            for text in group:
+                places.append(place)
+                pairs.append((text, prompt.answer))
+                place += 1
+        grades: dict[int, Grade] = {}
+        for pool, places, pairs in asked.values():
+            grades.update(zip(places, pool.grade_many(pairs, deadline=self._left("grade")), strict=True))
+        return [grades[index] for index in range(place)]
 
     def _score(
         self, prompts: Sequence[Prompt], groups: list[list[SavedResponse]]
@@ -276,6 +301,7 @@ class _Job:
             answer_class=answer_class,
             forced_zc_logprob=forced_zc_logprob,
             forced_score=self.rule.score(forced_zc_logprob),
+            source=prompt.source,
         )
 
     def _left(self, phase: str) -> float:

@@ -18,6 +18,7 @@ from megatron_laser.config import (
     resolve_score_token,
 )
 from megatron_laser.config.readouts import readouts, score_token_setting
+from megatron_laser.data import NO_OPTIONS, chat_options
 from megatron_laser.data.end_of_response import check_end_of_response, end_sources
 from megatron_laser.data.tokenizer import decode_response, load_tokenizer
 from megatron_laser.errors import TestTimeError
@@ -149,7 +150,12 @@ def load_model_folder(
     tokenizer = load_tokenizer(folder, ["Is 12 + 35 = 47? \\boxed{1}"])
     through_template = run is not None and run.data.apply_chat_template
     ends = end_sources(
-        folder, tokenizer, setting=setting, template_used=through_template, name="--stop-token-id"
+        folder,
+        tokenizer,
+        setting=setting,
+        template_used=through_template,
+        name="--stop-token-id",
+        options=NO_OPTIONS if run is None else chat_options(run.data),
     )
     if (finding := check_end_of_response(ends, tokenizer)).level == "warning":
         logger.warning("%s", finding.line)
@@ -189,6 +195,8 @@ def _from_run(run: RunConfig | None) -> dict[str, Any]:
         "answer_key": run.data.answer_key,
         "prompt_suffix": run.data.prompt_suffix,
         "apply_chat_template": run.data.apply_chat_template,
+        "chat_template_arguments": run.data.chat_template_arguments,
+        "system_prompt": run.data.system_prompt or "",
         "max_prompt_tokens": run.data.max_prompt_tokens,
         "max_new_tokens": run.evaluation.max_new_tokens or run.rollout.max_new_tokens,
         "temperature": run.evaluation.temperature,

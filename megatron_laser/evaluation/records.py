@@ -31,6 +31,7 @@ class EvaluationRecord:
         answer_class: equal for equal answers to the same problem; None abstains.
         forced_zc_logprob, forced_score: of a response with a box that did not end by itself, behind an end token that
             it did not write: what the released evaluator calls its score (`released_convention`). None: not asked.
+        source: the name of the problem's source; "" where there is one only.
     """
 
     row: int
@@ -50,6 +51,7 @@ class EvaluationRecord:
     answer_class: int | None
     forced_zc_logprob: float | None = None
     forced_score: float | None = None
+    source: str = ""
 
     @property
     def right(self) -> bool:

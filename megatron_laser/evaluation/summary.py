@@ -100,6 +100,15 @@ def summarize(
     return summary
 
 
+def summarize_sources(records: Sequence[EvaluationRecord], *, seed: int = 0) -> dict[str, float]:
+    """`summarize` over all records, and where they are of several sources over each one's, under source/<name>/."""
+    summary = summarize(records, seed=seed)
+    for name in sorted({record.source for record in records} - {""}):
+        mine = summarize([record for record in records if record.source == name], seed=seed)
+        summary |= {f"source/{name}/{metric}": value for metric, value in mine.items()}
+    return summary
+
+
 def by_problem(records: Sequence[EvaluationRecord]) -> list[list[EvaluationRecord]]:
     """The records of each problem, both in the order of their numbers."""
     problems: dict[int, list[EvaluationRecord]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -49,6 +50,7 @@ class RunEvaluation:
         last_step: int,
         say: Callable[[str], None],
         function: SampleFunction | None = None,
+        graders: Mapping[str, GradingPool] | None = None,
     ) -> None:
         """Remove evaluations of steps beyond `last_step`, where the run goes on: they are of weights that are gone.
 
@@ -56,6 +58,7 @@ class RunEvaluation:
             splits: prompts of "validation" and "test"; None or missing: that split is not given.
             say: takes a line every 15 seconds that an evaluation goes on, from another thread.
             function: makes the responses, as in training.
+            graders: for prompts whose `reward` is not `grading`'s.
         """
         self._function = function
         self._config = config
@@ -65,6 +68,7 @@ class RunEvaluation:
         self._score_token_id = score_token_id
         self._engine = engine
         self._grading = grading
+        self._graders = graders
         self._timers = timers
         self._say = say
         self._folder = Path(config.run.output_dir) / "evaluation"
@@ -95,7 +99,8 @@ class RunEvaluation:
     def run(self, split: str, step: int, *, resumable: bool = False) -> dict[str, float]:
         """Evaluate the engine's current weights on `validation` or `test`; {} when the split is not given.
 
-        Names are eval/<metric> for validation and test/<metric> for test.
+        Names are eval/<metric> for validation and test/<metric> for test; of each of several sources
+        eval/source/<name>/<metric>.
 
         Args:
             resumable: go on with the responses that a stopped attempt has sampled from the same weights.
@@ -107,7 +112,7 @@ class RunEvaluation:
         prompts = self._splits.get(split)
         if not prompts:
             return {}
-        prompts = prompts[: settings.max_prompts]
+        prompts = _first_of_each_source(prompts, settings.max_prompts)
         samples = settings.samples_per_prompt if split == "validation" else settings.final_samples_per_prompt
         sampling = SamplingParams(
             samples_per_prompt=samples,
@@ -148,6 +153,7 @@ class RunEvaluation:
                 repeatable=in_process and self._function is None,  # tools may answer differently
                 on_response=progress.response,
                 stop=self._stop,
+                graders=self._graders,
             )
             if responses is not None:
                 responses.unlink(missing_ok=True)
@@ -174,3 +180,16 @@ class RunEvaluation:
             rollout = self._config.rollout
             identity |= {"function": rollout.function, "function_options": rollout.function_options}
         return partial_responses_path(records, identity)
+
+
+def _first_of_each_source(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
+    """At most `count` prompts of each source; None: all."""
+    if count is None:
+        return list(prompts)
+    taken: Counter[str] = Counter()
+    chosen = []
+    for prompt in prompts:
+        taken[prompt.source] += 1
+        if taken[prompt.source] <= count:
+            chosen.append(prompt)
+    return chosen

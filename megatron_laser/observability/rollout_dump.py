@@ -43,6 +43,7 @@ def dump_rollouts(
             record = {
                 "step": batch.step,
                 "row": group.prompt.row,
+                "source": group.prompt.source,
                 "sample": number,
                 "epoch": group.prompt.epoch,
                 "problem": group.prompt.problem,

@@ -25,14 +25,27 @@ def rollout_metrics(batch: RolloutBatch, zc_logprobs: torch.Tensor, scores: torc
         zc_logprobs, scores: [samples] of the policy that generated the batch; NaN where there is no score.
 
     Returns:
-        Flat names; the score's metrics are left out when no sample has a score.
+        Flat names; the score's metrics are left out when no sample has a score. Where there are several sources, the
+        same of each under source/<name>/; what it has no graded response for is left out.
     """
-    samples = list(batch.samples())
+    metrics = _metrics(batch.groups, zc_logprobs, scores)
+    source_of = [group.prompt.source for group in batch.groups for _ in group.samples]
+    for name in sorted({group.prompt.source for group in batch.groups} - {""}):
+        groups = [group for group in batch.groups if group.prompt.source == name]
+        mine = torch.tensor([source == name for source in source_of], dtype=torch.bool)
+        if not bool(mine.any()):
+            continue
+        found = _metrics(groups, zc_logprobs[mine], scores[mine])
+        metrics |= {f"source/{name}/{metric}": value for metric, value in found.items()}
+    return metrics
+
+
+def _metrics(groups: Sequence[Group], zc_logprobs: torch.Tensor, scores: torch.Tensor) -> dict[str, Any]:
+    samples = [sample for group in groups for sample in group.samples]
+    group_ids = [index for index, group in enumerate(groups) for _ in group.samples]
     rewards = np.array([sample.reward for sample in samples])
     lengths = np.array([len(sample.generation.response_ids) for sample in samples])
-    outcomes = Counter(
-        sample.outcome for group in batch.groups for sample in (*group.samples, *group.ungraded)
-    )
+    outcomes = Counter(sample.outcome for group in groups for sample in (*group.samples, *group.ungraded))
     metrics: dict[str, Any] = {
         "reward_mean": rewards.mean(),
         "reward_std": rewards.std(),
@@ -40,7 +53,7 @@ def rollout_metrics(batch: RolloutBatch, zc_logprobs: torch.Tensor, scores: torc
         "truncated_fraction": np.mean([sample.generation.finish_reason != "stop" for sample in samples]),
         "scored_fraction": np.mean([sample.scored for sample in samples]),
         "groups_uniform_fraction": groups_uniform(
-            torch.from_numpy(rewards), torch.tensor(batch.group_ids(), dtype=torch.int64)
+            torch.from_numpy(rewards), torch.tensor(group_ids, dtype=torch.int64)
         ),
         **_environment(samples),
         **{f"outcome/{name}": outcomes.get(name, 0) for name in OUTCOMES},

@@ -1,5 +1,6 @@
 """Rewards: grading responses in killable worker processes, by math-verify or a custom function. No torch."""
 
+from megatron_laser.rewards.answer_forms import MATHEMATICS, AnswerForm, answer_form
 from megatron_laser.rewards.equivalence import equivalence_classes
 from megatron_laser.rewards.grade import OUTCOMES, Grade, GradingPoolError, Outcome, RewardSpecError
 from megatron_laser.rewards.mathematics.boxed import (
@@ -14,12 +15,15 @@ from megatron_laser.rewards.trial import trial, try_reward
 from megatron_laser.rewards.workers.grading_pool import GradingPool
 
 __all__ = [
+    "MATHEMATICS",
     "OUTCOMES",
+    "AnswerForm",
     "Grade",
     "GradingPool",
     "GradingPoolError",
     "Outcome",
     "RewardSpecError",
+    "answer_form",
     "answers_equal",
     "equivalence_classes",
     "extract_answer",

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
+from megatron_laser.rewards.answer_forms import MATHEMATICS, AnswerForm
 from megatron_laser.rewards.mathematics.boxed import normalize_answer
-from megatron_laser.rewards.mathematics.grading import quick_equal
 from megatron_laser.rewards.workers.grading_pool import GradingPool
 
 
 def equivalence_classes(
-    answers: Sequence[str | None], deadline: float | None = None, *, pool: GradingPool | None = None
+    answers: Sequence[str | None],
+    deadline: float | None = None,
+    *,
+    pool: GradingPool | None = None,
+    form: AnswerForm = MATHEMATICS,
 ) -> list[int | None]:
     """Group extracted answers by the relation that grades too: one class where one would be right for the other.
 
@@ -23,6 +27,7 @@ def equivalence_classes(
         deadline: seconds for all comparisons; None: as long as they can take at worst. Pairs that are not
             decided by then count as unequal.
         pool: whose workers compare; None starts one worker for this call where one is needed (0.5 s).
+        form: what settles pairs without a worker; see `answer_forms`.
 
     Returns:
         For each answer its class, numbered from 0 by first appearance; None where the answer is None.
@@ -42,7 +47,7 @@ def equivalence_classes(
 
     hard: list[tuple[str, str]] = []
     for left, right in combinations(distinct, 2):
-        equal = quick_equal(left, right)
+        equal = form.quick_equal(left, right)
         if equal:
             parent[root(right)] = root(left)
         elif equal is None:

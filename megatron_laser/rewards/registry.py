@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from megatron_laser.rewards.general.choices import multiple_choice
+from megatron_laser.rewards.general.short_text import free_text
 from megatron_laser.rewards.grade import Grade, RewardSpecError
 from megatron_laser.rewards.mathematics.grading import grade_math
 from megatron_laser.rewards.workers.user_code import definition, described
@@ -215,3 +217,5 @@ def _spec_error(spec: str, problem: str) -> RewardSpecError:
 
 
 register_reward("math_verify")(grade_math)
+register_reward("multiple_choice")(multiple_choice)
+register_reward("free_text")(free_text)

@@ -6,6 +6,7 @@ import logging
 import time
 
 from megatron_laser.errors import Finding
+from megatron_laser.rewards.answer_forms import MATHEMATICS, answer_form
 from megatron_laser.rewards.grade import Grade, GradingPoolError, RewardSpecError
 from megatron_laser.rewards.registry import is_math_verify
 from megatron_laser.rewards.workers.grading_pool import GradingPool
@@ -26,8 +27,8 @@ def trial(
     """Grade two responses to one reference, one with the reference in a box and one without a box.
 
     A function that grades neither is an error, one that fails on one of them a warning (a response without a grade
-    teaches nothing), and one to which the reference is worth no more a note. math_verify is not tried here, since each
-    of its workers grades an answer when it starts.
+    teaches nothing), and one to which the reference is worth no more a note. Built-in ones are not tried here: each
+    of math_verify's workers grades an answer when it starts, and for the others the references are looked at.
 
     Args:
         function: `reward.function`.
@@ -37,6 +38,8 @@ def trial(
     """
     if is_math_verify(function):
         return [Finding(_TOPIC, "ok", "math_verify, built in")]
+    if answer_form(function) is not MATHEMATICS:
+        return [Finding(_TOPIC, "ok", f"{function}, built in")]
     responses = {
         "the reference in a box": f"The answer is \\boxed{{{answer}}}.",
         "a response without a box": "I do not know.",

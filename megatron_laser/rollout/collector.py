@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_laser.data.cursor import PromptCursor
+from megatron_laser.data.cursor import Cursor
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool, GradingPoolError
 from megatron_laser.rewards.grade import FAILED_OUTCOMES
@@ -47,7 +47,7 @@ class RolloutCollector:
         engine: RolloutEngine,
         grading: GradingPool,
         prompts: Sequence[Prompt],
-        cursor: PromptCursor,
+        cursor: Cursor,
         *,
         sampling: SamplingParams,
         prompts_per_step: int,
@@ -62,6 +62,7 @@ class RolloutCollector:
         ahead: int = 0,
         endings: Endings | None = None,
         function: SampleFunction | None = None,
+        graders: Mapping[str, GradingPool] | None = None,
     ) -> None:
         """
         Args:
@@ -76,6 +77,7 @@ class RolloutCollector:
             ahead: how many steps the engine's weights may be behind those that the step trains.
             endings: watches for steps in which no response ends by itself.
             function: makes the samples; None: the engine does, each in one piece.
+            graders: for prompts whose `reward` is not `grading`'s.
         """
         self._engine = engine
         self._grading = grading
@@ -95,6 +97,7 @@ class RolloutCollector:
         self._ahead = ahead
         self._endings = endings
         self._function = function
+        self._graders = graders or {}
         self._said: set[str] = set()
         self._carried: list[OpenGroup] = []
         self._progress: Progress | None = None
@@ -159,6 +162,7 @@ class RolloutCollector:
         self.metrics = {
             "prompts_tried": progress.tried,
             **progress.graded_metrics(stand_ins),
+            **progress.source_metrics(stand_ins),
             "groups_missing": missing,
             "grading_failed": sum(failed[outcome] for outcome in FAILED_OUTCOMES),
         }
@@ -188,6 +192,7 @@ class RolloutCollector:
         if fresh > 0:
             for position, _ in self._cursor.take(fresh):
                 progress.open.append(OpenGroup(position, self._prompts[position], size))
+                progress.tried_by_source[self._prompts[position].source] += 1
             progress.tried += fresh
         self._generate(progress, missing)
         progress.rounds += 1
@@ -257,7 +262,8 @@ class RolloutCollector:
     def _submit(self, group: OpenGroup, sample: int, generation: Generation) -> None:
         text = self._text(generation)
         group.texts[sample] = text
-        group.grades[sample] = self._grading.submit(text, group.prompt.answer)
+        grading = self._graders.get(group.prompt.reward, self._grading)
+        group.grades[sample] = grading.submit(text, group.prompt.answer)
 
     def _sort_out(self, progress: Progress) -> None:
         """Complete groups go to the batch or to the uniform ones; the rest, and what is too much, is carried."""

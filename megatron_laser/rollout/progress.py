@@ -20,7 +20,7 @@ class Progress:
 
     before: the collector's state before the step. ends: by time.monotonic(). groups: what the step will train on.
     uniform: complete groups whose rewards are all equal, where those are dropped. lost: groups of which not one
-    response could be graded. tried: prompts begun.
+    response could be graded. tried: prompts begun, and by the names of their sources.
     """
 
     step: int
@@ -31,6 +31,7 @@ class Progress:
     lost: list[Group] = field(default_factory=list)
     open: list[OpenGroup] = field(default_factory=list)
     tried: int = 0
+    tried_by_source: Counter[str] = field(default_factory=Counter)
     rounds: int = 0
 
     def failures(self) -> Counter[str]:
@@ -62,18 +63,37 @@ class Progress:
             share of right responses among all that have a grade, of dropped groups too: the accuracy of the policy on
             the prompts that it tried, which the batch's own says nothing of where uniform groups are left out.
         """
-        used = {id(group) for group in stand_ins}
-        dropped = [group for group in self.uniform if id(group) not in used]
-        right = sum(group.samples[0].reward > 0.5 for group in dropped)
-        graded = [sample for group in (*self.groups, *self.uniform) for sample in group.samples]
-        metrics: dict[str, float] = {
-            "groups_dropped": len(dropped),
-            "groups_dropped_right": right,
-            "groups_dropped_wrong": len(dropped) - right,
-        }
-        if graded:
-            metrics["accuracy_tried"] = sum(sample.reward > 0.5 for sample in graded) / len(graded)
+        return _graded(self.groups, self.uniform, stand_ins)
+
+    def source_metrics(self, stand_ins: Sequence[Group]) -> dict[str, float]:
+        """As `graded_metrics`, and prompts_tried, of each source under source/<name>/; {} where there is one only."""
+        complete = {group.prompt.source for group in (*self.groups, *self.uniform)}
+        metrics: dict[str, float] = {}
+        for name in sorted((complete | set(self.tried_by_source)) - {""}):
+            groups, uniform = (
+                [group for group in part if group.prompt.source == name]
+                for part in (self.groups, self.uniform)
+            )
+            found = {"prompts_tried": self.tried_by_source[name], **_graded(groups, uniform, stand_ins)}
+            metrics |= {f"source/{name}/{metric}": value for metric, value in found.items()}
         return metrics
+
+
+def _graded(
+    groups: Sequence[Group], uniform: Sequence[Group], stand_ins: Sequence[Group]
+) -> dict[str, float]:
+    used = {id(group) for group in stand_ins}
+    dropped = [group for group in uniform if id(group) not in used]
+    right = sum(group.samples[0].reward > 0.5 for group in dropped)
+    graded = [sample for group in (*groups, *uniform) for sample in group.samples]
+    metrics: dict[str, float] = {
+        "groups_dropped": len(dropped),
+        "groups_dropped_right": right,
+        "groups_dropped_wrong": len(dropped) - right,
+    }
+    if graded:
+        metrics["accuracy_tried"] = sum(sample.reward > 0.5 for sample in graded) / len(graded)
+    return metrics
 
 
 def token_ages(generation: Generation, trained_version: int) -> list[tuple[int, int]]:

@@ -18,7 +18,6 @@ from megatron_laser.config import (
     rollout_tries,
 )
 from megatron_laser.config.derived import function_deadline
-from megatron_laser.data import PromptCursor
 from megatron_laser.data.tokenizer import decode_response
 from megatron_laser.evaluation.validation import RunEvaluation
 from megatron_laser.model import platform
@@ -31,7 +30,8 @@ from megatron_laser.rollout.endings import watch_endings
 from megatron_laser.rollout.engine import StoppedEarly
 from megatron_laser.rollout.function.runner import SampleFunction
 from megatron_laser.run.engines import WorkResult, await_servers, call_engine, open_engine
-from megatron_laser.run.inputs import RunInputs
+from megatron_laser.run.graders import open_graders
+from megatron_laser.run.inputs import RunInputs, open_cursor
 from megatron_laser.run.recorder import RunRecorder
 from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch, RoutingShape, SamplingParams
@@ -66,9 +66,7 @@ class Controller:
     def _open(self, resumed: dict[str, Any] | None) -> None:
         config, inputs = self._config, self._inputs
         self._closing.callback(inputs.folder.release)
-        self._cursor = PromptCursor(
-            len(inputs.train), config.run.seed, config.data.shuffle, data_fingerprint=inputs.data_fingerprint
-        )
+        self._cursor = open_cursor(config, inputs)
         self.engine = open_engine(config)
         self._close_later("rollout engine", self.engine.close)
         self._grading = GradingPool(
@@ -76,6 +74,7 @@ class Controller:
         )
         self._close_later("grading workers", self._grading.close)
         self._function = self._open_function()
+        self._graders = open_graders(config, inputs, self._close_later)
         rollout = config.rollout
         engine_scores = config.laser.enabled and config.laser.score_source == "server"
         self._collector = RolloutCollector(
@@ -104,6 +103,7 @@ class Controller:
             ahead=rollout.ahead,
             endings=watch_endings(config, inputs.stop_token_ids, inputs.tokenizer),
             function=self._function,
+            graders=self._graders,
         )
         self._ahead = RolloutAhead(self._collector, inputs.train) if rollout.ahead else None
         if self._ahead is not None:
@@ -126,6 +126,7 @@ class Controller:
             last_step=last_step,
             say=self._record.message,
             function=self._function,
+            graders=self._graders,
         )
 
     def _open_function(self) -> SampleFunction | None:
@@ -238,6 +239,9 @@ class Controller:
         metrics["tokens"] = tokens
         metrics["time/tokens_per_second"] = tokens / max(times.get("time/total", 0.0), 1e-9)
         metrics["epoch"] = self._cursor.progress
+        if isinstance(self._cursor, MixedCursor):
+            epochs = self._cursor.progress_by_source()
+            metrics |= {f"source/{name}/epoch": value for name, value in epochs.items()}
         metrics |= self._evaluated
         self._evaluated = {}
         trouble = self._record.write(step, metrics)
@@ -249,10 +253,17 @@ class Controller:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of rank 0: cursor, groups that are begun, a batch that is ahead, whose run it is."""
         state = self._collector.state() if self._ahead is None else self._ahead.state()
-        return state | self._record.state() | {"reward_code": self._grading.source_fingerprints()}
+        return state | self._record.state() | {"reward_code": self._reward_code()}
+
+    def _reward_code(self) -> dict[str, str]:
+        code: dict[str, str] = {}
+        for pool in (self._grading, *self._graders.values()):
+            code |= pool.source_fingerprints()
+        return code
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        self._grading.say_if_edited_since(state.get("reward_code", {}))
+        for pool in (self._grading, *self._graders.values()):
+            pool.say_if_edited_since(state.get("reward_code", {}))
         if self._ahead is None:
             self._collector.load_state(state)
         else:

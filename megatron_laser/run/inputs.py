@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from megatron_laser.config import RunConfig
-from megatron_laser.data import fingerprint
+from megatron_laser.config.derived import data_sources
+from megatron_laser.data import Cursor, MixedCursor, MixedSource, PromptCursor, fingerprint
 from megatron_laser.errors import Finding
 from megatron_laser.observability.best_effort import print_line
 from megatron_laser.run.output_folder import ClaimedFolder, claim_output_folder, move_aside
@@ -22,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunInputs:
-    """The user's files, read and checked before any model is built."""
+    """The user's files, read and checked before any model is built. data_fingerprints: of each training source."""
 
     tokenizer: Any
     train: list[Prompt]
@@ -30,7 +32,7 @@ class RunInputs:
     test: list[Prompt] | None
     score_token_id: int | None
     stop_token_ids: tuple[int, ...]
-    data_fingerprint: str
+    data_fingerprints: tuple[str, ...]
     folder: ClaimedFolder
 
     def shared_arrays(self) -> dict[str, np.ndarray]:
@@ -54,7 +56,8 @@ def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
     looked = run_preflight(config, FindingLog(stop_at_errors=True, on_finding=_log), overwrite=overwrite)
     model, prompts = looked.model, looked.data.prompts
     assert model.special is not None  # errors have ended this by now
-    data_fingerprint = fingerprint(config.data.train, [config.data.prompt_key, config.data.answer_key])
+    keys = [config.data.prompt_key, config.data.answer_key]
+    data_fingerprints = tuple(fingerprint(source.paths, keys) for source in data_sources(config, "train"))
     if overwrite:
         for moved in move_aside(config):
             print_line(f"moved the existing {moved.what} to {moved.to}")
@@ -65,8 +68,28 @@ def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
         test=prompts.get("test"),
         score_token_id=model.special.score_token_id,
         stop_token_ids=model.special.stop_token_ids,
-        data_fingerprint=data_fingerprint,
+        data_fingerprints=data_fingerprints,
         folder=claim_output_folder(config),
+    )
+
+
+def open_cursor(config: RunConfig, inputs: RunInputs) -> Cursor:
+    """The order of the training prompts: of one source its own, of several each source's share in turn."""
+    seed, shuffle = config.run.seed, config.data.shuffle
+    sources = data_sources(config, "train")
+    if len(sources) == 1:
+        (data,) = inputs.data_fingerprints
+        return PromptCursor(len(inputs.train), seed, shuffle, data_fingerprint=data)
+    counts = Counter(prompt.source for prompt in inputs.train)
+    return MixedCursor(
+        [
+            MixedSource(
+                source.name,
+                source.share,
+                PromptCursor(counts[source.name], seed, shuffle, data_fingerprint=data, stream=place),
+            )
+            for place, (source, data) in enumerate(zip(sources, inputs.data_fingerprints, strict=True))
+        ]
     )
 
 

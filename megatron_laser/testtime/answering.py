@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from megatron_laser.evaluation.model_folder import ModelFolder
-from megatron_laser.rewards import GradingPool, extract_answer
+from megatron_laser.rewards import GradingPool, answer_form
 from megatron_laser.rollout.engine import RolloutEngine, takes_seeds
 from megatron_laser.testtime.chat_request import ChatRequest, RequestError
 from megatron_laser.testtime.scoring import Scorer
@@ -83,9 +83,10 @@ def answer(
         for place, result in zip(missing, scorer.score_ids(pairs, deadline=_left(ends)), strict=True):
             scores[place] = result.score
     texts = [model.decode(generation.text_ids) for generation in generations]
-    choice = choose(texts, scores, vote=chat.vote, pool=pool, deadline=_left(ends))
+    form = answer_form(model.from_run.get("reward", "math_verify"))
+    choice = choose(texts, scores, vote=chat.vote, pool=pool, deadline=_left(ends), form=form)
     samples = [
-        SampledAnswer(text, generation.response_ids.tolist(), finished, score, extract_answer(text))
+        SampledAnswer(text, generation.response_ids.tolist(), finished, score, form.extract(text, ""))
         for text, generation, finished, score in zip(texts, generations, scored, scores, strict=True)
     ]
     return Answer(samples, choice, sum(len(generation.response_ids) for generation in generations))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_laser.config.model_folder.spare_tokens import SpareToken, how_to_add_a_token, spare_tokens
 from megatron_laser.config.model_folder.special_tokens import resolve_score_token
-from megatron_laser.data import Row, build_prompts, read_rows
+from megatron_laser.data import NO_OPTIONS, ChatOptions, Row, build_prompts, read_rows
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.engine_choice import EngineChoice
 from megatron_laser.evaluation.model_folder import ModelFolder
@@ -42,6 +42,7 @@ class CalibrationSettings:
     answer_key: str = "answer"
     prompt_suffix: str = " Please reason step by step, and put your final answer within \\boxed{}."
     apply_chat_template: bool = True
+    options: ChatOptions = NO_OPTIONS
     seed: int = 1
     deadline: float = 3600.0
 
@@ -172,6 +173,7 @@ def _all_prompts(model: ModelFolder, rows: list[Row], settings: CalibrationSetti
         model.tokenizer,
         prompt_suffix=settings.prompt_suffix,
         apply_chat_template=settings.apply_chat_template,
+        options=settings.options,
         max_prompt_tokens=model.max_positions - 1,
         vocab_size=model.vocab_size,
     )[0]

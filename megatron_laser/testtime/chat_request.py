@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_laser.data import NO_OPTIONS, ChatOptions
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.testtime.prompts import prompt_token_ids
@@ -80,6 +81,7 @@ def parse_chat_request(
     max_new_tokens: int,
     apply_chat_template: bool,
     prompt_suffix: str,
+    options: ChatOptions = NO_OPTIONS,
 ) -> ChatRequest:
     """Check a request's body; `k`, `vote` and `return_samples` are this proxy's own fields.
 
@@ -109,6 +111,7 @@ def parse_chat_request(
             model.tokenizer,
             apply_chat_template=apply_chat_template,
             prompt_suffix=prompt_suffix,
+            options=options,
         )
     except TestTimeError as error:
         raise RequestError(400, str(error), "messages", "invalid_value") from None

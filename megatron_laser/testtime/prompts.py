@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from megatron_laser.data import encode_chats, encode_texts, lone_surrogate
+from megatron_laser.data import NO_OPTIONS, ChatOptions, encode_chats, encode_texts, lone_surrogate
 from megatron_laser.errors import TestTimeError
 
 logger = logging.getLogger(__name__)
@@ -16,7 +16,12 @@ _ROLES = ("system", "user", "assistant", "developer", "tool")
 
 
 def prompt_token_ids(
-    row: Mapping[str, Any], tokenizer: Any, *, apply_chat_template: bool, prompt_suffix: str = ""
+    row: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    apply_chat_template: bool,
+    prompt_suffix: str = "",
+    options: ChatOptions = NO_OPTIONS,
 ) -> list[int]:
     """Token ids of the row's `prompt_ids` (as they are), `messages` or `prompt` (with one BOS, see `data.encoding`).
 
@@ -24,6 +29,7 @@ def prompt_token_ids(
         apply_chat_template: through the tokenizer's template, a plain prompt as one user message; False: the text
             itself, and a chat must be one user message.
         prompt_suffix: behind a plain prompt, and behind the last user message of a chat.
+        options: what the template is given besides; a chat's own system message counts before its system prompt.
 
     Raises:
         TestTimeError: none or several of the three, or one that does not fit.
@@ -57,7 +63,7 @@ def prompt_token_ids(
         if not getattr(tokenizer, "chat_template", None):
             raise TestTimeError("the tokenizer has no chat template; use --no-chat-template (a base model)")
         try:
-            (encoded,) = encode_chats(tokenizer, [messages])
+            (encoded,) = encode_chats(tokenizer, [messages], options)
         except Exception as error:  # a template raises what it likes about the order of roles
             raise TestTimeError(f"`messages`: the chat template refuses them: {error}") from error
     if encoded.bos_repeated:

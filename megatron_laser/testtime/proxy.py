@@ -22,6 +22,7 @@ from typing import Any
 from aiohttp import web
 
 from megatron_laser.config.addresses import http_url
+from megatron_laser.data import NO_OPTIONS, ChatOptions
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.engine_choice import EngineChoice, open_engine
 from megatron_laser.evaluation.model_folder import ModelFolder
@@ -139,6 +140,7 @@ class _Proxy:
             max_new_tokens=self._settings.max_new_tokens,
             apply_chat_template=self._settings.apply_chat_template,
             prompt_suffix=self._settings.prompt_suffix,
+            options=self._settings.options,
         )
         self._check_model(chat.model)
         result = completion(self._settings.model_name, chat, await self._answer(chat))
@@ -238,6 +240,7 @@ class ProxySettings:
     max_new_tokens: int = 8192
     apply_chat_template: bool = True
     prompt_suffix: str = ""
+    options: ChatOptions = NO_OPTIONS
     deadline: float = 600.0
     engines: int = 8
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.data import lone_surrogate
+from megatron_laser.data import NO_OPTIONS, ChatOptions, lone_surrogate
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.files import plain, replace_file, through_links
@@ -167,6 +167,7 @@ def read_answers(
     apply_chat_template: bool,
     prompt_suffix: str,
     end_token_id: int | None = None,
+    options: ChatOptions = NO_OPTIONS,
 ) -> Answers:
     """Read a JSON Lines file and check all of it; needs no engine, so it comes before one is opened.
 
@@ -176,6 +177,7 @@ def read_answers(
 
     Args:
         end_token_id: see `end_token`.
+        options: what the chat template is given besides.
 
     Raises:
         TestTimeError: a row does not fit; names the line.
@@ -184,7 +186,9 @@ def read_answers(
     rows = list(json_rows(source))
     if not rows:
         raise TestTimeError(f"{source}: no rows; expected one JSON object on each line")
-    pairs = [_pair(place, row, model, end, apply_chat_template, prompt_suffix) for place, row in rows]
+    pairs = [
+        _pair(place, row, model, end, apply_chat_template, prompt_suffix, options) for place, row in rows
+    ]
     return Answers([row for _, row in rows], pairs)
 
 
@@ -289,12 +293,17 @@ def _pair(
     end: int,
     apply_chat_template: bool,
     prompt_suffix: str,
+    options: ChatOptions,
 ) -> tuple[list[int], list[int]]:
     names = ("prompt", "messages", "prompt_ids")
     asked = row if any(row.get(name) is not None for name in names) else {"prompt": row.get("problem")}
     try:
         prompt = prompt_token_ids(
-            asked, model.tokenizer, apply_chat_template=apply_chat_template, prompt_suffix=prompt_suffix
+            row,
+            model.tokenizer,
+            apply_chat_template=apply_chat_template,
+            prompt_suffix=prompt_suffix,
+            options=options,
         )
         if "response_ids" in row:
             response = _ids(row["response_ids"], "response_ids")

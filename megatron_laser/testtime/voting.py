@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from megatron_laser.algorithms.voting import best_of, majority_vote
 from megatron_laser.errors import TestTimeError
-from megatron_laser.rewards import GradingPool, equivalence_classes, extract_answer
+from megatron_laser.rewards import MATHEMATICS, AnswerForm, GradingPool, equivalence_classes
 
 Vote = Literal["weighted_majority", "majority", "best_of"]
 VOTES: tuple[str, ...] = get_args(Vote)
@@ -41,8 +41,9 @@ def choose(
     vote: str = "weighted_majority",
     pool: GradingPool | None = None,
     deadline: float | None = None,
+    form: AnswerForm = MATHEMATICS,
 ) -> Choice:
-    """Vote among responses by their boxed answers, equal by math-verify in either direction.
+    """Vote among responses by their answers; without `form` by their boxes, equal by math-verify in either direction.
 
     Of the responses that give the winning answer the one with the best score is chosen. Weights are
     clamp(score, 0, 1); a response without a score has weight 0.
@@ -50,6 +51,7 @@ def choose(
     Args:
         responses: texts. scores: raw scores r_s, None without one (truncated).
         pool, deadline: as in `rewards.equivalence_classes`.
+        form: `rewards.answer_form` of the verifier that the model was trained with.
 
     Raises:
         TestTimeError: no responses, or an unknown vote.
@@ -58,8 +60,8 @@ def choose(
         raise TestTimeError("there is no response to choose from; expected one or more")
     if vote not in VOTES:
         raise TestTimeError(f"vote {vote!r}: expected {', '.join(VOTES)}")
-    answers = [extract_answer(response) for response in responses]
-    classes = equivalence_classes(answers, deadline, pool=pool)
+    answers = [form.extract(response, "") for response in responses]
+    classes = equivalence_classes(answers, deadline, pool=pool, form=form)
     weights = [0.0 if score is None else min(max(score, 0.0), 1.0) for score in scores]
     if all(number is None for number in classes):
         index = best_of([0] * len(responses), scores)

@@ -36,6 +36,8 @@ DEFAULTS = {
         "answer_key": "answer",
         "prompt_suffix": " Please reason step by step, and put your final answer within \\boxed{}.",
         "apply_chat_template": True,
+        "chat_template_arguments": {},
+        "system_prompt": None,
         "max_prompt_tokens": 2048,
         "shuffle": True,
     },

@@ -85,7 +85,10 @@ def test_every_setting_that_the_page_names_exists(page):
     "page",
     [
         *("README.md", "docs/first_hour.md", "docs/rollout.md", "docs/scaling.md", "docs/troubleshooting.md"),
-        *(f"examples/{name}/README.md" for name in ("orz_7b", "octothinker_3b", "qwen2.5_7b", "qwen2.5_32b")),
+        *(
+            f"examples/{name}/README.md"
+            for name in ("orz_7b", "octothinker_3b", "qwen2.5_7b", "qwen2.5_32b", "qwen3_4b_general")
+        ),
     ],
 )
 def test_every_file_that_the_page_links_to_or_names_exists(page):

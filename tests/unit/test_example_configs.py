@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from megatron_laser.cli import app
 from megatron_laser.config import RunConfig, load_config, resolve_plan
+from megatron_laser.config.derived import data_sources
 from megatron_laser.config.plan.features import rollout_features
+from megatron_laser.evaluation.benchmarks.settings import benchmark_rows, load_benchmarks
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 ROOT = EXAMPLES.parent
@@ -24,6 +26,7 @@ RECIPES = {
     "octothinker_3b": (4, 1, 128002, -25.0, 200),
     "qwen2.5_32b": (32, 4, "<|vision_start|>", -23.0, 200),
     "qwen3_30b_a3b": (32, 4, "<|vision_start|>", -23.0, 200),
+    "qwen3_4b_general": (4, 1, "<|vision_start|>", -23.0, 200),
 }
 # (folder, file): trainer processes. Recipes for another length or another number of nodes.
 VARIANTS = {
@@ -150,6 +153,7 @@ def test_config_json_is_that_of_the_model(name: str) -> None:
         "octothinker_3b": 3.21e9,
         "qwen2.5_32b": 32.8e9,
         "qwen3_30b_a3b": 30.5e9,
+        "qwen3_4b_general": 4.02e9,
     }
     assert abs(parameters / published[name] - 1) < 0.005
 
@@ -201,7 +205,36 @@ def test_every_folder_with_a_model_is_tested_here() -> None:
     small = ("tiny_sum", "smollm2")  # for CPUs, with models that are made or fetched: tested by running them
     assert {run for run in found if run[0] not in small} == {*RUNS, *VARIANTS}
     assert {path.parent.name for path in EXAMPLES.glob("*/config.json")} == set(RECIPES)
-    assert [path.name for path in EXAMPLES.glob("*.yaml")] == ["benchmarks.yaml"]  # no run: for `eval`
+    lists = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
+    assert lists == ["benchmarks.yaml", "benchmarks_general.yaml"]  # no runs: for `eval`
+
+
+def test_general_reasoning_has_a_verifier_for_texts_and_one_for_choices_and_asks_for_its_own_reference() -> (
+    None
+):
+    config = load("qwen3_4b_general", "laser")
+    assert [source.reward for source in data_sources(config, "train")] == ["free_text"]
+    validation = [(source.name, source.reward) for source in data_sources(config, "validation")]
+    assert validation == [("mmlu_pro", "multiple_choice"), ("gpqa_diamond", "multiple_choice")]
+    readme = " ".join((EXAMPLES / "qwen3_4b_general" / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        "`laser.ref_logprob` must be measured for this model" in readme
+        and "megatron-laser calibrate" in readme
+    )
+    assert "id 151652" in readme and "laser.ref_logprob=MEASURED" in readme
+
+
+def test_benchmarks_of_general_reasoning_are_read_from_what_the_data_tool_writes(tmp_path: Path) -> None:
+    data = tmp_path / "out.jsonl"
+    answer = json.dumps({"answer": "B", "options": ["x", "y"]})
+    data.write_text(json.dumps({"problem": "Which?\n\nA. x\nB. y", "answer": answer}) + "\n")
+    overrides = [f"{name}.path={data}" for name in ("mmlu_pro", "gpqa_diamond")]
+    found = load_benchmarks(EXAMPLES / "benchmarks_general.yaml", overrides, from_run={"reward": "free_text"})
+    assert [(one.name, one.samples, one.reward) for one in found] == [
+        ("mmlu_pro", 1, "multiple_choice"),
+        ("gpqa_diamond", 8, "multiple_choice"),
+    ]
+    assert benchmark_rows(found[0], look=True)[0].answer == answer
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from helpers.source_tree import ROOT
 
 from megatron_laser.data import read_rows
+from megatron_laser.rewards.general.choices import multiple_choice
 
 sys.path.insert(0, str(ROOT / "tools"))
 import prepare_data as tool
@@ -255,3 +256,66 @@ def test_what_cannot_be_used_is_named_and_an_earlier_file_stays(tmp_path, capsys
     assert prepare(tmp_path / name, "--output", output) == 2
     assert expected in capsys.readouterr().err
     assert written(output) == [("old", "1")]
+
+
+def choice(path):
+    return [(row.problem, json.loads(row.answer)) for row in read_rows(path, **GENERAL)]
+
+
+GENERAL = {"prompt_key": "problem", "answer_key": "answer", "mathematics": False}
+
+
+@pytest.mark.parametrize("answer", ["B", 1, "two of  them"])
+@pytest.mark.parametrize("write", [jsonl, parquet])
+def test_a_column_of_options_becomes_a_problem_with_letters_and_a_reference_with_texts(
+    tmp_path, write, answer
+):
+    row = {"question": "Which?", "options": ["one", "two of them", "three"], "answer": answer}
+    source = write(tmp_path / ("mmlu.jsonl" if write is jsonl else "mmlu.parquet"), row)
+    assert prepare(source, "--choices", "options", "--output", tmp_path / "out.jsonl") == 0
+    ((problem, reference),) = choice(tmp_path / "out.jsonl")
+    assert problem == "Which?\n\nA. one\nB. two of them\nC. three"
+    assert reference == {"answer": "B", "options": ["one", "two of them", "three"]}
+    answer = read_rows(tmp_path / "out.jsonl", **GENERAL)[0].answer
+    assert [
+        multiple_choice(text, answer).reward for text in (r"\boxed{B}", r"\boxed{Two of them}", r"\boxed{C}")
+    ] == [
+        1.0,
+        1.0,
+        0.0,
+    ]
+
+
+def test_columns_of_wrong_options_are_put_into_an_order_that_is_always_the_same_and_hides_the_right_one(
+    tmp_path,
+):
+    records = [
+        {"Question": f"Q{n}?", "Right": f"right {n}", "W1": "a", "W2": "b", "W3": "c"} for n in range(40)
+    ]
+    source = jsonl(tmp_path / "gpqa.jsonl", *records)
+    options = ("--choices", "W1", "W2", "W3", "--answer-key", "Right")
+    for name in ("one.jsonl", "two.jsonl"):
+        assert prepare(source, *options, "--output", tmp_path / name) == 0
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+    letters = []
+    for number, (problem, reference) in enumerate(choice(tmp_path / "one.jsonl")):
+        assert sorted(reference["options"]) == ["a", "b", "c", f"right {number}"]
+        assert reference["options"]["ABCD".index(reference["answer"])] == f"right {number}"
+        assert f"\n{reference['answer']}. right {number}" in problem
+        letters.append(reference["answer"])
+    assert all(
+        4 <= letters.count(letter) <= 18 for letter in "ABCD"
+    )  # 10 each, within three standard deviations
+
+
+def test_rows_whose_options_do_not_fit_are_dropped_and_counted(tmp_path, capsys):
+    source = jsonl(
+        tmp_path / "a.jsonl",
+        {"question": "1?", "options": ["x", "y"], "answer": "A"},
+        {"question": "2?", "options": ["x", "y"], "answer": "C"},
+        {"question": "3?", "options": None, "answer": "A"},
+        {"question": "4?", "options": ["x", ""], "answer": "A"},
+    )
+    assert prepare(source, "--choices", "options", "--output", tmp_path / "out.jsonl") == 0
+    assert [problem[:2] for problem, _ in choice(tmp_path / "out.jsonl")] == ["1?"]
+    assert "3  dropped: no options, or an answer that is none of them" in capsys.readouterr().out

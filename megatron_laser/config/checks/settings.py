@@ -90,6 +90,12 @@ def _policy_problems(config: RunConfig) -> list[str]:
     problems += divisible(
         "rollout.prompts_per_step", rollout.prompts_per_step, "policy.minibatches", policy.minibatches
     )
+    if not config.data.apply_chat_template:
+        problems += [
+            f"data.{name}: needs data.apply_chat_template: true; without a chat template leave it out"
+            for name in ("chat_template_arguments", "system_prompt")
+            if getattr(config.data, name)
+        ]
     if config.evaluation.every and config.data.validation is None:
         problems.append(
             f"evaluation.every: {config.evaluation.every} needs data.validation, which is null; give a file "

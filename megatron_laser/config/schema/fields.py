@@ -77,6 +77,38 @@ def _score_token(value: Any) -> Any:
     raise ValueError("expected a token such as '<|vision_start|>' or a token id of 0 or more")
 
 
+def _reward(value: str) -> str:
+    module, colon, function = value.rpartition(":")
+    if colon and not (module and function.isidentifier()):
+        raise ValueError(
+            "expected a registered name, 'package.module:function' or 'path/to/file.py:function'"
+        )
+    return value
+
+
+_RENDERING = (
+    *(
+        "conversation",
+        "messages",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+    ),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    "tokenizer_kwargs",
+)
+
+
+def _template_arguments(value: dict[str, Any]) -> dict[str, Any]:
+    for name in value:
+        if not name.isidentifier():
+            raise ValueError(f"expected names of variables, such as enable_thinking; {name!r} is none")
+        if name in _RENDERING:
+            raise ValueError(f"expected variables of the template; {name!r} belongs to the rendering itself")
+    return value
+
+
 def _switch(value: Any) -> Any:
     """YAML 1.1 reads unquoted on and off as booleans."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
@@ -95,6 +127,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 FunctionName = Annotated[str, AfterValidator(_function_name)]
+RewardName = Annotated[str, Field(min_length=1), AfterValidator(_reward)]
 FilePath = Annotated[Path, BeforeValidator(_path)]
 FilePaths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]
 OptionalFilePaths = Annotated[tuple[Path, ...] | None, BeforeValidator(_paths)]
@@ -105,5 +138,6 @@ AboveOne = Annotated[float, BeforeValidator(_number), Field(gt=1.0)]
 ScoreTokenSetting = Annotated[int | str | None, BeforeValidator(_score_token)]
 NumberPair = Annotated[tuple[Number, Number], BeforeValidator(_tuple)]
 DecayPair = Annotated[tuple[Decay, Decay], BeforeValidator(_tuple)]
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(_template_arguments)]
 Switch = BeforeValidator(_switch)
 Strings = BeforeValidator(_strings)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, field_validator
+from pydantic import BeforeValidator, Field
 
 from megatron_laser.config.schema.fields import (
     Count,
     CountOrZero,
     FilePath,
-    FilePaths,
     NonNegative,
-    OptionalFilePaths,
     Positive,
+    RewardName,
     Section,
     Seed,
+    TemplateArguments,
     Text,
     TopP,
 )
+from megatron_laser.config.schema.sources import OptionalSources, Sources
 
 RecomputeModule = Literal["mlp", "layernorm", "moe_act", "core_attn"]
 
@@ -89,12 +90,17 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the problems come from and how they become prompts."""
 
-    train: FilePaths
-    """Training problems: one .jsonl or .parquet file, or a list of them."""
-    validation: OptionalFilePaths = None
-    """Problems for the evaluation every `evaluation.every` steps; null: none."""
-    test: OptionalFilePaths = None
-    """Problems for the evaluation after the last step; null: none."""
+    train: Sources
+    """Training problems: one .jsonl or .parquet file, or a list of them. Or a list of sources `{path, weight, reward,
+    name}`: each gives its `weight`'s share of the prompts (of the sum of all weights; 1 where none is given), shuffles
+    and repeats by itself, may have a `reward` of its own, and has metrics `source/<name>/...` (`name`: the file's,
+    without its suffix, where none is given). See data.md."""
+    validation: OptionalSources = None
+    """Problems for the evaluation every `evaluation.every` steps; null: none. Or sources `{path, reward, name}`, whose
+    metrics are in `eval/source/<name>/...`, too."""
+    test: OptionalSources = None
+    """Problems for the evaluation after the last step; null: none. Sources as in `validation`, in
+    `test/source/<name>/...`."""
     prompt_key: Text = "problem"
     """Column that holds the problem: a text, or a conversation, a list of turns with `role` (system, user, assistant)
     and `content`, of which the last is the user's; those before it may be worked examples."""
@@ -107,6 +113,12 @@ class DataConfig(Section):
     apply_chat_template: bool = True
     """Send problem and suffix through the tokenizer's chat template as a user message, behind the earlier turns of a
     conversation; false: the plain text is the prompt. A BOS that a problem brings along is not doubled."""
+    chat_template_arguments: TemplateArguments = Field(default_factory=dict)
+    """Variables of the chat template, `{enable_thinking: false}`, in training and in every evaluation; `eval` and
+    `score` of the trained folder use the same. One that the template does not use is refused."""
+    system_prompt: Text | None = None
+    """First message of every chat, for problems that bring no system message along; null: none (a template may write
+    one of its own)."""
     max_prompt_tokens: Count = 2048
     """Longest prompt, in tokens. Longer ones are left out and counted."""
     shuffle: bool = True
@@ -116,8 +128,9 @@ class DataConfig(Section):
 class RewardConfig(Section):
     """The verifier that labels responses right (1) or wrong (0)."""
 
-    function: Text = "math_verify"
-    """A registered name, or `package.module:function`, or `path/to/file.py:function`. It returns a number from
+    function: RewardName = "math_verify"
+    """`math_verify`, `multiple_choice` or `free_text` (rewards.md), or `package.module:function`, or
+    `path/to/file.py:function`. It returns a number from
     0 (wrong) to 1 (right); an error or anything else is the outcome `crash`, and such a response is left out of the
     step. It is tried before the run starts, and a step in which nothing could be graded stops the run."""
     workers: Count = 2
@@ -125,16 +138,6 @@ class RewardConfig(Section):
     deadline: Positive = 5.0
     """Seconds for one response; a worker that takes longer is killed and the outcome is `timeout`: the
     response is left out of the step."""
-
-    @field_validator("function")
-    @classmethod
-    def _has_module_and_name(cls, value: str) -> str:
-        module, colon, function = value.rpartition(":")
-        if colon and not (module and function.isidentifier()):
-            raise ValueError(
-                "expected a registered name, 'package.module:function' or 'path/to/file.py:function'"
-            )
-        return value
 
 
 class EvaluationConfig(Section):
@@ -147,7 +150,7 @@ class EvaluationConfig(Section):
     samples_per_prompt: Count = 1
     """Responses per problem on `data.validation`."""
     max_prompts: Count | None = None
-    """Use only the first so many problems of each split; null: all."""
+    """Use only the first so many problems of each split, of each of its sources where it has several; null: all."""
     temperature: NonNegative = 1.0
     """Sampling temperature; 0 is greedy."""
     top_p: TopP = 1.0

@@ -66,7 +66,8 @@ def response_settings(
             **{
                 name: value
                 for name, value in benchmark_settings(benchmark).items()
-                if name not in ("path", "id_key")
+                # what the template is given is in the prompts' ids, and folders of earlier versions do not name it
+                if name not in ("path", "id_key", "chat_template_arguments", "system_prompt")
             },
         }
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.data import build_prompts, read_ids, refuse_score_token
+from megatron_laser.data import ChatOptions, build_prompts, read_ids, refuse_score_token
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.benchmarks.folder import (
     RECORDS,
@@ -218,6 +218,7 @@ def _prompts(model: ModelFolder, benchmark: Benchmark) -> list[Prompt]:
         model.tokenizer,
         prompt_suffix=benchmark.prompt_suffix,
         apply_chat_template=benchmark.apply_chat_template,
+        options=ChatOptions(benchmark.chat_template_arguments, benchmark.system_prompt),
         max_prompt_tokens=benchmark.max_prompt_tokens,
         vocab_size=model.vocab_size,
         section=benchmark.name,

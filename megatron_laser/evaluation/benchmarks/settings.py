@@ -15,11 +15,20 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megatron_laser.config.schema.fields import Count, FilePath, NonNegative, Section, Seed, Text, TopP
+from megatron_laser.config.schema.fields import (
+    Count,
+    FilePath,
+    NonNegative,
+    Section,
+    Seed,
+    TemplateArguments,
+    Text,
+    TopP,
+)
 from megatron_laser.config.yaml_source import read_yaml, syntax_problem
-from megatron_laser.data import Row, log_warnings, read_rows, reference_findings
+from megatron_laser.data import Row, log_warnings, read_rows, reference_findings, unusable_findings
 from megatron_laser.errors import ConfigError
-from megatron_laser.rewards import is_math_verify
+from megatron_laser.rewards import answer_form, is_math_verify
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
@@ -54,6 +63,10 @@ class BenchmarkSettings(Section):
     """Appended to each problem, before the chat template."""
     apply_chat_template: bool | None = None
     """false: the plain text is the prompt."""
+    chat_template_arguments: TemplateArguments | None = None
+    """Variables of the chat template, {enable_thinking: false}; {} for none."""
+    system_prompt: str | None = None
+    """First message of every chat; "" for none."""
     reward: Text | None = None
     """The verifier: math_verify, or as `reward.function` of a run."""
     seed: Seed | None = None
@@ -77,6 +90,8 @@ class Benchmark:
     id_key: str
     prompt_suffix: str
     apply_chat_template: bool
+    chat_template_arguments: dict[str, Any]
+    system_prompt: str
     reward: str
     seed: int
 
@@ -92,6 +107,8 @@ _PAPER: dict[str, Any] = {
     "id_key": "id",
     "prompt_suffix": _DEFAULT_SUFFIX,
     "apply_chat_template": True,
+    "chat_template_arguments": {},
+    "system_prompt": "",
     "reward": "math_verify",
     "seed": 1234,
 }
@@ -136,6 +153,8 @@ def load_benchmarks(
             continue
         values = _PAPER | (from_run or {})
         values |= _set(defaults) | _set(given)
+        if not values["apply_chat_template"]:  # those of the training run are for its template
+            values |= {"chat_template_arguments": {}, "system_prompt": ""} | _chat(defaults) | _chat(given)
         file = values.get("path")
         if file is None:
             problems.append(f"{name}.path: required and not given; add {name}.path=FILE to the command")
@@ -211,6 +230,15 @@ def _set(settings: BenchmarkSettings) -> dict[str, Any]:
     return {name: value for name, value in settings if value is not None}
 
 
+def _chat(settings: BenchmarkSettings) -> dict[str, Any]:
+    """What it gives itself of what needs a template."""
+    return {
+        name: value
+        for name, value in _set(settings).items()
+        if name in ("chat_template_arguments", "system_prompt")
+    }
+
+
 def benchmark_rows(benchmark: Benchmark, *, look: bool = False) -> list[Row]:
     """Read its file.
 
@@ -226,7 +254,10 @@ def benchmark_rows(benchmark: Benchmark, *, look: bool = False) -> list[Row]:
         prompt_key=benchmark.prompt_key,
         answer_key=benchmark.answer_key,
         mathematics=mathematics,
+        options_key=answer_form(benchmark.reward).options_key,
     )
     if look and mathematics:
         log_warnings(reference_findings(rows, name=benchmark.name, ask_grader=False))
+    elif look and (unusable := answer_form(benchmark.reward).unusable) is not None:
+        log_warnings(unusable_findings(rows, unusable, name=benchmark.name))
     return rows

@@ -13,6 +13,7 @@ from concurrent.futures import wait as wait_for
 from types import TracebackType
 from typing import Any, TypeVar
 
+from megatron_laser.rewards.answer_forms import answer_form
 from megatron_laser.rewards.grade import Grade, GradingPoolError
 from megatron_laser.rewards.mathematics.boxed import extract_answer, gold_answer
 from megatron_laser.rewards.mathematics.grading import quick_equal, quick_grade
@@ -121,6 +122,7 @@ class GradingPool:
                 raise ValueError(f"reward.{name}: expected a positive number, found {value!r}")
         self._is_math = is_math_verify(function)
         self._name = "math_verify" if self._is_math else locate_reward(function)
+        self.form = answer_form(self._name)  # what answers are to the function, for votes
         self._workers = int(workers)
         self._deadline = float(deadline)
         self._start_deadline = float(start_deadline)

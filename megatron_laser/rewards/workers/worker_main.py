@@ -15,6 +15,7 @@ import socket
 import sys
 from typing import Any
 
+from megatron_laser.rewards.answer_forms import MATHEMATICS, answer_form
 from megatron_laser.rewards.grade import RewardSpecError, as_grade
 from megatron_laser.rewards.mathematics import grading as math_grading
 from megatron_laser.rewards.registry import RewardFunction, resolve_reward
@@ -74,6 +75,8 @@ def _set_up(connection: socket.socket) -> tuple[SourceKeeper, RewardFunction | N
         else:
             keeper.install()
             function = resolve_reward(settings["function"])
+            if answer_form(settings["function"]) is not MATHEMATICS:  # a built-in one: its imports count here
+                math_grading.warm_up()
     except BaseException as error:  # whatever user code raises at import, SystemExit included
         is_spec = isinstance(error, RewardSpecError)
         send_message(connection, {"error": str(error) if is_spec else described(error), "spec": is_spec})

@@ -19,6 +19,7 @@ from megatron_laser.config.model_folder.special_tokens import (
     resolve_score,
     resolve_stops,
 )
+from megatron_laser.data.chat import chat_options, check_chat_options
 from megatron_laser.data.encoding import render_chat
 from megatron_laser.data.end_of_response import check_end_of_response, end_sources
 from megatron_laser.data.tokenizer import check_tokenizer_files
@@ -106,6 +107,7 @@ def check_tokenizer(config: RunConfig, found: ModelInputs, log: FindingLog) -> N
             tokenizer,
             setting=config.rollout.stop_token_ids or (),
             template_used=config.data.apply_chat_template,
+            options=chat_options(config.data),
         )
         log.add(GROUP, [check_end_of_response(sources, tokenizer)])
 
@@ -149,7 +151,7 @@ def template_finding(config: RunConfig, tokenizer: Any) -> Finding:
     """Whether the chat template makes a prompt of a problem.
 
     Raises:
-        DataError: it does not parse, or refuses a user's message.
+        DataError: it does not parse, refuses a user's message or a system prompt, or does not use an argument.
     """
     topic = "chat template"
     has = bool(getattr(tokenizer, "chat_template", None))
@@ -163,14 +165,21 @@ def template_finding(config: RunConfig, tokenizer: Any) -> Finding:
             "data.apply_chat_template is true, but the tokenizer has no chat template",
             cure="set data.apply_chat_template: false (a base model), or add chat_template.jinja to the model's folder",
         )
-    chat = [{"role": "user", "content": _QUESTION}]
-    text = render_chat(tokenizer, chat)
+    options = chat_options(config.data)
+    check_chat_options(tokenizer, options)
+    chat = options.messages([{"role": "user", "content": _QUESTION}])
+    text = render_chat(tokenizer, chat, arguments=options.arguments)
+    if options.system_prompt.strip() not in text:
+        return Finding(
+            topic, "error", "data.system_prompt is not in what the template renders", (repr(text[:_SHOWN]),),
+            "mend chat_template.jinja, or put the text into data.prompt_suffix",
+        )  # fmt: skip
     if _QUESTION not in text:
         return Finding(
             topic, "error", "the problem's text is not in what the template renders", (repr(text[:_SHOWN]),),
             "mend chat_template.jinja, or set data.apply_chat_template: false",
         )  # fmt: skip
-    if text == render_chat(tokenizer, chat, generation=False):
+    if text == render_chat(tokenizer, chat, generation=False, arguments=options.arguments):
         return Finding(
             topic, "warning", "a prompt does not open the assistant's turn: the template ignores add_generation_prompt",
             (repr(text[:_SHOWN]),), "mend chat_template.jinja, so that the model answers and does not go on asking",
