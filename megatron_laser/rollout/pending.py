@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laser.rewards import Grade
-from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample, WeightSpan
+from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample, TokenSets, WeightSpan
 
 
 @dataclass(eq=False)
@@ -97,7 +97,7 @@ def restore(state: Mapping[str, Any], prompts: list[Prompt], size: int) -> OpenG
 
 def generation_state(generation: Generation) -> dict[str, Any]:
     """A response as JSON values."""
-    routed = generation.routed_experts
+    routed, sets = generation.routed_experts, generation.sets
     return {
         "response_ids": array_state(generation.response_ids),
         "logprobs": array_state(generation.logprobs),
@@ -106,6 +106,7 @@ def generation_state(generation: Generation) -> dict[str, Any]:
         "zc_logprob": generation.zc_logprob,
         "spans": [[span.version, span.tokens] for span in generation.spans],
         "routed_experts": None if routed is None else array_state(routed),
+        "sets": None if sets is None else [array_state(sets.counts), array_state(sets.ids)],
     }
 
 
@@ -113,14 +114,19 @@ def generation_from(state: Mapping[str, Any]) -> Generation:
     """The inverse of `generation_state`."""
     values = dict(state)
     spans = tuple(WeightSpan(version, tokens) for version, tokens in values.pop("spans"))
-    routed = values.pop("routed_experts", None)  # older checkpoints have none
+    routed, sets = values.pop("routed_experts", None), values.pop("sets", None)  # older checkpoints have none
     # Older ones have lists of numbers, which become the same arrays.
     ids, logprobs = (
         array_from(saved) if isinstance(saved := values.pop(name), dict) else saved
         for name in ("response_ids", "logprobs")
     )
     return Generation(
-        ids, logprobs, **values, spans=spans, routed_experts=None if routed is None else array_from(routed)
+        ids,
+        logprobs,
+        **values,
+        spans=spans,
+        routed_experts=None if routed is None else array_from(routed),
+        sets=None if sets is None else TokenSets(*map(array_from, sets)),
     )
 
 
