@@ -80,6 +80,8 @@ class Controller:
                 stop_token_ids=inputs.stop_token_ids,
                 temperature=rollout.temperature,
                 top_p=rollout.top_p,
+                top_k=rollout.top_k,
+                min_p=rollout.min_p,
                 score_token_id=inputs.score_token_id if engine_scores else None,
                 routing=_routing_shape(config) if config.moe.routing_replay else None,
             ),
