@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -48,6 +48,10 @@ class RoutingShape:
 class SamplingParams:
     """How responses are sampled. `temperature` 0 means greedy.
 
+    A token is sampled from the `top_k` most probable ones (None: from all), of which only the most probable stay that
+    reach `top_p` of the whole distribution together, and those of at least `min_p` times the first one's probability.
+    With `top_k` the engine also returns that set for each token, see `Generation`.
+
     With `score_token_id` the engine also returns log pi(score token | prompt, response) at temperature 1 for
     every response that ends in a stop token: one extra position behind it. With `routing` it also returns the experts
     that the routers of such a model chose.
@@ -58,6 +62,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...]
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
     seed: int | None = None
     score_token_id: int | None = None
     routing: RoutingShape | None = None
@@ -83,21 +89,57 @@ def as_int32(ids: npt.ArrayLike) -> npt.NDArray[np.int32]:
     return narrow
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenSets:
+    """For each of some tokens the ids that it was sampled from, one token's after another's.
+
+    counts: [tokens] int32, how many; 0: the whole vocabulary. ids: [sum of counts] int32.
+    """
+
+    counts: npt.NDArray[np.int32]
+    ids: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def first_without(self, tokens: npt.NDArray[np.integer]) -> int | None:
+        """The place of the first of the tokens that is not in its own set; None: all are."""
+        owner = np.repeat(np.arange(len(self.counts)), self.counts)
+        inside = self.counts == 0
+        inside[owner[self.ids == tokens[owner]]] = True
+        return None if inside.all() else int(np.argmin(inside))
+
+    @classmethod
+    def whole(cls, tokens: int) -> TokenSets:
+        """Of so many tokens that were sampled from the whole vocabulary."""
+        return cls(np.zeros(tokens, np.int32), np.zeros(0, np.int32))
+
+    @classmethod
+    def join(cls, parts: Sequence[TokenSets]) -> TokenSets:
+        """Of the parts' tokens, one part after another."""
+        empty = cls.whole(0)
+        return cls(
+            np.concatenate([empty.counts, *(part.counts for part in parts)]),
+            np.concatenate([empty.ids, *(part.ids for part in parts)]),
+        )
+
+
 @dataclass(slots=True, eq=False)
 class Generation:
     """What an engine returns for one response.
 
     `response_ids` [tokens] int32 includes the stop token when `finish_reason` is "stop". `logprobs` [tokens] float32,
-    nats, has one entry for each response id: the log-probability of logits / temperature, before top-p filtering. Both
-    may be given as any sequence of numbers. `weight_version` is the oldest that sampled a part of it, and `spans` says
-    which sampled what; empty: all is `weight_version`'s. With `finish_reason` "abort" it is unfinished: an engine can
-    go on with it.
+    nats, has one entry for each response id: the log-probability of logits / temperature, before top-p filtering, but
+    where `sets` says which tokens it was sampled from: there it is that of the softmax over these. Both may be given as
+    any sequence of numbers. `weight_version` is the oldest that sampled a part of it, and `spans` says which sampled
+    what; empty: all is `weight_version`'s. With `finish_reason` "abort" it is unfinished: an engine can go on with it.
 
     `routed_experts` [tokens, layers, experts_per_token] uint8, int16 with more than 256 experts: where a model with
     experts sent the first tokens of prompt and response, of which there may be fewer than of both; None: not told.
 
     `sampled` [tokens] bool: which tokens the policy sampled; the others an environment wrote (`rollout.function`), and
     nothing is learned from them. Their log-probs mean nothing, and `spans` does not count them. None: all.
+    `sets`: of each response id the tokens that it was sampled from; None: all from the whole vocabulary.
     """
 
     response_ids: npt.NDArray[np.int32]
@@ -108,6 +150,7 @@ class Generation:
     spans: tuple[WeightSpan, ...] = ()
     routed_experts: npt.NDArray[np.uint8 | np.int16] | None = None
     sampled: npt.NDArray[np.bool_] | None = None
+    sets: TokenSets | None = None
 
     def __post_init__(self) -> None:
         """Raises OverflowError for an id that does not fit int32."""

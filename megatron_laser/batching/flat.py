@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laser.batching.packing import PackInput
-from megatron_laser.types import RolloutBatch, Sample, as_int32
+from megatron_laser.types import RolloutBatch, Sample, TokenSets, as_int32
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class FlatBatch:
     routed_tokens: [S] int32, of how many of a sample's first tokens the engine gave the experts; 0: of none.
     routed_experts: [sum of routed_tokens, layers * experts_per_token] uint8 or int16.
     sampled: [sum of response lengths] bool, which response tokens the policy sampled; [0] where it sampled all.
+    set_counts: [sum of response lengths] int32, of how many tokens each was sampled from; 0: of the whole vocabulary.
+    [0] where no sample has a set. set_ids: [sum of set_counts] int32, these tokens.
     """
 
     step: int
@@ -42,6 +44,8 @@ class FlatBatch:
     routed_tokens: npt.NDArray[np.int32]
     routed_experts: npt.NDArray[np.uint8 | np.int16]
     sampled: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    set_counts: npt.NDArray[np.int32] = field(default_factory=lambda: _NONE)
+    set_ids: npt.NDArray[np.int32] = field(default_factory=lambda: _NONE)
 
     #: The arrays of `to_arrays` and their dtypes: plain numbers that any process group can send.
     ARRAYS: ClassVar[dict[str, type[np.generic]]] = {
@@ -57,6 +61,8 @@ class FlatBatch:
         "routed_tokens": np.int32,
         "routed_experts": np.uint8,  # or np.int16, of more than 256 experts
         "sampled": np.uint8,
+        "set_counts": np.int32,
+        "set_ids": np.int32,
     }
 
     def __post_init__(self) -> None:
@@ -70,6 +76,8 @@ class FlatBatch:
                 ("response_lengths", "group_ids", "rewards", "scored", "zc_logprobs", "routed_tokens"),
                 samples,
             ),
+            "set_counts": responses if len(self.set_counts) else 0,
+            "set_ids": int(self.set_counts.sum(dtype=np.int64)),
         }
         for name, size in sizes.items():
             if getattr(self, name).shape != (size,):
@@ -125,6 +133,11 @@ class FlatBatch:
         return np.concatenate(([0], np.cumsum(self.response_lengths, dtype=np.int64)))
 
     @cached_property
+    def set_offsets(self) -> npt.NDArray[np.int64]:
+        """[sum of response lengths + 1], or [1], where each token's begins in `set_ids`."""
+        return np.concatenate(([0], np.cumsum(self.set_counts, dtype=np.int64)))
+
+    @cached_property
     def routed_offsets(self) -> npt.NDArray[np.int64]:
         """[S + 1] where each sample starts in `routed_experts`."""
         return np.concatenate(([0], np.cumsum(self.routed_tokens, dtype=np.int64)))
@@ -147,18 +160,20 @@ class FlatBatch:
             self.response_ids(index),
             bool(self.scored[index]),
             int(self.group_ids[index]),
-            self.sampled[self.response_offsets[index] : self.response_offsets[index + 1]]
+            sampled=self.sampled[self.response_offsets[index] : self.response_offsets[index + 1]]
             if len(self.sampled)
             else None,
         )
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """One array per entry of `ARRAYS`, in that order; `header` is (step, weight_version)."""
+        """One array per entry of `ARRAYS`, in that order, without those of sets where there is none; `header` is
+        (step, weight_version)."""
         header = (self.step, self.weight_version)
+        left_out = {"routed_experts"} | (set() if len(self.set_counts) else {"set_counts", "set_ids"})
         return {
             name: np.ascontiguousarray(header if name == "header" else getattr(self, name), dtype=dtype)
             for name, dtype in self.ARRAYS.items()
-            if name != "routed_experts"
+            if name not in left_out
         } | {"routed_experts": np.ascontiguousarray(self.routed_experts)}
 
     @classmethod
@@ -166,9 +181,11 @@ class FlatBatch:
         """The inverse of `to_arrays`. Raises ValueError for missing, unknown or unfit arrays.
 
         Batches that were kept before models had experts lack the arrays of these, and have none; those of before there
-        were environments lack `sampled`: the policy sampled all.
+        were environments lack `sampled`: the policy sampled all. Those without sets lack their two arrays.
         """
         arrays = {"sampled": np.zeros(0, np.uint8), **arrays}
+        if not arrays.keys() & {"set_counts", "set_ids"}:
+            arrays = {**arrays, "set_counts": _NONE, "set_ids": _NONE}
         if not arrays.keys() & {"routed_tokens", "routed_experts"}:
             samples = len(arrays.get("prompt_lengths", ()))
             arrays = {**arrays, "routed_tokens": np.zeros(samples, np.int32), "routed_experts": _UNROUTED}
@@ -185,6 +202,7 @@ class FlatBatch:
 
 
 _UNROUTED = np.zeros((0, 0), dtype=np.uint8)
+_NONE: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 
 
 def flatten(batch: RolloutBatch) -> FlatBatch:
@@ -211,6 +229,7 @@ def flatten(batch: RolloutBatch) -> FlatBatch:
     tokens = [part for s in samples for part in (prompts[id(s.prompt_ids)], s.generation.response_ids)]
     zc_logprobs = [math.nan if s.zc_logprob is None else s.zc_logprob for s in samples]
     routed = _routed(batch.step, samples)
+    sets = _sets(batch.step, samples)
     return FlatBatch(
         step=batch.step,
         weight_version=batch.weight_version,
@@ -229,6 +248,8 @@ def flatten(batch: RolloutBatch) -> FlatBatch:
         sampled=np.concatenate([s.generation.sampled_mask for s in samples])
         if any(s.generation.sampled is not None for s in samples)
         else np.zeros(0, np.bool_),
+        set_counts=sets.counts,
+        set_ids=sets.ids,
     )
 
 
@@ -250,3 +271,21 @@ def _routed(step: int, samples: Sequence[Sample]) -> list[npt.NDArray[np.uint8 |
             )
         found.append(routed.reshape(len(routed), -1))
     return found
+
+
+def _sets(step: int, samples: Sequence[Sample]) -> TokenSets:
+    """Of all response tokens; of none where none has one."""
+    if all(sample.generation.sets is None for sample in samples):
+        return TokenSets.whole(0)
+    parts = []
+    for index, sample in enumerate(samples):
+        ids, sets = sample.generation.response_ids, sample.generation.sets
+        sets = TokenSets.whole(len(ids)) if sets is None else sets
+        wrong = sets.first_without(ids) if len(sets) == len(ids) else 0
+        if wrong is not None or len(sets.ids) != sets.counts.sum():
+            raise ValueError(
+                f"sample {index} of step {step} has {len(ids)} response ids and {len(sets)} sets of tokens that they "
+                "were sampled from: expected one set for each id, with the id in it."
+            )
+        parts.append(sets)
+    return TokenSets.join(parts)

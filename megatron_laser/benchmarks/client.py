@@ -34,6 +34,7 @@ from megatron_laser.config.schema.sources import data_files
 from megatron_laser.data import build_prompts, chat_options, read_rows
 from megatron_laser.data.tokenizer import load_tokenizer
 from megatron_laser.rollout.client.engine import SglangEngine
+from megatron_laser.rollout.sampled_sets import sets_request
 from megatron_laser.rollout.sglang_api import GENERATE, generate_body
 from megatron_laser.run.engines import open_engine
 from megatron_laser.types import SamplingParams
@@ -98,6 +99,8 @@ def bench_client(config: RunConfig, *, rounds: int) -> ClientBenchmarkResult:
         stop_token_ids=tuple(rollout.stop_token_ids or read_stop_token_ids(config.model.path)),
         temperature=rollout.temperature,
         top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
     )
     engine = open_engine(config)
     assert isinstance(engine, SglangEngine)
@@ -198,6 +201,7 @@ async def bare_loop(
 
         async def one(url: str, ids: Sequence[int]) -> int:
             body = generate_body(ids, sampling, max_new_tokens=sampling.max_new_tokens, rid=uuid.uuid4().hex)
+            body |= sets_request(sampling)
             async with (
                 slots,
                 session.post(url + GENERATE, data=orjson.dumps(body), timeout=timeout) as answer,

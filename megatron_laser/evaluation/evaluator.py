@@ -17,6 +17,7 @@ from megatron_laser.evaluation.records import (
 )
 from megatron_laser.evaluation.responses import EvaluationEngine, ResponseFile, Sampler, SavedResponse
 from megatron_laser.evaluation.score_rule import ScoreRule
+from megatron_laser.evaluation.summary import summarize_sources
 from megatron_laser.files import plain, write_atomically
 from megatron_laser.rewards import Grade, GradingPool, equivalence_classes
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
@@ -115,6 +116,7 @@ def evaluate(
             sampling,
             decode,
             grading,
+            graders or {},
             rule,
             ends,
             force_end_below,
@@ -157,27 +159,26 @@ class _Job:
     sampling: SamplingParams
     decode: Callable[[list[int]], str]
     grading: GradingPool
-    rule: ScoreRule
     graders: Mapping[str, GradingPool]
-    score_token_id: int | None
-    ref_logprob: float | None
-    beta: float
-    targets: tuple[float, float]
+    rule: ScoreRule
     ends: float
     force_end_below: int
 
     def judge(self, prompts: Sequence[Prompt], groups: list[list[SavedResponse]]) -> list[EvaluationRecord]:
         """The records of all responses, prompt after prompt."""
         texts = [[self.decode(response.text_ids) for response in group] for group in groups]
-        answers = [[extract_answer(text) for text in group_texts] for group_texts in texts]
+        answers = [
+            [self._pool(prompt).form.extract(text, prompt.answer) for text in group_texts]
+            for prompt, group_texts in zip(prompts, texts)
+        ]
         zc_logprobs = self._score(prompts, groups)
         forced = self._score_behind_forced_end(prompts, groups, answers)
-        pairs = [(text, prompt.answer) for prompt, group in zip(prompts, texts) for text in group]
-        grades = iter(self.grading.grade_many(pairs, deadline=self._left("grade")))
+        grades = iter(self._grades(prompts, texts))
         records: list[EvaluationRecord] = []
         for place_of_prompt, (prompt, group) in enumerate(zip(prompts, groups)):
-            extracted = answers[place_of_prompt]
-            classes = equivalence_classes(extracted, self._left("compare answers"), pool=self.grading)
+            extracted, form = answers[place_of_prompt], self._pool(prompt).form
+            left = self._left("compare answers")
+            classes = equivalence_classes(extracted, left, pool=self.grading, form=form)
             for place, response in enumerate(group):
                 records.append(
                     self._record(

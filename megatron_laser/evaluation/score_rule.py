@@ -49,8 +49,8 @@ class ScoreRule:
         found = readouts(config)
         if score_token_id is None or not found:
             laser = config.laser
-            ids = () if score_token_id is None else (score_token_id,)
-            return cls(ids, laser.ref_logprob, laser.beta, laser.targets)
+            only = () if score_token_id is None else (score_token_id,)
+            return cls(only, laser.ref_logprob, laser.beta, laser.targets)
         first = found[0]
         # A second token with a scaled log-ratio is for its loss alone.
         others = () if first.score == "scaled_logratio" else first.tokens[1:]

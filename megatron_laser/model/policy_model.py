@@ -7,6 +7,7 @@ as the successor; `megatron_patches.py` changes one of its rotary functions. Rea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -30,7 +31,28 @@ from megatron_laser.model.experts import ExpertLayer, ExpertTransformerLayer, Ro
 from megatron_laser.model.megatron_patches import patch_megatron
 from megatron_laser.model.torch_layers import PackedSdpaAttention, RMSNorm
 from megatron_laser.model.transformer_engine import clear_backend_variables
-from megatron_laser.ops import RowLoss, add_weight_gradient_to_main_grad, few_row_logprob, linear_logprob
+from megatron_laser.ops import (
+    LogProbs,
+    RowLoss,
+    Sets,
+    add_weight_gradient_to_main_grad,
+    few_row_logprob,
+    linear_logprob,
+    set_logprob,
+)
+
+
+@dataclass(frozen=True)
+class RowSets:
+    """The labelled rows whose label was sampled from a known set of tokens: their log-probs are over that set.
+
+    rows, others: their places among the labelled rows, and those of the rest, increasing int64 on the host; together
+    all. sets: of each of `rows` its set.
+    """
+
+    rows: np.ndarray
+    others: np.ndarray
+    sets: Sets
 
 
 @dataclass(frozen=True)
@@ -41,7 +63,8 @@ class HeadInputs:
     if known. labels [labelled] int64: global token ids; inv_temperature [labelled] float32. `few_rows` uses the
     no-gradient op for a handful of rows. Entropies have a gradient only with `entropy_gradient`: without it the
     backward leaves out their part of every logit's gradient. `loss`: what the output will be differentiated for,
-    exactly: with it the op may make gradients in its forward, where memory is short.
+    exactly: with it the op may make gradients in its forward, where memory is short. `sets`: rows whose log-prob is
+    over a set; their entropy is of the whole vocabulary all the same.
     """
 
     rows: torch.Tensor
@@ -52,6 +75,20 @@ class HeadInputs:
     entropy_gradient: bool = False
     few_rows: bool = False
     loss: RowLoss | None = None
+    sets: RowSets | None = None
+
+    def at(self, chosen: np.ndarray) -> HeadInputs:
+        """The labelled rows at `chosen`, increasing int64 on the host, alone: without sets and loss."""
+        index = torch.from_numpy(chosen).to(self.rows.device)
+        return replace(
+            self,
+            rows=self.rows[index],
+            labels=self.labels[index],
+            inv_temperature=self.inv_temperature[index],
+            positions=None if self.positions is None else self.positions[chosen],
+            sets=None,
+            loss=None,
+        )
 
     @property
     def distinct(self) -> bool:
@@ -100,24 +137,63 @@ def log_prob_head(
             tp_group=group,
             sequence_parallel=gathers,
         ).unsqueeze(0)
-    result = linear_logprob(
-        hidden,
-        weight,
-        inputs.labels,
-        rows=inputs.rows,
-        own_rows=inputs.own_rows(hidden.shape[0], group.rank()) if gathers else None,
-        distinct_rows=inputs.distinct,
-        inv_temperature=inputs.inv_temperature,
-        vocab_size=vocab_size,
-        tp_group=group,
-        sequence_parallel=gathers,
-        with_entropy=inputs.with_entropy,
-        entropy_gradient=inputs.entropy_gradient,
-        loss=inputs.loss,
-    )
+
+    def shared(part: HeadInputs) -> dict[str, Any]:
+        return dict(
+            rows=part.rows,
+            own_rows=part.own_rows(hidden.shape[0], group.rank()) if gathers else None,
+            distinct_rows=part.distinct,
+            inv_temperature=part.inv_temperature,
+            vocab_size=vocab_size,
+            tp_group=group,
+            sequence_parallel=gathers,
+        )
+
+    def whole(part: HeadInputs) -> LogProbs:
+        return linear_logprob(
+            hidden,
+            weight,
+            part.labels,
+            with_entropy=part.with_entropy,
+            entropy_gradient=part.entropy_gradient,
+            loss=part.loss,
+            **shared(part),
+        )
+
+    def over_sets(part: HeadInputs, sets: Sets) -> torch.Tensor:
+        return set_logprob(hidden, weight, part.labels, sets, **shared(part))
+
+    result = whole(inputs) if inputs.sets is None else _with_sets(inputs, inputs.sets, whole, over_sets)
     if result.entropy is not None:
         return torch.stack([result.logprobs, result.entropy])
     return result.logprobs.unsqueeze(0)
+
+
+def _with_sets(
+    inputs: HeadInputs,
+    known: RowSets,
+    whole: Callable[[HeadInputs], LogProbs],
+    over_sets: Callable[[HeadInputs, Sets], torch.Tensor],
+) -> LogProbs:
+    """Log-probs over the sets of the rows that have one, else over the vocabulary, of which all entropies are."""
+    rows, others = (torch.from_numpy(index).to(inputs.rows.device) for index in (known.rows, known.others))
+    own = inputs.at(known.rows)
+    logprobs = over_sets(own, known.sets)
+    if inputs.with_entropy and inputs.entropy_gradient:
+        full = whole(replace(inputs, sets=None, loss=None))
+        return LogProbs(full.logprobs.index_copy(0, rows, logprobs), full.entropy)
+    # Nothing of the other columns has a gradient: what these rows need of the vocabulary is made without a backward.
+    rest = whole(inputs.at(known.others))
+    result = logprobs.new_zeros(len(inputs.rows)).index_copy(0, others, rest.logprobs)
+    result = result.index_copy(0, rows, logprobs)
+    if rest.entropy is None:
+        return LogProbs(result, None)
+    with torch.no_grad():
+        entropy = whole(own).entropy
+    assert entropy is not None
+    return LogProbs(
+        result, torch.zeros_like(result).index_copy(0, others, rest.entropy).index_copy(0, rows, entropy)
+    )
 
 
 class RotaryAngles:

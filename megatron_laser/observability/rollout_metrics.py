@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megatron_laser.algorithms.advantages import groups_uniform
 from megatron_laser.algorithms.metrics import verification_metrics
 from megatron_laser.rewards import OUTCOMES
-from megatron_laser.types import RolloutBatch, Sample
+from megatron_laser.types import Group, RolloutBatch, Sample
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_PARTS = 4
 
 
 def rollout_metrics(batch: RolloutBatch, zc_logprobs: torch.Tensor, scores: torch.Tensor) -> dict[str, Any]:
@@ -97,26 +97,41 @@ def score_metrics(zc_logprobs: torch.Tensor, scores: torch.Tensor, rewards: torc
     return metrics
 
 
-def readout_metrics(
-    name: str, scores: torch.Tensor, rewards: torch.Tensor, share: torch.Tensor | None = None
-) -> dict[str, Any]:
-    """How well one readout tells right responses from wrong ones, as `readout/<name>/...`; {} without any point.
+class PointScores(Protocol):
+    """What a readout read of a batch, see `trainer.run_readouts.ReadoutScores`."""
 
-    Args:
-        scores, rewards: [points], on the scale of 1 right and 0 wrong, and of the point's response.
-        share: [points], for scores of prefixes, which part of the response is before the point, 0 to 1; AUROC is then
-            also given for each quarter of the response in which there are points.
+    name: str
+    of_responses: bool
+    sample: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    scores: torch.Tensor
+
+
+def readout_metrics(batch: RolloutBatch, readouts: Sequence[PointScores]) -> dict[str, Any]:
+    """How well each of some readouts tells right responses from wrong ones, as `readout/<name>/...`.
+
+    A readout without any point is left out. For scores of prefixes AUROC is also given for the points in each quarter
+    of their responses, where there are some.
     """
-    if not len(scores):
-        return {}
-    values, labels = scores.double(), (rewards > 0.5).double()
-    verification = verification_metrics(values, labels)
-    found: dict[str, Any] = {"points": float(len(values)), **verification._asdict()}
-    for part in range(_PARTS if share is not None else 0):
-        own = (share * _PARTS).long().clamp(max=_PARTS - 1) == part  # type: ignore[operator]
-        if bool(own.any()):
-            found[f"auroc_quarter_{part + 1}"] = verification_metrics(values[own], labels[own]).auroc
-    for label, word in ((1.0, "right"), (0.0, "wrong")):
-        if len(own_scores := values[labels == label]):
-            found[f"score_{word}_mean"] = float(own_scores.mean())
-    return {f"readout/{name}/{key}": value for key, value in found.items()}
+    samples = list(batch.samples())
+    rewards = np.array([sample.reward for sample in samples])
+    lengths = np.array([len(sample.generation.response_ids) for sample in samples])
+    metrics: dict[str, Any] = {}
+    for readout in readouts:
+        if not len(readout.scores):
+            continue
+        values, labels = readout.scores.double().numpy(), (rewards[readout.sample] > 0.5).astype(np.float64)
+        found: dict[str, Any] = {
+            "points": float(len(values)),
+            **verification_metrics(values, labels)._asdict(),
+        }
+        for label, word in ((1.0, "right"), (0.0, "wrong")):
+            if (labels == label).any():
+                found[f"score_{word}_mean"] = float(values[labels == label].mean())
+        quarter = readout.offset * 4 // np.maximum(lengths[readout.sample], 1)
+        for part in range(0 if readout.of_responses else 4):
+            own = quarter == part
+            if own.any():
+                found[f"auroc_quarter_{part + 1}"] = verification_metrics(values[own], labels[own]).auroc
+        metrics |= {f"readout/{readout.name}/{key}": value for key, value in found.items()}
+    return metrics

@@ -1,4 +1,4 @@
-"""The two public calls of the log-prob op: argument checks, then the backend that each gets."""
+"""The public calls of the log-prob op: argument checks, then the backend that each gets."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_laser.ops import sets as over_sets
 from megatron_laser.ops import torch_backend
 from megatron_laser.ops.collectives import group_size
 from megatron_laser.ops.device import kernels_refuse
@@ -73,26 +74,7 @@ def linear_logprob(
     """
     count = check_rows(hidden, rows, tp_group, sequence_parallel)
     _check(hidden, weight, labels, count, vocab_size, tp_group)
-    if own_rows is not None and not (
-        sequence_parallel and rows is not None and 0 <= own_rows[0] <= own_rows[1] <= count
-    ):
-        raise ValueError(
-            f"own_rows={own_rows}: expected 0 <= first <= last <= {count}, with rows and sequence_parallel=True."
-        )
-    if distinct_rows and rows is not None and rows.device.type == "cpu" and len(rows.unique()) < count:
-        raise ValueError(
-            f"distinct_rows=True, but {count} rows have {len(rows.unique())} different positions."
-        )
-    if isinstance(inv_temperature, torch.Tensor) and (
-        inv_temperature.shape != (count,)
-        or inv_temperature.device != hidden.device
-        or inv_temperature.requires_grad
-    ):
-        raise ValueError(
-            f"inv_temperature is {tuple(inv_temperature.shape)} on {inv_temperature.device}, requires_grad="
-            f"{inv_temperature.requires_grad}; expected a float or a constant tensor [{count}] on "
-            f"{hidden.device}."
-        )
+    _check_rows_of(hidden, rows, count, own_rows, distinct_rows, sequence_parallel, inv_temperature)
     return resolve_backend(backend, hidden.device).linear_logprob(
         hidden,
         weight,
@@ -107,6 +89,48 @@ def linear_logprob(
         with_entropy=with_entropy,
         entropy_gradient=entropy_gradient,
         loss=loss,
+    )
+
+
+def set_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    sets: over_sets.Sets,
+    *,
+    rows: torch.Tensor | None = None,
+    own_rows: tuple[int, int] | None = None,
+    distinct_rows: bool = False,
+    inv_temperature: float | torch.Tensor = 1.0,
+    vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+) -> torch.Tensor:
+    """Log-prob of one label per row under the softmax over a set of columns of that row, with gradients.
+
+    z_label - logsumexp of z over the set, z = hidden @ weight.T * inv_temperature: the other columns have probability
+    0, and only members of sets are multiplied. Differentiable in `hidden` and `weight`; the work and the memory are
+    those of chunks of rows, in tiles of `ops.settings`. Plain torch on every device; bitwise repeatable.
+
+    Args:
+        sets: of each of the n rows, with its label among them. A label that is not (looked at on a CPU only) gives
+            a number without meaning.
+
+    Other arguments, dtypes, and errors as in `linear_logprob`. Returns [n].
+    """
+    count = check_rows(hidden, rows, tp_group, sequence_parallel)
+    _check(hidden, weight, labels, count, vocab_size, tp_group)
+    _check_rows_of(hidden, rows, count, own_rows, distinct_rows, sequence_parallel, inv_temperature)
+    over_sets.check_sets(sets, labels, vocab_size or weight.shape[0] * group_size(tp_group))
+    return over_sets.apply(
+        hidden,
+        weight,
+        labels,
+        sets,
+        rows=rows,
+        inv_temperature=inv_temperature,
+        vocab_size=vocab_size,
+        placement=over_sets.Placement(tp_group, sequence_parallel, own_rows, distinct_rows or rows is None),
     )
 
 
@@ -148,6 +172,37 @@ def few_row_logprob(
         tp_group=tp_group,
         sequence_parallel=sequence_parallel,
     )
+
+
+def _check_rows_of(
+    hidden: torch.Tensor,
+    rows: torch.Tensor | None,
+    count: int,
+    own_rows: tuple[int, int] | None,
+    distinct_rows: bool,
+    sequence_parallel: bool,
+    inv_temperature: float | torch.Tensor,
+) -> None:
+    if own_rows is not None and not (
+        sequence_parallel and rows is not None and 0 <= own_rows[0] <= own_rows[1] <= count
+    ):
+        raise ValueError(
+            f"own_rows={own_rows}: expected 0 <= first <= last <= {count}, with rows and sequence_parallel=True."
+        )
+    if distinct_rows and rows is not None and rows.device.type == "cpu" and len(rows.unique()) < count:
+        raise ValueError(
+            f"distinct_rows=True, but {count} rows have {len(rows.unique())} different positions."
+        )
+    if isinstance(inv_temperature, torch.Tensor) and (
+        inv_temperature.shape != (count,)
+        or inv_temperature.device != hidden.device
+        or inv_temperature.requires_grad
+    ):
+        raise ValueError(
+            f"inv_temperature is {tuple(inv_temperature.shape)} on {inv_temperature.device}, requires_grad="
+            f"{inv_temperature.requires_grad}; expected a float or a constant tensor [{count}] on "
+            f"{hidden.device}."
+        )
 
 
 def _check(

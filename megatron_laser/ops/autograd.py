@@ -151,10 +151,21 @@ class HiddenGradient:
             self._completed(total)
 
 
+class Placed(Protocol):
+    """Where rows came from; see `linear_logprob`."""
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup | None: ...
+    @property
+    def sequence_parallel(self) -> bool: ...
+    @property
+    def distinct_rows(self) -> bool: ...
+
+
 class TokenGradient:
     """dX of rows as the gradient of `hidden`: put where the rows came from and reduced over the group."""
 
-    def __init__(self, rows: GatheredRows, options: Options) -> None:
+    def __init__(self, rows: GatheredRows, options: Placed) -> None:
         self._rows, self._options = rows, options
         self._started: tuple[torch.Tensor, dist.Work | None] | None = None
 

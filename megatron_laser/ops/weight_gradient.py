@@ -68,6 +68,10 @@ class WeightGradient:
         else:
             add_mm_(self._sum, grad_logits.t(), rows)
 
+    def add_rows(self, columns: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add gradient [m, H] to the columns [m], of which none is there twice; made with `several_passes`."""
+        self._target.index_add_(0, columns, gradient.to(self._target.dtype))
+
     def close(self, columns: slice) -> None:
         """Write what was summed up in the accumulation dtype, rounded once."""
         if self._sum is not None:

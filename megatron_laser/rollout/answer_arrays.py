@@ -20,12 +20,15 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from megatron_laser.types import TokenSets
+
 MIN_BYTES = 32_768
 """Shorter answers are read by `orjson` at once."""
 
 _MARKER = secrets.token_hex(16)  # nobody else's string can be it
 _IDS = b'"output_ids":['
 _LOGPROBS = b'"output_token_logprobs":[['
+_SETS = b'"output_token_sampling_mask":[['
 _EXPERTS = b'"routed_experts":"'
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 
@@ -58,8 +61,8 @@ class NotTheForm(Exception):
 def read_answer(raw: bytes) -> Any:
     """`orjson.loads(raw)`; in a long answer to `GENERATE` arrays stand for long lists.
 
-    `output_ids` is [tokens] int32, `output_token_logprobs` a `TokenLogprobs`, and `routed_experts` is its characters
-    as bytes. Raises orjson.JSONDecodeError for what is no JSON.
+    `output_ids` is [tokens] int32, `output_token_logprobs` a `TokenLogprobs`, `output_token_sampling_mask` a
+    `TokenSets`, and `routed_experts` is its characters as bytes. Raises orjson.JSONDecodeError for what is no JSON.
     """
     if len(raw) >= MIN_BYTES:
         try:
@@ -91,6 +94,12 @@ def _with_arrays(raw: bytes) -> Any:
         else:
             raise NotTheForm
         spans.append((start, end, "output_token_logprobs"))
+    start = raw.find(_SETS)
+    if start >= 0:
+        start += len(_SETS) - 2
+        end = raw.find(b"]]", start) + 2
+        values["output_token_sampling_mask"] = _read_sets(raw, start, end)
+        spans.append((start, end, "output_token_sampling_mask"))
     start = raw.find(_EXPERTS, spans[-1][1] if spans else 0)  # servers write it behind the others
     if start >= 0:
         start += len(_EXPERTS) - 1
@@ -152,6 +161,20 @@ def _read_logprobs(raw: bytes, start: int, end: int) -> TokenLogprobs:
     ):
         raise NotTheForm
     return TokenLogprobs(_decimals(raw, begin + 1, first), _whole_numbers(raw, first + 1, second))
+
+
+def _read_sets(raw: bytes, start: int, end: int) -> TokenSets:
+    """`[[1,2],[3]]`, which is raw[start:end]; no set is empty."""
+    text = np.frombuffer(raw, np.uint8)
+    commas = np.flatnonzero(text[start:end] == ord(",")) + start
+    between = text[commas - 1] == ord("]")  # sets, not ids
+    if (between != (text[commas + 1] == ord("["))).any():
+        raise NotTheForm
+    ids = _whole_numbers(
+        raw, np.append(start + 2, commas + 1 + between), np.append(commas - between, end - 2)
+    )
+    bounds = np.concatenate(([0], np.flatnonzero(between) + 1, [len(ids)]))
+    return TokenSets(np.diff(bounds).astype(np.int32), ids)
 
 
 def _decimals(raw: bytes, begins: Places, ends: Places) -> npt.NDArray[np.float64]:

@@ -297,10 +297,10 @@ class RolloutCollector:
         """How many responses could not be graded, and why the last one."""
         counts = " and ".join(f"{count} {outcome}" for outcome, count in sorted(failed.items()))
         if self._nothing_learned(failed) is FunctionFailed and self._function is not None:
-            last = self._function.last_trouble
-            return f"{counts}; the last one: {last}. Correct rollout.function, or raise rollout.function_deadline"
-        last = self._grading.last_trouble
-        return f"{counts}; the last one: {last}. Correct reward.function, or raise reward.deadline"
+            trouble = self._function.last_trouble
+            return f"{counts}; the last one: {trouble}. Correct rollout.function, or raise rollout.function_deadline"
+        last = [pool.last_trouble for pool in (self._grading, *self._graders.values()) if pool.last_trouble]
+        return f"{counts}; the last one: {'; '.join(last)}. Correct reward.function, or raise reward.deadline"
 
     def _nothing_learned(self, failed: Counter[str]) -> type[GradingPoolError] | type[FunctionFailed]:
         """Whose fault it is that there are too few samples: of the function's, where most failures are its."""

@@ -1,6 +1,7 @@
 """The in-process engine: transformers underneath, batched, with a KV cache, for models that fit one device.
 
-It samples from fp32 log-softmax of logits / temperature and returns exactly those log-probs. Each prompt is
+It samples from fp32 log-softmax of logits / temperature and returns exactly those log-probs, or, with `top_k`, those
+among the tokens that it sampled from. Each prompt is
 prefilled once and its cache repeated for its samples, and what all prompts of a batch begin with (a system prompt,
 worked examples) is prefilled once for all of them; finished rows leave the batch. A response that ends in
 a stop token stays for one more position when a score is asked for: that forward's log-prob of the score token
@@ -15,11 +16,11 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from transformers import DynamicCache
 
 from megatron_laser.algorithms.numerics import log_probs
 from megatron_laser.batching.shared_prompts import common_beginning
+from megatron_laser.rollout.drawing import SetRecord, draw, narrowed
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.rollout.folder_names import folder_tensors
 from megatron_laser.rollout.hf_model import RoutingRecorder, load_model, new_cache
@@ -28,7 +29,6 @@ from megatron_laser.types import Generation, SamplingParams
 
 # Rows that are done leave the batch once they make up this share of it.
 _COMPACT_SHARE = 0.25
-_DRAW_BLOCK = 256
 
 
 class InProcessEngine:
@@ -220,6 +220,7 @@ class _Batch:
         self.done: list[Generation] = [None] * count  # type: ignore[list-item]
         self._tokens: list[torch.Tensor] = []  # per step [count], -1 where a row did not run
         self._logprobs: list[torch.Tensor] = []
+        self._sets = None if sampling.top_k is None else SetRecord(count)
         self._recorder = recorder
         self._prompt_routes: list[torch.Tensor] = []  # per prompt [tokens, layers, k]
         self._routes: list[torch.Tensor] = []  # per fed token [count, layers, k]
@@ -250,7 +251,7 @@ class _Batch:
                 raise TimeoutError(
                     f"generation: {len(rows)} of {len(self.done)} responses still running after {step} tokens"
                 )
-            tokens, logprobs = self._sample(logits)
+            tokens, logprobs = self._sample(logits, rows, ended)
             self._record(step, rows, tokens, logprobs, ended)
             stopped = torch.isin(tokens, self._stop) & ~ended
             if sampling.score_token_id is None:
@@ -279,18 +280,20 @@ class _Batch:
                 scores = log_probs(logits[newly])[:, sampling.score_token_id]
                 yield from self._finish(rows[newly], step, "stop", scores)
 
-    def _sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token [rows] and its log-prob [rows] under logits / temperature, before top-p."""
+    def _sample(
+        self, logits: torch.Tensor, rows: torch.Tensor, ended: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token [rows] and its log-prob [rows] under logits / temperature, before top-p, but with `top_k` after it."""
         temperature = self._sampling.temperature
+        if self._sets is not None:
+            logprobs = log_probs(logits, temperature or 1.0)
+            return self._sets.sample(logprobs, self._sampling, self._generator, (rows, ~ended))
         if temperature == 0.0:
             logprobs = log_probs(logits)
             tokens = logprobs.argmax(dim=-1)
         else:
             logprobs = log_probs(logits, temperature)
-            probabilities = logprobs.exp()
-            if self._sampling.top_p < 1.0:
-                probabilities = _nucleus(probabilities, self._sampling.top_p)
-            tokens = draw(probabilities, self._generator)
+            tokens = draw(narrowed(logprobs.exp(), self._sampling), self._generator)
         return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
     def _record(
@@ -327,6 +330,7 @@ class _Batch:
                 weight_version=self._engine.version,
                 zc_logprob=score,
                 routed_experts=self._routed(row),
+                sets=None if self._sets is None else self._sets.of(row, step + 1),
             )
             self.done[row] = generation
             yield row, generation
@@ -338,38 +342,3 @@ class _Batch:
         prompt = self._prompt_routes[row // self._sampling.samples_per_prompt]
         fed = [prompt, *(step[row : row + 1] for step in self._routes)]
         return torch.cat(fed).numpy()
-
-
-def draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One index [rows] of each row [rows, vocab] of probabilities, which need not be normalised."""
-    if probabilities.is_cuda:
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-    # multinomial draws a number for every entry, which on a CPU takes a fifth of a small model's decoding. Here are two
-    # a row: for a block of entries, and for one of its own.
-    rows, vocab = probabilities.shape
-    blocks = F.pad(probabilities, (0, -vocab % _DRAW_BLOCK)).view(rows, -1, _DRAW_BLOCK)
-    block = _pick(blocks.sum(dim=-1, dtype=torch.float64), generator)
-    inside = blocks[torch.arange(rows), block].double()
-    return block * _DRAW_BLOCK + _pick(inside, generator)
-
-
-def _pick(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One index [rows] in proportion to weights [rows, entries] in float64, never one of weight 0."""
-    below = weights.cumsum(dim=-1)
-    total = below[:, -1:]
-    if not bool(((total > 0) & total.isfinite()).all()):
-        raise ValueError(
-            "next-token probabilities are not finite, or all 0: the weights overflow, or hold NaN"
-        )
-    drawn = torch.rand(total.shape, dtype=total.dtype, generator=generator) * total
-    drawn = torch.minimum(
-        drawn, torch.nextafter(total, torch.zeros_like(total))
-    )  # a product can round up to the total
-    return torch.searchsorted(below, drawn, right=True).squeeze(1)
-
-
-def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zero all but the smallest set of tokens whose probabilities reach `top_p` (unnormalised)."""
-    ordered, index = probabilities.sort(dim=-1, descending=True)
-    outside = ordered.cumsum(dim=-1) - ordered >= top_p
-    return torch.zeros_like(probabilities).scatter(1, index, ordered.masked_fill(outside, 0.0))

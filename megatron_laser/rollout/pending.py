@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laser.rewards import Grade
-from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample, WeightSpan
+from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample, TokenSets, WeightSpan
 
 
 @dataclass(eq=False)
@@ -104,7 +104,7 @@ def restore(state: Mapping[str, Any], prompts: list[Prompt], size: int) -> OpenG
 
 def generation_state(generation: Generation) -> dict[str, Any]:
     """A response as JSON values."""
-    routed = generation.routed_experts
+    routed, sets = generation.routed_experts, generation.sets
     return {
         "response_ids": array_state(generation.response_ids),
         "logprobs": array_state(generation.logprobs),
@@ -114,6 +114,7 @@ def generation_state(generation: Generation) -> dict[str, Any]:
         "spans": [[span.version, span.tokens] for span in generation.spans],
         "routed_experts": None if routed is None else array_state(routed),
         "sampled": None if generation.sampled is None else array_state(generation.sampled),
+        "sets": None if sets is None else [array_state(sets.counts), array_state(sets.ids)],
     }
 
 
@@ -121,7 +122,8 @@ def generation_from(state: Mapping[str, Any]) -> Generation:
     """The inverse of `generation_state`."""
     values = dict(state)
     spans = tuple(WeightSpan(version, tokens) for version, tokens in values.pop("spans"))
-    routed, sampled = values.pop("routed_experts", None), values.pop("sampled", None)  # older ones have none
+    # Older checkpoints have none of these.
+    routed, sampled, sets = (values.pop(name, None) for name in ("routed_experts", "sampled", "sets"))
     # Older ones have lists of numbers, which become the same arrays.
     ids, logprobs = (
         array_from(saved) if isinstance(saved := values.pop(name), dict) else saved
@@ -134,6 +136,7 @@ def generation_from(state: Mapping[str, Any]) -> Generation:
         spans=spans,
         routed_experts=None if routed is None else array_from(routed),
         sampled=None if sampled is None else array_from(sampled),
+        sets=None if sets is None else TokenSets(*map(array_from, sets)),
     )
 
 

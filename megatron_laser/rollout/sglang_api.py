@@ -120,6 +120,8 @@ def generate_body(
         "sampling_params": {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            **({} if sampling.top_k is None else {"top_k": sampling.top_k}),
+            **({"min_p": sampling.min_p} if sampling.min_p else {}),
             "max_new_tokens": max_new_tokens,
             "stop_token_ids": list(sampling.stop_token_ids),
             "skip_special_tokens": False,

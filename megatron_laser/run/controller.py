@@ -18,10 +18,11 @@ from megatron_laser.config import (
     rollout_tries,
 )
 from megatron_laser.config.derived import function_deadline
+from megatron_laser.data import MixedCursor
 from megatron_laser.data.tokenizer import decode_response
 from megatron_laser.evaluation.validation import RunEvaluation
 from megatron_laser.model import platform
-from megatron_laser.observability.rollout_metrics import rollout_metrics, scores_by_label
+from megatron_laser.observability.rollout_metrics import readout_metrics, rollout_metrics, scores_by_label
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.ahead import RolloutAhead
@@ -88,6 +89,8 @@ class Controller:
                 stop_token_ids=inputs.stop_token_ids,
                 temperature=rollout.temperature,
                 top_p=rollout.top_p,
+                top_k=rollout.top_k,
+                min_p=rollout.min_p,
                 score_token_id=inputs.score_token_id if engine_scores else None,
                 routing=_routing_shape(config) if config.moe.routing_replay else None,
             ),
@@ -234,6 +237,7 @@ class Controller:
         """Write down one step. Returns "" or why the run has to stop, as `RunRecorder.write`."""
         batch = self.batch
         metrics: dict[str, Any] = rollout_metrics(batch, result.zc_logprobs, result.scores)
+        metrics |= readout_metrics(batch, result.readouts[1:])
         metrics |= batch.metrics | result.metrics | times | platform.memory_gib()
         tokens = sum(sample.length for sample in batch.samples())
         metrics["tokens"] = tokens

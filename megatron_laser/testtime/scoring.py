@@ -299,7 +299,7 @@ def _pair(
     asked = row if any(row.get(name) is not None for name in names) else {"prompt": row.get("problem")}
     try:
         prompt = prompt_token_ids(
-            row,
+            asked,
             model.tokenizer,
             apply_chat_template=apply_chat_template,
             prompt_suffix=prompt_suffix,

@@ -31,6 +31,7 @@ from megatron_laser.model.policy_model import HeadInputs
 from megatron_laser.model.torch_layers import share_prompts as share_packed_prompts
 from megatron_laser.trainer.expert_routing import Experts
 from megatron_laser.trainer.micro_batch import MicroBatch
+from megatron_laser.trainer.row_sets import row_sets
 from megatron_laser.trainer.run_readouts import RunReadouts
 
 
@@ -258,9 +259,8 @@ def make_micro_batch(
     """Pack the given samples of the rollout batch and place them, or a context rank's share, on the device.
 
     `points`: what is read of the batch, in place of `score_token_id` behind each scored response.
-    `entropy_gradient`: the loss has an entropy term; else entropies are a metric only. `experts`: of a model that has
-    them; `replay`: whether its routers are told what the engine chose, `balance`: and their losses. `share_prompts`:
-    samples of one group stand behind one prompt; attention must be `torch_layers`'.
+    `entropy_gradient`: the loss has an entropy term. `experts`: of a model that has them; `replay`: its routers are
+    told what the engine chose, `balance`: and their losses. `share_prompts`: attention must be `torch_layers`'.
     """
     inputs = [flat.pack_input(index) for index in samples]
     if points is not None:
@@ -309,6 +309,7 @@ def make_micro_batch(
             inv_temperature=put(packed.inv_temperature, torch.float32),
             with_entropy=True,
             entropy_gradient=entropy_gradient,
+            sets=row_sets(flat, packed, device),
         ),
         policy_rows=put(np.flatnonzero(policy), torch.int64),
         score_rows=put(np.flatnonzero(packed.is_score), torch.int64),

@@ -11,11 +11,13 @@ import torch.distributed as dist
 
 from megatron_laser.ops import (
     IGNORE_LABEL,
+    Sets,
     add_weight_gradient_to_main_grad,
     available_backends,
     configure,
     few_row_logprob,
     linear_logprob,
+    set_logprob,
     torch_backend,
 )
 
@@ -116,6 +118,40 @@ def rows_of_all_ranks(group, sequence_parallel, keep, op):
     configure(keep_logits_bytes=before.keep_logits_bytes, min_block_rows=before.min_block_rows)
 
 
+def over_sets(group, sequence_parallel, tile_bytes):
+    """Log-probs over sets that lie in one shard and in both, of either rank's tokens; in one chunk and in many."""
+    rank, size = group.rank(), group.size()
+    hidden, weight, _, _, _ = problem(ROWS, 33)
+    rows = torch.tensor([0, 2, 3, 3, 9, 10, 11, 14, 21])
+    members = [[1, 2], [30, 25], [5, 28, 19, 20], [5], [32], [0, 19, 20, 32], [7, 8], [*range(33)], [4, 31]]
+    labels = torch.tensor([2, 25, 28, 5, 32, 0, IGNORE_LABEL, 11, 31])
+    offsets = torch.tensor([0, *map(len, members)]).cumsum(0)
+    sets = Sets(torch.tensor([i for one in members for i in one]), offsets)
+    inv_temperature, factor = torch.linspace(0.6, 1.4, 9), torch.linspace(-1.0, 2.0, 9)
+
+    def outputs(x, w, main_grad=False, **settings):
+        x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+        if main_grad:
+            w.main_grad, w.grad_added_to_main_grad = torch.zeros_like(w), False
+            add_weight_gradient_to_main_grad(w)
+        found = set_logprob(
+            x, w, labels, sets, rows=rows, inv_temperature=inv_temperature, vocab_size=33, **settings
+        )
+        (found * factor).sum().backward()
+        return found.detach(), x.grad, w.main_grad if main_grad else w.grad
+
+    whole = outputs(hidden, weight)
+    before = configure(tile_bytes=tile_bytes)
+    columns = slice(rank * COLUMNS // size, (rank + 1) * COLUMNS // size)
+    own = slice(rank * ROWS // size, (rank + 1) * ROWS // size) if sequence_parallel else slice(None)
+    settings = {"own_rows": [(0, 6), (6, 9)][rank], "sequence_parallel": True} if sequence_parallel else {}
+    sharded = outputs(hidden[own], weight[columns], main_grad=True, tp_group=group, **settings)
+    for got, want in zip(sharded, (whole[0], whole[1][own], whole[2][columns]), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert_equal_on_all_ranks(sharded[0])
+    configure(tile_bytes=before.tile_bytes)
+
+
 def main():
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
@@ -162,6 +198,8 @@ def main():
     # All kept, some rows' worth (blocks), nothing.
     for sequence_parallel, keep in itertools.product((False, True), (2**20, 5 * 32 * 4, 0)):
         rows_of_all_ranks(group, sequence_parallel, keep, linear_logprob)
+    for sequence_parallel, tile_bytes in itertools.product((False, True), (2**20, 1)):
+        over_sets(group, sequence_parallel, tile_bytes)
     dist.barrier()
     dist.destroy_process_group()
 

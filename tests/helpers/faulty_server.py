@@ -1,6 +1,7 @@
 """An SGLang server in a thread of the test that answers what it is told to: for faults that no real one has on demand.
 
-Every response is the tokens 7, 8, ..., and the stop token; a score is -7.5. `faults` are used up by the next requests.
+Every response is the tokens 7, 8, ..., and the stop token; a score is -7.5, a log-prob -0.5, and, of a token that was
+sampled from itself, 5 and its successor, -0.25. `faults` are used up by the next requests.
 """
 
 import base64
@@ -32,6 +33,8 @@ _FAULTY = {
     "an id beyond the vocabulary": lambda reply: reply["output_ids"].__setitem__(0, VOCABULARY),
     "the answer to another prompt": lambda reply: reply["meta_info"].update(prompt_tokens=60),
     "other weights": lambda reply: reply["meta_info"].update(weight_version="other"),
+    "a token is not in its set": lambda reply: reply["meta_info"]["output_token_sampling_mask"][0].pop(0),
+    "no sets": lambda reply: reply["meta_info"].pop("output_token_sampling_mask"),
     "no meta_info": lambda reply: reply.clear(),
 }
 
@@ -182,6 +185,9 @@ class FaultyServer(ServerState):
             "completion_tokens": len(ids),
             "cached_tokens": len(body["input_ids"]) - 1,
         }
+        if body.get("return_sampling_mask"):
+            meta["output_token_sampling_mask"] = [[token, 5, token + 1] for token in ids]
+            meta["output_token_sampling_logprobs"] = [-0.25] * len(ids)
         if "token_ids_logprob" in body:
             meta["output_token_ids_logprobs"] = [[[-7.5, SCORE, None]]]
         tells = not aborted or self.tells_aborted

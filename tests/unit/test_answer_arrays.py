@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from megatron_laser.rollout import answer_arrays
 from megatron_laser.rollout.answer_arrays import TokenLogprobs, read_answer
+from megatron_laser.rollout.sampled_sets import parse_sets
 from megatron_laser.rollout.sglang_api import WireError, parse_generate
+from megatron_laser.types import TokenSets
 
 VOCABULARY = 152_000
 
@@ -187,3 +189,56 @@ def test_a_log_prob_beyond_float32_is_none():
         parse_generate(
             fast(answer(["12"], ["[-1e39,12,null]"])), VOCABULARY, max_new_tokens=9, prompt_tokens=3
         )
+
+
+def sets_of(read, raw):
+    """What becomes of an answer's sets: counts and ids, or the error."""
+    try:
+        body = read(raw)
+        sets, logprobs = parse_sets(body, np.asarray(body["output_ids"], np.int32), VOCABULARY)
+    except (WireError, orjson.JSONDecodeError) as error:
+        return type(error).__name__
+    assert sets.counts.dtype == sets.ids.dtype == np.int32
+    return sets.counts.tolist(), sets.ids.tolist(), logprobs.tolist()
+
+
+@given(st.lists(st.lists(st.integers(0, VOCABULARY), min_size=1, max_size=4), min_size=1, max_size=6), texts)
+def test_sets_are_read_as_orjson_reads_them(found, text):
+    body = {
+        "text": text,
+        "output_ids": [one[-1] for one in found],
+        "meta_info": {
+            "output_token_logprobs": [[-0.5, one[-1], None] for one in found],
+            "output_token_sampling_mask": found,
+            "output_token_sampling_logprobs": [-0.25] * len(found),
+        },
+    }
+    raw = orjson.dumps(body)
+    assert sets_of(fast, raw) == sets_of(orjson.loads, raw)
+    if not text:
+        assert isinstance(fast(raw)["meta_info"]["output_token_sampling_mask"], TokenSets)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        *("[[]]", "[[7],[]]", "[[7], [8]]", "[[7,8]]", "[[7],8]", "[[7]],[8]]", "[[7,],[8]]", "[[7],[8,9]"),
+        *(
+            "[[07],[8]]",
+            "[[-7],[8]]",
+            "[[7.0],[8]]",
+            "[[[7]],[8]]",
+            "[[7],[[8]]]",
+            '[["7"],[8]]',
+            "[[7],,[8]]",
+        ),
+        *("[[7],[152000,8]]", "[[7][8]]", "[[7,[8]]", "[[7],8]]", "[[7],[8]]", "[[99999999999],[8]]"),
+    ],
+)
+def test_odd_sets_come_to_what_orjson_makes_of_them(sets):
+    raw = (
+        '{"output_ids":[7,8],"meta_info":{"output_token_logprobs":[[-0.5,7,null],[-0.5,8,null]],'
+        f'"output_token_sampling_mask":{sets},"output_token_sampling_logprobs":[-0.25,-0.25]}}}}'
+    ).encode()
+    assert sets_of(fast, raw) == sets_of(orjson.loads, raw)
+    assert (sets_of(fast, raw) == ([1, 1], [7, 8], [-0.25, -0.25])) == (sets in ("[[7],[8]]", "[[7], [8]]"))

@@ -54,6 +54,9 @@ CAP = {"importance_cap": 2.0}
         {"rollout": {"ahead": 1, "oversample": 1.5}, "policy": CAP | {"old_logprobs": "on_policy"}},
         {"rollout": {"oversample": 1.5}, "policy": {"old_logprobs": "rollout"}},
         {"rollout": {"ahead": 1, "max_staleness": 1}, "policy": CAP},
+        {"rollout": {"top_p": 0.9, "top_k": 128, "min_p": 0.05}},
+        {"rollout": {"engine": "in_process", "top_k": 2}},
+        {"rollout": {"top_p": 0.9, "top_k": 20}, "sglang": {"deterministic": True}},
         {"rollout": {"ahead": 1}, "policy": CAP, "laser": {"enabled": False, "score_source": "server"}},
     ],
 )
@@ -66,10 +69,20 @@ def test_combinations_that_work_pass(settings):
     [
         *(
             (
-                {"rollout": {"engine": engine, "top_p": 0.9}},
-                ["rollout.top_p: 0.9", "nucleus", "evaluation.top_p"],
+                {"rollout": {"engine": engine, name: value}},
+                [f"rollout.{name}: {value} without rollout.top_k", "nucleus", "evaluation.top_p"],
             )
             for engine in ("sglang", "in_process")
+            for name, value in (("top_p", 0.9), ("min_p", 0.1))
+        ),
+        *(({"rollout": {"top_k": k}}, [f"rollout.top_k: {k}", "expected 2 to 128"]) for k in (1, 129)),
+        (
+            {"rollout": {"top_k": 20, "min_p": 0.1}, "sglang": {"deterministic": True}},
+            ["rollout.min_p: 0.1", "rollout.sglang.deterministic: true"],
+        ),
+        (
+            {"rollout": {"top_k": 20}, "sglang": {"options": {"sampling-mask-max-tokens": 10}}},
+            ["sampling_mask_max_tokens: 10", "rollout.top_k 20"],
         ),
         (
             {"sglang": {"deterministic": True, "device": "cpu"}},

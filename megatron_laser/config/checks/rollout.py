@@ -6,7 +6,10 @@ import ipaddress
 
 from megatron_laser.config.schema.rollout import RolloutConfig
 from megatron_laser.config.schema.root import RunConfig
-from megatron_laser.config.server_options import option_problems, replay_problems
+from megatron_laser.config.server_options import option_problems, replay_problems, server_option
+
+MOST_TOP_K = 128
+"""Of each token of a batch so many ids are kept, at most: 4 bytes for each."""
 
 SYNC_MARGIN = 1.1
 """`run.deadline` over `rollout.sync_deadline`: rank 0 gives up, aborts the group and tells the others in between."""
@@ -35,14 +38,37 @@ def rollout_problems(config: RunConfig) -> list[str]:
 
 
 def _nucleus_problems(rollout: RolloutConfig) -> list[str]:
-    if rollout.top_p == 1.0:
+    """Responses may come from a set of tokens only where the engine can tell which, for each of them."""
+    narrow = [f"rollout.top_p: {rollout.top_p:g}"] if rollout.top_p < 1.0 else []
+    narrow += [f"rollout.min_p: {rollout.min_p:g}"] if rollout.min_p else []
+    if rollout.top_k is None and narrow:
+        return [
+            f"{' and '.join(narrow)} without rollout.top_k; log-probs of training are made over the tokens that each "
+            "was sampled from (the nucleus), and without a limit these could be the whole vocabulary. Set rollout.top_k"
+            f" (2 to {MOST_TOP_K}); evaluation.top_p needs none"
+        ]
+    if rollout.top_k is None:
         return []
-    return [
-        f"rollout.top_p: {rollout.top_p:g}; responses would come from the nucleus, but log-probs, importance ratios, "
-        "KL and entropy are of the whole distribution (they are not renormalised over the nucleus), so the gradient "
-        "would be that of another policy than the one that sampled. Use 1.0, and a lower rollout.temperature to sample "
-        "less widely; evaluation.top_p may be below 1"
-    ]
+    problems = []
+    if not 2 <= rollout.top_k <= MOST_TOP_K:
+        problems.append(
+            f"rollout.top_k: {rollout.top_k}; expected 2 to {MOST_TOP_K}: of one token there is nothing to learn, and "
+            "the tokens that each was sampled from are kept and sent to all ranks; null samples from all"
+        )
+    if rollout.engine != "sglang":
+        return problems
+    if rollout.min_p and rollout.sglang.deterministic:
+        problems.append(
+            f"rollout.min_p: {rollout.min_p:g} with rollout.sglang.deterministic: true; SGLang samples by seeds "
+            "without min_p only, and the server would end. Use 0, or false"
+        )
+    limit = server_option(rollout.sglang.options, "sampling_mask_max_tokens", None)
+    if isinstance(limit, int) and limit < rollout.top_k:
+        problems.append(
+            f"rollout.sglang.options.sampling_mask_max_tokens: {limit} is less than rollout.top_k {rollout.top_k}; the "
+            "servers would refuse every request: remove it"
+        )
+    return problems
 
 
 def _function_problems(config: RunConfig) -> list[str]:

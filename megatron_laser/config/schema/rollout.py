@@ -11,6 +11,7 @@ from megatron_laser.config.schema.fields import (
     AtLeastOne,
     Count,
     FilePath,
+    MinP,
     Port,
     Positive,
     Section,
@@ -130,8 +131,15 @@ class RolloutConfig(Section):
     temperature: Positive = 1.0
     """Sampling temperature. Response log-probs are of logits / temperature; the score never is."""
     top_p: TopP = 1.0
-    """Only 1, the whole distribution: log-probs, and so ratios, are not renormalised over a nucleus. Evaluations have a
-    top_p of their own, see `evaluation.top_p`."""
+    """Nucleus sampling: of the `top_k` most probable tokens those that reach so much probability together. Below 1 it
+    needs `top_k`. Evaluations have a top_p of their own, see `evaluation.top_p`."""
+    top_k: Count | None = None
+    """Sample from so many of the most probable tokens, 2 to 128; null: from all. The engine then tells from which
+    tokens each was sampled, and log-probs of responses, and so ratios and KL, are those of the softmax over these
+    tokens alone, on both sides; entropy and score stay those of the whole vocabulary."""
+    min_p: MinP = 0.0
+    """Leave out tokens whose probability is below so much of the most probable one's, in [0, 1). Above 0 it needs
+    `top_k`."""
     stop_token_ids: TokenIds | None = None
     """Token ids that end a response; null: the EOS ids of the model's generation_config.json. Only a
     response that ended on one of them has a score."""

@@ -30,6 +30,7 @@ from megatron_laser.rollout.client.sender import RequestSender
 from megatron_laser.rollout.client.slots import Slots
 from megatron_laser.rollout.engine import StopEarly
 from megatron_laser.rollout.routed_experts import Routed, known_tokens, parse_routing, routing_request
+from megatron_laser.rollout.sampled_sets import parse_sets, sets_request
 from megatron_laser.rollout.sglang_api import (
     Reply,
     generate_body,
@@ -37,7 +38,7 @@ from megatron_laser.rollout.sglang_api import (
     parse_score,
     score_body,
 )
-from megatron_laser.types import Generation, SamplingParams
+from megatron_laser.types import Generation, SamplingParams, TokenSets
 
 logger = logging.getLogger(__name__)
 
@@ -193,15 +194,19 @@ class Driver:
             place = (job.prompt, job.sample)
             body = generate_body(input_ids, sampling, max_new_tokens=left, rid=job.rid, place=place)
             known = known_tokens(partial)
-            body |= routing_request(sampling.routing, known)
+            body |= routing_request(sampling.routing, known) | sets_request(sampling)
             routed: Routed | None = None
+            sets: TokenSets | None = None
             unrouted = False
 
             def parse(answer: Any) -> Reply:
-                nonlocal routed, unrouted
+                nonlocal routed, sets, unrouted
                 reply = parse_generate(
                     answer, self._vocab_size, max_new_tokens=left, prompt_tokens=len(input_ids)
                 )
+                if sampling.top_k is not None:
+                    sets, logprobs = parse_sets(answer, reply.ids, self._vocab_size)
+                    reply = replace(reply, logprobs=logprobs)
                 if sampling.routing is not None:
                     # The last token was not fed.
                     tokens = max(0, len(input_ids) + len(reply.ids) - 1 - known)
@@ -219,8 +224,9 @@ class Driver:
                     weights=weights,
                     seconds=seconds,
                     phase="generation",
-                    # SGLang's router passes on the fields that it knows: the servers would not be asked for experts.
-                    direct=failed is not None or sampling.routing is not None,
+                    # SGLang's router passes on the fields that it knows: the servers would not be asked for experts or
+                    # sets.
+                    direct=failed is not None or sampling.routing is not None or sampling.top_k is not None,
                 )
             finally:
                 job.rid = ""
@@ -231,7 +237,7 @@ class Driver:
             self.stats.cached_tokens += reply.cached_tokens
             if unrouted and reply.finish_reason != "abort":
                 self._note_unrouted(member)
-            return joined(partial, reply, weights.version, sampling, routed)
+            return joined(partial, reply, weights.version, sampling, routed, sets)
 
         generation = await self._retried(attempt, lambda: job.member)
         token = sampling.score_token_id

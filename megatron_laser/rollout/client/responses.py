@@ -9,8 +9,9 @@ import numpy.typing as npt
 
 from megatron_laser.rollout.engine import StoppedEarly
 from megatron_laser.rollout.routed_experts import Routed, joined_routing
+from megatron_laser.rollout.sampled_sets import joined_sets
 from megatron_laser.rollout.sglang_api import Reply
-from megatron_laser.types import FinishReason, Generation, SamplingParams, WeightSpan
+from megatron_laser.types import FinishReason, Generation, SamplingParams, TokenSets, WeightSpan
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,11 @@ def joined(
     version: int,
     sampling: SamplingParams,
     routed: Routed | None = None,
+    sets: TokenSets | None = None,
 ) -> Generation:
     """What a response has after `reply`, which weights of `version` gave; `partial`: what it had before.
 
-    routed: where the tokens went whose experts were not known before.
+    routed: where the tokens went whose experts were not known before. sets: of the tokens of `reply`.
     """
     ids, logprobs = reply.ids, reply.logprobs
     if partial is not None:
@@ -46,6 +48,7 @@ def joined(
         min(span.version for span in spans),
         spans=spans,
         routed_experts=joined_routing(partial, routed),
+        sets=joined_sets(partial, sets, len(reply.ids)),
     )
 
 

@@ -58,8 +58,8 @@ class RequestSender:
         """POST `GENERATE`; ends when the server dies.
 
         Args:
-            parse: called in a thread beside the loop where the answer holds experts; raises ValueError, LookupError or
-                TypeError for what is no answer.
+            parse: called in a thread beside the loop where the answer holds experts or sets; raises ValueError,
+                LookupError or TypeError for what is no answer.
             direct: to `member` itself, and not through the router, which might choose what failed before.
             patient: an answer that is late says nothing of the server, whose probes do.
 
@@ -79,7 +79,8 @@ class RequestSender:
             refused = abort_message(answer)
             if refused is not None:
                 raise ServerRefused(url, phase, refused)
-            if has_routing(answer):  # two megabytes and more of them for a long response
+            # Two megabytes and more of experts for a long response, or as many ids of sets.
+            if has_routing(answer) or "return_sampling_mask" in body:
                 reply = await member.client.in_thread(lambda: parse(answer))
             else:
                 reply = parse(answer)

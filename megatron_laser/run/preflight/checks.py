@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_laser.config import RunConfig
 from megatron_laser.data.tokenizer import load_tokenizer
 from megatron_laser.rewards.trial import trial
+from megatron_laser.rollout.function.loading import function_findings
 from megatron_laser.run.preflight.data import GROUP as DATA
 from megatron_laser.run.preflight.data import DataInputs, Progress, read_data, tokenize_data
 from megatron_laser.run.preflight.finding_log import FindingLog, needed
@@ -60,6 +61,8 @@ def run_preflight(
         with log.topic(REWARD, "reward function"):
             answer = [answers[function]] if answers else []
             log.add(REWARD, trial(function, *answer, deadline=config.reward.deadline))
+    with log.topic(REWARD, "rollout function"):
+        log.add(REWARD, function_findings(config))
     with log.topic(MODEL, "tokenizer"):
         needed(model.vocabulary, "config.json")  # without it, or with a broken file, that is said by now
         probes = [row.problem for row in data.rows.get("train", [])[:_TOKENIZER_PROBES]]
