@@ -104,7 +104,7 @@ def add_an_estimator(copy):
     edit(algorithms, "# `policy.advantage`:", f"{MEDIAN}# `policy.advantage`:")
     line = '    "reinforce_pp": reinforce_pp_advantages,\n'
     edit(algorithms, line, f'{line}    "median": median_advantages,\n')
-    edit(schema, '"reinforce_pp"] = "grpo"', '"reinforce_pp", "median"] = "grpo"')
+    edit(schema, '"reinforce_pp"] |', '"reinforce_pp", "median"] |')
     edit(schema, '"""Advantage estimator: ', '"""Advantage estimator: `median`, reward - group median; ')
     run(copy, "tools/generate_docs.py")
 

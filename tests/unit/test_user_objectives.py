@@ -1,0 +1,73 @@
+"""examples/objectives.py: a stranger's loss, advantage and effect of a score train, in under 40 lines."""
+
+import math
+
+import pytest
+import torch
+from helpers.models import tiny_model
+from helpers.rollouts import Response, rollout_batch
+from helpers.runs import SCORE_TOKEN, run_config
+from helpers.source_tree import ROOT
+
+from megatron_laser.model import platform
+
+platform.install()
+
+from megatron_laser.trainer.trainer import Trainer  # noqa: E402
+from megatron_laser.user_functions import UserFunctionError  # noqa: E402
+
+FILE = ROOT / "examples" / "objectives.py"
+GROUPS = [
+    [Response(5, True), Response(7, False), Response(3, False)],
+    [Response(4, True), Response(6, False)],
+]
+OWN = (
+    f"policy.loss={FILE}:soft_clip",
+    "policy.loss_options={width: 0.3}",
+    f"policy.advantage={FILE}:ranked",
+    f"laser.readouts=[{{advantages: '{FILE}:doubt'}}]",
+    "laser.reasoning_warmup_steps=0",
+    "laser.self_reward_warmup_steps=0",
+    "policy.old_logprobs=rollout",
+)
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    tiny_model("qwen2").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_example_is_short_and_trains_as_it_says(tmp_path, model_folder, single_process):
+    assert len(FILE.read_text(encoding="utf-8").splitlines()) < 40
+    flat = rollout_batch(GROUPS)
+    config = run_config(tmp_path, model_folder, *OWN)
+    result = Trainer(config, single_process, score_token_id=SCORE_TOKEN).train_step(flat, 1)
+    expected = torch.tensor([1.0, -0.5, -0.5, 1.0, -1.0])  # better than all others; worse than one of two
+    sure = (torch.from_numpy(flat.rewards) - result.scores.clamp(0, 1)).abs() < 0.1
+    assert sure.any() or not sure.all()
+    torch.testing.assert_close(result.advantages, torch.where(sure, 0.5, 1.0) * expected)
+
+    model = tiny_model("qwen2")
+    loss = 0.0
+    for i, advantage in enumerate(result.advantages.tolist()):
+        prompt, response = flat.prompt_ids(i).tolist(), flat.response_ids(i).tolist()
+        logits = model(torch.tensor([prompt + response])).logits[0].double()
+        rows = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        for t, (token, row) in enumerate(zip(response, rows)):
+            ratio = math.exp(float(row[token]) - float(flat.rollout_logprobs[flat.response_offsets[i] + t]))
+            loss -= advantage * 0.3 * math.tanh((ratio - 1) / 0.3)
+    assert result.metrics["policy_loss"] == pytest.approx(
+        loss / len(flat.rollout_logprobs), rel=1e-4, abs=1e-6
+    )
+
+
+def test_what_a_function_returns_is_looked_at(tmp_path, model_folder, single_process):
+    file = tmp_path / "mine.py"
+    file.write_text("def one(batch):\n    return batch.rewards.mean()\n")
+    config = run_config(tmp_path, model_folder, f"policy.advantage={file}:one")
+    trainer = Trainer(config, single_process, score_token_id=SCORE_TOKEN)
+    with pytest.raises(
+        UserFunctionError, match=r"policy.advantage: the function returned .* 5 finite advantages"
+    ):
+        trainer.train_step(rollout_batch(GROUPS), 1)
