@@ -43,6 +43,20 @@ def test_every_layout_learns_the_same(tied, processes):
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "loss",
+    ["gmpo", *(pytest.param(name, marks=pytest.mark.long) for name in ("gspo", "cispo", "sapo"))],
+)
+def test_losses_and_importance_of_whole_responses_are_the_same_in_every_layout(loss):
+    only = ("data 2, 80 tokens", "tensor 2", "pipeline 2", "context 2, 80 tokens")
+    result = compare("--processes", "2", "--loss", loss, "--only", *only)
+    assert result.returncode == 0, result.stdout[-6000:]
+    for name in only:
+        assert any(line.startswith(f"{name} ") for line in result.stdout.splitlines()), name
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_interleaved_pipelines_of_uneven_chunks_learn_the_same():
     result = compare("--uneven")
     assert result.returncode == 0, result.stdout[-6000:]
