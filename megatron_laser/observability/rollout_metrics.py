@@ -100,11 +100,25 @@ def score_metrics(zc_logprobs: torch.Tensor, scores: torch.Tensor, rewards: torc
 class PointScores(Protocol):
     """What a readout read of a batch, see `trainer.run_readouts.ReadoutScores`."""
 
-    name: str
-    of_responses: bool
-    sample: NDArray[np.int64]
-    offset: NDArray[np.int64]
-    scores: torch.Tensor
+    @property
+    def name(self) -> str:
+        """Of the readout."""
+
+    @property
+    def of_responses(self) -> bool:
+        """One score for each response at most."""
+
+    @property
+    def sample(self) -> NDArray[np.int64]:
+        """[points]."""
+
+    @property
+    def offset(self) -> NDArray[np.int64]:
+        """[points] tokens of the response before each."""
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """[points]."""
 
 
 def readout_metrics(batch: RolloutBatch, readouts: Sequence[PointScores]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """examples/objectives.py: a stranger's loss, advantage and effect of a score train, in under 40 lines."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from megatron_laser.model import platform
 
 platform.install()
 
+from megatron_laser.run.preflight.objectives import objective_findings  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 from megatron_laser.user_functions import UserFunctionError  # noqa: E402
 
@@ -71,3 +73,23 @@ def test_what_a_function_returns_is_looked_at(tmp_path, model_folder, single_pro
         UserFunctionError, match=r"policy.advantage: the function returned .* 5 finite advantages"
     ):
         trainer.train_step(rollout_batch(GROUPS), 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["policy.loss=no.py:loss"], "policy.loss: .*there is no file"),
+        (
+            [f"policy.advantage={FILE}:rank"],
+            "policy.advantage: .*has no function 'rank'; its functions: doubt, ranked",
+        ),
+        (
+            [f"policy.loss={FILE}:soft_clip", "policy.loss_options={wide: 1}"],
+            "soft_clip takes no option 'wide'",
+        ),
+        (["laser.readouts=[{advantages: 'no.py:x'}]"], r"laser.readouts\[0\].advantages: .*there is no file"),
+    ],
+)
+def test_what_cannot_be_called_is_found_before_anything_is_built(tmp_path, model_folder, overrides, message):
+    (finding,) = objective_findings(run_config(tmp_path, model_folder, *overrides))
+    assert finding.level == "error" and re.search(message, finding.text)

@@ -20,6 +20,7 @@ from megatron_laser.run.preflight.machine import (
 )
 from megatron_laser.run.preflight.model import GROUP as MODEL
 from megatron_laser.run.preflight.model import ModelInputs, check_model, check_tokenizer
+from megatron_laser.run.preflight.objectives import objective_findings, readout_findings
 
 REWARD = "Reward"
 _TOKENIZER_PROBES = 16
@@ -63,6 +64,10 @@ def run_preflight(
             log.add(REWARD, trial(function, *answer, deadline=config.reward.deadline))
     with log.topic(REWARD, "rollout function"):
         log.add(REWARD, function_findings(config))
+    with log.topic(REWARD, "objective"):
+        log.add(REWARD, objective_findings(config))
+    with log.topic(MODEL, "readouts"):
+        log.add(MODEL, readout_findings(config, model))
     with log.topic(MODEL, "tokenizer"):
         needed(model.vocabulary, "config.json")  # without it, or with a broken file, that is said by now
         probes = [row.problem for row in data.rows.get("train", [])[:_TOKENIZER_PROBES]]

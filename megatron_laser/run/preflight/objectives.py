@@ -1,0 +1,59 @@
+"""What a run optimizes, looked at before anything is built: functions of the user's, and the tokens of readouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_laser.config import ConfigError, RunConfig, resolve_score_token
+from megatron_laser.config.readouts import readouts
+from megatron_laser.errors import Finding
+from megatron_laser.run.preflight.model import ModelInputs
+from megatron_laser.user_functions import UserFunctionError, bind, load_function
+
+
+def objective_findings(config: RunConfig) -> list[Finding]:
+    """One for each function of the user's that `policy` and `laser.readouts` name."""
+    found = []
+    for setting, spec, options in _functions(config):
+        try:
+            # A loss may also want the clips, which are known.
+            known = {} if setting != "policy.loss" else dict.fromkeys(("clip_low", "clip_high", "dual_clip"))
+            bind(setting, load_function(setting, spec), 1, known=known, options=options)
+        except UserFunctionError as error:
+            found.append(Finding("objective", "error", str(error)))
+        else:
+            found.append(Finding("objective", "ok", f"{setting}: {spec}"))
+    return found
+
+
+def _functions(config: RunConfig) -> Iterator[tuple[str, str, dict[str, object]]]:
+    policy = config.policy
+    if ":" in policy.loss:
+        yield "policy.loss", policy.loss, policy.loss_options
+    if ":" in policy.advantage:
+        yield "policy.advantage", policy.advantage, policy.advantage_options
+    for index, readout in enumerate(readouts(config)):
+        if ":" in readout.advantages:
+            yield f"laser.readouts[{index}].advantages", readout.advantages, {}
+
+
+def readout_findings(config: RunConfig, model: ModelInputs) -> list[Finding]:
+    """What is wrong with the tokens of `laser.readouts`; nothing where none are named there."""
+    if model.special is None:
+        return []
+    found = []
+    stops = model.special.stop_token_ids
+    for index, readout in enumerate(readouts(config) if config.laser.readouts else ()):
+        for token in readout.tokens:
+            where = f"laser.readouts[{index}].tokens: {token!r}"
+            try:
+                known = resolve_score_token(config.model.path, token)
+            except ConfigError as error:
+                found.append(Finding("readouts", "error", f"{where}: {error}"))
+                continue
+            if known.id in stops:
+                text = f"{where} is id {known.id}, which also ends a response; choose an unused special token"
+                found.append(Finding("readouts", "error", text))
+            elif known.note:
+                found.append(Finding("readouts", "warning", f"{where}: {known.note}"))
+    return found
