@@ -208,7 +208,12 @@ def score(
         f"{counts['rows']:.0f} rows, {counts['scored']:.0f} with a score (mean {counts['score_mean']:.3f}), "
         f"{counts['right']:.0f} called right; wrote {target}"
     )
-    if counts["scored"]:
+    if counts["scored"] and folder.kind != "scaled_logratio":
+        typer.echo(
+            f"log-odds of the first of {1 + len(folder.more_tokens)} tokens: mean {counts['zc_mean']:.3f}, standard "
+            f"deviation {counts['zc_std']:.3f}"
+        )
+    elif counts["scored"]:
         typer.echo(
             f"log-prob of the score token: mean {counts['zc_mean']:.3f}, standard deviation {counts['zc_std']:.3f} nats"
             f" (ref_logprob {folder.ref_logprob:g})"

@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+from helpers.documented import undocumented
 from helpers.tiny_run import metrics_without_times, write_tiny_run
 from helpers.whole_runs import after_recording, checkpoint_digests, run
 
@@ -177,7 +178,9 @@ def test_a_signal_in_the_evaluation_before_the_first_step_ends_the_run_there(
     run(file, tmp_path / "out", *settings)
     found = {path.name for path in (tmp_path / "out" / "evaluation").glob("*.json")}
     assert found == {"test_step_0.json", "test_step_1.json"}
-    assert [row["step"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [0, 1]
+    rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1]
+    assert undocumented(key for row in rows for key in row) == []
 
 
 def test_evaluations_of_steps_that_are_trained_again_are_dropped(undisturbed, tmp_path, monkeypatch):

@@ -1,0 +1,45 @@
+"""docs/metrics.md as patterns: which names of metrics it explains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from helpers.source_tree import ROOT
+
+TEXT = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+
+
+TRAINING, _, EVALUATIONS = TEXT.partition("\n## Evaluations")
+
+
+def names(part: str = TEXT) -> list[str]:
+    """The names in the first columns of the tables of a part of the page."""
+    rows = [line for line in part.splitlines() if line.startswith("| `")]
+    return [name for row in rows for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+
+
+def undocumented(keys: Iterable[str]) -> list[str]:
+    """Those of `keys`, of a metrics.jsonl, that the page does not explain."""
+    training = [_pattern(name) for name in names(TRAINING)]
+    evaluation = [_pattern(name) for name in names(EVALUATIONS)]
+
+    def known(key: str) -> bool:
+        split = re.match(r"(?:eval|test)/(.+)", key)
+        patterns = evaluation if split else training
+        return any(re.fullmatch(pattern, split[1] if split else key) for pattern in patterns)
+
+    return sorted(key for key in set(keys) if not known(key))
+
+
+_WAYS = "average|pass|majority|weighted_majority|best_of|logprob_majority|best_by_logprob"
+_VERIFICATION = "f1|accuracy|accuracy_correct|accuracy_incorrect|auroc|ece|brier"
+_PARTS = {"way": _WAYS, "k": r"\d+", "verification": _VERIFICATION, "metric": ".+", "quarter": "[1-4]"}
+
+
+def _pattern(name: str) -> str:
+    pieces = re.split(r"<(\w+)>", name)
+    return "".join(
+        re.escape(piece) if index % 2 == 0 else f"(?:{_PARTS.get(piece, '[^/]+')})"
+        for index, piece in enumerate(pieces)
+    )
