@@ -19,15 +19,21 @@ def names(part: str = TEXT) -> list[str]:
     return [name for row in rows for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
 
 
+def patterns(part: str = TEXT) -> dict[str, str]:
+    """Each name of a part of the page, and what it matches."""
+    return {name: _pattern(name) for name in names(part)}
+
+
 def undocumented(keys: Iterable[str]) -> list[str]:
     """Those of `keys`, of a metrics.jsonl, that the page does not explain."""
-    training = [_pattern(name) for name in names(TRAINING)]
-    evaluation = [_pattern(name) for name in names(EVALUATIONS)]
+    training, evaluation = patterns(TRAINING).values(), patterns(EVALUATIONS).values()
 
     def known(key: str) -> bool:
         split = re.match(r"(?:eval|test)/(.+)", key)
-        patterns = evaluation if split else training
-        return any(re.fullmatch(pattern, split[1] if split else key) for pattern in patterns)
+        name = split[1] if split else key
+        if of_source := re.match(r"source/[^/]+/(.+)", name):
+            name = of_source[1]
+        return any(re.fullmatch(pattern, name) for pattern in (evaluation if split else training))
 
     return sorted(key for key in set(keys) if not known(key))
 
