@@ -69,6 +69,12 @@ def layouts_of(*, experts: bool, uneven: bool) -> dict[int, dict[str, list[str]]
     return UNEVEN_LAYOUTS if uneven else EXPERT_LAYOUTS if experts else LAYOUTS
 
 
+def settings(model: Path, *, experts: bool = False, loss: str = "ppo") -> str:
+    """The YAML of one process that all layouts change."""
+    policy = PPO if loss == "ppo" else WHOLE
+    return CONFIG.format(model=model, steps=STEPS, moe=MOE if experts else "", loss=loss, **policy)
+
+
 def make_model(folder: Path, tied: bool, experts: bool = False, layers: int = 4) -> None:
     """A tiny random Qwen2, or Qwen3-MoE, whose sizes 2 x 2 layouts divide."""
     from transformers import Qwen2Config, Qwen3MoeConfig
@@ -259,15 +265,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch)
         make_model(model, arguments.tied, arguments.experts, layers=6 if arguments.uneven else 4)
-        (model / "config.yaml").write_text(
-            CONFIG.format(
-                model=model,
-                steps=STEPS,
-                moe=MOE if arguments.experts else "",
-                loss=arguments.loss,
-                **(PPO if arguments.loss == "ppo" else WHOLE),
-            )
-        )
+        (model / "config.yaml").write_text(settings(model, experts=arguments.experts, loss=arguments.loss))
         results: dict[str, dict] = {}
         known = layouts_of(experts=arguments.experts, uneven=arguments.uneven)
         for processes in sorted({1, *arguments.processes} & set(known)):

@@ -10,7 +10,7 @@ from helpers.ranks import run_ranks
 from helpers.torchrun import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
-from compare_layouts import CONFIG, MOE, make_model
+from compare_layouts import make_model, settings
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -97,7 +97,7 @@ def assert_same(figures, reference, name):
 
 def prepared(tmp_path, tied, experts=False):
     make_model(tmp_path, tied, experts)
-    (tmp_path / "config.yaml").write_text(CONFIG.format(model=tmp_path, steps=3, moe=MOE if experts else ""))
+    (tmp_path / "config.yaml").write_text(settings(tmp_path, experts=experts))
     return tmp_path
 
 
