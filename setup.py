@@ -41,6 +41,7 @@ INSTALL_REQUIRES = [
     "math-verify>=0.8",
     "latex2sympy2_extended",  # this one and sympy: whichever math-verify asks for
     "sympy",
+    "jinja2>=3.1",
     "pyyaml",
     "pydantic>=2.8",
     "typer>=0.15",

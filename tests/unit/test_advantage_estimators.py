@@ -124,7 +124,9 @@ def test_an_empty_batch_has_no_advantages_and_an_ungraded_sample_is_refused(esti
 
 
 def test_the_setting_and_the_table_name_the_same_estimators():
-    assert get_args(PolicyConfig.model_fields["advantage"].annotation) == tuple(TABLE) == ESTIMATORS
+    assert (
+        get_args(get_args(PolicyConfig.model_fields["advantage"].annotation)[0]) == tuple(TABLE) == ESTIMATORS
+    )
 
 
 def test_an_unknown_estimator_is_refused():
