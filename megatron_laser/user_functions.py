@@ -45,6 +45,14 @@ def import_file(path: Path) -> ModuleType:
     return module
 
 
+def attribute_of(module: ModuleType, name: str) -> object:
+    """What a module calls `name`, which may be dotted; None where there is none."""
+    found: object = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
 def load_function(setting: str, spec: str) -> Callable[..., Any]:
     """The function that `spec` names, whose module is imported into this process.
 
@@ -68,7 +76,7 @@ def load_function(setting: str, spec: str) -> Callable[..., Any]:
         raise UserFunctionError(
             f"{setting}: {spec!r}; importing {place} failed: {type(error).__name__}: {text}"
         ) from error
-    function = getattr(module, name, None)
+    function = attribute_of(module, name)
     if not callable(function):
         known = sorted(key for key, value in vars(module).items() if inspect.isfunction(value))
         raise UserFunctionError(

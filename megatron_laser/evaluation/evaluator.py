@@ -44,11 +44,7 @@ def evaluate(
     sampling: SamplingParams,
     decode: Callable[[list[int]], str],
     grading: GradingPool,
-    score_token_id: int | None,
-    ref_logprob: float | None,
-    beta: float,
-    targets: tuple[float, float] = (1.0, 0.0),
-    rule: ScoreRule | None = None,
+    rule: ScoreRule,
     records_path: Path,
     deadline: float,
     generation_batch: int,
@@ -66,10 +62,7 @@ def evaluate(
 
     Args:
         decode: response ids without the stop token to text.
-        score_token_id: z_c; None for no scores.
-        ref_logprob: c_ref; None records zc_logprob but gives no scores (how c_ref is measured).
-        beta: beta_v. targets: `laser.targets` of the training run, the scale of the score.
-        rule: how the score is read, in place of these four.
+        rule: how the score is read.
         deadline: seconds for all of it.
         generation_batch: responses asked for in one call of the engine; at least one prompt's.
         responses_path: write every response here as it arrives, and go on from what this file and
@@ -106,9 +99,6 @@ def evaluate(
         ResponseFile(responses_path, skip_rows=known.keys()) as responses,
     ):
         ends = time.monotonic() + deadline
-        if rule is None:
-            ids = () if score_token_id is None else (score_token_id,)
-            rule = ScoreRule(ids, ref_logprob, beta, targets)
         returned = rule.token_ids[0] if rule.is_plain else None
         sampler = Sampler(engine, sampling, returned, responses, repeatable, count, ends, stop)
         job = _Job(
@@ -246,8 +236,7 @@ class _Job:
         answers: list[list[str | None]],
     ) -> dict[tuple[int, int], float]:
         """(prompt, response) -> zc_logprob of those that have a box and no end, see `force_end_below`."""
-        makes_none = self.rule.kind == "scaled_logratio" and self.rule.ref_logprob is None
-        if not self.rule.token_ids or makes_none or not self.force_end_below:
+        if not self.rule.makes_scores or not self.force_end_below:
             return {}
         stops = self.sampling.stop_token_ids
         found = {

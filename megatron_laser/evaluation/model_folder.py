@@ -68,22 +68,15 @@ class ModelFolder:
         ids = () if self.score_token_id is None else (self.score_token_id, *self.more_tokens)
         return ScoreRule(ids, self.ref_logprob, self.beta, self.targets, self.kind, self.before_end)
 
-    def require_score(self) -> tuple[int, float]:
-        """(score token id, ref_logprob).
-
-        Raises:
-            TestTimeError: one is not known.
-        """
-        if self.score_token_id is not None and self.kind != "scaled_logratio":
-            return self.score_token_id, 0.0
-        if self.score_token_id is None or self.ref_logprob is None:
+    def require_score(self) -> None:
+        """Raises TestTimeError unless token and reference of a score are known."""
+        if not self.rule.makes_scores:
             missing = "score token" if self.score_token_id is None else "reference log-prob"
             raise TestTimeError(
                 f"{self.path}: no {missing} is known; give --score-token, --ref-logprob and --beta as in training, "
                 "or name the output folder of the training run (which has them in config.yaml). "
                 "`megatron-laser calibrate` measures them for a new model"
             )
-        return self.score_token_id, self.ref_logprob
 
 
 def load_model_folder(

@@ -63,6 +63,11 @@ class ScoreRule:
         """Whether it is one token's log-prob behind the end, which engines may return with a response."""
         return len(self.token_ids) == 1 and not self.before_end
 
+    @property
+    def makes_scores(self) -> bool:
+        """Whether a score is made of what is read; a log-ratio to an unknown reference is none."""
+        return bool(self.token_ids) and (self.kind != "scaled_logratio" or self.ref_logprob is not None)
+
     def read(self, engine: _Scores, sequences: Sequence[Sequence[int]], *, deadline: float) -> list[float]:
         """What scores are made of, for prompt + response ids with their end: log pi(z_c), or of several tokens the
         log-odds of the first one among them.

@@ -18,7 +18,7 @@ from megatron_laser.rewards.general.short_text import free_text
 from megatron_laser.rewards.grade import Grade, RewardSpecError
 from megatron_laser.rewards.mathematics.grading import grade_math
 from megatron_laser.rewards.workers.user_code import definition, described
-from megatron_laser.user_functions import FILE_MODULE_PREFIX, import_file
+from megatron_laser.user_functions import FILE_MODULE_PREFIX, attribute_of, import_file
 
 RewardFunction = Callable[[str, str], "float | Grade"]
 
@@ -70,9 +70,7 @@ def resolve_reward(spec: str | RewardFunction) -> RewardFunction:
     if not place:
         return _registered[attribute]
     module = _load_file(spec, Path(place)) if place.endswith(".py") else _load_module(spec, place)
-    function: object = module
-    for part in attribute.split("."):
-        function = getattr(function, part, None)
+    function = attribute_of(module, attribute)
     if function is None:
         names = sorted(name for name, value in vars(module).items() if inspect.isfunction(value))
         raise _spec_error(spec, f"{place} has no {attribute!r}; its functions: {', '.join(names) or 'none'}.")

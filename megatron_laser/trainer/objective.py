@@ -91,7 +91,11 @@ class Shaping:
 
 
 class Objective:
-    """Policy loss and advantages of one configuration."""
+    """Policy loss and advantages of one configuration.
+
+    whole_responses: the loss needs all rows of a micro-batch at once. weighs_before_update: importance weights are of
+    whole responses and can be known before the update.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         """Raises UserFunctionError for a function of the user's that cannot be loaded or called."""
@@ -103,8 +107,10 @@ class Objective:
             "policy.loss", found, 1, known=known, options=policy.loss_options
         )
         corrects = policy.importance_cap is not None or policy.importance_mask is not None
-        current = corrects and policy.importance_level != "token" and policy.old_logprobs != "recompute"
-        self.whole_responses = needs_whole_responses(found) or current
+        weighs_responses = corrects and policy.importance_level != "token"
+        known_before = policy.old_logprobs == "recompute"
+        self.weighs_before_update = weighs_responses and known_before
+        self.whole_responses = needs_whole_responses(found) or (weighs_responses and not known_before)
         self._estimator: Callable[[adv.AdvantageBatch], Tensor] | None = None
         if policy.advantage not in adv.ESTIMATORS:
             self._estimator = bind(

@@ -261,15 +261,12 @@ class Trainer:
 
     def _weigh_responses(self, data: StepData, means: ResponseMeans) -> None:
         """Fill `log_importance`, where it is of whole responses and old log-probs are known before the update."""
-        policy = self._config.policy
-        corrects = policy.importance_cap is not None or policy.importance_mask is not None
-        if not corrects or policy.importance_level == "token" or policy.old_logprobs != "recompute":
+        if not self._objective.weighs_before_update:
             return
+        level = self._config.policy.importance_level
         for batch in data.micro_batches:
             if batch.old_logprobs is not None:  # on the last pipeline stage
-                batch.log_importance = means.log_importance(
-                    batch, batch.old_logprobs, policy.importance_level
-                )
+                batch.log_importance = means.log_importance(batch, batch.old_logprobs, level)
 
     @property
     def _context_ranks(self) -> dist.ProcessGroup | None:

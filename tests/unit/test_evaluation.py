@@ -22,6 +22,7 @@ from megatron_laser.evaluation import (
     read_records,
     summarize,
 )
+from megatron_laser.evaluation.score_rule import ScoreRule
 from megatron_laser.evaluation.validation import RunEvaluation
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool
@@ -103,14 +104,13 @@ def run(engine: FakeEngine, grading: GradingPool, folder: Path, **changes: Any) 
         "sampling": sampling,
         "decode": lambda ids: TEXTS[ids[0]],
         "grading": grading,
-        "score_token_id": SCORE_TOKEN,
-        "ref_logprob": REF_LOGPROB,
-        "beta": BETA,
         "records_path": folder / "evaluation" / "test_step_4.jsonl",
         "deadline": 60.0,
         "generation_batch": 1000,
     }
-    return evaluate(engine, prompts, **(settings | changes))
+    token, reference = changes.pop("score_token_id", SCORE_TOKEN), changes.pop("ref_logprob", REF_LOGPROB)
+    rule = ScoreRule(() if token is None else (token,), reference, BETA, changes.pop("targets", (1.0, 0.0)))
+    return evaluate(engine, prompts, rule=rule, **(settings | changes))
 
 
 # Right answer: 1, token 10. Row 0: two unscored wrong ones outvote a right one, whose score is 0.6.

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_laser.config import RunConfig
 from megatron_laser.errors import Finding, UserError
 from megatron_laser.rewards.workers.user_code import definition, described
-from megatron_laser.user_functions import import_file
+from megatron_laser.user_functions import attribute_of, import_file
 
 RolloutFunction = Callable[..., Coroutine[Any, Any, object]]
 
@@ -33,9 +33,7 @@ def load_function(spec: str, options: Mapping[str, Any]) -> RolloutFunction:
     """
     place, _, attribute = spec.rpartition(":")
     module = _load_file(spec, Path(place)) if place.endswith(".py") else _load_module(spec, place)
-    function: object = module
-    for part in attribute.split("."):
-        function = getattr(function, part, None)
+    function = attribute_of(module, attribute)
     if function is None:
         names = sorted(name for name, value in vars(module).items() if inspect.iscoroutinefunction(value))
         raise _error(spec, f"{place} has no {attribute!r}; its async functions: {', '.join(names) or 'none'}")
