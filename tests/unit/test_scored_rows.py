@@ -18,7 +18,7 @@ from megatron_laser.testtime.score_report import write_score_report
 from megatron_laser.testtime.scored_rows import ScoreColumn, join_scores, read_scored_file
 
 BENCHMARK = Benchmark(
-    *("amc", None, 2, 8, 8, None, 1.0, 1.0, "problem", "answer", "id", "", False, "math_verify", 1)
+    *("amc", None, 2, 8, 8, None, 1.0, 1.0, "problem", "answer", "id", "", False, {}, "", "math_verify", 1)
 )
 
 
