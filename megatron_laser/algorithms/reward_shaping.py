@@ -18,7 +18,7 @@ def overlong_penalties(
     cut off.
 
     Args:
-        lengths: [samples] sampled tokens. truncated: [samples] bool.
+        lengths: [samples] tokens of the responses, whoever wrote them. truncated: [samples] bool.
         buffer: 1 to max_new_tokens. penalty: >= 0.
     """
     if not 1 <= buffer <= max_new_tokens:
@@ -34,7 +34,7 @@ def length_penalties(lengths: Tensor, rewards: Tensor, group_ids: Tensor, *, wei
     ones min(0, lambda). A group of equal lengths gets 0.
 
     Args:
-        lengths, rewards: [samples]; right is a reward above 0.5. group_ids: [samples] int64.
+        lengths, rewards: [samples], sampled tokens; right is a reward above 0.5. group_ids: [samples] int64.
     """
     result = torch.zeros_like(lengths, dtype=torch.float64)
     for group in group_ids.unique():

@@ -30,6 +30,7 @@ from megatron_laser.config import (
     read_stop_token_ids,
     resolve_score_token,
 )
+from megatron_laser.config.readouts import score_token_setting
 from megatron_laser.config.schema.sources import data_files
 from megatron_laser.data import build_prompts, chat_options, read_rows
 from megatron_laser.data.tokenizer import load_tokenizer
@@ -161,8 +162,9 @@ def _arms(
 ) -> dict[str, Callable[[Sequence[Sequence[int]]], int]]:
     """Each generates a batch of prompts and returns the number of tokens."""
     token = None
-    if config.laser.score_token is not None:
-        token = resolve_score_token(config.model.path, config.laser.score_token).id
+    setting = score_token_setting(config)
+    if setting is not None:
+        token = resolve_score_token(config.model.path, setting).id
     scoring = SamplingParams(**{**asdict(plain), "score_token_id": token})
     key, deadline = engine.api_key, config.rollout.deadline
     limit = config.rollout.max_concurrency_per_server * len(urls)

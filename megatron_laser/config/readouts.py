@@ -193,6 +193,11 @@ def _problems_of(place: str, readout: Readout, config: RunConfig) -> list[str]:
         problems.append(
             f"{place}.targets: [right, wrong] = [{right:g}, {wrong:g}]; right must be greater than wrong"
         )
+    elif readout.score != "scaled_logratio" and not (wrong >= 0.0 and right <= 1.0):
+        problems.append(
+            f"{place}.targets: [{right:g}, {wrong:g}] with score {readout.score}, a share of probability, which is "
+            f"never outside 0 to 1; give {place}.targets within it, such as [1, 0]"
+        )
     elif readout.loss in ("bce", "brier") and readout.targets != (1.0, 0.0):
         problems.append(
             f"{place}.targets: [{right:g}, {wrong:g}] with {place}.loss {readout.loss}, whose labels are always "

@@ -74,8 +74,10 @@ class Shaping:
     length_penalty: float
     max_new_tokens: int
 
-    def __call__(self, rewards: Tensor, lengths: Tensor, truncated: Tensor, group_ids: Tensor) -> Tensor:
-        """[samples]: of the verifier's rewards, sampled tokens, which responses were cut off, and groups."""
+    def __call__(
+        self, rewards: Tensor, lengths: Tensor, sampled: Tensor, truncated: Tensor, group_ids: Tensor
+    ) -> Tensor:
+        """[samples]: of the verifier's rewards, tokens and sampled tokens, which responses were cut off, and groups."""
         shaped = rewards
         if self.overlong_buffer is not None:
             shaped = shaped + overlong_penalties(
@@ -86,7 +88,7 @@ class Shaping:
                 truncated=truncated,
             )
         if self.length_penalty:
-            shaped = shaped + length_penalties(lengths, rewards, group_ids, weight=self.length_penalty)
+            shaped = shaped + length_penalties(sampled, rewards, group_ids, weight=self.length_penalty)
         return shaped
 
 
@@ -139,6 +141,7 @@ class Objective:
         rewards: Tensor,
         group_ids: Tensor,
         lengths: Tensor,
+        sampled_lengths: Tensor,
         truncated: Tensor,
         scores: Sequence[tuple[Tensor, Tensor]],
         step: int,
@@ -146,15 +149,19 @@ class Objective:
         """Advantages [samples] float32, and the share of groups in which scores were mixed in.
 
         Args:
-            rewards, group_ids, lengths, truncated: [samples], of the whole rollout batch.
+            rewards, group_ids, lengths, sampled_lengths, truncated: [samples], of the whole rollout batch; lengths are
+                of whole responses, which `rollout.max_new_tokens` is about, and without what an environment wrote.
             scores: for each readout (scores [samples], scored [samples] bool); of prefixes nothing is scored. Where
                 one that is needed is not finite nothing is done with it: the step is skipped.
             step: of the run, from 1.
         """
-        shaped = self._shaping(rewards, lengths, truncated, group_ids)
+        shaped = self._shaping(rewards, lengths, sampled_lengths, truncated, group_ids)
         first = scores[0] if scores else (torch.full_like(rewards, torch.nan), torch.zeros_like(truncated))
         facts = dict(
-            rewards=shaped.double(), labels=rewards.double(), group_ids=group_ids, lengths=lengths.long()
+            rewards=shaped.double(),
+            labels=rewards.double(),
+            group_ids=group_ids,
+            lengths=sampled_lengths.long(),
         )
         if self._estimator is None:
             result = adv.verifier_advantages(
@@ -168,7 +175,7 @@ class Objective:
             result = _checked("policy.advantage", self._estimator(batch), rewards)
         mixed = 0.0
         for spec, (values, scored) in zip(self._readouts, scores):
-            if not spec.changes_advantages(step) or bool(values[scored].isnan().any()):
+            if not spec.changes_advantages(step) or not bool(values[scored].isfinite().all()):
                 continue
             if spec.advantages == "mix":
                 result, share = _mix(spec, values, scored, group_ids, result)
@@ -218,4 +225,4 @@ def _checked(setting: str, found: Any, like: Tensor) -> Tensor:
         raise UserFunctionError(
             f"{setting}: the function returned {shape}; expected {len(like)} finite advantages"
         )
-    return found.detach().float()
+    return found.detach().cpu().float()

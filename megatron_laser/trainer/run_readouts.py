@@ -198,7 +198,12 @@ def _place(config: RunConfig, spec: Readout) -> Place:
         return places.every(spec.every)
     tokenizer = load_tokenizer(config.model.path)
     decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    delimiter = Delimiter(spec.delimiter, lambda token: decode([token]), len(tokenizer))
+    known = len(tokenizer)  # the model may have more rows than its tokenizer has tokens
+    delimiter = Delimiter(
+        spec.delimiter,
+        lambda token: decode([token]) if token < known else "",
+        read_architecture(config.model.path).vocab_size,
+    )
 
     def behind(flat: FlatBatch, sample: int) -> npt.NDArray[np.int64]:
         found = delimiter.ends(flat.response_ids(sample))

@@ -141,6 +141,7 @@ class Trainer:
             rewards=data.rewards,
             group_ids=data.group_ids,
             lengths=lengths,
+            sampled_lengths=torch.from_numpy(flat.sampled_lengths.astype(np.int64)),
             truncated=~data.scored & (lengths >= config.rollout.max_new_tokens),
             scores=scores,
             step=step,

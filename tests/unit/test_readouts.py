@@ -1,6 +1,8 @@
 """Readouts: scores, losses and targets by hand, and the rows that they become."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,11 @@ from megatron_laser.batching.readout_points import at_end, before_end, every, pr
 from megatron_laser.config import ConfigError, load_config
 from megatron_laser.config.readouts import readouts
 from megatron_laser.data.delimiters import Delimiter
+from megatron_laser.model import platform
+
+platform.install()
+
+from megatron_laser.trainer import run_readouts  # noqa: E402
 
 LOGPROBS = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -1.5, -2.5], [-2.0, -2.0, -2.0]], dtype=torch.float64)
 LABELS = torch.tensor([1.0, 0.0, 0.75], dtype=torch.float64)
@@ -162,6 +169,20 @@ def test_a_delimiter_is_found_whichever_tokens_it_is_cut_into(pieces, expected):
     assert delimiter.ends(np.array([vocabulary.index(piece) for piece in pieces])).tolist() == expected
 
 
+def test_a_delimiter_passes_over_rows_of_the_model_that_are_no_tokens(monkeypatch, tmp_path):
+    pieces = ["a", "\n\n"]
+    tokenizer = type(
+        "Tokenizer", (), {"__len__": lambda self: 2, "decode": lambda self, ids, **_: pieces[ids[0]]}
+    )()
+    monkeypatch.setattr(run_readouts, "load_tokenizer", lambda folder: tokenizer)
+    monkeypatch.setattr(run_readouts, "read_architecture", lambda folder: SimpleNamespace(vocab_size=90))
+    flat = batch()
+    flat.response_ids(0)[:] = [0, 1, 80, 1, 0]
+    second = readouts(configured(tmp_path, "[{}, {position: {delimiter: '\\n\\n'}}]"))[1]
+    config = load_config_of(tmp_path)
+    assert run_readouts._place(config, replace(second, delimiter="\n\n"))(flat, 0).tolist() == [2, 4]
+
+
 CONFIG = """
 model: {{path: {folder}/model}}
 data: {{train: {folder}/train.jsonl}}
@@ -215,6 +236,10 @@ def load_config_of(folder):
         ("[{}, {position: {every: 4}, advantages: mix}]", "scores of prefixes change no advantages"),
         ("[{beta: 0.01}]", r"laser.readouts\[0\].beta 0.01 with laser.readouts\[0\].ref_logprob -20"),
         ("[{loss: brier, targets: [1, -1]}]", r"laser.readouts\[0\].targets: .*loss brier"),
+        (
+            "[{tokens: [7, 8], score: pair_sigmoid, targets: [1, -1]}]",
+            r"laser.readouts\[0\].targets: \[1, -1\] with score pair_sigmoid, .* never outside 0 to 1",
+        ),
         ("[{discrepancy_bounds: [2, 3]}]", "expected 0 <= low <= 1 <= high"),
         ("[{position: {sometimes: 4}}]", r"laser.readouts\[0\].position: expected eos, before_eos"),
         ("[{position: {every: 0}}]", r"laser.readouts\[0\].position: expected"),

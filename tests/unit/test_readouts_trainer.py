@@ -12,6 +12,7 @@ from megatron_laser.model import platform
 
 platform.install()
 
+from megatron_laser.trainer.objective import Objective  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 
 GROUPS = [
@@ -219,3 +220,44 @@ def test_terms_for_length_change_advantages_and_not_what_the_score_learns(
     plain = trainer_of(tmp_path / "plain", model_folder, single_process, policy={}).train_step(flat, 1)
     assert not torch.allclose(shaped.advantages, plain.advantages)
     assert shaped.metrics["self_reward_loss"] == plain.metrics["self_reward_loss"]
+
+
+def test_the_length_reward_is_of_what_the_policy_wrote(tmp_path, model_folder):
+    """Two right responses of ten tokens, of which an environment wrote eight of the second."""
+    config = run_config(
+        tmp_path,
+        model_folder,
+        policy={"length_penalty": 1.0, "normalize_std": False},
+        laser={"enabled": False},
+    )
+    found, _ = Objective(config).advantages(
+        rewards=torch.ones(2),
+        group_ids=torch.zeros(2, dtype=torch.int64),
+        lengths=torch.tensor([10, 10]),
+        sampled_lengths=torch.tensor([10, 2]),
+        truncated=torch.zeros(2, dtype=torch.bool),
+        scores=[],
+        step=1,
+    )
+    assert found.tolist() == [-0.5, 0.5]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_reaches_no_function_of_the_users(tmp_path, model_folder, bad):
+    file = tmp_path / "mine.py"
+    file.write_text("def twice(batch):\n    return 2 * batch.advantages + 0 * batch.scores\n")
+    readouts = [{"advantages": f"{file}:twice"}]
+    config = run_config(tmp_path, model_folder, policy={}, laser=LASER | {"readouts": readouts})
+
+    def advantages(score):
+        return Objective(config).advantages(
+            rewards=torch.tensor([1.0, 0.0]),
+            group_ids=torch.zeros(2, dtype=torch.int64),
+            lengths=torch.tensor([3, 3]),
+            sampled_lengths=torch.tensor([3, 3]),
+            truncated=torch.zeros(2, dtype=torch.bool),
+            scores=[(torch.tensor([0.5, score]), torch.ones(2, dtype=torch.bool))],
+            step=1,
+        )[0]
+
+    torch.testing.assert_close(advantages(bad), advantages(0.2) / 2)

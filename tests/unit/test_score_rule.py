@@ -7,6 +7,7 @@ import torch
 
 from megatron_laser.algorithms.readouts import readout_scores
 from megatron_laser.config import load_config
+from megatron_laser.evaluation.benchmarks.folder import RECORDS, claim_benchmark_folder
 from megatron_laser.evaluation.score_rule import ScoreRule
 
 
@@ -68,3 +69,19 @@ def test_without_a_reference_a_log_prob_makes_no_score_and_a_pair_does():
     assert ScoreRule((7,), None, 0.1).score(-3.0) is None
     assert ScoreRule((7, 8), None, 0.1, kind="pair_sigmoid").score(math.log(3.0)) == pytest.approx(0.75)
     assert ScoreRule((7, 8), None, 0.1, kind="pair_sigmoid").score(None) is None
+
+
+def test_an_evaluation_judges_anew_when_another_readout_is_read(tmp_path):
+    """From one token to a pair, to another share of it, and back."""
+    plain = {"model": "m", "score_token_id": 7}
+    pair = plain | {"readout": {"token_ids": [7, 9], "kind": "pair_sigmoid", "before_end": False}}
+    share = plain | {"readout": pair["readout"] | {"kind": "normalised"}}
+    claim_benchmark_folder(tmp_path, plain, regrade=False)
+    for settings in (pair, share, plain):
+        (tmp_path / RECORDS).write_text("")
+        told = claim_benchmark_folder(tmp_path, settings, regrade=False)
+        assert told == "readout changed: judging the saved responses anew"
+        assert not (tmp_path / RECORDS).exists()
+    (tmp_path / RECORDS).write_text("")
+    assert claim_benchmark_folder(tmp_path, plain, regrade=False) == ""
+    assert (tmp_path / RECORDS).exists()

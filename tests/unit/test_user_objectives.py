@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from megatron_laser.model import platform
 
 platform.install()
 
-from megatron_laser.run.preflight.objectives import objective_findings  # noqa: E402
+from megatron_laser.config.model_folder.special_tokens import SpecialTokens  # noqa: E402
+from megatron_laser.run.preflight.model import ModelInputs  # noqa: E402
+from megatron_laser.run.preflight.objectives import objective_findings, readout_findings  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 from megatron_laser.user_functions import UserFunctionError  # noqa: E402
 
@@ -93,3 +96,18 @@ def test_what_a_function_returns_is_looked_at(tmp_path, model_folder, single_pro
 def test_what_cannot_be_called_is_found_before_anything_is_built(tmp_path, model_folder, overrides, message):
     (finding,) = objective_findings(run_config(tmp_path, model_folder, *overrides))
     assert finding.level == "error" and re.search(message, finding.text)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ("[7, 1]", "1 is id 1, which also ends a response"),
+        ("[7, 200]", "200 is id 200, outside 0 to 89; choose unused special tokens of the model"),
+        ("[7, '<|yes|>']", r"'<\|yes\|>' has no id \(the model folder has no tokenizer files\)"),
+    ],
+)
+def test_a_readouts_tokens_are_the_models_and_end_no_response(tmp_path, model_folder, tokens, message):
+    config = run_config(tmp_path, model_folder, f"laser.readouts=[{{tokens: {tokens}, score: pair_sigmoid}}]")
+    model = ModelInputs(architecture=SimpleNamespace(vocab_size=90), special=SpecialTokens((1,), None))
+    (finding,) = [item for item in readout_findings(config, model) if item.level == "error"]
+    assert re.search(r"laser.readouts\[0\].tokens: " + message, finding.text)

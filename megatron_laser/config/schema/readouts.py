@@ -86,7 +86,7 @@ class ReadoutConfig(Section):
 
     name: Text | None = None
     """In names of metrics, `readout/<name>/...`; null: `readout_1` for the first entry, and so on. The first is the
-    response's score: it has the metrics' plain names, too, and votes and evaluations use it."""
+    response's score: its metrics have plain names, and votes and evaluations use it."""
     tokens: Tokens = None
     """Unused special tokens whose log-probs are read: one, or a list; null: `laser.score_token`."""
     position: Position = None

@@ -21,6 +21,7 @@ from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.benchmarks.settings import Benchmark
 from megatron_laser.evaluation.engine_choice import EngineChoice
 from megatron_laser.evaluation.model_folder import ModelFolder
+from megatron_laser.evaluation.score_rule import ScoreRule
 from megatron_laser.evaluation.weight_identity import files_digest, small_files_digest
 from megatron_laser.files import lock_folder, plain, write_atomically
 from megatron_laser.rewards.registry import is_math_verify, locate_reward
@@ -30,7 +31,7 @@ SETTINGS = "settings.json"
 RESPONSES = "responses.jsonl"
 RECORDS = "records.jsonl"
 # These change what the responses are worth, not the responses: the records are made anew from them.
-_JUDGING = ("ref_logprob", "beta", "targets", "reward", "grading", "answers")
+_JUDGING = ("ref_logprob", "beta", "targets", "readout", "reward", "grading", "answers")
 # The same model after more training, say: it is answered anew, and the old responses are set aside.
 _OF_THE_MODEL = ("weights", "model_files", "prompts")
 
@@ -62,6 +63,8 @@ def response_settings(
             "ref_logprob": model.ref_logprob,
             "beta": model.beta,
             "targets": list(model.targets),
+            # folders of earlier versions know one token behind the end alone, and do not name it
+            **({} if model.rule.is_plain or not model.rule.token_ids else {"readout": _readout(model.rule)}),
             "grading": _grading_digest(benchmark.reward),
             **{
                 name: value
@@ -71,6 +74,11 @@ def response_settings(
             },
         }
     )
+
+
+def _readout(rule: ScoreRule) -> dict[str, Any]:
+    """What the score is read of, where it is more than one token behind the end."""
+    return {"token_ids": list(rule.token_ids), "kind": rule.kind, "before_end": rule.before_end}
 
 
 def claim_benchmark_folder(folder: Path, settings: dict[str, Any], *, regrade: bool) -> str:
@@ -90,7 +98,8 @@ def claim_benchmark_folder(folder: Path, settings: dict[str, Any], *, regrade: b
             f"are in {set_aside(folder)}"
         )
     elif saved is not None:
-        differing = [name for name in settings if saved.get(name) != settings[name]]
+        names = [*settings, *(name for name in ("readout",) if name in saved and name not in settings)]
+        differing = [name for name in names if saved.get(name) != settings.get(name)]
         sampled = [name for name in differing if name not in _JUDGING]
         if set(sampled) - set(_OF_THE_MODEL):
             others = "; ".join(

@@ -43,7 +43,9 @@ def readout_findings(config: RunConfig, model: ModelInputs) -> list[Finding]:
         return []
     found = []
     stops = model.special.stop_token_ids
+    vocab = None if model.architecture is None else model.architecture.vocab_size
     for index, readout in enumerate(readouts(config) if config.laser.readouts else ()):
+        ids: list[int] = []
         for token in readout.tokens:
             where = f"laser.readouts[{index}].tokens: {token!r}"
             try:
@@ -51,6 +53,18 @@ def readout_findings(config: RunConfig, model: ModelInputs) -> list[Finding]:
             except ConfigError as error:
                 found.append(Finding("readouts", "error", f"{where}: {error}"))
                 continue
+            if known.id is None or (vocab is not None and not 0 <= known.id < vocab) or known.id in ids:
+                why = f"has no id ({known.note})" if known.id is None else f"is id {known.id}, "
+                if known.id is not None:
+                    why += (
+                        "which stands there already"
+                        if known.id in ids
+                        else f"outside 0 to {(vocab or 0) - 1}"
+                    )
+                text = f"{where} {why}; choose unused special tokens of the model, each once"
+                found.append(Finding("readouts", "error", text))
+                continue
+            ids.append(known.id)
             if known.id in stops:
                 text = f"{where} is id {known.id}, which also ends a response; choose an unused special token"
                 found.append(Finding("readouts", "error", text))
