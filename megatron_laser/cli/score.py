@@ -31,6 +31,7 @@ from megatron_laser.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from megatron_laser.data import ChatOptions
     from megatron_laser.testtime import ModelFolder
 
 
@@ -137,17 +138,21 @@ def score(
     template = folder.from_run.get("apply_chat_template", True) if chat_template is None else chat_template
     suffix = folder.from_run.get("prompt_suffix", "") if prompt_suffix is None else prompt_suffix
     options = chat_options(chat_template_argument, system_prompt, template=template, from_run=folder.from_run)
+    # What nobody says of the prompts of an evaluation is as it was there.
+    told = bool(folder.from_run) or chat_template_argument is not None or system_prompt is not None
     if reference is not None:
         assert source is not None
+        if template:
+            _check(folder, options)
         _log_ratios(
-            folder, reference, source, output, only, chat_template, prompt_suffix, dtype, end_token_id
+            *(folder, reference, source, output, only, chat_template, prompt_suffix, dtype, end_token_id),
+            options=options,
+            told=told,
         )
         return
     folder.require_score()
     if template:
-        from megatron_laser.data import check_chat_options
-
-        check_chat_options(folder.tokenizer, options, section="score")
+        _check(folder, options)
     if serve:
         from megatron_laser.testtime.proxy import ProxySettings, run_proxy
 
@@ -182,6 +187,7 @@ def score(
             if chat_template is not None
             else folder.from_run.get("apply_chat_template"),
             prompt_suffix=folder.from_run.get("prompt_suffix") if prompt_suffix is None else prompt_suffix,
+            options=options if told else None,
             end_token_id=end_token_id,
         )
         target = output or source.absolute().with_name(f"{source.absolute().name}.scored.jsonl")
@@ -225,6 +231,12 @@ def score(
         )
 
 
+def _check(model: ModelFolder, options: ChatOptions) -> None:
+    from megatron_laser.data import check_chat_options
+
+    check_chat_options(model.tokenizer, options, section="score")
+
+
 def _log_ratios(
     model: ModelFolder,
     reference_path: Path,
@@ -235,6 +247,9 @@ def _log_ratios(
     prompt_suffix: str | None,
     dtype: str,
     end_token_id: int | None,
+    *,
+    options: ChatOptions,
+    told: bool,
 ) -> None:
     """With `--reference`."""
     from megatron_laser.model import platform
@@ -249,7 +264,12 @@ def _log_ratios(
     suffix = model.from_run.get("prompt_suffix") if prompt_suffix is None else prompt_suffix
     if source.is_dir():
         answers = read_evaluation_sequences(
-            model, source, only=only or (), apply_chat_template=template, prompt_suffix=suffix
+            model,
+            source,
+            only=only or (),
+            apply_chat_template=template,
+            prompt_suffix=suffix,
+            options=options if told else None,
         )
     else:
         answers = read_answers(
@@ -258,6 +278,7 @@ def _log_ratios(
             apply_chat_template=True if template is None else template,
             prompt_suffix=suffix or "",
             end_token_id=end_token_id,
+            options=options,
         )
     target = output or source.absolute().with_name(f"{source.absolute().name}.log_ratio.jsonl")
     policy, base = (

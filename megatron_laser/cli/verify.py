@@ -18,6 +18,7 @@ from megatron_laser.cli.options import (
     StopIds,
     Urls,
     Wait,
+    chat_options,
     engine_choice,
     model_folder,
     require_positive,
@@ -103,6 +104,7 @@ def verify(
         RIGHT_PATTERN if right_pattern is None else right_pattern,
         WRONG_PATTERN if wrong_pattern is None else wrong_pattern,
     )
+    chat = folder.from_run.get("apply_chat_template", True) if chat_template is None else chat_template
     settings = VerdictSettings(
         form,
         verdicts=verdicts,
@@ -110,9 +112,8 @@ def verify(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        apply_chat_template=folder.from_run.get("apply_chat_template", True)
-        if chat_template is None
-        else chat_template,
+        apply_chat_template=chat,
+        options=chat_options(None, None, template=chat, from_run=folder.from_run),
     )
     target = output or source.absolute().with_name(f"{source.absolute().name}.verified.jsonl")
     rows = read_questions(source, only=only or ())

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_laser.data import ChatOptions
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.evaluation.records import EvaluationRecord
@@ -25,6 +26,7 @@ def read_evaluation_answers(
     only: Sequence[str] = (),
     apply_chat_template: bool | None = None,
     prompt_suffix: str | None = None,
+    options: ChatOptions | None = None,
     end_token_id: int | None = None,
 ) -> Answers:
     """Every response of an evaluation with its prompt, in `model`'s tokens.
@@ -36,7 +38,7 @@ def read_evaluation_answers(
     Args:
         folder: the --output of `megatron-laser eval`.
         only: benchmarks; none: all.
-        apply_chat_template, prompt_suffix: as in `model`'s training; None: as in the evaluation.
+        apply_chat_template, prompt_suffix, options: as in `model`'s training; None: as in the evaluation.
         end_token_id: see `end_token`.
 
     Raises:
@@ -48,7 +50,11 @@ def read_evaluation_answers(
     forced: set[int] = set()
     for one in read_finished(folder, only=only):
         found = prompt_and_response_ids(
-            one, model, apply_chat_template=apply_chat_template, prompt_suffix=prompt_suffix
+            one,
+            model,
+            apply_chat_template=apply_chat_template,
+            prompt_suffix=prompt_suffix,
+            options=options,
         )
         for record, (prompt, response) in zip(one.records, found, strict=True):
             fits = len(prompt) + len(response) + 1 < model.max_positions
@@ -73,6 +79,7 @@ def read_evaluation_sequences(
     only: Sequence[str] = (),
     apply_chat_template: bool | None = None,
     prompt_suffix: str | None = None,
+    options: ChatOptions | None = None,
 ) -> Answers:
     """The same rows with whole responses, cut off ones too, and the end only where the response wrote one.
 
@@ -82,7 +89,11 @@ def read_evaluation_sequences(
     pairs: list[tuple[list[int], list[int]]] = []
     for one in read_finished(folder, only=only):
         pairs += prompt_and_response_ids(
-            one, model, apply_chat_template=apply_chat_template, prompt_suffix=prompt_suffix
+            one,
+            model,
+            apply_chat_template=apply_chat_template,
+            prompt_suffix=prompt_suffix,
+            options=options,
         )
         for record in one.records:
             row = _row(one.name, record)
@@ -102,6 +113,7 @@ def prompt_and_response_ids(
     *,
     apply_chat_template: bool | None,
     prompt_suffix: str | None,
+    options: ChatOptions | None,
 ) -> list[tuple[list[int], list[int]]]:
     """(prompt, response) of every record, in `model`'s tokens, see `FinishedBenchmark`; the arguments are as above."""
     benchmark = finished.benchmark
@@ -111,6 +123,9 @@ def prompt_and_response_ids(
         if apply_chat_template is None
         else apply_chat_template,
         prompt_suffix=benchmark.prompt_suffix if prompt_suffix is None else prompt_suffix,
+        options=ChatOptions(benchmark.chat_template_arguments, benchmark.system_prompt)
+        if options is None
+        else options,
     )
     responses = finished.response_ids(model)
     return [

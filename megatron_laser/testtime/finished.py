@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.data import DataError, build_prompts
+from megatron_laser.data import ChatOptions, DataError, build_prompts
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.benchmarks.folder import RECORDS, RESPONSES
 from megatron_laser.evaluation.benchmarks.settings import Benchmark, benchmark_rows
@@ -45,9 +45,9 @@ class FinishedBenchmark:
         return found
 
     def prompts(
-        self, model: ModelFolder, *, apply_chat_template: bool, prompt_suffix: str
+        self, model: ModelFolder, *, apply_chat_template: bool, prompt_suffix: str, options: ChatOptions
     ) -> dict[int, Prompt]:
-        """Row -> prompt, in `model`'s tokens.
+        """Row -> prompt, in `model`'s tokens; `options`: what its chat template is given besides.
 
         Raises:
             DataError: the data file is gone or another one by now, or a prompt is longer than the model can read.
@@ -71,6 +71,7 @@ class FinishedBenchmark:
             model.tokenizer,
             prompt_suffix=prompt_suffix,
             apply_chat_template=apply_chat_template,
+            options=options,
             max_prompt_tokens=model.max_positions - 1,
             vocab_size=model.vocab_size,
             section=self.name,
@@ -102,6 +103,10 @@ class FinishedBenchmark:
         ]
 
 
+# What evaluations of earlier versions do not name.
+_BEFORE_CHATS: dict[str, Any] = {"chat_template_arguments": {}, "system_prompt": ""}
+
+
 def read_finished(folder: Path, *, only: Sequence[str] = ()) -> list[FinishedBenchmark]:
     """The benchmarks of the output folder of `megatron-laser eval`.
 
@@ -129,7 +134,7 @@ def read_finished(folder: Path, *, only: Sequence[str] = ()) -> list[FinishedBen
     for name in listed:
         if only and name not in only:
             continue
-        settings = listed[name]["settings"]
+        settings = _BEFORE_CHATS | listed[name]["settings"]
         benchmark = Benchmark(**settings | {"path": Path(settings["path"])})
         records = read_records(folder / name / RECORDS)
         count = listed[name]["summary"]["num_responses"]

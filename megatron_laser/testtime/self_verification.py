@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laser.algorithms.metrics import verification_metrics
+from megatron_laser.data import NO_OPTIONS, ChatOptions
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.engine_choice import EngineChoice
 from megatron_laser.evaluation.model_folder import ModelFolder
@@ -49,6 +50,7 @@ class VerdictSettings:
     top_p: float = 1.0
     seed: int = 1234
     apply_chat_template: bool = True
+    options: ChatOptions = NO_OPTIONS
 
 
 def read_questions(source: Path, *, only: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -185,7 +187,10 @@ def _prompts(model: ModelFolder, rows: Sequence[dict[str, Any]], settings: Verdi
     for number, row in enumerate(rows):
         text = settings.form.prompt(_problem(row), row["response"])
         ids = prompt_token_ids(
-            {"prompt": text}, model.tokenizer, apply_chat_template=settings.apply_chat_template
+            {"prompt": text},
+            model.tokenizer,
+            apply_chat_template=settings.apply_chat_template,
+            options=settings.options,
         )
         prompts.append(Prompt(row=number, problem=text, answer="", token_ids=ids))
     room = model.max_positions - settings.max_new_tokens - 1

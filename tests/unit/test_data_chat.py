@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 from helpers.models import save_tiny_model, save_word_tokenizer
 from helpers.runs import run_config
+from test_evaluation_detail import right
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
@@ -20,6 +22,7 @@ from megatron_laser.evaluation.benchmarks.settings import load_benchmarks
 from megatron_laser.evaluation.model_folder import load_model_folder
 from megatron_laser.run.preflight.model import template_finding
 from megatron_laser.testtime.chat_request import parse_chat_request
+from megatron_laser.testtime.evaluation_answers import read_evaluation_answers
 from megatron_laser.testtime.prompts import prompt_token_ids
 from megatron_laser.testtime.scoring import read_answers
 
@@ -260,3 +263,24 @@ def test_options_that_do_not_fit_are_refused_before_a_model_is_loaded(trained, t
     result = CliRunner().invoke(app, ["score", str(trained), str(source), *options], env={"COLUMNS": "400"})
     assert result.exit_code != 0
     assert message in result.output + str(result.exception)
+
+
+@pytest.mark.parametrize("options", [None, OPTIONS], ids=["as in the evaluation", "as in training"])
+def test_answers_of_an_evaluation_stand_behind_the_prompts_that_were_asked(folder, tmp_path, options):
+    """And evaluations of earlier versions, which had no such settings, are read as they were."""
+    data = tmp_path / "problems.jsonl"
+    data.write_text('{"problem": "1 + 2", "answer": "3"}\n')
+    asked = {} if options else {"chat_template_arguments": OPTIONS.arguments, "system_prompt": "Be brief"}
+    settings = {"name": "sums", "path": str(data), "samples": 1, "max_new_tokens": 4, "max_prompt_tokens": 40}
+    settings |= {"max_problems": None, "temperature": 1.0, "top_p": 1.0, "seed": 1, "reward": "math_verify"}
+    settings |= {"prompt_key": "problem", "answer_key": "answer", "id_key": "id", "prompt_suffix": ""}
+    settings |= {"apply_chat_template": True} | asked
+    record = right(0, 0, score=0.5)
+    record = replace(record, problem="1 + 2", answer="3", response="2")
+    (tmp_path / "sums").mkdir()
+    (tmp_path / "sums" / "records.jsonl").write_text(json.dumps(asdict(record)) + "\n")
+    listed = {"sums": {"settings": settings, "summary": {"num_responses": 1}}}
+    (tmp_path / "results.json").write_text(json.dumps({"benchmarks": listed, "model": "m"}))
+    model = load_model_folder(folder, score_token="<z>", ref_logprob=-3.0)
+    found = read_evaluation_answers(model, tmp_path, options=options)
+    assert model.tokenizer.decode(found.pairs[0][0]) == EXPECTED

@@ -130,7 +130,7 @@ def folder(max_positions=100):
 def ids_of_digits(monkeypatch):
     monkeypatch.setattr(
         "megatron_laser.testtime.self_verification.prompt_token_ids",
-        lambda row, tokenizer, apply_chat_template: tokenizer.encode(row["prompt"]),
+        lambda row, tokenizer, apply_chat_template, options: tokenizer.encode(row["prompt"]),
     )
 
 
