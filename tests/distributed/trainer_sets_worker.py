@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from helpers.models import tiny_model
 from helpers.plain_sets import PlainOverSets, batch_with_sets
-from helpers.plain_training import TOKEN_MEANS, Plain
+from helpers.plain_training import AT_ONCE, LASER, OPTIMIZER, TOKEN_MEANS, Plain
 from helpers.runs import SCORE_TOKEN, run_config
 from helpers.torchrun import run_worker
 from megatron.core import parallel_state
@@ -15,15 +15,6 @@ from megatron.core import parallel_state
 from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.trainer.trainer import Trainer
 
-OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "grad_clip": 0.5, "eps": 1e-5}
-LASER = {
-    "score_token": SCORE_TOKEN,
-    "ref_logprob": -6.0,
-    "beta": 0.4,
-    "alpha": 0.5,
-    "tau": 0.3,
-    "std_threshold": 0.02,
-}
 # The entropy without and with a gradient: two calls over the vocabulary or one, beside that over the sets.
 LAYOUTS = {
     "tensor 2, sequence": (["parallel.tensor=2", "parallel.sequence=true"], 0.0),
@@ -42,7 +33,7 @@ def main():
             model,
             *overrides,
             policy={"old_logprobs": "recompute", "entropy_coefficient": bonus},
-            laser=LASER | {"reasoning_warmup_steps": 0, "self_reward_warmup_steps": 0},
+            laser=LASER | AT_ONCE,
             optimizer=OPTIMIZER,
         )
         if runtime is None:

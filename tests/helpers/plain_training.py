@@ -9,8 +9,20 @@ from dataclasses import dataclass
 
 import torch
 
+from helpers.runs import SCORE_TOKEN
 from megatron_laser.batching.flat import FlatBatch
 
+# Of both trainers, under the names of the configuration and of `Plain`.
+OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "grad_clip": 0.5, "eps": 1e-5}
+LASER = {
+    "score_token": SCORE_TOKEN,
+    "ref_logprob": -6.0,
+    "beta": 0.4,
+    "alpha": 0.5,
+    "tau": 0.3,
+    "std_threshold": 0.02,
+}
+AT_ONCE = {"reasoning_warmup_steps": 0, "self_reward_warmup_steps": 0}
 TOKEN_MEANS = ("entropy", "clip_fraction", "approx_kl")
 
 

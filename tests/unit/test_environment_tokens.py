@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import save_tiny_model, tiny_model
-from helpers.plain_training import TOKEN_MEANS, Plain, PlainTrainer
+from helpers.plain_training import AT_ONCE, LASER, OPTIMIZER, TOKEN_MEANS, Plain, PlainTrainer
 from helpers.rollouts import STEPS, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
 
@@ -21,16 +21,6 @@ platform.install()
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 
 EOS, SCORE = 90, 99
-OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "grad_clip": 0.5, "eps": 1e-5}
-LASER = {
-    "score_token": SCORE_TOKEN,
-    "ref_logprob": -6.0,
-    "beta": 0.4,
-    "alpha": 0.5,
-    "tau": 0.3,
-    "std_threshold": 0.02,
-}
-AT_ONCE = {"reasoning_warmup_steps": 0, "self_reward_warmup_steps": 0}
 
 
 def mask(text):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import save_tiny_model, tiny_model
-from helpers.plain_training import TOKEN_MEANS, Plain, PlainTrainer
+from helpers.plain_training import LASER as PLAIN_LASER
+from helpers.plain_training import OPTIMIZER, TOKEN_MEANS, Plain, PlainTrainer
 from helpers.rollouts import STEPS, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
 
@@ -21,22 +22,9 @@ from megatron_laser.trainer import trainer as trainer_module  # noqa: E402
 from megatron_laser.trainer.step_data import make_micro_batch  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 
-OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "grad_clip": 0.5, "eps": 1e-5}
-LASER = {
-    "score_token": SCORE_TOKEN,
-    "ref_logprob": -6.0,
-    "beta": 0.4,
-    "alpha": 0.5,
-    "tau": 0.3,
-    "std_threshold": 0.02,
-    # step 1 plain, step 2 with the self-reward loss, step 3 with mixed advantages
-    "reasoning_warmup_steps": 1,
-    "self_reward_warmup_steps": 1,
-}
+# step 1 plain, step 2 with the self-reward loss, step 3 with mixed advantages
+LASER = PLAIN_LASER | {"reasoning_warmup_steps": 1, "self_reward_warmup_steps": 1}
 FIRST_LOSS, FIRST_MIXING = 2, 3
-PLAIN_LASER = dict(
-    score_token=SCORE_TOKEN, ref_logprob=-6.0, beta=0.4, alpha=0.5, tau=0.3, std_threshold=0.02
-)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers.models import save_tiny_model, tiny_model
 from helpers.plain_sets import PlainOverSets, batch_with_sets
-from helpers.plain_training import TOKEN_MEANS, Plain
+from helpers.plain_training import AT_ONCE, OPTIMIZER, TOKEN_MEANS, Plain
+from helpers.plain_training import LASER as PLAIN_LASER
 from helpers.runs import SCORE_TOKEN, run_config
 
 from megatron_laser.batching.flat import flatten
@@ -20,20 +21,7 @@ platform.install()
 from megatron_laser.ops import configure, settings  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
 
-OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "grad_clip": 0.5, "eps": 1e-5}
-LASER = {
-    "score_token": SCORE_TOKEN,
-    "ref_logprob": -6.0,
-    "beta": 0.4,
-    "alpha": 0.5,
-    "tau": 0.3,
-    "std_threshold": 0.02,
-    "reasoning_warmup_steps": 0,
-    "self_reward_warmup_steps": 0,
-}
-PLAIN_LASER = dict(
-    score_token=SCORE_TOKEN, ref_logprob=-6.0, beta=0.4, alpha=0.5, tau=0.3, std_threshold=0.02
-)
+LASER = PLAIN_LASER | AT_ONCE
 TEMPERATURE = 0.8
 
 
