@@ -7,6 +7,7 @@ import pytest
 
 from megatron_laser.evaluation import evaluate, read_records
 from megatron_laser.evaluation.responses import ResponseFile, SavedResponse, stream_seed
+from megatron_laser.evaluation.score_rule import ScoreRule
 from megatron_laser.rewards import GradingPool
 from megatron_laser.types import Generation, Prompt, SamplingParams
 
@@ -56,9 +57,7 @@ def run(engine, grading, folder, **changes):
         "sampling": SamplingParams(SAMPLES, 8, (EOS,), seed=5),
         "decode": lambda ids: f"\\boxed{{{ids[0] - 10}}}",
         "grading": grading,
-        "score_token_id": SCORE,
-        "ref_logprob": -20.0,
-        "beta": 0.5,
+        "rule": ScoreRule((SCORE,), -20.0, 0.5),
         "records_path": folder / "records.jsonl",
         "responses_path": folder / "responses.jsonl",
         "deadline": 60.0,
