@@ -5,7 +5,7 @@
     python tools/compare_layouts.py --processes 1 2     # without the 2 x 2 layouts
     python tools/compare_layouts.py --experts           # a model with experts, and
     python tools/compare_layouts.py --uneven            # interleaved pipelines of uneven chunks
-    python tools/compare_layouts.py --loss gspo --only "data 2" "context 2"   # a policy loss of whole responses
+    python tools/compare_layouts.py --loss gspo --only "tensor 2" "context 2"   # a policy loss of whole responses
 
 Every layout starts from the same tiny random model and trains on the same rollouts: off-policy old log-probs,
 right and wrong scored responses, truncated and one-token ones, some with tokens that an environment wrote, groups of
@@ -154,11 +154,13 @@ def run_worker(model: Path, output: Path, *, experts: bool, uneven: bool, only: 
     from megatron_laser.trainer.trainer import Trainer
 
     torch.set_num_threads(1)
-    layouts = layouts_of(experts=experts, uneven=uneven)[int(os.environ.get("WORLD_SIZE", "1"))]
+    known = layouts_of(experts=experts, uneven=uneven)
+    layouts = known[int(os.environ.get("WORLD_SIZE", "1"))]
+    reference = next(iter(known[1]))
     runtime = None
     store = None
     results = {}
-    for name in only or layouts:
+    for name in dict.fromkeys([reference, *only]) if only else layouts:
         if name not in layouts:
             continue
         config = load_config(model / "config.yaml", layouts[name])
@@ -190,23 +192,30 @@ def run_worker(model: Path, output: Path, *, experts: bool, uneven: bool, only: 
 def launch(
     model: Path, processes: int, output: Path, *, experts: bool, uneven: bool, only: list[str]
 ) -> dict:
-    """Start the worker, under torchrun when there is more than one process."""
+    """Run the worker on so many processes; returns what it wrote."""
+    arguments = ["--worker", str(model), "--output", str(output)]
+    arguments += ["--experts"] * experts + ["--uneven"] * uneven
+    arguments += ["--only", *only] if only else []
+    start(arguments, processes)
+    return json.loads(output.read_text())
+
+
+def start(arguments: list[str], processes: int) -> None:
+    """Run this file with `arguments`, under torchrun when there is more than one process."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    command += [__file__, "--worker", str(model), "--output", str(output)]
-    command += ["--experts"] * experts + ["--uneven"] * uneven
-    command += ["--only", *only] if only and processes > 1 else []
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
         "PYTHONPATH": str(ROOT),
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [*command, __file__, *arguments], env=environment, capture_output=True, text=True, timeout=900
+    )
     if done.returncode != 0:
         raise SystemExit(f"{processes} processes failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
-    return json.loads(output.read_text())
 
 
 def worst_ratio(result: dict, reference: dict) -> tuple[float, str]:
@@ -248,7 +257,7 @@ def main() -> None:
         help="policy.loss; other than ppo: two epochs, with importance weights of whole responses",
     )
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="LAYOUT", help="of several processes only these"
+        "--only", nargs="+", default=[], metavar="LAYOUT", help="only these, beside the reference"
     )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
@@ -262,13 +271,18 @@ def main() -> None:
             only=arguments.only,
         )
         return
+    known = layouts_of(experts=arguments.experts, uneven=arguments.uneven)
+    names = [name for layouts in known.values() for name in layouts]
+    if unknown := [name for name in arguments.only if name not in names]:
+        parser.error(f"--only: no layout is called {unknown[0]!r}; there are: {'; '.join(names)}")
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch)
         make_model(model, arguments.tied, arguments.experts, layers=6 if arguments.uneven else 4)
         (model / "config.yaml").write_text(settings(model, experts=arguments.experts, loss=arguments.loss))
         results: dict[str, dict] = {}
-        known = layouts_of(experts=arguments.experts, uneven=arguments.uneven)
         for processes in sorted({1, *arguments.processes} & set(known)):
+            if processes > 1 and arguments.only and not known[processes].keys() & set(arguments.only):
+                continue
             results |= launch(
                 model,
                 processes,
