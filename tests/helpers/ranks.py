@@ -18,6 +18,7 @@ from pathlib import Path
 from helpers.torchrun import readable, worker_environment
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+_COMMAND = Path(__file__).parents[2] / "megatron_laser" / "__main__.py"
 _IMPORTED = ["megatron_laser.loop", "megatron_laser.trainer.trainer", "torch.distributed.checkpoint"]
 _IMPORTED += ["transformers.models.qwen2.modeling_qwen2", "transformers.models.auto.tokenization_auto"]
 
@@ -106,6 +107,11 @@ def run_ranks(script: Path, processes: int, *arguments: str | Path, timeout: flo
     finally:
         for rank in ranks:
             rank.end()
+
+
+def train_on_ranks(file: Path, *overrides: str, processes: int = 1, timeout: float = 150.0) -> str:
+    """`megatron_laser train FILE` on ranks of this machine; returns their output. As `run_ranks`."""
+    return run_ranks(_COMMAND, processes, "train", file, *overrides, timeout=timeout)
 
 
 def _run(script: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
