@@ -15,12 +15,14 @@ import time
 import warnings
 from pathlib import Path
 
+from helpers.pictures import unpainted
 from helpers.torchrun import readable, worker_environment
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _COMMAND = Path(__file__).parents[2] / "megatron_laser" / "__main__.py"
 _IMPORTED = ["megatron_laser.loop", "megatron_laser.trainer.trainer", "torch.distributed.checkpoint"]
 _IMPORTED += ["transformers.models.qwen2.modeling_qwen2", "transformers.models.auto.tokenization_auto"]
+_IMPORTED += ["matplotlib.figure"]
 
 
 class Rank:
@@ -129,4 +131,5 @@ def _run(script: str, arguments: list[str], environment: dict[str, str], log: st
     sys.path[:0] = [path for path in environment["PYTHONPATH"].split(os.pathsep) if path not in sys.path]
     sys.path.insert(0, str(Path(script).parent))
     sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    with unpainted():
+        runpy.run_path(script, run_name="__main__")

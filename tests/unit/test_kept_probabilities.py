@@ -25,7 +25,7 @@ def torch_engine():
 def triton_engine():
     from megatron_laser.ops.triton.engine import ChunkedEngine
 
-    return ChunkedEngine(block=32, min_columns=8, kept_tile_bytes=4 * ROWS * 130)
+    return ChunkedEngine(block=64, min_columns=8, kept_tile_bytes=4 * ROWS * 130)
 
 
 ENGINES = {"torch": torch_engine}

@@ -19,6 +19,7 @@ from megatron_laser.report.plots import training
 from megatron_laser.report.run_data import load_runs
 from megatron_laser.report.run_report import write_report
 
+PAINTED = True  # see helpers/pictures.py
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 FIGURES = {"accuracy", "self_reward", "scores", "calibration", "votes", "time"}
 
