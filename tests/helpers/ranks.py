@@ -19,7 +19,7 @@ from helpers.pictures import unpainted
 from helpers.torchrun import readable, worker_environment
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_COMMAND = Path(__file__).parents[2] / "megatron_laser" / "__main__.py"
+_COMMAND = Path(__file__).parents[1] / "distributed" / "command_worker.py"
 _IMPORTED = ["megatron_laser.loop", "megatron_laser.trainer.trainer", "torch.distributed.checkpoint"]
 _IMPORTED += ["transformers.models.qwen2.modeling_qwen2", "transformers.models.auto.tokenization_auto"]
 _IMPORTED += ["matplotlib.figure"]
