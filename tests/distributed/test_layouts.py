@@ -102,3 +102,11 @@ def assert_compared(output, names):
     lines = output.splitlines()
     for name in names:
         assert any(line.startswith(f"{name} ") for line in lines), f"{name} is not among\n{output}"
+
+
+def test_a_layout_that_does_not_exist_is_named_before_anything_is_trained(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(TOOL), "--only", "tensor 2", "tensor 3"])
+    with pytest.raises(SystemExit) as ended:
+        compare_layouts.main()
+    assert ended.value.code == 2
+    assert "--only: no layout is called 'tensor 3'; there are: 1 process, 4096" in capsys.readouterr().err
