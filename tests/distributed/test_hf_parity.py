@@ -119,3 +119,8 @@ def test_every_rank_refuses_what_one_has_found_in_its_part(models, results):
     assert results[REFUSED]
     first, second = json.loads((models / "refusals.json").read_text())
     assert first == second and "experts.7.w2.weight' holds NaN or infinity" in first
+
+
+def test_every_family_and_every_layout_is_among_those_that_run_always():
+    assert {family for family, _ in CORE} == set(FAMILIES)
+    assert {layout for _, layout in CORE} == {layout for _, layout in CASES}
