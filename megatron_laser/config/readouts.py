@@ -11,6 +11,26 @@ from megatron_laser.config.schema.root import RunConfig
 
 PositionKind = Literal["eos", "before_eos", "every", "delimiter"]
 
+# What an entry leaves out, and the setting of `laser` that it is taken from.
+_INHERITED = {
+    "tokens": "score_token",
+    "weight": "alpha",
+    "warmup_steps": "reasoning_warmup_steps",
+    "advantages_warmup_steps": "self_reward_warmup_steps",
+} | {
+    name: name
+    for name in (
+        "beta",
+        "class_weights",
+        "loss",
+        "ref_logprob",
+        "std_threshold",
+        "targets",
+        "tau",
+        "unscored",
+    )
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Readout:
@@ -79,6 +99,18 @@ def score_token_setting(config: RunConfig) -> int | str | None:
     if entries and entries[0].tokens:
         return entries[0].tokens[0]
     return config.laser.score_token
+
+
+def readout_setting(config: RunConfig, index: int, name: str) -> str:
+    """Where the user wrote what the readout `index` has for `name`, a field of `ReadoutConfig`: messages name it.
+
+    `laser.readouts[1].beta`, or `laser.beta` where that entry leaves it out; where neither has it, `laser`'s.
+    """
+    entries = config.laser.readouts
+    inherited = _INHERITED.get(name)
+    if entries and (inherited is None or getattr(entries[index], name) is not None):
+        return f"laser.readouts[{index}].{name}"
+    return f"laser.{inherited or name}"
 
 
 def _whole(config: RunConfig, entry: ReadoutConfig, index: int) -> Readout:

@@ -16,7 +16,7 @@ from megatron_laser.batching import readout_points as places
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.batching.readout_points import ReadoutPoints
 from megatron_laser.config import read_architecture, resolve_score_token
-from megatron_laser.config.readouts import Readout, readouts
+from megatron_laser.config.readouts import Readout, readout_setting, readouts
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.data.delimiters import Delimiter
 from megatron_laser.data.tokenizer import load_tokenizer
@@ -85,7 +85,13 @@ class RunReadouts:
         known: dict[int | str, int] = (
             {specs[0].tokens[0]: score_token_id} if specs and specs[0].tokens else {}
         )
-        ids = [tuple(_token_id(config, token, known) for token in spec.tokens) for spec in specs]
+        ids = [
+            tuple(
+                _token_id(config, readout_setting(config, index, "tokens"), token, known)
+                for token in spec.tokens
+            )
+            for index, spec in enumerate(specs)
+        ]
         if specs and not specs[0].tokens:  # given to the trainer alone
             ids = [own or (score_token_id,) for own in ids]
         return cls(specs, ids, [_place(config, spec) for spec in specs])
@@ -177,15 +183,13 @@ class RunReadouts:
         return PointTensors(*(tensor.to(device) for tensor in found))
 
 
-def _token_id(config: RunConfig, token: int | str, known: dict[int | str, int]) -> int:
+def _token_id(config: RunConfig, setting: str, token: int | str, known: dict[int | str, int]) -> int:
     if token in known:
         return known[token]
     found = token if isinstance(token, int) else resolve_score_token(config.model.path, token).id
     vocab = read_architecture(config.model.path).vocab_size
     if found is None or not 0 <= found < vocab:
-        raise ConfigError(
-            [f"laser.readouts: token {token!r} is none of the model's; expected one below {vocab}"]
-        )
+        raise ConfigError([f"{setting}: token {token!r} is none of the model's; expected one below {vocab}"])
     return found
 
 

@@ -136,13 +136,12 @@ class Trainer:
         found = self._readouts.scores(data.points, read, references)
         scores = [item.of_samples(flat.num_samples) for item in found]
         zc_logprobs = self._readouts.first_logprobs(data.points, read, flat.num_samples)
-        lengths = torch.from_numpy(flat.response_lengths.astype(np.int64))
         advantages, mixed = self._objective.advantages(
             rewards=data.rewards,
             group_ids=data.group_ids,
-            lengths=lengths,
+            lengths=torch.from_numpy(flat.response_lengths.astype(np.int64)),
             sampled_lengths=torch.from_numpy(flat.sampled_lengths.astype(np.int64)),
-            truncated=~data.scored & (lengths >= config.rollout.max_new_tokens),
+            truncated=torch.from_numpy(flat.cut_off(config.rollout.max_new_tokens)),
             scores=scores,
             step=step,
         )
@@ -158,15 +157,10 @@ class Trainer:
         with self._timers("train"):
             # A score that is missing or not finite is as bad as a loss: no advantage can be made of it.
             updates: tuple[OptimizerStep, ...]
-            used = [
-                item.scores
-                for item, spec in zip(found, self._readouts.specs)
-                if spec.changes_advantages(step)
-            ]
-            if all(bool(values.isfinite().all()) for values in used):
-                updates = self._optimize(data, batch, step)
+            if unusable := self._objective.unusable(scores, step):
+                updates = (OptimizerStep(0, 0, math.nan, unusable, []),)
             else:
-                updates = (OptimizerStep(0, 0, math.nan, ("zc_logprob",), []),)
+                updates = self._optimize(data, batch, step)
         metrics = self._metrics(updates, step) | self._expert_metrics(data)
         metrics["advantage_mixed_fraction"] = mixed
         metrics["micro_batches"] = float(len(data.micro_batches))

@@ -110,6 +110,17 @@ def test_the_papers_recipe_passes():
             {"policy": {"advantage": "reinforce_pp", "normalize_std": False}},
             ["policy.normalize_std: false", "reinforce_pp"],
         ),
+        (
+            {"policy": {"advantage": "mine.py:centred", "normalize_std": False}},
+            ["policy.normalize_std: false", "mine.py:centred, a function", "policy.advantage_options"],
+        ),
+        (
+            {
+                "rollout": {"samples_per_prompt": 1, "drop_uniform_groups": True},
+                "policy": {"advantage": "mine.py:centred"},
+            },
+            ["rollout.drop_uniform_groups: true", "rollout.samples_per_prompt 1"],
+        ),
         *(
             ({"policy": {"importance_mask": mask}}, ["policy.importance_mask", "0 <= low < 1 < high"])
             for mask in ([1.2, 2.0], [0.5, 0.9], [-0.5, 2.0])
@@ -174,6 +185,7 @@ def test_impossible_combinations_are_refused(sections, parts):
         {"laser": {"score_source": "server"}, "policy": {"old_logprobs": "rollout"}},
         {"laser": {"loss": "bce"}},
         {"rollout": {"samples_per_prompt": 1}, "policy": {"advantage": "reinforce_pp"}},
+        {"rollout": {"samples_per_prompt": 1}, "policy": {"advantage": "mine.py:centred"}},
         {"policy": {"importance_mask": [0.5, 2.0], "importance_cap": 1.5, "mismatch_abort": 0.1}},
         {"rollout": {"drop_uniform_groups": True, "oversampling_cap": 1}},
         {"policy": {"old_logprobs": "on_policy", "importance_cap": 2.0}},

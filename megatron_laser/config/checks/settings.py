@@ -58,7 +58,8 @@ def _attention_problems(config: RunConfig) -> list[str]:
 def _policy_problems(config: RunConfig) -> list[str]:
     policy, rollout = config.policy, config.rollout
     problems = []
-    if rollout.samples_per_prompt < 2 and policy.advantage != "reinforce_pp":
+    own_estimator = ":" in policy.advantage  # a function of the user's, which may need no groups
+    if rollout.samples_per_prompt < 2 and policy.advantage != "reinforce_pp" and not own_estimator:
         problems.append(
             f"rollout.samples_per_prompt: {rollout.samples_per_prompt} with policy.advantage {policy.advantage}; "
             "a group of one has no spread and no advantage: use 2 or more, or policy.advantage reinforce_pp"
@@ -72,6 +73,11 @@ def _policy_problems(config: RunConfig) -> list[str]:
         problems.append(
             "policy.normalize_std: false with policy.advantage reinforce_pp, which normalises over the batch; "
             "remove it, or use grpo, dr_grpo or rloo"
+        )
+    if not policy.normalize_std and own_estimator:
+        problems.append(
+            f"policy.normalize_std: false with policy.advantage {policy.advantage}, a function that normalises or not "
+            "by itself; remove it, and give what the function takes as policy.advantage_options"
         )
     updates = policy.minibatches * policy.epochs
     if policy.old_logprobs == "on_policy" and updates != 1:
