@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_laser.observability.best_effort import SafeOutput
+from megatron_laser.observability.readout_fields import readout_fields
 
 HISTORY = 2048  # steps that a sparkline covers
 _SPARK_WIDTH = 48
@@ -117,6 +118,9 @@ def plain_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:
         if scores:
             split.append(f"scores {scores:.1%} of the requests' time")
         parts.append(f"{total:.2f} s" + (f" ({', '.join(split)})" if split else ""))
+    read = format_fields(metrics, readout_fields(metrics))
+    if read:
+        parts.append("| " + " ".join(f"{label} {text}" for label, text in read))
     evaluation = format_fields(metrics, EVALUATION_FIELDS)
     if evaluation:
         parts.append("| eval " + " ".join(f"{label} {text}" for label, text in evaluation))
@@ -185,6 +189,7 @@ def render(state: ViewState, console: Console) -> RenderableType:
     for label, content in (
         ("step", _progress(state)),
         ("now", _numbers(step_fields(state.metrics))),
+        ("readouts", _numbers(format_fields(state.metrics, readout_fields(state.metrics)))),
         ("eval", _numbers(format_fields(state.evaluation, EVALUATION_FIELDS))),
         ("time", _time_split(state.metrics, ascii_only)),
         ("reward", _spark(state, "reward_mean", "blue", ascii_only)),

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from megatron_laser.config import ConfigError
 from megatron_laser.config.yaml_source import read_yaml
 from megatron_laser.observability.metrics_logger import read_metrics
+from megatron_laser.observability.readout_fields import readout_names
 from megatron_laser.rewards.grade import FAILED_OUTCOMES
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,11 @@ class Run:
             return math.nan, math.nan
         tenth = max(1, len(values) // 10)
         return float(values[:tenth].mean()), float(values[-tenth:].mean())
+
+    @cached_property
+    def further_readouts(self) -> list[str]:
+        """Names of the readouts besides the response's score, in their order."""
+        return readout_names(name for row in self.rows for name in row)
 
     def evaluation_series(self, name: str) -> tuple[FloatArray, FloatArray]:
         """(steps, values) on validation: from its summaries, else eval/<name> in metrics.jsonl."""
