@@ -29,7 +29,7 @@ _MAY_CHANGE = {
     "evaluation": None,
     "run": {"name", "steps", "output_dir", "resume", "deadline", "start_grace", "max_bad_steps"},
     "policy": {"mismatch_abort"},
-    "laser": {"max_unscored_steps"},
+    "laser": {"max_unscored_steps", "drift_every", "drift_samples"},
     "rollout": {
         *("deadline", "max_concurrency_per_server", "min_servers", "servers_deadline", "sglang"),
         *("weight_sync", "sync_folder", "sync_bucket_mib", "sync_flatten", "sync_deadline", "sync_address"),

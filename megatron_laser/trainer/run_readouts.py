@@ -130,10 +130,12 @@ class RunReadouts:
             )
         return found
 
-    def first_logprobs(self, points: ReadoutPoints, logprobs: torch.Tensor, samples: int) -> torch.Tensor:
-        """[samples] the log-prob of the first readout's first token, NaN where it was not read."""
+    def first_logprobs(
+        self, points: ReadoutPoints, logprobs: torch.Tensor | None, samples: int
+    ) -> torch.Tensor:
+        """[samples] the log-prob of the first readout's first token, NaN where it was not read (`logprobs` None)."""
         result = torch.full((samples,), torch.nan)
-        if self.specs:
+        if self.specs and logprobs is not None:
             place = torch.from_numpy(points.sample[points.of(0)])
             result[place] = logprobs[points.slots_of(0)][:: len(self.token_ids[0])]
         return result

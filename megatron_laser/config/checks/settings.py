@@ -11,7 +11,7 @@ from megatron_laser.config.derived import (
     needed_pad_multiple,
     optimizer_steps,
 )
-from megatron_laser.config.readouts import readout_problems
+from megatron_laser.config.readouts import readout_problems, readouts
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.schema.system import ParallelConfig
 from megatron_laser.config.schema.training import PolicyConfig
@@ -29,6 +29,7 @@ def settings_problems(config: RunConfig) -> list[str]:
     return [
         *_model_problems(config),
         *readout_problems(config),
+        *_drift_problems(config),
         *_policy_problems(config),
         *_optimizer_problems(config),
         *_parallel_problems(config),
@@ -53,6 +54,26 @@ def _attention_problems(config: RunConfig) -> list[str]:
     if not where:
         return []
     return [f"model.attention: {model.attention} with {where}; set model.attention to auto"]
+
+
+def _drift_problems(config: RunConfig) -> list[str]:
+    laser, rollout, found = config.laser, config.rollout, readouts(config)
+    if not (laser.drift_every and found):
+        return []
+    problems = []
+    if found[0].score != "scaled_logratio":
+        problems.append(
+            f"laser.drift_every: {laser.drift_every} with laser.readouts[0].score {found[0].score}, which has no c_ref "
+            "to drift from; use 0"
+        )
+    batch = rollout.prompts_per_step * rollout.samples_per_prompt
+    if laser.drift_samples > batch:
+        problems.append(
+            f"laser.drift_samples: {laser.drift_samples} of one step's responses, which are rollout.prompts_per_step "
+            f"{rollout.prompts_per_step} x rollout.samples_per_prompt {rollout.samples_per_prompt} = {batch}; use as "
+            "many or fewer"
+        )
+    return problems
 
 
 def _policy_problems(config: RunConfig) -> list[str]:

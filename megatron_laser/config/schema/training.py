@@ -71,6 +71,12 @@ class LaserConfig(Section):
     readouts: Readouts | None = None
     """Several readouts, or one of another kind: a list of tables, whose keys are below. What an entry leaves out is as
     the settings above have it; null: one entry with nothing in it, which is LaSeR as published."""
+    drift_every: CountOrZero = 0
+    """Every so many steps, and after the last one, measure log pi(z_c) of the trained weights on the same held
+    responses, and where there is a reference model how far its own is from c_ref (metrics `drift/...`); 0: off."""
+    drift_samples: Count = 128
+    """So many scored responses, in whole groups, are held for it: of the first step's rollouts, that is of the initial
+    model. They are in `held_responses.npz` of the output folder; each measurement is a forward pass over them."""
     allow_partition_excess: bool = False
     """Run although Z - 1 > 0.05, that is although the score of right responses asks for a probability of
     z_c that disturbs the policy."""
