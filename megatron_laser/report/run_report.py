@@ -42,13 +42,14 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
 
 def _draw(runs: list[Run], folder: Path) -> list[tuple[str, Path]]:
     """(heading, figure) of every figure that the runs have data for."""
-    from megatron_laser.report.plots import evaluation, training
+    from megatron_laser.report.plots import drift, evaluation, training
     from megatron_laser.report.plots.style import styled
 
     makers = (
         ("Accuracy over steps", training.plot_learning, "accuracy"),
         ("Self-reward over steps", training.plot_self_reward, "self_reward"),
         ("Scores of right and wrong responses", training.plot_scores, "scores"),
+        ("Drift of the score token", drift.plot_drift, "drift"),
         ("Calibration", evaluation.plot_calibration, "calibration"),
         ("Votes", evaluation.plot_votes, "votes"),
         ("Time", training.plot_time, "time"),

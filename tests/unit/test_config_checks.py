@@ -48,6 +48,17 @@ def test_the_papers_recipe_passes():
     [
         ({"laser": {"score_token": None}}, ["laser.score_token: required"]),
         (
+            {
+                "laser": {"drift_every": 10, "drift_samples": 33},
+                "rollout": {"prompts_per_step": 4, "samples_per_prompt": 8},
+            },
+            ["laser.drift_samples: 33", "4 x rollout.samples_per_prompt 8 = 32; use as many or fewer"],
+        ),
+        (
+            {"laser": {"drift_every": 10, "readouts": [{"tokens": [5, 6], "score": "pair_sigmoid"}]}},
+            ["laser.drift_every: 10 with laser.readouts[0].score pair_sigmoid, which has no c_ref"],
+        ),
+        (
             {"model": {"attention": "flash", "layers": "torch"}},
             ["model.attention: flash with model.layers torch"],
         ),
