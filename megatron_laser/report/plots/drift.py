@@ -39,7 +39,7 @@ def plot_drift(runs: list[Run], path: Path) -> Path | None:
         figure,
         path,
         "How the score token's log-prob drifts on held responses: " + _ends(runs),
-        "The same responses all along. Dashed: where right and wrong ones are trained to be. Band: one deviation of the reference.",
+        "The same responses all along. Dashed: what is trained towards. Band: one deviation of the reference.",
     )
 
 
