@@ -30,7 +30,6 @@ def main():
     torch.set_num_threads(1)
     runtime = None
     for name, (overrides, family) in LAYOUTS.items():
-        # Fewer held responses of the last layouts than there would be work for: one rank has none of them.
         config = run_config(folder / name, models / family, *overrides)
         if runtime is None:
             runtime = runtimes.start(config)
