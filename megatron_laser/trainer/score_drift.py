@@ -91,7 +91,6 @@ class ScoreDrift:
         if not every or held is None or (step % every and step != self._config.run.steps):
             return {}
         with self._timers("drift"):
-            self._trainer.policy.complete_weights()
             now = self._logprobs(held.flat, self._trainer.policy.chunks)
         metrics = held_metrics(held, now.double().numpy())
         if self._trainer.reference is not None and result.reference_logprobs is not None:

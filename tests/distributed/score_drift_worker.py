@@ -20,7 +20,7 @@ LAYOUTS = {
     "tensor 2, sequence": (["parallel.tensor=2", "parallel.sequence=true"], "qwen2"),
     "pipeline 2": (["parallel.pipeline=2"], "qwen2"),
     "context 2": (["parallel.context=2"], "qwen2"),
-    "expert 2, replay": (["parallel.expert=2", "moe.routing_replay=true"], "qwen3-moe"),
+    "expert 2": (["parallel.expert=2"], "qwen3-moe"),
 }
 HELD = [0, 2, 3, 4, 5]
 
@@ -40,7 +40,7 @@ def main():
         flat = batch(1)
         drift.hold(flat, 1)
         metrics = drift.measure(1, trainer.train_step(flat, 1))
-        model = trained(trainer, family)
+        model = trained(trainer)
         assert (folder / name / "run" / "held_responses.npz").exists() == runtime.is_main
         if runtime.is_main:
             before = plain_logprobs(tiny_model(family), flat, HELD)

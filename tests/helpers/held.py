@@ -3,13 +3,14 @@
 import math
 import statistics
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from helpers.models import tiny_model
 from helpers.rollouts import R, T, W, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
 from megatron_laser.batching.flat import FlatBatch
@@ -40,10 +41,18 @@ def batch(seed: int) -> FlatBatch:
     return rollout_batch(GROUPS, seed=seed)
 
 
-def trained(trainer: Trainer, family: str = "qwen2") -> PreTrainedModel:
-    """The trainer's weights in a transformers model; on rank 0, while all ranks call it."""
-    model = tiny_model(family)
-    model.load_state_dict(dict(trainer.weight_stream()), strict=trainer._runtime.is_main)
+def trained(trainer: Trainer) -> PreTrainedModel | None:
+    """The trainer's weights in a transformers model, which reads them as a folder; on rank 0 alone, but all call it."""
+    weights = {name: tensor.clone().contiguous() for name, tensor in trainer.weight_stream()}
+    if not trainer._runtime.is_main:
+        return None
+    with TemporaryDirectory() as folder:
+        trainer.policy.chunks.hf.save_pretrained(folder)
+        save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+    assert not found["missing_keys"] and not found["unexpected_keys"]
     return model
 
 
