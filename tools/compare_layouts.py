@@ -10,7 +10,7 @@
 Every layout starts from the same tiny random model and trains on the same rollouts: off-policy old log-probs,
 right and wrong scored responses, truncated and one-token ones, some with tokens that an environment wrote, groups of
 different sizes, a number of samples that no rank count divides. All loss terms are on: clipping, KL to a reference
-model, entropy, readouts of one token, of a pair and of prefixes, advantages that they change. Loss terms and gradient
+model, entropy, readouts of one token, of a pair, of prefixes and behind a forced text, advantages that they change. Loss terms and gradient
 norms of each step and a parameter checksum after the last must agree with one process at one token budget, which packs
 every sample's prompt (`batching.share_prompts: false`; where a layout allows it, the others pack a group's once):
 |a - b| <= 1e-5 |b| + 2e-7 in fp32, where terms of size 1 cancel. The exit status is 1 otherwise.
@@ -37,7 +37,7 @@ ROUTERS = ("router_aux_loss", "router_z_loss", "expert_load_max", "expert_load_e
 COMPARED = (
     *("total_loss", "policy_loss", "self_reward_loss", "kl_loss", "entropy", "grad_norm", "clip_fraction"),
     *("approx_kl", "reference_kl", "logprob_diff_mean", "logprob_diff_max", "advantage_mixed_fraction"),
-    *("readout/pair/loss", "readout/prefix/loss", "readout/margin/loss"),
+    *("readout/pair/loss", "readout/prefix/loss", "readout/margin/loss", "readout/forced/loss"),
 )
 CONFIG = """
 model: {{path: {model}, dtype: float32, vocab_multiple: 1}}
@@ -49,7 +49,8 @@ laser: {{score_token: 89, ref_logprob: -6.0, beta: 0.4, alpha: 0.5, tau: 0.3, st
           target: {{group_shrunk: 0.7}}, advantages: discrepancy}},
         {{name: prefix, tokens: [88, 87, 86], position: {{every: 7}}, score: normalised, loss: brier,
           target: prefix_value, weight: 0.2}},
-        {{name: margin, tokens: 86, loss: margin, weight: 0.2}}]}}
+        {{name: margin, tokens: 86, loss: margin, weight: 0.2}},
+        {{name: forced, tokens: 85, position: {{forced: w5 w6 w1}}, loss: brier, weight: 0.2}}]}}
 policy: {{old_logprobs: {old}, loss: {loss}, kl_coefficient: 0.05, entropy_coefficient: 0.01{more}}}
 optimizer: {{lr: 1.0e-3}}
 {moe}
@@ -76,7 +77,8 @@ def settings(model: Path, *, experts: bool = False, loss: str = "ppo") -> str:
 
 
 def make_model(folder: Path, tied: bool, experts: bool = False, layers: int = 4) -> None:
-    """A tiny random Qwen2, or Qwen3-MoE, whose sizes 2 x 2 layouts divide."""
+    """A tiny random Qwen2, or Qwen3-MoE, whose sizes 2 x 2 layouts divide; its tokens are w0, w1, .., split at spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Qwen2Config, Qwen3MoeConfig
 
     from megatron_laser.benchmarks.random_model import save_random_model
@@ -98,6 +100,9 @@ def make_model(folder: Path, tied: bool, experts: bool = False, layers: int = 4)
     )
     config = Qwen3MoeConfig(**sizes, **mixture) if experts else Qwen2Config(**sizes)
     save_random_model(folder, config, spread=0.1, vector_spread=0.2)
+    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(90)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
 
 
 def fixed_rollouts(step: int, experts: bool = False):

@@ -9,14 +9,14 @@ from megatron_laser.config.checks.partition_excess import partition_problems
 from megatron_laser.config.schema.readouts import ReadoutConfig
 from megatron_laser.config.schema.root import RunConfig
 
-PositionKind = Literal["eos", "before_eos", "every", "delimiter"]
+PositionKind = Literal["eos", "before_eos", "every", "delimiter", "forced"]
 
 
 @dataclass(frozen=True, slots=True)
 class Readout:
     """One entry of `laser.readouts` with everything filled in; the settings' docstrings say what they mean.
 
-    every, delimiter: of the positions of these names. gamma: of the target `group_shrunk`. first_step,
+    every, delimiter, forced: of the positions of these names. gamma: of the target `group_shrunk`. first_step,
     advantages_first_step: from 1; None where the loss has no weight, or advantages stay as they are.
     """
 
@@ -25,6 +25,7 @@ class Readout:
     position: PositionKind
     every: int
     delimiter: str
+    forced: str
     score: Literal["scaled_logratio", "pair_sigmoid", "normalised"]
     beta: float
     ref_logprob: float | None
@@ -46,9 +47,14 @@ class Readout:
     discrepancy_bounds: tuple[float, float]
 
     @property
-    def of_responses(self) -> bool:
-        """One score for each response that ended by itself; else scores of prefixes, as many as there are places."""
+    def of_finished(self) -> bool:
+        """One score for each response that ended by itself: what can be the response's score, and change advantages."""
         return self.position in ("eos", "before_eos")
+
+    @property
+    def of_responses(self) -> bool:
+        """At most one score for each response; else scores of prefixes, as many as there are places."""
+        return self.of_finished or self.position == "forced"
 
     @property
     def joins_tokens(self) -> bool:
@@ -71,6 +77,11 @@ def readouts(config: RunConfig) -> tuple[Readout, ...]:
         return ()
     entries = laser.readouts or (ReadoutConfig(),)
     return tuple(_whole(config, entry, index) for index, entry in enumerate(entries))
+
+
+def forced_text(config: RunConfig) -> str:
+    """What is put behind responses that were cut off, for readouts to read there; "" where none does."""
+    return next((readout.forced for readout in readouts(config) if readout.forced), "")
 
 
 def score_token_setting(config: RunConfig) -> int | str | None:
@@ -101,7 +112,8 @@ def _whole(config: RunConfig, entry: ReadoutConfig, index: int) -> Readout:
         tokens=tokens,
         position=position,  # type: ignore[arg-type]
         every=place if isinstance(place, int) else 0,
-        delimiter=place if isinstance(place, str) else "",
+        delimiter=place if position == "delimiter" and isinstance(place, str) else "",
+        forced=place if position == "forced" and isinstance(place, str) else "",
         score=entry.score,
         beta=laser.beta if entry.beta is None else entry.beta,
         ref_logprob=laser.ref_logprob if entry.ref_logprob is None else entry.ref_logprob,
@@ -151,11 +163,15 @@ def readout_problems(config: RunConfig) -> list[str]:
         names = [readout.name for readout in found]
         if len(set(names)) < len(names):
             problems.append(f"laser.readouts: names are {', '.join(names)}; each may be there once")
-        if not found[0].of_responses:
+        if not found[0].of_finished:
+            cure = ""
+            if found[0].position == "forced":
+                cure = ", which finished responses have; put another entry before it, such as {}"
             problems.append(
                 f"laser.readouts[0].position: {found[0].position}; the first readout is the response's score: eos or "
-                "before_eos"
+                f"before_eos{cure}"
             )
+        problems += _forced_problems(where, found)
     for place, readout in zip(where, found, strict=True):
         problems += _problems_of(place, readout, config)
     if laser.score_source == "server" and (
@@ -164,6 +180,24 @@ def readout_problems(config: RunConfig) -> list[str]:
         problems.append(
             "laser.score_source: server with laser.readouts of more than one token behind the end; servers return "
             "that one alone: use trainer"
+        )
+    return problems
+
+
+def _forced_problems(where: list[str], found: tuple[Readout, ...]) -> list[str]:
+    forced = [(place, readout) for place, readout in zip(where, found, strict=True) if readout.forced]
+    problems = [
+        f"{place}.target: prefix_value with position forced; no other response goes on with the text: binary or "
+        "{group_shrunk: gamma}"
+        for place, readout in forced
+        if readout.target == "prefix_value"
+    ]
+    texts = list(dict.fromkeys(readout.forced for _, readout in forced))
+    if len(texts) > 1:
+        place = next(place for place, readout in forced if readout.forced == texts[1])
+        problems.append(
+            f"{place}.position: forced {texts[1]!r}, and {forced[0][0]} has {texts[0]!r}; a response goes on in one "
+            "way: give all of them the same text"
         )
     return problems
 
@@ -203,9 +237,10 @@ def _problems_of(place: str, readout: Readout, config: RunConfig) -> list[str]:
             f"{place}.targets: [{right:g}, {wrong:g}] with {place}.loss {readout.loss}, whose labels are always "
             f"[1.0, 0.0]; remove {place}.targets or set {place}.loss to mse"
         )
-    if readout.advantages != "none" and not readout.of_responses:
+    if readout.advantages != "none" and not readout.of_finished:
+        scores = "scores behind a forced text" if readout.forced else "scores of prefixes"
         problems.append(
-            f"{place}.advantages: {readout.advantages} with position {readout.position}; scores of prefixes change no "
+            f"{place}.advantages: {readout.advantages} with position {readout.position}; {scores} change no "
             "advantages: none"
         )
     low, high = readout.discrepancy_bounds

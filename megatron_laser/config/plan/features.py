@@ -9,12 +9,15 @@ from typing import assert_never
 from megatron_laser.config.checks.rollout import off_policy_reason
 from megatron_laser.config.derived import (
     function_deadline,
+    longest_sequence,
     mixing_first_step,
     old_policy_pass_kind,
     optimizer_steps,
     reference_model_reasons,
     self_reward_first_step,
 )
+from megatron_laser.config.model_folder.continuation import longest_trained
+from megatron_laser.config.readouts import forced_text, readouts
 from megatron_laser.config.schema.rollout import RolloutConfig
 from megatron_laser.config.schema.root import RunConfig
 
@@ -60,6 +63,7 @@ def run_features(config: RunConfig) -> tuple[Feature, ...]:
         ),
         Feature("old-policy pass", old_pass != "none", passes[old_pass]),
         *_router_features(config),
+        *_forced_features(config),
         Feature("importance correction", cap is not None, f"cap {cap:g}" if cap is not None else "no cap"),
         Feature(
             "evaluation",
@@ -193,3 +197,12 @@ def _scheduled(name: str, first_step: int | None, config: RunConfig, weight: str
 
 def _coefficient(value: float, kind: str = "") -> str:
     return f"coefficient {value:g}" + (f", {kind}" if kind and value > 0 else "")
+
+
+def _forced_features(config: RunConfig) -> Iterator[Feature]:
+    text = forced_text(config)
+    if text:
+        names = ", ".join(readout.name for readout in readouts(config) if readout.forced)
+        tokens = longest_trained(config) - longest_sequence(config)
+        detail = f"{text!r}, at most {tokens:,} tokens behind responses that were cut off, read by {names}"
+        yield Feature("forced text", True, detail)

@@ -9,12 +9,17 @@ from megatron_laser.config.checks.layout import check_layout
 from megatron_laser.config.checks.rollout import colocated_gpus
 from megatron_laser.config.checks.settings import check_settings
 from megatron_laser.config.derived import (
-    longest_sequence,
     micro_batch_tokens,
     needs_reference_model,
     padded_tokens,
 )
 from megatron_laser.config.model_folder.architecture import Architecture, read_architecture
+from megatron_laser.config.model_folder.continuation import (
+    continuation_problems,
+    longest_trained,
+    named_token_ids,
+    planned_ids,
+)
 from megatron_laser.config.model_folder.parameters import (
     Layout,
     RankBytes,
@@ -31,8 +36,10 @@ from megatron_laser.config.plan.context import ContextShare, context_share
 from megatron_laser.config.plan.features import Feature, run_features
 from megatron_laser.config.plan.lines import MemorySum
 from megatron_laser.config.plan.memory import GPU_MEMORY_GIB, memory_sum
+from megatron_laser.config.readouts import forced_text
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.stages import chunk_layers, layers_per_stage
+from megatron_laser.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,8 @@ def resolve_plan(
         gpu_memory_gib: of one GPU; `plan.memory.check` compares, this function does not.
 
     Raises:
-        ConfigError: no such model, an impossible layout, or a score token that cannot be one.
+        ConfigError: no such model, an impossible layout, a score token that cannot be one, or a forced text of readouts
+            that cannot stand behind a response.
         ModelFolderError: the folder's weights are not those of its config.json, or cannot be used.
     """
     check_settings(config)
@@ -94,6 +102,7 @@ def resolve_plan(
         stage = math.lcm(parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor)
         world_size = colocated_gpus(config.rollout) or parallel.pipeline * stage
     check_layout(config, architecture, world_size)
+    _check_continuation(config, architecture)
     layout = _layout(config, architecture, world_size)
     stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
     sizes = _rank_bytes(config, architecture, layout, stages)
@@ -115,6 +124,14 @@ def resolve_plan(
         features=run_features(config),
         score_token=_score_token(config, architecture),
     )
+
+
+def _check_continuation(config: RunConfig, architecture: Architecture) -> None:
+    ids = planned_ids(config)
+    if ids is None or not forced_text(config):
+        return
+    if problems := continuation_problems(config, architecture, ids, named_token_ids(config)):
+        raise ConfigError(problems)
 
 
 def resolve_memory(config: RunConfig, world_size: int, gpu_memory_gib: float) -> MemorySum:
@@ -190,7 +207,7 @@ def _batch(config: RunConfig, layout: Layout) -> BatchPlan:
     sequences = rollout.prompts_per_step * rollout.samples_per_prompt
     per_step = sequences // policy.minibatches
     per_rank = -(-per_step // layout.data)
-    longest = padded_tokens(longest_sequence(config), config.parallel)
+    longest = padded_tokens(longest_trained(config), config.parallel)
     fit = max(1, micro_batch_tokens(config) // longest)
     return BatchPlan(
         prompts=rollout.prompts_per_step,

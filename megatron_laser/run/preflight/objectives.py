@@ -1,11 +1,14 @@
-"""What a run optimizes, looked at before anything is built: functions of the user's, and the tokens of readouts."""
+"""What a run optimizes, looked at before anything is built: functions of the user's, tokens and texts of readouts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from megatron_laser.config import ConfigError, RunConfig, resolve_score_token
-from megatron_laser.config.readouts import readouts
+from megatron_laser.config.derived import longest_sequence
+from megatron_laser.config.model_folder.continuation import continuation_problems, named_token_ids
+from megatron_laser.config.readouts import forced_text, readouts
+from megatron_laser.data.tokenizer import load_tokenizer, text_ids
 from megatron_laser.errors import Finding
 from megatron_laser.run.preflight.model import ModelInputs
 from megatron_laser.user_functions import UserFunctionError, bind, load_function
@@ -70,4 +73,51 @@ def readout_findings(config: RunConfig, model: ModelInputs) -> list[Finding]:
                 found.append(Finding("readouts", "error", text))
             elif known.note:
                 found.append(Finding("readouts", "warning", f"{where}: {known.note}"))
+    return found
+
+
+def forced_findings(config: RunConfig, model: ModelInputs) -> list[Finding]:
+    """What the text that readouts force behind responses is as tokens, and why it cannot be; nothing without one.
+
+    Raises:
+        ConfigError: the tokenizer cannot be loaded.
+    """
+    text = forced_text(config)
+    if not text or model.architecture is None or model.special is None:
+        return []
+    tokenizer = load_tokenizer(config.model.path, [text])
+    ids = text_ids(tokenizer, text)
+    problems = continuation_problems(config, model.architecture, ids, named_token_ids(config))
+    if problems:
+        return [Finding("readouts", "error", problem) for problem in problems]
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    words = f"position forced: {text!r} is {len(ids)} token{'s' if len(ids) > 1 else ''}, {pieces}"
+    longest, limit = longest_sequence(config) + len(ids), model.architecture.max_position_embeddings
+    found = [
+        Finding(
+            "readouts",
+            "ok",
+            f"{words}; behind a response that was cut off it ends at {longest:,} tokens at most, and the model has "
+            f"{limit:,} positions",
+        )
+    ]
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and unknown in ids:
+        found.append(
+            Finding(
+                "readouts",
+                "warning",
+                f"position forced: a part of {text!r} is unknown to the tokenizer",
+                cure="take a text that it has tokens for",
+            )
+        )
+    elif ids[-1] not in model.special.stop_token_ids:
+        found.append(
+            Finding(
+                "readouts",
+                "note",
+                f"position forced: {text!r} does not end with a token that ends a response "
+                f"({list(model.special.stop_token_ids)}), as finished responses do",
+            )
+        )
     return found
