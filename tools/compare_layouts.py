@@ -10,9 +10,10 @@
 Every layout starts from the same tiny random model and trains on the same rollouts: off-policy old log-probs,
 right and wrong scored responses, truncated and one-token ones, some with tokens that an environment wrote, groups of
 different sizes, a number of samples that no rank count divides. All loss terms are on: clipping, KL to a reference
-model, entropy, readouts of one token, of a pair, of prefixes and behind a forced text, advantages that they change. Loss terms and gradient
-norms of each step and a parameter checksum after the last must agree with one process at one token budget, which packs
-every sample's prompt (`batching.share_prompts: false`; where a layout allows it, the others pack a group's once):
+model, entropy, readouts of one token, of a pair, of prefixes and behind a forced text, advantages that they change.
+Loss terms and gradient norms of each step and a parameter checksum after the last must agree with one process at one
+token budget, which packs every sample's prompt (`batching.share_prompts: false`; where a layout allows it, the others
+pack a group's once):
 |a - b| <= 1e-5 |b| + 2e-7 in fp32, where terms of size 1 cancel. The exit status is 1 otherwise.
 """
 
@@ -42,7 +43,7 @@ COMPARED = (
 CONFIG = """
 model: {{path: {model}, dtype: float32, vocab_multiple: 1}}
 data: {{train: {model}/unused.jsonl, max_prompt_tokens: 32}}
-rollout: {{prompts_per_step: 8, samples_per_prompt: 4, max_new_tokens: 48, temperature: 0.8}}
+rollout: {{prompts_per_step: 8, samples_per_prompt: 4, max_new_tokens: 45, temperature: 0.8}}
 laser: {{score_token: 89, ref_logprob: -6.0, beta: 0.4, alpha: 0.5, tau: 0.3, std_threshold: 0.001,
         reasoning_warmup_steps: 0, self_reward_warmup_steps: 0, readouts: [{{}},
         {{name: pair, tokens: [88, 87], position: before_eos, score: pair_sigmoid, loss: bce,
@@ -77,7 +78,7 @@ def settings(model: Path, *, experts: bool = False, loss: str = "ppo") -> str:
 
 
 def make_model(folder: Path, tied: bool, experts: bool = False, layers: int = 4) -> None:
-    """A tiny random Qwen2, or Qwen3-MoE, whose sizes 2 x 2 layouts divide; its tokens are w0, w1, .., split at spaces."""
+    """A tiny random Qwen2, or Qwen3-MoE, whose sizes 2 x 2 layouts divide, and a tokenizer of the words w0, w1, .."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Qwen2Config, Qwen3MoeConfig
 

@@ -376,7 +376,7 @@ def test_plan_and_trainer_count_the_same_tokens_and_without_a_tokenizer_the_plan
     plan, plain = resolve_plan(config, 1), resolve_plan(config_of(tmp_path, model_folder, [{}]), 1)
     assert plan.batch.tokens_per_rank == plain.batch.tokens_per_rank + 16 * 3
     assert [f.detail for f in plan.features if f.name == "forced text"] == [
-        "'w9 w7 <eos>', at most 3 tokens behind responses that were cut off, read by forced, pair"
+        "'w9 w7 <eos>', 3 tokens behind responses that were cut off, read by forced, pair"
     ]
     assert "forced text" not in {f.name for f in plain.features}
     bare = tmp_path / "bare"

@@ -16,7 +16,7 @@ from megatron_laser.config.derived import (
     reference_model_reasons,
     self_reward_first_step,
 )
-from megatron_laser.config.model_folder.continuation import longest_trained
+from megatron_laser.config.model_folder.continuation import longest_trained, planned_ids
 from megatron_laser.config.readouts import forced_text, readouts
 from megatron_laser.config.schema.rollout import RolloutConfig
 from megatron_laser.config.schema.root import RunConfig
@@ -204,5 +204,8 @@ def _forced_features(config: RunConfig) -> Iterator[Feature]:
     if text:
         names = ", ".join(readout.name for readout in readouts(config) if readout.forced)
         tokens = longest_trained(config) - longest_sequence(config)
-        detail = f"{text!r}, at most {tokens:,} tokens behind responses that were cut off, read by {names}"
+        words = (
+            f"{'at most ' if planned_ids(config) is None else ''}{tokens:,} token{'s' if tokens > 1 else ''}"
+        )
+        detail = f"{text!r}, {words} behind responses that were cut off, read by {names}"
         yield Feature("forced text", True, detail)
