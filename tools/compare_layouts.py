@@ -51,7 +51,7 @@ laser: {{score_token: 89, ref_logprob: -6.0, beta: 0.4, alpha: 0.5, tau: 0.3, st
         {{name: prefix, tokens: [88, 87, 86], position: {{every: 7}}, score: normalised, loss: brier,
           target: prefix_value, weight: 0.2}},
         {{name: margin, tokens: 86, loss: margin, weight: 0.2}},
-        {{name: forced, tokens: 85, position: {{forced: w5 w6 w1}}, loss: brier, weight: 0.2}}]}}
+        {{name: forced, tokens: 85, position: {{forced: w5 w6 w1}}, target: {{group_shrunk: 0.7}}, weight: 0.2}}]}}
 policy: {{old_logprobs: {old}, loss: {loss}, kl_coefficient: 0.05, entropy_coefficient: 0.01{more}}}
 optimizer: {{lr: 1.0e-3}}
 {moe}
