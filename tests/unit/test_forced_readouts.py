@@ -202,9 +202,9 @@ def plain_step(flat, advantages, *, reference):
     total.backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     scores = {i: 0.4 * (row[SCORE_TOKEN].item() - float(constant(row))) for i, row in behind.items()}
-    return {k: float(v) for k, v in losses.items()} | {
-        "total_loss": float(total),
-        "grad_norm": float(norm),
+    return {k: v.item() for k, v in losses.items()} | {
+        "total_loss": total.item(),
+        "grad_norm": norm.item(),
     }, scores
 
 
