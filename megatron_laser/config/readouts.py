@@ -11,6 +11,26 @@ from megatron_laser.config.schema.root import RunConfig
 
 PositionKind = Literal["eos", "before_eos", "every", "delimiter"]
 
+# What an entry leaves out, and the setting of `laser` that it is taken from.
+_INHERITED = {
+    "tokens": "score_token",
+    "weight": "alpha",
+    "warmup_steps": "reasoning_warmup_steps",
+    "advantages_warmup_steps": "self_reward_warmup_steps",
+} | {
+    name: name
+    for name in (
+        "beta",
+        "class_weights",
+        "loss",
+        "ref_logprob",
+        "std_threshold",
+        "targets",
+        "tau",
+        "unscored",
+    )
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Readout:
@@ -81,6 +101,18 @@ def score_token_setting(config: RunConfig) -> int | str | None:
     return config.laser.score_token
 
 
+def readout_setting(config: RunConfig, index: int, name: str) -> str:
+    """Where the user wrote what the readout `index` has for `name`, a field of `ReadoutConfig`: messages name it.
+
+    `laser.readouts[1].beta`, or `laser.beta` where that entry leaves it out; where neither has it, `laser`'s.
+    """
+    entries = config.laser.readouts
+    inherited = _INHERITED.get(name)
+    if entries and (inherited is None or getattr(entries[index], name) is not None):
+        return f"laser.readouts[{index}].{name}"
+    return f"laser.{inherited or name}"
+
+
 def _whole(config: RunConfig, entry: ReadoutConfig, index: int) -> Readout:
     laser = config.laser
     position, place = _choice(entry.position, "eos")
@@ -145,9 +177,7 @@ def readout_problems(config: RunConfig) -> list[str]:
                 "laser.score_token: required while laser.enabled is true; name an unused special token of the "
                 "tokenizer, such as '<|vision_start|>' for Qwen2.5"
             )
-        where = ["laser"]
     else:
-        where = [f"laser.readouts[{index}]" for index in range(len(found))]
         names = [readout.name for readout in found]
         if len(set(names)) < len(names):
             problems.append(f"laser.readouts: names are {', '.join(names)}; each may be there once")
@@ -156,8 +186,8 @@ def readout_problems(config: RunConfig) -> list[str]:
                 f"laser.readouts[0].position: {found[0].position}; the first readout is the response's score: eos or "
                 "before_eos"
             )
-    for place, readout in zip(where, found, strict=True):
-        problems += _problems_of(place, readout, config)
+    for index in range(len(found)):
+        problems += _problems_of(index, found[index], config)
     if laser.score_source == "server" and (
         len(found) > 1 or found[0].joins_tokens or found[0].position != "eos"
     ):
@@ -165,52 +195,47 @@ def readout_problems(config: RunConfig) -> list[str]:
             "laser.score_source: server with laser.readouts of more than one token behind the end; servers return "
             "that one alone: use trainer"
         )
-    return problems
+    # What `laser` has for several readouts is said once.
+    return list(dict.fromkeys(problems))
 
 
-def _problems_of(place: str, readout: Readout, config: RunConfig) -> list[str]:
-    short = place == "laser"
-    count, problems = len(readout.tokens), []
-    needed = {"scaled_logratio": (1, 2), "pair_sigmoid": (2, 2), "normalised": (2, 64)}[readout.score]
-    if not short and not needed[0] <= count <= needed[1]:
-        expected = f"{needed[0]}" if needed[0] == needed[1] else f"{needed[0]} to {needed[1]}"
-        problems.append(
-            f"{place}.tokens: {count} with score {readout.score}, which reads {expected}; name unused special "
-            "tokens here, or one as laser.score_token"
-        )
-    if count == 2 and readout.score == "scaled_logratio" and readout.loss != "bce":
-        problems.append(
-            f"{place}.tokens: two with score scaled_logratio and loss {readout.loss}, which use the first alone; name "
-            "one, or take loss bce (Eq. 16) or score pair_sigmoid"
-        )
+def _problems_of(index: int, readout: Readout, config: RunConfig) -> list[str]:
+    def of(name: str) -> str:
+        return readout_setting(config, index, name)
+
+    listed = config.laser.readouts is not None
+    here = f"laser.readouts[{index}]" if listed else "laser"
+    problems = _token_problems(index, readout, config) if listed else []
     if readout.score == "scaled_logratio" and readout.ref_logprob is None and readout.reference == "constant":
+        also = "; laser.ref_logprob is for all entries that have none" if listed else ""
         problems.append(
-            f"{place}.ref_logprob: required while laser.enabled is true and laser.reference is constant; it is "
-            "the mean log-prob of the score token after the initial model's responses (Qwen2.5: -23.0)"
+            f"{here}.ref_logprob: required while laser.enabled is true and laser.reference is constant; it is "
+            f"the mean log-prob of the score token after the initial model's responses (Qwen2.5: -23.0){also}"
         )
     right, wrong = readout.targets
+    targets, loss = of("targets"), of("loss")
     if right <= wrong:
         problems.append(
-            f"{place}.targets: [right, wrong] = [{right:g}, {wrong:g}]; right must be greater than wrong"
+            f"{targets}: [right, wrong] = [{right:g}, {wrong:g}]; right must be greater than wrong"
         )
     elif readout.score != "scaled_logratio" and not (wrong >= 0.0 and right <= 1.0):
         problems.append(
-            f"{place}.targets: [{right:g}, {wrong:g}] with score {readout.score}, a share of probability, which is "
-            f"never outside 0 to 1; give {place}.targets within it, such as [1, 0]"
+            f"{targets}: [{right:g}, {wrong:g}] with score {readout.score}, a share of probability, which is "
+            f"never outside 0 to 1; give {here}.targets within it, such as [1, 0]"
         )
     elif readout.loss in ("bce", "brier") and readout.targets != (1.0, 0.0):
         problems.append(
-            f"{place}.targets: [{right:g}, {wrong:g}] with {place}.loss {readout.loss}, whose labels are always "
-            f"[1.0, 0.0]; remove {place}.targets or set {place}.loss to mse"
+            f"{targets}: [{right:g}, {wrong:g}] with {loss} {readout.loss}, whose labels are always "
+            f"[1.0, 0.0]; remove {targets} or set {loss} to mse"
         )
     if readout.advantages != "none" and not readout.of_responses:
         problems.append(
-            f"{place}.advantages: {readout.advantages} with position {readout.position}; scores of prefixes change no "
+            f"{of('advantages')}: {readout.advantages} with position {readout.position}; scores of prefixes change no "
             "advantages: none"
         )
     low, high = readout.discrepancy_bounds
     if not 0.0 <= low <= 1.0 <= high:
-        problems.append(f"{place}.discrepancy_bounds: [{low:g}, {high:g}]; expected 0 <= low <= 1 <= high")
+        problems.append(f"{of('discrepancy_bounds')}: [{low:g}, {high:g}]; expected 0 <= low <= 1 <= high")
     # With reference: model the constant is only an estimate, but checked where it is given.
     if (
         readout.score == "scaled_logratio"
@@ -218,5 +243,32 @@ def _problems_of(place: str, readout: Readout, config: RunConfig) -> list[str]:
         and right > 0
         and not config.laser.allow_partition_excess
     ):
-        problems += partition_problems(place, readout.ref_logprob, readout.beta, right)
+        problems += partition_problems(
+            (of("ref_logprob"), readout.ref_logprob), (of("beta"), readout.beta), right
+        )
     return problems
+
+
+def _token_problems(index: int, readout: Readout, config: RunConfig) -> list[str]:
+    """Of a listed readout: as many tokens as score and loss use."""
+    count, setting = len(readout.tokens), readout_setting(config, index, "tokens")
+    here = f"laser.readouts[{index}]"
+    least, most = {"scaled_logratio": (1, 2), "pair_sigmoid": (2, 2), "normalised": (2, 64)}[readout.score]
+    if not least <= count <= most:
+        reads = f"{least}" if least == most else f"{least} to {most}"
+        if count and setting != f"{here}.tokens":
+            return [
+                f"{here}.score: {readout.score} reads {reads} tokens, and {setting} is one; name unused special "
+                f"tokens as {here}.tokens"
+            ]
+        return [
+            f"{here}.tokens: {count} with score {readout.score}, which reads {reads}; name unused special "
+            "tokens here, or one as laser.score_token"
+        ]
+    if count == 2 and readout.score == "scaled_logratio" and readout.loss != "bce":
+        loss = readout_setting(config, index, "loss")
+        return [
+            f"{here}.tokens: two with score scaled_logratio and {loss} {readout.loss}, which use the first alone; "
+            f"name one, or take {here}.loss bce (Eq. 16) or {here}.score pair_sigmoid"
+        ]
+    return []

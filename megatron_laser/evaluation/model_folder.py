@@ -17,7 +17,12 @@ from megatron_laser.config import (
     read_stop_token_ids,
     resolve_score_token,
 )
-from megatron_laser.config.readouts import readouts, score_token_setting
+from megatron_laser.config.model_folder.special_tokens import (
+    ReadoutToken,
+    ScoreToken,
+    resolve_readout_tokens,
+)
+from megatron_laser.config.readouts import readout_setting, readouts, score_token_setting
 from megatron_laser.data import NO_OPTIONS, chat_options
 from megatron_laser.data.end_of_response import check_end_of_response, end_sources
 from megatron_laser.data.tokenizer import decode_response, load_tokenizer
@@ -41,6 +46,7 @@ class ModelFolder:
         score_token_id: z_c, None without a score. ref_logprob: c_ref in nats. beta: beta_v.
         targets: what right and wrong responses were trained towards, the scale of the score.
         more_tokens, kind, before_end: of the run's first readout, see `ScoreRule`.
+        readout_tokens: the score token, and all that the run's other readouts read; none may be in a prompt.
         from_run: settings that its training run decides, by the names of `benchmarks.settings.Benchmark`.
     """
 
@@ -56,6 +62,7 @@ class ModelFolder:
     more_tokens: tuple[int, ...] = ()
     kind: ScoreKind = "scaled_logratio"
     before_end: bool = False
+    readout_tokens: tuple[ReadoutToken, ...] = ()
     from_run: dict[str, Any] = field(default_factory=dict)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -116,16 +123,19 @@ def load_model_folder(
     stops = setting or read_stop_token_ids(folder)
     if not stops:
         raise TestTimeError(f"{folder} names no eos_token_id; give --stop-token-id")
-    token_id = None
+    token, setting_of_token = None, "--score-token"
     if with_score:
         if run is not None and run.laser.enabled:
-            score_token = score_token_setting(run) if score_token is None else score_token
+            if score_token is None:
+                score_token = score_token_setting(run)
+                setting_of_token = readout_setting(run, 0, "tokens")
             first = readouts(run)[0]
             ref_logprob = first.ref_logprob if ref_logprob is None else ref_logprob
             targets = first.targets if targets is None else targets
             beta = first.beta if beta is None else beta
         beta = run.laser.beta if beta is None and run is not None else beta
-        token_id = None if score_token is None else _score_token_id(folder, score_token)
+        token = None if score_token is None else _score_token(folder, score_token, setting_of_token)
+    token_id = None if token is None else token.id
     for name, ids in (("stop token", stops), ("score token", () if token_id is None else (token_id,))):
         for value in ids:
             if not 0 <= value < architecture.vocab_size:
@@ -165,19 +175,39 @@ def load_model_folder(
         more_tokens=rule.token_ids[1:],
         kind=rule.kind,
         before_end=rule.before_end,
+        readout_tokens=() if token is None else _readout_tokens(folder, run, token, setting_of_token),
         from_run=_from_run(run),
     )
 
 
-def _score_token_id(folder: Path, setting: str | int) -> int:
-    if isinstance(setting, str) and setting.isdigit():
-        setting = int(setting)
-    token = resolve_score_token(folder, setting)
+def _score_token(folder: Path, given: str | int, setting: str) -> ScoreToken:
+    """Of a known id. `setting`: that names it."""
+    if isinstance(given, str) and given.isdigit():
+        given = int(given)
+    token = resolve_score_token(folder, given, setting=setting)
     if token.id is None:
-        raise ConfigError([f"score token {setting!r}: {token.note}; give its id"], str(folder))
+        raise ConfigError([f"{setting}: {given!r}: {token.note}; give its id"], str(folder))
     if token.note:
-        logger.warning("score token %r: %s", setting, token.note)
-    return token.id
+        logger.warning("score token %r: %s", given, token.note)
+    return token
+
+
+def _readout_tokens(
+    folder: Path, run: RunConfig | None, first: ScoreToken, setting: str
+) -> tuple[ReadoutToken, ...]:
+    """The score token, which `setting` named, and what else the run's readouts read."""
+    if run is None or not run.laser.enabled:
+        return (ReadoutToken("readout_1", setting, first),)
+    # One that the folder does not know is in no prompt.
+    all_of_them, _ = resolve_readout_tokens(run, None, (), folder=folder, complete=False)
+    name = readouts(run)[0].name
+    others = tuple(one for one in all_of_them if one.token.id != first.id)
+    if setting == "--score-token":
+        replaced = score_token_setting(run)
+        others = tuple(
+            one for one in others if one.readout != name or replaced not in (one.token.id, one.token.text)
+        )
+    return (ReadoutToken(name, setting, first), *others)
 
 
 def _from_run(run: RunConfig | None) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from typing import assert_never
 from megatron_laser.config.checks.rollout import off_policy_reason
 from megatron_laser.config.derived import (
     function_deadline,
-    mixing_first_step,
     old_policy_pass_kind,
     optimizer_steps,
     reference_model_reasons,
-    self_reward_first_step,
 )
+from megatron_laser.config.plan.readout_features import readout_features
+from megatron_laser.config.readouts import readouts
 from megatron_laser.config.schema.rollout import RolloutConfig
 from megatron_laser.config.schema.root import RunConfig
 
@@ -36,7 +36,7 @@ def run_features(config: RunConfig) -> tuple[Feature, ...]:
         "full": "policy.old_logprobs is recompute: one no-grad pass before the update",
         "score_rows": f"policy.old_logprobs is {policy.old_logprobs}, but "
         + (
-            "laser.score_source trainer needs a no-grad pass whose head runs on the EOS rows only"
+            f"laser.score_source trainer needs a no-grad pass whose head runs on {_score_rows(config)} only"
             if laser.enabled and laser.score_source == "trainer"
             else "moe.aux_loss_coefficient needs a no-grad pass that counts the experts' tokens"
         ),
@@ -47,8 +47,7 @@ def run_features(config: RunConfig) -> tuple[Feature, ...]:
     cap = policy.importance_cap
     return (
         *(Feature(*line) for line in rollout_features(config)),
-        _scheduled("self-reward loss", self_reward_first_step(config), config, f"alpha {laser.alpha:g}"),
-        _scheduled("self-reward advantages", mixing_first_step(config), config, f"tau {laser.tau:g}"),
+        *(Feature(*line) for line in readout_features(config)),
         Feature(
             "KL loss", policy.kl_coefficient > 0, _coefficient(policy.kl_coefficient, policy.kl_estimator)
         ),
@@ -181,14 +180,9 @@ def _router_features(config: RunConfig) -> Iterator[Feature]:
         yield Feature("routing replay", True, detail)
 
 
-def _scheduled(name: str, first_step: int | None, config: RunConfig, weight: str) -> Feature:
-    if first_step is None:
-        return Feature(name, False, "laser.enabled is false" if not config.laser.enabled else weight)
-    if first_step > config.run.steps:
-        return Feature(
-            name, False, f"would start at step {first_step}, but run.steps is {config.run.steps}; {weight}"
-        )
-    return Feature(name, True, f"from step {first_step} of {config.run.steps}, {weight}")
+def _score_rows(config: RunConfig) -> str:
+    at_end = all(readout.position == "eos" for readout in readouts(config))
+    return "the EOS rows" if at_end else "the rows that readouts read"
 
 
 def _coefficient(value: float, kind: str = "") -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.data import ChatOptions, build_prompts, read_ids, refuse_score_token
+from megatron_laser.data import ChatOptions, build_prompts, read_ids, refuse_score_tokens
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.benchmarks.folder import (
     RECORDS,
@@ -222,8 +222,7 @@ def _prompts(model: ModelFolder, benchmark: Benchmark) -> list[Prompt]:
     )
     if dropped.rows:
         logger.warning("%s: left out of every number: %s", benchmark.name, dropped)
-    if model.score_token_id is not None:
-        refuse_score_token(rows, prompts, model.tokenizer, model.score_token_id)
+    refuse_score_tokens(rows, prompts, model.tokenizer, model.readout_tokens)
     prompts = prompts[: benchmark.max_problems]
     longest = max(len(prompt.token_ids) for prompt in prompts)
     # one position more: the score token's
