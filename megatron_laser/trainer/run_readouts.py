@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -197,13 +196,8 @@ def _place(config: RunConfig, spec: Readout) -> Place:
     if spec.position == "every":
         return places.every(spec.every)
     tokenizer = load_tokenizer(config.model.path)
-    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    known = len(tokenizer)  # the model may have more rows than its tokenizer has tokens
-    delimiter = Delimiter(
-        spec.delimiter,
-        lambda token: decode([token]) if token < known else "",
-        read_architecture(config.model.path).vocab_size,
-    )
+    vocab_size = read_architecture(config.model.path).vocab_size
+    delimiter = Delimiter.of_tokenizer(spec.delimiter, tokenizer, vocab_size)
 
     def behind(flat: FlatBatch, sample: int) -> npt.NDArray[np.int64]:
         found = delimiter.ends(flat.response_ids(sample))
