@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from megatron_laser.data import NO_OPTIONS, chat_options
 from megatron_laser.data.end_of_response import check_end_of_response, end_sources
 from megatron_laser.data.tokenizer import decode_response, load_tokenizer
 from megatron_laser.errors import TestTimeError
+from megatron_laser.evaluation.prefix_rule import AskedPrefixes, PrefixRule, prefix_rule
 from megatron_laser.evaluation.score_rule import ScoreRule
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class ModelFolder:
         score_token_id: z_c, None without a score. ref_logprob: c_ref in nats. beta: beta_v.
         targets: what right and wrong responses were trained towards, the scale of the score.
         more_tokens, kind, before_end: of the run's first readout, see `ScoreRule`.
+        prefix: how prefixes of responses are scored; None: they are not.
         from_run: settings that its training run decides, by the names of `benchmarks.settings.Benchmark`.
     """
 
@@ -56,6 +58,7 @@ class ModelFolder:
     more_tokens: tuple[int, ...] = ()
     kind: ScoreKind = "scaled_logratio"
     before_end: bool = False
+    prefix: PrefixRule | None = None
     from_run: dict[str, Any] = field(default_factory=dict)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -88,6 +91,7 @@ def load_model_folder(
     targets: tuple[float, float] | None = None,
     stop_token_ids: Sequence[int] = (),
     with_score: bool = True,
+    prefixes: AskedPrefixes | None = None,
 ) -> ModelFolder:
     """Read what is needed of a Hugging Face folder, or of a training run's output folder (its hf/ and config.yaml).
 
@@ -95,6 +99,7 @@ def load_model_folder(
         score_token, ref_logprob, beta, targets: in place of the run's `laser` section.
         stop_token_ids: in place of the EOS ids of generation_config.json.
         with_score: False: no score, whatever the run says.
+        prefixes: which prefixes of responses are scored as well; None: none.
 
     Raises:
         ConfigError: no model folder, or the score token is not in the tokenizer.
@@ -117,6 +122,7 @@ def load_model_folder(
     if not stops:
         raise TestTimeError(f"{folder} names no eos_token_id; give --stop-token-id")
     token_id = None
+    given = (score_token, ref_logprob, beta)
     if with_score:
         if run is not None and run.laser.enabled:
             score_token = score_token_setting(run) if score_token is None else score_token
@@ -152,7 +158,7 @@ def load_model_folder(
     )
     if (finding := check_end_of_response(ends, tokenizer)).level == "warning":
         logger.warning("%s", finding.line)
-    return ModelFolder(
+    found = ModelFolder(
         path=folder.absolute(),
         tokenizer=tokenizer,
         vocab_size=architecture.vocab_size,
@@ -167,6 +173,18 @@ def load_model_folder(
         before_end=rule.before_end,
         from_run=_from_run(run),
     )
+    if prefixes is None:
+        return found
+    of_prefixes = prefix_rule(
+        prefixes,
+        run=run,
+        folder=folder,
+        tokenizer=tokenizer,
+        vocab_size=architecture.vocab_size,
+        end=found.rule,
+        given=(None if given[0] is None else token_id, *given[1:]),
+    )
+    return replace(found, prefix=of_prefixes)
 
 
 def _score_token_id(folder: Path, setting: str | int) -> int:

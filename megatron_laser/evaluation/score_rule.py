@@ -54,7 +54,7 @@ class ScoreRule:
         first = found[0]
         # A second token with a scaled log-ratio is for its loss alone.
         others = () if first.score == "scaled_logratio" else first.tokens[1:]
-        ids = (score_token_id, *(_id(folder or config.model.path, token) for token in others))
+        ids = (score_token_id, *(token_id(folder or config.model.path, other) for other in others))
         before_end = first.position == "before_eos"
         return cls(ids, first.ref_logprob, first.beta, first.targets, first.score, before_end)
 
@@ -83,11 +83,7 @@ class ScoreRule:
             if left <= 0:
                 raise TimeoutError(f"scoring took more than {deadline:g} s")
             columns.append(engine.score(sequences, token_id, deadline=left))
-        if len(columns) == 1:
-            return columns[0]
-        read = torch.tensor(columns, dtype=torch.float64)
-        values: list[float] = (read[0] - read[1:].logsumexp(dim=0)).tolist()
-        return values
+        return joined(columns)
 
     def score(self, value: float | None) -> float | None:
         """The score of what `read` gave, on the scale of its targets (1 right, 0 wrong)."""
@@ -104,7 +100,18 @@ class ScoreRule:
         )
 
 
-def _id(folder: Path, token: int | str) -> int:
+def joined(columns: Sequence[list[float]]) -> list[float]:
+    """What a score is made of, from the log-probs of each token of it, [tokens][sequences]: the one log-prob, or of
+    several the log-odds of the first one among them."""
+    if len(columns) == 1:
+        return columns[0]
+    read = torch.tensor(columns, dtype=torch.float64)
+    values: list[float] = (read[0] - read[1:].logsumexp(dim=0)).tolist()
+    return values
+
+
+def token_id(folder: Path, token: int | str) -> int:
+    """The id of a readout's token in a folder's tokenizer. Raises ConfigError where it has none."""
     found = resolve_score_token(folder, token).id
     if found is None:
         raise ConfigError([f"laser.readouts: token {token!r} is none of {folder}; give its id"])
