@@ -87,8 +87,8 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is neither a number, text nor a list of these: {value!r:.80}")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 `text` so that `path` is the old file or the complete new one, never a part of it.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write `content`, text as UTF-8, so that `path` is the old file or the complete new one, never a part of it.
 
     A link is kept: the file that it points to is replaced.
     """
@@ -96,7 +96,7 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         replace_file(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -79,7 +79,9 @@ def run_step(run: Run, step: int) -> None:
         # On shared GPUs servers offload and the trainer onloads; `sync` gives them back. Elsewhere this does nothing.
         run.colocation.switch_to(MemoryPhase.TRAIN, run.ranks)
         with run.ranks.phase(f"train step {step}"):
+            run.drift.hold(batch, step)  # with laser.drift_every: of the first step's responses
             result = run.trainer.train_step(batch, step)
+            result.metrics.update(run.drift.measure(step, result))
         try:
             if run.config.rollout.ahead:
                 on_rank_zero(run, f"rollout ahead of step {step + 1}", step, Controller.finish_ahead)

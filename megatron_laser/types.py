@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "ended"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +133,7 @@ class Generation:
     where `sets` says which tokens it was sampled from: there it is that of the softmax over these. Both may be given as
     any sequence of numbers. `weight_version` is the oldest that sampled a part of it, and `spans` says which sampled
     what; empty: all is `weight_version`'s. With `finish_reason` "abort" it is unfinished: an engine can go on with it.
+    "ended": somebody ended it on purpose, for its prefix's score (evaluations alone); it stays as it is.
 
     `routed_experts` [tokens, layers, experts_per_token] uint8, int16 with more than 256 experts: where a model with
     experts sent the first tokens of prompt and response, of which there may be fewer than of both; None: not told.
@@ -140,6 +141,9 @@ class Generation:
     `sampled` [tokens] bool: which tokens the policy sampled; the others an environment wrote (`rollout.function`), and
     nothing is learned from them. Their log-probs mean nothing, and `spans` does not count them. None: all.
     `sets`: of each response id the tokens that it was sampled from; None: all from the whole vocabulary.
+    `cut_off`: whether it ends in the middle of what the policy was saying; None: as `finish_reason` says. They differ
+    for a sample of `rollout.function` that an environment, or the function itself, has ended: a "length" without a cut.
+    `prefix_reads`: what was read of the policy at each place at which it might have been ended; None: nobody looked.
     """
 
     response_ids: npt.NDArray[np.int32]
@@ -151,6 +155,8 @@ class Generation:
     routed_experts: npt.NDArray[np.uint8 | np.int16] | None = None
     sampled: npt.NDArray[np.bool_] | None = None
     sets: TokenSets | None = None
+    cut_off: bool | None = None
+    prefix_reads: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Raises OverflowError for an id that does not fit int32."""
@@ -164,6 +170,7 @@ class Generation:
         return (
             (self.finish_reason, self.weight_version, self.zc_logprob, self.spans)
             == (other.finish_reason, other.weight_version, other.zc_logprob, other.spans)
+            and self.truncated == other.truncated
             and np.array_equal(self.response_ids, other.response_ids)
             and np.array_equal(self.logprobs, other.logprobs)
             and np.array_equal(self.sampled_mask, other.sampled_mask)
@@ -173,6 +180,11 @@ class Generation:
     def sampled_mask(self) -> npt.NDArray[np.bool_]:
         """[tokens] bool, `sampled` with None written out."""
         return np.ones(len(self.response_ids), np.bool_) if self.sampled is None else self.sampled
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it was cut off, by a limit of the run's or of a function's."""
+        return self.finish_reason == "length" if self.cut_off is None else self.cut_off
 
     @property
     def policy_logprobs(self) -> npt.NDArray[np.float32]:

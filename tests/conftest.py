@@ -30,6 +30,18 @@ def pytest_xdist_make_scheduler(config, log):
     return scheduling(config, log)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def pictures(request):
+    """Figures are painted in modules that say so with `PAINTED = True`."""
+    if getattr(request.module, "PAINTED", False):
+        yield
+        return
+    from helpers.pictures import unpainted
+
+    with unpainted():
+        yield
+
+
 @pytest.fixture(scope="module")
 def single_process(tmp_path_factory):
     """Process groups of a run on one process, without torchrun; gives the Runtime."""

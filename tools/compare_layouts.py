@@ -5,14 +5,15 @@
     python tools/compare_layouts.py --processes 1 2     # without the 2 x 2 layouts
     python tools/compare_layouts.py --experts           # a model with experts, and
     python tools/compare_layouts.py --uneven            # interleaved pipelines of uneven chunks
-    python tools/compare_layouts.py --loss gspo --only "data 2" "context 2"   # a policy loss of whole responses
+    python tools/compare_layouts.py --loss gspo --only "tensor 2" "context 2"   # a policy loss of whole responses
 
 Every layout starts from the same tiny random model and trains on the same rollouts: off-policy old log-probs,
 right and wrong scored responses, truncated and one-token ones, some with tokens that an environment wrote, groups of
 different sizes, a number of samples that no rank count divides. All loss terms are on: clipping, KL to a reference
-model, entropy, readouts of one token, of a pair and of prefixes, advantages that they change. Loss terms and gradient
-norms of each step and a parameter checksum after the last must agree with one process at one token budget, which packs
-every sample's prompt (`batching.share_prompts: false`; where a layout allows it, the others pack a group's once):
+model, entropy, readouts of one token, of a pair, of prefixes and behind a forced text, advantages that they change.
+Loss terms and gradient norms of each step and a parameter checksum after the last must agree with one process at one
+token budget, which packs every sample's prompt (`batching.share_prompts: false`; where a layout allows it, the others
+pack a group's once):
 |a - b| <= 1e-5 |b| + 2e-7 in fp32, where terms of size 1 cancel. The exit status is 1 otherwise.
 """
 
@@ -37,19 +38,20 @@ ROUTERS = ("router_aux_loss", "router_z_loss", "expert_load_max", "expert_load_e
 COMPARED = (
     *("total_loss", "policy_loss", "self_reward_loss", "kl_loss", "entropy", "grad_norm", "clip_fraction"),
     *("approx_kl", "reference_kl", "logprob_diff_mean", "logprob_diff_max", "advantage_mixed_fraction"),
-    *("readout/pair/loss", "readout/prefix/loss", "readout/margin/loss"),
+    *("readout/pair/loss", "readout/prefix/loss", "readout/margin/loss", "readout/forced/loss"),
 )
 CONFIG = """
 model: {{path: {model}, dtype: float32, vocab_multiple: 1}}
 data: {{train: {model}/unused.jsonl, max_prompt_tokens: 32}}
-rollout: {{prompts_per_step: 8, samples_per_prompt: 4, max_new_tokens: 48, temperature: 0.8}}
+rollout: {{prompts_per_step: 8, samples_per_prompt: 4, max_new_tokens: 45, temperature: 0.8}}
 laser: {{score_token: 89, ref_logprob: -6.0, beta: 0.4, alpha: 0.5, tau: 0.3, std_threshold: 0.001,
         reasoning_warmup_steps: 0, self_reward_warmup_steps: 0, readouts: [{{}},
         {{name: pair, tokens: [88, 87], position: before_eos, score: pair_sigmoid, loss: bce,
           target: {{group_shrunk: 0.7}}, advantages: discrepancy}},
         {{name: prefix, tokens: [88, 87, 86], position: {{every: 7}}, score: normalised, loss: brier,
           target: prefix_value, weight: 0.2}},
-        {{name: margin, tokens: 86, loss: margin, weight: 0.2}}]}}
+        {{name: margin, tokens: 86, loss: margin, weight: 0.2}},
+        {{name: forced, tokens: 85, position: {{forced: w5 w6 w1}}, target: {{group_shrunk: 0.7}}, weight: 0.2}}]}}
 policy: {{old_logprobs: {old}, loss: {loss}, kl_coefficient: 0.05, entropy_coefficient: 0.01{more}}}
 optimizer: {{lr: 1.0e-3}}
 {moe}
@@ -76,7 +78,8 @@ def settings(model: Path, *, experts: bool = False, loss: str = "ppo") -> str:
 
 
 def make_model(folder: Path, tied: bool, experts: bool = False, layers: int = 4) -> None:
-    """A tiny random Qwen2, or Qwen3-MoE, whose sizes 2 x 2 layouts divide."""
+    """A tiny random Qwen2, or Qwen3-MoE, whose sizes 2 x 2 layouts divide, and a tokenizer of the words w0, w1, .."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Qwen2Config, Qwen3MoeConfig
 
     from megatron_laser.benchmarks.random_model import save_random_model
@@ -98,6 +101,9 @@ def make_model(folder: Path, tied: bool, experts: bool = False, layers: int = 4)
     )
     config = Qwen3MoeConfig(**sizes, **mixture) if experts else Qwen2Config(**sizes)
     save_random_model(folder, config, spread=0.1, vector_spread=0.2)
+    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(90)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
 
 
 def fixed_rollouts(step: int, experts: bool = False):
@@ -154,11 +160,13 @@ def run_worker(model: Path, output: Path, *, experts: bool, uneven: bool, only: 
     from megatron_laser.trainer.trainer import Trainer
 
     torch.set_num_threads(1)
-    layouts = layouts_of(experts=experts, uneven=uneven)[int(os.environ.get("WORLD_SIZE", "1"))]
+    known = layouts_of(experts=experts, uneven=uneven)
+    layouts = known[int(os.environ.get("WORLD_SIZE", "1"))]
+    reference = next(iter(known[1]))
     runtime = None
     store = None
     results = {}
-    for name in only or layouts:
+    for name in dict.fromkeys([reference, *only]) if only else layouts:
         if name not in layouts:
             continue
         config = load_config(model / "config.yaml", layouts[name])
@@ -190,23 +198,30 @@ def run_worker(model: Path, output: Path, *, experts: bool, uneven: bool, only: 
 def launch(
     model: Path, processes: int, output: Path, *, experts: bool, uneven: bool, only: list[str]
 ) -> dict:
-    """Start the worker, under torchrun when there is more than one process."""
+    """Run the worker on so many processes; returns what it wrote."""
+    arguments = ["--worker", str(model), "--output", str(output)]
+    arguments += ["--experts"] * experts + ["--uneven"] * uneven
+    arguments += ["--only", *only] if only else []
+    start(arguments, processes)
+    return json.loads(output.read_text())
+
+
+def start(arguments: list[str], processes: int) -> None:
+    """Run this file with `arguments`, under torchrun when there is more than one process."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    command += [__file__, "--worker", str(model), "--output", str(output)]
-    command += ["--experts"] * experts + ["--uneven"] * uneven
-    command += ["--only", *only] if only and processes > 1 else []
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
         "PYTHONPATH": str(ROOT),
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [*command, __file__, *arguments], env=environment, capture_output=True, text=True, timeout=900
+    )
     if done.returncode != 0:
         raise SystemExit(f"{processes} processes failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
-    return json.loads(output.read_text())
 
 
 def worst_ratio(result: dict, reference: dict) -> tuple[float, str]:
@@ -248,7 +263,7 @@ def main() -> None:
         help="policy.loss; other than ppo: two epochs, with importance weights of whole responses",
     )
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="LAYOUT", help="of several processes only these"
+        "--only", nargs="+", default=[], metavar="LAYOUT", help="only these, beside the reference"
     )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
@@ -262,13 +277,18 @@ def main() -> None:
             only=arguments.only,
         )
         return
+    known = layouts_of(experts=arguments.experts, uneven=arguments.uneven)
+    names = [name for layouts in known.values() for name in layouts]
+    if unknown := [name for name in arguments.only if name not in names]:
+        parser.error(f"--only: no layout is called {unknown[0]!r}; there are: {'; '.join(names)}")
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch)
         make_model(model, arguments.tied, arguments.experts, layers=6 if arguments.uneven else 4)
         (model / "config.yaml").write_text(settings(model, experts=arguments.experts, loss=arguments.loss))
         results: dict[str, dict] = {}
-        known = layouts_of(experts=arguments.experts, uneven=arguments.uneven)
         for processes in sorted({1, *arguments.processes} & set(known)):
+            if processes > 1 and arguments.only and not known[processes].keys() & set(arguments.only):
+                continue
             results |= launch(
                 model,
                 processes,

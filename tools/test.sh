@@ -18,10 +18,12 @@ case "${1:-}" in
   ;;
 esac
 selection=(-m "not long")
+numpy_1_selection=(-m "not long and not slow")
 fast=
 case "${1:-}" in
 --all)
   selection=()
+  numpy_1_selection=()
   shift
   ;;
 --fast)
@@ -38,12 +40,13 @@ fi
 
 logs=$(mktemp -d)
 sglang_set_up=
+numpy_1=
 end() {
-  local status=$?
+  local status=$? group
   trap - EXIT
-  if [ -n "$sglang_set_up" ]; then
-    kill -- "-$sglang_set_up" 2>/dev/null || true
-  fi
+  for group in $sglang_set_up $numpy_1; do
+    kill -- "-$group" 2>/dev/null || true
+  done
   rm -rf "$logs"
   exit "$status"
 }
@@ -90,12 +93,23 @@ stop_if_failed() {
 }
 check ruff check .
 check ruff format --check .
-check mypy
 stop_if_failed
-if [ -z "$fast" ]; then
-  check bash tools/test_numpy_1.sh -n "$workers"
-  stop_if_failed
+if [ -z "$fast" ]; then # beside mypy, which has one process
+  set -m
+  bash tools/test_numpy_1.sh ${numpy_1_selection[@]+"${numpy_1_selection[@]}"} >"$logs/numpy_1" 2>&1 </dev/null &
+  numpy_1=$!
+  set +m
 fi
+check mypy
+if [ -n "$numpy_1" ]; then
+  started=$SECONDS
+  printf '\n== tools/test_numpy_1.sh\n'
+  wait "$numpy_1" || failed+=("tools/test_numpy_1.sh")
+  numpy_1=
+  cat "$logs/numpy_1"
+  printf '   waited for %d s\n' $((SECONDS - started))
+fi
+stop_if_failed
 
 printf '\n== SGLang for the tests that need a real server\n'
 if [ -n "$no_sglang" ]; then

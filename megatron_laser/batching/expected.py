@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 from megatron_laser.batching.schedule import Schedule, build_schedule
-from megatron_laser.config.derived import micro_batch_tokens, padded_tokens, pipeline_bubble
+from megatron_laser.config.derived import longest_sequence, micro_batch_tokens, padded_tokens, pipeline_bubble
+from megatron_laser.config.model_folder.continuation import longest_trained
 from megatron_laser.config.model_folder.flops import forward_flops
 from megatron_laser.config.plan.resolve import Plan
 from megatron_laser.config.stages import head_layers
@@ -52,7 +53,14 @@ def _schedule(plan: Plan, balance: str) -> tuple[Schedule, list[float]]:
     config, rollout = plan.config, plan.config.rollout
     numbers = random.Random(0)
     responses = [numbers.randint(1, rollout.max_new_tokens) for _ in range(plan.batch.sequences)]
-    lengths = [max(1, config.data.max_prompt_tokens // 2) + response for response in responses]
+    # Behind the longest alone, which are cut off, stands the text that readouts force.
+    forced = longest_trained(config) - longest_sequence(config)
+    lengths = [
+        max(1, config.data.max_prompt_tokens // 2)
+        + response
+        + (forced if response == rollout.max_new_tokens else 0)
+        for response in responses
+    ]
     costs = [
         float(forward_flops(plan.architecture, length, response))
         for length, response in zip(lengths, responses, strict=True)

@@ -29,6 +29,7 @@ class FlatBatch:
     sampled: [sum of response lengths] bool, which response tokens the policy sampled; [0] where it sampled all.
     set_counts: [sum of response lengths] int32, of how many tokens each was sampled from; 0: of the whole vocabulary.
     [0] where no sample has a set. set_ids: [sum of set_counts] int32, these tokens.
+    truncated: [S] bool, which responses were cut off; [0] where that is not known.
     """
 
     step: int
@@ -46,6 +47,7 @@ class FlatBatch:
     sampled: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     set_counts: npt.NDArray[np.int32] = field(default_factory=lambda: _NONE)
     set_ids: npt.NDArray[np.int32] = field(default_factory=lambda: _NONE)
+    truncated: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
 
     #: The arrays of `to_arrays` and their dtypes: plain numbers that any process group can send.
     ARRAYS: ClassVar[dict[str, type[np.generic]]] = {
@@ -63,6 +65,7 @@ class FlatBatch:
         "sampled": np.uint8,
         "set_counts": np.int32,
         "set_ids": np.int32,
+        "truncated": np.uint8,
     }
 
     def __post_init__(self) -> None:
@@ -78,6 +81,7 @@ class FlatBatch:
             ),
             "set_counts": responses if len(self.set_counts) else 0,
             "set_ids": int(self.set_counts.sum(dtype=np.int64)),
+            "truncated": samples if len(self.truncated) else 0,
         }
         for name, size in sizes.items():
             if getattr(self, name).shape != (size,):
@@ -142,6 +146,12 @@ class FlatBatch:
         """[S + 1] where each sample starts in `routed_experts`."""
         return np.concatenate(([0], np.cumsum(self.routed_tokens, dtype=np.int64)))
 
+    def cut_off(self, max_new_tokens: int) -> npt.NDArray[np.bool_]:
+        """[S] which responses were cut off; where that is not known, those of `max_new_tokens` without a score."""
+        if len(self.truncated):
+            return self.truncated
+        return ~self.scored & (self.response_lengths >= max_new_tokens)
+
     def prompt_ids(self, index: int) -> npt.NDArray[np.int32]:
         """The prompt of a sample: a view of `tokens`."""
         start = self.token_offsets[index]
@@ -181,9 +191,10 @@ class FlatBatch:
         """The inverse of `to_arrays`. Raises ValueError for missing, unknown or unfit arrays.
 
         Batches that were kept before models had experts lack the arrays of these, and have none; those of before there
-        were environments lack `sampled`: the policy sampled all. Those without sets lack their two arrays.
+        were environments lack `sampled`: the policy sampled all. Those without sets lack their two arrays, and older
+        ones `truncated`.
         """
-        arrays = {"sampled": np.zeros(0, np.uint8), **arrays}
+        arrays = {"sampled": np.zeros(0, np.uint8), "truncated": np.zeros(0, np.uint8), **arrays}
         if not arrays.keys() & {"set_counts", "set_ids"}:
             arrays = {**arrays, "set_counts": _NONE, "set_ids": _NONE}
         if not arrays.keys() & {"routed_tokens", "routed_experts"}:
@@ -198,6 +209,7 @@ class FlatBatch:
         step, weight_version = (int(value) for value in fields.pop("header"))
         fields["scored"] = fields["scored"].astype(np.bool_)
         fields["sampled"] = fields["sampled"].astype(np.bool_)
+        fields["truncated"] = fields["truncated"].astype(np.bool_)
         return cls(step=step, weight_version=weight_version, **fields)
 
 
@@ -250,6 +262,7 @@ def flatten(batch: RolloutBatch) -> FlatBatch:
         else np.zeros(0, np.bool_),
         set_counts=sets.counts,
         set_ids=sets.ids,
+        truncated=np.array([s.generation.truncated for s in samples], dtype=np.bool_),
     )
 
 

@@ -28,8 +28,8 @@ _PADDING_TOKEN = 0  # any id: padding is a sequence of its own, or behind one, a
 class Marks(NamedTuple):
     """Rows of a sample beside those that predict its tokens; each [rows] int64.
 
-    offset: behind how many tokens of the response, 0 to all; not decreasing for one readout. label: what is read there.
-    slot: the row's number among all that are read of the batch.
+    offset: behind how many tokens of the response, 0 to all, and of what is appended; not decreasing for one readout.
+    label: what is read there. slot: the row's number among all that are read of the batch.
     """
 
     offset: npt.NDArray[np.int64]
@@ -43,6 +43,7 @@ class PackInput:
 
     group: samples of equal number have one and the same prompt; None: nothing is known. marks: what is read of it in
     place of one score token at the end. sampled: [response tokens] bool, which of them the policy sampled; None: all.
+    appended: ids behind the response that are there for marks alone: no row predicts one of them.
     """
 
     sample_index: int
@@ -52,6 +53,7 @@ class PackInput:
     group: int | None = None
     marks: Marks | None = None
     sampled: npt.NDArray[np.bool_] | None = None
+    appended: npt.NDArray[np.integer] | Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class PackedMicroBatch:
     labels: [R] int64. is_score: [R] bool, True where the label is a score token. slot: [R] int64, which of all that are
     read (`Marks.slot`; the sample's index for a score token at the end), -1 on the other rows.
     sample_index: [R] int64. response_position: [R] int64, t (from 0) of the row labelled with
-    response_ids[t], and on score rows how many tokens of the response are before the place.
+    response_ids[t], and on score rows how many tokens of the response, and of what is appended, are before the place.
     inv_temperature: [R] float32, the policy's on policy rows and 1 on score rows.
     parents: [n] int64, of each sequence an earlier one that its tokens attend to as well, whole and before themselves,
     together with that one's own parents. -1: none. Positions go on from it, and `max_seqlen` counts it. None where
@@ -100,7 +102,7 @@ def pack(
 
     A response of T tokens gives T policy rows, and a score row when it is scored and `score_token_id` is
     given. The last row of any other response, earlier prompt rows and padding have no label, nor has a row that
-    predicts a token which the policy did not sample (`PackInput.sampled`).
+    predicts a token which the policy did not sample (`PackInput.sampled`) or that is appended.
 
     Args:
         sequences: the micro-batch's samples in order; may be empty.
@@ -283,7 +285,8 @@ def _sequences(samples: Sequence[PackInput], share_prompts: bool) -> _Sequences:
         for index in run:
             own = samples[index].prompt_ids[start:]
             result.own_prompt.append(len(own))
-            result.place.append(result.add(parent, own, samples[index].response_ids))
+            behind = (samples[index].appended,) if len(samples[index].appended) else ()
+            result.place.append(result.add(parent, own, samples[index].response_ids, *behind))
     return result
 
 

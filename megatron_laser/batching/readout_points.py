@@ -24,12 +24,16 @@ class ReadoutPoints:
     """Points of R readouts, one readout after the other, each by sample and place.
 
     sample, offset: [points] int64. starts: [R + 1] where each readout's points begin. token_ids: the R readouts'.
+    continuation: [tokens] int64, what stands behind each of the responses `continued`, [samples] bool, for reading
+    only; offsets go on over it.
     """
 
     sample: Ints
     offset: Ints
     starts: Ints
     token_ids: tuple[tuple[int, ...], ...]
+    continuation: Ints
+    continued: npt.NDArray[np.bool_]
 
     @property
     def counts(self) -> Ints:
@@ -71,17 +75,28 @@ class ReadoutPoints:
         own = slice(*np.searchsorted(samples, (sample, sample + 1)).tolist())
         return Marks(offset[own], label[own], slot[own])
 
+    def appended(self, sample: int) -> Ints:
+        """What stands behind the response of one sample for reading only, as `pack` takes it."""
+        return self.continuation if self.continued[sample] else self.continuation[:0]
+
+    @cached_property
+    def appended_tokens(self) -> Ints:
+        """[samples] how many tokens that is."""
+        return self.continued * len(self.continuation)
+
 
 def readout_points(
     flat: FlatBatch,
     places: Sequence[Callable[[FlatBatch, int], npt.NDArray[np.integer]]],
     token_ids: Sequence[tuple[int, ...]],
+    continuation: Sequence[int] = (),
 ) -> ReadoutPoints:
     """The points of a batch.
 
     Args:
         places: for each readout, (batch, sample) -> increasing offsets into its response; empty for none.
         token_ids: for each readout, what is read.
+        continuation: what is put behind each response that was cut off; empty: nothing is.
     """
     samples, offsets, starts = [], [], [0]
     for place in places:
@@ -96,7 +111,14 @@ def readout_points(
         np.concatenate([empty, *offsets]),
         np.array(starts, dtype=np.int64),
         tuple(token_ids),
+        np.array(continuation, dtype=np.int64),
+        cut_off(flat) if len(continuation) else np.zeros(flat.num_samples, dtype=np.bool_),
     )
+
+
+def cut_off(flat: FlatBatch) -> npt.NDArray[np.bool_]:
+    """[samples] which responses did not end by themselves."""
+    return ~flat.scored & (flat.response_lengths > 0)
 
 
 def at_end(flat: FlatBatch, sample: int) -> Ints:
@@ -108,6 +130,16 @@ def at_end(flat: FlatBatch, sample: int) -> Ints:
 def before_end(flat: FlatBatch, sample: int) -> Ints:
     """Where the last token of a response that has a score was sampled."""
     return at_end(flat, sample) - 1
+
+
+def behind_forced(tokens: int) -> Callable[[FlatBatch, int], Ints]:
+    """Behind the `tokens` tokens that are put behind a response that was cut off."""
+
+    def place(flat: FlatBatch, sample: int) -> Ints:
+        length = int(flat.response_lengths[sample])
+        return np.array([length + tokens] if length and not flat.scored[sample] else [], dtype=np.int64)
+
+    return place
 
 
 def every(tokens: int) -> Callable[[FlatBatch, int], Ints]:

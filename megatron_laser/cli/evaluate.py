@@ -58,6 +58,30 @@ def evaluate(
     ref_logprob: RefLogprob = None,
     beta: Beta = None,
     no_score: Annotated[bool, typer.Option("--no-score", help="Ask for no scores.")] = False,
+    prefix_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Also score the prefixes of responses, behind each so many tokens; 0: none. By default where the "
+            "training run's readout of prefixes has its places, if there is one."
+        ),
+    ] = None,
+    prefix_delimiter: Annotated[
+        str | None, typer.Option(help="The same behind each such text, as $'\\n\\n' ends a paragraph.")
+    ] = None,
+    stop_below: Annotated[
+        str | None,
+        typer.Option(
+            help="Scores of prefixes, as 0.1,0.2,0.3: what ending a response at the first lower one would save, and "
+            "cost. Computed from the whole responses.",
+            metavar="SCORE[,SCORE...]",
+        ),
+    ] = None,
+    end_early: Annotated[
+        bool,
+        typer.Option(
+            "--end-early", help="End generation itself at the one score of --stop-below: tokens are saved."
+        ),
+    ] = False,
     stop_token_id: StopIds = None,
     workers: Annotated[int, typer.Option(help="Grading processes.")] = 2,
     grading_deadline: Annotated[float, typer.Option(help="Seconds to grade one answer.")] = 5.0,
@@ -74,11 +98,23 @@ def evaluate(
     The small example:  megatron-laser eval runs/tiny_sum/laser examples/tiny_sum/test.jsonl test.samples=8
 
     The paper's five:   megatron-laser eval MODEL examples/benchmarks.yaml --url http://127.0.0.1:30000
+
+    Prefixes:           megatron-laser eval MODEL FILE --prefix-every 100 --stop-below 0.1,0.2,0.3
     """
     from megatron_laser.evaluation.benchmarks.settings import load_benchmarks
+    from megatron_laser.evaluation.prefix_rule import AskedPrefixes
+    from megatron_laser.evaluation.prefix_summary import StopBelow
 
+    stop = StopBelow.parse(stop_below, end_early=end_early)
+    asked = AskedPrefixes(prefix_every, prefix_delimiter)
     choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
-    folder = model_folder(model, score_token, ref_logprob, beta, stop_token_id, with_score=not no_score)
+    folder = model_folder(
+        model, score_token, ref_logprob, beta, stop_token_id, with_score=not no_score, prefixes=asked
+    )
+    if stop_below is not None and folder.prefix is None:
+        raise typer.BadParameter(
+            "--stop-below: no prefixes are scored; say where with --prefix-every or --prefix-delimiter"
+        )
     chosen = load_benchmarks(benchmarks, overrides or [], only=only or [], from_run=folder.from_run)
     for name, value in (
         ("--workers", workers),
@@ -98,6 +134,7 @@ def evaluate(
         grading_deadline=grading_deadline,
         regrade=regrade,
         say=typer.echo,
+        stop=stop,
     )
     from megatron_laser.report.benchmark_report import overview
 

@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from megatron_laser.data import ChatOptions
+    from megatron_laser.evaluation.prefix_rule import AskedPrefixes
     from megatron_laser.testtime import EngineChoice, ModelFolder
 
 API_KEY_VARIABLE = "MEGATRON_LASER_API_KEY"
@@ -115,6 +116,7 @@ def model_folder(
     stop_token_ids: list[int] | None,
     *,
     with_score: bool = True,
+    prefixes: AskedPrefixes | None = None,
 ) -> ModelFolder:
     """Prepare the process and read the model's folder; see `testtime.load_model_folder`."""
     from megatron_laser.testtime import load_model_folder
@@ -127,6 +129,7 @@ def model_folder(
         beta=beta,
         stop_token_ids=stop_token_ids or (),
         with_score=with_score,
+        prefixes=prefixes,
     )
 
 

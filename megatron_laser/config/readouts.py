@@ -9,14 +9,34 @@ from megatron_laser.config.checks.partition_excess import partition_problems
 from megatron_laser.config.schema.readouts import ReadoutConfig
 from megatron_laser.config.schema.root import RunConfig
 
-PositionKind = Literal["eos", "before_eos", "every", "delimiter"]
+PositionKind = Literal["eos", "before_eos", "every", "delimiter", "forced"]
+
+# What an entry leaves out, and the setting of `laser` that it is taken from.
+_INHERITED = {
+    "tokens": "score_token",
+    "weight": "alpha",
+    "warmup_steps": "reasoning_warmup_steps",
+    "advantages_warmup_steps": "self_reward_warmup_steps",
+} | {
+    name: name
+    for name in (
+        "beta",
+        "class_weights",
+        "loss",
+        "ref_logprob",
+        "std_threshold",
+        "targets",
+        "tau",
+        "unscored",
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Readout:
     """One entry of `laser.readouts` with everything filled in; the settings' docstrings say what they mean.
 
-    every, delimiter: of the positions of these names. gamma: of the target `group_shrunk`. first_step,
+    every, delimiter, forced: of the positions of these names. gamma: of the target `group_shrunk`. first_step,
     advantages_first_step: from 1; None where the loss has no weight, or advantages stay as they are.
     """
 
@@ -25,6 +45,7 @@ class Readout:
     position: PositionKind
     every: int
     delimiter: str
+    forced: str
     score: Literal["scaled_logratio", "pair_sigmoid", "normalised"]
     beta: float
     ref_logprob: float | None
@@ -46,9 +67,14 @@ class Readout:
     discrepancy_bounds: tuple[float, float]
 
     @property
-    def of_responses(self) -> bool:
-        """One score for each response that ended by itself; else scores of prefixes, as many as there are places."""
+    def of_finished(self) -> bool:
+        """One score for each response that ended by itself: what can be the response's score, and change advantages."""
         return self.position in ("eos", "before_eos")
+
+    @property
+    def of_responses(self) -> bool:
+        """At most one score for each response; else scores of prefixes, as many as there are places."""
+        return self.of_finished or self.position == "forced"
 
     @property
     def joins_tokens(self) -> bool:
@@ -73,12 +99,29 @@ def readouts(config: RunConfig) -> tuple[Readout, ...]:
     return tuple(_whole(config, entry, index) for index, entry in enumerate(entries))
 
 
+def forced_text(config: RunConfig) -> str:
+    """What is put behind responses that were cut off, for readouts to read there; "" where none does."""
+    return next((readout.forced for readout in readouts(config) if readout.forced), "")
+
+
 def score_token_setting(config: RunConfig) -> int | str | None:
     """The first token of the response's score, as the settings have it."""
     entries = config.laser.readouts
     if entries and entries[0].tokens:
         return entries[0].tokens[0]
     return config.laser.score_token
+
+
+def readout_setting(config: RunConfig, index: int, name: str) -> str:
+    """Where the user wrote what the readout `index` has for `name`, a field of `ReadoutConfig`: messages name it.
+
+    `laser.readouts[1].beta`, or `laser.beta` where that entry leaves it out; where neither has it, `laser`'s.
+    """
+    entries = config.laser.readouts
+    inherited = _INHERITED.get(name)
+    if entries and (inherited is None or getattr(entries[index], name) is not None):
+        return f"laser.readouts[{index}].{name}"
+    return f"laser.{inherited or name}"
 
 
 def _whole(config: RunConfig, entry: ReadoutConfig, index: int) -> Readout:
@@ -101,7 +144,8 @@ def _whole(config: RunConfig, entry: ReadoutConfig, index: int) -> Readout:
         tokens=tokens,
         position=position,  # type: ignore[arg-type]
         every=place if isinstance(place, int) else 0,
-        delimiter=place if isinstance(place, str) else "",
+        delimiter=place if position == "delimiter" and isinstance(place, str) else "",
+        forced=place if position == "forced" and isinstance(place, str) else "",
         score=entry.score,
         beta=laser.beta if entry.beta is None else entry.beta,
         ref_logprob=laser.ref_logprob if entry.ref_logprob is None else entry.ref_logprob,
@@ -145,19 +189,21 @@ def readout_problems(config: RunConfig) -> list[str]:
                 "laser.score_token: required while laser.enabled is true; name an unused special token of the "
                 "tokenizer, such as '<|vision_start|>' for Qwen2.5"
             )
-        where = ["laser"]
     else:
-        where = [f"laser.readouts[{index}]" for index in range(len(found))]
         names = [readout.name for readout in found]
         if len(set(names)) < len(names):
             problems.append(f"laser.readouts: names are {', '.join(names)}; each may be there once")
-        if not found[0].of_responses:
+        if not found[0].of_finished:
+            cure = ""
+            if found[0].position == "forced":
+                cure = ", which finished responses have; put another entry before it, such as {}"
             problems.append(
                 f"laser.readouts[0].position: {found[0].position}; the first readout is the response's score: eos or "
-                "before_eos"
+                f"before_eos{cure}"
             )
-    for place, readout in zip(where, found, strict=True):
-        problems += _problems_of(place, readout, config)
+        problems += _forced_problems(found)
+    for index in range(len(found)):
+        problems += _problems_of(index, found[index], config)
     if laser.score_source == "server" and (
         len(found) > 1 or found[0].joins_tokens or found[0].position != "eos"
     ):
@@ -165,52 +211,66 @@ def readout_problems(config: RunConfig) -> list[str]:
             "laser.score_source: server with laser.readouts of more than one token behind the end; servers return "
             "that one alone: use trainer"
         )
+    # What `laser` has for several readouts is said once.
+    return list(dict.fromkeys(problems))
+
+
+def _forced_problems(found: tuple[Readout, ...]) -> list[str]:
+    forced = [(f"laser.readouts[{index}]", one) for index, one in enumerate(found) if one.forced]
+    problems = [
+        f"{place}.target: prefix_value with position forced; no other response goes on with the text: binary or "
+        "{group_shrunk: gamma}"
+        for place, readout in forced
+        if readout.target == "prefix_value"
+    ]
+    texts = list(dict.fromkeys(readout.forced for _, readout in forced))
+    if len(texts) > 1:
+        place = next(place for place, readout in forced if readout.forced == texts[1])
+        problems.append(
+            f"{place}.position: forced {texts[1]!r}, and {forced[0][0]} has {texts[0]!r}; a response goes on in one "
+            "way: give all of them the same text"
+        )
     return problems
 
 
-def _problems_of(place: str, readout: Readout, config: RunConfig) -> list[str]:
-    short = place == "laser"
-    count, problems = len(readout.tokens), []
-    needed = {"scaled_logratio": (1, 2), "pair_sigmoid": (2, 2), "normalised": (2, 64)}[readout.score]
-    if not short and not needed[0] <= count <= needed[1]:
-        expected = f"{needed[0]}" if needed[0] == needed[1] else f"{needed[0]} to {needed[1]}"
-        problems.append(
-            f"{place}.tokens: {count} with score {readout.score}, which reads {expected}; name unused special "
-            "tokens here, or one as laser.score_token"
-        )
-    if count == 2 and readout.score == "scaled_logratio" and readout.loss != "bce":
-        problems.append(
-            f"{place}.tokens: two with score scaled_logratio and loss {readout.loss}, which use the first alone; name "
-            "one, or take loss bce (Eq. 16) or score pair_sigmoid"
-        )
+def _problems_of(index: int, readout: Readout, config: RunConfig) -> list[str]:
+    def of(name: str) -> str:
+        return readout_setting(config, index, name)
+
+    listed = config.laser.readouts is not None
+    here = f"laser.readouts[{index}]" if listed else "laser"
+    problems = _token_problems(index, readout, config) if listed else []
     if readout.score == "scaled_logratio" and readout.ref_logprob is None and readout.reference == "constant":
+        also = "; laser.ref_logprob is for all entries that have none" if listed else ""
         problems.append(
-            f"{place}.ref_logprob: required while laser.enabled is true and laser.reference is constant; it is "
-            "the mean log-prob of the score token after the initial model's responses (Qwen2.5: -23.0)"
+            f"{here}.ref_logprob: required while laser.enabled is true and laser.reference is constant; it is "
+            f"the mean log-prob of the score token after the initial model's responses (Qwen2.5: -23.0){also}"
         )
     right, wrong = readout.targets
+    targets, loss = of("targets"), of("loss")
     if right <= wrong:
         problems.append(
-            f"{place}.targets: [right, wrong] = [{right:g}, {wrong:g}]; right must be greater than wrong"
+            f"{targets}: [right, wrong] = [{right:g}, {wrong:g}]; right must be greater than wrong"
         )
     elif readout.score != "scaled_logratio" and not (wrong >= 0.0 and right <= 1.0):
         problems.append(
-            f"{place}.targets: [{right:g}, {wrong:g}] with score {readout.score}, a share of probability, which is "
-            f"never outside 0 to 1; give {place}.targets within it, such as [1, 0]"
+            f"{targets}: [{right:g}, {wrong:g}] with score {readout.score}, a share of probability, which is "
+            f"never outside 0 to 1; give {here}.targets within it, such as [1, 0]"
         )
     elif readout.loss in ("bce", "brier") and readout.targets != (1.0, 0.0):
         problems.append(
-            f"{place}.targets: [{right:g}, {wrong:g}] with {place}.loss {readout.loss}, whose labels are always "
-            f"[1.0, 0.0]; remove {place}.targets or set {place}.loss to mse"
+            f"{targets}: [{right:g}, {wrong:g}] with {loss} {readout.loss}, whose labels are always "
+            f"[1.0, 0.0]; remove {targets} or set {loss} to mse"
         )
-    if readout.advantages != "none" and not readout.of_responses:
+    if readout.advantages != "none" and not readout.of_finished:
+        scores = "scores behind a forced text" if readout.forced else "scores of prefixes"
         problems.append(
-            f"{place}.advantages: {readout.advantages} with position {readout.position}; scores of prefixes change no "
+            f"{of('advantages')}: {readout.advantages} with position {readout.position}; {scores} change no "
             "advantages: none"
         )
     low, high = readout.discrepancy_bounds
     if not 0.0 <= low <= 1.0 <= high:
-        problems.append(f"{place}.discrepancy_bounds: [{low:g}, {high:g}]; expected 0 <= low <= 1 <= high")
+        problems.append(f"{of('discrepancy_bounds')}: [{low:g}, {high:g}]; expected 0 <= low <= 1 <= high")
     # With reference: model the constant is only an estimate, but checked where it is given.
     if (
         readout.score == "scaled_logratio"
@@ -218,5 +278,32 @@ def _problems_of(place: str, readout: Readout, config: RunConfig) -> list[str]:
         and right > 0
         and not config.laser.allow_partition_excess
     ):
-        problems += partition_problems(place, readout.ref_logprob, readout.beta, right)
+        problems += partition_problems(
+            (of("ref_logprob"), readout.ref_logprob), (of("beta"), readout.beta), right
+        )
     return problems
+
+
+def _token_problems(index: int, readout: Readout, config: RunConfig) -> list[str]:
+    """Of a listed readout: as many tokens as score and loss use."""
+    count, setting = len(readout.tokens), readout_setting(config, index, "tokens")
+    here = f"laser.readouts[{index}]"
+    least, most = {"scaled_logratio": (1, 2), "pair_sigmoid": (2, 2), "normalised": (2, 64)}[readout.score]
+    if not least <= count <= most:
+        reads = f"{least}" if least == most else f"{least} to {most}"
+        if count and setting != f"{here}.tokens":
+            return [
+                f"{here}.score: {readout.score} reads {reads} tokens, and {setting} is one; name unused special "
+                f"tokens as {here}.tokens"
+            ]
+        return [
+            f"{here}.tokens: {count} with score {readout.score}, which reads {reads}; name unused special "
+            "tokens here, or one as laser.score_token"
+        ]
+    if count == 2 and readout.score == "scaled_logratio" and readout.loss != "bce":
+        loss = readout_setting(config, index, "loss")
+        return [
+            f"{here}.tokens: two with score scaled_logratio and {loss} {readout.loss}, which use the first alone; "
+            f"name one, or take {here}.loss bce (Eq. 16) or {here}.score pair_sigmoid"
+        ]
+    return []

@@ -7,8 +7,8 @@ from megatron_laser.data.findings import (
     log_warnings,
     prompt_findings,
     reference_findings,
-    refuse_score_token,
-    score_token_in_data,
+    refuse_score_tokens,
+    score_tokens_in_data,
     unusable_findings,
 )
 from megatron_laser.data.mixture import MixedCursor, MixedSource
@@ -40,7 +40,7 @@ __all__ = [
     "read_records",
     "read_rows",
     "reference_findings",
-    "refuse_score_token",
-    "score_token_in_data",
+    "refuse_score_tokens",
+    "score_tokens_in_data",
     "unusable_findings",
 ]

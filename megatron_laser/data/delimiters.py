@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,32 @@ class Delimiter:
         self._pieces = [decode(token) for token in range(vocab_size)]
         # A token can end an occurrence if it holds one, or begins with the end of one.
         self._may_end = np.array([self._could_end(piece) for piece in self._pieces], dtype=np.bool_)
+
+    @classmethod
+    def of_tokenizer(cls, text: str, tokenizer: Any, vocab_size: int) -> Delimiter:
+        """In a tokenizer's tokens, special ones with their text; ids of the model that it does not know have none."""
+        known = len(tokenizer)
+
+        def decode(token: int) -> str:
+            if token >= known:
+                return ""
+            return str(
+                tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            )
+
+        return cls(text, decode, vocab_size)
+
+    @property
+    def last_tokens(self) -> list[int]:
+        """The ids with which an occurrence may be complete, increasing."""
+        found: list[int] = np.flatnonzero(self._may_end).tolist()
+        return found
+
+    def completes(self, token_ids: npt.NDArray[np.integer]) -> bool:
+        """Whether an occurrence is complete with the last of the tokens."""
+        return bool(len(token_ids)) and bool(
+            self._may_end[int(token_ids[-1])] and self._is_end(token_ids, len(token_ids) - 1)
+        )
 
     def ends(self, token_ids: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         """How many tokens lie before each place behind which an occurrence is complete, increasing."""

@@ -1,6 +1,6 @@
-"""What there is to say about references and prompts before a run starts, and whether the score token occurs in them.
+"""What there is to say about references and prompts before a run starts, and whether readouts' tokens are in them.
 
-It must not: z_c is what the model says about a response, never part of one.
+They must not: z_c is what the model says about a response, never part of one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from megatron_laser.config.model_folder.special_tokens import ReadoutToken
 from megatron_laser.data.prompts import PromptReport
 from megatron_laser.data.readers import Row
 from megatron_laser.data.references import why_unequal
@@ -195,15 +196,15 @@ def _examples(found: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def score_token_in_data(
+def score_tokens_in_data(
     rows: Sequence[Row],
     prompts: Sequence[Prompt],
     tokenizer: Any,
-    score_token_id: int,
+    tokens: Sequence[ReadoutToken],
     *,
     name: str = "data.train",
-) -> Finding:
-    """Whether any prompt, chat template included, or any reference answer holds the score token.
+) -> list[Finding]:
+    """Whether any prompt, chat template included, or any reference answer holds a token that a readout reads.
 
     A prompt with z_c in it shows the model the token outside its one place behind EOS, and an answer with it is
     one that no response should give.
@@ -211,40 +212,63 @@ def score_token_in_data(
     Args:
         rows: as read; `prompts` are made from them and may leave some out.
         tokenizer: a Hugging Face tokenizer.
+        tokens: of all readouts; those without an id are passed over.
         name: of the setting with the files.
+
+    Returns:
+        An error for each token that is there, or one that says of all that they are not.
     """
-    found = list(_places(rows, prompts, tokenizer, score_token_id))
-    token = f"the score token {tokenizer.decode([score_token_id])!r} (id {score_token_id})"
+    read = {one.token.id: one for one in reversed(tokens) if one.token.id is not None}
+    if not read:
+        return []
+    found: dict[int, list[tuple[Row, bool]]] = {}
+    for token_id, row, in_prompt in _places(rows, prompts, tokenizer, frozenset(read)):
+        found.setdefault(token_id, []).append((row, in_prompt))
     if not found:
-        return Finding("score token", "ok", f"{name}: no prompt and no answer holds {token}")
-    return Finding(
-        "score token",
-        "error",
-        f"{name}: {len(found)} prompts or answers of {len(rows)} rows hold {token}",
-        tuple(found[:_NAMED]),
-        "choose a token for laser.score_token that is not in the data, or remove these rows",
-    )
+        words = ", ".join(read[token_id].words for token_id in reversed(read))
+        return [Finding("score token", "ok", f"{name}: no prompt and no answer holds {words}")]
+    return [
+        Finding(
+            "score token",
+            "error",
+            f"{name}: {len(places)} prompts or answers of {len(rows)} rows hold {read[token_id].words}",
+            tuple(_place(*place, tokenizer, token_id) for place in places[:_NAMED]),
+            f"choose a token for {read[token_id].setting} that is not in the data, or remove these rows",
+        )
+        for token_id, places in sorted(found.items())
+    ]
 
 
-def refuse_score_token(
-    rows: Sequence[Row], prompts: Sequence[Prompt], tokenizer: Any, score_token_id: int
+def refuse_score_tokens(
+    rows: Sequence[Row], prompts: Sequence[Prompt], tokenizer: Any, tokens: Sequence[ReadoutToken]
 ) -> None:
-    """Raises DataError where `score_token_in_data` finds any."""
-    finding = score_token_in_data(rows, prompts, tokenizer, score_token_id, name="the data")
-    if finding.level == "error":
-        raise DataError(finding.line)
+    """Raises DataError where `score_tokens_in_data` finds any."""
+    findings = score_tokens_in_data(rows, prompts, tokenizer, tokens, name="the data")
+    if errors := [finding.line for finding in findings if finding.level == "error"]:
+        raise DataError("\n".join(errors))
 
 
 def _places(
-    rows: Sequence[Row], prompts: Sequence[Prompt], tokenizer: Any, score_token_id: int
-) -> Iterator[str]:
-    source = {row.row: row.source for row in rows}
+    rows: Sequence[Row], prompts: Sequence[Prompt], tokenizer: Any, ids: frozenset[int]
+) -> Iterator[tuple[int, Row, bool]]:
+    """(token id, row, whether its prompt holds it rather than its answer)."""
+    by_number = {row.row: row for row in rows}
     for prompt in prompts:
-        if score_token_id in prompt.token_ids:
-            yield f"{source[prompt.row]}: the prompt"
+        for token_id in ids.intersection(prompt.token_ids):
+            yield token_id, by_number[prompt.row], True
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
         encoded = tokenizer([row.answer for row in batch], add_special_tokens=False)["input_ids"]
         for row, token_ids in zip(batch, encoded, strict=True):
-            if score_token_id in token_ids:
-                yield f"{row.source}: the answer"
+            for token_id in ids.intersection(token_ids):
+                yield token_id, row, False
+
+
+def _place(row: Row, in_prompt: bool, tokenizer: Any, token_id: int) -> str:
+    if not in_prompt:
+        return f"{row.source}: the answer"
+    texts = [text for _, text in row.turns] + [row.problem]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if any(token_id in token_ids for token_ids in encoded):
+        return f"{row.source}: the prompt"
+    return f"{row.source}: what the chat template, system prompt or prompt suffix add to the prompt"

@@ -34,6 +34,11 @@ def decode_response(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
+def text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """A text as ids that go on behind others: special tokens in it are themselves, and nothing is put around it."""
+    return tuple(int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def load_tokenizer(folder: str | Path, probes: Sequence[str] = ()) -> Any:
     """The tokenizer of a Hugging Face folder.
 

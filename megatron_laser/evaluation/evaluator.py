@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_laser.evaluation.prefix_rule import PrefixRule
+from megatron_laser.evaluation.prefix_scores import PrefixScores, score_prefixes
 from megatron_laser.evaluation.records import (
     EvaluationRecord,
     complete_records,
@@ -54,6 +56,7 @@ def evaluate(
     stop: StopEarly | None = None,
     force_end_below: int = 0,
     graders: Mapping[str, GradingPool] | None = None,
+    prefixes: PrefixRule | None = None,
 ) -> EvaluationSummary:
     """Answer every prompt `sampling.samples_per_prompt` times and judge the answers and their scores.
 
@@ -76,6 +79,7 @@ def evaluate(
         force_end_below: responses with a box that did not end by themselves are scored behind a forced end token, for
             `released_convention`, where prompt, response and that token are fewer tokens than this. 0: none.
         graders: for prompts whose `reward` is not `grading`'s.
+        prefixes: how the prefixes of responses are scored; None: they are not.
 
     Raises:
         StoppedEarly: `stop` was set.
@@ -110,6 +114,7 @@ def evaluate(
             rule,
             ends,
             force_end_below,
+            prefixes,
         )
         for prompt in prompts:
             for record in known.get(prompt.row, []):
@@ -153,16 +158,24 @@ class _Job:
     rule: ScoreRule
     ends: float
     force_end_below: int
+    prefixes: PrefixRule | None = None
 
     def judge(self, prompts: Sequence[Prompt], groups: list[list[SavedResponse]]) -> list[EvaluationRecord]:
         """The records of all responses, prompt after prompt."""
         texts = [[self.decode(response.text_ids) for response in group] for group in groups]
         answers = [
-            [self._pool(prompt).form.extract(text, prompt.answer) for text in group_texts]
-            for prompt, group_texts in zip(prompts, texts)
+            [
+                None if response.was_ended else self._pool(prompt).form.extract(text, prompt.answer)
+                for response, text in zip(group, group_texts, strict=True)
+            ]
+            for prompt, group, group_texts in zip(prompts, groups, texts)
         ]
         zc_logprobs = self._score(prompts, groups)
         forced = self._score_behind_forced_end(prompts, groups, answers)
+        scored_prefixes = None
+        if self.prefixes is not None:
+            left = self._left("score prefixes")
+            scored_prefixes = score_prefixes(self.engine, self.prefixes, prompts, groups, deadline=left)
         grades = iter(self._grades(prompts, texts))
         records: list[EvaluationRecord] = []
         for place_of_prompt, (prompt, group) in enumerate(zip(prompts, groups)):
@@ -180,6 +193,7 @@ class _Job:
                         answer_class=classes[place],
                         zc_logprob=zc_logprobs[place_of_prompt][place],
                         forced_zc_logprob=forced.get((place_of_prompt, place)),
+                        prefix=None if scored_prefixes is None else scored_prefixes[place_of_prompt][place],
                     )
                 )
         return records
@@ -272,6 +286,7 @@ class _Job:
         answer_class: int | None,
         zc_logprob: float | None,
         forced_zc_logprob: float | None,
+        prefix: PrefixScores | None,
     ) -> EvaluationRecord:
         return EvaluationRecord(
             row=prompt.row,
@@ -282,8 +297,9 @@ class _Job:
             response_ids_length=len(response.response_ids),
             finish_reason=response.finish_reason,
             scored=response.is_scored(self.sampling.stop_token_ids),
-            reward=grade.reward,
-            outcome=grade.outcome,
+            # An ended one gives no answer, whatever its beginning would be graded.
+            reward=0.0 if response.was_ended else grade.reward,
+            outcome="ended" if response.was_ended else grade.outcome,
             extracted=extracted,
             zc_logprob=zc_logprob,
             score=self.rule.score(zc_logprob),
@@ -292,6 +308,8 @@ class _Job:
             forced_zc_logprob=forced_zc_logprob,
             forced_score=self.rule.score(forced_zc_logprob),
             source=prompt.source,
+            prefix_tokens=None if prefix is None else prefix.tokens,
+            prefix_scores=None if prefix is None else prefix.scores,
         )
 
     def _left(self, phase: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,17 @@ from megatron_laser.config import (
     read_stop_token_ids,
     resolve_score_token,
 )
-from megatron_laser.config.readouts import readouts, score_token_setting
+from megatron_laser.config.model_folder.special_tokens import (
+    ReadoutToken,
+    ScoreToken,
+    resolve_readout_tokens,
+)
+from megatron_laser.config.readouts import readout_setting, readouts, score_token_setting
 from megatron_laser.data import NO_OPTIONS, chat_options
 from megatron_laser.data.end_of_response import check_end_of_response, end_sources
 from megatron_laser.data.tokenizer import decode_response, load_tokenizer
 from megatron_laser.errors import TestTimeError
+from megatron_laser.evaluation.prefix_rule import AskedPrefixes, PrefixRule, prefix_rule
 from megatron_laser.evaluation.score_rule import ScoreRule
 
 logger = logging.getLogger(__name__)
@@ -41,6 +47,8 @@ class ModelFolder:
         score_token_id: z_c, None without a score. ref_logprob: c_ref in nats. beta: beta_v.
         targets: what right and wrong responses were trained towards, the scale of the score.
         more_tokens, kind, before_end: of the run's first readout, see `ScoreRule`.
+        readout_tokens: the score token, and all that the run's other readouts read; none may be in a prompt.
+        prefix: how prefixes of responses are scored; None: they are not.
         from_run: settings that its training run decides, by the names of `benchmarks.settings.Benchmark`.
     """
 
@@ -56,6 +64,8 @@ class ModelFolder:
     more_tokens: tuple[int, ...] = ()
     kind: ScoreKind = "scaled_logratio"
     before_end: bool = False
+    readout_tokens: tuple[ReadoutToken, ...] = ()
+    prefix: PrefixRule | None = None
     from_run: dict[str, Any] = field(default_factory=dict)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -88,6 +98,7 @@ def load_model_folder(
     targets: tuple[float, float] | None = None,
     stop_token_ids: Sequence[int] = (),
     with_score: bool = True,
+    prefixes: AskedPrefixes | None = None,
 ) -> ModelFolder:
     """Read what is needed of a Hugging Face folder, or of a training run's output folder (its hf/ and config.yaml).
 
@@ -95,6 +106,7 @@ def load_model_folder(
         score_token, ref_logprob, beta, targets: in place of the run's `laser` section.
         stop_token_ids: in place of the EOS ids of generation_config.json.
         with_score: False: no score, whatever the run says.
+        prefixes: which prefixes of responses are scored as well; None: none.
 
     Raises:
         ConfigError: no model folder, or the score token is not in the tokenizer.
@@ -116,16 +128,20 @@ def load_model_folder(
     stops = setting or read_stop_token_ids(folder)
     if not stops:
         raise TestTimeError(f"{folder} names no eos_token_id; give --stop-token-id")
-    token_id = None
+    token, setting_of_token = None, "--score-token"
+    given = (score_token, ref_logprob, beta)
     if with_score:
         if run is not None and run.laser.enabled:
-            score_token = score_token_setting(run) if score_token is None else score_token
+            if score_token is None:
+                score_token = score_token_setting(run)
+                setting_of_token = readout_setting(run, 0, "tokens")
             first = readouts(run)[0]
             ref_logprob = first.ref_logprob if ref_logprob is None else ref_logprob
             targets = first.targets if targets is None else targets
             beta = first.beta if beta is None else beta
         beta = run.laser.beta if beta is None and run is not None else beta
-        token_id = None if score_token is None else _score_token_id(folder, score_token)
+        token = None if score_token is None else _score_token(folder, score_token, setting_of_token)
+    token_id = None if token is None else token.id
     for name, ids in (("stop token", stops), ("score token", () if token_id is None else (token_id,))):
         for value in ids:
             if not 0 <= value < architecture.vocab_size:
@@ -152,7 +168,7 @@ def load_model_folder(
     )
     if (finding := check_end_of_response(ends, tokenizer)).level == "warning":
         logger.warning("%s", finding.line)
-    return ModelFolder(
+    found = ModelFolder(
         path=folder.absolute(),
         tokenizer=tokenizer,
         vocab_size=architecture.vocab_size,
@@ -165,19 +181,51 @@ def load_model_folder(
         more_tokens=rule.token_ids[1:],
         kind=rule.kind,
         before_end=rule.before_end,
+        readout_tokens=() if token is None else _readout_tokens(folder, run, token, setting_of_token),
         from_run=_from_run(run),
     )
+    if prefixes is None:
+        return found
+    of_prefixes = prefix_rule(
+        prefixes,
+        run=run,
+        folder=folder,
+        tokenizer=tokenizer,
+        vocab_size=architecture.vocab_size,
+        end=found.rule,
+        given=(None if given[0] is None else token_id, *given[1:]),
+    )
+    return replace(found, prefix=of_prefixes)
 
 
-def _score_token_id(folder: Path, setting: str | int) -> int:
-    if isinstance(setting, str) and setting.isdigit():
-        setting = int(setting)
-    token = resolve_score_token(folder, setting)
+def _score_token(folder: Path, given: str | int, setting: str) -> ScoreToken:
+    """Of a known id. `setting`: that names it."""
+    if isinstance(given, str) and given.isdigit():
+        given = int(given)
+    token = resolve_score_token(folder, given, setting=setting)
     if token.id is None:
-        raise ConfigError([f"score token {setting!r}: {token.note}; give its id"], str(folder))
+        raise ConfigError([f"{setting}: {given!r}: {token.note}; give its id"], str(folder))
     if token.note:
-        logger.warning("score token %r: %s", setting, token.note)
-    return token.id
+        logger.warning("score token %r: %s", given, token.note)
+    return token
+
+
+def _readout_tokens(
+    folder: Path, run: RunConfig | None, first: ScoreToken, setting: str
+) -> tuple[ReadoutToken, ...]:
+    """The score token, which `setting` named, and what else the run's readouts read."""
+    if run is None or not run.laser.enabled:
+        return (ReadoutToken("readout_1", setting, first),)
+    # One that the folder does not know is in no prompt.
+    all_of_them, _ = resolve_readout_tokens(run, None, (), folder=folder, complete=False)
+    name = readouts(run)[0].name
+    others = tuple(one for one in all_of_them if one.token.id != first.id)
+    if setting == "--score-token":
+        replaced = score_token_setting(run)
+        others = tuple(
+            one for one in others if one.readout != name or replaced not in (one.token.id, one.token.text)
+        )
+    return (ReadoutToken(name, setting, first), *others)
 
 
 def _from_run(run: RunConfig | None) -> dict[str, Any]:

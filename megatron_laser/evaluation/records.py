@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from megatron_laser.data import DataError
 from megatron_laser.files import plain, write_atomically
@@ -20,9 +20,10 @@ class EvaluationRecord:
     Attributes:
         row: of the problem in its data files, from 0. sample: of the response, from 0.
         response: text without the stop token. response_ids_length: tokens with it.
-        finish_reason: stop, length (truncated) or abort.
+        finish_reason: stop, length (truncated), abort, or ended (for its prefix's score: `early_ending`).
         scored: the response ended in a stop token by itself, so it can have a score.
-        reward: the verifier's. outcome: see `rewards.Grade`.
+        reward: the verifier's. outcome: see `rewards.Grade`; or "ended", like the reason, and then nobody graded it: it
+            counts as wrong.
         extracted: the last box's content, None without one.
         zc_logprob: log pi(score token | prompt, response), None if not scored (or no score token).
         score: r_s = beta * (zc_logprob - ref_logprob) on the scale of `laser.targets` (1: right, 0: wrong), None like
@@ -32,6 +33,8 @@ class EvaluationRecord:
         forced_zc_logprob, forced_score: of a response with a box that did not end by itself, behind an end token that
             it did not write: what the released evaluator calls its score (`released_convention`). None: not asked.
         source: the name of the problem's source; "" where there is one only.
+        prefix_tokens, prefix_scores: after how many tokens a prefix was scored, increasing, and its scores; None: not
+            asked.
     """
 
     row: int
@@ -52,6 +55,8 @@ class EvaluationRecord:
     forced_zc_logprob: float | None = None
     forced_score: float | None = None
     source: str = ""
+    prefix_tokens: list[int] | None = None
+    prefix_scores: list[float] | None = None
 
     @property
     def right(self) -> bool:
@@ -69,11 +74,19 @@ class EvaluationRecord:
         return self.score is not None and self.graded
 
 
+def record_fields(record: EvaluationRecord, *, prefixes: bool = True) -> dict[str, Any]:
+    """Its fields as JSON can hold them; those of prefixes only where they were asked for, and `prefixes` is true."""
+    fields = {name: plain(value) for name, value in asdict(record).items()}
+    for name in ("prefix_tokens", "prefix_scores"):
+        if fields[name] is None or not prefixes:
+            del fields[name]
+    return fields
+
+
 def write_records(file: TextIO, records: Iterable[EvaluationRecord]) -> None:
     """Append one JSON line for each record and flush."""
     for record in records:
-        fields = {name: plain(value) for name, value in asdict(record).items()}
-        file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+        file.write(json.dumps(record_fields(record), ensure_ascii=False) + "\n")
     file.flush()
 
 

@@ -30,6 +30,7 @@ class SavedResponse:
         response_ids: token ids, the stop token included; never re-tokenised text.
         mean_logprob: over the response's tokens; None without any.
         zc_logprob: where the engine returned it with the response.
+        prefix_reads: the same of its prefixes, see `Generation`.
     """
 
     row: int
@@ -38,6 +39,7 @@ class SavedResponse:
     finish_reason: FinishReason
     mean_logprob: float | None
     zc_logprob: float | None
+    prefix_reads: list[float] | None = None
 
     @staticmethod
     def of(row: int, sample: int, generation: Generation) -> SavedResponse:
@@ -50,12 +52,18 @@ class SavedResponse:
             finish_reason=generation.finish_reason,
             mean_logprob=math.fsum(logprobs) / len(logprobs) if logprobs else None,
             zc_logprob=generation.zc_logprob,
+            prefix_reads=None if generation.prefix_reads is None else list(generation.prefix_reads),
         )
 
     @property
     def text_ids(self) -> list[int]:
         """See `Generation.text_ids`."""
         return self.response_ids[:-1] if self.finish_reason == "stop" else self.response_ids
+
+    @property
+    def was_ended(self) -> bool:
+        """Whether it was ended for its prefix's score, see `early_ending`."""
+        return self.finish_reason == "ended"
 
     def is_scored(self, stop_token_ids: tuple[int, ...]) -> bool:
         """See `Generation.is_scored`."""
@@ -114,7 +122,10 @@ class ResponseFile:
 
     def add(self, response: SavedResponse) -> bool:
         """Keep a response and write it down at once; False, and nothing done, where there is one already."""
-        line = json.dumps(asdict(response)).encode() + b"\n"
+        fields = asdict(response)
+        if response.prefix_reads is None:  # as in files of earlier versions
+            del fields["prefix_reads"]
+        line = json.dumps(fields).encode() + b"\n"
         with self._lock:
             if (response.row, response.sample) in self._responses:
                 return False

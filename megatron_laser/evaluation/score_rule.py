@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -15,12 +13,7 @@ from megatron_laser.algorithms.readouts import ScoreKind
 from megatron_laser.algorithms.self_reward import self_reward_scores
 from megatron_laser.config import ConfigError, RunConfig, resolve_score_token
 from megatron_laser.config.readouts import readouts
-
-
-class _Scores(Protocol):
-    def score(self, sequences: Sequence[Sequence[int]], token_id: int, *, deadline: float) -> list[float]:
-        """See `RolloutEngine.score`."""
-        ...
+from megatron_laser.rollout.token_scores import Scores, token_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +47,7 @@ class ScoreRule:
         first = found[0]
         # A second token with a scaled log-ratio is for its loss alone.
         others = () if first.score == "scaled_logratio" else first.tokens[1:]
-        ids = (score_token_id, *(_id(folder or config.model.path, token) for token in others))
+        ids = (score_token_id, *(token_id(folder or config.model.path, other) for other in others))
         before_end = first.position == "before_eos"
         return cls(ids, first.ref_logprob, first.beta, first.targets, first.score, before_end)
 
@@ -68,26 +61,16 @@ class ScoreRule:
         """Whether a score is made of what is read; a log-ratio to an unknown reference is none."""
         return bool(self.token_ids) and (self.kind != "scaled_logratio" or self.ref_logprob is not None)
 
-    def read(self, engine: _Scores, sequences: Sequence[Sequence[int]], *, deadline: float) -> list[float]:
+    def read(self, engine: Scores, sequences: Sequence[Sequence[int]], *, deadline: float) -> list[float]:
         """What scores are made of, for prompt + response ids with their end: log pi(z_c), or of several tokens the
         log-odds of the first one among them.
 
         deadline: seconds for all of it.
         """
-        ends = time.monotonic() + deadline
         if self.before_end:
             sequences = [sequence[:-1] for sequence in sequences]
-        columns = []
-        for token_id in self.token_ids:
-            left = ends - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(f"scoring took more than {deadline:g} s")
-            columns.append(engine.score(sequences, token_id, deadline=left))
-        if len(columns) == 1:
-            return columns[0]
-        read = torch.tensor(columns, dtype=torch.float64)
-        values: list[float] = (read[0] - read[1:].logsumexp(dim=0)).tolist()
-        return values
+        rows = token_scores(engine, sequences, self.token_ids, deadline=deadline)
+        return joined([list(column) for column in zip(*rows, strict=True)] or [[]])
 
     def score(self, value: float | None) -> float | None:
         """The score of what `read` gave, on the scale of its targets (1 right, 0 wrong)."""
@@ -104,8 +87,19 @@ class ScoreRule:
         )
 
 
-def _id(folder: Path, token: int | str) -> int:
-    found = resolve_score_token(folder, token).id
+def joined(columns: Sequence[list[float]]) -> list[float]:
+    """What a score is made of, from the log-probs of each token of it, [tokens][sequences]: the one log-prob, or of
+    several the log-odds of the first one among them."""
+    if len(columns) == 1:
+        return columns[0]
+    read = torch.tensor(columns, dtype=torch.float64)
+    values: list[float] = (read[0] - read[1:].logsumexp(dim=0)).tolist()
+    return values
+
+
+def token_id(folder: Path, token: int | str) -> int:
+    """The id of a readout's token in a folder's tokenizer. Raises ConfigError where it has none."""
+    found = resolve_score_token(folder, token, setting="laser.readouts").id
     if found is None:
         raise ConfigError([f"laser.readouts: token {token!r} is none of {folder}; give its id"])
     return found

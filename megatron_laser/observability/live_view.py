@@ -11,6 +11,7 @@ from itertools import pairwise
 from types import TracebackType
 from typing import Any, Literal, TextIO, cast
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -19,6 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_laser.observability.best_effort import SafeOutput
+from megatron_laser.observability.readout_fields import readout_fields
+from megatron_laser.observability.source_metrics import later_metrics, metrics_by_source
 
 HISTORY = 2048  # steps that a sparkline covers
 _SPARK_WIDTH = 48
@@ -60,6 +63,10 @@ EVALUATION_FIELDS = tuple(
         ("weighted", "weighted_majority"),
     )
 )
+# Of one source; of its evaluations there is no room for more.
+_SOURCE_EVALUATIONS = (("eval", "eval/accuracy", ".3f"), ("test", "test/accuracy", ".3f"))
+_MOST_SOURCES = 8  # lines of the live view
+_MOST_IN_A_LINE = 4
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "_.-:=+*#"
 
@@ -117,6 +124,14 @@ def plain_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:
         if scores:
             split.append(f"scores {scores:.1%} of the requests' time")
         parts.append(f"{total:.2f} s" + (f" ({', '.join(split)})" if split else ""))
+    read = format_fields(metrics, readout_fields(metrics))
+    if read:
+        parts.append("| " + " ".join(f"{label} {text}" for label, text in read))
+    sources = metrics_by_source(metrics)
+    if 0 < len(sources) <= _MOST_IN_A_LINE:
+        rewards = ((name, number(mine, "reward_mean")) for name, mine in sources.items())
+        texts = [f"{name} {reward:.3f}" for name, reward in rewards if reward is not None]
+        parts += [f"| reward of {', '.join(texts)}"] if texts else []
     evaluation = format_fields(metrics, EVALUATION_FIELDS)
     if evaluation:
         parts.append("| eval " + " ".join(f"{label} {text}" for label, text in evaluation))
@@ -174,6 +189,7 @@ class ViewState:
     metrics: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     history: dict[str, deque[float]] = field(default_factory=dict)
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def render(state: ViewState, console: Console) -> RenderableType:
@@ -185,7 +201,9 @@ def render(state: ViewState, console: Console) -> RenderableType:
     for label, content in (
         ("step", _progress(state)),
         ("now", _numbers(step_fields(state.metrics))),
+        ("readouts", _numbers(format_fields(state.metrics, readout_fields(state.metrics)))),
         ("eval", _numbers(format_fields(state.evaluation, EVALUATION_FIELDS))),
+        ("sources", _sources(state)),
         ("time", _time_split(state.metrics, ascii_only)),
         ("reward", _spark(state, "reward_mean", "blue", ascii_only)),
         ("F1", _spark(state, "self_reward_f1", "green", ascii_only)),
@@ -207,13 +225,29 @@ def _progress(state: ViewState) -> RenderableType:
     return row
 
 
-def _numbers(pairs: list[tuple[str, str]]) -> RenderableType | None:
+def _numbers(pairs: list[tuple[str, str]]) -> Text | None:
     if not pairs:
         return None
     text = Text()
     for label, value in pairs:
         text.append(f"{label} ", style="dim").append(f"{value}  ")
     return text
+
+
+def _sources(state: ViewState) -> RenderableType | None:
+    """A line for each source, as it was when it last had a response; cut at the window's edge."""
+    shown = list(state.sources.items())[:_MOST_SOURCES]
+    if not shown:
+        return None
+    width = max(cell_len(name) for name, _ in shown)
+    lines = []
+    for name, mine in shown:
+        line = Text(set_cell_size(name, width) + "  ", no_wrap=True, overflow="ellipsis")
+        pairs = step_fields(mine) + format_fields(mine, _SOURCE_EVALUATIONS)
+        lines.append(line.append_text(_numbers(pairs) or Text("–")))
+    if left := len(state.sources) - len(shown):
+        lines.append(Text(f"and {left} more", style="dim"))
+    return Group(*lines)
 
 
 def _time_split(metrics: dict[str, Any], ascii_only: bool) -> RenderableType | None:
@@ -316,6 +350,7 @@ class LiveView:
         state.metrics = dict(metrics)
         state.eta = self._seconds_left(step)
         state.evaluation |= {name: value for name, value in metrics.items() if name.startswith(_EVALUATIONS)}
+        state.sources = later_metrics(state.sources, metrics_by_source(metrics))
         for name in _HISTORIES:
             value = metrics.get(name)
             if isinstance(value, (int, float)) and math.isfinite(value):

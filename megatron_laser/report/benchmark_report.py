@@ -77,6 +77,10 @@ def write_benchmark_report(
             sections += ["### The score against the verifier\n", _verification(detail)]
         if detail["by_length"]:
             sections += ["### By length\n", _by_length(detail)]
+        if "prefix" in detail:
+            from megatron_laser.report.prefix_report import prefix_section
+
+            sections += prefix_section(name, detail, output)
     sections += ["## How to read this\n", _READING]
     path = output / "report.md"
     write_atomically(path, "\n".join(sections))

@@ -18,14 +18,14 @@ def comparison_table(runs: list[Run]) -> str:
     header = ["", *[_heading(run) for run in runs]]
     if pair:
         header.append("LaSeR − GRPO")
-    lines = [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
+    lines = [row(header), row(["---", *["---:"] * (len(header) - 1)])]
     for label, cell, number in _rows(runs):
         texts = [cell(run) for run in runs]
         if all(text == "–" for text in texts):
             continue
         if pair:
             texts.append(_difference(number, *pair))
-        lines.append(_row([label, *texts]))
+        lines.append(row([label, *texts]))
     return "\n".join(lines) + "\n"
 
 
@@ -186,5 +186,6 @@ def _heading(run: Run) -> str:
     return run.label if run.kind in ("", run.label) else f"{run.label} ({run.kind})"
 
 
-def _row(cells: list[str]) -> str:
+def row(cells: list[str]) -> str:
+    """A line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from megatron_laser.config import ConfigError
 from megatron_laser.config.yaml_source import read_yaml
 from megatron_laser.observability.metrics_logger import read_metrics
+from megatron_laser.observability.readout_fields import readout_names
 from megatron_laser.rewards.grade import FAILED_OUTCOMES
 
 logger = logging.getLogger(__name__)
 
 FloatArray = NDArray[np.float64]
 _SUMMARY_NAME = re.compile(r"(?P<split>.+)_step_(?P<step>\d+)\.json")
+_OF_SOURCE = re.compile(r"(?:eval/|test/)?source/([^/]+)/")
 
 _RATE = "time/tokens_per_second"  # depends on the clock like a time, but is none
 
@@ -113,6 +115,18 @@ class Run:
         pairs = [(row["step"], row[name]) for row in self.rows if _is_finite(row.get(name))]
         return np.array([step for step, _ in pairs], float), np.array([value for _, value in pairs], float)
 
+    @cached_property
+    def sources(self) -> list[str]:
+        """Names of the data's sources, where there are several."""
+        names = {match[1] for row in self.rows for name in row if (match := _OF_SOURCE.match(name))}
+        for evaluation in (one for split in self.evaluations.values() for one in split):
+            names |= {match[1] for name in evaluation.summary if (match := _OF_SOURCE.match(name))}
+        return sorted(names)
+
+    def source_accuracy(self, source: str) -> str:
+        """`accuracy`, of one source."""
+        return f"source/{source}/{self.accuracy}"
+
     @property
     def accuracy(self) -> str:
         """The metric that has the policy's accuracy while training: over everything graded, dropped groups too."""
@@ -125,6 +139,11 @@ class Run:
             return math.nan, math.nan
         tenth = max(1, len(values) // 10)
         return float(values[:tenth].mean()), float(values[-tenth:].mean())
+
+    @cached_property
+    def further_readouts(self) -> list[str]:
+        """Names of the readouts besides the response's score, in their order."""
+        return readout_names(name for row in self.rows for name in row)
 
     def evaluation_series(self, name: str) -> tuple[FloatArray, FloatArray]:
         """(steps, values) on validation: from its summaries, else eval/<name> in metrics.jsonl."""
@@ -154,10 +173,24 @@ class Run:
         }
         return {name: value for name, value in means.items() if value > 0}
 
-    def laser_setting(self, name: str, default: float) -> float:
-        """A number of the `laser` section."""
-        value = (self.config.get("laser") or {}).get(name)
-        return default if value is None else float(value)
+    def first_steps(self) -> tuple[int | None, int | None]:
+        """First step with a self-reward loss, and with scores in the advantages, of any readout; None: none has it."""
+        laser = self.config.get("laser") or {}
+        losses, advantages = [], []
+        for index, entry in enumerate(_readouts(self.config)):
+            warmup, more = (
+                _number(entry, name, _number(laser, inherited, 200))
+                for name, inherited in (
+                    ("warmup_steps", "reasoning_warmup_steps"),
+                    ("advantages_warmup_steps", "self_reward_warmup_steps"),
+                )
+            )
+            if _number(entry, "weight", _number(laser, "alpha", 0.1)):
+                losses.append(int(warmup) + 1)
+            effect = entry.get("advantages") or ("none" if index else "mix")
+            if effect != "none" and (effect != "mix" or _number(entry, "tau", _number(laser, "tau", 0.1))):
+                advantages.append(int(warmup + more) + 1)
+        return min(losses, default=None), min(advantages, default=None)
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
@@ -209,11 +242,22 @@ def _load(folder: Path) -> Run:
 
 
 def _kind(config: dict[str, Any]) -> str:
-    laser = config.get("laser")
     if not config:
         return ""
+    alpha = _number(config.get("laser") or {}, "alpha", 0.1)
+    return "LaSeR" if any(_number(entry, "weight", alpha) for entry in _readouts(config)) else "GRPO"
+
+
+def _readouts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of `laser.readouts` as they stand there; none without LaSeR."""
+    laser = config.get("laser")
     laser = laser if isinstance(laser, dict) else {}
-    return "LaSeR" if laser.get("enabled", True) and laser.get("alpha", 0.1) != 0 else "GRPO"
+    return (laser.get("readouts") or [{}]) if laser.get("enabled", True) else []
+
+
+def _number(section: dict[str, Any], name: str, default: float) -> float:
+    value = section.get(name)
+    return default if value is None else float(value)
 
 
 def _is_finite(value: Any) -> bool:

@@ -42,13 +42,16 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
 
 def _draw(runs: list[Run], folder: Path) -> list[tuple[str, Path]]:
     """(heading, figure) of every figure that the runs have data for."""
-    from megatron_laser.report.plots import evaluation, training
+    from megatron_laser.report.plots import drift, evaluation, readouts, sources, training
     from megatron_laser.report.plots.style import styled
 
     makers = (
         ("Accuracy over steps", training.plot_learning, "accuracy"),
         ("Self-reward over steps", training.plot_self_reward, "self_reward"),
         ("Scores of right and wrong responses", training.plot_scores, "scores"),
+        ("Readouts over steps", readouts.plot_readouts, "readouts"),
+        ("Drift of the score token", drift.plot_drift, "drift"),
+        ("Sources over steps", sources.plot_sources, "sources"),
         ("Calibration", evaluation.plot_calibration, "calibration"),
         ("Votes", evaluation.plot_votes, "votes"),
         ("Time", training.plot_time, "time"),
@@ -67,10 +70,15 @@ def _draw(runs: list[Run], folder: Path) -> list[tuple[str, Path]]:
 def _text(runs: list[Run], figures: list[tuple[str, Path]]) -> str:
     from megatron_laser.report.comparison_table import comparison_table
     from megatron_laser.report.conclusions import findings
+    from megatron_laser.report.readout_table import readout_table
+    from megatron_laser.report.source_table import source_table
 
+    readouts, sources = readout_table(runs), source_table(runs)
     sections = [
         f"# {' and '.join(run.label for run in runs)}\n",
         comparison_table(runs),
+        *(("## Readouts\n", readouts) if readouts else ()),
+        *(("## Sources of the data\n", sources) if sources else ()),
         "## What the numbers say\n",
         "\n".join(f"- {sentence}" for sentence in findings(runs)) + "\n",
     ]

@@ -91,22 +91,28 @@ class InProcessEngine:
                 results += [batch.done[i : i + samples] for i in range(0, len(batch.done), samples)]
         return results
 
-    @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]], token_id: int, *, deadline: float) -> list[float]:
         """See `RolloutEngine.score`."""
+        return [row[0] for row in self.score_tokens(sequences, (token_id,), deadline=deadline)]
+
+    @torch.inference_mode()
+    def score_tokens(
+        self, sequences: Sequence[Sequence[int]], token_ids: Sequence[int], *, deadline: float
+    ) -> list[list[float]]:
+        """See `token_scores.ScoresTokens`."""
         self._check(sequences, 0)
-        self._check_score_token(token_id)
+        for token_id in token_ids:
+            self._check_score_token(token_id)
         ends = time.monotonic() + deadline
-        scores = [0.0] * len(sequences)
+        scores: list[list[float]] = [[]] * len(sequences)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # less padding
         for start in range(0, len(order), self._max_batch_size):
             if time.monotonic() > ends:
                 raise TimeoutError(f"scored {start} of {len(sequences)} sequences in {deadline:g} s")
             chunk = order[start : start + self._max_batch_size]
             logits, _ = self.prefill([sequences[i] for i in chunk], None)
-            logprobs = log_probs(logits)[:, token_id]
-            for i, value in zip(chunk, logprobs.tolist()):
-                scores[i] = value
+            for i, row in zip(chunk, log_probs(logits)[:, list(token_ids)].tolist()):
+                scores[i] = row
         return scores
 
     @torch.no_grad()

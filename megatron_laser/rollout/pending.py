@@ -115,6 +115,7 @@ def generation_state(generation: Generation) -> dict[str, Any]:
         "routed_experts": None if routed is None else array_state(routed),
         "sampled": None if generation.sampled is None else array_state(generation.sampled),
         "sets": None if sets is None else [array_state(sets.counts), array_state(sets.ids)],
+        "cut_off": generation.cut_off,
     }
 
 

@@ -83,9 +83,9 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class ScoreReply:
-    """log pi(token | input) in nats; the rest as in `Reply`."""
+    """log pi(token | input) in nats of each token; the rest as in `Reply`."""
 
-    logprob: float
+    logprobs: tuple[float, ...]
     version: str
     prompt_tokens: int
     cached_tokens: int
@@ -139,8 +139,8 @@ def response_seed(seed: int, prompt: int, sample: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def score_body(input_ids: Sequence[int], token_id: int, *, rid: str) -> dict[str, Any]:
-    """The body of a request for log pi(token_id | input_ids) at temperature 1: no token is generated.
+def score_body(input_ids: Sequence[int], *token_ids: int, rid: str) -> dict[str, Any]:
+    """The body of a request for log pi(token | input_ids) of each token at temperature 1: no token is generated.
 
     After a generation the prefix cache holds all but the last of `input_ids`. The priority counts where the servers'
     option `enable_priority_scheduling` is on: requests without one come after it.
@@ -149,7 +149,7 @@ def score_body(input_ids: Sequence[int], token_id: int, *, rid: str) -> dict[str
         "input_ids": list(input_ids),
         "rid": rid,
         "return_logprob": True,
-        "token_ids_logprob": [token_id],
+        "token_ids_logprob": list(token_ids),
         "priority": 1,
         "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
     }
@@ -226,20 +226,17 @@ def abort_message(body: Any) -> str | None:
     return None
 
 
-def parse_score(body: Any, token_id: int, *, prompt_tokens: int) -> ScoreReply:
+def parse_score(body: Any, *token_ids: int, prompt_tokens: int) -> ScoreReply:
     """The answer to one `score_body` with `prompt_tokens` ids. Raises WireError when `body` is not that."""
     meta = _meta(body)
     try:
-        logprob, token = meta["output_token_ids_logprobs"][0][0][:2]
-    except (KeyError, IndexError, TypeError):
+        found = {token: logprob for logprob, token, *_ in meta["output_token_ids_logprobs"][0]}
+    except (KeyError, IndexError, TypeError, ValueError):
         raise WireError(f"no output_token_ids_logprobs in {str(meta)[:300]}") from None
-    if token != token_id:
-        raise WireError(f"the log-prob of token {token} instead of {token_id}")
-    return ScoreReply(
-        _finite(logprob, "output_token_ids_logprobs"),
-        _version(meta),
-        *_input_tokens(meta, prompt_tokens),
-    )
+    if set(found) != set(token_ids):
+        raise WireError(f"log-probs of tokens {list(found)} instead of {list(token_ids)}")
+    logprobs = tuple(_finite(found[token], "output_token_ids_logprobs") for token in token_ids)
+    return ScoreReply(logprobs, _version(meta), *_input_tokens(meta, prompt_tokens))
 
 
 def _meta(body: Any) -> dict[str, Any]:

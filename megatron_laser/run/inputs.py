@@ -17,14 +17,20 @@ from megatron_laser.observability.best_effort import print_line
 from megatron_laser.run.output_folder import ClaimedFolder, claim_output_folder, move_aside
 from megatron_laser.run.preflight import FindingLog, run_preflight
 from megatron_laser.run.preflight.finding_log import one_line
+from megatron_laser.trainer.held_responses import HeldResponses, read_held
 from megatron_laser.types import Prompt
 
 logger = logging.getLogger(__name__)
 
+_HELD = "held/"
+
 
 @dataclass(frozen=True)
 class RunInputs:
-    """The user's files, read and checked before any model is built. data_fingerprints: of each training source."""
+    """The user's files, read and checked before any model is built.
+
+    data_fingerprints: of each training source. held: what the run kept of its first rollouts (`laser.drift_every`).
+    """
 
     tokenizer: Any
     train: list[Prompt]
@@ -34,12 +40,24 @@ class RunInputs:
     stop_token_ids: tuple[int, ...]
     data_fingerprints: tuple[str, ...]
     folder: ClaimedFolder
+    held: HeldResponses | None = None
 
     def shared_arrays(self) -> dict[str, np.ndarray]:
         """What the other ranks need of it; -1 stands for no score token."""
         score = -1 if self.score_token_id is None else self.score_token_id
         finished = np.array(self.folder.finished)
-        return {"score_token_id": np.array(score, dtype=np.int64), "finished": finished}
+        held = {} if self.held is None else self.held.to_arrays()
+        return {
+            "score_token_id": np.array(score, dtype=np.int64),
+            "finished": finished,
+            **{f"{_HELD}{name}": array for name, array in held.items()},
+        }
+
+
+def shared_held(shared: dict[str, np.ndarray]) -> HeldResponses | None:
+    """The held responses of rank 0's `shared_arrays`; None where it has none."""
+    arrays = {name.removeprefix(_HELD): array for name, array in shared.items() if name.startswith(_HELD)}
+    return HeldResponses.from_arrays(arrays) if arrays else None
 
 
 def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
@@ -61,6 +79,12 @@ def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
     if overwrite:
         for moved in move_aside(config):
             print_line(f"moved the existing {moved.what} to {moved.to}")
+    folder = claim_output_folder(config)
+    try:
+        held = None if folder.finished else read_held(config)
+    except BaseException:
+        folder.release()
+        raise
     return RunInputs(
         tokenizer=model.tokenizer,
         train=prompts["train"],
@@ -69,7 +93,8 @@ def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
         score_token_id=model.special.score_token_id,
         stop_token_ids=model.special.stop_token_ids,
         data_fingerprints=data_fingerprints,
-        folder=claim_output_folder(config),
+        folder=folder,
+        held=held,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from megatron_laser.config import ConfigError, RunConfig
+from megatron_laser.run.readout_identity import comparable
 from megatron_laser.trainer.checkpoint import folder as checkpoints
 from megatron_laser.trainer.checkpoint import ownership
 from megatron_laser.trainer.checkpoint.ownership import RUN, Owner, same_folder
@@ -29,7 +30,7 @@ _MAY_CHANGE = {
     "evaluation": None,
     "run": {"name", "steps", "output_dir", "resume", "deadline", "start_grace", "max_bad_steps"},
     "policy": {"mismatch_abort"},
-    "laser": {"max_unscored_steps"},
+    "laser": {"max_unscored_steps", "drift_every", "drift_samples"},
     "rollout": {
         *("deadline", "max_concurrency_per_server", "min_servers", "servers_deadline", "sglang"),
         *("weight_sync", "sync_folder", "sync_bucket_mib", "sync_flatten", "sync_deadline", "sync_address"),
@@ -162,6 +163,7 @@ def _same_run(config: RunConfig, folder: Path, again: Owner | None) -> dict[str,
     ours = identity(config)
     # A setting that an earlier version did not have is as it was: what it does by default.
     theirs = {key: _default(key) for key in ours} | theirs
+    theirs, ours = comparable(theirs, ours)
     changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
     if changed:
         listed = ", ".join(

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.config import load_config, needs_reference_model
-from megatron_laser.config.derived import longest_sequence
+from megatron_laser.config.model_folder.continuation import longest_trained
 from megatron_laser.config.process_environment import read_place
 from megatron_laser.data import DataError
 from megatron_laser.distributed import runtime as runtimes
@@ -62,7 +62,7 @@ def replay(folder: Path, weights: Path | None = None) -> Replay:
     weights = _weights(dump, weights)
     trained = load_config(dump.config)
     # One rank has room for what the run's context ranks shared, but takes no more than it must.
-    budget = max(trained.batching.tokens_per_micro_batch, longest_sequence(trained))
+    budget = max(trained.batching.tokens_per_micro_batch, longest_trained(trained))
     overrides = [*_ONE_PROCESS, f"batching.tokens_per_micro_batch={budget}"]
     is_hf = not _is_checkpoint(weights)
     if is_hf and not needs_reference_model(trained):

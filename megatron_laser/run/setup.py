@@ -16,10 +16,11 @@ from megatron_laser.observability.timers import Timers
 from megatron_laser.run.colocation import Colocation, open_colocation
 from megatron_laser.run.controller import Controller
 from megatron_laser.run.engines import uses_servers
-from megatron_laser.run.inputs import read_inputs
+from megatron_laser.run.inputs import read_inputs, shared_held
 from megatron_laser.run.ranks import Ranks, require_rank_zero
 from megatron_laser.run.session import session, stop_signals
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
+from megatron_laser.trainer.score_drift import ScoreDrift
 from megatron_laser.trainer.stragglers import Stragglers, time_reductions
 from megatron_laser.trainer.trainer import Trainer
 
@@ -38,6 +39,7 @@ class Run:
     config: RunConfig
     ranks: Ranks
     trainer: Trainer
+    drift: ScoreDrift
     checkpoints: CheckpointManager
     colocation: Colocation
     timers: Timers
@@ -70,15 +72,24 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
             if shared["finished"]:
                 yield None
                 return
-            token = int(shared["score_token_id"])
+            found = int(shared["score_token_id"])
+            token = found if found >= 0 else None
             with coordinator.phase("building the model and loading the checkpoint"):
-                trainer = Trainer(
-                    config, runtime, score_token_id=token if token >= 0 else None, timers=timers
-                )
+                trainer = Trainer(config, runtime, score_token_id=token, timers=timers)
                 time_reductions(trainer.policy, timers)
                 checkpoints = CheckpointManager(config, runtime, trainer.policy)
                 resumed = checkpoints.resume() if config.run.resume == "auto" else None
                 colocation = open_colocation(config, runtime, trainer, timers)
+            first_step = 1 if resumed is None else resumed["step"] + 1
+            drift = ScoreDrift(
+                config,
+                runtime,
+                trainer,
+                timers,
+                score_token_id=token,
+                held=shared_held(shared),
+                first_step=first_step,
+            )
             controller = coordinator.run_on_rank_zero(
                 "starting the rollout engine",
                 lambda: Controller(config, require_rank_zero(inputs), timers, resumed=resumed),
@@ -89,11 +100,12 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
                 config,
                 ranks,
                 trainer,
+                drift,
                 checkpoints,
                 colocation,
                 timers,
                 Stragglers(runtime, config.logging.straggler_every),
-                first_step=1 if resumed is None else resumed["step"] + 1,
+                first_step=first_step,
                 needs_sync=resumed is not None or uses_servers(config),
             )
             with stop_signals(ranks.request_stop):

@@ -17,6 +17,7 @@ from megatron_laser.evaluation.engine_choice import EngineChoice
 from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.evaluation.pinned_weights import PinnedWeights
 from megatron_laser.rollout.engine import RolloutEngine
+from megatron_laser.rollout.token_scores import token_scores
 from megatron_laser.testtime.calibration_result import Calibration, TokenStatistics
 from megatron_laser.types import Prompt, SamplingParams
 
@@ -122,12 +123,15 @@ def _measure(
             f"{settings.max_new_tokens} tokens; expected {FEWEST_RESPONSES} or more: raise --problems, --samples or "
             "--max-new-tokens, or check the stop tokens and whether the chat template fits the model"
         )
+    unseen = [token.id for token in candidates if token.id not in generated]
+    rows = token_scores(engine, sequences, unseen, deadline=settings.deadline)
+    read = dict(zip(unseen, zip(*rows, strict=True), strict=True)) if unseen else {}
     statistics = []
     for token in candidates:
         if token.id in generated:
             statistics.append(TokenStatistics.generated(token))
             continue
-        values = engine.score(sequences, token.id, deadline=settings.deadline)
+        values = read[token.id]
         if not all(math.isfinite(value) for value in values):
             raise TestTimeError(
                 f"{token.name}: the engine returned a log-prob that is not finite: check the weights"
@@ -156,7 +160,8 @@ def _proposed(model: ModelFolder) -> list[SpareToken]:
 def _named(model: ModelFolder, names: Sequence[str]) -> list[SpareToken]:
     tokens = []
     for name in names:
-        found = resolve_score_token(model.path, int(name) if name.isdigit() else name)
+        wanted = int(name) if name.isdigit() else name
+        found = resolve_score_token(model.path, wanted, setting="--token")
         if found.id is None or not 0 <= found.id < model.vocab_size:
             raise TestTimeError(f"--token {name}: not among the model's ids 0 to {model.vocab_size - 1}")
         if found.id in model.stop_token_ids:

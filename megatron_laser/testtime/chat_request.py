@@ -11,7 +11,7 @@ from typing import Any
 from megatron_laser.data import NO_OPTIONS, ChatOptions
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.model_folder import ModelFolder
-from megatron_laser.testtime.prompts import prompt_token_ids
+from megatron_laser.testtime.prompts import check_messages, prompt_token_ids
 from megatron_laser.testtime.voting import VOTES
 
 # What would change the answer and is not done here; refused unless it asks for what happens anyway.
@@ -117,8 +117,12 @@ def parse_chat_request(
         raise RequestError(400, str(error), "messages", "invalid_value") from None
     if not prompt_ids or min(prompt_ids) < 0 or max(prompt_ids) >= model.vocab_size:
         raise _refused("messages", "they have no tokens, or one outside the model's vocabulary")
-    if model.score_token_id in prompt_ids:
-        raise _refused("messages", "they hold the score token, which stands for the model's own judgement")
+    for read in model.readout_tokens:
+        if read.token.id in prompt_ids:
+            where = _where(body["messages"], model, read.token.id)
+            raise _refused(
+                "messages", f"{where} holds {read.words}, which stands for the model's own judgement"
+            )
     room = model.max_positions - len(prompt_ids) - 1
     if room < 1:
         raise _refused(
@@ -149,6 +153,14 @@ def parse_chat_request(
         stream=stream,
         stream_usage=_flag(stream_options or {}, "include_usage"),
     )
+
+
+def _where(messages: Any, model: ModelFolder, token_id: int) -> str:
+    """What brings a token into the prompt."""
+    for index, message in enumerate(check_messages(messages)):
+        if token_id in model.tokenizer(message["content"], add_special_tokens=False)["input_ids"]:
+            return f"messages[{index}]"
+    return "the chat template, system prompt or prompt suffix"
 
 
 def _integer(

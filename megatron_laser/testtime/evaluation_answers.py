@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_laser.data import ChatOptions
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.model_folder import ModelFolder
-from megatron_laser.evaluation.records import EvaluationRecord
+from megatron_laser.evaluation.records import EvaluationRecord, record_fields
 from megatron_laser.testtime.finished import FinishedBenchmark, read_finished
 from megatron_laser.testtime.scoring import Answers, end_token
 
@@ -135,6 +134,6 @@ def prompt_and_response_ids(
 
 
 def _row(benchmark: str, record: EvaluationRecord) -> dict[str, Any]:
-    row = {"benchmark": benchmark, **asdict(record)}
+    row = {"benchmark": benchmark, **record_fields(record, prefixes=False)}
     kept = {new: row[old] for old, new in _KEPT.items() if row[old] is not None}
     return row | dict.fromkeys(_SCORES) | kept

@@ -23,6 +23,7 @@ from megatron_laser.evaluation.engine_choice import EngineChoice
 from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.evaluation.pinned_weights import PinnedWeights
 from megatron_laser.evaluation.progress import Progress
+from megatron_laser.evaluation.records import record_fields
 from megatron_laser.evaluation.responses import ResponseFile, Sampler, SavedResponse
 from megatron_laser.evaluation.weight_identity import WeightsChanged
 from megatron_laser.files import plain, through_links, write_atomically
@@ -65,7 +66,8 @@ def read_questions(source: Path, *, only: Sequence[str] = ()) -> list[dict[str, 
         rows = []
         for one in read_finished(source, only=only):
             for record in one.records:
-                row = {"benchmark": one.name, **asdict(record), "given_score": record.score}
+                fields = record_fields(record, prefixes=False)
+                row = {"benchmark": one.name, **fields, "given_score": record.score}
                 rows.append({name: value for name, value in row.items() if name not in _DROPPED})
         return rows
     rows = []

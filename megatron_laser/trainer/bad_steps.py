@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.config.loading import resolved_yaml
+from megatron_laser.config.readouts import readout_setting, readouts
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.distributed.broadcast import save_arrays
 from megatron_laser.distributed.runtime import Runtime
@@ -79,8 +80,8 @@ class BadSteps:
         raise BadStepsError(
             f"step {step}, rank {self._runtime.rank}: {self._in_a_row} steps in a row (run.max_bad_steps) had a "
             f"loss or gradient that is not finite; the last one: {meta['reason']}. The skipped updates changed no "
-            f"weights. The batch is in {folder}: look at it with `megatron-laser replay {folder}`; lower "
-            "optimizer.lr or laser.alpha, or look at its rewards and log-probs"
+            f"weights. The batch is in {folder}: look at it with `megatron-laser replay {folder}`; "
+            + _cure(self._config, meta["bad_terms"])
         )
 
     def _meta(self, flat: FlatBatch, step: int, bad: list[OptimizerStep], updates: int) -> dict[str, Any]:
@@ -109,6 +110,20 @@ class BadSteps:
             "newest_checkpoint": str(found[-1][1]) if found else None,
             "initial_model": str(self._config.model.path),
         }
+
+
+def _cure(config: RunConfig, bad_terms: Sequence[str]) -> str:
+    """What to do about it, by the settings that the user wrote."""
+    weights = [
+        readout_setting(config, index, "weight")
+        for index, readout in enumerate(readouts(config))
+        if readout.first_step is not None
+    ]
+    *names, last = ["optimizer.lr", *dict.fromkeys(weights)]
+    listed = f"{', '.join(names)} or {last}" if names else last
+    policy = config.policy
+    own = f", at policy.loss {policy.loss}" if "policy_loss" in bad_terms and ":" in policy.loss else ""
+    return f"lower {listed}, or look at its rewards and log-probs{own}"
 
 
 def write_dump(folder: Path, flat: FlatBatch, config: RunConfig, meta: dict[str, Any]) -> None:

@@ -57,7 +57,11 @@ class Experts:
         *,
         replay: bool,
     ) -> Routing:
-        """Of the micro-batch of `samples`, whose packed sequences start at `cu_seqlens`, this rank's tokens."""
+        """Of the micro-batch of `samples`, whose packed sequences start at `cu_seqlens`, this rank's tokens.
+
+        What is appended to a response for readouts is routed like any token, but, as padding, it is none of the tokens
+        that are counted or that routers are trained on.
+        """
         tokens = int(cu_seqlens[-1])
         real = np.zeros(tokens, dtype=np.bool_)
         source = np.full(tokens, -1, dtype=np.int64)  # rows of flat.routed_experts

@@ -21,7 +21,12 @@ from megatron_laser.trainer.policy import Chunks, Policy
 
 
 class LossFunction(Protocol):
-    """The loss of a micro-batch: of all labelled rows, and of any block of them."""
+    """The loss of a micro-batch: of all labelled rows, and of any block of them.
+
+    terms: names of sums that say why a step is bad, the same on every rank.
+    """
+
+    terms: tuple[str, ...]
 
     def __call__(
         self, micro_batch: MicroBatch, output: torch.Tensor
@@ -33,8 +38,6 @@ class LossFunction(Protocol):
 
 
 TOTAL, NORM = "total_loss", "grad_norm"
-#: What is looked at; a step is skipped when TOTAL or NORM is not finite, the others say why.
-TERMS = ("policy_loss", "self_reward_loss", "self_reward_error", "kl_loss", "entropy", TOTAL, NORM)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,9 @@ def optimizer_step(
     # gradients at the reduced buffers; `step` does the same again, so nothing is lost and nothing touched.
     policy.optimizer.prepare_grads()
     norm = float(policy.optimizer.get_grad_norm())
-    bad = _agree(_not_finite(entries, norm), group)
+    # A step is skipped when one of the last two is not finite; the others say why.
+    looked_at = (*loss.terms, TOTAL, NORM)
+    bad = _agree(looked_at, _not_finite(looked_at[:-1], entries, norm), group)
     if TOTAL in bad or NORM in bad:
         return OptimizerStep(epoch, minibatch, norm, bad, entries)
     with policy.optimizer_on_device():
@@ -155,15 +160,16 @@ def _call(model: Any, micro_batch: MicroBatch, head: HeadInputs) -> torch.Tensor
     )
 
 
-def _not_finite(entries: Sequence[dict[str, torch.Tensor]], norm: float) -> list[bool]:
-    sums = {name: sum(float(entry[name]) for entry in entries if name in entry) for name in TERMS[:-1]}
-    return [not math.isfinite(value) for value in (*sums.values(), norm)]
+def _not_finite(names: Sequence[str], entries: Sequence[dict[str, torch.Tensor]], norm: float) -> list[bool]:
+    """Of the sum of each of `names`, and of the norm."""
+    sums = [sum(float(entry[name]) for entry in entries if name in entry) for name in names]
+    return [not math.isfinite(value) for value in (*sums, norm)]
 
 
-def _agree(flags: list[bool], group: dist.ProcessGroup | None) -> tuple[str, ...]:
-    """The terms that are bad on any rank."""
+def _agree(names: Sequence[str], flags: list[bool], group: dist.ProcessGroup | None) -> tuple[str, ...]:
+    """The names whose flag is set on any rank."""
     if group is not None:
         found = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
         flags = [bool(flag) for flag in found.tolist()]
-    return tuple(name for name, flag in zip(TERMS, flags, strict=True) if flag)
+    return tuple(name for name, flag in zip(names, flags, strict=True) if flag)

@@ -83,6 +83,13 @@ class TrainLoss:
         self._trained = [spec.trains(step) for spec in readouts.specs]
         self._compares_with_engine = compares_with_engine
         self._compares_scores = compares_scores
+        names = [spec.name for spec in readouts.specs]
+        more = [readout_key(index, name, trained=True) for index, name in enumerate(names)][1:]
+        self.terms = (
+            *("policy_loss", "self_reward_loss", "self_reward_error"),
+            *more,
+            *("kl_loss", "entropy"),
+        )
 
     def __call__(
         self, micro_batch: LabelledRows, output: torch.Tensor

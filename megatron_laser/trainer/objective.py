@@ -19,10 +19,12 @@ from megatron_laser.algorithms.objectives import (
 )
 from megatron_laser.algorithms.policy_loss import ImportanceLevel, log_importance
 from megatron_laser.algorithms.reward_shaping import length_penalties, overlong_penalties
-from megatron_laser.config.readouts import Readout, readouts
+from megatron_laser.config.readouts import Readout, readout_setting, readouts
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.trainer.micro_batch import LabelledRows
-from megatron_laser.user_functions import UserFunctionError, bind, load_function
+from megatron_laser.trainer.step_metrics import score_key
+from megatron_laser.trainer.user_objectives import checked_advantages, checked_policy_loss
+from megatron_laser.user_functions import bind, load_function
 
 
 class ResponseMeans:
@@ -105,8 +107,9 @@ class Objective:
         self._policy = policy
         known = dict(clip_low=policy.clip_low, clip_high=policy.clip_high, dual_clip=policy.dual_clip)
         found = POLICY_LOSSES.get(policy.loss) or load_function("policy.loss", policy.loss)
-        self.policy_loss: Callable[[PolicyRows], RowLosses | Tensor] = bind(
-            "policy.loss", found, 1, known=known, options=policy.loss_options
+        bound = bind("policy.loss", found, 1, known=known, options=policy.loss_options)
+        self.policy_loss: Callable[[PolicyRows], RowLosses | Tensor] = (
+            bound if policy.loss in POLICY_LOSSES else checked_policy_loss(policy.loss, bound)
         )
         corrects = policy.importance_cap is not None or policy.importance_mask is not None
         weighs_responses = corrects and policy.importance_level != "token"
@@ -123,9 +126,12 @@ class Objective:
                 options=policy.advantage_options,
             )
         self._readouts = readouts(config)
+        self._settings = [
+            readout_setting(config, index, "advantages") for index in range(len(self._readouts))
+        ]
         self._effects = {
-            spec.name: load_function("laser.readouts advantages", spec.advantages)
-            for spec in self._readouts
+            spec.name: load_function(setting, spec.advantages)
+            for setting, spec in zip(self._settings, self._readouts, strict=True)
             if ":" in spec.advantages
         }
         self._shaping = Shaping(
@@ -134,6 +140,20 @@ class Objective:
             policy.length_penalty,
             config.rollout.max_new_tokens,
         )
+
+    def unusable(self, scores: Sequence[tuple[Tensor, Tensor]], step: int) -> tuple[str, ...]:
+        """Which scores the step's advantages need and are not finite, by the names that bad steps have; () for none.
+
+        Those that change advantages, and the response's score where a function of the user's is given it. No advantage
+        can be made of the step then, and it is skipped. `scores`: as of `advantages`.
+        """
+        found = []
+        for index, (spec, (values, scored)) in enumerate(zip(self._readouts, scores)):
+            given = index == 0 and self._estimator is not None
+            used = given or spec.changes_advantages(step)
+            if used and not bool(values[scored].isfinite().all()):
+                found.append(score_key(index, spec.name))
+        return tuple(found)
 
     def advantages(
         self,
@@ -152,9 +172,14 @@ class Objective:
             rewards, group_ids, lengths, sampled_lengths, truncated: [samples], of the whole rollout batch; lengths are
                 of whole responses, which `rollout.max_new_tokens` is about, and without what an environment wrote.
             scores: for each readout (scores [samples], scored [samples] bool); of prefixes nothing is scored. Where
-                one that is needed is not finite nothing is done with it: the step is skipped.
+                some are `unusable` nothing is done with any, and no function of the user's is called: the step is
+                skipped, and its advantages are the built-in estimator's, or NaN.
             step: of the run, from 1.
+
+        Raises:
+            UserFunctionError: a function of the user's returned something else than finite advantages.
         """
+        unusable = bool(self.unusable(scores, step))
         shaped = self._shaping(rewards, lengths, sampled_lengths, truncated, group_ids)
         first = scores[0] if scores else (torch.full_like(rewards, torch.nan), torch.zeros_like(truncated))
         facts = dict(
@@ -170,12 +195,17 @@ class Objective:
                 estimator=self._policy.advantage,
                 normalize_std=self._policy.normalize_std,
             )
+        elif unusable:
+            result = torch.full_like(rewards, torch.nan)
         else:
             batch = _batch(facts, first, torch.zeros_like(rewards))
-            result = _checked("policy.advantage", self._estimator(batch), rewards)
+            name = self._policy.advantage
+            result = checked_advantages("policy.advantage", name, self._estimator(batch), rewards)
+        if unusable:
+            return result, 0.0
         mixed = 0.0
-        for spec, (values, scored) in zip(self._readouts, scores):
-            if not spec.changes_advantages(step) or not bool(values[scored].isfinite().all()):
+        for setting, spec, (values, scored) in zip(self._settings, self._readouts, scores):
+            if not spec.changes_advantages(step):
                 continue
             if spec.advantages == "mix":
                 result, share = _mix(spec, values, scored, group_ids, result)
@@ -192,7 +222,8 @@ class Objective:
                 )
             else:
                 batch = _batch(facts, (values, scored), result)
-                result = _checked("laser.readouts advantages", self._effects[spec.name](batch), rewards)
+                found = self._effects[spec.name](batch)
+                result = checked_advantages(setting, spec.advantages, found, rewards)
         return result, mixed
 
 
@@ -212,17 +243,3 @@ def _batch(facts: dict[str, Tensor], score: tuple[Tensor, Tensor], advantages: T
     return adv.AdvantageBatch(
         **facts, scores=values.double(), scored=scored.bool(), advantages=advantages.double()
     )
-
-
-def _checked(setting: str, found: Any, like: Tensor) -> Tensor:
-    """What a function of the user's returned, as float32."""
-    if not isinstance(found, Tensor) or found.shape != like.shape or not bool(torch.isfinite(found).all()):
-        shape = (
-            f"{tuple(found.shape)} with some not finite"
-            if isinstance(found, Tensor)
-            else type(found).__name__
-        )
-        raise UserFunctionError(
-            f"{setting}: the function returned {shape}; expected {len(like)} finite advantages"
-        )
-    return found.detach().cpu().float()

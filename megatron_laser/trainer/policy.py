@@ -26,7 +26,8 @@ from megatron.core.transformer.module import Float16Module
 from transformers import PretrainedConfig
 
 from megatron_laser.config import ConfigError
-from megatron_laser.config.derived import longest_sequence, micro_batch_tokens, optimizer_steps
+from megatron_laser.config.derived import micro_batch_tokens, optimizer_steps
+from megatron_laser.config.model_folder.continuation import longest_trained
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.stages import chunk_layers
 from megatron_laser.model import platform
@@ -143,7 +144,7 @@ def build_chunks(
         )
         models.append(model.to(platform.device()))
     heads = (hf.num_attention_heads // parallel.tensor, hf.num_key_value_heads // parallel.tensor)
-    sizes = dict(tokens=micro_batch_tokens(config), longest=longest_sequence(config))
+    sizes = dict(tokens=micro_batch_tokens(config), longest=longest_trained(config))
     if problems := attention_problems(model_config, **sizes, heads=heads):
         raise ConfigError(problems)
     load_weights(models, folder, hf, geometry)

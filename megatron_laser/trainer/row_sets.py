@@ -19,8 +19,9 @@ def row_sets(flat: FlatBatch, packed: PackedMicroBatch, device: torch.device) ->
     if not len(flat.set_counts):
         return None
     tokens = flat.response_offsets[packed.sample_index] + packed.response_position
-    # A score row's place is behind its response: the next one's first token, or none.
-    counts = np.where(packed.is_score, 0, np.append(flat.set_counts, 0)[tokens]).astype(np.int64)
+    # A score row's place may be behind its response, and behind all of them: no token of the batch is its own.
+    tokens[packed.is_score] = 0
+    counts = np.where(packed.is_score, 0, flat.set_counts[tokens]).astype(np.int64)
     rows = np.flatnonzero(counts)
     if not len(rows):
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +15,11 @@ from megatron_laser.batching import readout_points as places
 from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.batching.readout_points import ReadoutPoints
 from megatron_laser.config import read_architecture, resolve_score_token
-from megatron_laser.config.readouts import Readout, readouts
+from megatron_laser.config.model_folder.continuation import continuation_problems
+from megatron_laser.config.readouts import Readout, forced_text, readout_setting, readouts
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.data.delimiters import Delimiter
-from megatron_laser.data.tokenizer import load_tokenizer
+from megatron_laser.data.tokenizer import load_tokenizer, text_ids
 from megatron_laser.errors import ConfigError
 
 Place = Callable[[FlatBatch, int], npt.NDArray[np.int64]]
@@ -66,18 +66,25 @@ class RunReadouts:
     """All readouts of a run, the response's score first."""
 
     def __init__(
-        self, specs: Sequence[Readout], token_ids: Sequence[tuple[int, ...]], where: Sequence[Place]
+        self,
+        specs: Sequence[Readout],
+        token_ids: Sequence[tuple[int, ...]],
+        where: Sequence[Place],
+        continuation: Sequence[int] = (),
     ) -> None:
+        """`continuation`: what stands behind responses that were cut off, for the positions `forced`."""
         self.specs = tuple(specs)
         self.token_ids = tuple(token_ids)
         self._where = tuple(where)
+        self._continuation = tuple(continuation)
 
     @classmethod
     def of(cls, config: RunConfig, score_token_id: int | None) -> RunReadouts:
         """Of a configuration, in which `score_token_id` is the first token of the first one; None: there are none.
 
         Raises:
-            ConfigError: a token that the tokenizer does not know, or outside the vocabulary.
+            ConfigError: a token that the tokenizer does not know, or outside the vocabulary; or a forced text that
+                cannot stand behind a response.
         """
         if score_token_id is None:
             return cls((), (), ())
@@ -85,17 +92,24 @@ class RunReadouts:
         known: dict[int | str, int] = (
             {specs[0].tokens[0]: score_token_id} if specs and specs[0].tokens else {}
         )
-        ids = [tuple(_token_id(config, token, known) for token in spec.tokens) for spec in specs]
+        ids = [
+            tuple(
+                _token_id(config, readout_setting(config, index, "tokens"), token, known)
+                for token in spec.tokens
+            )
+            for index, spec in enumerate(specs)
+        ]
         if specs and not specs[0].tokens:  # given to the trainer alone
             ids = [own or (score_token_id,) for own in ids]
-        return cls(specs, ids, [_place(config, spec) for spec in specs])
+        continuation = _continuation(config, {token for own in ids for token in own})
+        return cls(specs, ids, [_place(config, spec, len(continuation)) for spec in specs], continuation)
 
     def __len__(self) -> int:
         return len(self.specs)
 
     def points(self, flat: FlatBatch) -> ReadoutPoints:
         """What is read of a batch."""
-        return places.readout_points(flat, self._where, self.token_ids)
+        return places.readout_points(flat, self._where, self.token_ids, self._continuation)
 
     def class_weights(
         self, flat: FlatBatch, points: ReadoutPoints, members: npt.NDArray[np.int64]
@@ -130,10 +144,12 @@ class RunReadouts:
             )
         return found
 
-    def first_logprobs(self, points: ReadoutPoints, logprobs: torch.Tensor, samples: int) -> torch.Tensor:
-        """[samples] the log-prob of the first readout's first token, NaN where it was not read."""
+    def first_logprobs(
+        self, points: ReadoutPoints, logprobs: torch.Tensor | None, samples: int
+    ) -> torch.Tensor:
+        """[samples] the log-prob of the first readout's first token, NaN where it was not read (`logprobs` None)."""
         result = torch.full((samples,), torch.nan)
-        if self.specs:
+        if self.specs and logprobs is not None:
             place = torch.from_numpy(points.sample[points.of(0)])
             result[place] = logprobs[points.slots_of(0)][:: len(self.token_ids[0])]
         return result
@@ -177,33 +193,39 @@ class RunReadouts:
         return PointTensors(*(tensor.to(device) for tensor in found))
 
 
-def _token_id(config: RunConfig, token: int | str, known: dict[int | str, int]) -> int:
+def _token_id(config: RunConfig, setting: str, token: int | str, known: dict[int | str, int]) -> int:
     if token in known:
         return known[token]
     found = token if isinstance(token, int) else resolve_score_token(config.model.path, token).id
     vocab = read_architecture(config.model.path).vocab_size
     if found is None or not 0 <= found < vocab:
-        raise ConfigError(
-            [f"laser.readouts: token {token!r} is none of the model's; expected one below {vocab}"]
-        )
+        raise ConfigError([f"{setting}: token {token!r} is none of the model's; expected one below {vocab}"])
     return found
 
 
-def _place(config: RunConfig, spec: Readout) -> Place:
+def _continuation(config: RunConfig, read: set[int]) -> tuple[int, ...]:
+    """The ids of the forced text; () where no readout has one."""
+    text = forced_text(config)
+    if not text:
+        return ()
+    ids = text_ids(load_tokenizer(config.model.path, [text]), text)
+    if problems := continuation_problems(config, read_architecture(config.model.path), ids, read):
+        raise ConfigError(problems)
+    return ids
+
+
+def _place(config: RunConfig, spec: Readout, forced_tokens: int = 0) -> Place:
     if spec.position == "eos":
         return places.at_end
     if spec.position == "before_eos":
         return places.before_end
     if spec.position == "every":
         return places.every(spec.every)
+    if spec.position == "forced":
+        return places.behind_forced(forced_tokens)
     tokenizer = load_tokenizer(config.model.path)
-    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    known = len(tokenizer)  # the model may have more rows than its tokenizer has tokens
-    delimiter = Delimiter(
-        spec.delimiter,
-        lambda token: decode([token]) if token < known else "",
-        read_architecture(config.model.path).vocab_size,
-    )
+    vocab_size = read_architecture(config.model.path).vocab_size
+    delimiter = Delimiter.of_tokenizer(spec.delimiter, tokenizer, vocab_size)
 
     def behind(flat: FlatBatch, sample: int) -> npt.NDArray[np.int64]:
         found = delimiter.ends(flat.response_ids(sample))

@@ -107,16 +107,23 @@ def prepare_step(
     by which `batching.balance: flops` shares out samples. `share_prompts`: a group's prompt is packed once for all its
     responses in a micro-batch.
     """
-    units = _units(flat, config, data_size) if share_prompts else [(i,) for i in range(flat.num_samples)]
+    readouts = readouts or RunReadouts.of(config, score_token_id)
+    points = readouts.points(flat)
+    responses = flat.response_lengths + points.appended_tokens
+    units = (
+        _units(flat, responses, config, data_size)
+        if share_prompts
+        else [(i,) for i in range(flat.num_samples)]
+    )
     costs = None
     if architecture is not None:
-        costs = [_forward_flops(flat, architecture, unit) for unit in units]
+        costs = [_forward_flops(flat, responses, architecture, unit) for unit in units]
     elif config.batching.balance == "flops":
         raise ValueError("batching.balance: flops needs the model's architecture")
     parallel = config.parallel
     schedule = build_schedule(
         [
-            padded_tokens(_tokens(flat, unit), parallel) for unit in units
+            padded_tokens(_tokens(flat, responses, unit), parallel) for unit in units
         ],  # as packed: the budget holds with padding
         data_parallel=data_size,
         tokens_per_micro_batch=micro_batch_tokens(config),
@@ -126,8 +133,6 @@ def prepare_step(
         micro_batch_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
         costs=costs if config.batching.balance == "flops" else None,
     )
-    readouts = readouts or RunReadouts.of(config, score_token_id)
-    points = readouts.points(flat)
     minibatches = []
     for ranks in schedule.minibatches:
         members = sorted(i for rank in ranks for chosen in rank for unit in chosen for i in units[unit])
@@ -155,8 +160,13 @@ def prepare_step(
     )
 
 
-def _units(flat: FlatBatch, config: RunConfig, data_size: int) -> list[tuple[int, ...]]:
-    """What is scheduled as a whole where prompts are shared: groups, or pieces where ranks and stages need more."""
+def _units(
+    flat: FlatBatch, responses: np.ndarray, config: RunConfig, data_size: int
+) -> list[tuple[int, ...]]:
+    """What is scheduled as a whole where prompts are shared: groups, or pieces where ranks and stages need more.
+
+    responses: [samples] tokens that are packed of each, with what is appended for reading.
+    """
     parallel = config.parallel
     wanted = data_size * config.policy.minibatches
     # Two for each rank, that none has twice the others' work; a round of micro-batches for an interleaved pipeline.
@@ -165,19 +175,25 @@ def _units(flat: FlatBatch, config: RunConfig, data_size: int) -> list[tuple[int
     return shared_units(
         flat.group_ids.tolist(),
         flat.prompt_lengths.tolist(),
-        flat.response_lengths.tolist(),
+        responses.tolist(),
         budget=micro_batch_tokens(config),
         least=wanted,
     )
 
 
-def _tokens(flat: FlatBatch, unit: Sequence[int]) -> int:
-    return unit_tokens(int(flat.prompt_lengths[unit[0]]), [int(flat.response_lengths[i]) for i in unit])
+def _tokens(flat: FlatBatch, responses: np.ndarray, unit: Sequence[int]) -> int:
+    return unit_tokens(int(flat.prompt_lengths[unit[0]]), [int(responses[i]) for i in unit])
 
 
-def _forward_flops(flat: FlatBatch, architecture: Architecture, unit: Sequence[int]) -> int:
+def _forward_flops(
+    flat: FlatBatch, responses: np.ndarray, architecture: Architecture, unit: Sequence[int]
+) -> int:
     prompt = int(flat.prompt_lengths[unit[0]])
-    alone = [forward_flops(architecture, int(flat.lengths[i]), int(flat.sampled_lengths[i])) for i in unit]
+    lengths = [prompt + int(responses[i]) for i in unit]
+    alone = [
+        forward_flops(architecture, length, int(flat.sampled_lengths[i]))
+        for length, i in zip(lengths, unit, strict=True)
+    ]
     return sum(alone) - (len(unit) - 1) * forward_flops(architecture, prompt - 1, 0)
 
 
@@ -264,7 +280,10 @@ def make_micro_batch(
     """
     inputs = [flat.pack_input(index) for index in samples]
     if points is not None:
-        inputs = [replace(item, marks=points.marks(item.sample_index)) for item in inputs]
+        inputs = [
+            replace(item, marks=points.marks(item.sample_index), appended=points.appended(item.sample_index))
+            for item in inputs
+        ]
     whole = pack(
         inputs,
         score_token_id=score_token_id,

@@ -26,6 +26,11 @@ def readout_key(index: int, name: str, *, trained: bool) -> str:
     return f"readout/{name}/loss"
 
 
+def score_key(index: int, name: str) -> str:
+    """What a bad step calls a readout's scores that are not finite."""
+    return "zc_logprob" if index == 0 else f"readout/{name}/score"
+
+
 def means(totals: Mapping[str, float], *, updates: int, more: Sequence[str] = ()) -> dict[str, float]:
     """What is reported of `reduce_sums`: MEAN_KEYS over the optimizer steps, TOKEN_MEAN_KEYS over their tokens.
 

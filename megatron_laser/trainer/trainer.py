@@ -48,7 +48,8 @@ class StepResult:
     metrics: flat names, the same on every rank. zc_logprobs, scores: [samples] log pi(z_c | x, y, EOS) and
     r_s of the policy that generated the batch, NaN where a response has none (or LaSeR is off). advantages:
     [samples], as used by the policy loss. All on the CPU. updates: the optimizer steps, skipped ones too. readouts:
-    what each readout read of the batch; `scores` are the first one's.
+    what each readout read of the batch; `scores` are the first one's. reference_logprobs: as zc_logprobs, of the
+    reference model.
     """
 
     metrics: dict[str, float]
@@ -57,6 +58,7 @@ class StepResult:
     advantages: torch.Tensor
     updates: tuple[OptimizerStep, ...]
     readouts: tuple[ReadoutScores, ...] = ()
+    reference_logprobs: torch.Tensor | None = None
 
 
 class Trainer:
@@ -132,17 +134,17 @@ class Trainer:
             read = self._old_policy_pass(data, flat)
             self._balance_experts(data)
             self._set_pass(data, "reference")
-            references = self._reference_pass(data)
+            frozen = self._reference_pass(data)
+        references = self._readouts.references(data.points, frozen)
         found = self._readouts.scores(data.points, read, references)
         scores = [item.of_samples(flat.num_samples) for item in found]
         zc_logprobs = self._readouts.first_logprobs(data.points, read, flat.num_samples)
-        lengths = torch.from_numpy(flat.response_lengths.astype(np.int64))
         advantages, mixed = self._objective.advantages(
             rewards=data.rewards,
             group_ids=data.group_ids,
-            lengths=lengths,
+            lengths=torch.from_numpy(flat.response_lengths.astype(np.int64)),
             sampled_lengths=torch.from_numpy(flat.sampled_lengths.astype(np.int64)),
-            truncated=~data.scored & (lengths >= config.rollout.max_new_tokens),
+            truncated=torch.from_numpy(flat.cut_off(config.rollout.max_new_tokens)),
             scores=scores,
             step=step,
         )
@@ -158,15 +160,10 @@ class Trainer:
         with self._timers("train"):
             # A score that is missing or not finite is as bad as a loss: no advantage can be made of it.
             updates: tuple[OptimizerStep, ...]
-            used = [
-                item.scores
-                for item, spec in zip(found, self._readouts.specs)
-                if spec.changes_advantages(step)
-            ]
-            if all(bool(values.isfinite().all()) for values in used):
-                updates = self._optimize(data, batch, step)
+            if unusable := self._objective.unusable(scores, step):
+                updates = (OptimizerStep(0, 0, math.nan, unusable, []),)
             else:
-                updates = (OptimizerStep(0, 0, math.nan, ("zc_logprob",), []),)
+                updates = self._optimize(data, batch, step)
         metrics = self._metrics(updates, step) | self._expert_metrics(data)
         metrics["advantage_mixed_fraction"] = mixed
         metrics["micro_batches"] = float(len(data.micro_batches))
@@ -177,7 +174,8 @@ class Trainer:
                 self._config.parallel, [len(minibatch.micro_batches) for minibatch in data.minibatches]
             )
         first = scores[0][0] if scores else torch.full_like(data.rewards, math.nan)
-        return StepResult(metrics, zc_logprobs, first, advantages, updates, tuple(found))
+        reference = self._readouts.first_logprobs(data.points, frozen, flat.num_samples)
+        return StepResult(metrics, zc_logprobs, first, advantages, updates, tuple(found), reference)
 
     def _model_experts(self) -> Experts | None:
         """What the routers' share of a step is made with; None for a dense model."""
@@ -219,13 +217,13 @@ class Trainer:
         tallies = [minibatch.tally for minibatch in data.minibatches if minibatch.tally is not None]
         return expert_metrics(Counts.of(tallies, self._all_ranks), self._experts.moe.experts_per_token)
 
-    def prepare(self, flat: FlatBatch) -> StepData:
-        """This rank's share of a rollout batch, cut and packed as it is trained on."""
+    def prepare(self, flat: FlatBatch, config: RunConfig | None = None) -> StepData:
+        """This rank's share of a rollout batch, cut and packed as it is trained on, or as `config` has it."""
         return prepare_step(
             flat,
-            self._config,
+            config or self._config,
             score_token_id=self._score_token_id,
-            readouts=self._readouts,
+            readouts=self._readouts if config is None else None,
             data_rank=self._runtime.data_rank,
             data_size=self._runtime.data_size,
             context_rank=self._runtime.context_rank,
@@ -281,17 +279,17 @@ class Trainer:
         """Whether the rollout engine read the scores."""
         return self._score_token_id is not None and self._config.laser.score_source == "server"
 
-    def _reference_pass(self, data: StepData) -> torch.Tensor:
-        """Fill `reference_logprobs` if there is a reference model; return c_ref of each point, [points]."""
+    def _reference_pass(self, data: StepData) -> torch.Tensor | None:
+        """Fill `reference_logprobs` if there is a reference model; return what readouts read of it, [slots]."""
         if self.reference is None:
-            return self._readouts.references(data.points, None)
+            return None
         own = torch.zeros(int(data.points.slot_starts[-1]))
         batches = data.micro_batches
         outputs = run_forward(self.reference, batches, lambda batch: batch.without_entropy())
         for batch, output in zip(batches, outputs):
             batch.reference_logprobs = output[0].index_select(0, batch.policy_rows)
             own[batch.score_slot.cpu()] = output[0].index_select(0, batch.score_rows).cpu()
-        return self._readouts.references(data.points, self._sum_over_ranks(own))
+        return self._sum_over_ranks(own)
 
     def _sum_over_ranks(self, own: torch.Tensor) -> torch.Tensor:
         """Each sample's value from the one rank that has it."""

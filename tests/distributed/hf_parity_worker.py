@@ -1,7 +1,9 @@
-"""Two ranks: every family under every layout against transformers. Started by test_hf_parity.py.
+"""Two ranks: families under layouts against transformers. Started by test_hf_parity.py.
 
-Rank 0 writes one JSON object: "family, layout" -> figures, the worst over both ranks. What they must be is said in
-the test.
+hf_parity_worker.py MODELS CASES.json OUTPUT.json
+
+A case is [family, layout]. Rank 0 writes one JSON object: "family, layout" -> figures, the worst over both ranks. What
+they must be is said in the test.
 """
 
 import json
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers.models import FAMILIES, tiny_config
+from helpers.models import FAMILIES
 from helpers.rollouts import Response, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
 from helpers.torchrun import run_worker
@@ -42,13 +44,6 @@ LAYOUTS = {
     "expert tensor 2": ["parallel.expert_tensor=2", "parallel.tensor=2", "parallel.sequence=true"],
 }
 GROUPS = [[Response(17, True), Response(1, False), Response(40, False, truncated=True)], [Response(6, True)]]
-
-
-def belong_together(family, layout):
-    """Experts need sequence parallelism beside tensor parallelism, and a dense model has none to share out."""
-    if tiny_config(family).model_type not in ("qwen3_moe", "mixtral"):
-        return not layout.startswith("expert")
-    return "tensor 2" not in layout or "sequence" in layout or layout.startswith("expert")
 
 
 class RecordingFolder(HfFolder):
@@ -237,11 +232,12 @@ def refusals(config, source, copy):
 
 
 def main():
-    models, output = Path(sys.argv[1]), Path(sys.argv[2])
+    models, output = Path(sys.argv[1]), Path(sys.argv[3])
+    cases = json.loads(Path(sys.argv[2]).read_text())
     torch.set_num_threads(1)
     runtime, results = None, {}
     for layout, overrides in LAYOUTS.items():
-        families = [family for family in FAMILIES if belong_together(family, layout)]
+        families = [family for family in FAMILIES if [family, layout] in cases]
         for family in families:
             source = models / family
             config = run_config(models / f"rank-{os.environ['RANK']}", source, *overrides)
@@ -254,6 +250,7 @@ def main():
             results[f"{family}, {layout}"] = check(config, source, reference, models / "exported")
             dist.barrier()
     assert all(math.isfinite(result["logits"]) for result in results.values())
+    assert source.name == "mixtral" and layout == "expert tensor 2", "the last case is that of the refusals"
     everywhere = refusals(config, source, models / "spoilt")
     if runtime.is_main:
         output.write_text(json.dumps(results))

@@ -1,4 +1,7 @@
-"""A checkpoint is saved under one parallel layout and resumed under another."""
+"""A checkpoint is saved under one parallel layout and resumed under another.
+
+One layout of each kind, in each direction; all of them, in more pairs, are `long`.
+"""
 
 import json
 import sys
@@ -49,6 +52,7 @@ PAIRS = [
     ("tensor 2", "context 2"),
     ("pipeline 2 of 1 and 3 layers, offloaded", "data 2, distributed, offloaded"),
 ]
+CORE = ("tensor 2, sequence, padded", "pipeline 2, virtual 2", "context 2, distributed", "data 2, overlapped")
 EXPERT_LAYOUTS = {
     "data 2": [],
     "data 2, distributed": [DISTRIBUTED],
@@ -71,6 +75,8 @@ EXPERT_PAIRS = [
     ("pipeline 2, virtual 2", "expert 2"),
     ("expert 2 within tensor 2", "data 2, distributed"),
 ]
+EXPERT_CORE = ("expert 2, distributed", "expert tensor 2", "pipeline 2, virtual 2")
+long = pytest.mark.long
 
 
 def entry(layout, *, load=None, save=None, extra=(), layouts=LAYOUTS):
@@ -102,29 +108,49 @@ def prepared(tmp_path, tied, experts=False):
 
 
 @pytest.mark.parametrize(
-    "tied",
-    [pytest.param(True, id="tied"), pytest.param(False, id="untied", marks=pytest.mark.long)],
+    ("layouts", "tied"),
+    [
+        pytest.param(CORE, True, id="tied, one of each kind"),
+        pytest.param(tuple(LAYOUTS), True, id="tied, all", marks=long),
+        pytest.param(tuple(LAYOUTS), False, id="untied, all", marks=long),
+    ],
 )
-def test_the_step_after_resuming_is_the_same_under_every_layout(tmp_path, tied):
-    resume_everywhere(prepared(tmp_path, tied), LAYOUTS, PAIRS)
+def test_the_step_after_resuming_is_the_same_under_every_layout(tmp_path, layouts, tied):
+    pairs = PAIRS if len(layouts) == len(LAYOUTS) else chain(CORE)
+    resume_everywhere(prepared(tmp_path, tied), LAYOUTS, layouts, pairs)
 
 
-def test_the_step_after_resuming_is_the_same_under_every_layout_of_experts(tmp_path):
-    resume_everywhere(prepared(tmp_path, False, experts=True), EXPERT_LAYOUTS, EXPERT_PAIRS)
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        pytest.param(EXPERT_CORE, id="one of each kind"),
+        pytest.param(tuple(EXPERT_LAYOUTS), id="all", marks=long),
+    ],
+)
+def test_the_step_after_resuming_is_the_same_under_every_layout_of_experts(tmp_path, layouts):
+    pairs = EXPERT_PAIRS if len(layouts) == len(EXPERT_LAYOUTS) else chain(EXPERT_CORE)
+    resume_everywhere(prepared(tmp_path, False, experts=True), EXPERT_LAYOUTS, layouts, pairs)
 
 
-def resume_everywhere(folder, layouts, pairs):
+def chain(names):
+    """From each layout to the next, and from the last to the first."""
+    return list(zip(names, (*names[1:], names[0])))
+
+
+def resume_everywhere(folder, layouts, names, pairs):
+    """To each of the layouts `names` from one process and back, and from one to another as `pairs` say."""
+
     def plan_of(name, **settings):
         return entry(name, layouts=layouts, **settings)
 
     (reference,) = run(folder, 1, [entry("one", save="one")])
-    plan = [plan_of(name, load="one") for name in layouts]
-    plan += [plan_of(name, save=name) for name in layouts]
+    plan = [plan_of(name, load="one") for name in names]
+    plan += [plan_of(name, save=name) for name in names]
     plan += [plan_of(there, load=here) for here, there in pairs]
-    names = [f"one -> {name}" for name in layouts] + list(layouts) + [" -> ".join(pair) for pair in pairs]
-    for name, figures in zip(names, run(folder, 2, plan), strict=True):
+    said = [f"one -> {name}" for name in names] + list(names) + [" -> ".join(pair) for pair in pairs]
+    for name, figures in zip(said, run(folder, 2, plan), strict=True):
         assert_same(figures, reference, name)
-    for name, figures in zip(layouts, run(folder, 1, [entry("one", load=name) for name in layouts])):
+    for name, figures in zip(names, run(folder, 1, [entry("one", load=name) for name in names])):
         assert_same(figures, reference, f"{name} -> one")
 
 
@@ -148,26 +174,30 @@ def stored(folder):
 
 
 @pytest.mark.parametrize(
-    ("tied", "layouts"),
+    ("tied", "layouts", "names"),
     [
-        pytest.param(False, LAYOUTS, id="untied"),
-        pytest.param(False, EXPERT_LAYOUTS, id="experts"),
-        pytest.param(True, LAYOUTS, id="tied", marks=pytest.mark.long),
+        pytest.param(False, LAYOUTS, CORE, id="untied, one of each kind"),
+        pytest.param(False, EXPERT_LAYOUTS, EXPERT_CORE, id="experts, one of each kind"),
+        pytest.param(False, LAYOUTS, tuple(LAYOUTS), id="untied, all", marks=long),
+        pytest.param(True, LAYOUTS, tuple(LAYOUTS), id="tied, all", marks=long),
+        pytest.param(False, EXPERT_LAYOUTS, tuple(EXPERT_LAYOUTS), id="experts, all", marks=long),
     ],
 )
-def test_bf16_weights_and_fp32_optimizer_state_pass_through_all_layouts_unchanged(tmp_path, tied, layouts):
+def test_bf16_weights_and_fp32_optimizer_state_pass_through_all_layouts_unchanged(
+    tmp_path, tied, layouts, names
+):
     folder = prepared(tmp_path, tied, experts=layouts is EXPERT_LAYOUTS)
     bf16 = ("model.dtype=bfloat16",)
     plan, before = [], None
-    for name in layouts:
+    for name in names:
         plan.append(entry(name, load=before, save=name, extra=bf16, layouts=layouts))
         before = name
     run(folder, 2, plan)
-    first, *others = (stored(folder / "checkpoints" / name) for name in layouts)
+    first, *others = (stored(folder / "checkpoints" / name) for name in names)
     kinds = {name.split(".model")[0].split(".lm_head")[0] for name in first}
     assert kinds == {"weights", "optimizer.main_param", "optimizer.exp_avg", "optimizer.exp_avg_sq"}
     assert first["optimizer.main_param.model.norm.weight"].dtype == torch.float32
-    for name, tensors in zip(list(layouts)[1:], others, strict=True):
+    for name, tensors in zip(names[1:], others, strict=True):
         assert tensors.keys() == first.keys()
         for key, tensor in tensors.items():
             assert torch.equal(tensor, first[key]), (name, key)

@@ -15,7 +15,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 LAYOUTS = ["tensor 2, sequence, padded", "pipeline 2, virtual 2", "data 2, distributed"]
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "tied", [pytest.param(False, id="untied"), pytest.param(True, id="tied", marks=pytest.mark.long)]
+)
 def test_what_transformers_loads_equals_what_a_run_resumes_with(tmp_path, single_process, tied):
     folder = prepared(tmp_path, tied)
     run(folder, 2, [entry(name, save=name) for name in LAYOUTS])

@@ -3,8 +3,6 @@
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from helpers.ranks import Rank
 from helpers.torchrun import worker_environment
 
 from megatron_laser.distributed.coordinator import Coordinator, RankZeroFailed
@@ -24,13 +23,7 @@ TIMEOUT = timedelta(seconds=20)
 
 
 def start(port, scenario):
-    return subprocess.Popen(
-        [sys.executable, str(WORKER), str(port), scenario],
-        env=worker_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return Rank(WORKER, [str(port), scenario], worker_environment())
 
 
 @contextlib.contextmanager
@@ -41,17 +34,15 @@ def rank_zero(scenario):
     try:
         store = dist.PrefixStore("run", base)
         while not store.check(["heartbeat/0"]):
-            assert process.poll() is None, process.stdout.read()
+            assert process.poll() is None, process.output
             time.sleep(0.05)
         yield base, Coordinator(store, 1, 2, deadline=SILENCE), process
     finally:
-        process.kill()
-        process.communicate()
+        process.end()
 
 
 def finished(process):
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 0, output
+    assert process.wait(30) == 0, process.output
 
 
 def test_the_waiting_rank_goes_on_when_rank_zero_has_finished():
@@ -107,16 +98,19 @@ def test_a_rank_zero_that_is_alive_but_too_slow_is_told_apart_from_a_dead_one():
 def test_the_death_of_the_process_that_hosts_the_store_is_told_with_rank_and_phase():
     process = start(0, "hosts the store")
     try:
-        store = dist.TCPStore("127.0.0.1", int(process.stdout.readline()), is_master=False, timeout=TIMEOUT)
+        until = time.monotonic() + 30
+        while "\n" not in process.output:
+            assert process.poll() is None and time.monotonic() < until, process.output
+            time.sleep(0.05)
+        store = dist.TCPStore("127.0.0.1", int(process.output), is_master=False, timeout=TIMEOUT)
         store = dist.PrefixStore("run", store)
         store.wait(["heartbeat/0"], TIMEOUT)
         coordinator = Coordinator(store, 1, 2, deadline=SILENCE)
-        process.kill()
+        os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match=r"rank 1, phase 'rollout of step 3': rank 0, .*store.* gone"):
             coordinator.run_on_rank_zero("rollout of step 3", lambda: None, deadline=30)
     finally:
-        process.kill()
-        process.communicate()
+        process.end()
 
 
 def test_a_rank_zero_that_never_starts_is_noticed():

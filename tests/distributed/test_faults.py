@@ -46,7 +46,9 @@ def end(ranks):
     "fault, verdict",
     [
         ("die", r"rank 1: no heartbeat for \d+ s, last phase 'train step 2"),
-        ("stop", r"rank 1: no heartbeat for \d+ s, last phase 'train step 2"),
+        pytest.param(
+            "stop", r"rank 1: no heartbeat for \d+ s, last phase 'train step 2", marks=pytest.mark.long
+        ),
         ("hang", r"rank 1: alive, in phase 'train step 2[^\n]* for \d+ s, at loop.py:\d+ \(run_step\)"),
     ],
 )
@@ -128,6 +130,7 @@ def test_a_damaged_checkpoint_is_one_line_on_rank_zero_whichever_rank_found_it(f
     assert "Traceback" not in outputs[0] + outputs[1]
 
 
+@pytest.mark.long
 def test_other_data_are_one_line_on_rank_zero(tmp_path):
     file, out = write_tiny_run(tmp_path), tmp_path / "out"
     statuses, outputs = run_together(start(file, "none", 0, 0, f"run.output_dir={out}", "run.steps=2"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from helpers.ranks import run_ranks
+from helpers.ranks import run_ranks, train_on_ranks
 from helpers.tiny_run import end_session, metrics_without_times, start_run, write_tiny_run
 
 from megatron_laser.distributed.coordinator import Coordinator
@@ -50,9 +50,12 @@ def test_a_signal_to_one_rank_stops_both_after_the_step_and_the_run_continues_bi
     assert metrics_without_times(out) == metrics_without_times(undisturbed)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_sigterm_from_outside_stops_the_run_which_then_continues(run_two, tmp_path, processes):
-    """With torchrun the signal goes to its agent, which passes it on to its workers and then itself ends with 1."""
+    """With torchrun the signal goes to its agent, which passes it on to its workers and then itself ends with 1.
+
+    Alone, a signal is what test_resume.py is about.
+    """
     file, out = write_tiny_run(tmp_path), tmp_path / "out"
     process = start_run(file, "run.steps=2000", "checkpoint.every=1000", processes=processes)
     try:
@@ -69,9 +72,7 @@ def test_sigterm_from_outside_stops_the_run_which_then_continues(run_two, tmp_pa
     assert [step for step, _ in folders.published(out / "checkpoints")] == [stopped["step"]]
     assert re.search(r"stopped after step \d+ \(SIGTERM\); saved", output)
     more = stopped["step"] + 1
-    process = start_run(file, f"run.steps={more}", processes=processes)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    train_on_ranks(file, f"run.steps={more}", processes=processes)
     assert [line["step"] for line in metrics_without_times(out)] == list(range(1, more + 1))
 
 

@@ -118,6 +118,7 @@ def test_the_trained_folder_is_one_that_transformers_reads(prepared, one_process
     assert 0 < change < 1.0  # one small step away
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_give_the_first_step_of_one_process(prepared, one_process, tmp_path, layout):
     processes, overrides = LAYOUTS[layout]

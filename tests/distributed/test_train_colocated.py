@@ -9,8 +9,9 @@ import re
 
 import pytest
 import yaml
+from helpers.ranks import train_on_ranks
 from helpers.sglang_server import free_port, sglang_python
-from helpers.tiny_run import end_session, start_run, write_tiny_run
+from helpers.tiny_run import write_tiny_run
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(700)]
 
@@ -56,12 +57,7 @@ def test_two_ranks_and_a_server_take_turns(tmp_path):
         laser={"score_source": "server"},
         policy={"old_logprobs": "on_policy"},
     )
-    process = start_run(file, processes=2)
-    try:
-        output, _ = process.communicate(timeout=600)
-    finally:
-        end_session(process)
-    assert process.returncode == 0, output[-6000:]
+    output = train_on_ranks(file, processes=2, timeout=600)
     folder = tmp_path / "run" / yaml.safe_load(file.read_text())["run"]["output_dir"]
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in steps if "policy_loss" in line]

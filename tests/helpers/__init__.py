@@ -9,5 +9,6 @@ Collecting: collecting.py and stepping_engine.py drive the collector with an eng
 shares the one real server; fake_server.py is the state behind every fake one, plain_http.py what they listen with;
 on these stand fake_fleet.py (several servers in memory), fake_memory.py (memory that comes and goes),
 faulty_server.py (generation with faults) and fake_sglang.py (a process in place of SGLang's). executables.py writes
-stand-ins for programs. source_tree.py reads the package's source for the tests of its rules.
+stand-ins for programs. breadth.py tells which combinations of parameters run always. pictures.py spares whole runs the
+painting of their figures. source_tree.py reads the package's source for the tests of its rules.
 """

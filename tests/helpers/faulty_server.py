@@ -189,7 +189,8 @@ class FaultyServer(ServerState):
             meta["output_token_sampling_mask"] = [[token, 5, token + 1] for token in ids]
             meta["output_token_sampling_logprobs"] = [-0.25] * len(ids)
         if "token_ids_logprob" in body:
-            meta["output_token_ids_logprobs"] = [[[-7.5, SCORE, None]]]
+            wanted = body["token_ids_logprob"]
+            meta["output_token_ids_logprobs"] = [[[-7.5 - i, token, None] for i, token in enumerate(wanted)]]
         tells = not aborted or self.tells_aborted
         if self.experts is not None and body.get("return_routed_experts") and tells:
             start, fed = body["routed_experts_start_len"], len(body["input_ids"]) + len(ids) - 1

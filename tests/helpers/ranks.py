@@ -15,11 +15,14 @@ import time
 import warnings
 from pathlib import Path
 
+from helpers.pictures import unpainted
 from helpers.torchrun import readable, worker_environment
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+_COMMAND = Path(__file__).parents[1] / "distributed" / "command_worker.py"
 _IMPORTED = ["megatron_laser.loop", "megatron_laser.trainer.trainer", "torch.distributed.checkpoint"]
 _IMPORTED += ["transformers.models.qwen2.modeling_qwen2", "transformers.models.auto.tokenization_auto"]
+_IMPORTED += ["matplotlib.figure"]
 
 
 class Rank:
@@ -108,6 +111,11 @@ def run_ranks(script: Path, processes: int, *arguments: str | Path, timeout: flo
             rank.end()
 
 
+def train_on_ranks(file: Path, *overrides: str, processes: int = 1, timeout: float = 150.0) -> str:
+    """`megatron_laser train FILE` on ranks of this machine; returns their output. As `run_ranks`."""
+    return run_ranks(_COMMAND, processes, "train", file, *overrides, timeout=timeout)
+
+
 def _run(script: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
@@ -123,4 +131,5 @@ def _run(script: str, arguments: list[str], environment: dict[str, str], log: st
     sys.path[:0] = [path for path in environment["PYTHONPATH"].split(os.pathsep) if path not in sys.path]
     sys.path.insert(0, str(Path(script).parent))
     sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    with unpainted():
+        runpy.run_path(script, run_name="__main__")

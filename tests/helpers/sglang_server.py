@@ -6,6 +6,7 @@ import os
 import subprocess
 import time
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,7 @@ START_DEADLINE = 280.0  # seconds; 20 on an idle machine
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
 _SESSION = int(os.environ.get("PYTEST_XDIST_TESTRUNUID") or f"{os.getpid():x}", 16) % 30
 _FIRST_PORT = 20000 + _SESSION * 400 + _WORKER * 100
+_GIVEN: deque[int] = deque(maxlen=25)
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,17 @@ def serve_config(folder: Path, *overrides: str, family: str = "qwen2", **rollout
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on, and that no other worker of this test session is given."""
+    """A port on loopback that nobody listens on, and that no other worker of this test session is given.
+
+    Nor this one soon again: who was given it may not listen yet.
+    """
     from megatron_laser.rollout.servers.ports import PortFinder
 
-    return PortFinder("127.0.0.1", _FIRST_PORT).take()
+    ports = PortFinder("127.0.0.1", _FIRST_PORT)
+    while (port := ports.take()) in _GIVEN:
+        pass
+    _GIVEN.append(port)
+    return port
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ TEMPERATURE = 0.8  # responses are of logits / temperature, the score is not
 PROMPTS = [[4, 5, 6], [7, 8, 9, 10, 11], [12], [6, 5]]
 SAMPLING = SamplingParams(8, 48, (EOS,), temperature=TEMPERATURE, score_token_id=SCORE)
 LAYOUTS = {"tensor 2": ["parallel.tensor=2"], "pipeline 2": ["parallel.pipeline=2"]}
-SYNCS = ("disk", "tensor by tensor", "flattened")
+# How weights travel does not depend on which ranks they come from: all ways once.
+SYNCS = {"tensor 2": ("disk", "tensor by tensor", "flattened"), "pipeline 2": ("flattened",)}
 
 
 def open_engine(url, key, sync, source, folder):
@@ -132,7 +133,7 @@ def main():
         else:
             parallel_state.destroy_model_parallel()
             runtime = runtimes.build_groups(config, runtime.store)
-        for sync in SYNCS:
+        for sync in SYNCS[layout]:
             engine = None
             if runtime.is_main:
                 engine = open_engine(url, key, sync, sources[0], output.parent / "weights")

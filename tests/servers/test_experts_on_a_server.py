@@ -25,7 +25,7 @@ pytestmark = pytest.mark.sglang
 LAYERS, EXPERTS, TOPK = 2, 8, 2
 
 
-@pytest.fixture(scope="module", params=["qwen3-moe", "mixtral"])
+@pytest.fixture(scope="module", params=["qwen3-moe", pytest.param("mixtral", marks=pytest.mark.long)])
 def server(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     with shared_server(folder, "moe.routing_replay=true", family=request.param) as server:

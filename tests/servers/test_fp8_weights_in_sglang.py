@@ -107,7 +107,7 @@ def save(kind, folder, seed):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.long), "experts"])
 def test_sglang_holds_what_the_trainer_sends_after_every_update(kind, tmp_path):
     """From a folder of plain weights, as a server starts, and through two updates; every parameter by checksum."""
     save(kind, tmp_path / "model", 0)
@@ -131,6 +131,7 @@ def test_sglang_holds_what_the_trainer_sends_after_every_update(kind, tmp_path):
     assert all("norm" in name or name.split(".")[-2] in ("embed_tokens", "lm_head", "gate") for name in plain)
 
 
+@pytest.mark.long
 def test_sglangs_own_quantization_takes_weights_once(tmp_path):
     """The reason why the trainer quantizes."""
     save("dense", tmp_path / "model", 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.torchrun import torchrun
+from helpers.ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.sglang, pytest.mark.distributed]
@@ -13,9 +13,11 @@ pytestmark = [pytest.mark.sglang, pytest.mark.distributed]
 WORKER = Path(__file__).with_name("logprob_parity_worker.py")
 TOLERANCE = 1e-4
 CASES = [
-    f"{layout}, {sync}, {model}"
-    for layout in ("tensor 2", "pipeline 2")
-    for sync in ("disk", "tensor by tensor", "flattened")
+    f"{layout_and_sync}, {model}"
+    for layout_and_sync in (
+        *("tensor 2, disk", "tensor 2, tensor by tensor", "tensor 2, flattened"),
+        "pipeline 2, flattened",
+    )
     for model in ("first", "second")
 ]
 
@@ -31,7 +33,7 @@ def figures(sglang_server, tmp_path_factory):
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
         model.save_pretrained(folder / "models" / name)
-    torchrun(
+    run_ranks(
         WORKER,
         2,
         sglang_server.url,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 
 import openai
 import pytest
@@ -254,3 +255,48 @@ def address_of(process, seconds=120.0):
         assert process.poll() is None and time.monotonic() < until, "".join(said)
         time.sleep(0.05)
     return found[0]
+
+
+def test_prefixes_are_scored_and_end_generation_where_the_whole_responses_say(server, tmp_path):
+    """Greedy, so that both evaluations have one response to each problem, whole and ended."""
+    settings = ["problems.temperature=0", "problems.max_problems=8", "--prefix-every", "8", "--workers", "1"]
+    source = server.model / "problems.jsonl"
+    invoke(server, "eval", source, *settings, "--output", tmp_path / "whole")
+    whole = lines(tmp_path / "whole" / "problems" / "records.jsonl")
+    answers = {
+        (a["row"], a["sample"]): a["response_ids"]
+        for a in lines(tmp_path / "whole" / "problems" / "responses.jsonl")
+    }
+    pairs = [
+        ((record["row"], record["sample"]), place, score)
+        for record in whole
+        for place, score in zip(record["prefix_tokens"], record["prefix_scores"], strict=True)
+    ]
+    model = load_model_folder(server.model, score_token="<|score|>", ref_logprob=-3.5, beta=0.5)
+    sequences = [
+        [4 + row // 4, 24, 4 + row % 4, 27, *answers[row, sample][:place]]
+        for (row, sample), place, _ in pairs
+    ]
+    with open_engine(EngineChoice(max_batch_size=64), model, deadline=60) as engine:
+        ours = model.rule.read(engine, sequences, deadline=60)
+    found = [score for *_, score in pairs]
+    assert len(found) >= 64 and found == pytest.approx([model.rule.score(value) for value in ours], abs=1e-4)
+
+    scores = sorted(found)
+    middle = scores[len(scores) // 4 : -len(scores) // 4]
+    low, high = max(pairwise(middle), key=lambda pair: pair[1] - pair[0])
+    threshold = (low + high) / 2
+    ending = ["--stop-below", threshold, "--end-early", "--output", tmp_path / "ended"]
+    invoke(server, "eval", source, *settings, *ending)
+    ended = lines(tmp_path / "ended" / "problems" / "records.jsonl")
+    kept = {
+        (a["row"], a["sample"]): a["response_ids"]
+        for a in lines(tmp_path / "ended" / "problems" / "responses.jsonl")
+    }
+    for record, other in zip(whole, ended, strict=True):
+        places = zip(record["prefix_tokens"], record["prefix_scores"], strict=True)
+        place = next((tokens for tokens, score in places if score < threshold), None)
+        key = (record["row"], record["sample"])
+        assert kept[key] == answers[key][:place]
+        assert other["finish_reason"] == ("ended" if place else record["finish_reason"])
+    assert 0 < sum(record["finish_reason"] == "ended" for record in ended) < len(ended)

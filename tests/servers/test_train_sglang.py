@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.tiny_run import end_session, start_run
+from helpers.ranks import train_on_ranks
 
 pytestmark = pytest.mark.sglang
 
@@ -18,19 +18,15 @@ pytestmark = pytest.mark.sglang
 )
 def test_a_run_is_fed_by_a_server(sglang_server, tmp_path, overrides):
     folder = tmp_path / "out"
-    process = start_run(
+    train_on_ranks(
         sglang_server.run_file,
         "rollout.engine=sglang",
         f"rollout.sglang.endpoints={sglang_server.endpoints}",
         "rollout.sglang.device=cpu",
         f"run.output_dir={folder}",
         *overrides,
+        timeout=200,
     )
-    try:
-        output, _ = process.communicate(timeout=200)
-    finally:
-        end_session(process)
-    assert process.returncode == 0, output[-4000:]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "policy_loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]

@@ -91,8 +91,13 @@ def test_log_probs_and_scores_are_the_trainers_after_a_sync(kind, sglang_server,
                     if generation.zc_logprob is not None:
                         assert generation.zc_logprob == pytest.approx(float(rows[-1, SCORE]), abs=1e-4)
             sequence = [4, 5, 6, 7, EOS]
-            expected = float(logprobs(model, sequence)[-1, SCORE])
-            assert engine.score([sequence], SCORE, deadline=30) == pytest.approx([expected], abs=1e-4)
+            last = logprobs(model, sequence)[-1]
+            assert engine.score([sequence], SCORE, deadline=30) == pytest.approx(
+                [float(last[SCORE])], abs=1e-4
+            )
+            tokens = [SCORE, 9, EOS]  # in one request
+            (several,) = engine.score_tokens([sequence], tokens, deadline=30)
+            assert several == pytest.approx([float(last[token]) for token in tokens], abs=1e-4)
     finally:
         engine.close()
 

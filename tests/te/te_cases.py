@@ -107,11 +107,28 @@ FOUR_RANK_CASES = {
 # recipe of FP8 on a GPU before Hopper.
 REFUSED = ("auto", "fused", "flash")
 REFUSED_RECIPES = ("blockwise", "tensorwise")
+# Not a case of training: the ring of keys and values alone. It comes last, as float64 is let in for it.
+RING = "ring"
+# One case of each kind of layout, precision and fault; the others are `long`.
+CORE_CASES = (
+    *("sequence", "pipeline-tied", "data-fused", "context", "experts"),
+    *("bf16-all", "bf16-context", "fp8-blockwise-sequence", "fp8-tensorwise-experts"),
+    *("shard_marks", "sequence_parallel_marks", "accumulation", "context_rank"),
+    *(f"refused-{what}" for what in (*REFUSED, *REFUSED_RECIPES)),
+    RING,
+)
+
+
+def _others(*tables):
+    return [name for table in tables for name in table if name not in CORE_CASES]
+
+
 # What one start of the worker goes through: names of cases.
 GROUPS_OF_CASES = {
-    "fp32": [*FP32_CASES, *BROKEN_CASES],
-    "bf16": [*BF16_CASES, *(f"refused-{what}" for what in (*REFUSED, *REFUSED_RECIPES))],
-    "fp8": [*FP8_CASES],
+    "core": list(CORE_CASES),
+    "fp32": _others(FP32_CASES, BROKEN_CASES),
+    "bf16": _others(BF16_CASES),
+    "fp8": _others(FP8_CASES),
 }
 
 

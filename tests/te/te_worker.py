@@ -38,8 +38,10 @@ def main():
 
 def outcome(folder, name):
     """(what the case of this name gives, the runtime)."""
+    import torch.distributed as dist
     from te_breaks import broken
-    from te_cases import BROKEN_CASES, CASES, REFUSED
+    from te_cases import BROKEN_CASES, CASES, REFUSED, RING
+    from te_ring import extremes
 
     if name in CASES:
         config, runtime = begin(folder, name, CASES[name])
@@ -48,6 +50,9 @@ def outcome(folder, name):
         config, runtime = begin(folder, name, BROKEN_CASES[name])
         with broken(name):
             return train_one_step(config, runtime), runtime
+    if name == RING:
+        config, runtime = begin(folder, name, CASES["bf16-context"])
+        return extremes([dist.group.WORLD]), runtime
     what = name.removeprefix("refused-")
     if what in REFUSED:
         config, runtime = begin(folder, name, CASES["bf16-context"], f"model.attention={what}")

@@ -1,7 +1,7 @@
 """The trainer on Transformer Engine's layers, rehearsed without a GPU: see te_boot.py for what is real and what is not.
 
 Every case trains on two gloo ranks with layers of Transformer Engine and is compared with one process and torch's
-layers in fp32: losses, gradient norms and all weights.
+layers in fp32: losses, gradient norms and all weights. One case of each kind runs always, the others are `long`.
 """
 
 import math
@@ -17,6 +17,7 @@ from te_cases import (
     BF16_CASES,
     BROKEN_CASES,
     CASES,
+    CORE_CASES,
     FP8_CASES,
     FP32_CASES,
     GROUPS,
@@ -24,6 +25,7 @@ from te_cases import (
     MOMENTS,
     REFUSED,
     REFUSED_RECIPES,
+    RING,
     STEPS,
     config_of,
     metrics_of,
@@ -36,6 +38,14 @@ from megatron_laser.model.hf_folder import HfFolder
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 WORKER = Path(__file__).with_name("te_worker.py")
+
+
+def by_case(names):
+    """Parametrizes a test by cases."""
+    marks = {True: (), False: pytest.mark.long}
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=marks[name in CORE_CASES]) for name in names]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +112,7 @@ def differing(mine, theirs):
     return {key for key, value in theirs.items() if mine[key] != pytest.approx(value, rel=1e-5, abs=1e-7)}
 
 
-@pytest.mark.parametrize("name", FP32_CASES)
+@by_case(FP32_CASES)
 def test_losses_norms_and_weights_are_those_of_torchs_layers(name, rehearsed, local):
     metrics, weights = local(name)
     result = rehearsed[name]
@@ -115,7 +125,7 @@ def test_losses_norms_and_weights_are_those_of_torchs_layers(name, rehearsed, lo
     assert not any("fused_attn" in name for name in result["calls"])
 
 
-@pytest.mark.parametrize("name", BROKEN_CASES)
+@by_case(BROKEN_CASES)
 def test_a_fault_in_the_gradients_changes_their_norm(name, rehearsed, local):
     metrics, _ = local(name)
     mine = rehearsed[name]
@@ -127,7 +137,7 @@ def test_a_fault_in_the_gradients_changes_their_norm(name, rehearsed, local):
     assert differing(mine, metrics[0]) == expected
 
 
-@pytest.mark.parametrize("name", BF16_CASES)
+@by_case(BF16_CASES)
 def test_bf16_goes_through_transformer_engines_attention_and_stays_near(name, rehearsed, local):
     metrics, weights = local(name)
     result = rehearsed[name]
@@ -144,7 +154,7 @@ def test_bf16_goes_through_transformer_engines_attention_and_stays_near(name, re
             assert torch.cosine_similarity(change.flatten(), expected.flatten(), dim=0) > 0.97, key
 
 
-@pytest.mark.parametrize("name", FP8_CASES)
+@by_case(FP8_CASES)
 def test_all_of_a_layers_products_are_in_fp8_and_figures_stay_near(name, rehearsed, local):
     metrics, weights = local(name)
     result = rehearsed[name]
@@ -177,7 +187,7 @@ def test_fp8_before_hopper_is_refused_before_weights_are_read(recipe, rehearsed)
     assert "compute capability" in message
 
 
-@pytest.mark.parametrize("name", CASES)
+@by_case(CASES)
 def test_layers_optimizer_and_clipping_are_transformer_engines(name, rehearsed):
     result = rehearsed[name]
     assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear"} <= set(result["modules"])
@@ -187,7 +197,7 @@ def test_layers_optimizer_and_clipping_are_transformer_engines(name, rehearsed):
     assert used | {"multi_tensor_adam", "multi_tensor_l2norm"} <= result["calls"].keys()
 
 
-@pytest.mark.parametrize("name", CASES)
+@by_case(CASES)
 def test_the_optimizers_state_is_kept_as_set_and_where_set(name, rehearsed):
     there, dtypes = rehearsed[name]["state"]
     settings = CASES[name]["settings"]
@@ -200,7 +210,7 @@ def test_the_optimizers_state_is_kept_as_set_and_where_set(name, rehearsed):
     assert (there == 0) == ("optimizer.offload=true" in settings)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("experts")])
+@by_case([name for name in CASES if name.startswith("experts")])
 def test_experts_are_grouped_products_of_transformer_engine(name, rehearsed):
     result = rehearsed[name]
     assert {"TEGroupedMLP", "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"} <= set(
@@ -230,6 +240,13 @@ def test_what_arrives_at_transformer_engines_ring(rehearsed):
     assert max(len(ring["bounds"]) for ring in rings) > 2
 
 
+def test_the_ring_over_our_order_of_tokens_is_attention_over_whole_sequences(rehearsed):
+    """On two ranks; on four, and with tensor parallelism beside it: test_te_context.py."""
+    errors = rehearsed[RING]
+    assert [ours for ours, _ in errors["most"]] == pytest.approx([0.0], abs=1e-12)
+    assert min(other for _, other in errors["least"]) > 1e-2
+
+
 @pytest.mark.parametrize("attention", REFUSED)
 def test_attention_without_a_kernel_is_refused_before_weights_are_read(attention, rehearsed):
     message = rehearsed[f"refused-{attention}"]
@@ -237,7 +254,7 @@ def test_attention_without_a_kernel_is_refused_before_weights_are_read(attention
     assert "Transformer Engine 2.20.2" in message and "head_dim 32" in message and "NVTE_DEBUG=1" in message
 
 
-@pytest.mark.parametrize("name", CASES)
+@by_case(CASES)
 def test_a_resumed_run_repeats_the_step_bit_for_bit(name, rehearsed):
     result = rehearsed[name]
     assert result["again"] == result["metrics"][-1]
@@ -246,7 +263,7 @@ def test_a_resumed_run_repeats_the_step_bit_for_bit(name, rehearsed):
         assert torch.equal(result["again_trained"][key], tensor), key
 
 
-@pytest.mark.parametrize("name", CASES)
+@by_case(CASES)
 def test_what_was_loaded_is_exported_bit_for_bit(name, rehearsed, folder):
     result = rehearsed[name]
     with HfFolder(folder / CASES[name]["family"]) as source:

@@ -1,4 +1,7 @@
-"""Transformer Engine's context parallelism without a GPU: its real ring over gloo, its kernels stand-ins."""
+"""Transformer Engine's context parallelism on four ranks: its real ring over gloo, its kernels stand-ins.
+
+On two ranks, which run always: test_te.py.
+"""
 
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from helpers.torchrun import torchrun
 from te_cases import FOUR_RANK_CASES, GROUPS, config_of, metrics_of, objective_of
 from te_sources import VERSION, transformer_engine_sources
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.long]
 
 WORKER = Path(__file__).with_name("te_context_worker.py")
 

@@ -115,7 +115,7 @@ def test_an_answer_as_servers_write_it_is_read_without_lists_and_bit_by_bit(pair
     afters,
     st.sampled_from(["length", "stop", "abort", "other"]),
 )
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=200)
 def test_whatever_it_holds_the_result_or_the_error_is_the_plain_parsers(
     entries, more, text, before, after, reason
 ):
@@ -137,7 +137,7 @@ WHOLE = answer(
     st.sampled_from([*'[]{},:".-+eE0159 nul\n\\', "", "]]", "[[", ",,", "null", "01"]),
 )
 @example(WHOLE.index(b"-0.25"), 1, "")
-@settings(deadline=None, max_examples=1500)
+@settings(deadline=None, max_examples=500)
 def test_bytes_that_are_lost_or_changed_end_as_with_the_plain_parser(place, removed, added):
     raw = WHOLE[:place] + added.encode() + WHOLE[place + removed :]
     assert outcome(fast, raw) == outcome(orjson.loads, raw)

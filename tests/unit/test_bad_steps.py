@@ -135,6 +135,31 @@ def test_a_score_that_is_not_finite_skips_the_step_when_it_is_mixed_in(
     assert_equal_states(state(trainer), before)
 
 
+def test_a_further_readout_whose_loss_is_not_finite_is_named_with_the_settings_of_the_weights(
+    single_process, model_folder, tmp_path
+):
+    readouts = [{}, {"name": "wild", "beta": 1e30, "weight": 0.2}, {"name": "idle", "weight": 0.0}]
+    trainer = build(
+        tmp_path,
+        model_folder,
+        single_process,
+        "run.max_bad_steps=1",
+        laser={"readouts": readouts, "tau": 0.0},
+    )
+    with pytest.raises(BadStepsError) as error:
+        trainer.train_step(batch(1), 1)
+    assert "last one: 1 of 1 optimizer step(s) skipped: readout/wild/loss, total_loss, grad_norm not" in str(
+        error.value
+    )
+    assert "lower optimizer.lr, laser.alpha or laser.readouts[1].weight, or look at" in str(error.value)
+
+
+def test_a_bad_step_without_laser_names_none_of_its_settings(single_process, model_folder, tmp_path):
+    trainer = build(tmp_path, model_folder, single_process, "run.max_bad_steps=1", laser={"enabled": False})
+    with pytest.raises(BadStepsError, match=r"`; lower optimizer.lr, or look at its rewards and log-probs$"):
+        trainer.train_step(batch(1, bad=math.nan), 1)
+
+
 def test_the_batch_is_dumped_with_its_reason_and_the_nearest_checkpoint(
     single_process, model_folder, tmp_path
 ):

@@ -15,6 +15,7 @@ from megatron_laser.cli import app
 from megatron_laser.model import platform
 
 pytestmark = pytest.mark.skipif(platform.has_cuda(), reason="asserts what the benchmark does on a CPU")
+PAINTED = True  # see helpers/pictures.py
 SHAPE = Shape(40, 16, 96, 2)
 
 

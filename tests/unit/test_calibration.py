@@ -183,6 +183,27 @@ def measured(folder, engine, **changes):
     return calibrate_model(model, folder / "train.jsonl", EngineChoice(), settings, engine=engine)
 
 
+def test_all_candidates_are_measured_in_one_pass(folder):
+    calls = []
+
+    class AllAtOnce(FakeEngine):
+        def score(self, sequences, token_id, *, deadline):
+            raise AssertionError("one token at a time")
+
+        def score_tokens(self, sequences, token_ids, *, deadline):
+            calls.append(list(token_ids))
+            return [[self.logprobs(token, sequence) for token in token_ids] for sequence in sequences]
+
+    def logprobs(token, sequence):
+        return -20.0 - token + 0.1 * (len(sequence) % 3)
+
+    tokens = ("<|score|>", "20", "21", "22")
+    found = measured(folder, AllAtOnce(logprobs, token=21), tokens=tokens)
+    assert calls == [[2, 20, 22]]
+    assert found == measured(folder, FakeEngine(logprobs, token=21), tokens=tokens)
+    assert [one.refused for one in found.tokens][2] == "the model generated it"
+
+
 def test_a_token_that_varies_by_more_than_a_nat_is_refused_with_the_reason(folder):
     rng = np.random.default_rng(0)
     result = measured(folder, FakeEngine(lambda token, sequence: -20 + 1.3 * rng.normal()))

@@ -126,7 +126,7 @@ def test_half_an_answer_is_none(body):
 
 def test_the_score_is_that_of_the_asked_token():
     body = reply(output_token_ids_logprobs=[[[-7.5, 2, None]]])
-    assert parse_score(body, 2, prompt_tokens=3).logprob == -7.5
+    assert parse_score(body, 2, prompt_tokens=3).logprobs == (-7.5,)
     for wrong in (reply(), reply(output_token_ids_logprobs=[[[-7.5, 3, None]]])):
         with pytest.raises(WireError):
             parse_score(wrong, 2, prompt_tokens=3)

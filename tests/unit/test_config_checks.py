@@ -48,6 +48,17 @@ def test_the_papers_recipe_passes():
     [
         ({"laser": {"score_token": None}}, ["laser.score_token: required"]),
         (
+            {
+                "laser": {"drift_every": 10, "drift_samples": 33},
+                "rollout": {"prompts_per_step": 4, "samples_per_prompt": 8},
+            },
+            ["laser.drift_samples: 33", "4 x rollout.samples_per_prompt 8 = 32; use as many or fewer"],
+        ),
+        (
+            {"laser": {"drift_every": 10, "readouts": [{"tokens": [5, 6], "score": "pair_sigmoid"}]}},
+            ["laser.drift_every: 10 with laser.readouts[0].score pair_sigmoid, which has no c_ref"],
+        ),
+        (
             {"model": {"attention": "flash", "layers": "torch"}},
             ["model.attention: flash with model.layers torch"],
         ),
@@ -109,6 +120,17 @@ def test_the_papers_recipe_passes():
         (
             {"policy": {"advantage": "reinforce_pp", "normalize_std": False}},
             ["policy.normalize_std: false", "reinforce_pp"],
+        ),
+        (
+            {"policy": {"advantage": "mine.py:centred", "normalize_std": False}},
+            ["policy.normalize_std: false", "mine.py:centred, a function", "policy.advantage_options"],
+        ),
+        (
+            {
+                "rollout": {"samples_per_prompt": 1, "drop_uniform_groups": True},
+                "policy": {"advantage": "mine.py:centred"},
+            },
+            ["rollout.drop_uniform_groups: true", "rollout.samples_per_prompt 1"],
         ),
         *(
             ({"policy": {"importance_mask": mask}}, ["policy.importance_mask", "0 <= low < 1 < high"])
@@ -174,6 +196,7 @@ def test_impossible_combinations_are_refused(sections, parts):
         {"laser": {"score_source": "server"}, "policy": {"old_logprobs": "rollout"}},
         {"laser": {"loss": "bce"}},
         {"rollout": {"samples_per_prompt": 1}, "policy": {"advantage": "reinforce_pp"}},
+        {"rollout": {"samples_per_prompt": 1}, "policy": {"advantage": "mine.py:centred"}},
         {"policy": {"importance_mask": [0.5, 2.0], "importance_cap": 1.5, "mismatch_abort": 0.1}},
         {"rollout": {"drop_uniform_groups": True, "oversampling_cap": 1}},
         {"policy": {"old_logprobs": "on_policy", "importance_cap": 2.0}},

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.rollouts import R, W, rollout_batch
 from helpers.runs import run_config
 from typer.testing import CliRunner
 
+from megatron_laser.batching.readout_points import at_end, every, readout_points
 from megatron_laser.cli import app
 from megatron_laser.config import ConfigError, load_config, resolve_plan
 from megatron_laser.config.model_folder.architecture import read_architecture
 from megatron_laser.config.plan.activations import layer_activation_bytes
+from megatron_laser.config.plan.head_rows import extra_rows
 from megatron_laser.config.plan.lines import MemorySum
 from megatron_laser.logprob_memory import GIB, choose_keep_budget
 
@@ -159,6 +162,67 @@ def test_what_is_kept_is_counted_by_the_rule_that_the_op_applies() -> None:
     part, tight = kept_line(size)
     assert part.bytes == GIB // 2 and f"{GIB / 2 / whole:.0%} of 1.16 GiB; the loss in blocks" in part.detail
     assert tight.total <= size * GIB
+
+
+# The 7B recipe: 16,384 tokens a micro-batch, 1024 responses an optimizer step on the one data-parallel rank of 4.
+ROWS = {
+    "[{}]": 0,
+    "[{position: before_eos}]": 0,
+    # two tokens behind each response, one of which takes no place that a token has not
+    "[{tokens: [151652, 151653], score: pair_sigmoid}]": 1024,
+    "[{}, {name: p, tokens: [151652, 151653, 151654], score: normalised, position: {every: 128}}]": 3 * 128,
+    "[{}, {name: d, position: {delimiter: x}}, {name: e, tokens: 151653}]": 16384 // 16 + 1024,
+}
+
+
+@pytest.mark.parametrize(("readouts", "more"), ROWS.items())
+def test_rows_of_readouts_are_counted_where_the_head_has_them(readouts, more) -> None:
+    rows, h, columns = 16384 + more, 3584, 152064 // 4
+    kept, memory = kept_line(79.1, f"laser.readouts={readouts}", "rollout.samples_per_prompt=8")
+    assert kept.bytes == 2 * rows * columns
+    tile = 528 * 2**20
+    head = line(memory, "log-prob head")
+    assert head.bytes == 2 * h * (16384 + 2 * rows) + 4 * h * rows + tile + tile // 2
+    assert (f"{more:,} rows of readouts" in head.detail) is (more > 0)
+    step = line(memory, "the step's micro-batches")
+    tokens = int(step.detail.split()[2].replace(",", ""))
+    between = {3 * 128: 3 * tokens // 128, 2048: tokens // 16 + 1024}.get(more, more)
+    assert step.bytes == 56 * (tokens + between)
+
+
+def test_the_rows_of_a_batch_stay_below_what_is_counted(tmp_path) -> None:
+    """Short prompts, and responses one shorter than a multiple of n or just beyond it."""
+    readouts_ = [
+        {},
+        {"name": "pair", "tokens": [240, 241], "score": "pair_sigmoid", "advantages": "none"},
+        {"name": "prefix", "tokens": [242, 243], "score": "normalised", "position": {"every": 3}},
+    ]
+    config = run_config(
+        tmp_path,
+        tmp_path,
+        laser={"readouts": readouts_},
+        rollout={"max_new_tokens": 15},
+        data={"max_prompt_tokens": 1},
+    )
+    groups = [[R(n), W(n), R(n), W(n)] for n in (1, 4, 7, 13)]
+    flat = rollout_batch(groups, prompt_lengths=[1] * 4)
+    token_ids = ((249,), (240, 241), (242, 243))
+    points = readout_points(flat, (at_end, at_end, every(3)), token_ids)
+    tokens, responses = len(flat.tokens), flat.num_samples
+    rows = int(flat.response_lengths.sum()) + int(points.slot_starts[-1])
+    counted = tokens + extra_rows(config, tokens, responses * 16)
+    assert tokens < rows <= counted < rows + 2 * tokens / 3
+    # of the prefix's rows: 2 x (0 + 1 + 2 + 4) x 4 there, 2 x floor(116 / 3) counted
+    assert (rows, counted) == (100 + 16 * 3 + 2 * 28, 116 + 2 * 16 + 2 * (116 // 3))
+
+
+def test_sampled_sets_are_counted_for_all_minibatches_of_a_rollout_batch() -> None:
+    assert line(plan().memory, "sampled sets") is None
+    narrow = ("rollout.top_k=50", "rollout.top_p=0.95", "policy.minibatches=4")
+    memory = plan(4, *narrow).memory
+    tokens = int(line(memory, "the step's micro-batches").detail.split()[2].replace(",", ""))
+    sets = line(memory, "sampled sets")
+    assert sets.bytes == 8 * 50 * 4 * tokens and f"{4 * tokens:,}" in sets.detail
 
 
 def test_auto_never_makes_a_plan_fail() -> None:

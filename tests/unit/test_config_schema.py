@@ -109,6 +109,8 @@ DEFAULTS = {
         "loss": "mse",
         "reference": "constant",
         "readouts": None,
+        "drift_every": 0,
+        "drift_samples": 128,
         "allow_partition_excess": False,
     },
     "policy": {

@@ -21,6 +21,7 @@ from megatron_laser.evaluation.benchmarks.settings import load_benchmarks
 from megatron_laser.evaluation.progress import Progress, duration
 from megatron_laser.testtime import EngineChoice, TestTimeError, load_model_folder
 
+PAINTED = True  # see helpers/pictures.py
 OVERRIDES = ["problems.samples=8", "problems.max_new_tokens=12", "problems.prompt_suffix=''"]
 OVERRIDES += ["problems.apply_chat_template=false", "problems.max_prompt_tokens=8"]
 PROSE = "Adding the two numbers of the problem gives"

@@ -195,6 +195,7 @@ def test_a_wrong_argument_is_one_clear_error(arguments, message, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_every_stage_runs_to_its_end_without_a_gpu(tmp_path):
     done = subprocess.run(

@@ -68,6 +68,7 @@ def ask_index(*arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_sglang_torch_and_the_others_require_of_each_other_is_what_is_pinned():
     """pip reads the metadata of some 40 packages, and downloads none of them."""
     assert {"torch", "transformer-engine", "sglang", "megatron-core", "triton"} <= ask_index("--direct")

@@ -9,12 +9,10 @@ import pytest
 import torch
 from helpers.models import save_tiny_model, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers.cache_utils import DynamicLayer
 
 from megatron_laser.config import ModelFolderError
 from megatron_laser.rollout import RolloutEngine
-from megatron_laser.rollout.hf_model import RoomyLayer
-from megatron_laser.rollout.in_process import InProcessEngine, draw
+from megatron_laser.rollout.in_process import InProcessEngine
 from megatron_laser.types import SamplingParams
 
 SCORE = 249
@@ -372,67 +370,3 @@ def test_a_common_beginning_is_computed_once_and_changes_nothing(engine, referen
         assert one.logprobs.tolist() == pytest.approx(chosen.tolist(), abs=2e-5)
         if one.finish_reason == "stop":
             assert one.zc_logprob == pytest.approx(logprobs[-1, SCORE].item(), abs=2e-5)
-
-
-@pytest.mark.parametrize("vocab", [7, 256, 600])
-def test_tokens_are_drawn_as_often_as_they_are_probable(vocab):
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.rand(vocab, generator=generator).square()
-    weights[::3] = 0.0  # as outside of a nucleus
-    weights[-1] = 0.0
-    draws = 200_000
-    drawn = draw(weights.expand(draws, vocab), generator)
-    counts = torch.bincount(drawn, minlength=vocab).double()
-    assert counts[weights == 0].sum() == 0
-    expected = draws * (weights / weights.sum()).double()
-    possible = weights > 0
-    chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum().item()
-    freedom = int(possible.sum()) - 1
-    assert abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)
-
-
-def test_tokens_rarer_than_a_step_of_float32_are_drawn_too(monkeypatch):
-    weights = torch.tensor([[1.0, 0.0, 2.0**-30]])  # 1 + 2^-30 is 1 in float32
-    for drawn, token in ((1 - 2.0**-31, 2), (1 - 2.0**-29, 0), (0.0, 0), (1 - 2.0**-53, 2)):
-        monkeypatch.setattr(
-            torch, "rand", lambda shape, drawn=drawn, **_: torch.full(shape, drawn, dtype=torch.float64)
-        )
-        assert draw(weights, torch.Generator()).tolist() == [token]
-
-
-@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 0.0])
-def test_probabilities_that_are_none_are_said_to_be_so(broken):
-    with pytest.raises(ValueError, match="not finite, or all 0"):
-        draw(torch.tensor([[0.5, 0.5], [broken, 0.0]]), torch.Generator())
-
-
-def test_a_cache_with_room_is_what_upstream_s_is(monkeypatch):
-    monkeypatch.setattr(RoomyLayer, "ROOM", 3)
-    generator = torch.Generator().manual_seed(0)
-    mine, theirs = RoomyLayer(), DynamicLayer()
-    rows = 4
-    for step, width in enumerate((5, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1)):
-        keys, values = (torch.randn(rows, 2, width, 8, generator=generator) for _ in range(2))
-        for got, want in zip(mine.update(keys, values), theirs.update(keys, values), strict=True):
-            assert torch.equal(got, want), step
-        assert mine.get_seq_length() == theirs.get_seq_length()
-        if step == 3:
-            for layer in (mine, theirs):
-                layer.batch_select_indices(torch.tensor([0, 2]))
-            rows = 2
-        if step == 6:
-            for layer in (mine, theirs):
-                layer.batch_repeat_interleave(3)
-            rows = 6
-
-
-def test_adding_a_token_copies_no_cache_while_there_is_room():
-    layer = RoomyLayer()
-    token = torch.zeros(2, 1, 1, 4)
-    layer.update(token, token)
-    first = layer.keys.data_ptr()
-    for _ in range(RoomyLayer.ROOM):
-        layer.update(token, token)
-    assert layer.keys.data_ptr() == first
-    layer.update(token, token)
-    assert layer.keys.data_ptr() != first

@@ -28,7 +28,7 @@ def torch_engine(tile=TILE):
 def triton_engine(tile=TILE):
     from megatron_laser.ops.triton.engine import ChunkedEngine
 
-    return ChunkedEngine(block=32, min_columns=8, kept_tile_bytes=tile)
+    return ChunkedEngine(block=64, min_columns=8, kept_tile_bytes=tile)
 
 
 ENGINES = {"torch": torch_engine}

@@ -169,3 +169,18 @@ def test_a_sparkline_spans_the_values_and_keeps_its_width() -> None:
     assert sparkline([], 8) == ""
     assert len(sparkline(list(range(1000)), 48)) == 48
     assert sparkline([0, 1], 2, ascii_only=True).isascii()
+
+
+def test_further_readouts_are_shown_in_the_lines_and_in_the_view() -> None:
+    read = {
+        "readout/prefix/128/auroc": 0.714,
+        "readout/prefix/128/loss": 0.1234,
+        "readout/prefix/128/points": 9.0,
+    }
+    line = plain_line(3, 10, METRICS | read)
+    assert "| prefix/128 AUROC 0.714 prefix/128 loss 0.1234" in line
+    assert "points" not in line and "prefix" not in plain_line(3, 10, METRICS)
+    output, text = console(terminal=True)
+    with LiveView(10, "on", console=output) as view:
+        view.update(3, METRICS | read)
+    assert "readouts" in text.getvalue() and "prefix/128 AUROC" in text.getvalue()

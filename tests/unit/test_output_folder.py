@@ -87,6 +87,78 @@ def test_another_learning_rate_is_another_run(config):
     assert "belongs to another run: optimizer.lr 1e-06 there and 2e-06 here" in message
 
 
+PREFIX = "{name: prefix, position: {every: 128}, target: prefix_value, weight: 0.05}"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("[{}, %s]", "[{}]", "laser.readouts[1] {'name': 'prefix', 'position': {'every': 128}, "),
+        (
+            "null",
+            "[{}, %s]",
+            "laser.readouts[1] None there and {'name': 'prefix', 'position': {'every': 128}, ",
+        ),
+        ("[{}]", "[{loss: bce}]", "laser.readouts[0].loss 'mse' there and 'bce' here;"),
+        ("null", "[{weight: 0.2}]", "laser.readouts[0].weight 0.1 there and 0.2 here;"),
+        ("[{weight: 0.2}]", "null", "another run: laser.alpha 0.2 there and 0.1 here;"),
+        ("[{}]", "[{target: {group_shrunk: 0.9}}]", "target 'binary' there and {'group_shrunk': 0.9} here;"),
+        ("[{}]", "[{tokens: 248}]", "laser.readouts[0].tokens [249] there and [248] here;"),
+        ("[{position: before_eos}]", "[{}]", "laser.readouts[0].position 'before_eos' there and 'eos' here;"),
+        ("[{}]", "[{warmup_steps: 7}]", "laser.readouts[0].warmup_steps 200 there and 7 here;"),
+        ("[{}, {weight: 0.3}]", "[{}, {weight: 0.4}]", "laser.readouts[1].weight 0.3 there and 0.4 here;"),
+        ("null", "[{name: score}]", "laser.readouts[0].name 'readout_1' there and 'score' here;"),
+    ],
+)
+def test_another_readout_is_another_run_and_both_values_are_said(config, before, after, said):
+    before, after = (text.replace("%s", PREFIX) for text in (before, after))
+    claim_output_folder(config(f"laser.readouts={before}")).release()
+    message = refused(config(f"laser.readouts={after}"))
+    assert "belongs to another run: laser." in message and said in message
+    assert message.count(" there and ") == 1
+
+
+def test_a_changed_setting_that_several_readouts_take_is_said_once(config):
+    two = "laser.readouts=[{}, {name: again, tokens: 248, advantages: none}]"
+    claim_output_folder(config(two)).release()
+    message = refused(config(two, "laser.beta=0.5"))
+    assert "another run: laser.beta 0.4 there and 0.5 here;" in message
+    other = "laser.readouts=[{}, {name: again, tokens: 248, advantages: none, beta: 0.5}]"
+    assert "another run: laser.readouts[1].beta 0.4 there and 0.5 here;" in refused(config(other))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([], ["laser.readouts=[{}]"]),
+        (["laser.readouts=[{}]"], []),
+        (["laser.alpha=0.2", "laser.loss=mse"], ["laser.readouts=[{weight: 0.2}]"]),
+        (["laser.readouts=[{tokens: 249, position: eos, advantages: mix}]"], []),
+        (["laser.reasoning_warmup_steps=5"], ["laser.readouts=[{warmup_steps: 5, name: readout_1}]"]),
+    ],
+)
+def test_readouts_that_come_to_the_same_are_the_same_run_however_written(config, before, after):
+    claim_output_folder(config(*before)).release()
+    claim_output_folder(config(*after)).release()
+
+
+def test_what_readouts_do_not_make_up_is_compared_as_ever_beside_a_list(config):
+    claim_output_folder(config("laser.readouts=[{}]")).release()
+    assert "another run: laser.score_source 'trainer' there and 'server' here;" in refused(
+        config("laser.score_source=server")
+    )
+    assert "laser.enabled True there and False here" in refused(config("laser.enabled=false"))
+
+
+def test_a_run_that_was_recorded_before_there_were_readouts_goes_on_with_an_empty_entry(config, tmp_path):
+    claim_output_folder(config()).release()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["settings"]["laser.readouts"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    claim_output_folder(config("laser.readouts=[{}]")).release()
+    assert "laser.alpha 0.1 there and 0.3 here" in refused(config("laser.alpha=0.3"))
+
+
 def test_another_layout_is_the_same_run(config):
     claim_output_folder(config()).release()
     claim_output_folder(config("parallel.tensor=2", "batching.tokens_per_micro_batch=512")).release()

@@ -213,6 +213,21 @@ def test_arrays_have_fixed_names_and_dtypes_and_are_checked():
         FlatBatch.from_arrays({**arrays, "tokens": arrays["tokens"][1:]})
 
 
+def test_a_batch_says_which_responses_were_cut_off_and_older_ones_by_their_length():
+    batch = rollout_batch()
+    lengths = [len(sample.generation.response_ids) for sample in batch.samples()]
+    longest = max(lengths)
+    for sample in batch.samples():
+        sample.scored, sample.generation.finish_reason = False, "length"
+        sample.generation.cut_off = len(sample.generation.response_ids) == 1
+    arrays = flatten(batch).to_arrays()
+    told = FlatBatch.from_arrays(arrays)
+    assert told.cut_off(longest).tolist() == [length == 1 for length in lengths]
+    older = FlatBatch.from_arrays({k: v for k, v in arrays.items() if k != "truncated"})
+    assert older.cut_off(longest).tolist() == [length == longest for length in lengths]
+    assert told.cut_off(longest).any() and older.cut_off(longest).any()
+
+
 def test_an_empty_batch_flattens():
     flat = flatten(RolloutBatch(step=1, weight_version=0))
     assert flat.num_samples == 0 and flat.tokens.shape == (0,)

@@ -230,11 +230,21 @@ def load_config_of(folder):
             "[{position: {every: 4}}]",
             r"laser.readouts\[0\].position: every; the first readout is the response's",
         ),
-        ("[{score: pair_sigmoid}]", r"laser.readouts\[0\].tokens: 1 with score pair_sigmoid, which reads 2"),
+        (
+            "[{score: pair_sigmoid}]",
+            r"laser.readouts\[0\].score: pair_sigmoid reads 2 tokens, and laser.score_token",
+        ),
+        (
+            "[{tokens: 7, score: pair_sigmoid}]",
+            r"laser.readouts\[0\].tokens: 1 with score pair_sigmoid, which reads 2",
+        ),
         ("[{}, {name: readout_1}]", "laser.readouts: names are readout_1, readout_1"),
-        ("[{tokens: [7, 8]}]", r"laser.readouts\[0\].tokens: two with score scaled_logratio and loss mse"),
+        (
+            "[{tokens: [7, 8]}]",
+            r"laser.readouts\[0\].tokens: two with score scaled_logratio and laser.loss mse",
+        ),
         ("[{}, {position: {every: 4}, advantages: mix}]", "scores of prefixes change no advantages"),
-        ("[{beta: 0.01}]", r"laser.readouts\[0\].beta 0.01 with laser.readouts\[0\].ref_logprob -20"),
+        ("[{beta: 0.01}]", r"laser.readouts\[0\].beta 0.01 with laser.ref_logprob -20"),
         ("[{loss: brier, targets: [1, -1]}]", r"laser.readouts\[0\].targets: .*loss brier"),
         (
             "[{tokens: [7, 8], score: pair_sigmoid, targets: [1, -1]}]",
@@ -251,3 +261,48 @@ def load_config_of(folder):
 def test_what_cannot_be_read_is_refused_with_its_place(tmp_path, entries, message):
     with pytest.raises(ConfigError, match=message):
         configured(tmp_path, entries)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        # the value that is wrong stands in the entry, or in `laser`, whatever form the rest has
+        ("readouts: [{}, {beta: 0.01}]", "laser.readouts[1].beta 0.01 with laser.ref_logprob -20:"),
+        ("readouts: [{}, {ref_logprob: -2}]", "laser.beta 0.1 with laser.readouts[1].ref_logprob -2:"),
+        # 1 / log(1 + 0.05 e^2) = 3.1805...
+        ("readouts: [{ref_logprob: -2}]", "Set laser.beta to 3.19 or more"),
+        ("readouts: [{}, {}], beta: 0.01", "laser.beta 0.01 with laser.ref_logprob -20:"),
+        ("readouts: [{}, {}], targets: [0, 1]", "laser.targets: [right, wrong] = [0, 1]"),
+        ("readouts: [{}, {targets: [0, 1]}]", "laser.readouts[1].targets: [right, wrong] = [0, 1]"),
+        ("targets: [0, 1]", "laser.targets: [right, wrong] = [0, 1]"),
+        (
+            "readouts: [{loss: bce}], targets: [1, -1]",
+            "laser.targets: [1, -1] with laser.readouts[0].loss bce, whose labels are always [1.0, 0.0]; remove "
+            "laser.targets or set laser.readouts[0].loss to mse",
+        ),
+        (
+            "readouts: [{targets: [1, -1]}], loss: bce",
+            "laser.readouts[0].targets: [1, -1] with laser.loss bce, whose labels are always [1.0, 0.0]; remove "
+            "laser.readouts[0].targets or set laser.loss to mse",
+        ),
+        (
+            "readouts: [{}, {}], ref_logprob: null",
+            "laser.readouts[1].ref_logprob: required while laser.enabled is true",
+        ),
+    ],
+)
+def test_a_message_names_the_setting_that_was_written(tmp_path, settings, message):
+    with pytest.raises(ConfigError) as caught:
+        configured_as(tmp_path, settings)
+    assert message in str(caught.value)
+    assert len(set(caught.value.problems)) == len(caught.value.problems)
+
+
+def configured_as(folder, settings):
+    """`settings` in the section `laser`, in place of what the others have."""
+    file = folder / "run.yaml"
+    text = CONFIG.format(folder=folder, more=", " + settings)
+    if "ref_logprob: null" in settings:
+        text = text.replace("ref_logprob: -20.0, ", "")
+    file.write_text(text)
+    return load_config(file)

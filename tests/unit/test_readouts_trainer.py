@@ -1,7 +1,9 @@
 """A train step with every kind of readout and policy loss equals a plain computation, one sample at a time."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers.models import tiny_model
@@ -220,6 +222,29 @@ def test_terms_for_length_change_advantages_and_not_what_the_score_learns(
     plain = trainer_of(tmp_path / "plain", model_folder, single_process, policy={}).train_step(flat, 1)
     assert not torch.allclose(shaped.advantages, plain.advantages)
     assert shaped.metrics["self_reward_loss"] == plain.metrics["self_reward_loss"]
+
+
+def test_a_response_that_a_function_cut_off_has_the_overlong_penalty(tmp_path, model_folder, single_process):
+    """Four right responses far below max_new_tokens, of which the second was cut off: its reward is 1 - 0.8."""
+    flat = rollout_batch(
+        [[Response(3, True), Response(4, True, truncated=True), Response(5, True), Response(2, True)]]
+    )
+    assert flat.truncated.tolist() == [False, True, False, False]
+    policy = {
+        "overlong_buffer": 4,
+        "overlong_penalty": 0.8,
+        "advantage": "dr_grpo",
+        "old_logprobs": "rollout",
+    }
+    result = trainer_of(
+        tmp_path, model_folder, single_process, policy=policy, readouts=[{"tau": 0.0}]
+    ).train_step(flat, 1)
+    assert result.advantages.tolist() == pytest.approx([0.2, -0.6, 0.2, 0.2], abs=1e-6)
+    flat = replace(flat, truncated=np.zeros(0, np.bool_))  # a batch of an earlier version: 4 of 64 tokens
+    result = trainer_of(
+        tmp_path, model_folder, single_process, policy=policy, readouts=[{"tau": 0.0}]
+    ).train_step(flat, 1)
+    assert result.advantages.tolist() == [0.0] * 4
 
 
 def test_the_length_reward_is_of_what_the_policy_wrote(tmp_path, model_folder):

@@ -15,10 +15,11 @@ import yaml
 from megatron_laser.evaluation import EvaluationRecord, summarize, write_records
 from megatron_laser.files import plain
 from megatron_laser.observability.metrics_logger import MetricsLogger
-from megatron_laser.report.plots import training
+from megatron_laser.report.plots import drift, training
 from megatron_laser.report.run_data import load_runs
 from megatron_laser.report.run_report import write_report
 
+PAINTED = True  # see helpers/pictures.py
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 FIGURES = {"accuracy", "self_reward", "scores", "calibration", "votes", "time"}
 
@@ -295,6 +296,32 @@ def test_a_run_whose_score_was_only_evaluated_is_in_the_legend(
     training.plot_self_reward(load_runs([tmp_path / "laser", tmp_path / "grpo"]), tmp_path / "plot.png")
     legend = figures[0].axes[0].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["laser", "grpo", "validation"]
+
+
+def test_the_drift_of_the_score_is_drawn_where_it_was_measured(
+    two_runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second step; towards targets 1 and -1 at beta 0.5, that is 2 nats above and below c_ref."""
+    folder = tmp_path / "drifting"
+    with MetricsLogger(folder, tensorboard=False) as metrics:
+        for step in range(1, 5):
+            found = {"logprob_mean": -9.0, "right": 0.4 * step, "wrong": -0.1, "reference_mean": 0.2}
+            found = {f"drift/{name}": value for name, value in found.items()} if step % 2 == 0 else {}
+            metrics.log(step, {"reward_mean": 0.5, **found})
+    laser = {"beta": 0.1, "readouts": [{"beta": 0.5, "targets": [1.0, -1.0]}]}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"laser": laser}))
+    assert "](plots/drift.png)" in write_report([folder]).read_text()
+    drawn = []
+    monkeypatch.setattr(drift, "save", lambda figure, path, *texts: drawn.append((figure, texts)) or path)
+    drift.plot_drift(load_runs([two_runs[0], folder]), tmp_path / "plot.png")
+    assert drift.plot_drift(load_runs([two_runs[0]]), tmp_path / "plot.png") is None
+    ((figure, texts),) = drawn
+    (axes,) = figure.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert lines["right"] == [[2.0, 0.8], [4.0, 1.6]] and lines["wrong"] == [[2.0, -0.1], [4.0, -0.1]]
+    assert lines["reference, own responses"] == [[2.0, 0.2], [4.0, 0.2]]
+    assert [line.get_ydata()[0] for line in axes.get_lines()[3:]] == [2.0, -2.0]
+    assert texts[0].endswith("drifting right +1.60, wrong -0.10")
 
 
 def test_a_run_that_measured_no_score_still_has_a_report(tmp_path: Path) -> None:

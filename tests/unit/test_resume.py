@@ -254,3 +254,47 @@ def test_other_data_under_the_same_name_are_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(reversed(rows)))
     with pytest.raises(DataError, match="the saved data cursor belongs to another run over the data"):
         run(file, tmp_path / "out", "run.steps=3")
+
+
+DRIFT = ["laser.drift_every=1", "laser.drift_samples=6", "checkpoint.every=2", "run.steps=3"]
+
+
+def drift_of(folder):
+    return [
+        {key: value for key, value in line.items() if key.startswith("drift/")}
+        for line in metrics_without_times(folder)
+    ]
+
+
+def test_a_resumed_run_measures_drift_on_the_same_responses_and_says_where_it_cannot(
+    undisturbed, tmp_path, monkeypatch, caplog
+):
+    file, _ = undisturbed
+    whole = run(file, tmp_path / "whole", *DRIFT)
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        after_recording(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(file, stopped, *DRIFT)
+    held = (stopped / "held_responses.npz").read_bytes()
+
+    (stopped / "held_responses.npz").write_bytes(held[:-40])
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "__init__", lambda *_, **__: pytest.fail("a model was built"))
+        with pytest.raises(DataError, match=r"held_responses\.npz cannot be read .*delete it, and the run"):
+            run(file, stopped, *DRIFT)
+
+    (stopped / "held_responses.npz").write_bytes(held)
+    run(file, stopped, *DRIFT)
+    assert metrics_without_times(stopped) == metrics_without_times(whole)
+    found = drift_of(whole)
+    assert [line["drift/held_step"] for line in found] == [1.0, 1.0, 1.0]
+    assert len({line["drift/shift"] for line in found}) == 3
+
+    # Another number of steps between measurements is no other run; without the file responses are taken again.
+    (stopped / "held_responses.npz").unlink()
+    caplog.clear()
+    with pytest.raises(ConfigError, match=r"laser\.beta"):
+        run(file, stopped, *DRIFT, "run.steps=4", "laser.beta=0.6")
+    run(file, stopped, *DRIFT, "run.steps=4", "laser.drift_every=2")
+    assert drift_of(stopped)[3]["drift/held_step"] == 4.0
+    assert "counts from the weights before step 4" in caplog.text

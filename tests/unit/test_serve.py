@@ -7,13 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers.fake_sglang import fake_python
+from helpers.serve_runs import write_run
 from helpers.sglang_server import call, free_port
 from helpers.torchrun import worker_environment
 
@@ -23,37 +22,11 @@ from megatron_laser.rollout.servers import ServeError, ServeProcess, guard
 from megatron_laser.rollout.servers.fleet_plan import (
     check_sglang,
     claim,
-    endpoints_file,
     plan_fleet,
-    shared_key,
 )
 from megatron_laser.rollout.servers.installed import ask_installed
 
 PATIENCE = 60.0  # seconds; everything here takes a fraction of it on an idle machine
-
-
-def write_run(folder: Path, **sglang) -> Path:
-    (folder / "model").mkdir(parents=True, exist_ok=True)
-    (folder / "model" / "config.json").write_text("{}")
-    settings = {
-        "model": {"path": "model", "dtype": "float32"},
-        "data": {"train": "train.jsonl"},
-        "laser": {"enabled": False},
-        "rollout": {
-            "engine": "sglang",
-            "sglang": {
-                "device": "cpu",
-                "python": fake_python(folder / "bin"),
-                "start_deadline": 60,
-                "hang_deadline": 15,  # a busy machine is no hang
-                **sglang,
-            },
-        },
-        "run": {"steps": 1, "output_dir": "out"},
-    }
-    file = folder / "run.yaml"
-    file.write_text(yaml.safe_dump(settings))
-    return file
 
 
 @contextlib.contextmanager
@@ -321,65 +294,6 @@ def test_a_real_interpreter_says_what_it_has():
     found = ask_installed(sys.executable, nccl=False)
     assert found.torch == importlib.metadata.version("torch")
     assert found.nccl is None
-
-
-def test_the_file_is_named_after_the_node_in_a_folder_and_is_required(tmp_path):
-    config = load_config(write_run(tmp_path))
-    with pytest.raises(ConfigError, match=r"rollout\.sglang\.endpoints: required by serve"):
-        endpoints_file(config, None)
-    assert endpoints_file(config, tmp_path / "one.json") == tmp_path / "one.json"
-    name = endpoints_file(config, tmp_path / "shared").name
-    assert (name, name.startswith(".")) == (f"{os.uname().nodename}.json", False)
-
-
-def test_serves_of_one_folder_share_a_key(tmp_path):
-    assert shared_key(tmp_path) == shared_key(tmp_path)
-    assert len(shared_key(tmp_path)) >= 32
-    assert (tmp_path / ".api_key").stat().st_mode & 0o077 == 0
-    assert list(tmp_path.glob("*")) == [tmp_path / ".api_key"]
-
-
-def test_waiting_for_servers_ends_when_all_of_all_nodes_answer_or_at_the_deadline(tmp_path):
-    from megatron_laser.rollout.endpoints import Endpoints, ServerEndpoint, publish
-    from megatron_laser.rollout.servers.launcher import wait_for_servers
-
-    folder = tmp_path / "servers"
-    config = load_config(write_run(tmp_path, servers=2, start_deadline=1, endpoints=str(folder)))
-    with pytest.raises(ServeError, match="does not exist"):
-        wait_for_servers(config, 2, print)
-    publish(folder / "a.json", Endpoints((ServerEndpoint("http://a:1"), ServerEndpoint("http://a:2"))))
-    starting = ServerEndpoint("http://b:2", state="starting")
-    publish(folder / "b.json", Endpoints((ServerEndpoint("http://b:1"), starting)))
-    with pytest.raises(ServeError, match="3 of 4 servers answer"):
-        wait_for_servers(config, 2, print)
-    publish(folder / "b.json", Endpoints((ServerEndpoint("http://b:1"), ServerEndpoint("http://b:2"))))
-    said = []
-    wait_for_servers(config, 2, said.append)
-    assert said[0].startswith("4 of 4 servers answer")
-
-
-def test_waiting_for_servers_does_not_count_the_file_of_a_node_that_went_down(tmp_path):
-    from megatron_laser.rollout.endpoints import Endpoints, ServerEndpoint, publish
-    from megatron_laser.rollout.servers.launcher import wait_for_servers
-
-    folder = tmp_path / "servers"
-    config = load_config(write_run(tmp_path, start_deadline=1, endpoints=str(folder)))
-    publish(folder / "a.json", Endpoints((ServerEndpoint("http://a:1"),)))
-    yesterday = time.time() - 86400
-    publish(folder / "b.json", Endpoints((ServerEndpoint("http://b:1"),), updated=yesterday))
-    with pytest.raises(
-        ServeError, match=r"1 of 2 servers answer; .*b\.json was last written 864.. s ago"
-    ) as error:
-        wait_for_servers(config, 2, print)
-    assert "delete it if that node serves no longer" in str(error.value)
-
-    # a clock that is a day behind, but a serve that runs: it writes its file again
-    again = threading.Timer(
-        0.2, publish, (folder / "b.json", Endpoints((ServerEndpoint("http://b:1"),), updated=yesterday + 30))
-    )
-    again.start()
-    wait_for_servers(config, 2, print)
-    again.join()
 
 
 def test_serve_says_what_is_wrong_with_the_run(tmp_path):

@@ -46,6 +46,7 @@ def test_the_check_of_the_gpu_environment_names_what_this_one_lacks():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_comparison_with_trl_drives_our_loop_in_turns(tmp_path):
     """The worker changes how the Controller collects, and how the graders are given responses."""
     run = write_tiny_run(tmp_path / "run")

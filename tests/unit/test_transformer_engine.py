@@ -141,7 +141,7 @@ def test_a_broken_one_that_is_not_wanted_is_hidden_from_megatron(install, on_cud
     ("command", "says"),
     [
         (["convert", "/nonexistent", "/x"], "neither a checkpoint"),
-        (["replay", "/nonexistent"], "no batch.npz"),
+        pytest.param(["replay", "/nonexistent"], "no batch.npz", marks=pytest.mark.long),
     ],
 )
 def test_a_broken_one_does_not_stop_commands_that_compute_without_it(tmp_path, command, says):

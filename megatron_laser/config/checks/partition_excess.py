@@ -34,16 +34,17 @@ def round_up(value: float, digits: int = 3) -> float:
     return math.ceil(value * scale) / scale
 
 
-def partition_problems(place: str, ref_logprob: float, beta: float, right: float) -> list[str]:
-    """That the right target asks for too large a probability of the score token; `place` holds the settings."""
-    log_excess = log_partition_excess(ref_logprob, beta, right)
+def partition_problems(ref_logprob: tuple[str, float], beta: tuple[str, float], right: float) -> list[str]:
+    """That the right target asks for too large a probability of the score token; each setting's name and value."""
+    (ref_setting, ref), (beta_setting, scale) = ref_logprob, beta
+    log_excess = log_partition_excess(ref, scale, right)
     if log_excess <= math.log(EXCESS_LIMIT):
         return []
     excess = f"{math.exp(log_excess):.3g}" if log_excess < 100 else f"e^{log_excess:.1f}"
-    least = round_up(smallest_beta(ref_logprob, right))
+    least = round_up(smallest_beta(ref, right))
     return [
-        f"{place}.beta {beta:g} with {place}.ref_logprob {ref_logprob:g}: Z - 1 = e^ref_logprob * "
-        f"(e^({right:g}/beta) - 1) = e^{ref_logprob:g} * (e^{right / beta:.4g} - 1) = {excess}, more than "
+        f"{beta_setting} {scale:g} with {ref_setting} {ref:g}: Z - 1 = e^ref_logprob * "
+        f"(e^({right:g}/beta) - 1) = e^{ref:g} * (e^{right / scale:.4g} - 1) = {excess}, more than "
         f"{EXCESS_LIMIT}; the score token would take probability from the policy's own tokens. Set "
-        f"{place}.beta to {least:g} or more, or laser.allow_partition_excess: true to run all the same"
+        f"{beta_setting} to {least:g} or more, or laser.allow_partition_excess: true to run all the same"
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 
+from megatron_laser.config.readouts import readout_setting
 from megatron_laser.config.schema.rollout import RolloutConfig
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.server_options import option_problems, replay_problems, server_option
@@ -147,8 +148,8 @@ def quantization_warnings(config: RunConfig) -> list[str]:
     if config.laser.enabled and config.laser.score_source == "server":
         warnings.append(
             "rollout.sglang.quantization: fp8 with laser.score_source server: scores for advantages and metrics are "
-            "of the quantized model, and laser.ref_logprob was measured on the plain one; laser.score_source: "
-            "trainer has the trainer's own"
+            f"of the quantized model, and {readout_setting(config, 0, 'ref_logprob')} was measured on the plain one; "
+            "laser.score_source: trainer has the trainer's own"
         )
     return warnings
 

@@ -11,7 +11,7 @@ from megatron_laser.config.derived import (
     needed_pad_multiple,
     optimizer_steps,
 )
-from megatron_laser.config.readouts import readout_problems
+from megatron_laser.config.readouts import readout_problems, readouts
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.schema.system import ParallelConfig
 from megatron_laser.config.schema.training import PolicyConfig
@@ -29,6 +29,7 @@ def settings_problems(config: RunConfig) -> list[str]:
     return [
         *_model_problems(config),
         *readout_problems(config),
+        *_drift_problems(config),
         *_policy_problems(config),
         *_optimizer_problems(config),
         *_parallel_problems(config),
@@ -55,10 +56,31 @@ def _attention_problems(config: RunConfig) -> list[str]:
     return [f"model.attention: {model.attention} with {where}; set model.attention to auto"]
 
 
+def _drift_problems(config: RunConfig) -> list[str]:
+    laser, rollout, found = config.laser, config.rollout, readouts(config)
+    if not (laser.drift_every and found):
+        return []
+    problems = []
+    if found[0].score != "scaled_logratio":
+        problems.append(
+            f"laser.drift_every: {laser.drift_every} with laser.readouts[0].score {found[0].score}, which has no c_ref "
+            "to drift from; use 0"
+        )
+    batch = rollout.prompts_per_step * rollout.samples_per_prompt
+    if laser.drift_samples > batch:
+        problems.append(
+            f"laser.drift_samples: {laser.drift_samples} of one step's responses, which are rollout.prompts_per_step "
+            f"{rollout.prompts_per_step} x rollout.samples_per_prompt {rollout.samples_per_prompt} = {batch}; use as "
+            "many or fewer"
+        )
+    return problems
+
+
 def _policy_problems(config: RunConfig) -> list[str]:
     policy, rollout = config.policy, config.rollout
     problems = []
-    if rollout.samples_per_prompt < 2 and policy.advantage != "reinforce_pp":
+    own_estimator = ":" in policy.advantage  # a function of the user's, which may need no groups
+    if rollout.samples_per_prompt < 2 and policy.advantage != "reinforce_pp" and not own_estimator:
         problems.append(
             f"rollout.samples_per_prompt: {rollout.samples_per_prompt} with policy.advantage {policy.advantage}; "
             "a group of one has no spread and no advantage: use 2 or more, or policy.advantage reinforce_pp"
@@ -72,6 +94,11 @@ def _policy_problems(config: RunConfig) -> list[str]:
         problems.append(
             "policy.normalize_std: false with policy.advantage reinforce_pp, which normalises over the batch; "
             "remove it, or use grpo, dr_grpo or rloo"
+        )
+    if not policy.normalize_std and own_estimator:
+        problems.append(
+            f"policy.normalize_std: false with policy.advantage {policy.advantage}, a function that normalises or not "
+            "by itself; remove it, and give what the function takes as policy.advantage_options"
         )
     updates = policy.minibatches * policy.epochs
     if policy.old_logprobs == "on_policy" and updates != 1:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laser.config.model_folder.architecture import Architecture
-from megatron_laser.config.readouts import score_token_setting
+from megatron_laser.config.readouts import readout_setting, readouts, score_token_setting
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreToken:
-    """What `laser.score_token` names.
+    """What `laser.score_token`, or an entry of `laser.readouts`, names.
 
     Attributes:
         id: token id; None when the setting is a string and no file says which id it has.
@@ -45,12 +45,17 @@ class Vocabulary:
 
 
 def resolve_score_token(
-    folder: str | Path, token: str | int, vocabulary: Vocabulary | None = None
+    folder: str | Path,
+    token: str | int,
+    vocabulary: Vocabulary | None = None,
+    *,
+    setting: str = "laser.score_token",
 ) -> ScoreToken:
     """Looks `token` up in tokenizer.json, added_tokens.json, tokenizer_config.json and vocab.json.
 
     Args:
         vocabulary: what `read_vocabulary` gave for the folder, if it was read already.
+        setting: that names the token, for messages.
 
     Raises:
         ConfigError: the files name the tokens and this string is none of them (near special tokens are
@@ -70,7 +75,7 @@ def resolve_score_token(
     elif token in vocabulary.ids:
         text = token
     else:
-        raise ConfigError([_missing(token, vocabulary)], str(folder))
+        raise ConfigError([_missing(setting, token, vocabulary)], str(folder))
     note = "" if text in vocabulary.special else "not a special token: text may contain it"
     return ScoreToken(vocabulary.ids[text], text, True, note)
 
@@ -105,7 +110,7 @@ def named_eos_ids(folder: str | Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _missing(token: str, vocabulary: Vocabulary) -> str:
+def _missing(setting: str, token: str, vocabulary: Vocabulary) -> str:
     near = difflib.get_close_matches(token, vocabulary.special, n=3, cutoff=0.4)
     if near:
         hint = f"near special tokens: {_listed(near)}"
@@ -115,7 +120,7 @@ def _missing(token: str, vocabulary: Vocabulary) -> str:
         hint = f"its special tokens are {_listed(shown)}{more}"
     else:
         hint = "it has no special tokens"
-    return f"laser.score_token: {token!r} is not in the tokenizer ({', '.join(vocabulary.files)}); {hint}"
+    return f"{setting}: {token!r} is not in the tokenizer ({', '.join(vocabulary.files)}); {hint}"
 
 
 def _listed(tokens: Iterable[str]) -> str:
@@ -252,27 +257,98 @@ def resolve_score(
     Raises:
         ConfigError: it has no id, one that is not in the vocabulary, or one of `stops`.
     """
-    setting = score_token_setting(config)
-    if setting is None:
+    token = score_token_setting(config)
+    if token is None:
         return None
-    token = resolve_score_token(config.model.path, setting, vocabulary)
-    if token.id is None:
-        if config.laser.enabled and complete:
+    setting = readout_setting(config, 0, "tokens")
+    known = resolve_score_token(config.model.path, token, vocabulary, setting=setting)
+    needed = config.laser.enabled and complete
+    _check_token(setting, token, known, config, architecture, stops, complete=needed)
+    return known
+
+
+@dataclass(frozen=True, slots=True)
+class ReadoutToken:
+    """A token that a readout reads. readout: its name. setting: where it stands, such as `laser.score_token`."""
+
+    readout: str
+    setting: str
+    token: ScoreToken
+
+    @property
+    def words(self) -> str:
+        """For messages: which token, whose, and named where."""
+        text = "" if self.token.text is None else f"{self.token.text!r} "
+        if self.setting in ("laser.score_token", "--score-token"):
+            return f"the score token {text}(id {self.token.id})"
+        return f"{text or 'the token '}(id {self.token.id}) of readout {self.readout!r} ({self.setting})"
+
+
+def resolve_readout_tokens(
+    config: RunConfig,
+    architecture: Architecture | None,
+    stops: tuple[int, ...],
+    *,
+    folder: Path | None = None,
+    vocabulary: Vocabulary | None = None,
+    complete: bool = True,
+) -> tuple[tuple[ReadoutToken, ...], list[str]]:
+    """All tokens of all readouts, in their order, and what is wrong with others, one line each.
+
+    Args:
+        architecture: None: unknown, so that ids are not compared with its vocabulary.
+        folder: whose tokenizer it is; None: `model.path`. The others: as of `resolve_score`.
+    """
+    folder = folder or Path(config.model.path)
+    found: list[ReadoutToken] = []
+    problems: list[str] = []
+    # Read once here: a tokenizer's file is large.
+    vocabulary = vocabulary or read_vocabulary(folder)
+    for index, readout in enumerate(readouts(config)):
+        setting, ids = readout_setting(config, index, "tokens"), set[int]()
+        for token in readout.tokens:
+            try:
+                known = resolve_score_token(folder, token, vocabulary, setting=setting)
+                _check_token(setting, token, known, config, architecture, stops, complete=complete)
+            except ConfigError as error:
+                problems += error.problems
+                continue
+            if known.id in ids:
+                problems.append(
+                    f"{setting}: {token!r} is id {known.id}, which stands there already; name it once"
+                )
+            elif known.id is not None:
+                ids.add(known.id)
+            found.append(ReadoutToken(readout.name, setting, known))
+    return tuple(found), problems
+
+
+def _check_token(
+    setting: str,
+    token: int | str,
+    known: ScoreToken,
+    config: RunConfig,
+    architecture: Architecture | None,
+    stops: tuple[int, ...],
+    *,
+    complete: bool,
+) -> None:
+    """Raises ConfigError where it cannot be read: no id (if the folder is `complete`), none of the model's, a stop."""
+    if known.id is None:
+        if complete:
             raise ConfigError(
-                [
-                    f"laser.score_token {setting!r} has no id in the tokenizer of {config.model.path}: {token.note}"
-                ]
+                [f"{setting} {token!r} has no id in the tokenizer of {config.model.path}: {known.note}"]
             )
-        return token
-    _check_vocabulary("laser.score_token", (token.id,), architecture.vocab_size)
-    if token.id in stops:
+        return
+    if architecture is not None:
+        _check_vocabulary(setting, (known.id,), architecture.vocab_size)
+    if known.id in stops:
         raise ConfigError(
             [
-                f"laser.score_token {setting!r} is id {token.id}, which also ends a response (rollout.stop_token_ids "
+                f"{setting} {token!r} is id {known.id}, which also ends a response (rollout.stop_token_ids "
                 f"{list(stops)}); choose an unused special token"
             ]
         )
-    return token
 
 
 def _check_vocabulary(

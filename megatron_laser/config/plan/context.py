@@ -22,11 +22,11 @@ from dataclasses import dataclass
 
 from megatron_laser.config.derived import (
     gpu_pad_multiple,
-    longest_sequence,
     micro_batch_tokens,
     padded_tokens,
 )
 from megatron_laser.config.model_folder.architecture import Architecture
+from megatron_laser.config.model_folder.continuation import longest_trained
 from megatron_laser.config.model_folder.parameters import DTYPE_BYTES
 from megatron_laser.config.schema.root import RunConfig
 
@@ -63,7 +63,7 @@ def rank_tokens(config: RunConfig, replica_tokens: int) -> int:
 
     Args: replica_tokens: all that a data-parallel replica has in an optimizer step, each sequence padded.
     """
-    longest = padded_tokens(longest_sequence(config), config.parallel)
+    longest = padded_tokens(longest_trained(config), config.parallel)
     # A sequence that is as long as the budget is padded beyond it, and then is a micro-batch of its own.
     most = min(max(micro_batch_tokens(config), longest), replica_tokens)
     pad = gpu_pad_multiple(config)
@@ -82,7 +82,7 @@ def attention_bytes(config: RunConfig, architecture: Architecture, tokens: int) 
             kept=0, buffers=4 * b * own, forward=(context - 1) * b * own, backward=2 * (context - 1) * b * own
         )
     repeated = 2 * b * context * tokens * architecture.num_attention_heads * architecture.head_dim // t
-    masks = b * tokens * min(context * tokens, padded_tokens(longest_sequence(config), config.parallel))
+    masks = b * tokens * min(context * tokens, padded_tokens(longest_trained(config), config.parallel))
     return AttentionBytes(
         kept=repeated + masks,
         buffers=repeated + 4 * context * own,
@@ -96,7 +96,7 @@ def context_share(config: RunConfig, architecture: Architecture, replica_tokens:
     context = config.parallel.context
     if context == 1:
         return None
-    longest = longest_sequence(config)
+    longest = longest_trained(config)
     return ContextShare(
         ranks=context,
         longest=longest,

@@ -9,12 +9,14 @@ from typing import assert_never
 from megatron_laser.config.checks.rollout import off_policy_reason
 from megatron_laser.config.derived import (
     function_deadline,
-    mixing_first_step,
+    longest_sequence,
     old_policy_pass_kind,
     optimizer_steps,
     reference_model_reasons,
-    self_reward_first_step,
 )
+from megatron_laser.config.model_folder.continuation import longest_trained, planned_ids
+from megatron_laser.config.plan.readout_features import readout_features
+from megatron_laser.config.readouts import forced_text, readouts
 from megatron_laser.config.schema.rollout import RolloutConfig
 from megatron_laser.config.schema.root import RunConfig
 
@@ -36,7 +38,7 @@ def run_features(config: RunConfig) -> tuple[Feature, ...]:
         "full": "policy.old_logprobs is recompute: one no-grad pass before the update",
         "score_rows": f"policy.old_logprobs is {policy.old_logprobs}, but "
         + (
-            "laser.score_source trainer needs a no-grad pass whose head runs on the EOS rows only"
+            f"laser.score_source trainer needs a no-grad pass whose head runs on {_score_rows(config)} only"
             if laser.enabled and laser.score_source == "trainer"
             else "moe.aux_loss_coefficient needs a no-grad pass that counts the experts' tokens"
         ),
@@ -47,8 +49,7 @@ def run_features(config: RunConfig) -> tuple[Feature, ...]:
     cap = policy.importance_cap
     return (
         *(Feature(*line) for line in rollout_features(config)),
-        _scheduled("self-reward loss", self_reward_first_step(config), config, f"alpha {laser.alpha:g}"),
-        _scheduled("self-reward advantages", mixing_first_step(config), config, f"tau {laser.tau:g}"),
+        *(Feature(*line) for line in readout_features(config)),
         Feature(
             "KL loss", policy.kl_coefficient > 0, _coefficient(policy.kl_coefficient, policy.kl_estimator)
         ),
@@ -60,6 +61,7 @@ def run_features(config: RunConfig) -> tuple[Feature, ...]:
         ),
         Feature("old-policy pass", old_pass != "none", passes[old_pass]),
         *_router_features(config),
+        *_forced_features(config),
         Feature("importance correction", cap is not None, f"cap {cap:g}" if cap is not None else "no cap"),
         Feature(
             "evaluation",
@@ -181,15 +183,22 @@ def _router_features(config: RunConfig) -> Iterator[Feature]:
         yield Feature("routing replay", True, detail)
 
 
-def _scheduled(name: str, first_step: int | None, config: RunConfig, weight: str) -> Feature:
-    if first_step is None:
-        return Feature(name, False, "laser.enabled is false" if not config.laser.enabled else weight)
-    if first_step > config.run.steps:
-        return Feature(
-            name, False, f"would start at step {first_step}, but run.steps is {config.run.steps}; {weight}"
-        )
-    return Feature(name, True, f"from step {first_step} of {config.run.steps}, {weight}")
+def _score_rows(config: RunConfig) -> str:
+    at_end = all(readout.position == "eos" for readout in readouts(config))
+    return "the EOS rows" if at_end else "the rows that readouts read"
 
 
 def _coefficient(value: float, kind: str = "") -> str:
     return f"coefficient {value:g}" + (f", {kind}" if kind and value > 0 else "")
+
+
+def _forced_features(config: RunConfig) -> Iterator[Feature]:
+    text = forced_text(config)
+    if text:
+        names = ", ".join(readout.name for readout in readouts(config) if readout.forced)
+        tokens = longest_trained(config) - longest_sequence(config)
+        words = (
+            f"{'at most ' if planned_ids(config) is None else ''}{tokens:,} token{'s' if tokens > 1 else ''}"
+        )
+        detail = f"{text!r}, {words} behind responses that were cut off, read by {names}"
+        yield Feature("forced text", True, detail)

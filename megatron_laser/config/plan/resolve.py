@@ -9,12 +9,16 @@ from megatron_laser.config.checks.layout import check_layout
 from megatron_laser.config.checks.rollout import colocated_gpus
 from megatron_laser.config.checks.settings import check_settings
 from megatron_laser.config.derived import (
-    longest_sequence,
     micro_batch_tokens,
     needs_reference_model,
     padded_tokens,
 )
 from megatron_laser.config.model_folder.architecture import Architecture, read_architecture
+from megatron_laser.config.model_folder.continuation import (
+    continuation_problems,
+    longest_trained,
+    planned_ids,
+)
 from megatron_laser.config.model_folder.parameters import (
     Layout,
     RankBytes,
@@ -25,14 +29,23 @@ from megatron_laser.config.model_folder.parameters import (
     stage_parameters,
 )
 from megatron_laser.config.model_folder.safetensors_headers import has_weight_files
-from megatron_laser.config.model_folder.special_tokens import ScoreToken, resolve_score, resolve_stops
+from megatron_laser.config.model_folder.special_tokens import (
+    ReadoutToken,
+    ScoreToken,
+    read_vocabulary,
+    resolve_readout_tokens,
+    resolve_score,
+    resolve_stops,
+)
 from megatron_laser.config.model_folder.weight_checks import check_model_folder
 from megatron_laser.config.plan.context import ContextShare, context_share
 from megatron_laser.config.plan.features import Feature, run_features
 from megatron_laser.config.plan.lines import MemorySum
 from megatron_laser.config.plan.memory import GPU_MEMORY_GIB, memory_sum
+from megatron_laser.config.readouts import forced_text
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.stages import chunk_layers, layers_per_stage
+from megatron_laser.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +80,9 @@ class Plan:
     context: ContextShare | None  # None without context parallelism
     features: tuple[Feature, ...]
     score_token: ScoreToken | None  # None while LaSeR is off
+    readout_tokens: tuple[
+        ReadoutToken, ...
+    ]  # all that readouts read, the score token first; () while LaSeR is off
 
 
 def resolve_plan(
@@ -82,7 +98,8 @@ def resolve_plan(
         gpu_memory_gib: of one GPU; `plan.memory.check` compares, this function does not.
 
     Raises:
-        ConfigError: no such model, an impossible layout, or a score token that cannot be one.
+        ConfigError: no such model, an impossible layout, a token of a readout that cannot be one, or a forced text of
+            readouts that cannot stand behind a response.
         ModelFolderError: the folder's weights are not those of its config.json, or cannot be used.
     """
     check_settings(config)
@@ -94,6 +111,8 @@ def resolve_plan(
         stage = math.lcm(parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor)
         world_size = colocated_gpus(config.rollout) or parallel.pipeline * stage
     check_layout(config, architecture, world_size)
+    score_token, readout_tokens = _tokens(config, architecture)
+    _check_continuation(config, architecture, readout_tokens)
     layout = _layout(config, architecture, world_size)
     stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
     sizes = _rank_bytes(config, architecture, layout, stages)
@@ -113,8 +132,20 @@ def resolve_plan(
         gpu_memory_gib=gpu_memory_gib,
         context=context_share(config, architecture, batch.tokens_per_rank),
         features=run_features(config),
-        score_token=_score_token(config, architecture),
+        score_token=score_token,
+        readout_tokens=readout_tokens,
     )
+
+
+def _check_continuation(
+    config: RunConfig, architecture: Architecture, tokens: tuple[ReadoutToken, ...]
+) -> None:
+    ids = planned_ids(config)
+    if ids is None or not forced_text(config):
+        return
+    read = {one.token.id for one in tokens if one.token.id is not None}
+    if problems := continuation_problems(config, architecture, ids, read):
+        raise ConfigError(problems)
 
 
 def resolve_memory(config: RunConfig, world_size: int, gpu_memory_gib: float) -> MemorySum:
@@ -190,7 +221,7 @@ def _batch(config: RunConfig, layout: Layout) -> BatchPlan:
     sequences = rollout.prompts_per_step * rollout.samples_per_prompt
     per_step = sequences // policy.minibatches
     per_rank = -(-per_step // layout.data)
-    longest = padded_tokens(longest_sequence(config), config.parallel)
+    longest = padded_tokens(longest_trained(config), config.parallel)
     fit = max(1, micro_batch_tokens(config) // longest)
     return BatchPlan(
         prompts=rollout.prompts_per_step,
@@ -204,7 +235,19 @@ def _batch(config: RunConfig, layout: Layout) -> BatchPlan:
     )
 
 
-def _score_token(config: RunConfig, architecture: Architecture) -> ScoreToken | None:
+def _tokens(
+    config: RunConfig, architecture: Architecture
+) -> tuple[ScoreToken | None, tuple[ReadoutToken, ...]]:
+    """The score token, and those of all readouts."""
     stops = resolve_stops(config, architecture, complete=False)
-    token = resolve_score(config, architecture, stops, complete=False)
-    return token if config.laser.enabled else None
+    if not config.laser.enabled:
+        resolve_score(config, architecture, stops, complete=False)
+        return None, ()
+    vocabulary = read_vocabulary(config.model.path)
+    token = resolve_score(config, architecture, stops, vocabulary=vocabulary, complete=False)
+    found, problems = resolve_readout_tokens(
+        config, architecture, stops, vocabulary=vocabulary, complete=False
+    )
+    if problems:
+        raise ConfigError(problems)
+    return token, found

@@ -12,6 +12,7 @@ from megatron_laser.config.model_folder.architecture import Architecture
 from megatron_laser.config.model_folder.parameters import DTYPE_BYTES, Layout, padded_vocab_size
 from megatron_laser.config.plan.activations import inside_mlp, layer_activation_bytes
 from megatron_laser.config.plan.context import attention_bytes, rank_tokens
+from megatron_laser.config.plan.head_rows import extra_rows
 from megatron_laser.config.plan.lines import HEAD, HOST, KEPT, UPDATE, MemoryLine, gib
 from megatron_laser.config.schema.inputs import Recompute
 from megatron_laser.config.schema.root import RunConfig
@@ -19,6 +20,7 @@ from megatron_laser.logprob_memory import GIB, MIB, TILE_BYTES, choose_keep_budg
 
 PIECE = 8 * MIB  # model/activation_offload.py
 STEP_BYTES_PER_TOKEN = 56  # ids, positions, labels, log-probs, weights of a step's micro-batches
+SET_BYTES = 8  # of one id of the tokens that another was sampled from
 
 
 def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
@@ -69,7 +71,8 @@ def update_lines(
     of_plain = layer("none")[0]
     flight = in_flight(layout, stage, micro_batches)
     inputs = kept * (layers - plain)
-    head = _head(config, arch, layout, tokens, itemsize) if stage == p - 1 else []
+    more = extra_rows(config, tokens, replica_tokens)
+    head = _head(config, arch, layout, tokens, more, itemsize) if stage == p - 1 else []
     where_stage = "" if p == 1 else f", {_ordinal(stage, p)} stage"
     unit = itemsize * tokens
     transient = unit * 2 * arch.hidden_size + inside_mlp(arch, unit, t, layout.expert_tensor) + anew
@@ -79,6 +82,7 @@ def update_lines(
         each = f"({each})" * bool(plain) + each * (not plain) + f" x {flight:g} in flight"
     where = f" on each of {layout.context} context ranks" if layout.context > 1 else ""
     own = -(-replica_tokens // layout.context)
+    own_more = extra_rows(config, own, replica_tokens)
     lines = [
         MemoryLine(
             "activations",
@@ -94,12 +98,23 @@ def update_lines(
         *head,
         MemoryLine(
             "the step's micro-batches",
-            STEP_BYTES_PER_TOKEN * own,
+            STEP_BYTES_PER_TOKEN * (own + own_more),
             UPDATE,
-            f"at most {own:,} tokens",
-            "rollout.prompts_per_step, policy.minibatches",
+            f"at most {own:,} tokens" + (f" and {own_more:,} rows of readouts" if own_more else ""),
+            "rollout.prompts_per_step, policy.minibatches" + (", laser.readouts" if own_more else ""),
         ),
     ]
+    if config.rollout.top_k is not None:
+        ids, minibatches = config.rollout.top_k * own, config.policy.minibatches
+        lines.append(
+            MemoryLine(
+                "sampled sets",
+                SET_BYTES * ids * minibatches,  # all minibatches of a rollout batch are made at once
+                UPDATE,
+                f"ids of {config.rollout.top_k} tokens for each of at most {own * minibatches:,}",
+                "rollout.top_k, rollout.prompts_per_step",
+            )
+        )
     if config.moe.routing_replay and arch.moe is not None:
         share = t if config.parallel.sequence else 1
         width = layers * arch.moe.experts_per_token * (1 if arch.moe.num_experts <= 256 else 2)
@@ -135,25 +150,30 @@ def _on_device(layers: int, kept: int, flight: float, stages: int) -> int:
 
 
 def _head(
-    config: RunConfig, arch: Architecture, layout: Layout, tokens: int, itemsize: int
+    config: RunConfig, arch: Architecture, layout: Layout, tokens: int, more: int, itemsize: int
 ) -> list[MemoryLine]:
-    tile = min(TILE_BYTES, 4 * tokens * _columns(config, arch, layout))
-    hidden = arch.hidden_size * tokens
+    """more: labelled rows beyond one a token."""
+    rows = tokens + more
+    tile = min(TILE_BYTES, 4 * rows * _columns(config, arch, layout))
+    # The input as it is [tokens]; chosen and scaled, and its gradient [rows].
+    inputs = itemsize * arch.hidden_size * (tokens + 2 * rows)
     return [
         MemoryLine(
             HEAD,
-            3 * itemsize * hidden + 4 * hidden + tile + tile * itemsize // 4,
+            inputs + 4 * arch.hidden_size * rows + tile + tile * itemsize // 4,
             UPDATE,
-            "input twice and scaled, dX in float32, a tile of logits and its gradient",
-            "batching.tokens_per_micro_batch",
+            "input twice and scaled, dX in float32, a tile of logits and its gradient"
+            + (f"; {more:,} rows of readouts beside {tokens:,}" if more else ""),
+            "batching.tokens_per_micro_batch" + (", laser.readouts" if more else ""),
         )
     ]
 
 
 def _probabilities(config: RunConfig, arch: Architecture, layout: Layout, replica_tokens: int) -> int:
-    """Bytes of all probabilities of a micro-batch's tokens on one rank, which has one shard of the vocabulary."""
+    """Bytes of all probabilities of a micro-batch's rows on one rank, which has one shard of the vocabulary."""
     tokens = rank_tokens(config, replica_tokens)
-    return DTYPE_BYTES[config.model.dtype] * tokens * _columns(config, arch, layout)
+    rows = tokens + extra_rows(config, tokens, replica_tokens)
+    return DTYPE_BYTES[config.model.dtype] * rows * _columns(config, arch, layout)
 
 
 def kept_lines(

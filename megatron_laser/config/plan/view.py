@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_laser.config.derived import micro_batch_tokens
+from megatron_laser.config.model_folder.special_tokens import ScoreToken
 from megatron_laser.config.plan.context import ContextShare
 from megatron_laser.config.plan.lines import HOST, KEPT, PHASES, STATE, gib
 from megatron_laser.config.plan.resolve import Plan
@@ -48,12 +49,16 @@ def _model(plan: Plan) -> Table:
         f"{'tied' if arch.tied_embeddings else 'untied'}",
     )
     table.add_row("vocabulary", f"{arch.vocab_size:,}, padded to {plan.padded_vocab_size:,}")
-    token = plan.score_token
-    if token is not None:
-        name = f"{token.text} (id {'unknown' if token.id is None else token.id})" if token.text else token.id
-        state = "verified" if token.verified else "unverified"
-        table.add_row("score token", escape(f"{name}, {state}" + (f": {token.note}" if token.note else "")))
+    for token in dict.fromkeys(one.token for one in plan.readout_tokens):
+        label = "score token" if token == plan.score_token else "readout token"
+        table.add_row(label, escape(_token(token)))
     return table
+
+
+def _token(token: ScoreToken) -> str:
+    name = f"{token.text} (id {'unknown' if token.id is None else token.id})" if token.text else f"{token.id}"
+    state = "verified" if token.verified else "unverified"
+    return f"{name}, {state}" + (f": {token.note}" if token.note else "")
 
 
 def _context(plan: Plan, share: ContextShare) -> str:

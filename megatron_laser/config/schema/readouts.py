@@ -69,7 +69,8 @@ def _is_number(value: Any) -> bool:
 
 Tokens = Annotated[tuple[int | str, ...] | None, BeforeValidator(_tokens)]
 Position = Annotated[
-    str | dict[str, int | str] | None, _choice(("eos", "before_eos"), {"every": int, "delimiter": str})
+    str | dict[str, int | str] | None,
+    _choice(("eos", "before_eos"), {"every": int, "delimiter": str, "forced": str}),
 ]
 Target = Annotated[
     str | dict[str, float] | None, _choice(("binary", "prefix_value"), {"group_shrunk": float})
@@ -92,8 +93,10 @@ class ReadoutConfig(Section):
     position: Position = None
     """`eos`, behind the token that ended the response; `before_eos`, in the distribution that this token was sampled
     from; `{every: n}`, behind every n-th token; `{delimiter: text}`, behind each token with which such a text is
-    complete, as "\\n\\n" ends a paragraph. The last two give scores of prefixes, and also read responses that were cut
-    off; null: `eos`."""
+    complete, as "\\n\\n" ends a paragraph; these two give scores of prefixes, and also read responses that were cut
+    off. `{forced: text}` reads those alone, that is what did not end by itself: the text, such as the token that ends a
+    response, is put behind each of them for reading only, and the place is behind its last token. Not for the first
+    entry, and one text for all that have it. null: `eos`."""
     score: Literal["scaled_logratio", "pair_sigmoid", "normalised"] = "scaled_logratio"
     """How log-probs become a score: `scaled_logratio`, beta * (log-prob of the first token - ref_logprob);
     `pair_sigmoid`, sigmoid of the difference of two log-probs, that is p_1 / (p_1 + p_2); `normalised`, the first
@@ -124,7 +127,7 @@ class ReadoutConfig(Section):
     advantages: Literal["mix", "discrepancy", "none"] | FunctionName | None = None
     """What the score does to advantages: `mix`, as `laser.tau` says; `discrepancy`, responses whose score disagrees
     with the verifier count more (`kappa`); `none`; or a function of yours, `path/to/file.py:function`. Not for scores
-    of prefixes. null: `mix` for the first entry, `none` for others."""
+    of prefixes, or behind a forced text. null: `mix` for the first entry, `none` for others."""
     advantages_warmup_steps: CountOrZero | None = None
     """Further steps after the loss's before advantages change; null: `laser.self_reward_warmup_steps`."""
     tau: Fraction | None = None

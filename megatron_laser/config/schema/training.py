@@ -71,6 +71,12 @@ class LaserConfig(Section):
     readouts: Readouts | None = None
     """Several readouts, or one of another kind: a list of tables, whose keys are below. What an entry leaves out is as
     the settings above have it; null: one entry with nothing in it, which is LaSeR as published."""
+    drift_every: CountOrZero = 0
+    """Every so many steps, and after the last one, measure log pi(z_c) of the trained weights on the same held
+    responses, and where there is a reference model how far its own is from c_ref (metrics `drift/...`); 0: off."""
+    drift_samples: Count = 128
+    """So many scored responses, in whole groups, are held for it: of the first step's rollouts, that is of the initial
+    model. They are in `held_responses.npz` of the output folder; each measurement is a forward pass over them."""
     allow_partition_excess: bool = False
     """Run although Z - 1 > 0.05, that is although the score of right responses asks for a probability of
     z_c that disturbs the policy."""
@@ -83,7 +89,8 @@ class PolicyConfig(Section):
     """Advantage estimator: `grpo`, (reward - group mean) / (group std + 1e-6); `dr_grpo`, reward - group
     mean; `rloo`, reward - mean of the group's other responses; `reinforce_pp`, (reward - group mean)
     normalised over the whole rollout batch, the only one for groups of one (then without a group mean); or a function
-    of yours, `path/to/file.py:function`, that takes an `AdvantageBatch` (docs/objectives.md)."""
+    of yours, `path/to/file.py:function`, that takes an `AdvantageBatch` (docs/objectives.md) and may be for groups of
+    one, too."""
     advantage_options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of such a function."""
     loss: Literal["ppo", "gspo", "cispo", "gmpo", "sapo"] | FunctionName = "ppo"
@@ -95,7 +102,8 @@ class PolicyConfig(Section):
     """Keyword arguments of it beside `clip_low`, `clip_high` and `dual_clip`: `sapo` has tau_positive, 1.0, and
     tau_negative, 1.05."""
     normalize_std: bool = True
-    """`grpo` only: divide by the group's standard deviation; false is `dr_grpo`."""
+    """`grpo` only: divide by the group's standard deviation; false is `dr_grpo`. Refused with a function of yours,
+    which has `advantage_options`."""
     old_logprobs: Literal["recompute", "on_policy", "rollout"] = "recompute"
     """Old policy's log-probs in the ratio: `recompute`d by the trainer before the update; `on_policy`, the
     current forward's, detached (one optimizer step per rollout batch); `rollout`, the engine's."""

@@ -31,7 +31,9 @@ SETTINGS = "settings.json"
 RESPONSES = "responses.jsonl"
 RECORDS = "records.jsonl"
 # These change what the responses are worth, not the responses: the records are made anew from them.
-_JUDGING = ("ref_logprob", "beta", "targets", "readout", "reward", "grading", "answers")
+_JUDGING = ("ref_logprob", "beta", "targets", "readout", "prefix", "reward", "grading", "answers")
+# Named only where they are more than what folders of earlier versions know.
+_OPTIONAL = ("readout", "prefix", "ended_below")
 # The same model after more training, say: it is answered anew, and the old responses are set aside.
 _OF_THE_MODEL = ("weights", "model_files", "prompts")
 
@@ -42,11 +44,13 @@ def response_settings(
     choice: EngineChoice,
     prompts: Sequence[Prompt],
     weights: str | None,
+    ended_below: float | None = None,
 ) -> dict[str, Any]:
     """What responses and records depend on, as settings.json has it; contents by their digests.
 
     Args:
         weights: the identity of the weights; None: unknown, and nothing is ever equal to it.
+        ended_below: the score of a prefix below which generation ended; None: it did not.
     """
     return as_json(
         {
@@ -65,6 +69,8 @@ def response_settings(
             "targets": list(model.targets),
             # folders of earlier versions know one token behind the end alone, and do not name it
             **({} if model.rule.is_plain or not model.rule.token_ids else {"readout": _readout(model.rule)}),
+            **({} if model.prefix is None else {"prefix": model.prefix.settings()}),
+            **({} if ended_below is None else {"ended_below": _ending(model, ended_below)}),
             "grading": _grading_digest(benchmark.reward),
             **{
                 name: value
@@ -79,6 +85,11 @@ def response_settings(
 def _readout(rule: ScoreRule) -> dict[str, Any]:
     """What the score is read of, where it is more than one token behind the end."""
     return {"token_ids": list(rule.token_ids), "kind": rule.kind, "before_end": rule.before_end}
+
+
+def _ending(model: ModelFolder, threshold: float) -> dict[str, Any]:
+    """What responses that were ended depend on, besides."""
+    return {"threshold": threshold, **({} if model.prefix is None else model.prefix.settings())}
 
 
 def claim_benchmark_folder(folder: Path, settings: dict[str, Any], *, regrade: bool) -> str:
@@ -98,12 +109,12 @@ def claim_benchmark_folder(folder: Path, settings: dict[str, Any], *, regrade: b
             f"are in {set_aside(folder)}"
         )
     elif saved is not None:
-        names = [*settings, *(name for name in ("readout",) if name in saved and name not in settings)]
+        names = [*settings, *(name for name in _OPTIONAL if name in saved and name not in settings)]
         differing = [name for name in names if saved.get(name) != settings.get(name)]
         sampled = [name for name in differing if name not in _JUDGING]
         if set(sampled) - set(_OF_THE_MODEL):
             others = "; ".join(
-                f"{name}: saved {saved.get(name)!r}, now {settings[name]!r}"
+                f"{name}: saved {saved.get(name)!r}, now {settings.get(name)!r}"
                 for name in sampled
                 if name not in _OF_THE_MODEL
             )

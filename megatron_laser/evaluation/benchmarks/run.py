@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.data import ChatOptions, build_prompts, read_ids, refuse_score_token
+from megatron_laser.data import ChatOptions, build_prompts, read_ids, refuse_score_tokens
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.benchmarks.folder import (
     RECORDS,
@@ -23,12 +23,15 @@ from megatron_laser.evaluation.benchmarks.folder import (
     set_aside,
 )
 from megatron_laser.evaluation.benchmarks.settings import Benchmark, benchmark_rows
+from megatron_laser.evaluation.early_ending import EndingEngine
 from megatron_laser.evaluation.engine_choice import EngineChoice
 from megatron_laser.evaluation.evaluator import evaluate
 from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.evaluation.pinned_weights import PinnedWeights
+from megatron_laser.evaluation.prefix_summary import StopBelow, prefix_detail
 from megatron_laser.evaluation.progress import Progress
 from megatron_laser.evaluation.records import read_records
+from megatron_laser.evaluation.responses import EvaluationEngine
 from megatron_laser.evaluation.summary import evaluation_detail
 from megatron_laser.evaluation.weight_identity import WeightsChanged
 from megatron_laser.files import write_atomically
@@ -57,6 +60,7 @@ def evaluate_benchmarks(
     regrade: bool = False,
     say: Callable[[str], None] = logger.info,
     engine: RolloutEngine | None = None,
+    stop: StopBelow | None = None,
 ) -> dict[str, Any]:
     """Evaluate and write everything to `output`; called again after a kill it goes on where it was.
 
@@ -70,6 +74,7 @@ def evaluate_benchmarks(
         regrade: judge the saved responses again.
         say: told what happens, a line each.
         engine: to use in place of one made of `choice`; it stays open.
+        stop: which scores of prefixes end responses, of models whose prefixes are scored (`ModelFolder.prefix`).
 
     Returns:
         What results.json holds; the same, byte for byte, from the same responses.
@@ -80,6 +85,10 @@ def evaluate_benchmarks(
         DataError, RewardSpecError: a benchmark's file or verifier does not fit.
         TimeoutError: the deadline passed, or a server did not answer; what arrived is kept.
     """
+    stop = stop or StopBelow()
+    if stop.end_early and model.prefix is None:
+        raise TestTimeError("responses end by scores of prefixes, and none are scored; give --prefix-every")
+    ended_below = stop.thresholds[0] if stop.end_early else None
     for benchmark in benchmarks:
         try_reward(benchmark.reward, deadline=grading_deadline)
     prompts = {benchmark.name: _prompts(model, benchmark) for benchmark in benchmarks}
@@ -90,7 +99,7 @@ def evaluate_benchmarks(
         ) as weights:
             for benchmark in benchmarks:
                 settings = response_settings(
-                    model, benchmark, choice, prompts[benchmark.name], weights.identity
+                    model, benchmark, choice, prompts[benchmark.name], weights.identity, ended_below
                 )
                 told = claim_benchmark_folder(output / benchmark.name, settings, regrade=regrade)
                 if told:
@@ -110,11 +119,12 @@ def evaluate_benchmarks(
                     output / benchmark.name,
                     deadline=deadline,
                     pool=(workers, grading_deadline),
+                    ended_below=ended_below,
                 )
         for benchmark in benchmarks:
             done = "evaluated" if benchmark in open_ones else "all responses were there"
             say(f"{benchmark.name}: {done}, {output / benchmark.name / RECORDS}")
-        return _write_results(model, benchmarks, choice, output, weights.identity, say)
+        return _write_results(model, benchmarks, choice, output, weights.identity, say, stop)
 
 
 def _run(
@@ -127,10 +137,15 @@ def _run(
     *,
     deadline: float,
     pool: tuple[int, float],
+    ended_below: float | None,
 ) -> None:
     """Answer and judge what is missing; sets the folder aside when the weights were not the same all the time."""
-    engine = weights.engine()
+    engine: EvaluationEngine = weights.engine()
     readable = _longest_sequence(engine, model)
+    if ended_below is not None and model.prefix is not None:
+        engine = EndingEngine(
+            weights.engine(), model.prefix, threshold=ended_below, max_positions=model.max_positions
+        )
     ends = time.monotonic() + deadline
     with GradingPool(workers=pool[0], deadline=pool[1], function=benchmark.reward) as grading:
         while True:
@@ -160,6 +175,7 @@ def _run(
                         on_response=watch.response,
                         stop=watch.stop,
                         force_end_below=readable,
+                        prefixes=model.prefix,
                     )
             except StoppedEarly:
                 _check(weights, folder)  # nothing had changed but a time: go on
@@ -172,7 +188,7 @@ def _run(
             return
 
 
-def _longest_sequence(engine: RolloutEngine, model: ModelFolder) -> int:
+def _longest_sequence(engine: EvaluationEngine, model: ModelFolder) -> int:
     """Tokens that model and servers can read."""
     if not isinstance(engine, SglangEngine):
         return model.max_positions
@@ -222,8 +238,7 @@ def _prompts(model: ModelFolder, benchmark: Benchmark) -> list[Prompt]:
     )
     if dropped.rows:
         logger.warning("%s: left out of every number: %s", benchmark.name, dropped)
-    if model.score_token_id is not None:
-        refuse_score_token(rows, prompts, model.tokenizer, model.score_token_id)
+    refuse_score_tokens(rows, prompts, model.tokenizer, model.readout_tokens)
     prompts = prompts[: benchmark.max_problems]
     longest = max(len(prompt.token_ids) for prompt in prompts)
     # one position more: the score token's
@@ -266,6 +281,7 @@ def _write_results(
     output: Path,
     weights: str | None,
     say: Callable[[str], None],
+    stop: StopBelow,
 ) -> dict[str, Any]:
     """results.json, report.md and plots, from the records of every benchmark."""
     details: dict[str, dict[str, Any]] = {}
@@ -276,6 +292,9 @@ def _write_results(
             "settings": benchmark_settings(benchmark),
             **evaluation_detail(records, seed=benchmark.seed),
         }
+        if model.prefix is not None:
+            prefix = prefix_detail(records, model.prefix, stop, seed=benchmark.seed)
+            details[benchmark.name]["prefix"] = prefix
         scores[benchmark.name] = [(r.score, r.right) for r in records if r.score is not None and r.graded]
     results = {
         "model": str(model.path),

@@ -203,9 +203,9 @@ def _mark_warm_up(axes: Axes, runs: list[Run], *, at_top: bool) -> None:
     for run in runs:
         if run.kind != "LaSeR":
             continue
-        first = run.laser_setting("reasoning_warmup_steps", 200)
-        second = first + run.laser_setting("self_reward_warmup_steps", 200)
-        for step, text in ((first, "self-reward loss on"), (second, "advantages mixed")):
+        first, second = run.first_steps()
+        for begins, text in ((first, "self-reward loss on"), (second, "advantages mixed")):
+            step = 0 if begins is None else begins - 1
             if 0 < step < run.steps:
                 axes.axvline(step + 0.5, color="#777777", linewidth=1, linestyle=(0, (2, 3)))
                 axes.annotate(

@@ -153,17 +153,18 @@ class Driver:
     ) -> float:
         """One score; arguments as in `generate_one`."""
         async with self._slots:
-            return await self._score_one(ids, token_id, weights, cached_on.get(0), ends)
+            (value,) = await self._score_one(ids, (token_id,), weights, cached_on.get(0), ends)
+            return value
 
     async def score(
-        self, sequences: Sequence[Sequence[int]], token_id: int, weights: Weights, *, ends: float
-    ) -> list[float]:
-        """See `SglangEngine.score`; `ends` by time.monotonic()."""
-        values = [0.0] * len(sequences)
+        self, sequences: Sequence[Sequence[int]], token_ids: Sequence[int], weights: Weights, *, ends: float
+    ) -> list[list[float]]:
+        """See `SglangEngine.score_tokens`; `ends` by time.monotonic()."""
+        values: list[list[float]] = [[]] * len(sequences)
 
         async def run(index: int) -> None:
             async with self._slots:
-                values[index] = await self._score_one(sequences[index], token_id, weights, None, ends)
+                values[index] = await self._score_one(sequences[index], token_ids, weights, None, ends)
 
         tasks = {asyncio.create_task(run(i)): i for i in range(len(sequences))}
         await all_or_first_error(tasks, ends, self._late("score"))
@@ -243,7 +244,8 @@ class Driver:
         token = sampling.score_token_id
         if generation is not None and token is not None and generation.is_scored(sampling.stop_token_ids):
             sequence = [*job.prompt_ids, *generation.response_ids.tolist()]
-            generation.zc_logprob = await self._score_one(sequence, token, weights, job.member, ends)
+            (value,) = await self._score_one(sequence, (token,), weights, job.member, ends)
+            generation.zc_logprob = value
         return generation
 
     def _note_unrouted(self, member: Member) -> None:
@@ -260,23 +262,23 @@ class Driver:
     async def _score_one(
         self,
         sequence: Sequence[int],
-        token_id: int,
+        token_ids: Sequence[int],
         weights: Weights,
         preferred: Member | None,
         ends: float,
-    ) -> float:
+    ) -> list[float]:
         member: Member | None = None
 
-        async def attempt(failed: Member | None) -> float:
+        async def attempt(failed: Member | None) -> list[float]:
             nonlocal member
             member = await self._fleet.pick("score", preferred, failed)
-            body = score_body(sequence, token_id, rid=uuid.uuid4().hex)
+            body = score_body(sequence, *token_ids, rid=uuid.uuid4().hex)
             started = time.monotonic()
             try:
                 reply = await self._sender.ask(
                     member,
                     body,
-                    lambda answer: parse_score(answer, token_id, prompt_tokens=len(sequence)),
+                    lambda answer: parse_score(answer, *token_ids, prompt_tokens=len(sequence)),
                     weights=weights,
                     # Behind a full queue it waits as long as that takes: another server would have to read the whole
                     # sequence again. One that hangs is found by its probes.
@@ -290,7 +292,7 @@ class Driver:
             self.stats.scores += 1
             self.stats.score_tokens += reply.prompt_tokens
             self.stats.score_cached_tokens += reply.cached_tokens
-            return reply.logprob
+            return list(reply.logprobs)
 
         return await self._retried(attempt, lambda: member)
 

@@ -218,9 +218,15 @@ class SglangEngine:
 
     def score(self, sequences: Sequence[Sequence[int]], token_id: int, *, deadline: float) -> list[float]:
         """See `RolloutEngine.score`. Raises as `generate` does."""
+        return [row[0] for row in self.score_tokens(sequences, (token_id,), deadline=deadline)]
+
+    def score_tokens(
+        self, sequences: Sequence[Sequence[int]], token_ids: Sequence[int], *, deadline: float
+    ) -> list[list[float]]:
+        """See `token_scores.ScoresTokens`: one request for each sequence. Raises as `generate` does."""
         self._check_ids(sequences)
-        self._check_ids([[token_id]])
-        work = self._driver.score(sequences, token_id, self._weights(), ends=time.monotonic() + deadline)
+        self._check_ids([token_ids])
+        work = self._driver.score(sequences, token_ids, self._weights(), ends=time.monotonic() + deadline)
         return self.run(work, deadline, "scoring")
 
     async def generate_one(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_laser.rollout.engine import RolloutEngine, StopEarly
 from megatron_laser.rollout.function.runner import FailureKind, SampleFunction
+from megatron_laser.rollout.token_scores import token_scores
 from megatron_laser.types import Generation, Prompt, SamplingParams
 
 
@@ -56,3 +57,9 @@ class FunctionAsEngine:
     def score(self, sequences: Sequence[Sequence[int]], token_id: int, *, deadline: float) -> list[float]:
         """See `RolloutEngine.score`."""
         return self._engine.score(sequences, token_id, deadline=deadline)
+
+    def score_tokens(
+        self, sequences: Sequence[Sequence[int]], token_ids: Sequence[int], *, deadline: float
+    ) -> list[list[float]]:
+        """See `token_scores.ScoresTokens`."""
+        return token_scores(self._engine, sequences, token_ids, deadline=deadline)

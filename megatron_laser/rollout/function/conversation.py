@@ -44,12 +44,15 @@ class FunctionSample:
         sampled: one entry for each id, whether the policy sampled it. Only those are learned from.
         logprobs: one entry for each id; what stands beside an id that the policy did not sample is not read.
         weight_versions: (version, sampled tokens) of consecutive sampled tokens; empty: the engine's version.
+        cut_off: whether it ends in the middle of a turn, which a limit has cut off. One that fills
+            `sampling.max_new_tokens` without a stop token counts as cut off in any case.
     """
 
     ids: Sequence[int]
     sampled: Sequence[bool]
     logprobs: Sequence[float]
     weight_versions: Sequence[tuple[int, int]] = ()
+    cut_off: bool = False
 
 
 @dataclass(slots=True)
@@ -70,6 +73,7 @@ class Conversation:
     _sampled: list[bool] = field(default_factory=list, init=False)
     _logprobs: list[float] = field(default_factory=list, init=False)
     _versions: list[tuple[int, int]] = field(default_factory=list, init=False)
+    _cut_off: bool = field(default=False, init=False)
 
     @property
     def ids(self) -> list[int]:
@@ -97,6 +101,8 @@ class Conversation:
         self._append(turn.ids[:count], True, turn.logprobs[:count].tolist())
         if count:
             self._versions.append((turn.weight_version, count))
+            # Of a turn that is kept in part the function decides where it ends.
+            self._cut_off = turn.finish_reason == "length" and count == len(turn.ids)
 
     def environment(self, ids: Sequence[int]) -> None:
         """Append tokens that the environment wrote: the policy reads them, and learns nothing from them.
@@ -104,10 +110,11 @@ class Conversation:
         Raises InvalidSample where they do not fit; see `tokens_left`.
         """
         self._append(ids, False, [0.0] * len(ids))
+        self._cut_off = self._cut_off and not len(ids)
 
     def sample(self) -> FunctionSample:
         """What has come together. A function may as well return the conversation itself."""
-        return FunctionSample(self.response_ids, self._sampled, self._logprobs, self._versions)
+        return FunctionSample(self.response_ids, self._sampled, self._logprobs, self._versions, self._cut_off)
 
     def _append(self, ids: Sequence[int], sampled: bool, logprobs: list[float]) -> None:
         if len(ids) > self.tokens_left:
@@ -184,6 +191,7 @@ def as_generation(
         min(span.version for span in spans),
         spans=spans,
         sampled=None if mask.all() else mask,
+        cut_off=not stopped and (bool(sample.cut_off) or len(ids) >= sampling.max_new_tokens),
     )
 
 

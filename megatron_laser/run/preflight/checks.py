@@ -20,7 +20,7 @@ from megatron_laser.run.preflight.machine import (
 )
 from megatron_laser.run.preflight.model import GROUP as MODEL
 from megatron_laser.run.preflight.model import ModelInputs, check_model, check_tokenizer
-from megatron_laser.run.preflight.objectives import objective_findings, readout_findings
+from megatron_laser.run.preflight.objectives import forced_findings, objective_findings, readout_findings
 
 REWARD = "Reward"
 _TOKENIZER_PROBES = 16
@@ -68,6 +68,7 @@ def run_preflight(
         log.add(REWARD, objective_findings(config))
     with log.topic(MODEL, "readouts"):
         log.add(MODEL, readout_findings(config, model))
+        log.add(MODEL, forced_findings(config, model))
     with log.topic(MODEL, "tokenizer"):
         needed(model.vocabulary, "config.json")  # without it, or with a broken file, that is said by now
         probes = [row.problem for row in data.rows.get("train", [])[:_TOKENIZER_PROBES]]

@@ -1,4 +1,4 @@
-"""The data files: rows, prompts within their length, and the score token, which must not occur in them."""
+"""The data files: rows, prompts within their length, and the tokens of readouts, which must not occur in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_laser.data import (
     prompt_findings,
     read_rows,
     reference_findings,
-    score_token_in_data,
+    score_tokens_in_data,
     unusable_findings,
 )
 from megatron_laser.rewards import answer_form, is_math_verify
@@ -97,16 +97,17 @@ def read_data(config: RunConfig, log: FindingLog) -> DataInputs:
 def tokenize_data(
     config: RunConfig, model: ModelInputs, found: DataInputs, log: FindingLog, progress: Progress
 ) -> None:
-    """Tokenize every prompt: lengths, ids, and where the score token occurs."""
+    """Tokenize every prompt: lengths, ids, and where tokens of readouts occur."""
     for split, rows in found.rows.items():
         with log.topic(GROUP, f"data.{split}"):
             _tokenize(config, model, found, split, log, progress)
-        score = None if model.score_token is None else model.score_token.id
-        if score is not None and split in found.prompts:
-            prompts = found.prompts[split]
+        if split in found.prompts:
+            prompts, tokens = found.prompts[split], model.readout_tokens
             with log.topic(GROUP, "score token"):
-                finding = score_token_in_data(rows, prompts, model.tokenizer, score, name=f"data.{split}")
-                log.add(GROUP, [finding])
+                log.add(
+                    GROUP,
+                    score_tokens_in_data(rows, prompts, model.tokenizer, tokens, name=f"data.{split}"),
+                )
 
 
 def _tokenize(

@@ -12,6 +12,7 @@ from megatron_laser.config.checks.layout import position_problems, split_problem
 from megatron_laser.config.derived import longest_sequence
 from megatron_laser.config.model_folder.architecture import Architecture
 from megatron_laser.config.model_folder.special_tokens import (
+    ReadoutToken,
     ScoreToken,
     SpecialTokens,
     Vocabulary,
@@ -39,6 +40,7 @@ class ModelInputs:
     vocabulary: Vocabulary | None = None
     score_token: ScoreToken | None = None
     special: SpecialTokens | None = None
+    readout_tokens: tuple[ReadoutToken, ...] = ()
     tokenizer: Any = None
     template: bool = False  # it can be used, or is not
 

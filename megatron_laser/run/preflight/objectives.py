@@ -1,11 +1,15 @@
-"""What a run optimizes, looked at before anything is built: functions of the user's, and the tokens of readouts."""
+"""What a run optimizes, looked at before anything is built: functions of the user's, tokens and texts of readouts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_laser.config import ConfigError, RunConfig, resolve_score_token
-from megatron_laser.config.readouts import readouts
+from megatron_laser.config import RunConfig
+from megatron_laser.config.derived import longest_sequence
+from megatron_laser.config.model_folder.continuation import continuation_problems
+from megatron_laser.config.model_folder.special_tokens import ReadoutToken, resolve_readout_tokens
+from megatron_laser.config.readouts import forced_text, readout_setting, readouts
+from megatron_laser.data.tokenizer import load_tokenizer, text_ids
 from megatron_laser.errors import Finding
 from megatron_laser.run.preflight.model import ModelInputs
 from megatron_laser.user_functions import UserFunctionError, bind, load_function
@@ -38,36 +42,73 @@ def _functions(config: RunConfig) -> Iterator[tuple[str, str, dict[str, object]]
 
 
 def readout_findings(config: RunConfig, model: ModelInputs) -> list[Finding]:
-    """What is wrong with the tokens of `laser.readouts`; nothing where none are named there."""
-    if model.special is None:
+    """What is wrong with the tokens of `laser.readouts`, or unusual; `model` keeps what they came to.
+
+    Nothing is said of `laser.score_token`, which is looked at with the model.
+    """
+    if model.score_token is None and model.special is None:
+        return []  # what it needs was not found, which is said by now
+    stops = () if model.special is None else model.special.stop_token_ids
+    model.readout_tokens, problems = resolve_readout_tokens(
+        config, model.architecture, stops, vocabulary=model.vocabulary
+    )
+    if not config.laser.enabled and model.score_token is not None:
+        # Nothing reads it; but data with the token in it would be no data for LaSeR, to which such runs are compared.
+        name = readout_setting(config, 0, "tokens")
+        model.readout_tokens = (ReadoutToken("readout_1", name, model.score_token),)
+    if config.laser.readouts is None:
         return []
-    found = []
-    stops = model.special.stop_token_ids
-    vocab = None if model.architecture is None else model.architecture.vocab_size
-    for index, readout in enumerate(readouts(config) if config.laser.readouts else ()):
-        ids: list[int] = []
-        for token in readout.tokens:
-            where = f"laser.readouts[{index}].tokens: {token!r}"
-            try:
-                known = resolve_score_token(config.model.path, token)
-            except ConfigError as error:
-                found.append(Finding("readouts", "error", f"{where}: {error}"))
-                continue
-            if known.id is None or (vocab is not None and not 0 <= known.id < vocab) or known.id in ids:
-                why = f"has no id ({known.note})" if known.id is None else f"is id {known.id}, "
-                if known.id is not None:
-                    why += (
-                        "which stands there already"
-                        if known.id in ids
-                        else f"outside 0 to {(vocab or 0) - 1}"
-                    )
-                text = f"{where} {why}; choose unused special tokens of the model, each once"
-                found.append(Finding("readouts", "error", text))
-                continue
-            ids.append(known.id)
-            if known.id in stops:
-                text = f"{where} is id {known.id}, which also ends a response; choose an unused special token"
-                found.append(Finding("readouts", "error", text))
-            elif known.note:
-                found.append(Finding("readouts", "warning", f"{where}: {known.note}"))
+    found = [Finding("readouts", "error", problem) for problem in problems]
+    # The first one of the first is looked at with the model, too.
+    others = [one for one in model.readout_tokens[1:] if one.setting != "laser.score_token"]
+    return found + [
+        Finding("readouts", "warning", f"{one.words}: {one.token.note}") for one in others if one.token.note
+    ]
+
+
+def forced_findings(config: RunConfig, model: ModelInputs) -> list[Finding]:
+    """What the text that readouts force behind responses is as tokens, and why it cannot be; nothing without one.
+
+    Raises:
+        ConfigError: the tokenizer cannot be loaded.
+    """
+    text = forced_text(config)
+    if not text or model.architecture is None or model.special is None:
+        return []
+    tokenizer = load_tokenizer(config.model.path, [text])
+    ids = text_ids(tokenizer, text)
+    read = {one.token.id for one in model.readout_tokens if one.token.id is not None}
+    problems = continuation_problems(config, model.architecture, ids, read)
+    if problems:
+        return [Finding("readouts", "error", problem) for problem in problems]
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    words = f"position forced: {text!r} is {len(ids)} token{'s' if len(ids) > 1 else ''}, {pieces}"
+    longest, limit = longest_sequence(config) + len(ids), model.architecture.max_position_embeddings
+    found = [
+        Finding(
+            "readouts",
+            "ok",
+            f"{words}; behind a response that was cut off it ends at {longest:,} tokens at most, and the model has "
+            f"{limit:,} positions",
+        )
+    ]
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and unknown in ids:
+        found.append(
+            Finding(
+                "readouts",
+                "warning",
+                f"position forced: a part of {text!r} is unknown to the tokenizer",
+                cure="take a text that it has tokens for",
+            )
+        )
+    elif ids[-1] not in model.special.stop_token_ids:
+        found.append(
+            Finding(
+                "readouts",
+                "note",
+                f"position forced: {text!r} does not end with a token that ends a response "
+                f"({list(model.special.stop_token_ids)}), as finished responses do",
+            )
+        )
     return found
