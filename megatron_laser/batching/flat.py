@@ -146,10 +146,11 @@ class FlatBatch:
         """[S + 1] where each sample starts in `routed_experts`."""
         return np.concatenate(([0], np.cumsum(self.routed_tokens, dtype=np.int64)))
 
-    def cut_off(self, max_new_tokens: int) -> npt.NDArray[np.bool_]:
-        """[S] which responses were cut off; where that is not known, those of `max_new_tokens` without a score."""
+    def cut_off(self, max_new_tokens: int = 1) -> npt.NDArray[np.bool_]:
+        """[S] which responses were cut off, of those with a token; where that is not known, those without a score that
+        have `max_new_tokens`."""
         if len(self.truncated):
-            return self.truncated
+            return self.truncated & (self.response_lengths > 0)
         return ~self.scored & (self.response_lengths >= max_new_tokens)
 
     def prompt_ids(self, index: int) -> npt.NDArray[np.int32]:

@@ -112,13 +112,8 @@ def readout_points(
         np.array(starts, dtype=np.int64),
         tuple(token_ids),
         np.array(continuation, dtype=np.int64),
-        cut_off(flat) if len(continuation) else np.zeros(flat.num_samples, dtype=np.bool_),
+        flat.cut_off() if len(continuation) else np.zeros(flat.num_samples, dtype=np.bool_),
     )
-
-
-def cut_off(flat: FlatBatch) -> npt.NDArray[np.bool_]:
-    """[samples] which responses did not end by themselves."""
-    return ~flat.scored & (flat.response_lengths > 0)
 
 
 def at_end(flat: FlatBatch, sample: int) -> Ints:
@@ -137,7 +132,7 @@ def behind_forced(tokens: int) -> Callable[[FlatBatch, int], Ints]:
 
     def place(flat: FlatBatch, sample: int) -> Ints:
         length = int(flat.response_lengths[sample])
-        return np.array([length + tokens] if length and not flat.scored[sample] else [], dtype=np.int64)
+        return np.array([length + tokens] if flat.cut_off()[sample] else [], dtype=np.int64)
 
     return place
 

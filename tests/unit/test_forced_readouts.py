@@ -78,6 +78,9 @@ def test_points_stand_behind_the_text_of_responses_that_were_cut_off():
     assert points.offset[own].tolist() == [9 + 3, 7 + 3, 8 + 3]
     assert points.appended_tokens.tolist() == [0, 3, 3, 0, 0, 3]
     assert points.appended(0).tolist() == [] and points.appended(1).tolist() == IDS
+    # nor is one that an environment ended, without an end token, cut off
+    by_environment = points_of(replace(flat, truncated=np.arange(flat.num_samples) == CUT[0]))
+    assert by_environment.sample[by_environment.of(2)].tolist() == CUT[:1]
     # without such a readout nothing is appended
     assert not readout_points(flat, [at_end], [(80,)]).appended_tokens.any()
 
