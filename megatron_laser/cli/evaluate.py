@@ -107,13 +107,16 @@ def evaluate(
 
     stop = StopBelow.parse(stop_below, end_early=end_early)
     asked = AskedPrefixes(prefix_every, prefix_delimiter)
+    if no_score and (stop_below is not None or prefix_every or prefix_delimiter):
+        raise typer.BadParameter("--no-score asks for no scores, of prefixes neither: leave it out")
     choice = engine_choice(url, router, api_key_env, dtype, batch, concurrency, wait)
     folder = model_folder(
         model, score_token, ref_logprob, beta, stop_token_id, with_score=not no_score, prefixes=asked
     )
     if stop_below is not None and folder.prefix is None:
         raise typer.BadParameter(
-            "--stop-below: no prefixes are scored; say where with --prefix-every or --prefix-delimiter"
+            "--stop-below: no prefixes are scored; say where with --prefix-every or --prefix-delimiter, and with "
+            "--score-token and --ref-logprob what is read if the model's run does not say"
         )
     chosen = load_benchmarks(benchmarks, overrides or [], only=only or [], from_run=folder.from_run)
     for name, value in (

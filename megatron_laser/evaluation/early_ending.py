@@ -146,7 +146,11 @@ class EndingEngine:
             ids += more.response_ids.tolist()
             logprobs += more.logprobs.tolist()
             reason = more.finish_reason
-            if reason == "stop" and ids[-1] in sampling.stop_token_ids:
+            # A whole response ends here, too: at an end token, be it one that the server alone knows, or where the
+            # server has no more room.
+            if reason == "stop" and (ids[-1] in sampling.stop_token_ids or ids[-1] not in pauses):
+                break
+            if reason == "length" and len(more.response_ids) < tokens:
                 break
             if len(ids) >= sampling.max_new_tokens:
                 reason = "length"
@@ -168,6 +172,5 @@ class EndingEngine:
 
     async def _read(self, ids: list[int], requests: Requests, place: tuple[int, int, int]) -> float:
         """As `ScoreRule.read`, of one sequence."""
-        tokens = self._prefixes.rule.token_ids
-        columns = [[await requests.score(ids, token, place)] for token in tokens]
-        return joined(columns)[0]
+        values = await requests.score(ids, self._prefixes.rule.token_ids, place)
+        return joined([[value] for value in values])[0]

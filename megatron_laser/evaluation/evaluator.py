@@ -176,7 +176,7 @@ class _Job:
         if self.prefixes is not None:
             left = self._left("score prefixes")
             scored_prefixes = score_prefixes(self.engine, self.prefixes, prompts, groups, deadline=left)
-        grades = iter(self._grades(prompts, texts))
+        grades = iter(self._grades(prompts, groups, texts))
         records: list[EvaluationRecord] = []
         for place_of_prompt, (prompt, group) in enumerate(zip(prompts, groups)):
             extracted, form = answers[place_of_prompt], self._pool(prompt).form
@@ -201,21 +201,25 @@ class _Job:
     def _pool(self, prompt: Prompt) -> GradingPool:
         return self.graders.get(prompt.reward, self.grading)
 
-    def _grades(self, prompts: Sequence[Prompt], texts: list[list[str]]) -> list[Grade]:
-        """Of all responses, prompt after prompt, each from its prompt's verifier."""
+    def _grades(
+        self, prompts: Sequence[Prompt], groups: list[list[SavedResponse]], texts: list[list[str]]
+    ) -> list[Grade | None]:
+        """Of all responses, prompt after prompt, each from its prompt's verifier; None: it was ended, and gives no
+        answer whatever its beginning would be graded."""
         asked: dict[int, tuple[GradingPool, list[int], list[tuple[str, str]]]] = {}
         place = 0
-        for prompt, group in zip(prompts, texts):
+        for prompt, group, group_texts in zip(prompts, groups, texts):
             pool = self._pool(prompt)
             _, places, pairs = asked.setdefault(id(pool), (pool, [], []))
-            for text in group:
-                places.append(place)
-                pairs.append((text, prompt.answer))
+            for response, text in zip(group, group_texts, strict=True):
+                if not response.was_ended:
+                    places.append(place)
+                    pairs.append((text, prompt.answer))
                 place += 1
         grades: dict[int, Grade] = {}
         for pool, places, pairs in asked.values():
             grades.update(zip(places, pool.grade_many(pairs, deadline=self._left("grade")), strict=True))
-        return [grades[index] for index in range(place)]
+        return [grades.get(index) for index in range(place)]
 
     def _score(
         self, prompts: Sequence[Prompt], groups: list[list[SavedResponse]]
@@ -281,7 +285,7 @@ class _Job:
         response: SavedResponse,
         *,
         text: str,
-        grade: Grade,
+        grade: Grade | None,
         extracted: str | None,
         answer_class: int | None,
         zc_logprob: float | None,
@@ -297,9 +301,8 @@ class _Job:
             response_ids_length=len(response.response_ids),
             finish_reason=response.finish_reason,
             scored=response.is_scored(self.sampling.stop_token_ids),
-            # An ended one gives no answer, whatever its beginning would be graded.
-            reward=0.0 if response.was_ended else grade.reward,
-            outcome="ended" if response.was_ended else grade.outcome,
+            reward=0.0 if grade is None else grade.reward,
+            outcome="ended" if grade is None else grade.outcome,
             extracted=extracted,
             zc_logprob=zc_logprob,
             score=self.rule.score(zc_logprob),

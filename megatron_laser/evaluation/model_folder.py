@@ -223,7 +223,10 @@ def _readout_tokens(
     if setting == "--score-token":
         replaced = score_token_setting(run)
         others = tuple(
-            one for one in others if one.readout != name or replaced not in (one.token.id, one.token.text)
+            one
+            for one in others
+            if one.setting != "laser.score_token"
+            and (one.readout != name or replaced not in (one.token.id, one.token.text))
         )
     return (ReadoutToken(name, setting, first), *others)
 

@@ -115,12 +115,15 @@ def stop_curve(
     Returns:
         For no threshold (None) and for each: `threshold`; the shares `ended` of all responses, `right_ended` of the
         right ones, `tokens_saved` of all tokens; `accuracy`, and with all K responses of a problem `majority` and
-        `weighted_majority` (left out where votes are not available), each with its `change` by ending and the
-        change's 95 % interval over problems, `low` and `high`.
+        `weighted_majority` (left out where votes, or scores of ends, are not available), each with its `change` by
+        ending and the change's 95 % interval over problems, `low` and `high`.
     """
     problems = by_problem(records)
-    can_vote = not no_votes(records)
-    whole = _choices(problems, can_vote, seed, subsets)
+    ways = ["accuracy"]
+    if not no_votes(records):
+        # Ending leaves ever fewer scores of ends: whether there are any is said once, so that rows have the same keys.
+        ways += ["majority", *["weighted_majority"] * any(record.score is not None for record in records)]
+    whole = _choices(problems, ways, seed, subsets)
     tokens = sum(record.response_ids_length for record in records)
     rows = []
     for threshold in (None, *thresholds):
@@ -135,7 +138,7 @@ def stop_curve(
         flat = [pair for pairs in zip(problems, ended, strict=True) for pair in zip(*pairs, strict=True)]
         right = [end for record, end in flat if record.right]
         saved = sum(record.response_ids_length - end for record, end in flat if end is not None)
-        values = whole if threshold is None else _choices(left, can_vote, seed, subsets)
+        values = whole if threshold is None else _choices(left, ways, seed, subsets)
         rows.append(
             {
                 "threshold": threshold,
@@ -272,9 +275,9 @@ def _ended(record: EvaluationRecord) -> EvaluationRecord:
 
 
 def _choices(
-    problems: Sequence[Sequence[EvaluationRecord]], can_vote: bool, seed: int, subsets: int
+    problems: Sequence[Sequence[EvaluationRecord]], ways: Sequence[str], seed: int, subsets: int
 ) -> dict[str, FloatArray]:
-    """Way -> [problems] share that is right with all K responses."""
+    """Each of `ways` -> [problems] share that is right with all K responses."""
     curves = voting_curves(
         [[record.answer_class for record in problem] for problem in problems],
         [[float(record.right) for record in problem] for problem in problems],
@@ -282,13 +285,12 @@ def _choices(
         subsets=subsets,
         seed=seed,
     )
-    found = {"accuracy": curves.average[:, -1]}
-    if can_vote:
-        found |= {
-            "majority": curves.majority[:, -1],
-            "weighted_majority": curves.weighted_majority[:, -1],
-        }
-    return found
+    found = {
+        "accuracy": curves.average,
+        "majority": curves.majority,
+        "weighted_majority": curves.weighted_majority,
+    }
+    return {way: found[way][:, -1] for way in ways}
 
 
 def _changed(values: FloatArray, before: FloatArray, seed: int, resamples: int) -> dict[str, float]:

@@ -44,8 +44,9 @@ def _setting(prefix: Mapping[str, Any]) -> str:
         else f"every {rule['every']} tokens"
     )
     which = f"the run's readout `{prefix['name']}`" if prefix["name"] else "the score of the end"
-    constants = f", beta {rule['beta']:g}, ref_logprob {rule['ref_logprob']:g}"
-    if rule["kind"] != "scaled_logratio":
+    if rule["kind"] == "scaled_logratio":
+        constants = f", beta {rule['beta']:g}, ref_logprob {rule['ref_logprob']:g}"
+    else:
         constants = f", {rule['kind']}"
     return (
         f"Prefixes are scored behind {where} (not behind a response's last token), by {which}: token "

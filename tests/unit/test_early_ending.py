@@ -24,7 +24,7 @@ from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.rollout.in_process import InProcessEngine
 from megatron_laser.testtime import EngineChoice, TestTimeError, load_model_folder
-from megatron_laser.types import Prompt, SamplingParams
+from megatron_laser.types import Generation, Prompt, SamplingParams
 
 PAINTED = True  # see helpers/pictures.py
 EOS, PLUS = TOKENS.index("<eos>"), TOKENS.index("+")
@@ -154,6 +154,65 @@ def test_what_was_read_of_prefixes_comes_with_the_response_and_is_not_asked_for_
         assert one.tokens == other.tokens and one.scores == pytest.approx(other.scores, abs=1e-4)
 
 
+class Scripted:
+    """In place of an engine's requests: answers given beforehand, and nothing is ever ended."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    async def generate(self, ids, sampling, place):
+        ids, reason = self.answers.pop(0)
+        return Generation(np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=np.float32), reason, 0)
+
+    async def score(self, ids, token_ids, place):
+        return [0.0] * len(token_ids)
+
+    async def close(self):
+        pass
+
+    def begun(self, samples):
+        pass
+
+    ended = begun
+
+    def __call__(self, sampling, ends):
+        self.ended = lambda: None
+        return self
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected", "reason"),
+    [
+        (
+            [([5, 6, 7], "length"), ([8, 9], "stop")],
+            [5, 6, 7, 8, 9],
+            "stop",
+        ),  # an end that servers alone know
+        ([([5, 6, 7], "length"), ([8], "length")], [5, 6, 7, 8], "length"),  # a server without more room
+        ([([5, 6, 7], "length"), ([8, EOS], "stop")], [5, 6, 7, 8, EOS], "stop"),
+    ],
+)
+def test_a_response_ends_where_a_server_would_have_ended_the_whole_one(
+    folder, engine, answers, expected, reason, monkeypatch
+):
+    source = ending(engine, model_of(folder).prefix, -1e9)
+    scripted = Scripted(*answers)
+    monkeypatch.setattr(source, "_requests", scripted)
+    ((found,),) = source.generate([[4, 5]], replace(SAMPLING, samples_per_prompt=1), deadline=20)
+    assert (found.response_ids.tolist(), found.finish_reason) == (expected, reason)
+    assert not scripted.answers and len(found.prefix_reads) == 1
+
+
+def test_what_cannot_be_read_to_its_end_is_refused_before_anything_is_generated(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("megatron_laser.evaluation.benchmarks.run._longest_sequence", lambda *_: 15)
+    with pytest.raises(
+        TestTimeError, match=r"problems: the longest prompt \+ max_new_tokens \+ 1 = 17 .* 15 tokens"
+    ):
+        run(folder, tmp_path / "out", stop=StopBelow((0.2,), True))
+
+
 def test_it_stops_when_told_and_at_the_end_of_time(folder, engine):
     rule, stop = model_of(folder).prefix, StopEarly()
     # sampled and long: when the first one ends, others go on
@@ -201,7 +260,7 @@ def test_a_greedy_evaluation_that_ends_agrees_with_the_curve_of_the_whole_one(fo
     assert 1 - counted["tokens"] / tokens == pytest.approx(row["tokens_saved"])
     assert found["summary"]["accuracy"] == pytest.approx(row["accuracy"]["value"])
     for record in records_of(tmp_path / "ended"):
-        if record["finish_reason"] == "ended":
+        if record["finish_reason"] == "ended":  # and its grade was asked of nobody
             assert (record["reward"], record["outcome"], record["extracted"]) == (0.0, "ended", None)
             assert record["prefix_tokens"][-1] == record["response_ids_length"]
             assert record["prefix_scores"][-1] < stop.thresholds[0] and record["score"] is None

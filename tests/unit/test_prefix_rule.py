@@ -125,6 +125,8 @@ def test_what_cannot_be_scored_is_refused(model, options, message):
         (["--stop-below", "0.2"], "say where with --prefix-every"),
         (["--stop-below", "much"], "expected numbers such as 0.2"),
         (["--end-early"], "give the score below which responses end"),
+        (["--no-score", "--prefix-every", "3"], "asks for no scores, of prefixes neither"),
+        (["--no-score", "--stop-below", "0.2"], "asks for no scores, of prefixes neither"),
     ],
 )
 def test_mistakes_on_the_command_line_end_with_status_2(model, options, message):

@@ -1,19 +1,26 @@
 """How early scores of prefixes know right from wrong, and what ending by them saves: against numbers by hand."""
 
+import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation import EvaluationRecord
+from megatron_laser.evaluation.prefix_rule import PrefixRule
 from megatron_laser.evaluation.prefix_summary import (
     DEFAULT_THRESHOLDS,
     StopBelow,
     auroc_by_position,
     ended_early,
+    prefix_detail,
     stop_curve,
 )
+from megatron_laser.evaluation.score_rule import ScoreRule
+from megatron_laser.report.plots import prefixes
+from megatron_laser.report.prefix_report import prefix_section
 
 
 def record(sample, right, length, prefixes, score, *, row=0, reason="stop"):
@@ -123,6 +130,15 @@ def test_the_curve_of_ending_by_hand():
     assert values == [0.0, 0.0, 0.0]
 
 
+def test_without_a_score_of_any_end_there_is_no_weighted_vote():
+    rows = stop_curve([replace(one, score=None) for one in (A, B, C)], (0.25,), subsets=5)
+    assert [("majority" in row, "weighted_majority" in row) for row in rows] == [(True, False)] * 2
+    ended_but_for_those_without = [D, replace(A, row=1, prefix_scores=[0.1, 0.1])]
+    assert all(
+        "weighted_majority" in row for row in stop_curve(ended_but_for_those_without, (0.5,), subsets=5)
+    )
+
+
 def test_a_score_of_exactly_the_threshold_does_not_end():
     assert [row["ended"] for row in stop_curve([A, C], (0.2,), subsets=5)] == [0.0, 0.0]
 
@@ -168,3 +184,17 @@ def test_without_a_prefix_there_are_no_rows():
     detail = auroc_by_position([short], ordinal=False)
     assert detail["by_position"] == [] and math.isnan(detail["end"]["auroc"])
     assert stop_curve([short], (0.9,), subsets=5)[1]["tokens_saved"] == 0.0
+
+
+def test_the_report_says_what_a_pair_reads_and_its_figure_shows_an_inverted_score(tmp_path, monkeypatch):
+    records = [replace(record(0, i % 2 == 0, 12, {5: 0.9 * (i % 2)}, 0.5), row=i) for i in range(8)]
+    pair = PrefixRule(ScoreRule((3, 4), None, 0.1, kind="pair_sigmoid"), every=5, name="pair")
+    prefix = json.loads(json.dumps(prefix_detail(records, pair, StopBelow((0.2,)))))
+    assert prefix["by_position"][0]["auroc"] == 0.0
+    drawn = []
+    monkeypatch.setattr(prefixes, "save", lambda figure, path, *_: drawn.append(figure.axes[0].get_ylim()))
+    detail = {"curves": {"average": {"mean": [0.5]}}, "prefix": prefix}
+    text = "\n".join(prefix_section("test", detail, tmp_path))
+    assert "token 3, 4, pair_sigmoid" in text and "ref_logprob" not in text
+    ((low, high),) = drawn
+    assert low <= 0.0 and high > 1.0

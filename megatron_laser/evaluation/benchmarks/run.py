@@ -143,6 +143,12 @@ def _run(
     engine: EvaluationEngine = weights.engine()
     readable = _longest_sequence(engine, model)
     if ended_below is not None and model.prefix is not None:
+        longest = max(len(prompt.token_ids) for prompt in prompts) + benchmark.max_new_tokens
+        if longest >= readable:  # stretches are short, and would be refused only once a response has grown
+            raise TestTimeError(
+                f"{benchmark.name}: the longest prompt + max_new_tokens + 1 = {longest + 1} is more than the "
+                f"{readable} tokens that a server reads; lower {benchmark.name}.max_new_tokens, or start it with a longer context"
+            )
         engine = EndingEngine(
             weights.engine(), model.prefix, threshold=ended_below, max_positions=model.max_positions
         )

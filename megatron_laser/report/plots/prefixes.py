@@ -69,11 +69,13 @@ def _draw_auroc(axes: Axes, rows: Sequence[Mapping[str, Any]], prefix: Mapping[s
             label="score of the end, same responses",
         )
     axes.axhline(0.5, color="black", linewidth=1, linestyle=":")
+    read = [row[name] for row in rows for name in ("auroc", "low") if row[name] is not None]
+    lowest = min([0.4, *read, *(value for _, value in same)])
     most = max(row["responses"] for row in rows)
     for place, row in zip(places, rows, strict=True):
         share = row["responses"] / most
-        axes.annotate(f"{share:.0%}", (place, 0.42), ha="center", fontsize=8, color=_END)
-    axes.set(ylim=(0.4, 1.02), ylabel="AUROC: right against wrong responses")
+        axes.annotate(f"{share:.0%}", (place, lowest + 0.02), ha="center", fontsize=8, color=_END)
+    axes.set(ylim=(lowest, 1.02), ylabel="AUROC: right against wrong responses")
     axes.set_xlabel(
         "occurrence of the delimiter" if "delimiter" in prefix["rule"] else "tokens of the response"
     )

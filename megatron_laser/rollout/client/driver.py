@@ -145,16 +145,15 @@ class Driver:
     async def score_one(
         self,
         ids: Sequence[int],
-        token_id: int,
+        token_ids: Sequence[int],
         weights: Weights,
         *,
         ends: float,
         cached_on: Mapping[int, Member],
-    ) -> float:
-        """One score; arguments as in `generate_one`."""
+    ) -> list[float]:
+        """Log-probs of tokens at one place; arguments as in `generate_one`."""
         async with self._slots:
-            (value,) = await self._score_one(ids, (token_id,), weights, cached_on.get(0), ends)
-            return value
+            return await self._score_one(ids, token_ids, weights, cached_on.get(0), ends)
 
     async def score(
         self, sequences: Sequence[Sequence[int]], token_ids: Sequence[int], weights: Weights, *, ends: float

@@ -245,11 +245,11 @@ class SglangEngine:
         return require_finished(await work)
 
     async def score_one(
-        self, ids: Sequence[int], token_id: int, *, ends: float, cached_on: Mapping[int, Member]
-    ) -> float:
-        """One score; as `generate_one`."""
-        self._check_ids([ids, [token_id]])
-        return await self._driver.score_one(ids, token_id, self._weights(), ends=ends, cached_on=cached_on)
+        self, ids: Sequence[int], token_ids: Sequence[int], *, ends: float, cached_on: Mapping[int, Member]
+    ) -> list[float]:
+        """Log-probs of tokens at one place; as `generate_one`."""
+        self._check_ids([ids, token_ids])
+        return await self._driver.score_one(ids, token_ids, self._weights(), ends=ends, cached_on=cached_on)
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `RolloutEngine.update_weights`; by the engine's transport.

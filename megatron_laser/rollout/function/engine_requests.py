@@ -15,6 +15,7 @@ from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.client.fleet import Member
 from megatron_laser.rollout.engine import RolloutEngine, StopEarly
 from megatron_laser.rollout.sglang_api import response_seed
+from megatron_laser.rollout.token_scores import token_scores
 from megatron_laser.types import Generation, SamplingParams
 
 T = TypeVar("T")
@@ -35,8 +36,8 @@ class Requests(Protocol):
         """One response behind `ids`."""
         ...
 
-    async def score(self, ids: list[int], token_id: int, place: Place) -> float:
-        """log pi(token_id | ids) at temperature 1."""
+    async def score(self, ids: list[int], token_ids: tuple[int, ...], place: Place) -> list[float]:
+        """log pi(token | ids) at temperature 1 of each of `token_ids`."""
         ...
 
     def begun(self, samples: int) -> None:
@@ -72,10 +73,10 @@ class ServerRequests:
             self._engine.generate_one(ids, sampling, ends=self._ends, cached_on=cached_on)
         )
 
-    async def score(self, ids: list[int], token_id: int, place: Place) -> float:
+    async def score(self, ids: list[int], token_ids: tuple[int, ...], place: Place) -> list[float]:
         """See `Requests`."""
         cached_on = self._cached_on[place[0]]
-        return await self._there(self._engine.score_one(ids, token_id, ends=self._ends, cached_on=cached_on))
+        return await self._there(self._engine.score_one(ids, token_ids, ends=self._ends, cached_on=cached_on))
 
     async def _there(self, work: Coroutine[Any, Any, T]) -> T:
         # A cancelled request is cancelled in the engine's loop as well, and then aborted on its server.
@@ -99,7 +100,7 @@ class _Request:
     place: Place
     ids: list[int]
     sampling: SamplingParams | None  # None: a score
-    token_id: int
+    token_ids: tuple[int, ...]  # of a score
     result: asyncio.Future[Any]
 
 
@@ -127,12 +128,13 @@ class GatheredRequests:
 
     async def generate(self, ids: list[int], sampling: SamplingParams, place: Place) -> Generation:
         """See `Requests`. Raises as the engine's `generate` does."""
-        found: Generation = await self._put(_Request(place, ids, sampling, -1, self._loop.create_future()))
+        found: Generation = await self._put(_Request(place, ids, sampling, (), self._loop.create_future()))
         return found
 
-    async def score(self, ids: list[int], token_id: int, place: Place) -> float:
+    async def score(self, ids: list[int], token_ids: tuple[int, ...], place: Place) -> list[float]:
         """See `Requests`."""
-        found: float = await self._put(_Request(place, ids, None, token_id, self._loop.create_future()))
+        request = _Request(place, ids, None, token_ids, self._loop.create_future())
+        found: list[float] = await self._put(request)
         return found
 
     def begun(self, samples: int) -> None:
@@ -188,7 +190,7 @@ class GatheredRequests:
         kinds: dict[object, list[_Request]] = defaultdict(list)
         for request in sorted(waiting, key=lambda request: request.place):
             sampling = request.sampling
-            kinds[(request.token_id, sampling and replace(sampling, max_new_tokens=0, seed=None))].append(
+            kinds[(request.token_ids, sampling and replace(sampling, max_new_tokens=0, seed=None))].append(
                 request
             )
         calls = []
@@ -231,9 +233,9 @@ class GatheredRequests:
     def _work(self, requests: list[_Request], stop: StopEarly) -> Callable[[], Sequence[Any]]:
         ids = [request.ids for request in requests]
         left = max(0.1, self._ends - time.monotonic())
-        sampling, token_id = requests[0].sampling, requests[0].token_id
+        sampling, token_ids = requests[0].sampling, requests[0].token_ids
         if sampling is None:
-            return lambda: self._engine.score(ids, token_id, deadline=left)
+            return lambda: token_scores(self._engine, ids, token_ids, deadline=left)
         self._calls += 1
         seed = _call_seed(self._seed, self._calls)
         longest = replace(sampling, max_new_tokens=max(map(_limit, requests)), seed=seed)

@@ -105,7 +105,8 @@ class FunctionEngine:
             raise InvalidSample("engine.score: the run has no score token; set laser.enabled: true")
         ids = self._checked(ids)
         self._room(ids, self._longest + 1 - len(ids))
-        return await self._ask(self._requests.score(ids, self.score_token_id, self._next()))
+        (value,) = await self._ask(self._requests.score(ids, (self.score_token_id,), self._next()))
+        return value
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens around it."""
