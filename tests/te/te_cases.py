@@ -112,8 +112,8 @@ RING = "ring"
 # One case of each kind of layout, precision and fault; the others are `long`.
 CORE_CASES = (
     *("sequence", "pipeline-tied", "data-fused", "context", "experts"),
-    *("bf16-all", "bf16-context", "fp8-blockwise-sequence", "fp8-tensorwise-experts"),
-    *("shard_marks", "sequence_parallel_marks", "accumulation", "context_rank"),
+    *("bf16-context", "fp8-blockwise-sequence", "fp8-tensorwise-experts"),
+    *("shard_marks", "accumulation", "context_rank"),
     *(f"refused-{what}" for what in (*REFUSED, *REFUSED_RECIPES)),
     RING,
 )

@@ -147,7 +147,8 @@ def _run(
         if longest >= readable:  # stretches are short, and would be refused only once a response has grown
             raise TestTimeError(
                 f"{benchmark.name}: the longest prompt + max_new_tokens + 1 = {longest + 1} is more than the "
-                f"{readable} tokens that a server reads; lower {benchmark.name}.max_new_tokens, or start it with a longer context"
+                f"{readable} tokens that a server reads; lower {benchmark.name}.max_new_tokens, or start it with a "
+                "longer context"
             )
         engine = EndingEngine(
             weights.engine(), model.prefix, threshold=ended_below, max_positions=model.max_positions
