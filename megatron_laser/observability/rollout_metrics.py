@@ -124,17 +124,21 @@ class PointScores(Protocol):
 def readout_metrics(batch: RolloutBatch, readouts: Sequence[PointScores]) -> dict[str, Any]:
     """How well each of some readouts tells right responses from wrong ones, as `readout/<name>/...`.
 
-    A readout without any point is left out. For scores of prefixes AUROC is also given for the points in each quarter
-    of their responses, where there are some.
+    A readout without any point is left out, and so are points whose score is NaN: these are why a step was skipped,
+    and its trainer says so. For scores of prefixes AUROC is also given for the points in each quarter of their
+    responses, where there are some.
     """
     samples = list(batch.samples())
     rewards = np.array([sample.reward for sample in samples])
     lengths = np.array([len(sample.generation.response_ids) for sample in samples])
     metrics: dict[str, Any] = {}
     for readout in readouts:
-        if not len(readout.scores):
+        values = readout.scores.double().numpy()
+        known = ~np.isnan(values)
+        if not known.any():
             continue
-        values, labels = readout.scores.double().numpy(), (rewards[readout.sample] > 0.5).astype(np.float64)
+        values, sample, offset = values[known], readout.sample[known], readout.offset[known]
+        labels = (rewards[sample] > 0.5).astype(np.float64)
         found: dict[str, Any] = {
             "points": float(len(values)),
             **verification_metrics(values, labels)._asdict(),
@@ -142,7 +146,7 @@ def readout_metrics(batch: RolloutBatch, readouts: Sequence[PointScores]) -> dic
         for label, word in ((1.0, "right"), (0.0, "wrong")):
             if (labels == label).any():
                 found[f"score_{word}_mean"] = float(values[labels == label].mean())
-        quarter = readout.offset * 4 // np.maximum(lengths[readout.sample], 1)
+        quarter = offset * 4 // np.maximum(lengths[sample], 1)
         for part in range(0 if readout.of_responses else 4):
             own = quarter == part
             if own.any():

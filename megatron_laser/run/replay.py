@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.config import load_config, needs_reference_model
 from megatron_laser.config.model_folder.continuation import longest_trained
 from megatron_laser.config.process_environment import read_place
+from megatron_laser.config.readouts import readouts
 from megatron_laser.data import DataError
 from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.model.hf_folder import HfFolder
@@ -73,7 +74,7 @@ def replay(folder: Path, weights: Path | None = None) -> Replay:
         trainer = Trainer(config, runtime, score_token_id=dump.meta["score_token_id"])
         _load(trainer.policy, weights, is_hf=is_hf)
         flat, step = dump.flat, int(dump.meta["step"])
-        faults = list(_faults(trainer, flat))
+        faults = list(_faults(trainer, flat, [readout.name for readout in readouts(config)]))
         updates = trainer.run_batch(flat, step).updates
     finally:
         runtimes.stop()
@@ -136,8 +137,8 @@ def _update_lines(update: OptimizerStep) -> Iterator[str]:
     yield f"  {'grad_norm':20s} {update.grad_norm:.6g}"
 
 
-def _faults(trainer: Trainer, flat: FlatBatch) -> Iterator[str]:
-    """One line for each sample with a number that is not finite, in the order of the samples."""
+def _faults(trainer: Trainer, flat: FlatBatch, readouts: Sequence[str]) -> Iterator[str]:
+    """One line for each sample with a number that is not finite, in the order of the samples; `readouts`: names."""
     data = trainer.prepare(flat)
     found: dict[int, list[str]] = {}
 
@@ -156,9 +157,12 @@ def _faults(trainer: Trainer, flat: FlatBatch) -> Iterator[str]:
         for sample in np.unique(owners).tolist():
             note(sample, logprobs[owners == sample], "the log-prob")
         scores = output[0][batch.score_rows].cpu()
-        for sample, value in zip(batch.score_sample.tolist(), scores.tolist()):
+        for sample, readout, value in zip(
+            batch.score_sample.tolist(), batch.score_readout.tolist(), scores.tolist(), strict=True
+        ):
             if not np.isfinite(value):
-                found.setdefault(sample, []).append(f"the score token's log-prob is {value:g}")
+                whose = "the score token's" if readout == 0 else f"of readout {readouts[readout]!r} a token's"
+                found.setdefault(sample, []).append(f"{whose} log-prob is {value:g}")
     ends = flat.response_offsets
     for sample in range(flat.num_samples):
         note(sample, flat.rollout_logprobs[ends[sample] : ends[sample + 1]], "the engine's log-prob")

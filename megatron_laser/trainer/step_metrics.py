@@ -31,14 +31,13 @@ def score_key(index: int, name: str) -> str:
     return "zc_logprob" if index == 0 else f"readout/{name}/score"
 
 
-def means(totals: Mapping[str, float], *, updates: int, more: Sequence[str] = ()) -> dict[str, float]:
+def means(totals: Mapping[str, float], *, updates: int) -> dict[str, float]:
     """What is reported of `reduce_sums`: MEAN_KEYS over the optimizer steps, TOKEN_MEAN_KEYS over their tokens.
 
     Args:
         totals: of all ranks, over `updates` optimizer steps. NaN where there was none, or no token.
-        more: further names that are reported as MEAN_KEYS are.
     """
-    return {name: ratio(totals[name], updates) for name in (*MEAN_KEYS, *more)} | {
+    return {name: ratio(totals[name], updates) for name in MEAN_KEYS} | {
         name: ratio(totals[name], totals[ROWS_KEY]) for name in TOKEN_MEAN_KEYS
     }
 

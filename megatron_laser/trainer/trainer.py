@@ -164,7 +164,7 @@ class Trainer:
                 updates = (OptimizerStep(0, 0, math.nan, unusable, []),)
             else:
                 updates = self._optimize(data, batch, step)
-        metrics = self._metrics(updates, step) | self._expert_metrics(data)
+        metrics = self._metrics(updates, data, step) | self._expert_metrics(data)
         metrics["advantage_mixed_fraction"] = mixed
         metrics["micro_batches"] = float(len(data.micro_batches))
         if data.rank_imbalance is not None:
@@ -343,10 +343,11 @@ class Trainer:
                 "and uses rollout.temperature and the same precision; or raise the limit, or null"
             )
 
-    def _metrics(self, updates: tuple[OptimizerStep, ...], step: int) -> dict[str, float]:
+    def _metrics(self, updates: tuple[OptimizerStep, ...], data: StepData, step: int) -> dict[str, float]:
         """Means over the optimizer steps that were taken, or over their tokens (see `step_metrics`); NaN without any.
 
-        `self_reward_loss` is there where it is part of the loss; before, the same number is `self_reward_error`.
+        `self_reward_loss` is there where it is part of the loss; before, the same number is `self_reward_error`. Those
+        of further readouts are means over the steps in which something was read, and left out where nothing was.
         """
         taken = [update for update in updates if not update.bad]
         totals = reduce_sums(
@@ -356,7 +357,11 @@ class Trainer:
             more=self._more_losses,
         )
         unused = self._unused_names(step)
-        reported = means(totals, updates=len(taken), more=self._more_losses)
+        reported = means(totals, updates=len(taken))
+        for index, name in enumerate(self._more_losses, start=1):
+            read = sum(data.minibatches[update.minibatch].point_counts[index] > 0 for update in taken)
+            if read or not taken:
+                reported[name] = ratio(totals[name], read)
         metrics = {k: v for k, v in reported.items() if k not in unused}
         metrics["grad_norm"] = ratio(sum(update.grad_norm for update in taken), len(taken))
         metrics["lr"] = self.policy.learning_rate()

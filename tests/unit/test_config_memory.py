@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from typer.testing import CliRunner
 from megatron_laser.batching.readout_points import at_end, every, readout_points
 from megatron_laser.cli import app
 from megatron_laser.config import ConfigError, load_config, resolve_plan
+from megatron_laser.config.derived import padded_tokens
 from megatron_laser.config.model_folder.architecture import read_architecture
+from megatron_laser.config.model_folder.continuation import longest_trained
 from megatron_laser.config.plan.activations import layer_activation_bytes
 from megatron_laser.config.plan.head_rows import extra_rows
 from megatron_laser.config.plan.lines import MemorySum
@@ -214,6 +217,22 @@ def test_the_rows_of_a_batch_stay_below_what_is_counted(tmp_path) -> None:
     assert tokens < rows <= counted < rows + 2 * tokens / 3
     # of the prefix's rows: 2 x (0 + 1 + 2 + 4) x 4 there, 2 x floor(116 / 3) counted
     assert (rows, counted) == (100 + 16 * 3 + 2 * 28, 116 + 2 * 16 + 2 * (116 // 3))
+
+
+@pytest.mark.parametrize(
+    ("more", "rows"),
+    [
+        ([], 0),
+        ([{"tokens": [240, 241], "score": "pair_sigmoid", "position": {"forced": "w9"}}], 1),
+        ([{"tokens": [240, 241], "score": "pair_sigmoid"}, {"position": {"forced": "w9"}}], 2),
+    ],
+)
+def test_a_response_ends_by_itself_or_is_cut_off(tmp_path: Path, more: list[Any], rows: int) -> None:
+    """One of the longest has max(rows at its end, rows behind the forced text) - 1 beside one a token."""
+    more = [{"name": f"r{i}", "advantages": "none", **entry} for i, entry in enumerate(more)]
+    config = run_config(tmp_path, tmp_path, laser={"readouts": [{}, *more]})
+    longest = padded_tokens(longest_trained(config), config.parallel)
+    assert extra_rows(config, 5 * longest, 5 * longest) == 5 * rows
 
 
 def test_sampled_sets_are_counted_for_all_minibatches_of_a_rollout_batch() -> None:

@@ -1,5 +1,6 @@
 """Readouts behind a text that is forced upon responses which were cut off: what is packed, learned and refused."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from helpers.models import save_word_tokenizer, tiny_model
 from helpers.rollouts import Response, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
+from tokenizers import Tokenizer
 
 from megatron_laser.model import platform
 
@@ -254,8 +256,22 @@ def test_a_batch_without_a_response_that_was_cut_off_has_no_loss_there(
     flat = rollout_batch([[Response(5, True), Response(4, False)]])
     config = config_of(tmp_path, model_folder)
     result = Trainer(config, single_process, score_token_id=SCORE_TOKEN).train_step(flat, 1)
-    assert result.metrics["readout/forced/loss"] == 0.0 and np.isfinite(result.metrics["grad_norm"])
+    assert "readout/forced/loss" not in result.metrics and np.isfinite(result.metrics["grad_norm"])
     assert len(result.readouts[1].scores) == 0
+
+
+def test_the_loss_is_a_mean_over_the_updates_in_which_something_was_read(
+    tmp_path, model_folder, single_process
+):
+    """lr 0: the update that reads something is the one that there is without the other."""
+    cut = [[Response(5, True), Response(6, False, truncated=True)]]
+    both = rollout_batch([*cut, [Response(4, True), Response(7, False)]])
+    losses = []
+    for flat, updates in ((rollout_batch(cut), 1), (both, 2)):
+        config = config_of(tmp_path, model_folder, optimizer={"lr": 0.0}, policy={"minibatches": updates})
+        result = Trainer(config, single_process, score_token_id=SCORE_TOKEN).train_step(flat, 1)
+        losses.append(result.metrics["readout/forced/loss"])
+    assert losses[0] > 0 and losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_metrics_of_the_readout_are_of_responses_and_not_of_quarters():
@@ -274,6 +290,14 @@ def test_metrics_of_the_readout_are_of_responses_and_not_of_quarters():
     assert found["readout/forced/points"] == 2 and found["readout/forced/auroc"] == 1.0
     assert found["readout/forced/score_right_mean"] == pytest.approx(0.9)
     assert not [name for name in found if "quarter" in name]
+    # a score that is not a number is why the step was skipped; recording it must not end the run
+    read.scores = torch.tensor([float("nan"), 0.9])
+    found = readout_metrics(batch, [read])
+    assert found["readout/forced/points"] == 1 and found["readout/forced/score_right_mean"] == pytest.approx(
+        0.9
+    )
+    read.scores = torch.full((2,), float("nan"))
+    assert readout_metrics(batch, [read]) == {}
 
 
 @pytest.mark.parametrize(
@@ -388,6 +412,15 @@ def test_plan_and_trainer_count_the_same_tokens_and_without_a_tokenizer_the_plan
         "'w9 w7 <eos>', 3 tokens behind responses that were cut off, read by forced, pair"
     ]
     assert "forced text" not in {f.name for f in plain.features}
+    spoilt = (
+        tmp_path / "spoilt"
+    )  # a file may have been saved with padding and truncation, which trainers ignore
+    shutil.copytree(model_folder, spoilt)
+    tokenizer = Tokenizer.from_file(str(spoilt / "tokenizer.json"))
+    tokenizer.enable_padding(length=16)
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(spoilt / "tokenizer.json"))
+    assert list(planned_ids(config_of(tmp_path, spoilt))) == IDS
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((model_folder / "config.json").read_bytes())

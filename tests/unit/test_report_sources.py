@@ -126,6 +126,8 @@ def test_metrics_are_taken_apart_by_source_and_evaluations_last():
         "reward_mean": 0.5,
         "eval/accuracy": 1.0,
     }
+    # a step without a response of it says where it stands in its data, and no more
+    assert later_metrics(later, {"b": {"epoch": 1.75}})["b"] == later["b"] | {"epoch": 1.75}
     assert metrics_by_source({"reward_mean": 1.0, "eval/accuracy": 0.5}) == {}
 
 

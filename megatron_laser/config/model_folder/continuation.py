@@ -32,7 +32,10 @@ def _encode(file: str, changed: int, text: str) -> tuple[int, ...]:
     from tokenizers import Tokenizer
 
     try:
-        return tuple(Tokenizer.from_file(file).encode(text, add_special_tokens=False).ids)
+        tokenizer = Tokenizer.from_file(file)
+        tokenizer.no_padding()  # as transformers does; a file may have been saved with either
+        tokenizer.no_truncation()
+        return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
     except Exception as error:  # of any kind: the file is parsed in Rust
         raise ConfigError([f"cannot be read as a tokenizer: {error}"], file) from error
 

@@ -7,7 +7,8 @@ at several places, add to that.
 
 from __future__ import annotations
 
-from megatron_laser.config.derived import longest_sequence, padded_tokens
+from megatron_laser.config.derived import padded_tokens
+from megatron_laser.config.model_folder.continuation import longest_trained
 from megatron_laser.config.readouts import readouts
 from megatron_laser.config.schema.root import RunConfig
 
@@ -20,17 +21,20 @@ def extra_rows(config: RunConfig, tokens: int, replica_tokens: int) -> int:
 
     Args: replica_tokens: as of `rank_tokens`, which says how many responses there can be.
     """
-    longest = padded_tokens(longest_sequence(config), config.parallel)
+    longest = padded_tokens(longest_trained(config), config.parallel)
     responses = min(tokens, replica_tokens // longest)
     # A context rank has two pieces of each response, and each may have a place more than its length divided.
     pieces = 2 * responses if config.parallel.context > 1 else 0
-    at_ends = between = 0
+    finished = forced = between = 0
     for readout in readouts(config):
         count = max(1, len(readout.tokens))
         if readout.position == "every":
             between += count * min(tokens, tokens // readout.every + pieces)
         elif readout.position == "delimiter":
             between += count * min(tokens, tokens // DELIMITER_TOKENS + pieces)
+        elif readout.position == "forced":
+            forced += count
         else:
-            at_ends += count
-    return between + max(0, at_ends - 1) * responses
+            finished += count
+    # A response has ended by itself, or was cut off.
+    return between + max(0, max(finished, forced) - 1) * responses

@@ -94,7 +94,7 @@ class ReadoutConfig(Section):
     """`eos`, behind the token that ended the response; `before_eos`, in the distribution that this token was sampled
     from; `{every: n}`, behind every n-th token; `{delimiter: text}`, behind each token with which such a text is
     complete, as "\\n\\n" ends a paragraph; these two give scores of prefixes, and also read responses that were cut
-    off. `{forced: text}` reads those alone, that is what did not end by itself: the text, such as the token that ends a
+    off. `{forced: text}` reads those alone, that is what a limit cut off: the text, such as the token that ends a
     response, is put behind each of them for reading only, and the place is behind its last token. Not for the first
     entry, and one text for all that have it. null: `eos`."""
     score: Literal["scaled_logratio", "pair_sigmoid", "normalised"] = "scaled_logratio"
