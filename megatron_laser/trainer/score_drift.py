@@ -99,7 +99,7 @@ class ScoreDrift:
 
     def _logprobs(self, flat: FlatBatch, chunks: Chunks) -> torch.Tensor:
         """[samples] float32: log pi(z_c) behind each response under the weights of `chunks`. A collective."""
-        data = self._trainer.prepare(flat, self._reading)
+        data = self._trainer.prepare(flat, self._reading, self._readouts)
         for minibatch in data.minibatches:
             for routing in minibatch.routings:
                 routing.stage = "reference"  # counted and balanced for no update

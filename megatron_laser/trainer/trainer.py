@@ -217,13 +217,16 @@ class Trainer:
         tallies = [minibatch.tally for minibatch in data.minibatches if minibatch.tally is not None]
         return expert_metrics(Counts.of(tallies, self._all_ranks), self._experts.moe.experts_per_token)
 
-    def prepare(self, flat: FlatBatch, config: RunConfig | None = None) -> StepData:
-        """This rank's share of a rollout batch, cut and packed as it is trained on, or as `config` has it."""
+    def prepare(
+        self, flat: FlatBatch, config: RunConfig | None = None, readouts: RunReadouts | None = None
+    ) -> StepData:
+        """This rank's share of a rollout batch, cut and packed as it is trained on, or as `config` and `readouts` of it
+        have it."""
         return prepare_step(
             flat,
             config or self._config,
             score_token_id=self._score_token_id,
-            readouts=self._readouts if config is None else None,
+            readouts=self._readouts if readouts is None else readouts,
             data_rank=self._runtime.data_rank,
             data_size=self._runtime.data_size,
             context_rank=self._runtime.context_rank,

@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from megatron_laser.report.plots.style import new_figure, no_data, raw_and_smooth, save
+from megatron_laser.report.plots.style import new_figure, no_data, raw_and_smooth, save, series_style
 from megatron_laser.report.readout_table import SCORE_LABEL, quarter_aurocs, readout_metric
 from megatron_laser.report.run_data import Run
 
-# Okabe and Ito's palette: here a colour is a readout, the response's score first, in every panel the same.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
-_STYLES = ("-", "--", "-.", ":")
 _QUARTERS = ("1st", "2nd", "3rd", "4th")
 
 
@@ -30,7 +27,7 @@ def plot_readouts(runs: list[Run], path: Path) -> Path | None:
     figure, grid = new_figure(len(runs), columns, width=4.6 * columns + 0.6, height=1.2 + 3.6 * len(runs))
     for line, run in enumerate(runs):
         named = {SCORE_LABEL: None, **{name: name for name in run.further_readouts}}
-        styles = {label: _style(index) for index, label in enumerate(named)}
+        styles = {label: series_style(index) for index, label in enumerate(named)}
         for axes, metric in zip(grid[line], ("auroc", "loss")):
             for label, name in named.items():
                 raw_and_smooth(axes, *run.series(readout_metric(name, metric)), label, styles[label])
@@ -82,13 +79,6 @@ def _along(axes: Axes, run: Run, styles: dict[str, dict[str, Any]]) -> None:
 def _chance(axes: Axes) -> None:
     axes.axhline(0.5, color="black", linewidth=1, linestyle=":")
     axes.annotate("chance", (1, 0.5), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-
-
-def _style(index: int) -> dict[str, Any]:
-    return {
-        "color": _COLOURS[index % len(_COLOURS)],
-        "linestyle": _STYLES[index // len(_COLOURS) % len(_STYLES)],
-    }
 
 
 def _finding(runs: list[Run]) -> str:

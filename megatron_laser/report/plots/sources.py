@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
-from megatron_laser.report.plots.style import new_figure, raw_and_smooth, save, validation_points
+from megatron_laser.report.plots.style import (
+    new_figure,
+    raw_and_smooth,
+    save,
+    series_style,
+    validation_points,
+)
 from megatron_laser.report.run_data import Run
-
-# Okabe and Ito's palette again: here a colour is a source, in every panel the same.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#8C6D1F")
-_STYLES = ("-", "--", "-.", ":")
 
 
 def plot_sources(runs: list[Run], path: Path) -> Path | None:
@@ -30,7 +31,7 @@ def plot_sources(runs: list[Run], path: Path) -> Path | None:
         for line, (label, metric) in enumerate(rows):
             axes = grid[line, column]
             for source in run.sources:
-                style = _style(names.index(source))
+                style = series_style(names.index(source))
                 name = run.source_accuracy(source) if metric == "accuracy" else f"source/{source}/{metric}"
                 raw_and_smooth(axes, *run.series(name), source, style)
                 evaluated = run.evaluation_series(f"source/{source}/{metric}")
@@ -55,13 +56,6 @@ def plot_sources(runs: list[Run], path: Path) -> Path | None:
         _finding(runs),
         "Line: rollouts, dropped groups too, running mean (faint: each step). Dots: validation.",
     )
-
-
-def _style(index: int) -> dict[str, Any]:
-    return {
-        "color": _COLOURS[index % len(_COLOURS)],
-        "linestyle": _STYLES[index // len(_COLOURS) % len(_STYLES)],
-    }
 
 
 def _finding(runs: list[Run]) -> str:

@@ -19,6 +19,7 @@ FloatArray = NDArray[np.float64]
 _RUN_COLOURS = {"LaSeR": "#0072B2", "GRPO": "#E69F00"}
 _MORE_COLOURS = ("#56B4E9", "#000000", "#D55E00", "#8C6D1F")
 _LINE_STYLES = ("-", "--", "-.", ":")
+_SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 RIGHT, WRONG = "#009E73", "#AA3377"
 _GREY = "#595959"
 _RC: dict[str, Any] = {
@@ -72,6 +73,12 @@ def run_styles(runs: list[Run]) -> dict[str, dict[str, Any]]:
         taken.add(colour)
         styles[run.label] = {"color": colour, "linestyle": _LINE_STYLES[index % len(_LINE_STYLES)]}
     return styles
+
+
+def series_style(index: int) -> dict[str, Any]:
+    """Colour and line of one of several curves of one run; all are different up to 32."""
+    turns, colour = divmod(index, len(_SERIES_COLOURS))
+    return {"color": _SERIES_COLOURS[colour], "linestyle": _LINE_STYLES[turns % len(_LINE_STYLES)]}
 
 
 def smooth(values: FloatArray) -> FloatArray:
