@@ -15,15 +15,13 @@ from peer.workers import Worker
 from soak import soak
 
 TOOLS = sorted(file for pattern in ("*.sh", "*.py", "gpu/*.py") for file in (ROOT / "tools").glob(pattern))
-SLOW = {"measure_example.py", "peer_trl.py"}  # import torch, or all that a run does
+# By what they import: torch; or all that a run does, and TRL.
+MARKS = {"measure_example.py": [pytest.mark.slow], "peer_trl.py": [pytest.mark.slow, pytest.mark.long]}
 
 
 @pytest.mark.parametrize(
     "tool",
-    [
-        pytest.param(file, id=file.name, marks=[pytest.mark.slow] if file.name in SLOW else [])
-        for file in TOOLS
-    ],
+    [pytest.param(file, id=file.name, marks=MARKS.get(file.name, [])) for file in TOOLS],
 )
 def test_a_tool_says_what_it_does_and_takes(tool, tmp_path):
     interpreter = "bash" if tool.suffix == ".sh" else sys.executable
