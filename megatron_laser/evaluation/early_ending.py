@@ -18,17 +18,16 @@ import numpy as np
 
 from megatron_laser.evaluation.prefix_rule import PrefixRule
 from megatron_laser.evaluation.score_rule import joined
-from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.client.event_loop import all_or_first_error
 from megatron_laser.rollout.engine import RolloutEngine, StopEarly, StoppedEarly
-from megatron_laser.rollout.function.engine_requests import GatheredRequests, Requests, ServerRequests
-from megatron_laser.rollout.token_scores import token_scores
+from megatron_laser.rollout.function.engine_requests import Requests, requests_to
+from megatron_laser.rollout.token_scores import ScoresByEngine
 from megatron_laser.types import Generation, SamplingParams
 
 _STOP_SECONDS = 20.0  # for what is under way, once it is told to end
 
 
-class EndingEngine:
+class EndingEngine(ScoresByEngine):
     """The part of an engine that an evaluation needs, with responses that end early."""
 
     def __init__(
@@ -39,6 +38,7 @@ class EndingEngine:
             threshold: a prefix with a lower score ends its response (`finish_reason` "ended").
             max_positions: tokens that the model can read.
         """
+        super().__init__(engine)
         self._engine = engine
         self._prefixes = prefixes
         self._threshold = threshold
@@ -59,16 +59,6 @@ class EndingEngine:
         ends = time.monotonic() + deadline
         return asyncio.run(self._generate(prompts, sampling, ends, on_finished, stop))
 
-    def score(self, sequences: Sequence[Sequence[int]], token_id: int, *, deadline: float) -> list[float]:
-        """See `RolloutEngine.score`."""
-        return self._engine.score(sequences, token_id, deadline=deadline)
-
-    def score_tokens(
-        self, sequences: Sequence[Sequence[int]], token_ids: Sequence[int], *, deadline: float
-    ) -> list[list[float]]:
-        """See `ScoresTokens.score_tokens`."""
-        return token_scores(self._engine, sequences, token_ids, deadline=deadline)
-
     async def _generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -78,7 +68,7 @@ class EndingEngine:
         stop: StopEarly | None,
     ) -> list[list[Generation]]:
         loop = asyncio.get_running_loop()
-        requests = self._requests(sampling, ends)
+        requests = requests_to(self._engine, sampling, ends=ends, max_positions=self._max_positions)
         places = [(p, s) for p in range(len(prompts)) for s in range(sampling.samples_per_prompt)]
         found: dict[tuple[int, int], Generation] = {}
         requests.begun(len(places))
@@ -117,13 +107,6 @@ class EndingEngine:
             await requests.close()
         samples = range(sampling.samples_per_prompt)
         return [[found[p, s] for s in samples] for p in range(len(prompts))]
-
-    def _requests(self, sampling: SamplingParams, ends: float) -> Requests:
-        if isinstance(self._engine, SglangEngine):
-            return ServerRequests(self._engine, ends=ends)
-        return GatheredRequests(
-            self._engine, ends=ends, seed=sampling.seed or 0, max_positions=self._max_positions
-        )
 
     async def _response(
         self, prompt_ids: list[int], sampling: SamplingParams, requests: Requests, place: tuple[int, int]

@@ -26,6 +26,23 @@ class ScoresTokens(Protocol):
         ...
 
 
+class ScoresByEngine:
+    """What generates otherwise than its engine does, and scores as that does."""
+
+    def __init__(self, engine: Scores) -> None:
+        self._scores = engine
+
+    def score(self, sequences: Sequence[Sequence[int]], token_id: int, *, deadline: float) -> list[float]:
+        """See `RolloutEngine.score`."""
+        return self._scores.score(sequences, token_id, deadline=deadline)
+
+    def score_tokens(
+        self, sequences: Sequence[Sequence[int]], token_ids: Sequence[int], *, deadline: float
+    ) -> list[list[float]]:
+        """See `ScoresTokens`."""
+        return token_scores(self._scores, sequences, token_ids, deadline=deadline)
+
+
 def token_scores(
     engine: Scores, sequences: Sequence[Sequence[int]], token_ids: Sequence[int], *, deadline: float
 ) -> list[list[float]]:

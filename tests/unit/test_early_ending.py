@@ -175,7 +175,7 @@ class Scripted:
 
     ended = begun
 
-    def __call__(self, sampling, ends):
+    def __call__(self, engine, sampling, **_):
         self.ended = lambda: None
         return self
 
@@ -197,7 +197,7 @@ def test_a_response_ends_where_a_server_would_have_ended_the_whole_one(
 ):
     source = ending(engine, model_of(folder).prefix, -1e9)
     scripted = Scripted(*answers)
-    monkeypatch.setattr(source, "_requests", scripted)
+    monkeypatch.setattr("megatron_laser.evaluation.early_ending.requests_to", scripted)
     ((found,),) = source.generate([[4, 5]], replace(SAMPLING, samples_per_prompt=1), deadline=20)
     assert (found.response_ids.tolist(), found.finish_reason) == (expected, reason)
     assert not scripted.answers and len(found.prefix_reads) == 1

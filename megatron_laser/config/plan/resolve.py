@@ -149,7 +149,8 @@ def _check_continuation(
 
 
 def resolve_memory(config: RunConfig, world_size: int, gpu_memory_gib: float) -> MemorySum:
-    """`resolve_plan(...).memory` alone, for a configuration that has passed its checks; reads only config.json."""
+    """`resolve_plan(...).memory` alone, for a configuration that has passed its checks; reads config.json, and
+    tokenizer.json where readouts force a text."""
     architecture = read_architecture(config.model.path)
     layout = _layout(config, architecture, world_size)
     stages = stage_parameters(architecture, layout, config.model.vocab_multiple)

@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 
 from megatron_laser.rollout.engine import RolloutEngine, StopEarly
 from megatron_laser.rollout.function.runner import FailureKind, SampleFunction
-from megatron_laser.rollout.token_scores import token_scores
+from megatron_laser.rollout.token_scores import ScoresByEngine
 from megatron_laser.types import Generation, Prompt, SamplingParams
 
 
-class FunctionAsEngine:
+class FunctionAsEngine(ScoresByEngine):
     """Generates by the function and scores by the engine. A sample that the function does not make is an empty
     response, which counts as wrong."""
 
     def __init__(self, function: SampleFunction, engine: RolloutEngine, prompts: Sequence[Prompt]) -> None:
         """`prompts`: all that will be asked for. Of two with the same token ids the function sees the first."""
+        super().__init__(engine)
         self._function = function
         self._engine = engine
         self._prompts: dict[tuple[int, ...], Prompt] = {}
@@ -53,13 +54,3 @@ class FunctionAsEngine:
         )
         samples = range(sampling.samples_per_prompt)
         return [[found[prompt, sample] for sample in samples] for prompt in range(len(prompts))]
-
-    def score(self, sequences: Sequence[Sequence[int]], token_id: int, *, deadline: float) -> list[float]:
-        """See `RolloutEngine.score`."""
-        return self._engine.score(sequences, token_id, deadline=deadline)
-
-    def score_tokens(
-        self, sequences: Sequence[Sequence[int]], token_ids: Sequence[int], *, deadline: float
-    ) -> list[list[float]]:
-        """See `token_scores.ScoresTokens`."""
-        return token_scores(self._engine, sequences, token_ids, deadline=deadline)

@@ -247,6 +247,21 @@ class GatheredRequests:
         return generate
 
 
+def requests_to(
+    engine: RolloutEngine, sampling: SamplingParams, *, ends: float, max_positions: int
+) -> Requests:
+    """How to ask `engine`, in the running event loop: one by one where it is servers, else gathered into batches.
+
+    Args:
+        sampling: whose seed all samples have in common.
+        ends: by time.monotonic(). max_positions: tokens that the model can read.
+    """
+    if isinstance(engine, SglangEngine):
+        return ServerRequests(engine, ends=ends)
+    seed = 0 if sampling.seed is None else sampling.seed
+    return GatheredRequests(engine, ends=ends, seed=seed, max_positions=max_positions)
+
+
 def _limit(request: _Request) -> int:
     return 0 if request.sampling is None else request.sampling.max_new_tokens
 

@@ -16,11 +16,10 @@ from typing import Any, Literal, get_args
 
 from megatron_laser.errors import UserError
 from megatron_laser.rewards.workers.user_code import described, is_users_code
-from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.client.event_loop import LoopThread, all_or_first_error
 from megatron_laser.rollout.engine import RolloutEngine, StopEarly, StoppedEarly
 from megatron_laser.rollout.function.conversation import InvalidSample, as_generation
-from megatron_laser.rollout.function.engine_requests import GatheredRequests, Requests, ServerRequests
+from megatron_laser.rollout.function.engine_requests import Requests, requests_to
 from megatron_laser.rollout.function.handle import FunctionEngine
 from megatron_laser.rollout.function.loading import load_function
 from megatron_laser.types import Generation, Prompt, SamplingParams
@@ -178,7 +177,7 @@ class SampleFunction:
         on_failed: Callable[[int, int, FailureKind], None],
     ) -> None:
         loop = asyncio.get_running_loop()
-        requests = self._requests(sampling, ends)
+        requests = requests_to(self._engine, sampling, ends=ends, max_positions=self._max_positions)
         requests.begun(len(places))
         broken: asyncio.Future[None] = loop.create_future()
 
@@ -208,12 +207,6 @@ class SampleFunction:
             elif not broken.cancelled():
                 broken.exception()  # heard
             await requests.close()
-
-    def _requests(self, sampling: SamplingParams, ends: float) -> Requests:
-        if isinstance(self._engine, SglangEngine):
-            return ServerRequests(self._engine, ends=ends)
-        seed = 0 if sampling.seed is None else sampling.seed
-        return GatheredRequests(self._engine, ends=ends, seed=seed, max_positions=self._max_positions)
 
     async def _sample(
         self,
