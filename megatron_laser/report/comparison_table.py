@@ -18,14 +18,14 @@ def comparison_table(runs: list[Run]) -> str:
     header = ["", *[_heading(run) for run in runs]]
     if pair:
         header.append("LaSeR − GRPO")
-    lines = [row(header), row(["---", *["---:"] * (len(header) - 1)])]
+    lines = [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
     for label, cell, number in _rows(runs):
         texts = [cell(run) for run in runs]
         if all(text == "–" for text in texts):
             continue
         if pair:
             texts.append(_difference(number, *pair))
-        lines.append(row([label, *texts]))
+        lines.append(_row([label, *texts]))
     return "\n".join(lines) + "\n"
 
 
@@ -49,6 +49,20 @@ def fixed(value: float, digits: int = 3) -> str:
     """The number with so many decimals, – for NaN."""
     # adding 0.0 turns -0.0 into 0.0
     return f"{round(value, digits) + 0.0:.{digits}f}" if math.isfinite(value) else "–"
+
+
+def first_to_last(run: Run, name: str, digits: int = 3) -> str:
+    """A metric's means over the first and the last tenth of the steps, – where it was not measured."""
+    first, last = run.ends(name)
+    return f"{fixed(first, digits)} → {fixed(last, digits)}" if math.isfinite(last) else "–"
+
+
+def filled_columns(head: list[str], lines: list[list[str]]) -> str:
+    """Markdown of a table whose first two columns are names, without columns that are – in every line."""
+    kept = [i for i in range(len(head)) if any(cells[i] != "–" for cells in lines)]
+    rule = ["---" if i < 2 else "---:" for i in kept]
+    shown = [[head[i] for i in kept], rule, *([cells[i] for i in kept] for cells in lines)]
+    return "\n".join(map(_row, shown)) + "\n"
 
 
 def before_and_after(evaluations: list[Evaluation]) -> tuple[Evaluation, Evaluation]:
@@ -142,8 +156,7 @@ def _interval(name: str, sign: str = "") -> Cell:
 
 
 def _training(run: Run) -> str:
-    first, last = run.ends(run.accuracy)
-    return f"{first:.3f} → {last:.3f}" if math.isfinite(last) else "–"
+    return first_to_last(run, run.accuracy)
 
 
 def _last_evaluation(run: Run) -> str:
@@ -186,6 +199,6 @@ def _heading(run: Run) -> str:
     return run.label if run.kind in ("", run.label) else f"{run.label} ({run.kind})"
 
 
-def row(cells: list[str]) -> str:
+def _row(cells: list[str]) -> str:
     """A line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

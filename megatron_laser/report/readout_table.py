@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_laser.report.comparison_table import fixed, row
+from megatron_laser.report.comparison_table import filled_columns, first_to_last, fixed
 from megatron_laser.report.run_data import Run
 
 # heading, metric, decimals; of the response's score the metrics have names of their own
@@ -49,16 +49,13 @@ def readout_table(runs: list[Run]) -> str:
                 [
                     run.label,
                     SCORE_LABEL if name is None else name,
-                    _ends(run, readout_metric(name, "loss"), 4),
-                    _ends(run, readout_metric(name, "auroc"), 3),
+                    first_to_last(run, readout_metric(name, "loss"), 4),
+                    first_to_last(run, readout_metric(name, "auroc")),
                     *last,
                     ", ".join(fixed(value) for value in quarters) if quarters else "–",
                 ]
             )
-    kept = [i for i in range(len(head)) if any(cells[i] != "–" for cells in lines)]
-    rule = ["---" if i < 2 else "---:" for i in kept]
-    shown = [[head[i] for i in kept], rule, *([cells[i] for i in kept] for cells in lines)]
-    return "\n".join(map(row, shown)) + "\n"
+    return filled_columns(head, lines)
 
 
 def readout_metric(readout: str | None, metric: str) -> str:
@@ -71,8 +68,3 @@ def quarter_aurocs(run: Run, readout: str | None) -> list[float]:
     [] for a readout that has one place a response."""
     values = [run.ends(readout_metric(readout, f"auroc_quarter_{part}"))[1] for part in range(1, 5)]
     return values if any(map(math.isfinite, values)) else []
-
-
-def _ends(run: Run, name: str, digits: int) -> str:
-    first, last = run.ends(name)
-    return f"{fixed(first, digits)} → {fixed(last, digits)}" if math.isfinite(last) else "–"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_laser.report.comparison_table import fixed, row
+from megatron_laser.report.comparison_table import filled_columns, first_to_last, fixed
 from megatron_laser.report.run_data import Run
 
 # heading, metric of the rollouts, decimals
@@ -37,19 +37,15 @@ def source_table(runs: list[Run]) -> str:
     lines = []
     for run in runs:
         for source in run.sources:
-            first, last = run.ends(run.source_accuracy(source))
             cells = [
                 run.label,
                 source,
-                f"{first:.3f} → {last:.3f}" if math.isfinite(last) else "–",
+                first_to_last(run, run.source_accuracy(source)),
                 *(fixed(run.ends(f"source/{source}/{name}")[1], digits) for _, name, digits in _ROLLOUTS),
                 *(fixed(_evaluated(run, split, f"source/{source}/{name}")) for split, _, name in columns),
             ]
             lines.append(cells)
-    kept = [i for i in range(len(head)) if any(cells[i] != "–" for cells in lines)]
-    shown = [[cells[i] for i in kept] for cells in lines]
-    rule = ["---" if head[i] in ("Run", "Source") else "---:" for i in kept]
-    return "\n".join(map(row, [[head[i] for i in kept], rule, *shown])) + "\n"
+    return filled_columns(head, lines)
 
 
 def _evaluated(run: Run, split: str, name: str) -> float:
