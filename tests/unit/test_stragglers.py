@@ -1,7 +1,7 @@
 """Slow ranks are found by comparing every rank's seconds per phase with the median."""
 
 from megatron_laser.observability.timers import Timers
-from megatron_laser.trainer.stragglers import slow_ranks, time_reductions
+from megatron_laser.trainer.stragglers import Stragglers, slow_ranks, straggler_metrics, time_reductions
 
 
 def test_even_ranks_give_no_line():
@@ -16,6 +16,22 @@ def test_the_slowest_rank_is_named_for_every_phase_it_is_slow_in():
 
 def test_a_difference_of_a_moment_is_noise():
     assert slow_ranks([{"time/logprob": 0.1}, {"time/logprob": 0.4}], 50) is None
+
+
+def test_the_metric_is_the_slowest_rank_over_the_median_of_all():
+    ranks = [{"time/train": seconds, "time/sync": 0.0} for seconds in (10.0, 10.0, 12.0, 25.0)]
+    assert straggler_metrics(ranks) == {"straggler/train": 25.0 / 11.0}, (
+        "a phase that takes no time has no ratio"
+    )
+
+
+class OneRank:
+    world_size = 1
+
+
+def test_one_rank_compares_nothing():
+    stragglers = Stragglers(OneRank(), every=1)
+    assert stragglers.add(1, {"time/train": 1.0}) == {}
 
 
 class Policy:

@@ -46,7 +46,7 @@ SYSTEM_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "c_ref_drift",
-        "c_ref does not stand for the reference",
+        "the constant c_ref is off",
         "distance of the reference model's mean from c_ref in nats",
         ".2f",
         ("drift/reference_mean", "drift/reference_std"),
@@ -181,7 +181,7 @@ SYSTEM_RULES: tuple[Rule, ...] = (
         ("plan/step_ratio", "plan/train_ratio", "plan/generate_ratio"),
         "The step is not what `plan` predicts: responses of another length than assumed, a machine file that is not "
         "this machine's, or something that is slow.",
-        "observing.md#rates",
+        "metrics.md#time-memory-servers",
         "megatron-laser plan RUN/config.yaml",
         lambda limit, settings: judges.worst_phase("plan/", "_ratio", limit, 0.1, both_ways=True),
     ),

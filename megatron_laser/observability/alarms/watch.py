@@ -108,6 +108,7 @@ class _State:
         self._needed, self._of = rule.needed_of(settings)
         self._rows: deque[tuple[int, Judged]] = deque(maxlen=self._of)
         self._bad = 0
+        self._last_bad = 0
         self._on: Alarm | None = None
 
     def add(self, step: int, row: Row) -> Alarm | None:
@@ -119,13 +120,14 @@ class _State:
             self._bad -= self._rows[0][1].bad
         self._rows.append((step, judged))
         self._bad += judged.bad
+        if judged.bad:
+            self._last_bad = step
         if self._on is None and self._bad >= self._needed:
             self._on = self._raise(step)
             return self._on
         # Half as many end it, so that an alarm at its limit does not come and go.
         if self._on is not None and self._bad <= self._needed // 2:
-            last = max((at for at, one in self._rows if one.bad), default=step - 1)
-            over, self._on = replace(self._on, last_step=last), None
+            over, self._on = replace(self._on, last_step=self._last_bad), None
             return over
         return None
 
