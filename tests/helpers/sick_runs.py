@@ -62,6 +62,7 @@ def healthy_row(step: int, rng: random.Random) -> Row:
         "logprob_diff_mean": about(0.01),
         "rollout_k3_kl": about(0.0005),
         "bad_steps": 0,
+        "rollout/servers": 2.0,
         "rollout/server_deaths": 0.0,
         "idle/servers": about(0.4),
         "idle/trainer": about(0.4),

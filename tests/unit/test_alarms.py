@@ -202,6 +202,14 @@ def test_phases_that_take_no_time_have_no_stragglers_and_no_predictions():
     assert names_of([one | {"time/sync": 2.0} for one in rows]) == ["straggler", "prediction_off"]
 
 
+def test_who_waits_is_asked_only_where_servers_have_gpus_of_their_own():
+    row = {"idle/servers": 0.95, "idle/trainer": 0.95}
+    servers = row | {"rollout/servers": 2.0}
+    runs = {"in process": row, "servers": servers, "in turns": servers | {"time/turns": 0.5}}
+    found = {kind: names_of([one | {"step": n} for n in range(1, 30)]) for kind, one in runs.items()}
+    assert found == {"in process": [], "servers": ["servers_idle", "trainer_idle"], "in turns": []}
+
+
 def streamed(rows, settings=DEFAULTS):
     """As a run does: numpy's numbers, an evaluation made up for in a row of its own; what was said on the way."""
     watch, said = AlarmWatch(settings), []

@@ -49,11 +49,11 @@ class AlarmSettings(Section):
     length_shrink: Fraction | None = 0.4
     """Mean response length below this share of its early level."""
     truncated: Fraction | None = 0.5
-    """Share of responses that did not end by themselves."""
+    """Share of responses that did not end by themselves; null for an environment that ends them."""
     unscored: Fraction | None = 0.5
     """With LaSeR: share of responses without a score."""
     no_end: CountOrZero | None = 10
-    """So many steps in a row in which not one response ended by itself."""
+    """So many steps in a row in which not one response ended by itself; null for an environment that ends them all."""
     unreadable: Fraction | None = 0.25
     """Share of graded responses whose answer could not be compared with the reference (outcome unparsable)."""
     hacking_format: Fraction | None = 0.15
@@ -90,7 +90,7 @@ class AlarmSettings(Section):
     server_deaths: CountOrZero | None = 1
     """So many of the last `window` steps had a server die."""
     servers_idle: Fraction | None = 0.8
-    """Share of the step in which the servers have nothing to do."""
+    """Share of the step in which the servers have nothing to do. For servers on GPUs of their own, like the next."""
     trainer_idle: Fraction | None = 0.8
     """Share of the step in which the trainer waits for rollouts."""
     straggler: Growth | None = 1.5

@@ -41,7 +41,7 @@ def finite(row: Row, name: str) -> float | None:
     value = row.get(name)
     if value is None or isinstance(value, (str, list, tuple)):
         return None
-    number = float(value)
+    number: float = value if type(value) is float else float(value)
     return number if math.isfinite(number) else None
 
 
@@ -187,10 +187,22 @@ def unscored_share(row: Row) -> float | None:
 
 
 def servers_idle_share(row: Row) -> float | None:
-    """Share of the step in which servers have nothing to do."""
+    """Share of the step in which servers have nothing to do, where they are on GPUs of their own."""
+    if not _two_sides(row):
+        return None
     idle = finite(row, "idle/servers")
     used = finite(row, "servers/utilisation")
     return 1.0 - used if idle is None and used is not None else idle
+
+
+def trainer_idle_share(row: Row) -> float | None:
+    """Share of the step in which the trainer waits for rollouts, where servers on other GPUs make them."""
+    return finite(row, "idle/trainer") if _two_sides(row) else None
+
+
+def _two_sides(row: Row) -> bool:
+    """Whether servers generate, and not in turns with the trainer on the same GPUs, where one of them always waits."""
+    return "rollout/servers" in row and "time/turns" not in row
 
 
 def distance(read: Reading) -> Reading:

@@ -157,7 +157,7 @@ SYSTEM_RULES: tuple[Rule, ...] = (
         "responses, or a smaller rollout.max_new_tokens.",
         "rollout.md#how-many-gpus-for-whom",
         REPORT,
-        lambda limit, settings: judges.above(judges.metric("idle/trainer"), limit),
+        lambda limit, settings: judges.above(judges.trainer_idle_share, limit),
     ),
     Rule(
         "straggler",
