@@ -77,7 +77,7 @@ def alarm_table() -> str:
         raised = _prose(section.model_fields[rule.name].description)
         cells = (
             f"`{rule.name}` {rule.limit(settings):g}",
-            f"{rule.title[0].upper()}{rule.title[1:]}: {raised[0].lower()}{raised[1:]}",
+            f"**{rule.title[0].upper()}{rule.title[1:]}.** {raised}",
             rule.means,
             f"{metrics}; [{rule.page.partition('#')[0]}]({rule.page}); `{rule.command}`",
         )

@@ -182,6 +182,18 @@ def test_scores_are_judged_only_after_their_loss_was_trained_for_a_while():
     assert names_of(never) == [], "GRPO whose scores are only watched"
 
 
+def test_gradients_that_grow_because_a_loss_joins_in_have_not_exploded():
+    rows = healthy_run()
+    for row in rows[:100]:
+        row["self_reward_error"] = row.pop("self_reward_loss", 0.2)
+    for row in rows[100:]:
+        row["grad_norm"] *= 40.0
+    assert names_of(rows) == []
+    for row in rows[180:]:
+        row["grad_norm"] *= 60.0
+    assert names_of(rows) == ["gradient_explosion"]
+
+
 def test_a_step_of_uniform_groups_counts_those_that_were_dropped():
     row = {"groups_uniform_fraction": 0.0, "prompts_tried": 40, "groups_dropped": 39}
     assert names_of([row | {"step": step} for step in range(1, 30)]) == ["uniform_groups"]

@@ -80,7 +80,8 @@ class AlarmSettings(Section):
     """Share of groups whose responses all have the same reward, those counted that `rollout.drop_uniform_groups`
     left out."""
     gradient_explosion: Growth | None = 10.0
-    """Gradient norm above this many times its early level, in 3 of 5 steps."""
+    """Gradient norm above this many times its early level, in 3 of 5 steps. The level is taken anew when the loss of
+    the score joins in."""
     skipped_steps: CountOrZero | None = 1
     """So many of the last `window` steps had an update that was skipped because something was not finite."""
     failed_gradings: Fraction | None = 0.05

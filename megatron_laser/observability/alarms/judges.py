@@ -232,6 +232,22 @@ def once_trained(patience: int, judge: Judge) -> Judge:
     return patient
 
 
+def anew_once_trained(make: Callable[[], Judge]) -> Judge:
+    """Another judge, with an early level of its own, from the first step in which scores are trained.
+
+    That loss joins in after `laser.reasoning_warmup_steps`, and brings gradients of another size.
+    """
+    judge, trained = make(), False
+
+    def in_stages(row: Row) -> Judged | None:
+        nonlocal judge, trained
+        if not trained and finite(row, "self_reward_loss") is not None:
+            judge, trained = make(), True
+        return judge(row)
+
+    return in_stages
+
+
 def flat_scores(limit: float) -> Judge:
     """Beyond is one value for all: no distance between right and wrong, and no spread in either."""
 

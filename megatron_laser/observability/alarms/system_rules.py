@@ -13,7 +13,8 @@ SYSTEM_RULES: tuple[Rule, ...] = (
         ".3g",
         ("logprob_diff_mean", "logprob_diff_max", "rollout_k3_kl"),
         "The engine samples from other probabilities than the trainer computes: another dtype or temperature, a sync "
-        "that did not arrive, kernels that differ. policy.importance_cap corrects for it, up to a point.",
+        "that did not arrive, kernels that differ; with rollout.ahead also tokens of older weights. "
+        "policy.importance_cap corrects for it, up to a point.",
         "scaling.md#precision",
         "megatron-laser env",
         lambda limit, settings: judges.above(judges.metric("logprob_diff_mean"), limit),
@@ -80,8 +81,8 @@ SYSTEM_RULES: tuple[Rule, ...] = (
         "whose loss has risen; ratios that a stale engine has made large.",
         "scaling.md#checklists",
         REPORT,
-        lambda limit, settings: judges.grown(
-            judges.positive(judges.metric("grad_norm")), limit, settings.early_steps
+        lambda limit, settings: judges.anew_once_trained(
+            lambda: judges.grown(judges.positive(judges.metric("grad_norm")), limit, settings.early_steps)
         ),
         lambda limit, settings: QUICK,
     ),
