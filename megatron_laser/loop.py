@@ -89,7 +89,7 @@ def run_step(run: Run, step: int) -> None:
         except CannotGoOn as error:
             lost = error  # the step itself is complete: it is recorded before the run stops
     times = run.timers.collect()
-    run.stragglers.add(step, times)
+    result.metrics.update(run.stragglers.add(step, times))
     if lost is None and evaluation_due(run.config, step):
         try:
             on_rank_zero(run, f"evaluation after step {step}", step, lambda rank0: rank0.evaluate(step))

@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megatron_laser.observability.alarms import Alarm
 from megatron_laser.observability.best_effort import SafeOutput
 from megatron_laser.observability.readout_fields import readout_fields
 from megatron_laser.observability.source_metrics import later_metrics, metrics_by_source
@@ -190,6 +191,7 @@ class ViewState:
     evaluation: dict[str, Any] = field(default_factory=dict)
     history: dict[str, deque[float]] = field(default_factory=dict)
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    alarms: Sequence[Alarm] = ()
 
 
 def render(state: ViewState, console: Console) -> RenderableType:
@@ -200,6 +202,7 @@ def render(state: ViewState, console: Console) -> RenderableType:
     body.add_column()
     for label, content in (
         ("step", _progress(state)),
+        ("alarms", _alarms(state)),
         ("now", _numbers(step_fields(state.metrics))),
         ("readouts", _numbers(format_fields(state.metrics, readout_fields(state.metrics)))),
         ("eval", _numbers(format_fields(state.evaluation, EVALUATION_FIELDS))),
@@ -232,6 +235,12 @@ def _numbers(pairs: list[tuple[str, str]]) -> Text | None:
     for label, value in pairs:
         text.append(f"{label} ", style="dim").append(f"{value}  ")
     return text
+
+
+def _alarms(state: ViewState) -> Text | None:
+    """Those that are on; their lines above have the rest."""
+    names = ", ".join(f"{alarm.title} (step {alarm.step})" for alarm in state.alarms)
+    return Text(names, style="bold red") if names else None
 
 
 def _sources(state: ViewState) -> RenderableType | None:
@@ -357,6 +366,10 @@ class LiveView:
                 state.history.setdefault(name, deque(maxlen=HISTORY)).append(float(value))
         if self._live is None:
             self._print_line(step, metrics, now)
+
+    def show_alarms(self, alarms: Sequence[Alarm]) -> None:
+        """Have these in the live view, from its next refresh on."""
+        self._state.alarms = tuple(alarms)
 
     def message(self, text: str) -> None:
         """Print a line above the live view, or among the plain lines."""

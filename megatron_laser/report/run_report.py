@@ -68,6 +68,7 @@ def _draw(runs: list[Run], folder: Path) -> list[tuple[str, Path]]:
 
 
 def _text(runs: list[Run], figures: list[tuple[str, Path]]) -> str:
+    from megatron_laser.report.alarm_list import alarm_list
     from megatron_laser.report.comparison_table import comparison_table
     from megatron_laser.report.conclusions import findings
     from megatron_laser.report.readout_table import readout_table
@@ -81,6 +82,8 @@ def _text(runs: list[Run], figures: list[tuple[str, Path]]) -> str:
         *(("## Sources of the data\n", sources) if sources else ()),
         "## What the numbers say\n",
         "\n".join(f"- {sentence}" for sentence in findings(runs)) + "\n",
+        "## Alarms\n",
+        alarm_list(runs),
     ]
     for heading, path in figures:
         sections += [f"## {heading}\n", f"![{heading}](plots/{path.name})\n"]

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laser.config import ConfigError, RunConfig
+from megatron_laser.observability.alarms import AlarmWatch
 from megatron_laser.observability.best_effort import BestEffort
 from megatron_laser.observability.live_view import LiveView
-from megatron_laser.observability.metrics_logger import MetricsLogger
+from megatron_laser.observability.metrics_logger import MetricsLogger, read_metrics
 from megatron_laser.observability.rollout_dump import dump_rollouts
 from megatron_laser.observability.wandb_sink import open_wandb
 from megatron_laser.report.run_report import write_report
@@ -71,6 +72,10 @@ class RunRecorder:
             opened.pop_all()
         self._view = LiveView(config.run.steps, mode=config.logging.live, title=config.run.name)
         self._view.__enter__()
+        self._judge = BestEffort("alarms", Exception)
+        self._watch = AlarmWatch(config.alarms)
+        if resumed is not None:
+            self._judge(self._watch_earlier_steps)
 
     def write(self, step: int, metrics: dict[str, Any]) -> str:
         """Log and show a step's metrics.
@@ -82,6 +87,7 @@ class RunRecorder:
             ConfigError: the folder is gone, and its place is taken or cannot be written.
         """
         self._view.update(step, metrics)
+        self._judge(lambda: self._tell_alarms(step, metrics))
         trouble = ""
         try:
             self._metrics.log(step, metrics)
@@ -93,6 +99,22 @@ class RunRecorder:
             )
             self._claimed.restore(self._config)
         return trouble
+
+    def _watch_earlier_steps(self) -> None:
+        """What a resumed run has shown before: early levels stay those of its beginning, and nothing is told twice."""
+        for row in read_metrics(self._metrics.path):
+            self._watch.add(int(row["step"]), row)
+        self._view.show_alarms(self._watch.active)
+
+    def _tell_alarms(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """A line for each alarm when it is raised and when it is over."""
+        raised = self._watch.add(step, metrics)
+        for alarm in raised:
+            self._view.message(alarm.line)
+        for alarm in self._watch.ended:
+            self._view.message(alarm.end_line)
+        # Whoever else is to hear of alarms is told here: of `raised` and of `self._watch.ended`.
+        self._view.show_alarms(self._watch.active)
 
     def histograms(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
         """Named distributions, to TensorBoard."""

@@ -18,6 +18,7 @@ from megatron_laser.rollout.progress import _graded, staleness_metrics
 from megatron_laser.trainer.expert_routing import Counts, expert_metrics
 from megatron_laser.trainer.run_readouts import ReadoutScores
 from megatron_laser.trainer.step_metrics import MEAN_KEYS, TOKEN_MEAN_KEYS, readout_key
+from megatron_laser.trainer.stragglers import straggler_metrics
 from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample
 
 SOURCE = "\n".join(
@@ -68,6 +69,7 @@ def written():
     found |= set(staleness_metrics(one.groups, trained_version=1)) | set(_graded(one.groups, [], []))
     counted = torch.ones(1, 2, dtype=torch.float64)
     found |= set(expert_metrics(Counts(counted, counted, counted[0, :1], counted[0, :1], counted[0, :1]), 1))
+    found |= set(straggler_metrics([{"time/train": 1.0}]))
     found |= {f"eval/{name}" for name in summarize([record(row, i) for row in range(2) for i in range(2)])}
     found |= set(re.findall(r'metrics\["([\w/]+)"\] =', SOURCE))
     found |= set(re.findall(r'"(rollout/\w+|memory/\w+)"', SOURCE))

@@ -68,7 +68,7 @@ def test_messages_of_the_first_hour_occur_in_the_source_or_the_scripts():
     assert not gone, f"docs/first_hour.md quotes messages that nothing prints any more: {gone}"
 
 
-@pytest.mark.parametrize("page", ["first_hour.md", "troubleshooting.md", "rollout.md"])
+@pytest.mark.parametrize("page", ["first_hour.md", "troubleshooting.md", "rollout.md", "observing.md"])
 def test_every_setting_that_the_page_names_exists(page):
     from megatron_laser.config import key_paths
 
