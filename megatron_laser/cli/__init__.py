@@ -22,6 +22,7 @@ from megatron_laser.cli import (
     serve,
     train,
     verify,
+    view,
 )
 from megatron_laser.cli.errors import Commands
 
@@ -45,6 +46,7 @@ app.command("metrics")(metrics.metrics)
 app.command("calibrate")(calibrate.calibrate)
 app.command("serve")(serve.serve)
 app.command("convert")(convert.convert)
+app.command("view")(view.view)
 app.command("replay")(replay.replay)
 app.command("env")(env.env)
 app.add_typer(bench.app, name="bench")

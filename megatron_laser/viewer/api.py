@@ -210,7 +210,18 @@ def response_fields(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
             "policy_logprob": record.get("token_policy_logprobs"),
             "entropy": record.get("token_entropy"),
         }
-    as_they_are = ("step", "row", "sample", "source", "problem", "answer", "response", "reward", "score", "advantage")
+    as_they_are = (
+        "step",
+        "row",
+        "sample",
+        "source",
+        "problem",
+        "answer",
+        "response",
+        "reward",
+        "score",
+        "advantage",
+    )
     more = ("outcome", "finish_reason", "zc_logprob", "prompt", "weight_version")
     return {
         "id": number,

@@ -83,7 +83,11 @@ class ResponseIndex:
 
     def _files(self) -> list[tuple[int, Path]]:
         try:
-            found = [(int(match[1]), path) for path in self._folder.iterdir() if (match := _DUMP.fullmatch(path.name))]
+            found = [
+                (int(match[1]), path)
+                for path in self._folder.iterdir()
+                if (match := _DUMP.fullmatch(path.name))
+            ]
         except OSError:
             return []
         return sorted(found)
@@ -109,7 +113,8 @@ class ResponseIndex:
     def _add(self, dump: _Dump, line: Line) -> None:
         record, columns = line.record, dump.columns
         begins = not dump.places or (
-            columns["row"][-1] != record.get("row") or (record.get("sample") or 0) <= (columns["sample"][-1] or 0)
+            columns["row"][-1] != record.get("row")
+            or (record.get("sample") or 0) <= (columns["sample"][-1] or 0)
         )
         if begins:
             dump.groups.append([])

@@ -91,7 +91,10 @@ class RunFolder:
             steps = sorted(self._rows)
             rows = [self._rows[step] for step in steps]
             wanted = self.metric_names if names is None else [name for name in names if name in self._names]
-            return {"steps": steps, "values": {name: [_number(row.get(name)) for row in rows] for name in wanted}}
+            return {
+                "steps": steps,
+                "values": {name: [_number(row.get(name)) for row in rows] for name in wanted},
+            }
 
     def metrics_of(self, step: int) -> dict[str, Any]:
         """All of one step; {}: it is not there."""
@@ -179,7 +182,11 @@ class RunFolder:
         own = (self.config.get("checkpoint") or {}).get("folder")
         root = Path(own) if own else self.folder / "checkpoints"
         try:
-            found = [(int(match[1]), path) for path in root.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+            found = [
+                (int(match[1]), path)
+                for path in root.iterdir()
+                if (match := _CHECKPOINT.fullmatch(path.name))
+            ]
         except OSError:
             return []
         return sorted(step for step, path in found if (path / "state.json").is_file())

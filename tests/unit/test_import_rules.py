@@ -38,7 +38,7 @@ LAYERS = (
     ("report", "distributed", "rollout"),
     ("trainer", "weight_sync"),
     ("evaluation",),
-    ("testtime", "run"),
+    ("testtime", "run", "viewer"),
     ("loop", "benchmarks"),
     ("cli",),
     ("__main__",),
