@@ -36,6 +36,14 @@ class OneRun:
         self.files = RunFolder(folder)
         self.forms = AnswerForms(self.files.config)
         self.index = ResponseIndex(folder / "rollouts", self.forms)
+        self._alarms: tuple[int, list[dict[str, Any]]] = (-1, [])
+
+    def alarms(self) -> list[dict[str, Any]]:
+        """Of the metrics that are there by now."""
+        version = self.files.version
+        if self._alarms[0] != version:
+            self._alarms = (version, run_alarms(self.files.rows(), self.files.config))
+        return self._alarms[1]
 
     @property
     def version(self) -> int:
@@ -158,22 +166,24 @@ class Viewer:
 
     def response(self, query: Mapping[str, str]) -> dict[str, Any]:
         """One response with its tokens, its group and the group's votes."""
-        run, number = self._run(query), _integer(query, "id")
+        return self.one_response(self._run(query), _integer(query, "id"))
+
+    def one_response(self, run: OneRun, number: int, *, votes: bool = True) -> dict[str, Any]:
+        """As `response`; votes: whether the group's are counted, else null."""
         record = run.index.record(number)
         if record is None:
             raise NotThere(f"run {run.id} has no response {number}; it has {run.index.count}")
         group = [{"id": member, **_renamed(run, member)} for member in run.index.group(number)]
-        return {
-            **response_fields(number, record),
-            "answer_given": run.index.values(number, ("answer",))["answer"],
-            "group": group,
-            "votes": self.votes.of(
+        counted = None
+        if votes:
+            counted = self.votes.of(
                 [member["answer"] for member in group],
                 [member["reward"] for member in group],
                 [member["score"] for member in group],
                 run.forms(str(record.get("source") or "")),
-            ),
-        }
+            )
+        own = next((member["answer"] for member in group if member["id"] == number), None)
+        return {**response_fields(number, record), "answer_given": own, "group": group, "votes": counted}
 
     def step(self, query: Mapping[str, str]) -> dict[str, Any]:
         """All metrics of a step and the spans of its phases."""
@@ -185,11 +195,12 @@ class Viewer:
 
     def events(self, query: Mapping[str, str]) -> dict[str, Any]:
         """Events, checkpoints, alarms, and the steps that have a timeline."""
-        files = self._run(query).files
+        run = self._run(query)
+        files = run.files
         return {
             "events": files.events,
             "checkpoints": files.checkpoints,
-            "alarms": run_alarms(files.rows(), files.config),
+            "alarms": run.alarms(),
             "timeline_steps": files.timeline_steps,
         }
 

@@ -13,11 +13,13 @@ _BLOCK = 1 << 22
 
 
 class Line(NamedTuple):
-    """A complete line: where it lies in its file, in bytes with the line feed, and what it holds."""
+    """A complete line: where it lies in its file, in bytes with the line feed, and what it holds; `cut`: up to the name
+    at which reading was to end."""
 
     offset: int
     length: int
     record: dict[str, Any]
+    cut: bool = False
 
 
 class GrowingFile:
@@ -26,8 +28,11 @@ class GrowingFile:
     A line is read once it ends in a line feed; one that is no JSON object (a killed run's) is passed over.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, up_to: str = "") -> None:
+        """Args: up_to: a name in the records before which their reading ends: long values that nobody needs follow."""
         self.path = path
+        # Inside of JSON's strings a quote has a backslash before it, so this is the name and nothing that is said.
+        self._up_to = f'"{up_to}":'.encode() if up_to else b""
         self._read = 0
         self._file = (0, 0)  # device and inode
         self._tail = b""  # the last bytes that were read: a file that was cut and written on has others there
@@ -66,8 +71,10 @@ class GrowingFile:
             start = 0
             while start < whole:
                 end = left.index(b"\n", start) + 1
-                if (record := parsed(left[start:end])) is not None:
-                    yield Line(self._read + start, end - start, record)
+                cut = left.find(self._up_to, start, end) if self._up_to else -1
+                text = left[start:end] if cut < 0 else left[start:cut].rstrip(b" ,") + b"}"
+                if (record := parsed(text)) is not None:
+                    yield Line(self._read + start, end - start, record, cut >= 0)
                 start = end
             self._read += whole
             left = left[whole:]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laser.rewards.answer_forms import AnswerForm
-from megatron_laser.rewards.mathematics.boxed import normalize_answer
 from megatron_laser.viewer.growing_file import GrowingFile, Line, read_line
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ class _Dump:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file = GrowingFile(path)
+        self.file = GrowingFile(path, up_to="token_ends")
         self.seen: tuple[int, int, int] | None = None
         self.has_tokens = False
         self.clear()
@@ -121,7 +120,7 @@ class ResponseIndex:
         dump.groups[-1].append(len(dump.places))
         dump.group_of.append(len(dump.groups) - 1)
         dump.places.append((line.offset, line.length))
-        dump.has_tokens = dump.has_tokens or "token_ends" in record
+        dump.has_tokens = dump.has_tokens or line.cut
         answer = self._answer(record)
         for name in COLUMNS:
             value = answer if name == "answer" else record.get(_FIELDS.get(name, name))
@@ -133,7 +132,7 @@ class ResponseIndex:
             answer = form.extract(str(record.get("response") or ""), str(record.get("answer") or ""))
         except (ValueError, RecursionError):
             return None
-        return None if answer is None else normalize_answer(answer)[:_ANSWER_SHOWN]
+        return None if answer is None else answer[:_ANSWER_SHOWN]
 
     def _code(self, name: str, value: Any) -> int | None:
         table = self._tables[name]
