@@ -22,6 +22,7 @@ from megatron_laser.data import MixedCursor
 from megatron_laser.data.tokenizer import decode_response
 from megatron_laser.evaluation.validation import RunEvaluation
 from megatron_laser.model import platform
+from megatron_laser.observability.rollout_dump import TokenPart
 from megatron_laser.observability.rollout_metrics import readout_metrics, rollout_metrics, scores_by_label
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool
@@ -34,6 +35,7 @@ from megatron_laser.run.engines import WorkResult, await_servers, call_engine, o
 from megatron_laser.run.graders import open_graders
 from megatron_laser.run.inputs import RunInputs, open_cursor
 from megatron_laser.run.recorder import RunRecorder
+from megatron_laser.trainer.run_readouts import readings_by_sample
 from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch, RoutingShape, SamplingParams
 
@@ -173,6 +175,8 @@ class Controller:
             goes on where this one was; else why the run has to stop.
         """
 
+        self._record.events.step = step
+
         def work() -> None:
             source = self._collector if self._ahead is None else self._ahead
             self._batch = source.collect(step)
@@ -251,8 +255,12 @@ class Controller:
         trouble = self._record.write(step, metrics)
         if step % _HISTOGRAM_STEPS == 0:
             self._record.histograms(step, scores_by_label(batch, result.scores))
-        self._record.dump(batch, result.scores, result.advantages)
+        self._record.dump(batch, result.scores, result.advantages, lambda: self._token_part(result))
         return trouble
+
+    def _token_part(self, result: StepResult) -> TokenPart:
+        readings = readings_by_sample(result.readouts, len(result.scores))
+        return TokenPart(result.tokens, readings, partial(decode_response, self._inputs.tokenizer))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of rank 0: cursor, groups that are begun, a batch that is ahead, whose run it is."""

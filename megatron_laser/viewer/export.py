@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from megatron_laser.files import write_atomically
 from megatron_laser.viewer.api import OneRun, Viewer, ViewError
 from megatron_laser.viewer.response_index import CODED, COLUMNS
