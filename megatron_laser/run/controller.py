@@ -27,6 +27,7 @@ from megatron_laser.observability.rollout_metrics import readout_metrics, rollou
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.ahead import RolloutAhead
+from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.endings import watch_endings
 from megatron_laser.rollout.engine import StoppedEarly
@@ -261,6 +262,10 @@ class Controller:
     def _token_part(self, result: StepResult) -> TokenPart:
         readings = readings_by_sample(result.readouts, len(result.scores))
         return TokenPart(result.tokens, readings, partial(decode_response, self._inputs.tokenizer))
+
+    def servers_busy(self) -> list[tuple[str, float, float]]:
+        """When each server had requests since the last call; none without servers."""
+        return self.engine.take_busy() if isinstance(self.engine, SglangEngine) else []
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of rank 0: cursor, groups that are begun, a batch that is ahead, whose run it is."""
