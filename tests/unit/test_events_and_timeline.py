@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +15,11 @@ from megatron_laser.observability import events
 from megatron_laser.observability.events import EventLog, note
 from megatron_laser.observability.timeline import Span, TimelineFile, joined
 from megatron_laser.observability.timers import Timers
+from megatron_laser.rollout.client.fleet import Fleet
+from megatron_laser.rollout.client.health import Answered, Limits, Missed, UpdateBegan, UpdateDone
+from megatron_laser.rollout.client.responses import RequestStats
+from megatron_laser.rollout.client.sender import RequestSender
+from megatron_laser.rollout.endpoints import ServerEndpoint
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -95,3 +102,56 @@ def test_a_line_of_the_timeline_has_all_ranks(tmp_path: Path) -> None:
             ],
         }
     ]
+
+
+def test_a_server_that_is_lost_and_its_return_are_events_and_weight_updates_are_none(tmp_path: Path) -> None:
+    fleet = Fleet(lambda: [ServerEndpoint("http://a")], None, limits=Limits(start=60, update=60, silence=30))  # type: ignore[arg-type]
+    log = EventLog(tmp_path, last_step=0)
+    (member,) = fleet.members
+    fleet.handle(member, Answered("run-1"))
+    for _ in range(2):
+        fleet.handle(member, UpdateBegan())
+        fleet.handle(member, UpdateDone("run-1"))
+    assert not (tmp_path / "events.jsonl").exists()
+    for _ in range(4):
+        fleet.handle(member, Missed("connection refused", refused=True))
+    for _ in range(3):
+        fleet.handle(member, Answered("run-1"))
+    log.close()
+    texts = [str(event["text"]) for event in lines(tmp_path / "events.jsonl")]
+    assert texts[0].startswith("http://a is lost") and "connection refused" in texts[0]
+    assert texts[-1] == "http://a is back" and texts.count("http://a is back") == 1
+
+
+def test_a_server_is_busy_from_its_first_open_request_to_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("megatron_laser.rollout.client.sender.time.perf_counter", lambda: now[0])
+    ends: list[asyncio.Future[dict[str, object]]] = []
+
+    class Client:
+        async def request(self, body: object, *, deadline: float, phase: str) -> dict[str, object]:
+            ends.append(asyncio.get_running_loop().create_future())
+            return await ends[-1]
+
+    async def settle() -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def main() -> RequestSender:
+        fleet = SimpleNamespace(succeeded=lambda member: None)
+        member = SimpleNamespace(client=Client(), running=set(), url="http://a")
+        sender = RequestSender(fleet, RequestStats(), None)  # type: ignore[arg-type]
+        asked = []
+        for start in (1.0, 2.0):
+            now[0] = start
+            asked.append(asyncio.create_task(sender._send(member, {}, 9.0, "generation", False)))  # type: ignore[arg-type]
+            await settle()
+        for end, answer in ((4.0, 0), (7.0, 1)):
+            now[0] = end
+            ends[answer].set_result({})
+            await settle()
+        await asyncio.gather(*asked)
+        return sender
+
+    sender = asyncio.run(main())
+    assert list(sender.busy) == [("http://a", 1.0, 7.0)]
