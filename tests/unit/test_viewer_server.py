@@ -156,6 +156,21 @@ def test_a_port_that_is_taken_is_named_and_the_default_gives_way_to_the_next(
         ViewerServer(viewer, port=70000)
 
 
+def test_on_an_address_that_others_reach_numbers_and_the_machines_names_are_hosts(
+    server: ViewerServer,
+) -> None:
+    viewer = server._server.RequestHandlerClass.viewer  # type: ignore[attr-defined]
+    other = ViewerServer(viewer, host="0.0.0.0", port=0, token=TOKEN)
+    other.start()
+    assert (
+        not other.is_private and server.is_private and f"//{socket.gethostname()}:{other.port}/" in other.url
+    )
+    for host, status in (("10.0.0.7:80", 200), (socket.gethostname(), 200), ("evil.example", 403)):
+        assert ask(other, "/api/version", Host=host)[0].status == status
+    other.close()
+    assert ask(server, "/api/version", Host="10.0.0.7")[0].status == 403
+
+
 def test_each_start_has_a_token_of_its_own(server: ViewerServer) -> None:
     viewer = server._server.RequestHandlerClass.viewer  # type: ignore[attr-defined]
     servers = [ViewerServer(viewer, port=0) for _ in range(2)]
