@@ -319,6 +319,7 @@ class Controller:
                 f"{name} {metrics[key]:.3f}" for name, key in _HEADLINES.items() if key in metrics
             )
             self._record.message(f"test split after step {steps}: {summary}")
+            self._record.events.add("evaluation", f"test split after step {steps}: {summary}", steps)
         trouble = self._record.finish(steps, complete=complete)
         logger.info("finished in %.0f s", time.monotonic() - self._started)
         return trouble
