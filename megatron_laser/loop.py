@@ -90,6 +90,7 @@ def run_step(run: Run, step: int) -> None:
             lost = error  # the step itself is complete: it is recorded before the run stops
     times = run.timers.collect()
     result.metrics.update(run.stragglers.add(step, times))
+    run.timeline.add(step)
     if lost is None and evaluation_due(run.config, step):
         try:
             on_rank_zero(run, f"evaluation after step {step}", step, lambda rank0: rank0.evaluate(step))

@@ -22,10 +22,12 @@ from megatron_laser.data import MixedCursor
 from megatron_laser.data.tokenizer import decode_response
 from megatron_laser.evaluation.validation import RunEvaluation
 from megatron_laser.model import platform
+from megatron_laser.observability.rollout_dump import TokenPart
 from megatron_laser.observability.rollout_metrics import readout_metrics, rollout_metrics, scores_by_label
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.ahead import RolloutAhead
+from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.endings import watch_endings
 from megatron_laser.rollout.engine import StoppedEarly
@@ -34,6 +36,7 @@ from megatron_laser.run.engines import WorkResult, await_servers, call_engine, o
 from megatron_laser.run.graders import open_graders
 from megatron_laser.run.inputs import RunInputs, open_cursor
 from megatron_laser.run.recorder import RunRecorder
+from megatron_laser.trainer.run_readouts import readings_by_sample
 from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch, RoutingShape, SamplingParams
 
@@ -173,6 +176,8 @@ class Controller:
             goes on where this one was; else why the run has to stop.
         """
 
+        self._record.events.step = step
+
         def work() -> None:
             source = self._collector if self._ahead is None else self._ahead
             self._batch = source.collect(step)
@@ -251,8 +256,16 @@ class Controller:
         trouble = self._record.write(step, metrics)
         if step % _HISTOGRAM_STEPS == 0:
             self._record.histograms(step, scores_by_label(batch, result.scores))
-        self._record.dump(batch, result.scores, result.advantages)
+        self._record.dump(batch, result.scores, result.advantages, lambda: self._token_part(result))
         return trouble
+
+    def _token_part(self, result: StepResult) -> TokenPart:
+        readings = readings_by_sample(result.readouts, len(result.scores))
+        return TokenPart(result.tokens, readings, partial(decode_response, self._inputs.tokenizer))
+
+    def servers_busy(self) -> list[tuple[str, float, float]]:
+        """When each server had requests since the last call; none without servers."""
+        return self.engine.take_busy() if isinstance(self.engine, SglangEngine) else []
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of rank 0: cursor, groups that are begun, a batch that is ahead, whose run it is."""
@@ -306,6 +319,7 @@ class Controller:
                 f"{name} {metrics[key]:.3f}" for name, key in _HEADLINES.items() if key in metrics
             )
             self._record.message(f"test split after step {steps}: {summary}")
+            self._record.events.add("evaluation", f"test split after step {steps}: {summary}", steps)
         trouble = self._record.finish(steps, complete=complete)
         logger.info("finished in %.0f s", time.monotonic() - self._started)
         return trouble

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import Any
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.observability.alarms import AlarmWatch
 from megatron_laser.observability.best_effort import BestEffort
+from megatron_laser.observability.events import EventLog
 from megatron_laser.observability.live_view import LiveView
 from megatron_laser.observability.metrics_logger import MetricsLogger, read_metrics
-from megatron_laser.observability.rollout_dump import dump_rollouts
+from megatron_laser.observability.rollout_dump import TokenPart, dump_rollouts
 from megatron_laser.observability.wandb_sink import open_wandb
 from megatron_laser.report.run_report import write_report
 from megatron_laser.run.output_folder import FINISHED, STOPPED, ClaimedFolder
@@ -70,6 +71,9 @@ class RunRecorder:
             except OSError as error:
                 raise ConfigError([f"run.output_dir {self._folder} cannot be written: {error}"]) from error
             opened.pop_all()
+        self.events = EventLog(self._folder, last_step=-1 if resumed is None else int(resumed["step"]))
+        if resumed is not None:
+            self.events.add("resume", f"goes on from the checkpoint of step {int(resumed['step'])}")
         self._view = LiveView(config.run.steps, mode=config.logging.live, title=config.run.name)
         self._view.__enter__()
         self._judge = BestEffort("alarms", Exception)
@@ -88,6 +92,7 @@ class RunRecorder:
         """
         self._view.update(step, metrics)
         self._judge(lambda: self._tell_alarms(step, metrics))
+        self._note(step, metrics)
         trouble = ""
         try:
             self._metrics.log(step, metrics)
@@ -100,6 +105,16 @@ class RunRecorder:
             self._claimed.restore(self._config)
         return trouble
 
+    def _note(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Events that metrics tell of."""
+        if metrics.get("bad_steps"):
+            text = f"{metrics['bad_steps']:g} updates were skipped: loss or gradient norm was not finite"
+            self.events.add("skipped", text, step)
+        for prefix, split in (("eval/", "validation"), ("test/", "test")):
+            accuracy = metrics.get(f"{prefix}accuracy")
+            if accuracy is not None:
+                self.events.add("evaluation", f"{split} after step {step}: accuracy {accuracy:.3f}", step)
+
     def _watch_earlier_steps(self) -> None:
         """What a resumed run has shown before: early levels stay those of its beginning, and nothing is told twice."""
         for row in read_metrics(self._metrics.path):
@@ -111,8 +126,10 @@ class RunRecorder:
         raised = self._watch.add(step, metrics)
         for alarm in raised:
             self._view.message(alarm.line)
+            self.events.add("alarm", alarm.line, step)
         for alarm in self._watch.ended:
             self._view.message(alarm.end_line)
+            self.events.add("alarm", alarm.end_line, step)
         # Whoever else is to hear of alarms is told here: of `raised` and of `self._watch.ended`.
         self._view.show_alarms(self._watch.active)
 
@@ -120,12 +137,26 @@ class RunRecorder:
         """Named distributions, to TensorBoard."""
         self._metrics.histograms(step, values)
 
-    def dump(self, batch: RolloutBatch, scores: Any, advantages: Any) -> None:
-        """Write the step's rollouts for people, if it is due; see `dump_rollouts`."""
+    def dump(
+        self,
+        batch: RolloutBatch,
+        scores: Any,
+        advantages: Any,
+        tokens: Callable[[], TokenPart] | None = None,
+    ) -> None:
+        """Write the step's rollouts for people, if it is due; see `dump_rollouts`.
+
+        `tokens`: called where the dump has them (`logging.rollouts_tokens`).
+        """
         every = self._config.logging.rollouts_every
         if every and batch.step % every == 0:
             path = self._folder / "rollouts" / f"step_{batch.step}.jsonl"
-            self._dumps(lambda: dump_rollouts(path, batch, scores, advantages))
+            with_tokens = tokens if self._config.logging.rollouts_tokens else None
+            self._dumps(
+                lambda: dump_rollouts(
+                    path, batch, scores, advantages, None if with_tokens is None else with_tokens()
+                )
+            )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it: whose it is, and lines that metrics.jsonl lacks."""
@@ -139,6 +170,7 @@ class RunRecorder:
 
     def record_stop(self, step: int, reason: str) -> None:
         """Say that the run stopped early and can be continued."""
+        self.events.add("stop", f"stopped after step {step}: {reason}", step)
         note = {"step": step, "reason": reason}
         try:
             (self._folder / STOPPED).write_text(json.dumps(note) + "\n", encoding="utf-8")
@@ -165,4 +197,5 @@ class RunRecorder:
     def close(self) -> None:
         """Close all of them; may be called again."""
         self._view.__exit__(None, None, None)
+        self.events.close()
         self._metrics.close()

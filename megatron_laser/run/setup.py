@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.distributed.broadcast import broadcast_arrays
@@ -22,6 +23,7 @@ from megatron_laser.run.session import session, stop_signals
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
 from megatron_laser.trainer.score_drift import ScoreDrift
 from megatron_laser.trainer.stragglers import Stragglers, time_reductions
+from megatron_laser.trainer.timeline import Timeline
 from megatron_laser.trainer.trainer import Trainer
 
 
@@ -44,6 +46,7 @@ class Run:
     colocation: Colocation
     timers: Timers
     stragglers: Stragglers
+    timeline: Timeline
     first_step: int
     needs_sync: bool
 
@@ -105,6 +108,14 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
                 colocation,
                 timers,
                 Stragglers(runtime, config.logging.straggler_every),
+                Timeline(
+                    runtime,
+                    timers,
+                    Path(config.run.output_dir),
+                    every=config.logging.timeline_every,
+                    last_step=first_step - 1,
+                    servers=list if controller is None else controller.servers_busy,
+                ),
                 first_step=first_step,
                 needs_sync=resumed is not None or uses_servers(config),
             )

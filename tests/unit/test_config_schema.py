@@ -203,6 +203,8 @@ DEFAULTS = {
         "wandb_project": None,
         "live": "auto",
         "rollouts_every": 0,
+        "rollouts_tokens": False,
+        "timeline_every": 10,
         "straggler_every": 50,
         "level": "INFO",
     },

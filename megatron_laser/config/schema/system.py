@@ -122,6 +122,11 @@ class LoggingConfig(Section):
     """Live terminal view on rank 0; `auto`: only on a terminal, else one plain line a step."""
     rollouts_every: CountOrZero = 0
     """Steps between dumps of all responses to `output_dir`/rollouts; 0: off."""
+    rollouts_tokens: bool = False
+    """Dump what is known of each token, too: log-probs of engine and trainer, entropy, readouts; for `megatron-laser
+    view`, about 40 bytes a token."""
+    timeline_every: CountOrZero = 10
+    """Steps between lines of `output_dir`/timeline.jsonl: when each rank did what; 0: off."""
     straggler_every: CountOrZero = 50
     """Steps between comparisons of the ranks' seconds per phase; a line is printed when one is slow. 0: off."""
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
