@@ -67,7 +67,7 @@ export function SideBySide({ context, run, response, onOpen }) {
           <span>score <b>${fixed(member.score, 2)}</b></span>
           <span>${member.length ?? "–"} tokens</span>
           <button type="button" class="link" onClick=${() => onOpen(member.id)} disabled=${member.id === response.id}>
-            ${member.id === response.id ? "open" : "open this"}
+            ${member.id === response.id ? "this one" : "open this"}
           </button>
         </header>
         <${MemberText} context=${context} run=${run} id=${member.id} />

@@ -52,9 +52,11 @@ export function Response({ context, params, run }) {
         ${tab === "text" ? html`<${Texts} response=${data} />` : null}
         ${tab === "group" ? html`<${SideBySide} context=${context} run=${run} response=${data} onOpen=${open} />` : null}
       </div>
-      <aside class="beside" aria-label="The group and its votes">
-        <h3>Group of ${data.group.length}</h3>
-        <${GroupTable} response=${data} onOpen=${open} />
+      <aside class=${tab === "group" ? "below" : "beside"} aria-label="The group and its votes">
+        <div>
+          <h3>Group of ${data.group.length}</h3>
+          <${GroupTable} response=${data} onOpen=${open} />
+        </div>
         <${Votes} votes=${data.votes} />
       </aside>
     </div>

@@ -65,7 +65,7 @@ function Filters({ index, params, counts }) {
       value=${params.verdict || ""}
       onChange=${set("verdict")}
     />
-    <${Search} label="Answer" hint="text in the answer  /" value=${params.find || ""} onChange=${set("find")} />
+    <${Search} label="Text in the answer" hidden hint="text in the answer  /" value=${params.find || ""} onChange=${set("find")} />
     <details class="fold more" open=${window.innerWidth > 700}>
       <summary>More filters</summary>
       <div class="bar">

@@ -75,7 +75,8 @@ function mathAt(text, at) {
     const inside = text.slice(start, end);
     if (!inside.trim() || (!display && inside.includes("\n\n"))) return null;
     // "$5 and $6" is money: a formula between single dollars touches them, and no digit follows (as pandoc has it).
-    const money = /^\s|\s$/.test(inside) || /\d/.test(text[end + 1] || "");
+    // Nor does one reach into code.
+    const money = /^\s|\s$|`/.test(inside) || /\d/.test(text[end + 1] || "");
     if (open === "$" && money) return null;
     return { piece: { kind: "math", display, text: inside }, end: end + close.length };
   }

@@ -56,7 +56,7 @@ function Numbers({ place, texts, all, scores }) {
   return html`<dl class="numbers" role="status" aria-live="polite">
     <div class="wide">
       <dt>${none ? "Token" : `Token ${place + 1} of ${texts.length}`}</dt>
-      <dd><code>${none ? "point at one, or use the arrow keys" : JSON.stringify(texts[place])}</code></dd>
+      <dd><code>${none ? "point, or arrow keys" : JSON.stringify(texts[place])}</code></dd>
     </div>
     ${all.map(
       (measure) => html`<div key=${measure.name} title=${measure.text}>
