@@ -29,20 +29,30 @@ from megatron_laser.viewer.server import ViewerServer  # noqa: E402
 PROBLEM = r"Let $S_n = 1 + 3 + 5 + \dots + (2n - 1)$. For which $n$ is $S_n = 1600$?"
 OPENING = (
     "The terms are odd numbers, so I look at small cases first : $S_1 = 1$ , $S_2 = 4$ , $S_3 = 9$ . "
-    "It seems that $S_n = n^2$ . To prove it, pair the first with the last term: each pair has the sum $2n$ , and there "
-    "are $\\frac{n}{2}$ of them, so\n\n$$ S_n = \\sum_{k=1}^{n} (2k - 1) = 2\\cdot\\frac{n(n+1)}{2} - n = n^2 . $$\n\n"
+    "It seems that $S_n = n^2$ . To prove it, pair the first with the last term: each pair has the sum $2n$ , "
+    "and there are $\\frac{n}{2}$ of them, so\n\n"
+    "$$ S_n = \\sum_{k=1}^{n} (2k - 1) = 2\\cdot\\frac{n(n+1)}{2} - n = n^2 . $$\n\n"
 )
-RIGHT = "Then $n^2 = 1600$ gives $n = 40$ . **Check:** the last term is $2\\cdot 40 - 1 = 79$ and $\\frac{1+79}{2}\\cdot 40 = 1600$ . "
+RIGHT = (
+    "Then $n^2 = 1600$ gives $n = 40$ . **Check:** the last term is $2\\cdot 40 - 1 = 79$ "
+    "and $\\frac{1+79}{2}\\cdot 40 = 1600$ . "
+)
 WRONG = "Then $2n - 1 = 1600$ is impossible, since it is even, so I take the nearest one, $n = {answer}$ . "
 ANSWERS = ("40", "40", "800", "40", "80", "40", "40", "800")
 SCORES = (0.93, 0.88, 0.31, 0.97, 0.12, 0.71, 0.9, 0.64)
 SHOTS = {
     "curves": (1280, 760, "light", "#/curves?smooth=0.9"),
-    "responses": (1280, 560, "light", "#/responses?run=0&verdict=wrong&sort=-gap&score=0.5..&id={near}"),
-    "tokens": (1280, 560, "dark", "#/response?run=0&id={id}&tab=tokens&token=52"),
+    "responses": (1280, 560, "light", "#/responses?run=0&verdict=wrong&sort=-gap&score=0.5.."),
+    "tokens": (1280, 560, "dark", "#/response?run=0&id={id}&tab=tokens&token=15"),
     "step": (1280, 560, "light", "#/step?run=0&step=896"),
-    "phone": (400, 760, "dark", "#/response?run=0&id={id}"),
 }
+READY = {
+    "curves": "document.querySelectorAll('.chart canvas').length >= 4",
+    "responses": "document.querySelector('.table .body .row')",
+    "tokens": "document.querySelector('.flow [data-token]')",
+    "step": "document.querySelector('.timeline rect')",
+}
+COLOURS = 96
 
 
 def solution(answer: str, score: float, rng: np.random.Generator) -> dict[str, Any]:
@@ -52,7 +62,7 @@ def solution(answer: str, score: float, rng: np.random.Generator) -> dict[str, A
         + (RIGHT if answer == "40" else WRONG.format(answer=answer))
         + rf"So the answer is $\boxed{{{answer}}}$."
     )
-    pieces = [piece for word in text.split(" ") for piece in (word,)]
+    pieces = text.split(" ")
     pieces = [pieces[0], *(" " + piece for piece in pieces[1:]), ""]
     ends = np.cumsum([len(piece) for piece in pieces]).tolist()
     surprise = rng.exponential(0.25, len(pieces)) * rng.choice([0.1, 1, 4], len(pieces), p=[0.5, 0.4, 0.1])
@@ -82,8 +92,8 @@ def solution(answer: str, score: float, rng: np.random.Generator) -> dict[str, A
     }
 
 
-def write_runs(root: Path) -> tuple[list[Path], dict[str, int]]:
-    """Two runs, and the ids of responses that the pictures show."""
+def write_runs(root: Path) -> tuple[list[Path], int]:
+    """Two runs, and the id of the response that a picture shows."""
     first = write_synthetic_run(
         root / "laser", steps=1000, responses=10_000, mean_length=60, name="laser", total_steps=1000
     )
@@ -99,14 +109,14 @@ def write_runs(root: Path) -> tuple[list[Path], dict[str, int]]:
     before = sum(
         len(path.read_text().splitlines()) for path in dump.parent.iterdir() if int(path.stem[5:]) < 900
     )
-    return [first, second], {"id": before, "near": before + 7}
+    return [first, second], before
 
 
 def main(folder: Path) -> None:
-    """Write the pictures, in 32 colours: they are a third as large, and nothing of a page is lost."""
+    """Write the pictures, in few colours: they are a third as large, and nothing of a page is lost."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, browsers.browser() as launched:
-        runs, ids = write_runs(Path(scratch))
+        runs, number = write_runs(Path(scratch))
         viewer = Viewer(runs)
         viewer.read_responses()
         server = ViewerServer(viewer, port=0)
@@ -116,11 +126,14 @@ def main(folder: Path) -> None:
                 launched, width=width, scheme=scheme, origin=server.url.split("?")[0]
             ) as own:
                 own.page.set_viewport_size({"width": width, "height": height})
-                own.page.goto(server.url + address.format(**ids))
-                own.page.wait_for_timeout(1200)
+                own.page.goto(server.url + address.format(id=number))
+                own.until(READY[name])
+                own.page.wait_for_timeout(500)  # charts are painted in the next frame
                 image = Image.open(BytesIO(own.page.screenshot())).convert("RGB")
                 path = folder / f"{name}.png"
-                image.quantize(32, dither=Image.Dither.NONE).save(path, optimize=True)
+                image.quantize(COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+                    path, optimize=True
+                )
                 print(path, path.stat().st_size, own.faults())
         server.close()
         viewer.close()

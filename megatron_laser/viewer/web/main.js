@@ -100,6 +100,7 @@ function App({ source, first }) {
   }, [shown, run.name, runs.length]);
   return html`<a class="skip" href="#content" onClick=${skip}>Skip to the content</a>
     <header class="top">
+      <h1 class="hidden">Runs of megatron_laser</h1>
       <nav aria-label="Views">
         ${VIEWS.map(
           ({ name, label }) => html`<a key=${name} href=${addressOf(name, address, run)} aria-current=${name === shown.name ? "page" : null}>${label}</a>`,

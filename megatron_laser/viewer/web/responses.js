@@ -32,6 +32,7 @@ export function Responses({ context, params, run }) {
       label="Responses"
       columns=${columnsOf(index).filter((column) => wide || !column.kind.includes("extra"))}
       ids=${shown.ids}
+      choice=${JSON.stringify(pick(params, FILTERS))}
       selected=${selected}
       sort=${params.sort || ""}
       onSort=${(sort) => amend({ sort })}

@@ -18,7 +18,7 @@ export function Step({ context, params, run }) {
   const events = useAnswer(answers, version, "events", { run: run.id });
   const steps = events.data ? events.data.timeline_steps || [] : [];
   const step = params.step === undefined ? (steps[steps.length - 1] ?? run.steps) : Number(params.step);
-  const known = events.data !== undefined || params.step !== undefined;
+  const known = run.metrics.length > 0 && (events.data !== undefined || params.step !== undefined);
   const { data, error } = useAnswer(answers, version, known ? "step" : null, { run: run.id, step });
   const before = steps.filter((own) => own < step).pop();
   const after = steps.find((own) => own > step);
@@ -37,7 +37,7 @@ export function Step({ context, params, run }) {
       <a href=${formatAddress("responses", { run: run.id, step })}>Responses of this step</a>
       <span class="hint">${steps.length ? `${steps.length} steps have a timeline` : "this run has no timeline"}</span>
     </div>
-    ${data ? html`<${Timeline} spans=${data.spans} /><${Metrics} metrics=${data.metrics} find=${params.find || ""} />` : html`<${Notice} error=${error}>Reading the step …<//>`}
+    ${data ? html`<${Timeline} spans=${data.spans} /><${Metrics} metrics=${data.metrics} find=${params.find || ""} />` : html`<${Notice} error=${error}>${run.metrics.length ? "Reading the step …" : "This run has no steps yet."}<//>`}
   </section>`;
 }
 

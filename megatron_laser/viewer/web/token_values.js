@@ -29,19 +29,20 @@ export function measures(tokens) {
   const { logprob, policy_logprob: policy, entropy } = tokens;
   const logRatio = difference(policy, logprob);
   const without = "not recorded for this response";
+  const noPass = `${without}: trainers with policy.old_logprobs: rollout or on_policy do not read tokens before the update`;
   return [
     { name: "logprob", label: "Log-prob", unit: "nats", values: logprob || null, scale: "low", missing: without, text: "of the engine that generated it" },
-    { name: "entropy", label: "Entropy", unit: "nats", values: entropy || null, scale: "high", missing: without, text: "of the policy's distribution at this place" },
+    { name: "entropy", label: "Entropy", unit: "nats", values: entropy || null, scale: "high", missing: noPass, text: "of the policy's distribution at this place" },
     {
       name: "ratio",
       label: "Ratio",
       unit: "",
       values: logRatio ? logRatio.map((value) => (value === null ? null : Math.exp(value))) : null,
       scale: "ratio",
-      missing: without,
+      missing: noPass,
       text: "importance ratio: the trainer's probability over the engine's",
     },
-    { name: "policy", label: "Policy", unit: "nats", values: policy || null, scale: "low", missing: without, text: "log-prob of the trainer before the update" },
+    { name: "policy", label: "Policy", unit: "nats", values: policy || null, scale: "low", missing: noPass, text: "log-prob of the trainer before the update" },
   ];
 }
 

@@ -20,7 +20,8 @@ export function Tokens({ response, params }) {
   const shown = all.find((measure) => measure.name === params.colour && measure.values) || all.find((measure) => measure.values);
   const scale = useMemo(() => (shown ? strength(shown) : null), [response, shown && shown.name]);
   const [pointed, setPointed] = useState(null);
-  const held = params.token === undefined ? null : Math.min(Number(params.token), texts.length - 1);
+  const asked = Number(params.token ?? NaN);
+  const held = Number.isInteger(asked) && asked >= 0 ? Math.min(asked, texts.length - 1) : null;
   const current = pointed ?? held;
   return html`<div class="tokens">
     <div class="bar">

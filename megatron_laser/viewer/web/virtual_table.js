@@ -7,10 +7,11 @@ const ROW = 28; // px, as in views.css
 const SPARE = 12; // rows above and below that exist already
 
 /**
- * columns: [{name, label, title, kind, cell(id)}], kind a class; ids: in order; selected: an id or null; sort: "name" or
- * "-name"; onSort(text); onSelect(id): the marked row has moved; onOpen(id): Enter or a click.
+ * columns: [{name, label, title, kind, cell(id)}], kind a class; ids: in order; choice: what filters and sorts them, as
+ * one text; selected: an id or null; sort: "name" or "-name"; onSort(text); onSelect(id): the marked row has moved;
+ * onOpen(id): Enter or a click.
  */
-export function VirtualTable({ label, columns, ids, selected, sort, onSort, onSelect, onOpen }) {
+export function VirtualTable({ label, columns, ids, choice, selected, sort, onSort, onSelect, onOpen }) {
   const body = useRef(null);
   const [view, setView] = useState({ top: 0, height: 600 });
   const place = selected === null ? -1 : ids.indexOf(selected);
@@ -28,8 +29,19 @@ export function VirtualTable({ label, columns, ids, selected, sort, onSort, onSe
   const [first, last] = window_(view, ids.length);
   useLayoutEffect(() => {
     if (place >= 0) reveal(body.current, place);
-  }, [selected, ids]);
+  }, [selected, choice]);
+  // Rows that come in while a run goes on push nothing away: the one at the upper edge stays there.
+  const before = useRef({ ids, choice });
+  useLayoutEffect(() => {
+    const { ids: old, choice: own } = before.current;
+    before.current = { ids, choice };
+    const upper = Math.floor(body.current.scrollTop / ROW);
+    if (old === ids || own !== choice || upper === 0) return;
+    const now = ids.indexOf(old[upper]);
+    if (now >= 0 && now !== upper) body.current.scrollTop += (now - upper) * ROW;
+  }, [ids, choice]);
   const keys = (event) => {
+    if (event.target.closest("button")) return; // the heads have keys of their own
     const page = Math.max(1, Math.floor(view.height / ROW) - 1);
     const moves = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity };
     const move = moves[event.key];
@@ -42,20 +54,20 @@ export function VirtualTable({ label, columns, ids, selected, sort, onSort, onSe
       event.preventDefault();
     }
   };
-  return html`<div class="table" role="table" aria-label=${label} aria-rowcount=${ids.length + 1}>
+  return html`<div
+    class="table"
+    role="grid"
+    tabindex="0"
+    data-keep-keys
+    aria-label=${`${label}: arrow keys move, Enter opens`}
+    aria-rowcount=${ids.length + 1}
+    aria-activedescendant=${place >= 0 ? `row-${selected}` : null}
+    onKeyDown=${keys}
+  >
     <div class="row head" role="row" aria-rowindex="1">
       ${columns.map((column) => html`<${Head} key=${column.name} column=${column} sort=${sort} onSort=${onSort} />`)}
     </div>
-    <div
-      class="body"
-      ref=${body}
-      role="rowgroup"
-      tabindex="0"
-      data-keep-keys
-      aria-label=${`${label}: arrow keys move, Enter opens`}
-      aria-activedescendant=${place >= 0 ? `row-${selected}` : null}
-      onKeyDown=${keys}
-    >
+    <div class="body" ref=${body} role="rowgroup" tabindex="-1">
       <div class="space" role="presentation" style=${{ height: `${ids.length * ROW}px` }}>
         ${ids.slice(first, last).map((id, offset) => {
           const own = first + offset;
@@ -69,7 +81,7 @@ export function VirtualTable({ label, columns, ids, selected, sort, onSort, onSe
             style=${{ top: `${own * ROW}px` }}
             onClick=${() => onOpen(id)}
           >
-            ${columns.map((column) => html`<span key=${column.name} role="cell" class=${column.kind}>${column.cell(id)}</span>`)}
+            ${columns.map((column) => html`<span key=${column.name} role="gridcell" class=${column.kind}>${column.cell(id)}</span>`)}
           </div>`;
         })}
       </div>
