@@ -43,7 +43,7 @@ SCORES = (0.93, 0.88, 0.31, 0.97, 0.12, 0.71, 0.9, 0.64)
 SHOTS = {
     "curves": (1280, 760, "light", "#/curves?smooth=0.9"),
     "responses": (1280, 560, "light", "#/responses?run=0&verdict=wrong&sort=-gap&score=0.5.."),
-    "tokens": (1280, 560, "dark", "#/response?run=0&id={id}&tab=tokens&token=15"),
+    "tokens": (1280, 560, "dark", "#/response?run=0&id={id}&tab=tokens&token=14"),
     "step": (1280, 560, "light", "#/step?run=0&step=896"),
 }
 READY = {
