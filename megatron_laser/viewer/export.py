@@ -32,6 +32,7 @@ _SCRIPT = re.compile(r'<script\b([^>]*?)\ssrc="([^":]+)"([^>]*)>\s*</script>')
 _MODULE = re.compile(r'<script type="module" src="([^":]+)">\s*</script>')
 _IMPORT = re.compile(r"""(\b(?:from|import)\s*\(?\s*)(["'])(\.{1,2}/[^"']+)\2""")
 _OWN = "viewer/"  # what the page's modules are called in an export
+_PRELOAD = re.compile(r'<link\b[^>]*?rel="modulepreload"[^>]*>\n?')
 _STYLE = re.compile(r'<link\b[^>]*?href="([^":]+\.css)"[^>]*>')
 _URL = re.compile(r"""url\((["']?)([^"':)]+)\1\)""")
 _IMAGE_TYPES = {
@@ -164,6 +165,7 @@ def page_with_data(web: Path, packed: str) -> str:
         raise ViewError(
             f"{web}/index.html is not there: the package was installed without the viewer's page"
         ) from None
+    page = _PRELOAD.sub("", page)  # there is nothing to fetch ahead
     page = _STYLE.sub(lambda match: f"<style>\n{_style(web / match[1])}\n</style>", page)
     page = _MODULE.sub(lambda match: _modules(web, match[1]), page)
     page = _SCRIPT.sub(

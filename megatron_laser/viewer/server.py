@@ -15,6 +15,7 @@ import secrets
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -161,6 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = "megatron-laser"
     sys_version = ""
     timeout = _SOCKET_SECONDS
+    disable_nagle_algorithm = True  # else a body waits until the browser has said that it got the head
 
     def do_GET(self) -> None:
         """The page, one of its files, or data."""
@@ -210,15 +212,17 @@ class _Handler(BaseHTTPRequestHandler):
         if file is None:
             self._error(HTTPStatus.NOT_FOUND, "no such page")
             return
-        self._send(HTTPStatus.OK, _TYPES[file.suffix], file.read_bytes())
+        self._send(HTTPStatus.OK, _TYPES[file.suffix], file.read_bytes(), pack=_packed_once)
 
     def _error(self, status: HTTPStatus, message: str) -> None:
         self._send(status, "application/json", orjson.dumps({"error": message}))
 
-    def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
+    def _send(
+        self, status: HTTPStatus, kind: str, body: bytes, pack: Callable[[bytes], bytes] | None = None
+    ) -> None:
         self.send_response(status)
         if len(body) >= _WORTH_PACKING and "gzip" in self.headers.get("Accept-Encoding", ""):
-            body = _packed(body)
+            body = (pack or _packed)(body)
             self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -248,6 +252,12 @@ def to_json(found: Any) -> bytes:
 
 def _packed(body: bytes) -> bytes:
     return gzip.compress(body, compresslevel=1, mtime=0)
+
+
+@lru_cache(maxsize=64)
+def _packed_once(body: bytes) -> bytes:
+    """The same for the page's files, which are few and asked for again and again."""
+    return _packed(body)
 
 
 @lru_cache(maxsize=8)

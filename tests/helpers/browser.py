@@ -27,10 +27,12 @@ CONTRAST = """() => {
     const [x, y, z] = [r, g, b].map((part) => linear(part / 255));
     return 0.2126 * x + 0.7152 * y + 0.0722 * z;
   };
+  const grounds = new Map([[null, [255, 255, 255, 1]]]);
   const ground = (node) => {
-    const layers = [];
-    for (let at = node; at; at = at.parentElement) layers.push(parse(getComputedStyle(at).backgroundColor));
-    return layers.reverse().reduce((below, top) => over(top, below), [255, 255, 255, 1]);
+    if (!grounds.has(node)) {
+      grounds.set(node, over(parse(getComputedStyle(node).backgroundColor), ground(node.parentElement)));
+    }
+    return grounds.get(node);
   };
   const found = [];
   for (const node of document.querySelectorAll("body *")) {

@@ -20,7 +20,7 @@ function alpha(hex, share) {
 }
 
 /**
- * runs: [{id, label, slot}]; data: [steps, values of the first run, ...]; weight: of smoothing; marks: [{step, text}] drawn
+ * runs: [{id, label, slot}]; data: [steps, values of the first run, ...]; weight: of smoothing; marks: [{step}], drawn
  * as lines; onStep(step): of a click or Enter. theme: redraws when it changes.
  */
 export function Chart({ name, runs, data, weight, marks, onStep, theme }) {
@@ -57,7 +57,11 @@ export function Chart({ name, runs, data, weight, marks, onStep, theme }) {
 
   useEffect(() => {
     if (!seen || !width) return undefined;
-    const own = new window.uPlot(options(name, runs, weight, width, theme, markedSteps, show), current.current, box.current);
+    const own = new window.uPlot(
+      options(name, runs, weight, width, theme, markedSteps, show),
+      current.current,
+      box.current,
+    );
     plot.current = own;
     let pressed = 0;
     own.over.addEventListener("mousedown", (event) => (pressed = event.clientX));
@@ -154,7 +158,12 @@ function options(name, runs, weight, width, theme, marks, show) {
     cursor: { sync: { key: SYNC }, points: { size: 6 }, drag: { x: true, y: false } },
     scales: { x: { time: false } },
     axes: [
-      { ...axis, size: 24, space: 60, values: (_, splits) => splits.map((split) => (Number.isInteger(split) ? split : "")) },
+      {
+        ...axis,
+        size: 24,
+        space: 60,
+        values: (_, splits) => splits.map((split) => (Number.isInteger(split) ? split : "")),
+      },
       { ...axis, size: 50, space: 32, values: (_, splits) => splits.map((split) => number(split)) },
     ],
     series: [{}, ...series],
@@ -196,7 +205,8 @@ function summary(name, runs, [steps, ...values]) {
     const last = lastOf(column);
     const first = column.findIndex((value) => value !== null && value !== undefined);
     if (last < 0) return `${run.label}: none`;
-    return `${run.label}: from ${number(column[first])} at step ${steps[first]} to ${number(column[last])} at step ${steps[last]}`;
+    const at = (place) => `${number(column[place])} at step ${steps[place]}`;
+    return `${run.label}: from ${at(first)} to ${at(last)}`;
   });
   return `${name}; ${parts.join("; ")}. Arrow keys read single steps.`;
 }
@@ -205,9 +215,12 @@ function summary(name, runs, [steps, ...values]) {
 function useSeen(ref) {
   const [seen, setSeen] = useState(false);
   useEffect(() => {
-    const observer = new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && setSeen(true), {
-      rootMargin: "300px",
-    });
+    const observer = new IntersectionObserver(
+      (entries) => entries.some((entry) => entry.isIntersecting) && setSeen(true),
+      {
+        rootMargin: "300px",
+      },
+    );
     observer.observe(ref.current);
     return () => observer.disconnect();
   }, []);

@@ -24,8 +24,20 @@ export function Curves({ context, params }) {
       <details class="fold" open=${window.innerWidth > 700}>
         <summary>Runs and metrics</summary>
         <${RunList} runs=${runs} shown=${shownRuns} />
-        <${Search} label="Find metrics" hidden hint="find metrics  /" value=${params.find || ""} onChange=${(find) => amend({ find })} />
-        <${MetricList} names=${found || names} shown=${shownNames} all=${names} open=${Boolean(found)} chosen=${params.names} />
+        <${Search}
+          label="Find metrics"
+          hidden
+          hint="find metrics  /"
+          value=${params.find || ""}
+          onChange=${(find) => amend({ find })}
+        />
+        <${MetricList}
+          names=${found || names}
+          shown=${shownNames}
+          all=${names}
+          open=${Boolean(found)}
+          chosen=${params.names}
+        />
       </details>
     </aside>
     <section class="main" aria-label="Curves">
@@ -85,14 +97,26 @@ function MetricList({ names, shown, all, open, chosen }) {
   return html`<div class="metrics">
     <p class="hint">
       ${shown.length} of ${all.length} shown${" "}
-      ${chosen ? html`<button type="button" class="link" onClick=${() => amend({ names: "" })}>first choice</button>` : null}
+      ${
+        chosen
+          ? html`<button
+        type="button"
+        class="link"
+        onClick=${() => amend({ names: "" })}
+      >first choice</button>`
+          : null
+      }
     </p>
     ${grouped(names).map(
       ([group, members]) => html`<details key=${group} open=${open || members.some((name) => on.has(name))}>
         <summary>${group} <small>${members.filter((name) => on.has(name)).length}/${members.length}</small></summary>
         ${members.map(
           (name) => html`<label key=${name} class="tick"
-            ><input type="checkbox" checked=${on.has(name)} onChange=${() => toggle(name)} /><span class="grow" title=${name}
+            ><input
+              type="checkbox"
+              checked=${on.has(name)}
+              onChange=${() => toggle(name)}
+            /><span class="grow" title=${name}
               >${name}</span
             ></label
           >`,
@@ -167,5 +191,8 @@ function useCurves({ answers, version }, runs, names) {
 /** Where alarms of the one run that is shown began; with several, lines would not say whose they are. */
 function useAlarmSteps({ answers, version }, runs) {
   const { data } = useAnswer(answers, version, runs.length === 1 ? "events" : null, { run: (runs[0] || {}).id });
-  return useMemo(() => (runs.length === 1 && data ? data.alarms.map(({ step, message }) => ({ step, text: message })) : []), [data, runs.length]);
+  return useMemo(
+    () => (runs.length === 1 && data ? data.alarms.map(({ step }) => ({ step })) : []),
+    [data, runs.length],
+  );
 }

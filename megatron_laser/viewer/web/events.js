@@ -17,35 +17,47 @@ export function Events({ context, params, run }) {
   return html`<section class="main" aria-label="Events">
     <${Alarms} alarms=${data.alarms} run=${run} />
     <h3>Events</h3>
-    <div class="bar"><${Choice} label="Kind" options=${options} value=${params.kind || ""} onChange=${(kind) => amend({ kind })} /></div>
-    ${shown.length ? html`<${EventTable} events=${shown} run=${run} />` : html`<${Notice}>Nothing has happened yet.<//>`}
+    <div class="bar"><${Choice}
+      label="Kind"
+      options=${options}
+      value=${params.kind || ""}
+      onChange=${(kind) => amend({ kind })}
+    /></div>
+    ${shown.length ? null : html`<${Notice}>Nothing has happened yet.<//>`}
+    ${shown.length ? html`<${EventTable} events=${shown} run=${run} />` : null}
   </section>`;
 }
 
 /** Newest first. A checkpoint on the disk that no event tells of (an older run) has a line as well. */
 function withCheckpoints({ events, checkpoints }) {
   const told = new Set(events.filter(({ kind }) => kind === "checkpoint").map(({ step }) => step));
-  const found = checkpoints.filter((step) => !told.has(step)).map((step) => ({ step, kind: "checkpoint", text: `checkpoint of step ${step}`, time: "" }));
+  const found = checkpoints
+    .filter((step) => !told.has(step))
+    .map((step) => ({ step, kind: "checkpoint", text: `checkpoint of step ${step}`, time: "" }));
   const order = [...events, ...found].map((event, place) => ({ ...event, place }));
   return order.sort((left, right) => (right.step ?? 0) - (left.step ?? 0) || right.place - left.place);
 }
 
-function stepLink(run, step) {
-  return step === null || step === undefined ? "" : html`<a href=${formatAddress("step", { run: run.id, step })}>step ${step}</a>`;
+function stepLink(run, step, word = "step ") {
+  if (step === null || step === undefined) return "–";
+  return html`<a href=${formatAddress("step", { run: run.id, step })}>${word}${step}</a>`;
 }
 
 function Alarms({ alarms, run }) {
-  const order = [...alarms].sort((left, right) => Number(left.last_step !== null) - Number(right.last_step !== null) || right.step - left.step);
+  const order = [...alarms].sort(
+    (left, right) => Number(left.last_step !== null) - Number(right.last_step !== null) || right.step - left.step,
+  );
   const on = alarms.filter(({ last_step: last }) => last === null).length;
   return html`<h3>Alarms</h3>
-    ${alarms.length ? html`<p class="hint">${on ? `${on} on now` : "none on now"}, ${alarms.length - on} over</p>` : html`<p class="hint">No alarm was raised.</p>`}
+    <p class="hint">${alarms.length ? `${on || "none"} on now, ${alarms.length - on} over` : "No alarm was raised."}</p>
     <ul class="alarms">
       ${order.map(
         (alarm) => html`<li key=${`${alarm.name}-${alarm.step}`} class=${alarm.last_step === null ? "on" : ""}>
           <header>
             <b>${alarm.name.replaceAll("_", " ")}</b>
             <span>${alarm.last_step === null ? "on" : "over"}</span>
-            ${stepLink(run, alarm.step)}${alarm.last_step === null || alarm.last_step === alarm.step ? "" : html` to ${stepLink(run, alarm.last_step)}`}
+            ${stepLink(run, alarm.step)}
+            ${(alarm.last_step ?? alarm.step) === alarm.step ? null : html`to ${stepLink(run, alarm.last_step)}`}
             <small>${number(alarm.value)}, limit ${number(alarm.threshold)}</small>
           </header>
           <p>${alarm.message}</p>
@@ -61,7 +73,7 @@ function EventTable({ events, run }) {
     <tbody>
       ${events.map(
         ({ step, kind, text, time, place }) => html`<tr key=${place}>
-          <td class="num">${step === null || step === undefined ? "–" : html`<a href=${formatAddress("step", { run: run.id, step })}>${step}</a>`}</td>
+          <td class="num">${stepLink(run, step, "")}</td>
           <td><span class=${`kind ${kind}`}>${kind}</span></td>
           <td class="what">${text}</td>
           <td class="when">${clock(time)}</td>

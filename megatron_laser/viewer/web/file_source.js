@@ -63,7 +63,8 @@ export class FileSource {
       const entry = { id: member };
       for (const name of GROUP_COLUMNS) {
         const value = columns[name][member];
-        entry[name === "finish" ? "finish_reason" : name] = CODED.has(name) && value !== null ? tables[name][value] : value;
+        entry[name === "finish" ? "finish_reason" : name] =
+          CODED.has(name) && value !== null ? tables[name][value] : value;
       }
       return entry;
     });

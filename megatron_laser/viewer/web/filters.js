@@ -89,7 +89,11 @@ function sorted({ columns, tables }, ids, sort) {
   let value;
   if (name === "gap") value = (id) => gap(columns, id);
   else if (tables[name]) {
-    const order = new Map([...tables[name].keys()].sort((one, other) => compare(tables[name][one], tables[name][other])).map((code, rank) => [code, rank]));
+    const order = new Map(
+      [...tables[name].keys()]
+        .sort((one, other) => compare(tables[name][one], tables[name][other]))
+        .map((code, rank) => [code, rank]),
+    );
     value = (id) => (absent(columns[name][id]) ? null : order.get(columns[name][id]));
   } else if (columns[name]) value = (id) => columns[name][id];
   else return ids;

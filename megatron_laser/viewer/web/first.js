@@ -1,5 +1,5 @@
-// Before anything is painted, so that a dark page does not flash up white: the theme that theme.js will find. No module,
-// since modules wait for the whole page.
+// Before anything is painted, so that a dark page does not flash up white: the theme that theme.js will find.
+// No module, since modules wait for the whole page.
 
 try {
   const chosen = window.localStorage.getItem("megatron_laser.theme");

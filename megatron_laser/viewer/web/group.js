@@ -9,7 +9,9 @@ import { html, Notice, Verdict } from "./ui.js";
 export function GroupTable({ response, onOpen }) {
   return html`<table class="plain group" aria-label="The group">
     <thead>
-      <tr><th class="mark">✓</th><th class="num">Score</th><th class="num">Length</th><th>Answer</th><th>Finish</th></tr>
+      <tr>
+        <th class="mark">✓</th><th class="num">Score</th><th class="num">Length</th><th>Answer</th><th>Finish</th>
+      </tr>
     </thead>
     <tbody>
       ${response.group.map(
@@ -18,9 +20,15 @@ export function GroupTable({ response, onOpen }) {
           <td class="num">${fixed(member.score, 2)}</td>
           <td class="num">${member.length ?? "–"}</td>
           <td class="answer">
-            ${member.id === response.id
-              ? html`<b>${member.answer ?? "–"}</b>`
-              : html`<button type="button" class="link" onClick=${() => onOpen(member.id)}>${member.answer ?? "none"}</button>`}
+            ${
+              member.id === response.id
+                ? html`<b>${member.answer ?? "–"}</b>`
+                : html`<button
+                  type="button"
+                  class="link"
+                  onClick=${() => onOpen(member.id)}
+                >${member.answer ?? "none"}</button>`
+            }
           </td>
           <td>${member.finish_reason ?? "–"}</td>
         </tr>`,
@@ -33,9 +41,11 @@ export function Votes({ votes }) {
   if (!votes) return null;
   return html`<div class="votes">
     <${Vote} title="Majority" vote=${votes.majority} />
-    ${votes.weighted
-      ? html`<${Vote} title="Weighted by score" vote=${votes.weighted} />`
-      : html`<p class="hint">No weighted vote: nothing has a score.</p>`}
+    ${
+      votes.weighted
+        ? html`<${Vote} title="Weighted by score" vote=${votes.weighted} />`
+        : html`<p class="hint">No weighted vote: nothing has a score.</p>`
+    }
   </div>`;
 }
 
@@ -61,7 +71,9 @@ function Vote({ title, vote }) {
 export function SideBySide({ context, run, response, onOpen }) {
   return html`<div class="columns" tabindex="0" role="list" aria-label="Responses of the group beside each other">
     ${response.group.map(
-      (member) => html`<article key=${member.id} role="listitem" aria-current=${member.id === response.id ? "true" : null}>
+      (
+        member,
+      ) => html`<article key=${member.id} role="listitem" aria-current=${member.id === response.id ? "true" : null}>
         <header>
           <${Verdict} reward=${member.reward} word />
           <span>score <b>${fixed(member.score, 2)}</b></span>

@@ -4,10 +4,39 @@ import { html } from "./ui.js";
 import { useEffect, useRef } from "./vendor/preact_hooks.js";
 
 const KEYS = [
-  ["Everywhere", [["1 – 6", "curves, responses, one response, step, events, runs"], ["/", "search or filter by text"], ["d", "light, dark, or as the system has it"], ["?", "this list"]]],
-  ["Curves", [["Tab", "from chart to chart"], ["← →", "read single steps; PgUp, PgDn: ten"], ["Enter", "open the step that is read"]]],
-  ["Responses", [["↑ ↓", "move; PgUp, PgDn, Home, End too"], ["Enter", "open the response"]]],
-  ["One response", [["j k", "next, previous of the filtered list"], ["v", "text, tokens, group"], ["← → ↑ ↓", "in the tokens: from one to the next"], ["Esc", "back to the list"]]],
+  [
+    "Everywhere",
+    [
+      ["1 – 6", "curves, responses, one response, step, events, runs"],
+      ["/", "search or filter by text"],
+      ["d", "light, dark, or as the system has it"],
+      ["?", "this list"],
+    ],
+  ],
+  [
+    "Curves",
+    [
+      ["Tab", "from chart to chart"],
+      ["← →", "read single steps; PgUp, PgDn: ten"],
+      ["Enter", "open the step that is read"],
+    ],
+  ],
+  [
+    "Responses",
+    [
+      ["↑ ↓", "move; PgUp, PgDn, Home, End too"],
+      ["Enter", "open the response"],
+    ],
+  ],
+  [
+    "One response",
+    [
+      ["j k", "next, previous of the filtered list"],
+      ["v", "text, tokens, group"],
+      ["← → ↑ ↓", "in the tokens: from one to the next"],
+      ["Esc", "back to the list"],
+    ],
+  ],
   ["Step", [["← →", "the steps before and after with a timeline"]]],
 ];
 
@@ -22,7 +51,8 @@ export function useKeys(bindings) {
       if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey) return;
       if (typing(event.target) && event.key !== "Escape") return;
       if (document.querySelector("dialog[open]")) return;
-      if (event.key.startsWith("Arrow") && event.target.closest("[data-keep-keys], [role=tablist], input, .plot")) return;
+      if (event.key.startsWith("Arrow") && event.target.closest("[data-keep-keys], [role=tablist], input, .plot"))
+        return;
       if (event.key === "Escape" && typing(event.target)) {
         event.target.blur(); // once to leave a box, once more for the view
         return;

@@ -87,7 +87,10 @@ function App({ source, first }) {
   const shown = VIEWS.find(({ name }) => name === address.view) || VIEWS[0];
   const { params } = address;
   const run = runs.find(({ id }) => id === params.run) || runs[0];
-  const context = useMemo(() => ({ answers, version, runs, theme: theme.shown }), [answers, version, runs, theme.shown]);
+  const context = useMemo(
+    () => ({ answers, version, runs, theme: theme.shown }),
+    [answers, version, runs, theme.shown],
+  );
   const open = (name) => (window.location.hash = addressOf(name, address, run));
   useKeys({
     ...Object.fromEntries(VIEWS.map(({ name }, place) => [String(place + 1), () => open(name)])),
@@ -103,19 +106,40 @@ function App({ source, first }) {
       <h1 class="hidden">Runs of megatron_laser</h1>
       <nav aria-label="Views">
         ${VIEWS.map(
-          ({ name, label }) => html`<a key=${name} href=${addressOf(name, address, run)} aria-current=${name === shown.name ? "page" : null}>${label}</a>`,
+          ({ name, label }) =>
+            html`<a
+              key=${name}
+              href=${addressOf(name, address, run)}
+              aria-current=${name === shown.name ? "page" : null}
+            >${label}</a>`,
         )}
       </nav>
-      ${shown.one && runs.length > 1
-        ? html`<select aria-label="Run" value=${run.id} onChange=${(event) => go(shown.name, { run: event.currentTarget.value })}>
+      ${
+        shown.one && runs.length > 1
+          ? html`<select
+            aria-label="Run"
+            value=${run.id}
+            onChange=${(event) => go(shown.name, { run: event.currentTarget.value })}
+          >
             ${runs.map(({ id, name }) => html`<option key=${id} value=${id}>${name}</option>`)}
           </select>`
-        : null}
+          : null
+      }
       <${State} runs=${shown.one ? [run] : runs} live=${live} problem=${problem} file=${!source.live} />
-      <button type="button" class="plainly" onClick=${theme.next} title="light, dark, or as the system has it (d)">Theme: ${theme.choice}</button>
+      <button
+        type="button"
+        class="plainly"
+        onClick=${theme.next}
+        title="light, dark, or as the system has it (d)"
+      >Theme: ${theme.choice}</button>
       <button type="button" class="plainly" onClick=${() => setHelp(true)} title="keys (?)" aria-label="keys">?</button>
     </header>
-    <main id="content" tabindex="-1"><${shown.view} key=${shown.one ? run.id : ""} context=${context} params=${params} run=${run} /></main>
+    <main id="content" tabindex="-1"><${shown.view}
+      key=${shown.one ? run.id : ""}
+      context=${context}
+      params=${params}
+      run=${run}
+    /></main>
     <${Help} open=${help} onClose=${() => setHelp(false)} />`;
 }
 
@@ -135,10 +159,16 @@ function skip(event) {
 
 function State({ runs, live, problem, file }) {
   const [run] = runs;
-  const steps = runs.length === 1 ? ` · step ${whole(run.steps)}${run.total_steps ? ` of ${whole(run.total_steps)}` : ""}` : ` · ${runs.length} runs`;
+  const steps =
+    runs.length === 1
+      ? ` · step ${whole(run.steps)}${run.total_steps ? ` of ${whole(run.total_steps)}` : ""}`
+      : ` · ${runs.length} runs`;
   const state = runs.length === 1 ? run.state : live ? "running" : "ended";
   if (problem) return html`<span class="live bad" role="alert">${problem}</span>`;
-  return html`<span class="live" role="status"><i class=${`dot ${state}`} aria-hidden="true"></i>${file ? "exported" : state}${steps}</span>`;
+  return html`<span class="live" role="status"><i
+    class=${`dot ${state}`}
+    aria-hidden="true"
+  ></i>${file ? "exported" : state}${steps}</span>`;
 }
 
 async function start() {

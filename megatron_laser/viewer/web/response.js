@@ -34,14 +34,30 @@ export function Response({ context, params, run }) {
     v: () => amend({ tab: TABS[(TABS.findIndex(([name]) => name === tab) + 1) % TABS.length][0] }),
     Escape: () => (window.location.hash = list),
   });
-  if (!data) return html`<${Notice} error=${error}>${index && !ids.length ? "No response fits the filters." : "Reading the response …"}<//>`;
+  if (!data) {
+    const why = index && !ids.length ? "No response fits the filters." : "Reading the response …";
+    return html`<${Notice} error=${error}>${why}<//>`;
+  }
+  const group = html`<${SideBySide} context=${context} run=${run} response=${data} onOpen=${open} />`;
   return html`<section class="main response" aria-label="Response">
     <div class="bar">
       <a href=${list}>All responses</a>
       <span class="steps">
-        <button type="button" disabled=${place <= 0} onClick=${() => open(ids[place - 1])} title="previous (k)" aria-label="previous response">‹</button>
+        <button
+          type="button"
+          disabled=${place <= 0}
+          onClick=${() => open(ids[place - 1])}
+          title="previous (k)"
+          aria-label="previous response"
+        >‹</button>
         <span>${place < 0 ? "not in the list" : `${whole(place + 1)} of ${whole(ids.length)}`}</span>
-        <button type="button" disabled=${place < 0 || place + 1 >= ids.length} onClick=${() => open(ids[place + 1])} title="next (j)" aria-label="next response">›</button>
+        <button
+          type="button"
+          disabled=${place < 0 || place + 1 >= ids.length}
+          onClick=${() => open(ids[place + 1])}
+          title="next (j)"
+          aria-label="next response"
+        >›</button>
       </span>
       <${Tabs} tab=${tab} />
     </div>
@@ -50,7 +66,7 @@ export function Response({ context, params, run }) {
       <div role="tabpanel" id="panel" aria-labelledby=${`tab-${tab}`}>
         ${tab === "tokens" ? html`<${Tokens} response=${data} params=${params} />` : null}
         ${tab === "text" ? html`<${Texts} response=${data} />` : null}
-        ${tab === "group" ? html`<${SideBySide} context=${context} run=${run} response=${data} onOpen=${open} />` : null}
+        ${tab === "group" ? group : null}
       </div>
       <aside class=${tab === "group" ? "below" : "beside"} aria-label="The group and its votes">
         <div>
@@ -91,6 +107,7 @@ function Tabs({ tab }) {
 }
 
 function Facts({ response, run }) {
+  const step = html`<a href=${formatAddress("step", { run: run.id, step: response.step })}>${response.step}</a>`;
   const fact = (label, value, title) => html`<div title=${title}><dt>${label}</dt><dd>${value}</dd></div>`;
   return html`<dl class="facts">
     ${fact("Verdict", html`<${Verdict} reward=${response.reward} word />`, `reward ${number(response.reward)}`)}
@@ -103,7 +120,7 @@ function Facts({ response, run }) {
     ${fact("Finish", response.finish_reason ?? "–", "why the response ended")}
     ${fact("log π(z_c)", fixed(response.zc_logprob, 2), "log-prob of the score token behind the response, nats")}
     ${fact("Source", response.source ?? "–", `row ${response.row}, sample ${response.sample}`)}
-    ${fact("Step", html`<a href=${formatAddress("step", { run: run.id, step: response.step })}>${response.step}</a>`, "its metrics and timeline")}
+    ${fact("Step", step, "its metrics and timeline")}
   </dl>`;
 }
 
@@ -111,11 +128,15 @@ function Texts({ response }) {
   return html`<div>
     <h3>Problem</h3>
     <${RichText} text=${response.problem} />
-    ${response.prompt
-      ? html`<details class="prompt"><summary>The prompt as the model reads it</summary><pre>${response.prompt}</pre></details>`
-      : null}
+    ${
+      response.prompt
+        ? html`<details class="prompt">
+            <summary>The prompt as the model reads it</summary>
+            <pre>${response.prompt}</pre>
+          </details>`
+        : null
+    }
     <h3>Response</h3>
     <${RichText} text=${response.response} />
   </div>`;
 }
-

@@ -14,7 +14,8 @@ export function Responses({ context, params, run }) {
   const wide = useWide();
   if (!index) return html`<${Notice} error=${error}>Reading the responses …<//>`;
   if (!index.count) {
-    return html`<${Notice}>${index.complete === false ? "Reading the responses …" : "No responses: this run has no rollouts/ (logging.rollouts_every)."}<//>`;
+    const none = "No responses: this run has no rollouts/ (logging.rollouts_every).";
+    return html`<${Notice}>${index.complete === false ? "Reading the responses …" : none}<//>`;
   }
   const filtered = FILTERS.some((name) => name !== "sort" && params[name]);
   const selected = params.id === undefined ? null : Number(params.id);
@@ -25,8 +26,16 @@ export function Responses({ context, params, run }) {
   return html`<section class="main tall" aria-label="Responses">
     <${Filters} index=${index} params=${params} counts=${shown.counts} />
     <p class="hint" role="status" aria-live="polite">
-      ${whole(shown.ids.length)} of ${whole(index.count)} responses${index.complete === false ? ", still reading" : ""}${" "}
-      ${filtered ? html`<button type="button" class="link" onClick=${() => amend(cleared())}>clear filters</button>` : null}
+      ${whole(shown.ids.length)} of ${whole(index.count)} responses${index.complete === false ? ", reading on " : " "}
+      ${
+        filtered
+          ? html`<button
+        type="button"
+        class="link"
+        onClick=${() => amend(cleared())}
+      >clear filters</button>`
+          : null
+      }
     </p>
     <${VirtualTable}
       label="Responses"
@@ -57,7 +66,13 @@ function Filters({ index, params, counts }) {
   const tables = index.tables;
   const menu = (name, label) =>
     tables[name].length > 1
-      ? html`<${Select} label=${label} none="any" options=${entries(tables[name])} value=${params[name] || ""} onChange=${set(name)} />`
+      ? html`<${Select}
+        label=${label}
+        none="any"
+        options=${entries(tables[name])}
+        value=${params[name] || ""}
+        onChange=${set(name)}
+      />`
       : null;
   return html`<div class="bar filters" role="search" aria-label="Filters">
     <${Choice}
@@ -66,7 +81,13 @@ function Filters({ index, params, counts }) {
       value=${params.verdict || ""}
       onChange=${set("verdict")}
     />
-    <${Search} label="Text in the answer" hidden hint="text in the answer  /" value=${params.find || ""} onChange=${set("find")} />
+    <${Search}
+      label="Text in the answer"
+      hidden
+      hint="text in the answer  /"
+      value=${params.find || ""}
+      onChange=${set("find")}
+    />
     <details class="fold more" open=${window.innerWidth > 700}>
       <summary>More filters</summary>
       <div class="bar">
@@ -93,16 +114,63 @@ function columnsOf({ columns, tables }) {
   const number = (name, places) => (id) => fixed(columns[name][id], places);
   return [
     { name: "step", label: "Step", title: "the training step", kind: "num", cell: (id) => columns.step[id] },
-    { name: "row", label: "Row", title: "the problem's row in the data, and the sample", kind: "num extra", cell: (id) => `${columns.row[id]}·${columns.sample[id]}` },
+    {
+      name: "row",
+      label: "Row",
+      title: "the problem's row in the data, and the sample",
+      kind: "num extra",
+      cell: (id) => `${columns.row[id]}·${columns.sample[id]}`,
+    },
     { name: "source", label: "Source", title: "the source of the problem", kind: "text extra", cell: text("source") },
-    { name: "reward", label: "✓", title: "right or wrong: the verifier's reward", kind: "mark", first: "-reward", cell: (id) => html`<${Verdict} reward=${columns.reward[id]} />` },
-    { name: "score", label: "Score", title: "the model's own score", kind: "num", first: "-score", cell: (id) => html`<${Score} value=${columns.score[id]} />` },
-    { name: "gap", label: "Gap", title: "by how much the score misses the reward", kind: "num", first: "-gap", cell: (id) => fixed(gap(columns, id), 2) },
-    { name: "advantage", label: "Advantage", title: "what the update used", kind: "num extra", first: "-advantage", cell: number("advantage", 2) },
-    { name: "length", label: "Length", title: "tokens", kind: "num", first: "-length", cell: (id) => columns.length[id] ?? "–" },
+    {
+      name: "reward",
+      label: "✓",
+      title: "right or wrong: the verifier's reward",
+      kind: "mark",
+      first: "-reward",
+      cell: (id) => html`<${Verdict} reward=${columns.reward[id]} />`,
+    },
+    {
+      name: "score",
+      label: "Score",
+      title: "the model's own score",
+      kind: "num",
+      first: "-score",
+      cell: (id) => html`<${Score} value=${columns.score[id]} />`,
+    },
+    {
+      name: "gap",
+      label: "Gap",
+      title: "by how much the score misses the reward",
+      kind: "num",
+      first: "-gap",
+      cell: (id) => fixed(gap(columns, id), 2),
+    },
+    {
+      name: "advantage",
+      label: "Advantage",
+      title: "what the update used",
+      kind: "num extra",
+      first: "-advantage",
+      cell: number("advantage", 2),
+    },
+    {
+      name: "length",
+      label: "Length",
+      title: "tokens",
+      kind: "num",
+      first: "-length",
+      cell: (id) => columns.length[id] ?? "–",
+    },
     { name: "outcome", label: "Outcome", title: "of the verifier", kind: "text extra", cell: text("outcome") },
     { name: "finish", label: "Finish", title: "why the response ended", kind: "text extra", cell: text("finish") },
-    { name: "answer", label: "Answer", title: "what the verifier read as the answer", kind: "text answer", cell: text("answer") },
+    {
+      name: "answer",
+      label: "Answer",
+      title: "what the verifier read as the answer",
+      kind: "text answer",
+      cell: text("answer"),
+    },
   ];
 }
 
@@ -110,7 +178,10 @@ function columnsOf({ columns, tables }) {
 function Score({ value }) {
   if (typeof value !== "number") return "–";
   const share = Math.max(0, Math.min(1, value));
-  return html`<span class="score"><i style=${{ width: `${Math.round(share * 100)}%` }} aria-hidden="true"></i><span>${value.toFixed(2)}</span></span>`;
+  return html`<span class="score"><i
+    style=${{ width: `${Math.round(share * 100)}%` }}
+    aria-hidden="true"
+  ></i><span>${value.toFixed(2)}</span></span>`;
 }
 
 function useWide() {

@@ -1,5 +1,5 @@
-// Prompts and responses as models write them: paragraphs, code, a little markdown, and LaTeX between its delimiters. First
-// cut into pieces (pure, tested), then made into elements; what is not understood is shown as it was written.
+// Prompts and responses as models write them: paragraphs, code, a little markdown, and LaTeX between its delimiters.
+// First cut into pieces (pure, tested), then made into elements; what is not understood is shown as it was written.
 
 import { html } from "./ui.js";
 import { useLayoutEffect, useMemo, useRef } from "./vendor/preact_hooks.js";
@@ -50,7 +50,8 @@ function codeAt(text, at) {
   const end = text.indexOf(ticks, at + ticks.length);
   if (end < 0) return null;
   const inside = text.slice(at + ticks.length, end);
-  if (ticks.length >= 3) return { piece: { kind: "block", text: inside.replace(/^\w*\n/, "") }, end: end + ticks.length };
+  if (ticks.length >= 3)
+    return { piece: { kind: "block", text: inside.replace(/^\w*\n/, "") }, end: end + ticks.length };
   if (inside.includes("\n") || !inside) return null;
   return { piece: { kind: "code", text: inside }, end: end + ticks.length };
 }
@@ -61,7 +62,9 @@ function mathAt(text, at) {
   if (environment) {
     const close = `\\end{${environment[1]}}`;
     const end = text.indexOf(close, at);
-    return end < 0 ? null : { piece: { kind: "math", display: true, text: text.slice(at, end + close.length) }, end: end + close.length };
+    return end < 0
+      ? null
+      : { piece: { kind: "math", display: true, text: text.slice(at, end + close.length) }, end: end + close.length };
   }
   if (rest.startsWith("\\boxed{")) {
     const end = closingBrace(text, at + 6);
@@ -111,7 +114,12 @@ function Formula({ text, display }) {
   useLayoutEffect(() => {
     try {
       // It builds nodes, no markup. trust stays off: no links, no classes, no images from what a model has written.
-      window.temml.render(text, place.current, { displayMode: display, throwOnError: true, maxExpand: 200, maxSize: [20, 400] });
+      window.temml.render(text, place.current, {
+        displayMode: display,
+        throwOnError: true,
+        maxExpand: 200,
+        maxSize: [20, 400],
+      });
     } catch {
       place.current.replaceChildren(text);
       place.current.classList.add("unread");
@@ -123,7 +131,8 @@ function Formula({ text, display }) {
 /** Bold, italics and headings within plain text; line breaks stay (the style sheet keeps them). */
 function marked(text) {
   return text.split(/(\*\*[^*\n]+\*\*|^#{1,6} .*$)/m).map((part) => {
-    if (part.startsWith("**") && part.endsWith("**") && part.length > 4) return html`<strong>${part.slice(2, -2)}</strong>`;
+    if (part.startsWith("**") && part.endsWith("**") && part.length > 4)
+      return html`<strong>${part.slice(2, -2)}</strong>`;
     if (/^#{1,6} /.test(part)) return html`<strong class="heading">${part.replace(/^#+ /, "")}</strong>`;
     return part;
   });

@@ -46,8 +46,8 @@ export async function openSource() {
 }
 
 /**
- * Answers by address. One that is older than the data's version is still shown while the newer one is on its way, so that
- * nothing jumps. Only the most recent ones are kept: a reader may walk through thousands of responses.
+ * Answers by address. One that is older than the data's version is still shown while the newer one is on its way, so
+ * that nothing jumps. Only the most recent ones are kept: a reader may walk through thousands of responses.
  */
 export class Answers {
   constructor(source, most = 200) {
@@ -95,8 +95,8 @@ export class Answers {
 }
 
 /**
- * {data, error} of an address in a component; path null asks nothing. data is undefined until the first answer, and stays
- * what it was while a newer version is fetched.
+ * {data, error} of an address in a component; path null asks nothing. data is undefined until the first answer, and
+ * stays what it was while a newer version is fetched.
  */
 export function useAnswer(answers, version, path, query) {
   const key = path === null ? null : Answers.key(path, query);

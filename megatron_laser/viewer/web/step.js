@@ -23,21 +23,48 @@ export function Step({ context, params, run }) {
   const before = steps.filter((own) => own < step).pop();
   const after = steps.find((own) => own > step);
   const open = (other) => other !== undefined && amend({ step: other });
-  useKeys({ ArrowLeft: () => open(before), ArrowRight: () => open(after), k: () => open(before), j: () => open(after) });
+  useKeys({
+    ArrowLeft: () => open(before),
+    ArrowRight: () => open(after),
+    k: () => open(before),
+    j: () => open(after),
+  });
   return html`<section class="main" aria-label="Step">
     <div class="bar">
       <span class="steps">
-        <button type="button" disabled=${before === undefined} onClick=${() => open(before)} title="the one before that has a timeline (←)" aria-label="previous step with a timeline">‹</button>
+        <button
+          type="button"
+          disabled=${before === undefined}
+          onClick=${() => open(before)}
+          title="the one before that has a timeline (←)"
+          aria-label="previous step with a timeline"
+        >‹</button>
         <label class="field inline"
           ><span>Step</span>
-          <input type="number" min="1" max=${run.steps} value=${step} onChange=${(event) => open(Number(event.currentTarget.value))}
+          <input
+            type="number"
+            min="1"
+            max=${run.steps}
+            value=${step}
+            onChange=${(event) => open(Number(event.currentTarget.value))}
         /></label>
-        <button type="button" disabled=${after === undefined} onClick=${() => open(after)} title="the next one that has a timeline (→)" aria-label="next step with a timeline">›</button>
+        <button
+          type="button"
+          disabled=${after === undefined}
+          onClick=${() => open(after)}
+          title="the next one that has a timeline (→)"
+          aria-label="next step with a timeline"
+        >›</button>
       </span>
       <a href=${formatAddress("responses", { run: run.id, step })}>Responses of this step</a>
       <span class="hint">${steps.length ? `${steps.length} steps have a timeline` : "this run has no timeline"}</span>
     </div>
-    ${data ? html`<${Timeline} spans=${data.spans} /><${Metrics} metrics=${data.metrics} find=${params.find || ""} />` : html`<${Notice} error=${error}>${run.metrics.length ? "Reading the step …" : "This run has no steps yet."}<//>`}
+    ${
+      data
+        ? html`<${Timeline} spans=${data.spans} />
+          <${Metrics} metrics=${data.metrics} find=${params.find || ""} />`
+        : html`<${Notice} error=${error}>${run.metrics.length ? "Reading the step …" : "There is no step yet."}<//>`
+    }
   </section>`;
 }
 
@@ -60,7 +87,12 @@ function phaseClass(phase) {
 function PhaseLegend({ rows }) {
   const phases = [...new Set(rows.flatMap(({ lanes }) => lanes.flat().map(({ phase }) => phase)))];
   return html`<div class="legend">
-    ${phases.map((phase) => html`<span key=${phase}><i class=${`swatch ${phaseClass(phase)}`} aria-hidden="true"></i>${phase}</span>`)}
+    ${phases.map(
+      (phase) => html`<span key=${phase}><i
+      class=${`swatch ${phaseClass(phase)}`}
+      aria-hidden="true"
+    ></i>${phase}</span>`,
+    )}
     <span><i class="swatch waiting" aria-hidden="true"></i>waiting</span>
   </div>`;
 }
@@ -77,7 +109,12 @@ function Drawing({ lines: { rows, extent }, width }) {
     return found;
   });
   const marks = ticks(extent, width / 90);
-  return html`<svg width=${width} height=${top + 4} role="img" aria-label="Timeline; the table below says the same in numbers">
+  return html`<svg
+    width=${width}
+    height=${top + 4}
+    role="img"
+    aria-label="Timeline; the table below says the same in numbers"
+  >
     <defs>
       <pattern id="hatch" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">
         <rect class="hatch" width="2" height="6" />
@@ -86,14 +123,27 @@ function Drawing({ lines: { rows, extent }, width }) {
     ${marks.map(
       (time) => html`<g key=${time}>
         <line class="grid" x1=${x(time)} x2=${x(time)} y1="16" y2=${top} />
-        <text class="axis" x=${x(time)} y="11" text-anchor=${time === 0 ? "start" : "middle"}>${time === 0 ? "0 s" : time}</text>
+        <text
+          class="axis"
+          x=${x(time)}
+          y="11"
+          text-anchor=${time === 0 ? "start" : "middle"}
+        >${time === 0 ? "0 s" : time}</text>
       </g>`,
     )}
     ${placed.map(
       (row) => html`<g key=${row.who}>
         <text class="who" x="0" y=${row.top + LANE / 2 + 4}>${shorten(row.who, left)}<title>${row.who}</title></text>
         ${row.gaps.map((gap) => html`<${Gap} gap=${gap} row=${row} x=${x} />`)}
-        ${row.lanes.map((lane, number) => lane.map((span) => html`<${Span} span=${span} top=${row.top + number * LANE} x=${x} />`))}
+        ${row.lanes.map((lane, number) =>
+          lane.map(
+            (span) => html`<${Span}
+          span=${span}
+          top=${row.top + number * LANE}
+          x=${x}
+        />`,
+          ),
+        )}
       </g>`,
     )}
   </svg>`;
@@ -121,7 +171,15 @@ function Gap({ gap, row, x }) {
   const why = gap.after ? `for ${gap.after.who} (${gap.after.phase})` : "";
   return html`<g class="gap">
     <rect x=${x(gap.start)} y=${row.top} width=${width} height=${LANE - 3} rx="2" fill="url(#hatch)" />
-    ${width > 8 * words.length + 8 ? html`<text x=${x(gap.start) + width / 2} y=${row.top + LANE / 2 + 3} text-anchor="middle">${words}</text>` : null}
+    ${
+      width > 8 * words.length + 8
+        ? html`<text
+      x=${x(gap.start) + width / 2}
+      y=${row.top + LANE / 2 + 3}
+      text-anchor="middle"
+    >${words}</text>`
+        : null
+    }
     <title>${`${row.who} waits ${words} ${why}`}</title>
   </g>`;
 }
@@ -144,7 +202,9 @@ function Waits({ lines }) {
     </table>
     <table class="plain">
       <caption>Time of each</caption>
-      <thead><tr><th>Who</th><th class="num">At work</th><th class="num">Waiting</th><th class="num">Share</th></tr></thead>
+      <thead>
+        <tr><th>Who</th><th class="num">At work</th><th class="num">Waiting</th><th class="num">Share</th></tr>
+      </thead>
       <tbody>
         ${lines.rows.map(
           ({ who, busy, waited }) => html`<tr key=${who}>
@@ -160,15 +220,25 @@ function Waits({ lines }) {
 function Metrics({ metrics, find }) {
   const names = search(Object.keys(metrics), find);
   return html`<h3>Metrics of the step</h3>
-    <div class="bar"><${Search} label="Find" hidden hint="find metrics  /" value=${find} onChange=${(text) => amend({ find: text })} /></div>
+    <div class="bar"><${Search}
+      label="Find"
+      hidden
+      hint="find metrics  /"
+      value=${find}
+      onChange=${(text) => amend({ find: text })}
+    /></div>
     <div class="groups">
       ${grouped(names).map(
         ([group, members]) => html`<section key=${group}>
           <h4>${group}</h4>
           <dl class="values">
-            ${members.map((name) => html`<div key=${name}><dt title=${name}>${name}</dt><dd title=${anything(metrics[name])}>${anything(metrics[name])}</dd></div>`)}
+            ${members.map((name) => html`<${Value} key=${name} name=${name} text=${anything(metrics[name])} />`)}
           </dl>
         </section>`,
       )}
     </div>`;
+}
+
+function Value({ name, text }) {
+  return html`<div><dt title=${name}>${name}</dt><dd title=${text}>${text}</dd></div>`;
 }

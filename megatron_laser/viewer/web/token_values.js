@@ -22,17 +22,33 @@ const minus = (left, right) => (typeof left === "number" && typeof right === "nu
 /**
  * What tokens may be coloured by: [{name, label, unit, values, missing, scale, text}].
  *
- * values: one a token, or null where the run has none, and `missing` says why. scale: "low" where small values stand out,
- * "high" where large ones do, "ratio" where both sides of 1 do.
+ * values: one a token, or null where the run has none, and `missing` says why. scale: "low" where small values stand
+ * out, "high" where large ones do, "ratio" where both sides of 1 do.
  */
 export function measures(tokens) {
   const { logprob, policy_logprob: policy, entropy } = tokens;
   const logRatio = difference(policy, logprob);
   const without = "not recorded for this response";
-  const noPass = `${without}: trainers with policy.old_logprobs: rollout or on_policy do not read tokens before the update`;
+  const noPass = `${without}: with policy.old_logprobs: rollout or on_policy the trainer reads none before the update`;
   return [
-    { name: "logprob", label: "Log-prob", unit: "nats", values: logprob || null, scale: "low", missing: without, text: "of the engine that generated it" },
-    { name: "entropy", label: "Entropy", unit: "nats", values: entropy || null, scale: "high", missing: noPass, text: "of the policy's distribution at this place" },
+    {
+      name: "logprob",
+      label: "Log-prob",
+      unit: "nats",
+      values: logprob || null,
+      scale: "low",
+      missing: without,
+      text: "of the engine that generated it",
+    },
+    {
+      name: "entropy",
+      label: "Entropy",
+      unit: "nats",
+      values: entropy || null,
+      scale: "high",
+      missing: noPass,
+      text: "of the policy's distribution at this place",
+    },
     {
       name: "ratio",
       label: "Ratio",
@@ -42,18 +58,32 @@ export function measures(tokens) {
       missing: noPass,
       text: "importance ratio: the trainer's probability over the engine's",
     },
-    { name: "policy", label: "Policy", unit: "nats", values: policy || null, scale: "low", missing: noPass, text: "log-prob of the trainer before the update" },
+    {
+      name: "policy",
+      label: "Policy",
+      unit: "nats",
+      values: policy || null,
+      scale: "low",
+      missing: noPass,
+      text: "log-prob of the trainer before the update",
+    },
   ];
 }
 
 /**
  * How strongly each token is coloured: {of(value), low, high}. `of` gives -1..1 for "ratio", else 0..1. The ends of the
- * scale are near the extremes of this response (its 98th percentile), so that one odd token does not turn the rest pale.
+ * scale are near the extremes of this response (its 98th percentile), so that an odd token does not turn the rest pale.
  */
 export function strength({ values, scale }) {
   const there = values.filter((value) => typeof value === "number" && Number.isFinite(value));
   if (scale === "ratio") {
-    const reach = Math.max(quantile(there.map((value) => Math.abs(Math.log(value))), 0.98), 0.01);
+    const reach = Math.max(
+      quantile(
+        there.map((value) => Math.abs(Math.log(value))),
+        0.98,
+      ),
+      0.01,
+    );
     const of = (value) => (typeof value === "number" ? clamp(Math.log(value) / reach, -1, 1) : 0);
     return { of, low: Math.exp(-reach), high: Math.exp(reach) };
   }

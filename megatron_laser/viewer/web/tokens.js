@@ -1,5 +1,5 @@
-// The response token by token: each coloured by one of its numbers, the scores at their places, and all numbers of the one
-// that is pointed at or reached with the arrow keys.
+// The response token by token: each coloured by one of its numbers, the scores at their places, and all numbers of the
+// one that is pointed at or reached with the arrow keys.
 
 import { amend } from "./address.js";
 import { fixed, number } from "./format.js";
@@ -17,7 +17,8 @@ export function Tokens({ response, params }) {
   const texts = useMemo(() => tokenTexts(response.response || "", tokens.ends), [response]);
   const all = useMemo(() => measures(tokens || NONE), [response]);
   const scores = useMemo(() => readoutsAt(readouts), [response]);
-  const shown = all.find((measure) => measure.name === params.colour && measure.values) || all.find((measure) => measure.values);
+  const shown =
+    all.find((measure) => measure.name === params.colour && measure.values) || all.find((measure) => measure.values);
   const scale = useMemo(() => (shown ? strength(shown) : null), [response, shown && shown.name]);
   const [pointed, setPointed] = useState(null);
   const asked = Number(params.token ?? NaN);
@@ -27,7 +28,7 @@ export function Tokens({ response, params }) {
     <div class="bar">
       <${Choice}
         label="Colour by"
-        options=${all.map(({ name, label, values, text, missing }) => ({ value: name, label, title: text, off: values ? "" : missing }))}
+        options=${all.map(optionOf)}
         value=${shown ? shown.name : ""}
         onChange=${(colour) => amend({ colour })}
       />
@@ -38,13 +39,24 @@ export function Tokens({ response, params }) {
   </div>`;
 }
 
+function optionOf({ name, label, values, text, missing }) {
+  return { value: name, label, title: text, off: values ? "" : missing };
+}
+
 function Legend({ measure, scale, scores }) {
   const ends = [scale.low, scale.high].map((value) => number(value, 3));
   return html`<div class="legend">
     <span>${ends[0]}</span>
     <i class=${`ramp ${measure.scale}`} aria-hidden="true"></i>
     <span>${ends[1]} ${measure.unit}</span>
-    ${scores ? html`<span class="chip" title="a score that was read at this place">.73</span><span>score read here</span>` : null}
+    ${
+      scores
+        ? html`<span
+      class="chip"
+      title="a score that was read at this place"
+    >.73</span><span>score read here</span>`
+        : null
+    }
   </div>`;
 }
 
@@ -77,8 +89,8 @@ function Numbers({ place, texts, all, scores }) {
 }
 
 /**
- * The text itself. Built by hand and not by templates: a response may have 30,000 tokens, of which a change of colour or
- * of the marked one should touch no more than it has to.
+ * The text itself. Built by hand and not by templates: a response may have 30,000 tokens, of which a change of colour
+ * or of the marked one should touch no more than it has to.
  */
 function Flow({ texts, measure, scale, scores, held, onPoint }) {
   const box = useRef(null);
@@ -170,7 +182,8 @@ function paint(box, { values, scale: kind }, scale) {
     const name = kind === "ratio" ? (share < 0 ? "less" : "more") : kind;
     const size = Math.abs(share);
     // The share of colour in the ground; style.css says which colour, for light and dark.
-    node.style.background = size < 0.04 ? "" : `color-mix(in srgb, var(--tint-${name}) ${Math.round(size * 100)}%, transparent)`;
+    node.style.background =
+      size < 0.04 ? "" : `color-mix(in srgb, var(--tint-${name}) ${Math.round(size * 100)}%, transparent)`;
   }
 }
 

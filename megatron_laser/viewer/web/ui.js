@@ -62,7 +62,14 @@ export function Search({ label, value, onChange, hint, hidden }) {
   };
   return html`<label class="field search"
     ><span class=${hidden ? "hidden" : null}>${label}</span>
-    <input type="search" data-search value=${own} placeholder=${hint} onInput=${input} spellcheck=${false} autocomplete="off"
+    <input
+      type="search"
+      data-search
+      value=${own}
+      placeholder=${hint}
+      onInput=${input}
+      spellcheck=${false}
+      autocomplete="off"
   /></label>`;
 }
 
@@ -80,7 +87,11 @@ export function Range({ label, value, onChange, step }) {
   />`;
   return html`<div class="field range" role="group" aria-label=${label}>
     <span aria-hidden="true">${label}</span>
-    <div>${box("at least", low, (text) => set(text, high))}<i aria-hidden="true">–</i>${box("at most", high, (text) => set(low, text))}</div>
+    <div>
+      ${box("at least", low, (text) => set(text, high))}
+      <i aria-hidden="true">–</i>
+      ${box("at most", high, (text) => set(low, text))}
+    </div>
   </div>`;
 }
 

@@ -81,7 +81,13 @@ export function VirtualTable({ label, columns, ids, choice, selected, sort, onSo
             style=${{ top: `${own * ROW}px` }}
             onClick=${() => onOpen(id)}
           >
-            ${columns.map((column) => html`<span key=${column.name} role="gridcell" class=${column.kind}>${column.cell(id)}</span>`)}
+            ${columns.map(
+              (column) => html`<span
+              key=${column.name}
+              role="gridcell"
+              class=${column.kind}
+            >${column.cell(id)}</span>`,
+            )}
           </div>`;
         })}
       </div>
