@@ -5,10 +5,13 @@ The page's data block is `<script id="data" type="application/json+gzip-base64">
 "api/curves?run=ID" (all metrics), "api/responses?run=ID", "api/events?run=ID", and two that only exports have:
 
     "export/steps?run=ID"      {"STEP": spans}, of the steps with a timeline; metrics of a step are in the curves
-    "export/responses?run=ID"  {"rows": [...], "groups": [...]}: a row of a response is what api/response gives without
-                               `group`, `votes` and what is the same for its group: {"group": place in groups, ...}; a
-                               group is {"ids", "problem", "answer", "source", "row", "step", "prompt", "votes"}. The
-                               `group` of api/response is made of the index's columns at `ids`.
+    "export/responses?run=ID"  {"part": rows in a part, "groups": [...]}; a group is {"ids", "problem", "answer",
+                               "source", "row", "step", "prompt", "votes"}. The `group` of api/response is made of the
+                               index's columns at `ids`.
+
+Rows of responses lie in blocks of their own, `<script id="responses-ID-PART">`, packed in the same way, so that a page
+with 10,000 of them unpacks those that are looked at: a row is what api/response gives without `group`, `votes` and what
+is the same for its group: {"group": place in groups, ...}.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import base64
 import gzip
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from megatron_laser.viewer.response_index import CODED, COLUMNS
 from megatron_laser.viewer.server import to_json, web_folder
 
 DATA_TYPE = "application/json+gzip-base64"
+_PART = 200  # rows of responses that are unpacked together
 _OF_GROUP = ("problem", "answer", "source", "row", "step", "prompt")
 _SCRIPT = re.compile(r'<script\b([^>]*?)\ssrc="([^":]+)"([^>]*)>\s*</script>')
 _MODULE = re.compile(r'<script type="module" src="([^":]+)">\s*</script>')
@@ -63,6 +67,7 @@ def write_export(
     """
     viewer.read_responses()
     data: dict[str, Any] = {}
+    blocks: dict[str, str] = {}
     listed = viewer.list_runs({})
     listed["live"] = False
     for run, entry in zip(viewer.runs, listed["runs"], strict=True):
@@ -75,10 +80,12 @@ def write_export(
         data[f"export/steps?run={run.id}"] = {
             str(step): run.files.spans_of(step) for step in run.files.timeline_steps
         }
-        data[f"export/responses?run={run.id}"] = _responses_of(viewer, run, chosen)
+        rows, groups = _responses_of(viewer, run, chosen)
+        data[f"export/responses?run={run.id}"] = {"part": _PART, "groups": groups}
+        for start in range(0, len(rows), _PART):
+            blocks[f"responses-{run.id}-{start // _PART}"] = _packed(rows[start : start + _PART])
     data |= {"api/runs": listed, "api/version": {"version": listed["version"]}}
-    packed = base64.b64encode(gzip.compress(to_json(data), compresslevel=6, mtime=0)).decode()
-    page = page_with_data(web_folder() if web is None else web, packed).encode()
+    page = page_with_data(web_folder() if web is None else web, {"data": _packed(data), **blocks}).encode()
     if len(page) > max_bytes:
         shown = sum(entry["num_responses"] for entry in listed["runs"])
         fit = shown * max_bytes // len(page) // len(viewer.runs)
@@ -130,7 +137,14 @@ def _columns_of(run: OneRun, chosen: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _responses_of(viewer: Viewer, run: OneRun, chosen: Sequence[int]) -> dict[str, Any]:
+def _packed(data: Any) -> str:
+    return base64.b64encode(gzip.compress(to_json(data), compresslevel=6, mtime=0)).decode()
+
+
+def _responses_of(
+    viewer: Viewer, run: OneRun, chosen: Sequence[int]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and groups."""
     place = {number: own for own, number in enumerate(chosen)}
     rows: list[dict[str, Any]] = []
     groups: list[dict[str, Any]] = []
@@ -150,11 +164,11 @@ def _responses_of(viewer: Viewer, run: OneRun, chosen: Sequence[int]) -> dict[st
         left_out = (*_OF_GROUP, "group", "votes")
         row = {name: value for name, value in full.items() if name not in left_out}
         rows.append(row | {"id": place[number], "group": group_of[number]})
-    return {"rows": rows, "groups": groups}
+    return rows, groups
 
 
-def page_with_data(web: Path, packed: str) -> str:
-    """index.html with scripts, styles, fonts and the data in it.
+def page_with_data(web: Path, blocks: Mapping[str, str]) -> str:
+    """index.html with scripts, styles, fonts and blocks of packed data in it, by their ids.
 
     Raises:
         ViewError: a file that it names is not there, or a script has what ends a script inside a page.
@@ -171,9 +185,12 @@ def page_with_data(web: Path, packed: str) -> str:
     page = _SCRIPT.sub(
         lambda match: f"<script{match[1]}{match[3]}>\n{_script(web / match[2])}\n</script>", page
     )
-    block = f'<script id="data" type="{DATA_TYPE}">{packed}</script>\n'
-    head = page.find("</head>")
-    return page[:head] + block + page[head:] if head >= 0 else block + page
+    data = "".join(
+        f'<script id="{name}" type="{DATA_TYPE}">{packed}</script>\n' for name, packed in blocks.items()
+    )
+    # Behind all that is seen, which is painted meanwhile. Modules run when the whole page has been read.
+    end = page.rfind("</body>")
+    return page[:end] + data + page[end:] if end >= 0 else page + data
 
 
 def _modules(web: Path, main: str) -> str:

@@ -41,9 +41,13 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data_of(page: str) -> dict[str, Any]:
-    match = re.search(r'<script id="data" type="application/json\+gzip-base64">([^<]*)</script>', page)
-    assert match is not None
-    found: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(match[1])))
+    """What the page's blocks hold, with the rows of responses together."""
+    blocks = re.findall(r'<script id="([^"]+)" type="application/json\+gzip-base64">([^<]*)</script>', page)
+    unpacked = {name: json.loads(gzip.decompress(base64.b64decode(text))) for name, text in blocks}
+    found: dict[str, Any] = unpacked.pop("data")
+    for name, rows in unpacked.items():
+        assert len(rows) <= found["export/responses?run=0"]["part"] and name.startswith("responses-0-")
+        found["export/responses?run=0"].setdefault("rows", []).extend(rows)
     return found
 
 
@@ -54,7 +58,9 @@ def test_the_file_names_no_other_file(viewer: Viewer, web: Path, tmp_path: Path)
     assert size == path.stat().st_size
     assert "src=" not in page and "href=" not in page
     assert "url(data:font/woff2;base64," + base64.b64encode(b"letters").decode() in page
-    assert page.count("</script>") == page.count("<script") == 2  # that of the data and the page's own
+    assert (
+        page.count("</script>") == page.count("<script") == 4
+    )  # the data, two parts of responses, the page's own
     assert "<script defer>" in page
 
 

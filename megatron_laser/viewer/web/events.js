@@ -43,6 +43,15 @@ function stepLink(run, step, word = "step ") {
   return html`<a href=${formatAddress("step", { run: run.id, step })}>${word}${step}</a>`;
 }
 
+/** To the curves of the metrics that an alarm's place names. */
+function curvesLink(run, place) {
+  const words = new Set(place.split(/[\s,;]+/));
+  const names = run.metrics.filter((name) => words.has(name));
+  return names.length
+    ? html`<a href=${formatAddress("curves", { runs: run.id, names: names.join(",") })}>show the curves</a>`
+    : null;
+}
+
 function Alarms({ alarms, run }) {
   const order = [...alarms].sort(
     (left, right) => Number(left.last_step !== null) - Number(right.last_step !== null) || right.step - left.step,
@@ -61,7 +70,7 @@ function Alarms({ alarms, run }) {
             <small>${number(alarm.value)}, limit ${number(alarm.threshold)}</small>
           </header>
           <p>${alarm.message}</p>
-          <p class="hint">Look at: ${alarm.place}</p>
+          <p class="hint">Look at: ${alarm.place} ${curvesLink(run, alarm.place)}</p>
         </li>`,
       )}
     </ul>`;

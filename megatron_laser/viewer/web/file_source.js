@@ -4,22 +4,40 @@
 const GROUP_COLUMNS = ["reward", "score", "length", "answer", "finish"];
 const CODED = new Set(["answer", "finish", "source", "outcome"]);
 
+/** Object of a script element that holds it packed; the element is emptied, since it may be large. */
+async function unpack(block) {
+  const binary = atob(block.textContent.trim());
+  const bytes = new Uint8Array(binary.length);
+  for (let at = 0; at < binary.length; at += 1) bytes[at] = binary.charCodeAt(at);
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  block.textContent = "";
+  return new Response(stream).json();
+}
+
 export class FileSource {
   constructor(data) {
     this.data = data;
     this.live = false;
+    this.parts = new Map();
   }
 
-  /** Of a script element that holds the packed data; the element is emptied, since it may be large. */
+  /** Of the block of all data but the rows of responses, which are unpacked when they are asked for. */
   static async read(block) {
     if (typeof DecompressionStream === "undefined") {
       throw new Error("this browser cannot unpack the data (no DecompressionStream): use one from 2023 or later");
     }
-    const binary = atob(block.textContent.trim());
-    const bytes = Uint8Array.from(binary, (letter) => letter.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    block.textContent = "";
-    return new FileSource(await new Response(stream).json());
+    return new FileSource(await unpack(block));
+  }
+
+  /** Rows that lie together with a response. */
+  part(run, number) {
+    const id = `responses-${run}-${number}`;
+    if (!this.parts.has(id)) {
+      const block = document.getElementById(id);
+      if (!block) throw new Error("this file has no such response");
+      this.parts.set(id, unpack(block));
+    }
+    return this.parts.get(id);
   }
 
   async get(path, query = {}) {
@@ -53,10 +71,10 @@ export class FileSource {
     };
   }
 
-  response(run, id) {
-    const { rows, groups } = this.object(`export/responses?run=${run}`);
-    const row = rows[id];
-    if (!row) throw new Error(`this file has no response ${id}; it has ${rows.length}`);
+  async response(run, id) {
+    const { part, groups } = this.object(`export/responses?run=${run}`);
+    const row = (await this.part(run, Math.floor(id / part)))[id % part];
+    if (!row) throw new Error(`this file has no response ${id}`);
     const { ids, votes, ...shared } = groups[row.group];
     const { columns, tables } = this.object(`api/responses?run=${run}`);
     const group = ids.map((member) => {

@@ -131,7 +131,7 @@ function App({ source, first }) {
         class="plainly"
         onClick=${theme.next}
         title="light, dark, or as the system has it (d)"
-      >Theme: ${theme.choice}</button>
+      ><span class="roomy">Theme: </span>${theme.choice}</button>
       <button type="button" class="plainly" onClick=${() => setHelp(true)} title="keys (?)" aria-label="keys">?</button>
     </header>
     <main id="content" tabindex="-1"><${shown.view}
