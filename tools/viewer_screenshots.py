@@ -52,7 +52,7 @@ READY = {
     "tokens": "document.querySelector('.flow [data-token]')",
     "step": "document.querySelector('.timeline rect')",
 }
-COLOURS = 96
+COLOURS = 40
 
 
 def solution(answer: str, score: float, rng: np.random.Generator) -> dict[str, Any]:
