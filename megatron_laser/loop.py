@@ -85,7 +85,8 @@ def run_step(run: Run, step: int) -> None:
         try:
             if run.config.rollout.ahead:
                 on_rank_zero(run, f"rollout ahead of step {step + 1}", step, Controller.finish_ahead)
-            sync(run, step)
+            if run.keeps_syncing:
+                sync(run, step)
         except CannotGoOn as error:
             lost = error  # the step itself is complete: it is recorded before the run stops
     times = run.timers.collect()

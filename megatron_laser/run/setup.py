@@ -6,10 +6,12 @@ The user's files first (rank 0), then model, checkpoint and memory (all ranks), 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from megatron_laser.config.modes import generates, mode_words, trains
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.distributed.broadcast import broadcast_arrays
 from megatron_laser.observability.timers import Timers
@@ -17,12 +19,16 @@ from megatron_laser.run.colocation import Colocation, open_colocation
 from megatron_laser.run.controller import Controller
 from megatron_laser.run.engines import uses_servers
 from megatron_laser.run.inputs import read_inputs, shared_held
+from megatron_laser.run.offline_controller import OfflineController
 from megatron_laser.run.ranks import Ranks, require_rank_zero
 from megatron_laser.run.session import session, stop_signals
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
+from megatron_laser.trainer.frozen import FrozenTrainer
 from megatron_laser.trainer.score_drift import ScoreDrift
 from megatron_laser.trainer.stragglers import Stragglers, time_reductions
 from megatron_laser.trainer.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Run:
         first_step: the step after the checkpoint's; 1 for a fresh run.
         needs_sync: the engine holds other weights than the trainer: servers hold those that they were started with,
             and a resumed run has trained since (at step 0: it starts from a converted checkpoint).
+        keeps_syncing: it needs the trained ones after each step: something is trained, and somebody generates.
     """
 
     config: RunConfig
@@ -46,6 +53,7 @@ class Run:
     stragglers: Stragglers
     first_step: int
     needs_sync: bool
+    keeps_syncing: bool = True
 
 
 @contextmanager
@@ -62,6 +70,8 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
     """
     timers = Timers()
     with session(config, timers) as (runtime, coordinator):
+        if words := mode_words(config):
+            logger.warning("%s", words)  # shown by rank 0 alone
         inputs = coordinator.run_on_rank_zero(
             "reading inputs", lambda: read_inputs(config, overwrite=overwrite), deadline=config.run.deadline
         )
@@ -75,7 +85,8 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
             found = int(shared["score_token_id"])
             token = found if found >= 0 else None
             with coordinator.phase("building the model and loading the checkpoint"):
-                trainer = Trainer(config, runtime, score_token_id=token, timers=timers)
+                trainer_kind = Trainer if trains(config) else FrozenTrainer
+                trainer = trainer_kind(config, runtime, score_token_id=token, timers=timers)
                 time_reductions(trainer.policy, timers)
                 checkpoints = CheckpointManager(config, runtime, trainer.policy)
                 resumed = checkpoints.resume() if config.run.resume == "auto" else None
@@ -90,9 +101,10 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
                 held=shared_held(shared),
                 first_step=first_step,
             )
+            kind = Controller if generates(config) else OfflineController
             controller = coordinator.run_on_rank_zero(
                 "starting the rollout engine",
-                lambda: Controller(config, require_rank_zero(inputs), timers, resumed=resumed),
+                lambda: kind(config, require_rank_zero(inputs), timers, resumed=resumed),
                 deadline=config.run.deadline + 2 * config.rollout.sglang.start_deadline,
             )
             ranks = Ranks(config, runtime, coordinator, controller)
@@ -106,7 +118,9 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
                 timers,
                 Stragglers(runtime, config.logging.straggler_every),
                 first_step=first_step,
-                needs_sync=resumed is not None or uses_servers(config),
+                needs_sync=generates(config)
+                and (resumed is not None or uses_servers(config) or config.run.fake.weights),
+                keeps_syncing=trains(config) and generates(config),
             )
             with stop_signals(ranks.request_stop):
                 yield run
