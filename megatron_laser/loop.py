@@ -58,7 +58,8 @@ def run_steps(run: Run) -> bool:
     if stop_if_requested(run, run.first_step - 1):
         return False
     for step in range(run.first_step, run.config.run.steps + 1):
-        run_step(run, step)
+        with run.windows.step(step):  # with logging.profile, or where somebody asks for it: a profiler
+            run_step(run, step)
         if stop_if_requested(run, step):
             return False
         if run.checkpoints.due(step):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 
 class Timers:
@@ -22,6 +22,8 @@ class Timers:
         self._seconds: dict[str, float] = {}
         self._since: dict[str, float] = {}
         self._running: list[str] = []  # in order of entry, once for each entry
+        self.mark: Callable[[str], AbstractContextManager[object]] | None = None
+        """What else is entered with each phase: a range for a profiler."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -31,7 +33,11 @@ class Timers:
                 self._since[phase] = self._clock()
             self._running.append(phase)
         try:
-            yield
+            if self.mark is None:
+                yield
+            else:
+                with self.mark(phase):
+                    yield
         finally:
             with self._lock:
                 self._remove_latest(phase)
