@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_laser.config.modes import generates, mode_words, trains
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.distributed.broadcast import broadcast_arrays
+from megatron_laser.distributed.coordinator import Coordinator
 from megatron_laser.observability.control import Watcher
 from megatron_laser.observability.timers import Timers
 from megatron_laser.run.colocation import Colocation, open_colocation
@@ -101,7 +102,7 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
                 Path(config.run.output_dir),
                 runtime.rank,
                 runtime.world_size,
-                phase=lambda: ", ".join(filter(None, (coordinator.doing, timers.current))),
+                phase=lambda: _doing(coordinator, timers),
                 on_profile=coordinator.request_window if runtime.is_main else None,
             )
             found = int(shared["score_token_id"])
@@ -157,3 +158,9 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
                 controller.close()
             elif inputs is not None:
                 inputs.folder.release()
+
+
+def _doing(coordinator: Coordinator, timers: Timers) -> str:
+    """What this rank does, in words, for whoever asks."""
+    phases = (coordinator.doing, timers.current.replace("total", ""))
+    return ": ".join(filter(None, phases)) or "between two phases"

@@ -45,6 +45,27 @@ def test_training_on_recorded_batches_is_the_run_that_made_them_bitwise(recorded
     assert not (tmp_path / "again" / "batches").exists()
 
 
+@pytest.mark.parametrize("made_up", [False, True])
+def test_batches_of_experts_and_of_sets_of_tokens(tmp_path, made_up):
+    """Where a response's tokens went, and what they were sampled from, goes along; made up, it is of the right kind."""
+    file = write_tiny_run(
+        tmp_path,
+        family="qwen3-moe",
+        rollout={"top_k": 4},
+        moe={"routing_replay": True},
+        run={"steps": 2},
+    )
+    if made_up:
+        (first, second) = metrics_without_times(run(file, tmp_path / "out", "run.fake.responses=true"))
+        assert first["grad_norm"] > 0 and second["logprob_diff_mean"] > 0
+        return
+    ordinary = run(file, tmp_path / "a", "logging.record_batches_every=1", "laser.score_source=server")
+    settings = ["run.mode=train_only", f"run.batches={ordinary / 'batches'}", "laser.score_source=server"]
+    again = run(file, tmp_path / "b", *settings)
+    assert metrics_without_times(again) == metrics_without_times(ordinary)
+    assert weights(again, 2) == weights(ordinary, 2)
+
+
 def test_two_settings_are_compared_on_the_same_responses(recorded, tmp_path):
     file, ordinary = recorded
     run(file, tmp_path / "other", *train_only(recorded, "laser.enabled=false", "run.steps=2"))
