@@ -15,6 +15,7 @@ from megatron_laser.cli import (
     convert,
     env,
     evaluate,
+    live,
     metrics,
     replay,
     report,
@@ -48,6 +49,8 @@ app.command("serve")(serve.serve)
 app.command("convert")(convert.convert)
 app.command("view")(view.view)
 app.command("replay")(replay.replay)
+app.command("stacks")(live.stacks)
+app.command("profile")(live.profile)
 app.command("env")(env.env)
 app.add_typer(bench.app, name="bench")
 

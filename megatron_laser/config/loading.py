@@ -19,6 +19,7 @@ from megatron_laser.config.checks.sources import (
     source_problems,
     unknown_source_key,
 )
+from megatron_laser.config.modes import as_run
 from megatron_laser.config.schema.readouts import ReadoutConfig
 from megatron_laser.config.schema.root import RunConfig, key_paths, nested_sections
 from megatron_laser.config.schema.sources import SOURCE_SETTINGS
@@ -32,6 +33,7 @@ PATH_KEYS = frozenset(
         ("data", "validation"),
         ("data", "test"),
         ("run", "output_dir"),
+        ("run", "batches"),
         ("checkpoint", "folder"),
         ("rollout", "sync_folder"),
         ("rollout", "sglang.endpoints"),
@@ -84,6 +86,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         problems += _describe(error, origin)
     if config is not None:
+        config = as_run(config)
         problems += settings_problems(config) + source_problems(config.data, origin)
     if problems or config is None:
         raise ConfigError(problems, str(path))

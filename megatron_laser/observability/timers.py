@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from megatron_laser.observability.timeline import Span
 
@@ -29,6 +29,8 @@ class Timers:
         self._running: list[str] = []  # in order of entry, once for each entry
         self._began: dict[str, float] = {}  # as `_since`, whatever was collected meanwhile
         self._spans: deque[Span] = deque(maxlen=_SPANS_KEPT)
+        self.mark: Callable[[str], AbstractContextManager[object]] | None = None
+        """What else is entered with each phase: a range for a profiler."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -38,7 +40,11 @@ class Timers:
                 self._since[phase] = self._began[phase] = self._clock()
             self._running.append(phase)
         try:
-            yield
+            if self.mark is None:
+                yield
+            else:
+                with self.mark(phase):
+                    yield
         finally:
             with self._lock:
                 self._remove_latest(phase)

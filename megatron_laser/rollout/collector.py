@@ -60,6 +60,7 @@ class RolloutCollector:
         oversample: float = 1.0,
         max_staleness: int = 0,
         ahead: int = 0,
+        frozen: bool = False,
         endings: Endings | None = None,
         function: SampleFunction | None = None,
         graders: Mapping[str, GradingPool] | None = None,
@@ -75,6 +76,7 @@ class RolloutCollector:
             oversample: begin so many times the missing groups at once; above 1 the engine must be resumable.
             max_staleness: carried responses with older tokens than so many steps are generated anew.
             ahead: how many steps the engine's weights may be behind those that the step trains.
+            frozen: nothing is trained, so that the engine's weights are never too old.
             endings: watches for steps in which no response ends by itself.
             function: makes the samples; None: the engine does, each in one piece.
             graders: for prompts whose `reward` is not `grading`'s.
@@ -95,6 +97,7 @@ class RolloutCollector:
         self._oversample = oversample
         self._max_staleness = max_staleness
         self._ahead = ahead
+        self._frozen = frozen
         self._endings = endings
         self._function = function
         self._graders = graders or {}
@@ -137,7 +140,7 @@ class RolloutCollector:
             FunctionFailed: the same of a function that made no samples, or that blocks all others.
             NothingEnds: see `Endings.note`.
         """
-        oldest = max(0, step - 1 - self._ahead)
+        oldest = 0 if self._frozen else max(0, step - 1 - self._ahead)
         if not oldest <= self._engine.version <= step - 1:
             raise RuntimeError(
                 f"step {step}: the engine holds weight version {self._engine.version}, expected {step - 1}"
@@ -146,7 +149,8 @@ class RolloutCollector:
         if self._progress is None or self._progress.step != step:
             self._progress = Progress(step, self.state(), time.monotonic() + self._deadline)
             self._progress.open, self._carried = self._carried, []
-            self._progress.drop_stale(self._max_staleness)
+            if not self._frozen:
+                self._progress.drop_stale(self._max_staleness)
         progress = self._progress
         while len(progress.groups) < self._prompts_per_step and (
             progress.open or progress.tried < self._tries
@@ -177,8 +181,9 @@ class RolloutCollector:
             )
         groups += progress.lost
         if isinstance(self._engine, ResumableEngine):
+            trained = self._engine.version if self._frozen else step - 1
             self.metrics["groups_carried"] = len(self._carried)
-            self.metrics |= staleness_metrics(groups, trained_version=step - 1)
+            self.metrics |= staleness_metrics(groups, trained_version=trained)
             self.metrics |= self._engine.take_metrics()
         self._progress = None
         return RolloutBatch(step, self._engine.version, groups, dict(self.metrics))

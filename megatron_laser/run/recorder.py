@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laser.config import ConfigError, RunConfig
+from megatron_laser.config.modes import batches_folder, mode_words, trains
 from megatron_laser.observability.alarms import AlarmWatch
 from megatron_laser.observability.best_effort import BestEffort
 from megatron_laser.observability.events import EventLog
@@ -25,6 +26,7 @@ from megatron_laser.observability.rollout_dump import TokenPart, dump_rollouts
 from megatron_laser.observability.wandb_sink import open_wandb
 from megatron_laser.report.run_report import write_report
 from megatron_laser.run.output_folder import FINISHED, STOPPED, ClaimedFolder
+from megatron_laser.run.recorded_batches import write_batch
 from megatron_laser.types import RolloutBatch
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class RunRecorder:
         self._claimed = claimed
         self._folder = Path(config.run.output_dir)
         self._dumps = BestEffort("logging.rollouts_every")
+        self._batches = BestEffort("logging.record_batches_every")
         state = (None if resumed is None else resumed["run"]) or {}
         with ExitStack() as opened:
             wandb = None
@@ -158,6 +161,27 @@ class RunRecorder:
                 )
             )
 
+    def keep(
+        self, batch: RolloutBatch, progress: Mapping[str, float], origin: Callable[[], Mapping[str, Any]]
+    ) -> str:
+        """Keep the batch for `run.mode: train_only`, if it is due; see `write_batch`.
+
+        Returns:
+            "", or why the run has to save and stop: it is there to keep batches, and this one cannot be written.
+        """
+        every = self._config.logging.record_batches_every
+        if not every or batch.step % every:
+            return ""
+        folder = batches_folder(self._config)
+        if trains(self._config):
+            self._batches(lambda: write_batch(folder, batch, progress, origin()))
+            return ""
+        try:
+            write_batch(folder, batch, progress, origin())
+        except OSError as error:
+            return f"the batch of step {batch.step} cannot be written to {folder} ({error})"
+        return ""
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it: whose it is, and lines that metrics.jsonl lacks."""
         owner, lines = self._claimed.owner, self._metrics.unwritten
@@ -185,6 +209,8 @@ class RunRecorder:
             "", or why the run is not marked as finished.
         """
         self._view.__exit__(None, None, None)
+        if words := mode_words(self._config):
+            self.message(f"this was no ordinary run: {words}")
         # `megatron-laser report` writes it again.
         BestEffort("writing report.md", Exception)(lambda: write_report([self._folder]))
         try:

@@ -43,6 +43,7 @@ DEFAULTS = {
     },
     "rollout": {
         "engine": "in_process",
+        "limit": None,
         "prompts_per_step": 128,
         "samples_per_prompt": 8,
         "drop_uniform_groups": False,
@@ -203,8 +204,10 @@ DEFAULTS = {
         "wandb_project": None,
         "live": "auto",
         "rollouts_every": 0,
+        "record_batches_every": 0,
         "straggler_every": 50,
         "level": "INFO",
+        "profile": {"steps": None, "ranks": [0], "memory": False, "asked_steps": 1},
     },
     "alarms": {
         "enabled": True,
@@ -243,6 +246,15 @@ DEFAULTS = {
     },
     "run": {
         "name": "first",
+        "mode": "train",
+        "batches": None,
+        "fake": {
+            "weights": False,
+            "responses": False,
+            "prompt_tokens": None,
+            "response_tokens": None,
+            "spread": 0.7,
+        },
         "seed": 1,
         "resume": "auto",
         "deadline": 900.0,

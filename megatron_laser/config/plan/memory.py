@@ -164,6 +164,8 @@ def _rollout(
     config: RunConfig, arch: Architecture, layout: Layout, state: list[MemoryLine], gpu_memory_gib: float
 ) -> list[MemoryLine]:
     rollout, itemsize = config.rollout, DTYPE_BYTES[config.model.dtype]
+    if rollout.engine == "none":
+        return []
     if rollout.engine == "in_process":
         # Keys and values of every sequence at its longest; the copy of the model has no tensor parallelism.
         width = arch.num_key_value_heads * arch.head_dim

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_laser.config import RunConfig
+from megatron_laser.config.modes import generates
 from megatron_laser.data.tokenizer import load_tokenizer
 from megatron_laser.rewards.trial import trial
 from megatron_laser.rollout.function.loading import function_findings
+from megatron_laser.run.preflight.batches import batch_findings
 from megatron_laser.run.preflight.data import GROUP as DATA
 from megatron_laser.run.preflight.data import DataInputs, Progress, read_data, tokenize_data
 from megatron_laser.run.preflight.finding_log import FindingLog, needed
@@ -43,7 +45,9 @@ def run_preflight(
 ) -> PreflightResult:
     """Check everything; what was found goes into `log`.
 
-    Reads, and writes nothing. Quick checks come first, so that a run that cannot start says so soon.
+    Reads, and writes nothing. A run in which nobody generates has no data, graders or tokenizer.
+
+    Quick checks come first, so that a run that cannot start says so soon.
 
     Args:
         overwrite: a run that is in the output folder will be moved aside, and may be any.
@@ -56,6 +60,15 @@ def run_preflight(
     check_layers(config, log)
     if not check_folders(config, log, overwrite=overwrite):
         check_disks(config, model, log, overwrite=overwrite)
+    if not generates(config):
+        with log.topic(REWARD, "objective"):
+            log.add(REWARD, objective_findings(config))
+        with log.topic(MODEL, "readouts"):
+            log.add(MODEL, readout_findings(config, model))
+            log.add(MODEL, forced_findings(config, model))
+        with log.topic(DATA, "batches"):
+            log.add(DATA, batch_findings(config, model))
+        return PreflightResult(model, DataInputs())
     data = read_data(config, log)
     answers = dict(data.answers())
     for function in answers or [config.reward.function]:

@@ -119,6 +119,8 @@ def folder_finding(setting: str, folder: Path) -> Finding:
 
 def _servers(config: RunConfig) -> str:
     rollout, sglang = config.rollout, config.rollout.sglang
+    if rollout.engine == "none":
+        return "none are needed (nothing is generated)"
     if rollout.engine == "in_process":
         return "none are needed (rollout.engine is in_process)"
     if sglang.urls is not None:
