@@ -204,6 +204,7 @@ DEFAULTS = {
         "live": "auto",
         "rollouts_every": 0,
         "straggler_every": 50,
+        "machine": None,
         "level": "INFO",
     },
     "run": {
