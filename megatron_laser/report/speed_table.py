@@ -10,8 +10,8 @@ from megatron_laser.report.run_data import Run
 _PHASES = ("step", "generate", "grade", "logprob", "train", "sync")
 
 
-def _plain(digits: int, scale: float = 1.0) -> Callable[[float], str]:
-    return lambda value: f"{value * scale:,.{digits}f}"
+def _tenths(value: float) -> str:
+    return f"{value:,.1f}"
 
 
 def _percent(value: float) -> str:
@@ -20,18 +20,18 @@ def _percent(value: float) -> str:
 
 # label, metric, how it is written
 _ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("Tokens a second, over all GPUs: each", "rate/tokens_per_second_gpu", _plain(1)),
-    ("Trained tokens a second, each trainer GPU", "rate/tokens_per_second_trainer_gpu", _plain(1)),
-    ("Generated tokens a second, each server GPU", "rate/tokens_per_second_server_gpu", _plain(1)),
-    ("GFLOPs a trained token", "rate/flops_per_token", _plain(3, 1e-9)),
+    ("Tokens a second, over all GPUs: each", "rate/tokens_per_second_gpu", _tenths),
+    ("Trained tokens a second, each trainer GPU", "rate/tokens_per_second_trainer_gpu", _tenths),
+    ("Generated tokens a second, each server GPU", "rate/tokens_per_second_server_gpu", _tenths),
+    ("GFLOPs a trained token", "rate/flops_per_token", lambda value: f"{value * 1e-9:.3g}"),
     ("MFU of updates", "mfu/train", _percent),
     ("MFU of log-prob passes", "mfu/logprob", _percent),
     ("MFU of generation", "mfu/generate", _percent),
     ("Trainer waits for rollouts", "idle/trainer", _percent),
     ("Servers have nothing to do", "idle/servers", _percent),
     ("Servers busy in a rollout", "servers/utilisation", _percent),
-    ("Requests that run on a server", "servers/running_mean", _plain(1)),
-    ("Requests that wait on a server", "servers/queued_mean", _plain(1)),
+    ("Requests that run on a server", "servers/running_mean", _tenths),
+    ("Requests that wait on a server", "servers/queued_mean", _tenths),
     ("Key/value slots in use", "servers/kv_usage_mean", _percent),
     ("Prompt tokens from the prefix cache", "servers/cache_hit_rate", _percent),
     ("Pipeline bubble, by the schedule", "pipeline_bubble", _percent),
@@ -51,7 +51,7 @@ def speed_table(runs: list[Run]) -> str:
     lines = [["Median over the steps", *(run.label for run in runs)], ["---", *["---:"] * len(runs)]]
     for label, name, written in _ROWS:
         values = [_median(run, name) for run in runs]
-        if any(value is not None for value in values):
+        if any(values):  # a bubble of 0 where nothing is split up is not worth a line
             lines.append([label, *("–" if value is None else written(value) for value in values)])
     for phase in _PHASES:
         cells = [_predicted(run, phase) for run in runs]
