@@ -22,7 +22,6 @@ VARYING = ("time/", "memory/", "rate/", "mfu/", "servers/", "idle/", "plan/")
 """Prefixes of metrics that depend on the machine and its clock: two equal runs differ in nothing else."""
 
 GENERATED = "rate/generated_tokens"
-BUSY_SECONDS = "servers/busy_seconds"
 
 
 @dataclass(frozen=True)
@@ -131,19 +130,21 @@ def rate_metrics(
     return {name: value for name, value in found.items() if value > 0.0 and math.isfinite(value)}
 
 
-def idle_metrics(metrics: Mapping[str, float], *, waited: float, servers: bool) -> dict[str, float]:
+def idle_metrics(
+    metrics: Mapping[str, float], *, waited: float, busy: float | None = None
+) -> dict[str, float]:
     """`idle/trainer` and `idle/servers`, shares of the step; {} without a step's seconds.
 
     Args:
-        metrics: time/..., and `BUSY_SECONDS` where servers have said when they had requests.
+        metrics: time/...
         waited: seconds in which the trainer waited for rollouts.
-        servers: whether servers generate; else rank 0 does, and has nothing to generate outside `time/generate`.
+        busy: seconds in which a server had something to do, mean over servers; None: not known, and taken to be those
+            in which something was generated, as it is in process.
     """
     total = metrics.get("time/total", 0.0)
     if total <= 0.0:
         return {}
-    generating = metrics.get("time/generate", 0.0)
-    busy = metrics.get(BUSY_SECONDS, generating) if servers else generating
+    busy = metrics.get("time/generate", 0.0) if busy is None else busy
     return {"idle/trainer": _share(waited / total), "idle/servers": _share(1.0 - busy / total)}
 
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from megatron_laser.config import RunConfig, read_architecture
 from megatron_laser.config.process_environment import place_in_run
 from megatron_laser.observability.rates import Devices, idle_metrics, rate_metrics, step_work
+from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.engine import RolloutEngine
-from megatron_laser.run.engines import uses_servers
 from megatron_laser.trainer.forward_backward import NORM, TOTAL
 from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch
@@ -29,6 +29,7 @@ class Speed:
         self._architecture = read_architecture(config.model.path)
         self._ranks = place_in_run().world_size
         self._waited = 0.0
+        self._known, self._busy = self._servers_so_far()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -49,9 +50,22 @@ class Speed:
         """
         waited, self._waited = self._waited, 0.0
         work = step_work(self._config, self._architecture, batch.groups)
-        devices = Devices.of(self._config, self._ranks, getattr(self._engine, "num_gpus", 0))
+        devices = Devices.of(self._config, self._ranks, self._server_gpus)
         found = rate_metrics(work, devices, metrics, passes=self._passes(result))
-        return found | idle_metrics(metrics, waited=waited, servers=uses_servers(self._config))
+        return found | idle_metrics(metrics, waited=waited, busy=self._busy_seconds())
+
+    @property
+    def _server_gpus(self) -> int:
+        return self._engine.num_gpus if isinstance(self._engine, SglangEngine) else 0
+
+    def _servers_so_far(self) -> tuple[float, float]:
+        return self._engine.busy_seconds if isinstance(self._engine, SglangEngine) else (0.0, 0.0)
+
+    def _busy_seconds(self) -> float | None:
+        """Of the servers since the last call, mean over them; None: nothing is known of that time."""
+        (known, busy), before, busy_before = self._servers_so_far(), self._known, self._busy
+        self._known, self._busy = known, busy
+        return busy - busy_before if known > before else None
 
     def _passes(self, result: StepResult) -> float:
         """How often the optimizer went through the batch: a step may be given up before it is computed."""

@@ -58,18 +58,19 @@ def test_loads_count_by_the_time_that_they_hold_and_only_while_a_rollout_runs():
         await asyncio.sleep(0.4)
         assert len(fleet.engine.log) == 4  # two rounds, and none since
         fleet.now = 100.0
-        return fleet.watch.take(), fleet.watch.take()
+        return fleet.watch
 
-    found, nothing = asyncio.run(main())
+    watch = asyncio.run(main())
+    assert (watch.known_seconds, watch.busy_seconds) == (12.0, pytest.approx((12 + 4) / 2))
+    found = watch.take()
     seconds = 2 * 12.0
     assert found == {
         "servers/utilisation": pytest.approx((12 + 4) / seconds),
-        "servers/busy_seconds": pytest.approx(8.0),  # a server's mean, of the rollout's 12
         "servers/running_mean": pytest.approx((10 * 4 + 4 * 8 + 2 * 4) / seconds),
         "servers/queued_mean": pytest.approx(6 * 4 / seconds),
         "servers/kv_usage_mean": pytest.approx((0.5 * 4 + 0.2 * 8 + 0.1 * 4) / seconds),
     }
-    assert nothing == {}
+    assert watch.take() == {} and watch.known_seconds == 12.0
 
 
 def test_a_dead_server_has_nothing_to_do_and_is_not_asked():
@@ -110,7 +111,7 @@ def test_a_server_that_cannot_say_is_asked_once_and_known_by_the_requests_that_a
     assert fleet.engine.calls(0) == [LOADS]
     assert caplog.text.count("does not say what it has to do") == 1
     # Behind a router nobody knows who has what.
-    assert fleet.watch.take() == ({} if router else {"servers/utilisation": 1.0, "servers/busy_seconds": 3.0})
+    assert fleet.watch.take() == ({} if router else {"servers/utilisation": 1.0})
 
 
 def test_a_late_answer_is_left_out_and_its_server_is_asked_again():
@@ -193,7 +194,8 @@ def test_an_engine_says_how_busy_its_servers_were_while_it_generated():
         found = {name: value for name, value in engine.take_metrics().items() if name.startswith("servers/")}
         # A request of two tokens, of which the cache has one, twice.
         assert found.pop("servers/cache_hit_rate") == 0.5
-        assert 0.15 < found.pop("servers/busy_seconds") <= took
+        known, busy = engine.busy_seconds
+        assert 0.15 < busy == known <= took
         assert found == {
             "servers/utilisation": 1.0,
             "servers/running_mean": pytest.approx(2.0),

@@ -156,14 +156,12 @@ def test_each_gpu_counts_once(settings, server_gpus, expected):
 
 def test_idle_shares_by_hand():
     times = {"time/total": 20.0, "time/generate": 10.0}
-    busy = times | {"servers/busy_seconds": 7.0}
-    assert idle_metrics(busy, waited=12.0, servers=True) == {"idle/trainer": 0.6, "idle/servers": 0.65}
-    # Servers that say nothing are taken to be busy as long as the rollout runs; in process rank 0 generates.
-    expected = {"idle/trainer": 0.6, "idle/servers": 0.5}
-    assert idle_metrics(times, waited=12.0, servers=True) == expected
-    assert idle_metrics(busy, waited=12.0, servers=False) == expected
-    assert idle_metrics(times, waited=20.1, servers=True)["idle/trainer"] == 1.0
-    assert idle_metrics({}, waited=12.0, servers=True) == {}
+    expected = {"idle/trainer": 0.6, "idle/servers": 0.65}
+    assert idle_metrics(times, waited=12.0, busy=7.0) == expected
+    # Servers that say nothing are taken to be busy as long as the rollout runs, as rank 0 is in process.
+    assert idle_metrics(times, waited=12.0) == expected | {"idle/servers": 0.5}
+    assert idle_metrics(times, waited=20.1)["idle/trainer"] == 1.0
+    assert idle_metrics({}, waited=12.0, busy=7.0) == {}
 
 
 def test_a_line_of_a_step_has_mfu_and_servers_that_idle_where_they_are_known():

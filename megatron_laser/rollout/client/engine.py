@@ -310,6 +310,12 @@ class SglangEngine:
                 self.loop.call_soon_threadsafe(self._loads.end)
 
     @property
+    def busy_seconds(self) -> tuple[float, float]:
+        """Of what was `watched` so far: seconds of which something is known, and in which a server had something to do,
+        mean over servers."""
+        return self._loads.known_seconds, self._loads.busy_seconds
+
+    @property
     def num_gpus(self) -> int:
         """GPUs of all servers that have said who they are, dead ones too; on CPUs their processes."""
         return sum(member.tensor for member in self.fleet.identified())

@@ -1,7 +1,8 @@
 """How busy the servers are while a rollout runs: each is asked now and then, and what it says counts by time.
 
 Nothing of a rollout depends on it. An answer has two seconds, one that does not come is left out, and a server that
-cannot say is not asked again; requests that this process has open there then say whether it has something to do.
+cannot say is not asked again. That a server has something to do is also known by requests that this process has open
+there: what it says of itself may be a few decode steps old.
 """
 
 from __future__ import annotations
@@ -41,21 +42,32 @@ class _Sums:
     kv_usage: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Heard:
+    """Of one server: whether it has something to do, and what it says of it; None: nothing."""
+
+    busy: bool
+    load: ServerLoad | None
+
+
 @dataclass
 class LoadWatch:
     """Asks the members of `fleet` between `begin` and `end`; all calls are made in its event loop.
 
     router: requests go through a router, so that this process does not know which server has them.
+    known_seconds, busy_seconds: seconds of rollouts since the engine was opened of which something is known, and in
+    which a server has something to do, mean over servers. They only grow, and may be read in any thread.
     """
 
     fleet: Fleet
     router: bool = False
     clock: Callable[[], float] = time.monotonic
+    known_seconds: float = 0.0
+    busy_seconds: float = 0.0
     _sums: _Sums = field(default_factory=_Sums)
-    _seconds: float = 0.0
     _since: float = 0.0  # when what was heard last began to hold
     _began: float = 0.0
-    _last: dict[str, ServerLoad | bool] = field(default_factory=dict)
+    _last: list[_Heard] = field(default_factory=list)
     _mute: set[tuple[str, int]] = field(default_factory=set)
     _task: asyncio.Task[None] | None = None
 
@@ -63,7 +75,7 @@ class LoadWatch:
         """A rollout, or another part of one, begins."""
         if self._task is None:
             self._began = self._since = self.clock()
-            self._last = {}
+            self._last = []
             self._task = asyncio.get_running_loop().create_task(self._watch())
 
     def end(self) -> None:
@@ -72,16 +84,13 @@ class LoadWatch:
             self._task.cancel()
             self._task = None
             self._count(self._last)
-            self._seconds += self.clock() - self._began
 
     def take(self) -> dict[str, float]:
         """servers/... since the last call; {} where no server has been heard of."""
-        sums, seconds = self._sums, self._seconds
-        self._sums, self._seconds = _Sums(), 0.0
+        sums, self._sums = self._sums, _Sums()
         if sums.known <= 0.0:
             return {}
-        utilisation = sums.busy / sums.known
-        found = {"servers/utilisation": utilisation, "servers/busy_seconds": utilisation * seconds}
+        found = {"servers/utilisation": sums.busy / sums.known}
         if sums.told > 0.0:
             found["servers/running_mean"] = sums.running / sums.told
             found["servers/queued_mean"] = sums.queued / sums.told
@@ -95,46 +104,47 @@ class LoadWatch:
                 await asyncio.sleep(pause)
                 members = self.fleet.members
                 answers = await asyncio.gather(*(self._ask(member) for member in members))
-                self._count({m.url: a for m, a in zip(members, answers, strict=True) if a is not None})
+                self._count([heard for heard in answers if heard is not None])
                 elapsed = self.clock() - self._began
                 pause = min(_LONGEST, max(_SHORTEST, _GROWTH * elapsed))
                 pause = max(pause, len(members) / _ASKED_A_SECOND)
         except Exception as error:  # whatever it is, the rollout goes on
             logger.warning("servers are not asked for their load in this rollout any more: %r", error)
 
-    def _count(self, loads: dict[str, ServerLoad | bool]) -> None:
-        """`loads` held since the ones before were heard."""
+    def _count(self, heard: list[_Heard]) -> None:
+        """`heard` held since what was heard before."""
         now = self.clock()
-        seconds, self._since, self._last = now - self._since, now, loads
-        for load in loads.values():
+        seconds, self._since, self._last = now - self._since, now, heard
+        if heard:
+            self.known_seconds += seconds
+            self.busy_seconds += seconds * sum(server.busy for server in heard) / len(heard)
+        for server in heard:
             self._sums.known += seconds
-            if isinstance(load, bool):
-                self._sums.busy += seconds * load
-                continue
-            self._sums.told += seconds
-            self._sums.busy += seconds * (load.running + load.queued > 0)
-            self._sums.running += seconds * load.running
-            self._sums.queued += seconds * load.queued
-            self._sums.kv_usage += seconds * load.kv_usage
+            self._sums.busy += seconds * server.busy
+            if (load := server.load) is not None:
+                self._sums.told += seconds
+                self._sums.running += seconds * load.running
+                self._sums.queued += seconds * load.queued
+                self._sums.kv_usage += seconds * load.kv_usage
 
-    async def _ask(self, member: Member) -> ServerLoad | bool | None:
-        """What it has to do, whether it has something to do, or None: unknown."""
+    async def _ask(self, member: Member) -> _Heard | None:
+        """None: nothing is known of it."""
         if member.health.state in _NOT_THERE:
-            return IDLE
+            return _Heard(False, IDLE)
         process = (member.url, member.start)
         if process not in self._mute:
             try:
                 answer = await member.client.get(LOADS, deadline=_ANSWER_SECONDS, phase="load")
                 load = parse_load(answer)
                 if load is not None:
-                    return load
+                    return _Heard(load.running + load.queued > 0 or bool(member.running), load)
                 self._silence(member, f"answered {str(answer)[:200]}")
             except (ServerRefused, UnexpectedAnswer) as error:
                 self._silence(member, str(error))
             except ServerError as error:
                 logger.debug("%s", error)
                 return None
-        return None if self.router else bool(member.running)
+        return None if self.router else _Heard(bool(member.running), None)
 
     def _silence(self, member: Member, why: str) -> None:
         self._mute.add((member.url, member.start))
