@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_laser.config import Architecture, RunConfig
 from megatron_laser.config.derived import needs_reference_model, old_policy_pass_kind
-from megatron_laser.config.model_folder.flops import forward_flops
+from megatron_laser.config.model_folder.flops import forward_flops, training_flops
 from megatron_laser.types import Group
 
 VARYING = ("time/", "memory/", "rate/", "mfu/", "servers/", "idle/", "plan/")
@@ -84,7 +84,7 @@ def step_work(config: RunConfig, architecture: Architecture, groups: Sequence[Gr
             if length > begin:  # the last token is sampled, and not fed
                 behind = forward_flops(architecture, length - 1, own)
                 generate += behind - forward_flops(architecture, begin, 0)
-            train += 3 * forward_flops(architecture, length, own + score)
+            train += training_flops(architecture, length, own + score)
             if kind != "none":
                 logprob += forward_flops(architecture, length, score + own * (kind == "full"))
             if needs_reference_model(config):
