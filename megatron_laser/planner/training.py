@@ -9,6 +9,7 @@ from megatron_laser.config.model_folder.flops import (
     attention_flops,
     head_flops,
     layer_flops_per_token,
+    mlp_flops_per_token,
     recomputed_flops,
 )
 from megatron_laser.config.model_folder.parameters import DTYPE_BYTES
@@ -23,8 +24,9 @@ from megatron_laser.planner.machine import Machine
 class Pass:
     """What one pass over a step's batch works on; FLOPs are means of one sequence in one layer, of a forward.
 
-    tokens: of a sequence, without padding; padded: with it. rows: labelled. experts: of `layers`, what experts are. micro_batches: of one optimizer step on a
-    rank, each of `tokens_per_micro_batch` on that rank. recomputed: of all layers. head: of all rows.
+    tokens: of a sequence, without padding; padded: with it. rows: labelled. experts: of `layers`, what experts are.
+    micro_batches: of one optimizer step on a rank, each of `tokens_per_micro_batch` on that rank. recomputed: of all
+    layers. head: of all rows.
     """
 
     tokens: float
