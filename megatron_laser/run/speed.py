@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +11,10 @@ from megatron_laser.config.process_environment import place_in_run
 from megatron_laser.observability.rates import Devices, idle_metrics, rate_metrics, step_work
 from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.engine import RolloutEngine
+from megatron_laser.run.predicting import Predictor, peaks, run_machine
 from megatron_laser.trainer.forward_backward import NORM, TOTAL
 from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch
-
-logger = logging.getLogger(__name__)
 
 
 class Speed:
@@ -28,6 +26,9 @@ class Speed:
         self._engine = engine
         self._architecture = read_architecture(config.model.path)
         self._ranks = place_in_run().world_size
+        machine = run_machine(config)
+        self._peaks = peaks(config, machine)
+        self._predictor = None if machine is None else Predictor(config, machine, self._ranks)
         self._waited = 0.0
         self._known, self._busy = self._servers_so_far()
 
@@ -51,7 +52,15 @@ class Speed:
         waited, self._waited = self._waited, 0.0
         work = step_work(self._config, self._architecture, batch.groups)
         devices = Devices.of(self._config, self._ranks, self._server_gpus)
-        found = rate_metrics(work, devices, metrics, passes=self._passes(result))
+        passes = self._passes(result)
+        found = rate_metrics(work, devices, metrics, passes=passes, peaks=self._peaks)
+        if self._predictor is not None:
+            found |= self._predictor.metrics(
+                batch,
+                metrics,
+                server_gpus=devices.all - devices.trainer,
+                whole=passes == self._config.policy.epochs,
+            )
         return found | idle_metrics(metrics, waited=waited, busy=self._busy_seconds())
 
     @property
