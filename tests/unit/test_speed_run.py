@@ -4,10 +4,10 @@ import json
 import math
 
 import pytest
-from helpers.tiny_run import write_tiny_run
+from helpers.tiny_run import metrics_without_times, write_tiny_run
 from helpers.whole_runs import run
 
-from megatron_laser.config import read_architecture
+from megatron_laser.config import ConfigError, load_config, read_architecture
 from megatron_laser.config.model_folder.flops import forward_flops
 
 RATES = {
@@ -66,3 +66,62 @@ def test_flops_a_token_are_those_of_the_responses_that_were_dumped(plain):
         )
         assert line["tokens"] == sum(4 + response["response_ids_length"] for response in responses)
         assert math.isclose(line["rate/flops_per_token"], flops / line["tokens"], rel_tol=1e-12)
+
+
+# A CPU of 1 GFLOP/s whose other numbers are an H100's: of efficiencies nothing is expected here.
+MACHINE = {"base": "h100", "device": "cpu", "memory_gib": 4.0, "matmul_flops": {"float32": 1.0e9}}
+PHASES = ("step", "generate", "grade", "logprob", "train", "sync")
+
+
+@pytest.fixture(scope="module")
+def known(plain):
+    """The same run with a machine file."""
+    file, _ = plain
+    (file.parent / "cpu.yaml").write_text(json.dumps(MACHINE))
+    return run(file, file.parent / "known", f"logging.machine={file.parent / 'cpu.yaml'}")
+
+
+def test_with_a_machine_file_a_run_says_mfu_and_what_was_predicted(known):
+    first, second = lines(known)
+    mfu = {f"mfu/{phase}" for phase in ("train", "logprob", "generate")}
+    plan = {f"plan/{phase}_{what}" for phase in PHASES for what in ("seconds", "ratio")}
+    assert set(added(first)) == RATES | mfu | plan
+    assert set(added(second)) - plan == RATES | mfu
+    for line in (first, second):
+        flops = line["rate/flops_per_token"] * line["tokens"]
+        assert line["mfu/train"] == pytest.approx(flops / line["time/train"] / 1e9)
+        # The old policy's pass is a forward over the same rows.
+        assert line["mfu/logprob"] == pytest.approx(flops / 3 / line["time/logprob"] / 1e9)
+        assert 0 < line["mfu/generate"] < 1
+    for phase in PHASES:
+        measured = first["time/total" if phase == "step" else f"time/{phase}"]
+        assert first[f"plan/{phase}_ratio"] == pytest.approx(measured / first[f"plan/{phase}_seconds"])
+    report = (known / "report.md").read_text()
+    assert "## Speed" in report and "A step: seconds predicted → measured" in report
+
+
+def test_nothing_else_depends_on_it(plain, known):
+    assert metrics_without_times(known) == metrics_without_times(plain[1])
+    assert not any(name.startswith(ADDED) for line in metrics_without_times(known) for name in line)
+
+
+def machine_error(file, tmp_path, machine):
+    with pytest.raises(ConfigError) as caught:
+        run(file, tmp_path / "out", f"logging.machine={machine}")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    return str(caught.value)
+
+
+def test_a_machine_that_cannot_be_is_refused_before_the_run_begins(plain, tmp_path):
+    file, _ = plain
+    assert "h1000" in machine_error(file, tmp_path, "h1000")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(json.dumps(MACHINE | {"matmul_flops": {"bfloat16": 1e9}}))
+    assert "matmul_flops has no float32" in machine_error(file, tmp_path, wrong)
+    assert "missing.yaml" in machine_error(file, tmp_path, tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize(("given", "found"), [("sub/cpu.yaml", True), ("cpu.yml", True), ("h100", False)])
+def test_a_machine_file_is_looked_up_beside_the_settings_and_a_name_is_not(tmp_path, given, found):
+    file = write_tiny_run(tmp_path, logging={"machine": given})
+    assert load_config(file).logging.machine == (str(tmp_path / given) if found else given)
