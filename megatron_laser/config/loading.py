@@ -48,6 +48,7 @@ PATH_KEY = ("data", "train")
 FUNCTION_KEY = ("reward", "function")  # of a source
 TEMPLATE_KEY = ("data", "chat_template_arguments")
 PROGRAM_KEY = ("rollout", "sglang.python")
+MACHINE_KEY = ("logging", "machine")
 
 _EXPECTED = {
     "float_type": "a number",
@@ -276,6 +277,8 @@ def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
         return source_paths(value, base) if isinstance(value, dict) else _join(value, base)
     if key == PROGRAM_KEY and isinstance(value, str) and "/" in value:  # a bare name is looked up on PATH
         return _join(value, base)
+    if key == MACHINE_KEY and isinstance(value, str) and ("/" in value or value.endswith((".yaml", ".yml"))):
+        return _join(value, base)  # a bare name is one that the planner knows
     if key in FUNCTION_KEYS:
         return _absolute_function(value, base)
     if key == READOUTS_KEY and isinstance(value, list):

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from megatron_laser.observability.alarms import Alarm
 from megatron_laser.observability.best_effort import SafeOutput
+from megatron_laser.observability.rates import speed_fields
 from megatron_laser.observability.readout_fields import readout_fields
 from megatron_laser.observability.source_metrics import later_metrics, metrics_by_source
 
@@ -118,6 +119,7 @@ def plain_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:
     rate = number(metrics, "time/tokens_per_second")
     if rate is not None:
         parts.append(f"{format_count(rate)} tok/s")
+    parts += speed_fields(metrics)
     total = number(metrics, "time/total")
     if total is not None:
         split = [f"{name} {share:.0%}" for name, share in time_shares(metrics) if share >= 0.05]
@@ -270,6 +272,8 @@ def _time_split(metrics: dict[str, Any], ascii_only: bool) -> RenderableType | N
     rate = number(metrics, "time/tokens_per_second")
     if rate is not None:
         text.append(f"{format_count(rate)} tok/s ", style="dim")
+    for part in speed_fields(metrics):
+        text.append(f"{part} ", style="dim")
     done = 0
     reached = 0.0
     for phase, share in shares:

@@ -11,11 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_laser.data.cursor import Cursor
+from megatron_laser.observability.rates import GENERATED
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool, GradingPoolError
 from megatron_laser.rewards.grade import FAILED_OUTCOMES
 from megatron_laser.rollout.endings import Endings
-from megatron_laser.rollout.engine import ResumableEngine, RolloutEngine, StopEarly
+from megatron_laser.rollout.engine import ResumableEngine, RolloutEngine, StopEarly, watched
 from megatron_laser.rollout.function.runner import (
     FailureKind,
     FunctionFailed,
@@ -24,7 +25,7 @@ from megatron_laser.rollout.function.runner import (
     failure_counts,
 )
 from megatron_laser.rollout.pending import OpenGroup, restore
-from megatron_laser.rollout.progress import Progress, staleness_metrics
+from megatron_laser.rollout.progress import Progress, sampled_tokens, staleness_metrics
 from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ class RolloutCollector:
             self._progress.open, self._carried = self._carried, []
             if not self._frozen:
                 self._progress.drop_stale(self._max_staleness)
+            self._progress.tokens_before = sampled_tokens(self._progress.open)
         progress = self._progress
         while len(progress.groups) < self._prompts_per_step and (
             progress.open or progress.tried < self._tries
@@ -162,6 +164,7 @@ class RolloutCollector:
         failed = progress.failures()
         if self._endings is not None:
             self._endings.note(step, progress.complete())
+        generated = sampled_tokens((*progress.complete(), *self._carried)) - progress.tokens_before
         stand_ins = self._stand_ins(step, found, progress.uniform) if missing else []
         self.metrics = {
             "prompts_tried": progress.tried,
@@ -186,7 +189,8 @@ class RolloutCollector:
             self.metrics |= staleness_metrics(groups, trained_version=trained)
             self.metrics |= self._engine.take_metrics()
         self._progress = None
-        return RolloutBatch(step, self._engine.version, groups, dict(self.metrics))
+        metrics = self.metrics | {GENERATED: float(generated)}
+        return RolloutBatch(step, self._engine.version, groups, metrics)
 
     def _round(self, progress: Progress) -> None:
         """Work on the open groups, and on as many new ones as are worth beginning, until enough are complete."""
@@ -239,7 +243,7 @@ class RolloutCollector:
             for index, group in enumerate(opened)
             for sample, generation in group.generations.items()
         }
-        with self._timers("generate"):
+        with self._timers("generate"), watched(self._engine):
             if self._function is not None:
                 prompts = [group.prompt for group in opened]
                 done = {(i, s) for i, group in enumerate(opened) for s in (*group.grades, *group.failures)}

@@ -37,6 +37,7 @@ from megatron_laser.run.engines import WorkResult, await_servers, call_engine, o
 from megatron_laser.run.graders import open_graders
 from megatron_laser.run.inputs import RunInputs, open_cursor
 from megatron_laser.run.recorder import RunRecorder
+from megatron_laser.run.speed import Speed
 from megatron_laser.trainer.run_readouts import readings_by_sample
 from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch, RoutingShape, SamplingParams
@@ -75,6 +76,7 @@ class Controller:
         self._cursor = open_cursor(config, inputs)
         self.engine = open_engine(config)
         self._close_later("rollout engine", self.engine.close)
+        self._speed = Speed(config, self.engine)
         self._grading = GradingPool(
             workers=config.reward.workers, deadline=config.reward.deadline, function=config.reward.function
         )
@@ -183,7 +185,8 @@ class Controller:
 
         def work() -> None:
             source = self._collector if self._ahead is None else self._ahead
-            self._batch = source.collect(step)
+            with self._speed.waiting():
+                self._batch = source.collect(step)
 
         return call_engine(f"rollout of step {step}", work)
 
@@ -199,7 +202,7 @@ class Controller:
             return ""
         # The collection ends at its own deadline, and says more about it.
         patience = self._config.rollout.deadline + _AHEAD_SLACK
-        with self._timers("generate_ahead"):
+        with self._timers("generate_ahead"), self._speed.waiting():
             return call_engine("waiting for the rollout ahead", lambda: ahead.wait(patience))
 
     def await_servers(self) -> WorkResult:
@@ -255,6 +258,7 @@ class Controller:
         tokens = sum(sample.length for sample in batch.samples())
         metrics["tokens"] = tokens
         metrics["time/tokens_per_second"] = tokens / max(times.get("time/total", 0.0), 1e-9)
+        metrics |= self._speed.metrics(batch, result, metrics)
         metrics |= (progress := self._progress())
         metrics |= self._evaluated
         self._evaluated = {}

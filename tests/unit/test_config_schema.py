@@ -206,6 +206,7 @@ DEFAULTS = {
         "rollouts_every": 0,
         "record_batches_every": 0,
         "straggler_every": 50,
+        "machine": None,
         "level": "INFO",
         "profile": {"steps": None, "ranks": [0], "memory": False, "asked_steps": 1},
     },

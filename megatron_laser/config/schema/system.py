@@ -133,6 +133,11 @@ class LoggingConfig(Section):
     0: none. `run.mode: rollout_only` keeps every one."""
     straggler_every: CountOrZero = 50
     """Steps between comparisons of the ranks' seconds per phase; a line is printed when one is slow. 0: off."""
+    machine: Text | None = None
+    """What the GPUs can do: a machine that the planner knows, such as h100, or a machine file (.yaml) that was written
+    by hand or measured. Of it come the peak that `mfu/...` is a share of, and the seconds that a step is predicted to
+    take (`plan/...`). Servers are taken to run on the same. null: by the name of the CUDA device, where it is known; on
+    a CPU, and on GPUs of other names, there is neither."""
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Level of the log."""
     profile: ProfileConfig = Field(default_factory=ProfileConfig)

@@ -18,6 +18,7 @@ from megatron_laser.run.preflight.machine import (
     check_disks,
     check_folders,
     check_layers,
+    check_machine,
     check_server_start,
 )
 from megatron_laser.run.preflight.model import GROUP as MODEL
@@ -58,6 +59,7 @@ def run_preflight(
     check_server_start(config, log)
     model = check_model(config, log)
     check_layers(config, log)
+    check_machine(config, log)
     if not check_folders(config, log, overwrite=overwrite):
         check_disks(config, model, log, overwrite=overwrite)
     if not generates(config):

@@ -15,6 +15,7 @@ from megatron_laser.errors import Finding
 from megatron_laser.rollout.servers.start_checks import check_start
 from megatron_laser.run.output_checks import OutputState, check_checkpoints, check_output_folder
 from megatron_laser.run.output_folder import also_written
+from megatron_laser.run.predicting import run_machine
 from megatron_laser.run.preflight.finding_log import FindingLog, needed
 from megatron_laser.run.preflight.model import ModelInputs
 from megatron_laser.weight_sync.feasibility import check_servers
@@ -55,6 +56,15 @@ def check_layers(config: RunConfig, log: FindingLog) -> None:
             return
         text = "of Transformer Engine" if with_engine else "of torch"
         log.add(GROUP, [Finding(topic, "ok", f"{text} (model.layers is {config.model.layers})")])
+
+
+def check_machine(config: RunConfig, log: FindingLog) -> None:
+    """Whether `logging.machine` is one."""
+    if config.logging.machine is not None:
+        with log.topic(GROUP, "logging.machine"):
+            machine = run_machine(config)
+            said = "of another device: no mfu/ and no plan/" if machine is None else machine.name
+            log.add(GROUP, [Finding("logging.machine", "ok", said)])
 
 
 def check_folders(config: RunConfig, log: FindingLog, *, overwrite: bool = False) -> bool:
