@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -129,6 +130,7 @@ def expert_names(model_type: str) -> ExpertNames:
     return ExpertNames("mlp.gate.weight", "mlp.experts.{e}", "gate_proj", "up_proj", "down_proj")
 
 
+@functools.cache  # thousands of names with experts, and asked for each layout that is tried
 def count_parameters(architecture: Architecture) -> int:
     """Parameters of the whole model as transformers counts them: no padding, tied embeddings once."""
     return sum(math.prod(shape) for shape in tensor_shapes(architecture).values())
@@ -208,6 +210,7 @@ def rank_bytes(
     )
 
 
+@functools.cache
 def _layer(arch: Architecture) -> tuple[int, int, int]:
     """Parameters of one layer: (those that tensor parallelism splits, those on every rank, those of all experts)."""
     sizes = {name: math.prod(shape) for name, shape in _layer_shapes(arch).items()}
