@@ -16,6 +16,7 @@ from megatron_laser.cli import (
     env,
     evaluate,
     metrics,
+    plan,
     replay,
     report,
     score,
@@ -36,6 +37,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 app.command("check")(check.check)
 app.command("report")(report.report)
 app.command("eval")(evaluate.evaluate)

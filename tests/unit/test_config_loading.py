@@ -218,5 +218,5 @@ def test_settings_that_stand_in_no_file_load_as_a_file_of_them_does(tmp_path):
     plain = {section: dict(values) for section, values in config.model_dump(mode="json").items()}
     plain["optimizer"]["lr"] = 1e-6
     assert config_of(plain, ["optimizer.lr=2e-6"]) == config
-    with pytest.raises(ConfigError, match="here: 1 problem.*\n.*optimizer.lr: expected a number"):
+    with pytest.raises(ConfigError, match=r"here: 1 problem.*\n.*optimizer.lr: expected a number"):
         config_of(plain, ["optimizer.lr=high"], "here")

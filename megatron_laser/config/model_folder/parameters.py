@@ -71,7 +71,11 @@ def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
     `lm_head.weight` is one of them only where embeddings are not tied.
     """
-    arch = architecture
+    return dict(_tensor_shapes(architecture))
+
+
+@functools.cache
+def _tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     table = (arch.vocab_size, arch.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table}
     layer = _layer_shapes(arch)
@@ -133,7 +137,7 @@ def expert_names(model_type: str) -> ExpertNames:
 @functools.cache  # thousands of names with experts, and asked for each layout that is tried
 def count_parameters(architecture: Architecture) -> int:
     """Parameters of the whole model as transformers counts them: no padding, tied embeddings once."""
-    return sum(math.prod(shape) for shape in tensor_shapes(architecture).values())
+    return sum(math.prod(shape) for shape in _tensor_shapes(architecture).values())
 
 
 def stage_parameters(architecture: Architecture, layout: Layout, vocab_multiple: int) -> tuple[int, ...]:
