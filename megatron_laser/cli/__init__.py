@@ -17,6 +17,7 @@ from megatron_laser.cli import (
     evaluate,
     live,
     metrics,
+    plan,
     replay,
     report,
     score,
@@ -38,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 app.command("check")(check.check)
 app.command("report")(report.report)
 app.command("eval")(evaluate.evaluate)

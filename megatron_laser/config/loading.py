@@ -75,10 +75,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     source = read_yaml(path)
-    problems = list(source.problems)
-    values: dict[KeyPath, Any] = {}
     origin: dict[KeyPath, str] = {key: f"line {line}: " for key, line in source.lines.items()}
-    problems += _flatten(source.data, values, path.parent, origin)
+    return _checked(source.data, path.parent, overrides, list(source.problems), origin, str(path))
+
+
+def config_of(settings: dict[str, Any], overrides: Sequence[str] = (), source: str = "") -> RunConfig:
+    """`load_config` of settings that stand in no file, {section: {key: value}}; `source` is what errors call them.
+
+    Raises:
+        ConfigError: with one line for each problem found.
+    """
+    return _checked(settings, Path.cwd(), overrides, [], {}, source)
+
+
+def _checked(
+    data: dict[Any, Any],
+    base: Path,
+    overrides: Sequence[str],
+    problems: list[str],
+    origin: dict[KeyPath, str],
+    source: str,
+) -> RunConfig:
+    values: dict[KeyPath, Any] = {}
+    problems += _flatten(data, values, base, origin)
     for override in overrides:
         problems += _apply_override(override, values, origin)
     config = None
@@ -90,7 +109,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = as_run(config)
         problems += settings_problems(config) + source_problems(config.data, origin)
     if problems or config is None:
-        raise ConfigError(problems, str(path))
+        raise ConfigError(problems, source)
     return config
 
 

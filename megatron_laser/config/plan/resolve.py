@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_laser.config.checks.layout import check_layout
 from megatron_laser.config.checks.rollout import colocated_gpus
@@ -134,6 +134,37 @@ def resolve_plan(
         features=run_features(config),
         score_token=score_token,
         readout_tokens=readout_tokens,
+    )
+
+
+def another_layout(plan: Plan, config: RunConfig, world_size: int) -> Plan:
+    """`resolve_plan(config, world_size, ...)` of the run of `plan` laid out in another way: nothing is read again.
+
+    Args:
+        config: differs from `plan.config` in what says how it runs, not in model, tokens or lengths.
+
+    Raises:
+        ConfigError: settings that do not go together, or an impossible layout.
+    """
+    check_settings(config)
+    architecture = plan.architecture
+    check_layout(config, architecture, world_size)
+    layout = _layout(config, architecture, world_size)
+    stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
+    sizes, batch = _rank_bytes(config, architecture, layout, stages), _batch(config, layout)
+    return replace(
+        plan,
+        config=config,
+        layout=layout,
+        batch=batch,
+        padded_vocab_size=padded_vocab_size(
+            architecture.vocab_size, layout.tensor, config.model.vocab_multiple
+        ),
+        stage_parameters=stages,
+        bytes_per_rank=max(sizes, key=lambda size: size.total),
+        memory=_memory(config, architecture, layout, sizes, batch, plan.gpu_memory_gib),
+        context=context_share(config, architecture, batch.tokens_per_rank),
+        features=run_features(config),
     )
 
 
