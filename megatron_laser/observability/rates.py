@@ -18,7 +18,7 @@ from megatron_laser.config.derived import needs_reference_model, old_policy_pass
 from megatron_laser.config.model_folder.flops import forward_flops, training_flops
 from megatron_laser.types import Group
 
-VARYING = ("time/", "memory/", "rate/", "mfu/", "servers/", "idle/", "plan/")
+VARYING = ("time/", "memory/", "rate/", "mfu/", "servers/", "idle/", "plan/", "straggler/")
 """Prefixes of metrics that depend on the machine and its clock: two equal runs differ in nothing else."""
 
 GENERATED = "rate/generated_tokens"

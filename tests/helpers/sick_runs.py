@@ -151,7 +151,6 @@ DISEASES: dict[str, Callable[[Row], None]] = {
     "servers_idle": _set(idle__servers=0.9),
     "trainer_idle": _set(idle__trainer=0.9),
     "straggler": _set(straggler__train=1.9),
-    "prediction_off": _set(plan__train_ratio=1.6),
 }
 # What else the same rows are a sign of.
 BESIDE = {

@@ -207,11 +207,11 @@ def test_deaths_are_counted_anew_after_a_restart_of_the_run():
     assert [(alarm.step, alarm.last_step) for alarm in alarms_of(rows, DEFAULTS)] == [(31, 31), (101, 101)]
 
 
-def test_phases_that_take_no_time_have_no_stragglers_and_no_predictions():
-    row = {"time/total": 10.0, "time/sync": 0.01, "straggler/sync": 9.0, "plan/sync_ratio": 9.0}
+def test_phases_that_take_no_time_have_no_stragglers():
+    row = {"time/total": 10.0, "time/sync": 0.01, "straggler/sync": 9.0}
     rows = [row | {"step": step} for step in range(1, 40)]
     assert names_of(rows) == []
-    assert names_of([one | {"time/sync": 2.0} for one in rows]) == ["straggler", "prediction_off"]
+    assert names_of([one | {"time/sync": 2.0} for one in rows]) == ["straggler"]
 
 
 def test_who_waits_is_asked_only_where_servers_have_gpus_of_their_own():

@@ -243,7 +243,6 @@ DEFAULTS = {
         "servers_idle": 0.8,
         "trainer_idle": 0.8,
         "straggler": 1.5,
-        "prediction_off": 1.3,
     },
     "run": {
         "name": "first",

@@ -97,9 +97,6 @@ class AlarmSettings(Section):
     straggler: Growth | None = 1.5
     """The slowest rank takes this many times the median of all in a phase that is a twentieth of the step or more, in
     2 of 3 comparisons (`logging.straggler_every`)."""
-    prediction_off: Growth | None = 1.3
-    """A step, or a phase that is a tenth of it or more, takes this many times as long as `plan` predicts, or is as
-    many times as quick."""
 
     @model_validator(mode="after")
     def _fit_the_window(self) -> AlarmSettings:

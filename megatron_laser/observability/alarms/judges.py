@@ -343,26 +343,25 @@ def more_deaths(row_name: str) -> Judge:
     return judge
 
 
-def worst_phase(prefix: str, suffix: str, factor: float, smallest: float, both_ways: bool) -> Judge:
-    """Beyond is a ratio `prefix`<phase>`suffix` above `factor`, or, `both_ways`, below its inverse, of the worst phase.
+def worst_phase(prefix: str, factor: float, smallest: float) -> Judge:
+    """Beyond is a ratio `prefix`<phase> above `factor`, of the worst phase.
 
     Phases below `smallest` of the step's time are left out: their ratios are noise.
     """
 
     def judge(row: Row) -> Judged | None:
         total = finite(row, "time/total")
-        worst: tuple[float, float, str] | None = None
+        worst: tuple[float, str] | None = None
         for name in row:
-            if not (name.startswith(prefix) and name.endswith(suffix)):
+            if not name.startswith(prefix):
                 continue
-            phase = name[len(prefix) : len(name) - len(suffix)]
+            phase = name.removeprefix(prefix)
             ratio, seconds = finite(row, name), finite(row, f"time/{phase}")
             small = total is not None and seconds is not None and seconds < smallest * total
-            if ratio is None or ratio <= 0.0 or small:
+            if ratio is None or small:
                 continue
-            size = max(ratio, 1.0 / ratio) if both_ways else ratio
-            if worst is None or size > worst[0]:
-                worst = size, ratio, phase
-        return None if worst is None else Judged(worst[0] > factor, worst[1], factor, None, worst[2])
+            if worst is None or ratio > worst[0]:
+                worst = ratio, phase
+        return None if worst is None else Judged(worst[0] > factor, worst[0], factor, None, worst[1])
 
     return judge

@@ -170,20 +170,8 @@ SYSTEM_RULES: tuple[Rule, ...] = (
         "rank (`slow ranks over the last`).",
         "troubleshooting.md#while-it-runs",
         "megatron-laser env",
-        lambda limit, settings: judges.worst_phase("straggler/", "", limit, 0.05, both_ways=False),
+        lambda limit, settings: judges.worst_phase("straggler/", limit, 0.05),
         lambda limit, settings: FEW_MEASUREMENTS,
         "comparisons",
-    ),
-    Rule(
-        "prediction_off",
-        "not as quick as planned",
-        "measured over predicted seconds",
-        ".2f",
-        ("plan/step_ratio", "plan/train_ratio", "plan/generate_ratio"),
-        "The step is not what `plan` predicts: responses of another length than assumed, a machine file that is not "
-        "this machine's, or something that is slow.",
-        "metrics.md#time-memory-servers",
-        "megatron-laser plan RUN/config.yaml",
-        lambda limit, settings: judges.worst_phase("plan/", "_ratio", limit, 0.1, both_ways=True),
     ),
 )
