@@ -66,6 +66,10 @@ def _serve(viewer: object, host: str, port: int | None, open_browser: bool) -> N
     server.start()
     viewer.start()
     typer.echo(f"viewing {', '.join(run.label for run in viewer.runs)} at {server.url}")
+    if not server.is_private:
+        typer.echo(
+            f"{host} is reached by others: whoever has the address reads everything, and nothing is encrypted"
+        )
     typer.echo(
         f"From another machine: ssh -L {server.port}:127.0.0.1:{server.port} THIS_MACHINE, then the same address. "
         "Ctrl-C ends it."

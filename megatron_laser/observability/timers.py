@@ -69,13 +69,16 @@ class Timers:
             seconds, self._seconds = self._seconds, {}
         return {f"time/{phase}": value for phase, value in seconds.items()}
 
-    def take_spans(self, origin: str) -> list[Span]:
-        """Phases that ended since the last call, in seconds from the last start of the phase `origin`; [] without."""
+    def take_spans(self, origin: str) -> tuple[float, list[Span]]:
+        """(the clock at the last start of the phase `origin`, the phases that ended since the last call in seconds from
+        then); nothing of a time without it."""
         with self._lock:
             spans = list(self._spans)
             self._spans.clear()
         zero = next((span.start for span in reversed(spans) if span.phase == origin), None)
-        return [] if zero is None else [Span(phase, start - zero, end - zero) for phase, start, end in spans]
+        if zero is None:
+            return 0.0, []
+        return zero, [Span(phase, start - zero, end - zero) for phase, start, end in spans]
 
     def _add(self, phase: str, seconds: float) -> None:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds

@@ -28,6 +28,7 @@ from megatron_laser.observability.rollout_metrics import readout_metrics, rollou
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.ahead import RolloutAhead
+from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.endings import watch_endings
 from megatron_laser.rollout.engine import StoppedEarly
@@ -291,6 +292,10 @@ class Controller:
             found |= {f"source/{name}/epoch": value for name, value in epochs.items()}
         return found
 
+    def servers_busy(self) -> list[tuple[str, float, float]]:
+        """When each server had requests since the last call; none without servers."""
+        return self.engine.take_busy() if isinstance(self.engine, SglangEngine) else []
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of rank 0: cursor, groups that are begun, a batch that is ahead, whose run it is."""
         state = self._collector.state() if self._ahead is None else self._ahead.state()
@@ -345,6 +350,7 @@ class Controller:
                 f"{name} {metrics[key]:.3f}" for name, key in _HEADLINES.items() if key in metrics
             )
             self._record.message(f"test split after step {steps}: {summary}")
+            self._record.events.add("evaluation", f"test split after step {steps}: {summary}", steps)
         trouble = self._record.finish(steps, complete=complete)
         logger.info("finished in %.0f s", time.monotonic() - self._started)
         return trouble

@@ -148,6 +148,7 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
                     Path(config.run.output_dir),
                     every=config.logging.timeline_every,
                     last_step=first_step - 1,
+                    servers=list if controller is None else controller.servers_busy,
                 ),
                 windows,
                 first_step=first_step,

@@ -63,6 +63,7 @@ class ResponseIndex:
         self._order: list[_Dump] = []
         self._starts: list[int] = []
         self._tables: dict[str, dict[str, int]] = {name: {} for name in CODED}
+        self._texts: dict[str, list[str]] = {name: [] for name in CODED}  # the same, by number
         self._columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
 
     def refresh(self, last_step: int | None) -> None:
@@ -70,7 +71,11 @@ class ResponseIndex:
         until they are written again."""
         with self._reading:
             changed = False
-            for step, path in self._files():
+            files = self._files()
+            with self._lock:
+                for step in set(self._dumps) - {step for step, _ in files}:
+                    del self._dumps[step]
+            for step, path in files:
                 if last_step is not None and step > last_step:
                     continue
                 changed |= self._read(step, path)
@@ -135,8 +140,13 @@ class ResponseIndex:
         return None if answer is None else answer[:_ANSWER_SHOWN]
 
     def _code(self, name: str, value: Any) -> int | None:
-        table = self._tables[name]
-        return None if value is None else table.setdefault(str(value), len(table))
+        if value is None:
+            return None
+        table, text = self._tables[name], str(value)
+        if text not in table:
+            table[text] = len(table)
+            self._texts[name].append(text)
+        return table[text]
 
     def _shown(self, last_step: int | None) -> list[_Dump]:
         return [
@@ -178,7 +188,7 @@ class ResponseIndex:
                 "count": self.count,
                 "complete": self.complete,
                 "columns": {name: list(values) for name, values in self._columns.items()},
-                "tables": {name: list(table) for name, table in self._tables.items()},
+                "tables": {name: list(texts) for name, texts in self._texts.items()},
             }
 
     def record(self, number: int) -> dict[str, Any] | None:
@@ -207,12 +217,9 @@ class ResponseIndex:
             for name in names:
                 value = self._columns[name][number]
                 if name in CODED and value is not None:
-                    value = self._texts(name)[value]
+                    value = self._texts[name][value]
                 found[name] = value
             return found
-
-    def _texts(self, name: str) -> list[str]:
-        return list(self._tables[name])
 
     def _place(self, number: int) -> tuple[_Dump, int, int] | None:
         if not 0 <= number < self.count:

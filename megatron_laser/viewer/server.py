@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import hmac
+import ipaddress
 import logging
 import secrets
 import socket
@@ -89,6 +90,10 @@ class ViewerServer:
         handler = type("Handler", (_Handler,), {"viewer": viewer, "token": self.token})
         handler.web = web_folder() if web is None else web  # type: ignore[attr-defined]
         handler.hosts = {*_LOOPBACK, host.lower()}  # type: ignore[attr-defined]
+        self.is_private = host in _LOOPBACK
+        if not self.is_private:
+            handler.hosts |= {socket.gethostname().lower(), socket.getfqdn().lower()}  # type: ignore[attr-defined]
+            handler.any_address = True  # type: ignore[attr-defined]
         self._server = _bind(host, ports, handler)
         self.host, self.port = host, int(self._server.server_address[1])
         self._thread: threading.Thread | None = None
@@ -96,7 +101,8 @@ class ViewerServer:
     @property
     def url(self) -> str:
         """The page's address, with the token."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = socket.gethostname() if self.host in ("0.0.0.0", "::", "") else self.host
+        host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.port}/?token={self.token}"
 
     def start(self) -> None:
@@ -150,6 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
     token: str
     web: Path
     hosts: set[str]
+    any_address = False  # a number, which no foreign name can stand for
     protocol_version = "HTTP/1.1"
     server_version = "megatron-laser"
     sys_version = ""
@@ -174,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
             host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
         except ValueError:
             return False
-        return host is not None and host in self.hosts
+        return host is not None and (host in self.hosts or (self.any_address and _is_address(host)))
 
     def _data(self, path: str, query: dict[str, str]) -> None:
         shown = self.headers.get("X-Token") or query.get("token", "")
@@ -223,6 +230,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """No line for each request."""
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def to_json(found: Any) -> bytes:

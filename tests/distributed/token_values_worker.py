@@ -39,6 +39,8 @@ def main():
             "logging.rollouts_tokens=true",
             "batching.tokens_per_micro_batch=80",
             *overrides,
+            data={"max_prompt_tokens": 16},
+            rollout={"max_new_tokens": 32},
             laser=LASER | AT_ONCE,
             optimizer=OPTIMIZER,
         )

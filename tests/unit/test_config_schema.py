@@ -205,6 +205,8 @@ DEFAULTS = {
         "live": "auto",
         "rollouts_every": 0,
         "record_batches_every": 0,
+        "rollouts_tokens": False,
+        "timeline_every": 10,
         "straggler_every": 50,
         "machine": None,
         "level": "INFO",

@@ -138,6 +138,15 @@ def test_a_resumed_run_shows_a_step_as_it_was_done_again(tmp_path: Path) -> None
     assert viewer.answer("response", {"run": "0", "id": str(found["count"] - 1)})["sample"] == 7
 
 
+def test_a_dump_that_was_deleted_is_left_out(tmp_path: Path) -> None:
+    folder = write_synthetic_run(tmp_path, steps=20, responses=400, mean_length=10)
+    viewer = Viewer([folder])
+    viewer.read_responses()
+    (folder / "rollouts" / "step_10.jsonl").unlink()
+    viewer.read_responses()
+    assert set(viewer.answer("responses", {"run": "0"})["columns"]["step"]) == {20}
+
+
 def test_dumps_without_tokens_have_none(tmp_path: Path) -> None:
     viewer = Viewer([write_synthetic_run(tmp_path, steps=5, responses=16, tokens=False, old_format=True)])
     viewer.read_responses()

@@ -337,6 +337,12 @@ class SglangEngine:
 
         return self.run(work(), SLACK, "asking the event loop")
 
+    def take_busy(self) -> list[tuple[str, float, float]]:
+        """When each server had requests of this engine since the last call: (url, start, end) by
+        `time.perf_counter`. Through a router nobody knows which server has which."""
+        busy = self._driver.busy
+        return [busy.popleft() for _ in range(len(busy))]
+
     def close(self) -> None:
         """End requests and connections; servers that others started stay as they are."""
         if self._closed:
