@@ -84,6 +84,11 @@ def mode_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"run.batches: {run.batches} with run.mode {run.mode}, which does not read it; use train_only, or null"
         )
+    if rollout.engine == "none" and generates(config):
+        problems.append(
+            "rollout.engine: none is for runs in which nothing is generated (run.mode: train_only, "
+            "run.fake.responses: true); use in_process or sglang"
+        )
     if run.mode == "rollout_only" and rollout.engine == "sglang" and rollout.weight_sync == "colocated":
         problems.append(
             "run.mode: rollout_only with rollout.weight_sync colocated: servers would give their GPUs to a trainer "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -19,6 +19,7 @@ from megatron_laser.observability.timers import Timers
 
 logger = logging.getLogger(__name__)
 
+Mark = Callable[[str], AbstractContextManager[object]]
 _HISTORY = 200_000  # allocations of the CUDA allocator's that are kept, about 100 MiB
 
 
@@ -50,7 +51,7 @@ class Windows:
         self._window: tuple[int, int] | None = None
         self._trace: _Trace | None = None
         self._best_effort = BestEffort("logging.profile", Exception)
-        self._mark = platform.phase_range if platform.has_cuda() else None
+        self._mark = platform.phase_range if platform.has_cuda() and _works(platform.phase_range) else None
         timers.mark = self._mark
 
     @contextmanager
@@ -136,6 +137,16 @@ class _Trace:
             self._profiler.stop()
             trace = self._stem.with_name(self._stem.name + ".trace.json.gz")
             _published(trace, lambda path: self._profiler.export_chrome_trace(str(path)))
+
+
+def _works(mark: Mark) -> bool:
+    """Whether a range can be entered: torch may be built without NVTX, and phases go on without it."""
+    try:
+        with mark("start"):
+            return True
+    except Exception as error:
+        logger.warning("phases are no NVTX ranges: %s: %s", type(error).__name__, error)
+        return False
 
 
 def _published(target: Path, write: Callable[[Path], object]) -> None:

@@ -179,7 +179,7 @@ class RunRecorder:
         try:
             write_batch(folder, batch, progress, origin())
         except OSError as error:
-            return f"the batch of step {batch.step} cannot be written to {folder} ({error})"
+            return f"the batch of step {batch.step} cannot be written to {folder} ({error}); it is lost"
         return ""
 
     def state(self) -> dict[str, Any]:

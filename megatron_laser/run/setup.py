@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,11 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
         UserError: with the setting, or the file and line, that is wrong.
     """
     timers = Timers()
-    with stack_signal(), session(config, timers) as (runtime, coordinator):
+    with (
+        stack_signal(),
+        session(config, timers) as (runtime, coordinator),
+        _window_signal(config, coordinator),
+    ):
         if words := mode_words(config):
             logger.warning("%s", words)  # shown by rank 0 alone
         inputs = coordinator.run_on_rank_zero(
@@ -156,8 +160,7 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
                 and (resumed is not None or uses_servers(config) or config.run.fake.weights),
                 keeps_syncing=trains(config) and generates(config),
             )
-            asked = partial(coordinator.request_window, config.logging.profile.asked_steps)
-            with stop_signals(ranks.request_stop), window_signal(asked):
+            with stop_signals(ranks.request_stop):
                 yield run
             windows.close()
         finally:
@@ -168,6 +171,10 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
                 controller.close()
             elif inputs is not None:
                 inputs.folder.release()
+
+
+def _window_signal(config: RunConfig, coordinator: Coordinator) -> AbstractContextManager[None]:
+    return window_signal(partial(coordinator.request_window, config.logging.profile.asked_steps))
 
 
 def _doing(coordinator: Coordinator, timers: Timers) -> str:

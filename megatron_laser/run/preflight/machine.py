@@ -22,6 +22,7 @@ from megatron_laser.weight_sync.feasibility import check_servers
 
 _DISKS = "disk space"
 _TEXT_BYTES = 4  # of a token as text, about
+_ID_BYTES = 4  # of a token's id, and of its log-prob
 _SPARE = 0.02  # of the need: folders, metrics, logs
 
 GROUP = "Machine"
@@ -202,11 +203,24 @@ def disk_needs(config: RunConfig, *, overwrite: bool = False) -> Iterator[Need]:
         left = 0 if moved else sum(_folder_bytes(old) for old in folder.glob("weights-*"))
         need = max(0, 2 * weights - left)
         yield Need(folder, f"weights for servers, twice {_size(weights)}", need, need)
+    if config.logging.record_batches_every:
+        kept = steps // config.logging.record_batches_every
+        size = kept * most_batch_bytes(config)
+        yield Need(output, f"{kept} batches, at most {_size(size)}", size, 0, certain=False)
     if config.logging.rollouts_every:
         rollout = config.rollout
         responses = rollout.prompts_per_step * rollout.samples_per_prompt
         size = (steps // config.logging.rollouts_every) * responses * rollout.max_new_tokens * _TEXT_BYTES
         yield Need(output, f"responses, at most {_size(size)}", size, 0, certain=False)
+
+
+def most_batch_bytes(config: RunConfig) -> int:
+    """Of a recorded batch of the longest responses: ids, log-probs and text; without experts and sets of tokens."""
+    rollout = config.rollout
+    tokens = config.data.max_prompt_tokens * _ID_BYTES + rollout.max_new_tokens * (
+        2 * _ID_BYTES + _TEXT_BYTES
+    )
+    return rollout.prompts_per_step * rollout.samples_per_prompt * tokens
 
 
 def _finding(needs: list[Need]) -> Finding:
