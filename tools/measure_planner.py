@@ -153,7 +153,7 @@ def compare(config: Path, overrides: list[str], machine_file: Path, run: Path, r
     responses = []
     for row in rows:
         dumped = (run / "rollouts" / f"step_{row['step']}.jsonl").read_text().splitlines()
-        responses += [json.loads(line)["length"] for line in dumped]
+        responses += [json.loads(line)["response_ids_length"] for line in dumped]
     prompts = first_prompts(loaded)
     base = replace(
         read_assumptions(loaded),

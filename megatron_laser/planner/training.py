@@ -71,8 +71,15 @@ def work_of(plan: Plan, assumptions: Assumptions, *, share_prompts: bool = False
         together = max(1, plan.batch.samples_per_prompt // pieces)
         # Packed once, but for its last token, which stands before each response (`batching/shared_prompts.py`).
         tokens = (prompt - 1 + together) / together + sum(responses) / count
-        padded = tokens
         attention -= (1 - 1 / together) * attention_flops(arch, prompt)
+        common = min(prompt - 1, round(assumptions.common_tokens))
+        groups = max(1.0, plan.batch.sequences_per_rank / together)
+        # What all prompts of a micro-batch begin with is packed once for them.
+        batches = max(1.0, plan.batch.sequences_per_rank * tokens / micro_batch_tokens(config))
+        saved = max(0.0, 1 - batches / groups) / together
+        tokens -= saved * common
+        attention -= saved * attention_flops(arch, common)
+        padded = tokens
     model = config.model
     layers = arch.num_layers
     if model.recompute == "full" and model.recompute_layers is not None:

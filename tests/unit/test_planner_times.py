@@ -113,6 +113,13 @@ def test_on_a_cpu_a_prompt_is_packed_once_for_its_group() -> None:
     assert apart.phase("logprob").parts["layers"] == pytest.approx(SAMPLES * 12 * 4 * LAYER / 0.5e9)
 
 
+def test_on_a_cpu_what_all_prompts_begin_with_is_packed_once_for_a_micro_batch() -> None:
+    cpu, assumed = replace(MACHINE, device="cpu"), replace(ASSUMED, common_tokens=5.0)
+    parts = predicted(cpu, assumed=assumed).phase("logprob").parts
+    # Five tokens once, two more of each of four prompts, its last token and a response of four for each sample.
+    assert parts["layers"] == pytest.approx((5 + 4 * 2 + 16 * 5) * 4 * LAYER / 0.5e9)
+
+
 def test_the_optimizer_moves_its_state_at_its_share_of_the_bandwidth() -> None:
     size = plan().bytes_per_rank
     moved = 2 * size.optimizer + 2 * size.gradients + size.weights
