@@ -18,13 +18,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
+from transformers import AutoTokenizer
 
 from megatron_laser.benchmarks.calibration_timing import (
     SCORE_TOKEN,
     Sizes,
     least,
-    median_seconds,
     most,
+    quick_seconds,
     say,
     time_decoding,
     time_sync,
@@ -195,7 +196,7 @@ def _links(runtime: Runtime, memory: float) -> dict[str, float]:
     for size in _MESSAGES:
         tensor = torch.ones(size // 4, device=platform.device())
         wait_for_all(runtime)
-        seconds.append(median_seconds(functools.partial(dist.all_reduce, tensor)))
+        seconds.append(quick_seconds(functools.partial(dist.all_reduce, tensor)))
     ranks = runtime.world_size
     moved = 2 * (ranks - 1) / ranks * (_MESSAGES[1] - _MESSAGES[0])
     rate = least(moved / max(1e-12, seconds[1] - seconds[0]))
@@ -216,14 +217,15 @@ def _host(config: RunConfig, scratch: Path) -> dict[str, float]:
         os.fsync(out.fileno())
     figures = {"disk_bandwidth": _DISK_BYTES / (time.perf_counter() - started)}
     file.unlink()
-    if config.reward.function == "math_verify":
+    tokenizer = AutoTokenizer.from_pretrained(str(config.model.path), local_files_only=True)
+    ids = list(range(min(len(tokenizer), config.rollout.max_new_tokens)))
+    figures["request_overhead"] = quick_seconds(lambda: tokenizer.decode(ids), everywhere=False)
+    if config.reward.function == "math_verify":  # a user's function may need what only a run has
         with GradingPool(workers=1, deadline=config.reward.deadline) as pool:
             started = time.perf_counter()
             for number in range(_GRADED):
                 pool.submit(f"The answer is \\boxed{{{number}}}.", str(number)).result()
-            figures["request_overhead"] = (time.perf_counter() - started) / _GRADED
-    else:  # a user's function may need what only a run has
-        figures["request_overhead"] = 0.0
+            figures["request_overhead"] += (time.perf_counter() - started) / _GRADED
     if platform.has_cuda():
         source = torch.zeros(_DISK_BYTES, dtype=torch.uint8, pin_memory=True)
         target = torch.empty_like(source, device=platform.device())
