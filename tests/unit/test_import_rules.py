@@ -32,7 +32,7 @@ LAYERS = (
     ("errors", "types", "logprob_memory"),
     ("files", "user_functions"),
     ("config",),
-    ("algorithms", "ops", "batching", "rewards"),
+    ("algorithms", "ops", "batching", "planner", "rewards"),
     ("data",),
     ("observability", "model"),
     ("report", "distributed", "rollout"),
