@@ -1,15 +1,18 @@
 """Speed of a step by hand: FLOPs of a tiny model from its shape, tokens a second, MFU, who waited for whom."""
 
+import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from transformers import Qwen2Config, Qwen3MoeConfig
 
 from megatron_laser.config import RunConfig
 from megatron_laser.model.hf_config import architecture_of
-from megatron_laser.observability.live_view import plain_line
+from megatron_laser.observability.live_view import LiveView, plain_line
 from megatron_laser.observability.rates import (
     Devices,
     StepWork,
@@ -169,6 +172,14 @@ def test_a_line_of_a_step_has_mfu_and_servers_that_idle_where_they_are_known():
     assert plain_line(3, 10, line) == "step  3/10  1.5k tok/s  2.00 s"
     line |= {"mfu/train": 0.314, "servers/utilisation": 0.9}
     assert plain_line(3, 10, line) == "step  3/10  1.5k tok/s  MFU 31%  servers idle 42%  2.00 s"
+
+
+def test_the_live_view_has_them_beside_tokens_a_second():
+    text = io.StringIO()
+    output = Console(file=text, force_terminal=True, width=120)
+    with LiveView(10, "on", console=output) as view:
+        view.update(1, {"time/total": 2.0, "time/tokens_per_second": 1500.0, "mfu/train": 0.314})
+    assert "1.5k tok/s MFU 31% " in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.getvalue())
 
 
 def write_run(folder: Path, rows):
