@@ -22,9 +22,9 @@ _POINTS = 128  # quantiles that stand for a distribution
 class Assumptions:
     """What responses, prompts and graders are like.
 
-    prompt_tokens: mean of a prompt. response_tokens, response_spread: responses have a lognormal length of this mean
-    and this standard deviation of its logarithm, and are cut at `rollout.max_new_tokens`. responses: lengths that were
-    measured, which take their place; () for none.
+    prompt_tokens: mean of a prompt. common_tokens: that all prompts begin with. response_tokens, response_spread:
+    responses have a lognormal length of this mean and this standard deviation of its logarithm, and are cut at
+    `rollout.max_new_tokens`. responses: lengths that were measured, which take their place; () for none.
 
     prefix_cached: share of a group's further prompts that a server has in its cache. grading_seconds: of one response
     in one worker. imbalance: by how much the busiest data-parallel rank computes longer than the mean. memory_fraction:
@@ -38,6 +38,7 @@ class Assumptions:
     grading_seconds: float = 0.01
     imbalance: float = 0.03
     memory_fraction: float = 0.85
+    common_tokens: float = 0.0
     responses: tuple[int, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -99,6 +100,7 @@ _SOURCES = {
     "grading_seconds": "assumed: an answer that is compared by rules",
     "imbalance": "assumed: what sharing out by length leaves",
     "memory_fraction": "what SGLang takes where its options do not say",
+    "common_tokens": "assumed: problems without an instruction before them",
 }
 
 
@@ -141,6 +143,7 @@ _BOUNDS = {
     "grading_seconds": (0.0, math.inf),
     "imbalance": (0.0, 10.0),
     "memory_fraction": (0.05, 1.0),
+    "common_tokens": (0.0, math.inf),
 }
 
 

@@ -24,9 +24,9 @@ from megatron_laser.planner.machine import Machine
 from megatron_laser.planner.weights import (
     cache_bytes_per_token,
     expert_parameters,
+    read_bytes,
     served_bytes,
     touched_experts,
-    unread_parameters,
 )
 
 _MOST_SEQUENCES = 512  # that are followed one by one; each stands for some when there are more
@@ -94,10 +94,13 @@ def generation(plan: Plan, machine: Machine, assumptions: Assumptions, server_gp
     # An engine in the process reads a prompt once for its group; a server finds most of the others' in its cache.
     anew = 1.0 if in_process else 1.0 + (group - 1) * (1.0 - assumptions.prefix_cached)
     prompts = sequences / group * anew
-    one = arch.num_layers * (
-        prompt * layer_flops_per_token(arch) + attention_flops(arch, prompt)
-    ) + head_flops(arch, 1)
-    prefill = prompts * one / (tensor * machine.flops(dtype) * machine.prefill_efficiency)
+    common = min(prompt - 1, round(assumptions.common_tokens))  # read once for all prompts
+
+    def products(tokens: int) -> float:
+        return arch.num_layers * (tokens * layer_flops_per_token(arch) + attention_flops(arch, tokens))
+
+    whole = prompts * (products(prompt) - products(common) + head_flops(arch, 1)) + products(common)
+    prefill = whole / (tensor * machine.flops(dtype) * machine.prefill_efficiency)
     parts = {
         "prefill": prefill,
         "reading": found.reading,
@@ -133,9 +136,8 @@ def _served_dtype(plan: Plan) -> str:
 def _server(plan: Plan, machine: Machine, tensor: int) -> _Server:
     arch = plan.architecture
     itemsize = DTYPE_BYTES[plan.config.model.dtype]
-    whole, experts = served_bytes(plan), expert_parameters(arch)
-    of_experts = whole * experts / plan.parameters
-    read = whole - of_experts - unread_parameters(arch) * itemsize
+    of_experts = served_bytes(plan) * expert_parameters(arch) / plan.parameters
+    read = read_bytes(plan)
     bandwidth = tensor * machine.memory_bandwidth * machine.bandwidth_efficiency
     rate = tensor * machine.flops(_served_dtype(plan)) * machine.decode_efficiency
     pairs = tensor * machine.flops(plan.config.model.dtype) * machine.decode_efficiency

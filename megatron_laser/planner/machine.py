@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,15 @@ class Machine:
 
     forward_efficiency, backward_efficiency: share of `matmul_flops` that training passes reach in layers;
     expert_efficiency: share of these that products of single experts reach; head_efficiency: of `matmul_flops` in the
-    vocabulary projection with its log-softmax; prefill_efficiency, decode_efficiency: of
-    servers where compute bounds them; bandwidth_efficiency: share of `memory_bandwidth` in decoding and in the
-    optimizer; link_efficiency: share of a link. overlap: share of the gradients' reduction and of rings that hides
-    behind compute.
+    vocabulary projection with its log-softmax; prefill_efficiency, decode_efficiency: of servers where compute bounds
+    them; bandwidth_efficiency: share of `memory_bandwidth` in decoding and copies; link_efficiency: share of a link.
+    overlap: share of the gradients' reduction and of rings that hides behind compute.
 
     layer_overhead: seconds of each layer in each pass of a micro-batch that are no arithmetic; step_overhead: of an
     optimizer step; decode_overhead: of one decoded position of a batch, whatever its size; row_overhead: of each
     sequence in it besides its arithmetic; request_overhead: of one response on a server's or engine's host, which are
-    not side by side.
+    not side by side. optimizer_efficiency: share of `memory_bandwidth` in the optimizer's update, where it is not that
+    of decoding. tensor_overhead: seconds of each tensor in a weight sync, besides its bytes.
 
     sources: where each number is from, by field.
     """
@@ -67,6 +67,8 @@ class Machine:
     row_overhead: float
     request_overhead: float
     price_per_gpu_hour: float | None = None
+    optimizer_efficiency: float | None = None
+    tensor_overhead: float = 0.0
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def flops(self, dtype: str) -> float:
@@ -205,6 +207,7 @@ MACHINES: Mapping[str, Machine] = dict(
     }
 )
 _SHARES = ("overlap",)
+_OPTIONAL = ("price_per_gpu_hour", "optimizer_efficiency")
 _EFFICIENCIES = tuple(one.name for one in fields(Machine) if one.name.endswith("_efficiency"))
 _OVERHEADS = tuple(one.name for one in fields(Machine) if one.name.endswith(("_overhead", "_latency")))
 
@@ -239,7 +242,7 @@ def read_machine(name_or_file: str | Path) -> Machine:
             given[name] = _field(name, value, problems)
     given.setdefault("name", path.stem)
     if base is None:
-        needed = allowed - {"sources", "price_per_gpu_hour"} - given.keys()
+        needed = {one.name for one in fields(Machine) if one.default is MISSING} - {"sources"} - given.keys()
         problems += [f"{name}: missing; set it, or `base: h100` to take an H100's" for name in sorted(needed)]
     if problems:
         raise ConfigError(problems, str(path))
@@ -265,7 +268,7 @@ def _field(name: str, value: Any, problems: list[str]) -> Any:
                 {str(key): _number(f"{name}.{key}", rate, problems, above=0.0) for key, rate in value.items()}
             )
         return {str(key): str(text) for key, text in value.items()}
-    if name == "price_per_gpu_hour" and value is None:
+    if name in _OPTIONAL and value is None:
         return None
     if name == "gpus_per_node":
         if type(value) is not int or value < 1:

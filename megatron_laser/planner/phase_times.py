@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_laser.config.derived import needs_reference_model, old_policy_pass_kind
+from megatron_laser.config.model_folder.parameters import tensor_shapes
 from megatron_laser.config.plan.lines import STATE, gib
 from megatron_laser.config.plan.resolve import Plan
 from megatron_laser.planner.assumptions import Assumptions
 from megatron_laser.planner.generation import generation
 from megatron_laser.planner.machine import Machine
-from megatron_laser.planner.training import Pass, optimizer_step, passes, work_of
+from megatron_laser.planner.training import Pass, optimizer_step, passes, shares_prompts, work_of
 from megatron_laser.planner.weights import served_bytes
 
 
@@ -67,7 +68,7 @@ def predict_step(plan: Plan, machine: Machine, assumptions: Assumptions, server_
     generated = generation(plan, machine, assumptions, server_gpus)
     generate = _phase("generate", generated.parts, generated.detail, generated.bounds)
     grade = _grade(plan, assumptions, generate.seconds)
-    work = work_of(plan, assumptions)
+    work = work_of(plan, assumptions, share_prompts=shares_prompts(plan, machine))
     logprob = _logprob(plan, machine, work, assumptions.imbalance)
     train = _train(plan, machine, work, assumptions.imbalance)
     sync = _sync(plan, machine, server_gpus)
@@ -185,8 +186,9 @@ def _sync(plan: Plan, machine: Machine, server_gpus: int) -> PhaseTime:
     model_ranks = plan.layout.tensor * plan.layout.pipeline
     gathering = whole / machine.bandwidth(model_ranks) if model_ranks > 1 else 0.0
     copy = 2 * whole / (machine.memory_bandwidth * machine.bandwidth_efficiency)
-    parts = {"gathering": gathering, "copy": copy}
-    bounds = {"gathering": "network", "copy": "memory bandwidth"}
+    tensors = len(tensor_shapes(plan.architecture)) * machine.tensor_overhead
+    parts = {"gathering": gathering, "copy": copy, "tensors": tensors}
+    bounds = {"gathering": "network", "copy": "memory bandwidth", "tensors": "rank 0"}
     if rollout.engine == "in_process":
         way = "copied in the process of rank 0"
     elif rollout.weight_sync == "colocated":

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_laser.config.derived import micro_batch_tokens, padded_tokens, pipeline_bubble
+from megatron_laser.config.derived import (
+    micro_batch_tokens,
+    padded_tokens,
+    pipeline_bubble,
+    shared_prompt_problems,
+)
 from megatron_laser.config.model_folder.flops import (
     attention_flops,
     head_flops,
@@ -41,8 +46,15 @@ class Pass:
     tokens_per_micro_batch: float
 
 
-def work_of(plan: Plan, assumptions: Assumptions) -> Pass:
-    """The mean sequence of a batch, and how many are packed together."""
+def shares_prompts(plan: Plan, machine: Machine) -> bool:
+    """Whether a group's prompt goes through the trainer once for its responses: where layers are torch's on a CPU."""
+    if machine.device != "cpu" or plan.config.batching.share_prompts is False:
+        return False
+    return not shared_prompt_problems(plan.config, experts=plan.architecture.moe is not None)
+
+
+def work_of(plan: Plan, assumptions: Assumptions, *, share_prompts: bool = False) -> Pass:
+    """The mean sequence of a batch, and how many are packed together; `share_prompts`: see `shares_prompts`."""
     config, arch = plan.config, plan.architecture
     prompt = min(config.data.max_prompt_tokens, max(1, round(assumptions.prompt_tokens)))
     responses = assumptions.lengths(config.rollout.max_new_tokens)
@@ -52,6 +64,22 @@ def work_of(plan: Plan, assumptions: Assumptions) -> Pass:
     rows = sum(responses) / count + extra
     tokens = sum(lengths) / count
     padded = sum(padded_tokens(length, config.parallel) for length in lengths) / count
+    attention = sum(attention_flops(arch, length) for length in lengths) / count
+    if share_prompts:
+        # A group is cut where ranks and optimizer steps ask for more pieces than there are prompts.
+        pieces = -(-plan.layout.data * config.policy.minibatches // plan.batch.prompts)
+        together = max(1, plan.batch.samples_per_prompt // pieces)
+        # Packed once, but for its last token, which stands before each response (`batching/shared_prompts.py`).
+        tokens = (prompt - 1 + together) / together + sum(responses) / count
+        attention -= (1 - 1 / together) * attention_flops(arch, prompt)
+        common = min(prompt - 1, round(assumptions.common_tokens))
+        groups = max(1.0, plan.batch.sequences_per_rank / together)
+        # What all prompts of a micro-batch begin with is packed once for them.
+        batches = max(1.0, plan.batch.sequences_per_rank * tokens / micro_batch_tokens(config))
+        saved = max(0.0, 1 - batches / groups) / together
+        tokens -= saved * common
+        attention -= saved * attention_flops(arch, common)
+        padded = tokens
     model = config.model
     layers = arch.num_layers
     if model.recompute == "full" and model.recompute_layers is not None:
@@ -71,7 +99,7 @@ def work_of(plan: Plan, assumptions: Assumptions) -> Pass:
         rows=rows,
         layers=padded * layer_flops_per_token(arch),
         experts=padded * mlp_flops_per_token(arch) if arch.moe is not None else 0.0,
-        attention=sum(attention_flops(arch, length) for length in lengths) / count,
+        attention=attention,
         head=head_flops(arch, 1) * rows,
         recomputed=again,
         micro_batches=micro_batches,
@@ -208,15 +236,22 @@ def _reduction(plan: Plan, machine: Machine) -> dict[str, float]:
     return found
 
 
-def optimizer_step(plan: Plan, machine: Machine) -> dict[str, float]:
-    """Seconds of one AdamW step on a rank: all of the state is read and written once."""
+def moved_by_optimizer(plan: Plan) -> float:
+    """Bytes that a rank reads and writes in one update: its state and gradients, and the weights that it makes."""
     size = plan.bytes_per_rank
     shards = plan.layout.data * plan.layout.context if plan.config.optimizer.distributed else 1
-    moved = 2 * size.optimizer + (2 * size.gradients + size.weights) / shards
+    return 2 * size.optimizer + (2 * size.gradients + size.weights) / shards
+
+
+def optimizer_step(plan: Plan, machine: Machine) -> dict[str, float]:
+    """Seconds of one AdamW step on a rank: all of the state is read and written once."""
+    share = machine.optimizer_efficiency or machine.bandwidth_efficiency
     found = {
-        "optimizer": moved / (machine.memory_bandwidth * machine.bandwidth_efficiency),
+        "optimizer": moved_by_optimizer(plan) / (machine.memory_bandwidth * share),
         "overhead": machine.step_overhead,
     }
     if plan.config.optimizer.offload:
-        found["offload"] = 2 * size.optimizer / (machine.host_bandwidth * machine.link_efficiency)
+        found["offload"] = (
+            2 * plan.bytes_per_rank.optimizer / (machine.host_bandwidth * machine.link_efficiency)
+        )
     return found

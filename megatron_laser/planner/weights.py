@@ -31,6 +31,14 @@ def unread_parameters(architecture: Architecture) -> int:
     return 0 if architecture.tied_embeddings else math.prod(tensor_shapes(architecture)[EMBEDDING])
 
 
+def read_bytes(plan: Plan) -> float:
+    """Of what one decoding step reads whatever its rows: all weights but experts' and an untied embedding's."""
+    whole = served_bytes(plan)
+    of_experts = whole * expert_parameters(plan.architecture) / plan.parameters
+    itemsize = DTYPE_BYTES[plan.config.model.dtype]
+    return whole - of_experts - unread_parameters(plan.architecture) * itemsize
+
+
 def touched_experts(architecture: Architecture, rows: float) -> float:
     """Share of a layer's experts that `rows` tokens go to, if each chooses as the others do, at random."""
     moe = architecture.moe
