@@ -90,7 +90,7 @@ def paint(found: dict[str, dict[int, Ranked | None]], gpu: str, path: Path) -> N
             "Every doubling of GPUs costs GPU hours: what is left of a step is generation",
             f"Best layout at each number of GPUs ({gpu}), 128 prompts x 8 samples a step. Predicted, not measured.",
         )
-    Image.open(path).convert("RGB").quantize(48).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(96).save(path, optimize=True)
 
 
 def _curve(axes: Axes, name: str, points: dict[int, Ranked | None], value: Any) -> None:

@@ -243,3 +243,15 @@ def test_the_search_does_not_depend_on_the_configured_layout(planned: PlanReport
     again = rank(base_plan(other, planned.machine), 64, planned.machine, planned.assumptions)
     best = planned.best
     assert best is not None and again.best.step == best.step and again.best.plan.layout == best.plan.layout
+
+
+def test_more_servers_never_shorten_the_longest_response() -> None:
+    """However few responses each of many servers has, one of them has the longest, which takes its positions."""
+    base = base_plan(read_run(EXAMPLES / "qwen2.5_7b", ["rollout.sglang.tensor=4"]).config, machine())
+    assumed = read_assumptions(base.config)
+    seconds = [
+        predict_step(base, machine(), assumed, gpus).phase("generate").seconds for gpus in (8, 64, 512, 4096)
+    ]
+    assert seconds == sorted(seconds, reverse=True)
+    weights = base.parameters * 2 / 4 / (machine().memory_bandwidth * machine().bandwidth_efficiency)
+    assert seconds[-1] > 0.9 * 8192 * weights
