@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Paint docs/planning.png: what `megatron-laser plan` predicts for three models from 8 to 1024 GPUs.
 
-python tools/plan_figure.py                       # half a minute
+python tools/plan_figure.py                       # a minute
 python tools/plan_figure.py --gpu h200 --output h200.png
 """
 
@@ -87,10 +87,10 @@ def paint(found: dict[str, dict[int, Ranked | None]], gpu: str, path: Path) -> N
         save(
             figure,
             path,
-            "More GPUs cost more GPU hours as soon as one response's length is what a step waits for",
+            "Every doubling of GPUs costs GPU hours: what is left of a step is generation",
             f"Best layout at each number of GPUs ({gpu}), 128 prompts x 8 samples a step. Predicted, not measured.",
         )
-    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(96).save(path, optimize=True)
 
 
 def _curve(axes: Axes, name: str, points: dict[int, Ranked | None], value: Any) -> None:

@@ -70,7 +70,7 @@ def plan(
 
     run = read_run(config, overrides or [])
     if calibrate is not None:
-        _calibrate(run, calibrate)
+        _calibrate(run, assumptions, calibrate)
         return
     if gpus is None:
         raise typer.BadParameter("--gpus is missing: how many GPUs the run has in all, servers included")
@@ -103,22 +103,28 @@ def plan(
     report.check()
 
 
-def _calibrate(run: PlannedRun, target: Path) -> None:
-    from megatron_laser.cli.options import prepare_process
-    from megatron_laser.config.process_environment import is_main_process
-
+def _calibrate(run: PlannedRun, assumptions: Path | None, target: Path) -> None:
+    """Measure on all ranks, write on rank 0."""
     if run.is_default:
         raise typer.BadParameter(
-            "--calibrate: expected a run's YAML, whose model and data sizes are measured"
+            "--calibrate: expected a run's YAML, whose model and batch sizes are measured"
         )
-    prepare_process(run.config.logging.level, is_main_process())
-    from megatron_laser.planner.calibration import calibrate
+    from megatron_laser.cli.options import prepare_process
+    from megatron_laser.config.process_environment import is_main_process
+    from megatron_laser.planner.assumptions import read_assumptions
 
-    measured = calibrate(run.config)
-    if is_main_process():
+    assumed = read_assumptions(run.config, assumptions)
+    prepare_process(run.config.logging.level, is_main_process())
+    from megatron_laser.model.transformer_engine import settle
+
+    settle(run.config.model.layers)
+    from megatron_laser.benchmarks.calibration import calibrate, machine_text
+
+    measured = calibrate(run.config, assumed)
+    if measured is not None:
         from megatron_laser.files import write_atomically
 
-        write_atomically(target, measured)
+        write_atomically(target, machine_text(measured))
         typer.echo(f"wrote {target}: megatron-laser plan CONFIG --gpus N --gpu {target}")
 
 

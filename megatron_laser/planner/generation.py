@@ -204,6 +204,10 @@ def _simulate(
     followed = max(1, min(round(sequences), _MOST_SEQUENCES))
     weight = sequences / followed
     drawn = [lengths[int((number + 0.5) / followed * len(lengths))] for number in range(followed)]
+    if not waves:
+        drawn[-1] = lengths[
+            -1
+        ]  # a step waits for the server that has the longest of all, however many there are
     random.Random(0).shuffle(drawn)
     slots = max(1, min(followed, round(running / weight)))
     clock = reading = computing = overhead = tail = 0.0
