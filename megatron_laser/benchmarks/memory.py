@@ -2,9 +2,10 @@
 
 A trainer is built from the run's configuration and takes two steps on random rollouts, of which the second is measured:
 Adam's moments are there then. Rollouts are as the dry run assumes them, all prompts and responses of the greatest
-length, so that only where whole sequences do not fill `batching.tokens_per_micro_batch` its bound is above what is there.
+length, so that its bound is above what is there only where whole sequences do not fill
+`batching.tokens_per_micro_batch`.
 
-What is compared is the memory of tensors. The rest of a process (Python, libraries, 300 to 600 MiB) is in neither.
+What is compared is the memory of tensors. The rest of a process (Python, libraries) is in neither.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def bench_memory(config: RunConfig) -> MemoryResult | None:
     if platform.has_cuda():
         raise ConfigError(
             [
-                "bench memory follows torch's CPU allocator, and this machine has a GPU: hide it (CUDA_VISIBLE_DEVICES=)"
+                "bench memory follows torch's CPU allocator, and this machine has a GPU; hide it: "
+                "CUDA_VISIBLE_DEVICES= megatron-laser bench memory ..."
             ]
         )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

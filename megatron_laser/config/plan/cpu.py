@@ -57,31 +57,31 @@ def layer_bytes(
     heads, kv_heads = arch.num_attention_heads, arch.num_key_value_heads
     q, k = heads * arch.head_dim, kv_heads * arch.head_dim
     attention = packed = b * (3 * q + 3 * k) + 4 * heads
-    projection = b * (q + 2 * k)
+    projection, shares = b * (q + 2 * k), shares_prompts(config, arch)
     if config.parallel.context > 1:
         attention = 3 * b * q + 4 * heads
-    elif not shares_prompts(config, arch):
+    elif not shares:
         attention = b * (3 * q + 2 * k) + 4 * heads
+    core = tokens * attention // t + attention_bytes(config, arch, tokens).kept
     if arch.qk_norm:
         attention += 4 * (2 * q + 2 * k) + 4 * (heads + kv_heads)
-        if b == 4 and config.parallel.context == 1 and not shares_prompts(config, arch):
-            # The keys' norm keeps a view of the projection; its own input is then no tensor of its own.
-            attention += projection - 4 * k
+        if b == 4:
+            # In float32 the keys' norm keeps a view of the projection, and no input of its own.
+            attention += (0 if shares else projection) - 4 * k
     mlp = _mlp(arch, layout, tokens, b, s)
     kept_attention = tokens * attention // t + attention_bytes(config, arch, tokens).kept
     whole = 2 * tokens * (8 * h + 4 + b * h) // s + kept_attention + mlp
     if recompute == "full":
         kept = tokens * b * h // s + RANDOM_STATE_BYTES
-    elif recompute == "none":
-        kept = whole
-    else:
-        kept = whole
-        if "mlp" in recompute:
-            kept += RANDOM_STATE_BYTES - mlp
-        if "core_attn" in recompute:
-            # Instead of what the attention keeps: its packed inputs, and its output for the projection behind it.
-            kept += min(0, tokens * (packed - 4 * heads) // t - kept_attention)
-    return kept, whole - kept
+        return kept, whole - kept
+    kept, anew = whole, 0
+    if "mlp" in recompute:
+        kept, anew = kept - mlp + RANDOM_STATE_BYTES, mlp
+    if "core_attn" in recompute:
+        # Instead of what the attention keeps: its packed inputs, values as a view of the projection, and its output for
+        # the projection behind it. Without context parallelism that is more.
+        kept, anew = kept - core + tokens * (packed - 4 * heads) // t + RANDOM_STATE_BYTES, anew + core
+    return kept, anew
 
 
 def _mlp(arch: Architecture, layout: Layout, tokens: int, b: int, s: int) -> int:

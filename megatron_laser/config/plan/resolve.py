@@ -83,6 +83,7 @@ class Plan:
     readout_tokens: tuple[
         ReadoutToken, ...
     ]  # all that readouts read, the score token first; () while LaSeR is off
+    device: Device = "cuda"  # what `memory` is the sum for
 
 
 def resolve_plan(
@@ -138,6 +139,7 @@ def resolve_plan(
         features=run_features(config),
         score_token=score_token,
         readout_tokens=readout_tokens,
+        device=device,
     )
 
 
