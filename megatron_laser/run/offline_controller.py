@@ -12,6 +12,7 @@ from megatron_laser.run.batch_sources import BatchSource, open_source
 from megatron_laser.run.controller import Controller
 from megatron_laser.run.engines import WorkResult
 from megatron_laser.run.recorder import RunRecorder
+from megatron_laser.run.speed import Speed
 
 
 class OfflineController(Controller):
@@ -22,6 +23,7 @@ class OfflineController(Controller):
         self._closing.callback(inputs.folder.release)
         self._source: BatchSource = open_source(config, inputs.stop_token_ids, inputs.score_token_id)
         self._ahead = None
+        self._speed = Speed(config, None)
         self._last_step = 0 if resumed is None else max(0, int(resumed["step"]))
         self._record = RunRecorder(config, inputs.folder, resumed)
         self._close_later("metrics", self._record.close)
@@ -33,6 +35,10 @@ class OfflineController(Controller):
         except (DataError, OSError) as error:
             return f"batch of step {step}: {error}"
         return ""
+
+    def servers_busy(self) -> list[tuple[str, float, float]]:
+        """There are none."""
+        return []
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of rank 0: whose run it is."""

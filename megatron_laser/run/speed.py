@@ -20,8 +20,8 @@ from megatron_laser.types import RolloutBatch
 class Speed:
     """Asked once a step, after it; nothing that it says changes the run."""
 
-    def __init__(self, config: RunConfig, engine: RolloutEngine) -> None:
-        """Raises ConfigError: `logging.machine` is no machine."""
+    def __init__(self, config: RunConfig, engine: RolloutEngine | None) -> None:
+        """Args: engine: None in a run in which nobody generates. Raises ConfigError: `logging.machine` is none."""
         self._config = config
         self._engine = engine
         self._architecture = read_architecture(config.model.path)
