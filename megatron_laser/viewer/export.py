@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import posixpath
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ from megatron_laser.viewer.server import to_json, web_folder
 DATA_TYPE = "application/json+gzip-base64"
 _OF_GROUP = ("problem", "answer", "source", "row", "step", "prompt")
 _SCRIPT = re.compile(r'<script\b([^>]*?)\ssrc="([^":]+)"([^>]*)>\s*</script>')
+_MODULE = re.compile(r'<script type="module" src="([^":]+)">\s*</script>')
+_IMPORT = re.compile(r"""(\b(?:from|import)\s*\(?\s*)(["'])(\.{1,2}/[^"']+)\2""")
+_OWN = "viewer/"  # what the page's modules are called in an export
 _STYLE = re.compile(r'<link\b[^>]*?href="([^":]+\.css)"[^>]*>')
 _URL = re.compile(r"""url\((["']?)([^"':)]+)\1\)""")
 _IMAGE_TYPES = {
@@ -161,12 +165,41 @@ def page_with_data(web: Path, packed: str) -> str:
             f"{web}/index.html is not there: the package was installed without the viewer's page"
         ) from None
     page = _STYLE.sub(lambda match: f"<style>\n{_style(web / match[1])}\n</style>", page)
+    page = _MODULE.sub(lambda match: _modules(web, match[1]), page)
     page = _SCRIPT.sub(
         lambda match: f"<script{match[1]}{match[3]}>\n{_script(web / match[2])}\n</script>", page
     )
     block = f'<script id="data" type="{DATA_TYPE}">{packed}</script>\n'
     head = page.find("</head>")
     return page[:head] + block + page[head:] if head >= 0 else block + page
+
+
+def _modules(web: Path, main: str) -> str:
+    """A module and all that it imports, as data: addresses in an import map: a page that is a file may load no other.
+
+    A module in a data: address has no place that "./other.js" could start from, so these become names of the map.
+    """
+    sources: dict[str, str] = {}
+    left = [main]
+    while left:
+        name = left.pop()
+        if name in sources:
+            continue
+
+        def named(match: re.Match[str], beside: str = name) -> str:
+            other = posixpath.normpath(posixpath.join(posixpath.dirname(beside), match[3]))
+            left.append(other)
+            return f"{match[1]}{match[2]}{_OWN}{other}{match[2]}"
+
+        sources[name] = ""  # circles are allowed
+        sources[name] = _IMPORT.sub(named, _text(web / name))
+    addresses = {
+        _OWN + name: f"data:text/javascript;base64,{base64.b64encode(source.encode()).decode()}"
+        for name, source in sorted(sources.items())
+    }
+    table = to_json({"imports": addresses}).decode()
+    start = f'<script type="module">import "{_OWN}{main}";</script>'
+    return f'<script type="importmap">{table}</script>\n{start}'
 
 
 def _style(path: Path) -> str:

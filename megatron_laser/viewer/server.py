@@ -229,7 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """No line for each request."""
+        """No line for each request, but for who looks for a fault."""
+        logger.debug(format, *args)
 
 
 def _is_address(host: str) -> bool:

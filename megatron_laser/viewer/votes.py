@@ -121,13 +121,12 @@ def _vote(
         if number is not None:
             first.setdefault(number, index)
             totals[number] = totals.get(number, 0) + (1 if weights is None else weights[index])
-    counts = [[answers[first[number]], round(total, 5)] for number, total in totals.items()]
     won = None if winner is None else classes[winner]
     # The largest first, the winner before its equals.
-    order = sorted(range(len(counts)), key=lambda place: (-counts[place][1], list(totals)[place] != won))
+    order = sorted(totals, key=lambda number: (-totals[number], number != won))
     reward = None if winner is None else rewards[winner]
     return {
         "answer": None if winner is None else answers[winner],
         "right": None if reward is None else reward > 0.5,
-        "counts": [counts[place] for place in order],
+        "counts": [[answers[first[number]], round(totals[number], 5)] for number in order],
     }

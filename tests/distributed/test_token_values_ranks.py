@@ -1,4 +1,4 @@
-"""Values of tokens for dumps on data-, tensor-, pipeline- and context-parallel ranks."""
+"""Values of tokens for dumps on data-, tensor-, pipeline- and context-parallel ranks; both ranks' timeline."""
 
 from pathlib import Path
 

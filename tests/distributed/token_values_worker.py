@@ -1,8 +1,9 @@
-"""Two ranks: each token's values reach rank 0 in every layout as one process has them.
+"""Two ranks: each token's values reach rank 0 in every layout as one process has them, and so do spans of phases.
 
 Started by test_token_values_ranks.py.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from helpers.torchrun import run_worker
 from megatron.core import parallel_state
 
 from megatron_laser.distributed import runtime as runtimes
+from megatron_laser.observability.timers import Timers
+from megatron_laser.trainer.timeline import Timeline
 from megatron_laser.trainer.trainer import Trainer
 
 LAYOUTS = {
@@ -54,7 +57,27 @@ def main():
         if found is not None:
             for values, want in ((found.policy_logprobs, expected[0]), (found.entropy, expected[1])):
                 np.testing.assert_allclose(values, want, atol=2e-6, err_msg=name)
+    check_timeline(folder, runtime)
     runtimes.stop()
+
+
+def check_timeline(folder, runtime):
+    """Both ranks' spans are in one line of rank 0's file, on the steps that are due."""
+    timers = Timers()
+    timeline = Timeline(
+        runtime, timers, folder, every=2, last_step=0, servers=lambda: [("http://a", 0.0, 1.0)]
+    )
+    for step in (1, 2, 3):
+        with timers("total"), timers("train" if runtime.is_main else "logprob"):
+            pass
+        timeline.add(step)
+    path = folder / "timeline.jsonl"
+    assert path.exists() == runtime.is_main
+    if runtime.is_main:
+        (line,) = map(json.loads, path.read_text().splitlines())
+        found = {(span["who"], span["phase"]) for span in line["spans"]}
+        ranks = {("rank 0", "total"), ("rank 0", "train"), ("rank 1", "total"), ("rank 1", "logprob")}
+        assert line["step"] == 2 and found == ranks | {("server http://a", "generate")}, line
 
 
 if __name__ == "__main__":

@@ -58,6 +58,32 @@ def test_the_file_names_no_other_file(viewer: Viewer, web: Path, tmp_path: Path)
     assert "<script defer>" in page
 
 
+def test_modules_come_in_an_import_map_under_names_of_their_own(viewer: Viewer, tmp_path: Path) -> None:
+    web = tmp_path / "web"
+    (web / "lib").mkdir(parents=True)
+    (web / "index.html").write_text('<head></head><script type="module" src="main.js"></script>')
+    (web / "main.js").write_text(
+        'import { a } from "./lib/a.js";\nimport "./b.js";\nstart(a, "./not/imported.js");'
+    )
+    (web / "b.js").write_text("export const late = () => import('./lib/a.js');")
+    (web / "lib" / "a.js").write_text('import { late } from "../b.js";\nexport const a = "</script>";')
+    write_export(viewer, tmp_path / "a.html", web=web)
+    page = (tmp_path / "a.html").read_text()
+    assert "src=" not in page and '<script type="module">import "viewer/main.js";</script>' in page
+    match = re.search(r'<script type="importmap">(.*?)</script>', page)
+    assert match is not None and match.start() < page.index('<script type="module">')
+    imports = json.loads(match[1])["imports"]
+    sources = {name: base64.b64decode(address.split(",")[1]).decode() for name, address in imports.items()}
+    assert sources == {
+        "viewer/main.js": 'import { a } from "viewer/lib/a.js";\nimport "viewer/b.js";\nstart(a, "./not/imported.js");',
+        "viewer/b.js": "export const late = () => import('viewer/lib/a.js');",
+        "viewer/lib/a.js": 'import { late } from "viewer/b.js";\nexport const a = "</script>";',
+    }
+    (web / "b.js").unlink()
+    with pytest.raises(ViewError, match=r"b\.js, which cannot be read"):
+        write_export(viewer, tmp_path / "b.html", web=web)
+
+
 def test_the_data_answers_what_the_server_would(viewer: Viewer, web: Path, tmp_path: Path) -> None:
     write_export(viewer, tmp_path / "run.html", web=web)
     data = data_of((tmp_path / "run.html").read_text())
