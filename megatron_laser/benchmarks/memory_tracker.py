@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 _PREFIX = "memory_tracker: "
 
-_LET_GO = 0.002
+_LET_GO = 0.01  # several turns of a busy processor's threads
 
 Interval = tuple[int, int]  # nanoseconds of the profiler's clock
 

@@ -11,7 +11,7 @@ ONE = {
     "recompute MLPs": ["model.recompute=[mlp]"],
     "bfloat16": ["model.dtype=bfloat16"],
     "shared prompts": ["batching.share_prompts=true"],
-    "LaSeR": ["laser.enabled=true", "laser.score_token=2", "laser.ref_logprob=-8.0"],
+    "LaSeR": ["laser.enabled=true", "laser.score_token=2", "laser.ref_logprob=-20.0"],
 }
 TWO = {
     "tensor": ["parallel.tensor=2"],

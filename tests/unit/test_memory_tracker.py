@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_laser.benchmarks import memory_tracker
 from megatron_laser.benchmarks.memory_tracker import MemoryTracker, without
 
 MATRIX = 4 * 256 * 256
@@ -61,11 +62,12 @@ def alone():
     dist.destroy_process_group()
 
 
-def test_what_collectives_copy_is_counted_and_what_they_leave_is_the_callers(alone):
+def test_what_collectives_copy_is_counted_and_what_they_leave_is_the_callers(alone, monkeypatch):
+    monkeypatch.setattr(memory_tracker, "_LET_GO", 0.1)  # however busy the machine is
     own = torch.zeros(256, 256)
     with MemoryTracker() as tracker:
         with tracker.span("gather"):
-            for _ in range(20):
+            for _ in range(5):
                 everyone = torch.empty(256, 256)
                 dist.all_gather_into_tensor(everyone, own)
                 del everyone
@@ -73,7 +75,7 @@ def test_what_collectives_copy_is_counted_and_what_they_leave_is_the_callers(alo
             share = torch.empty(256, 256)
             dist.reduce_scatter_tensor(share, own)
     ((begin, end),) = tracker.spans("gather")
-    assert tracker.live(begin) == tracker.live(end) == 0  # nothing of 20 was lost
+    assert tracker.live(begin) == tracker.live(end) == 0  # nothing of 5 was lost
     assert tracker.peak(tracker.spans("gather")) == 2 * MATRIX  # the result, and gloo's flat one
     ((_, end),) = tracker.spans("scatter")
     assert tracker.peak(tracker.spans("scatter")) == 2 * MATRIX
