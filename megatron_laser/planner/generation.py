@@ -29,6 +29,7 @@ from megatron_laser.planner.weights import (
     touched_experts,
 )
 
+_COMPACTED = 0.75  # `rollout/in_process.py`
 _MOST_SEQUENCES = 512  # that are followed one by one; each stands for some when there are more
 
 
@@ -211,7 +212,7 @@ def _simulate(
     starts = 0.0  # sum of the positions at which those that run have started
     started: dict[int, list[int]] = {}
     waiting = iter(drawn)
-    left, position = followed, 0
+    left, position, held = followed, 0, 0
 
     def fill() -> None:
         nonlocal starts
@@ -226,7 +227,9 @@ def _simulate(
     fill()
     while ends:
         until = ends[0]
-        rows = len(ends) * weight
+        # The engine in the process keeps rows that have ended until they are a quarter of its batch.
+        held = len(ends) if not waves or len(ends) <= _COMPACTED * held or len(ends) > held else held
+        rows = held * weight
         context = prompt + (position + until) / 2 - starts / len(ends)
         seconds, memory_bound = server.position(rows, context)
         fixed = server.fixed + rows * server.row_overhead
