@@ -14,7 +14,7 @@ from megatron_laser.model import platform
 
 platform.install()
 
-from megatron_laser.benchmarks import calibration  # noqa: E402
+from megatron_laser.benchmarks import calibration, calibration_timing  # noqa: E402
 from megatron_laser.config import load_config, resolve_plan  # noqa: E402
 from megatron_laser.planner.assumptions import read_assumptions  # noqa: E402
 from megatron_laser.planner.machine import Machine, read_machine  # noqa: E402
@@ -24,20 +24,26 @@ TOOL = Path(__file__).parents[2] / "tools" / "measure_planner.py"
 
 
 def test_two_points_on_a_line_give_its_slope_and_what_a_micro_batch_takes_besides() -> None:
-    assert calibration._line((100.0, 1, 12.0), (40.0, 1, 6.0)) == (pytest.approx(0.1), pytest.approx(2.0))
-    assert calibration._line((100.0, 3, 16.0), (40.0, 1, 6.0)) == (pytest.approx(0.1), pytest.approx(2.0))
+    assert calibration_timing.line((100.0, 1, 12.0), (40.0, 1, 6.0)) == (
+        pytest.approx(0.1),
+        pytest.approx(2.0),
+    )
+    assert calibration_timing.line((100.0, 3, 16.0), (40.0, 1, 6.0)) == (
+        pytest.approx(0.1),
+        pytest.approx(2.0),
+    )
 
 
 def test_a_line_that_noise_has_turned_around_is_all_slope() -> None:
-    assert calibration._line((100.0, 1, 5.0), (40.0, 1, 6.0)) == (pytest.approx(0.05), 0.0)
-    assert calibration._line((100.0, 1, 20.0), (40.0, 1, 2.0)) == (pytest.approx(0.2), 0.0)
+    assert calibration_timing.line((100.0, 1, 5.0), (40.0, 1, 6.0)) == (pytest.approx(0.05), 0.0)
+    assert calibration_timing.line((100.0, 1, 20.0), (40.0, 1, 2.0)) == (pytest.approx(0.2), 0.0)
 
 
 def test_a_calibrated_machine_is_one_that_the_planner_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(calibration, "_SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(calibration_timing, "_SAMPLE_SECONDS", 0.0)
     monkeypatch.setattr(calibration, "_DISK_BYTES", 2**16)
     config = load_config(write_tiny_run(tmp_path))
     measured = calibration.calibrate(config)
