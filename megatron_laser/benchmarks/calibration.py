@@ -177,7 +177,7 @@ def _measure(
 def _sizes(config: RunConfig, assumed: Assumptions, ranks: int) -> Sizes:
     """Batches of whole groups: about what one micro-batch of each rank takes, and less of it."""
     responses = assumed.lengths(config.rollout.max_new_tokens)
-    # Real batches should lie between the two that are timed: as long as responses may get, where a micro-batch has room.
+    # Real batches should lie between the two that are timed: as long as responses may get, where there is room.
     response = max(2, round(sum(responses) / len(responses)))
     prompt = max(2, min(config.data.max_prompt_tokens, round(assumed.prompt_tokens)))
     samples = config.rollout.samples_per_prompt
