@@ -177,9 +177,12 @@ def _measure(
 def _sizes(config: RunConfig, assumed: Assumptions, ranks: int) -> Sizes:
     """Batches of whole groups: about what one micro-batch of each rank takes, and less of it."""
     responses = assumed.lengths(config.rollout.max_new_tokens)
+    # Real batches should lie between the two that are timed: as long as responses may get, where there is room.
     response = max(2, round(sum(responses) / len(responses)))
     prompt = max(2, min(config.data.max_prompt_tokens, round(assumed.prompt_tokens)))
     samples = config.rollout.samples_per_prompt
+    if 2 * samples * (prompt + config.rollout.max_new_tokens) <= micro_batch_tokens(config):
+        response = config.rollout.max_new_tokens
     room = max(2, micro_batch_tokens(config) // (samples * (prompt + response)))
     most = max(2, min(room, -(-config.rollout.prompts_per_step // ranks)))
     return Sizes((ranks * most, ranks * max(1, most // 3)), samples, prompt, response)
@@ -234,8 +237,8 @@ def _host(config: RunConfig, scratch: Path) -> dict[str, float]:
 
 
 def _memory_gib() -> float:
-    if platform.has_cuda():
-        return torch.cuda.get_device_properties(platform.device()).total_memory / 2**30
+    if (device := platform.total_memory_bytes()) is not None:
+        return device / 2**30
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks / 2**30
 

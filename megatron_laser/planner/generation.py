@@ -29,6 +29,7 @@ from megatron_laser.planner.weights import (
     touched_experts,
 )
 
+_COMPACTED = 0.75  # `rollout/in_process.py`
 _MOST_SEQUENCES = 512  # that are followed one by one; each stands for some when there are more
 
 
@@ -205,9 +206,7 @@ def _simulate(
     weight = sequences / followed
     drawn = [lengths[int((number + 0.5) / followed * len(lengths))] for number in range(followed)]
     if not waves:
-        drawn[-1] = lengths[
-            -1
-        ]  # a step waits for the server that has the longest of all, however many there are
+        drawn[-1] = lengths[-1]  # a step waits for the server that has the longest of all
     random.Random(0).shuffle(drawn)
     slots = max(1, min(followed, round(running / weight)))
     clock = reading = computing = overhead = tail = 0.0
@@ -215,7 +214,7 @@ def _simulate(
     starts = 0.0  # sum of the positions at which those that run have started
     started: dict[int, list[int]] = {}
     waiting = iter(drawn)
-    left, position = followed, 0
+    left, position, held = followed, 0, 0
 
     def fill() -> None:
         nonlocal starts
@@ -230,7 +229,9 @@ def _simulate(
     fill()
     while ends:
         until = ends[0]
-        rows = len(ends) * weight
+        # The engine in the process keeps rows that have ended until they are a quarter of its batch.
+        held = len(ends) if not waves or len(ends) <= _COMPACTED * held or len(ends) > held else held
+        rows = held * weight
         context = prompt + (position + until) / 2 - starts / len(ends)
         seconds, memory_bound = server.position(rows, context)
         fixed = server.fixed + rows * server.row_overhead

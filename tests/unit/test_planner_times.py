@@ -182,6 +182,17 @@ def test_a_batch_shrinks_as_its_responses_end_and_the_longest_are_waited_for() -
     assert _simulate(memory, 4, 1, 0, (1, 2, 3, 4), False).reading == pytest.approx(10.0)
 
 
+def test_in_process_rows_that_have_ended_stay_until_they_are_a_quarter_of_the_batch() -> None:
+    server = _Server(
+        fixed=0.0, read=0.0, experts=0.0, chance=0.0, cache=0.0, row=1.0, pair=0.0, row_overhead=0.0
+    )
+    found = _simulate(server, 8, 8, 0, tuple(range(1, 9)), True)
+    assert found.computing == pytest.approx(8 + 8 + 6 + 6 + 4 + 3 + 2 + 1)
+    # Two batches of four, one behind the other; of 1, 2, 3 and 4 tokens every row that ends is a quarter.
+    found = _simulate(server, 8, 4, 0, (4,), True)
+    assert found.computing == pytest.approx(8 * 4)
+
+
 def test_the_sync_copies_all_weights_and_takes_something_for_each_tensor() -> None:
     size = plan().parameters * 4
     tensors = 4 * 9 + 3
