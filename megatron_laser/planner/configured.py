@@ -30,7 +30,7 @@ def base_plan(config: RunConfig, machine: Machine) -> Plan:
         ConfigError: what no other layout would mend.
     """
     try:
-        return resolve_plan(config, None, machine.memory_gib)
+        return resolve_plan(config, None, machine.memory_gib, machine.device)
     except ConfigError as error:
         longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
         colocated = config.rollout.weight_sync == "colocated" and config.rollout.engine == "sglang"
@@ -43,7 +43,7 @@ def base_plan(config: RunConfig, machine: Machine) -> Plan:
             },
         )
         try:
-            return replace(resolve_plan(plain, None, machine.memory_gib), config=config)
+            return replace(resolve_plan(plain, None, machine.memory_gib, machine.device), config=config)
         except ConfigError:
             raise error from None
 
@@ -69,13 +69,13 @@ def as_configured(base: Plan, gpus: int, machine: Machine, server_gpus: int | No
         parallel.expert,
         parallel.expert_tensor,
     )
-    if rollout.engine == "in_process" or rollout.weight_sync == "colocated":
+    if rollout.engine != "sglang" or rollout.weight_sync == "colocated":
         if server_gpus:
-            what = "in_process" if rollout.engine == "in_process" else "colocated"
+            what = "colocated" if rollout.engine == "sglang" else "in_process"
             raise ConfigError(
                 [f"--server-gpus {server_gpus} with {what} rollouts, which have no GPUs of their own"]
             )
-        engine = "in_process" if rollout.engine == "in_process" else "colocated"
+        engine = "colocated" if rollout.engine == "sglang" else "in_process"
         return Candidate(another_layout(base, config, gpus), Split(gpus, 0, engine), shape)
     tensor = rollout.sglang.tensor
     if server_gpus is not None:

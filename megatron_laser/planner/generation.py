@@ -71,6 +71,8 @@ def generation(plan: Plan, machine: Machine, assumptions: Assumptions, server_gp
     """Of one step; arguments and errors as of `predict_step`."""
     config = plan.config
     rollout, arch = config.rollout, plan.architecture
+    if rollout.engine == "none":
+        return Generation({}, {}, "nobody generates: batches are recorded or made up")
     in_process = rollout.engine == "in_process"
     tensor = 1 if in_process else rollout.sglang.tensor
     gpus = server_gpus or (1 if in_process else plan.layout.world_size)

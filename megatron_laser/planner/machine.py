@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_laser.config.plan.lines import Device
 from megatron_laser.config.yaml_source import read_yaml
 from megatron_laser.errors import ConfigError
 
@@ -41,7 +42,7 @@ class Machine:
     """
 
     name: str
-    device: str
+    device: Device
     gpus_per_node: int
     memory_gib: float
     matmul_flops: Mapping[str, float]

@@ -108,6 +108,8 @@ def _phase(
 
 def _grade(plan: Plan, assumptions: Assumptions, generating: float) -> PhaseTime:
     """What grading takes beyond the generation that it goes on beside."""
+    if plan.config.rollout.engine == "none":
+        return _phase("grade", {}, "graded before")
     workers, each = plan.config.reward.workers, assumptions.grading_seconds
     busy = plan.batch.sequences * each / workers
     waits = max(each, busy - generating) if each else 0.0
@@ -183,6 +185,8 @@ def _sync(plan: Plan, machine: Machine, server_gpus: int) -> PhaseTime:
     """New weights for the engine: gathered on rank 0 as one stream, and sent in the way of `rollout.weight_sync`."""
     config, whole = plan.config, served_bytes(plan)
     rollout = config.rollout
+    if rollout.engine == "none":
+        return _phase("sync", {}, "no engine to give weights to")
     model_ranks = plan.layout.tensor * plan.layout.pipeline
     gathering = whole / machine.bandwidth(model_ranks) if model_ranks > 1 else 0.0
     copy = 2 * whole / (machine.memory_bandwidth * machine.bandwidth_efficiency)

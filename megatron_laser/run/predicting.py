@@ -94,7 +94,7 @@ class Predictor:
 
         def work() -> None:
             if self._resolved is None:  # once, some milliseconds
-                plan = resolve_plan(self.config, self.ranks, self.machine.memory_gib)
+                plan = resolve_plan(self.config, self.ranks, self.machine.memory_gib, self.machine.device)
                 self._resolved = plan, read_assumptions(self.config)
             started = self.clock()
             predicted = self._predict(*self._resolved, batch, metrics, server_gpus)

@@ -168,7 +168,7 @@ def another_layout(plan: Plan, config: RunConfig, world_size: int) -> Plan:
         ),
         stage_parameters=stages,
         bytes_per_rank=max(sizes, key=lambda size: size.total),
-        memory=_memory(config, architecture, layout, sizes, batch, plan.gpu_memory_gib),
+        memory=_memory(config, architecture, layout, sizes, batch, plan.gpu_memory_gib, plan.device),
         context=context_share(config, architecture, batch.tokens_per_rank),
         features=run_features(config),
     )
