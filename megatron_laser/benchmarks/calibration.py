@@ -237,8 +237,9 @@ def _host(config: RunConfig, scratch: Path) -> dict[str, float]:
 
 
 def _memory_gib() -> float:
-    if (device := platform.total_memory_bytes()) is not None:
-        return device / 2**30
+    total = platform.total_memory_bytes()
+    if total is not None:
+        return total / 2**30
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks / 2**30
 

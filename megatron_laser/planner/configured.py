@@ -71,11 +71,9 @@ def as_configured(base: Plan, gpus: int, machine: Machine, server_gpus: int | No
     )
     if rollout.engine != "sglang" or rollout.weight_sync == "colocated":
         if server_gpus:
-            what = "colocated" if rollout.engine == "sglang" else "in_process"
-            raise ConfigError(
-                [f"--server-gpus {server_gpus} with {what} rollouts, which have no GPUs of their own"]
-            )
-        engine = "colocated" if rollout.engine == "sglang" else "in_process"
+            what = "colocated rollouts" if rollout.engine == "sglang" else f"rollout.engine {rollout.engine}"
+            raise ConfigError([f"--server-gpus {server_gpus}: {what} has no GPUs of its own"])
+        engine = "colocated" if rollout.engine == "sglang" else rollout.engine
         return Candidate(another_layout(base, config, gpus), Split(gpus, 0, engine), shape)
     tensor = rollout.sglang.tensor
     if server_gpus is not None:

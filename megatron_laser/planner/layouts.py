@@ -36,7 +36,7 @@ class Split:
 
     trainer: int
     servers: int
-    engine: str  # apart, colocated or in_process
+    engine: str  # apart, colocated, in_process, or none: nobody generates
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,8 @@ def splits(config: RunConfig, architecture: Architecture, gpus: int, machine: Ma
                 f"{-(-gpus // node) * node}"
             ]
         )
+    if config.rollout.engine == "none":  # recorded batches: all GPUs train
+        return [Split(gpus, 0, "none")]
     unit = node if gpus > node else 1
     parts = gpus // unit
     counts = list(range(1, parts))
@@ -129,8 +131,8 @@ def server_tensors(config: RunConfig, architecture: Architecture, gpus: int, mac
 def engine_settings(config: RunConfig, split: Split, tensor: int, machine: Machine) -> dict[str, Any]:
     """What `rollout` says of a split, with servers of `tensor` GPUs."""
     rollout = config.rollout
-    if split.engine == "in_process":
-        return {"rollout.engine": "in_process"}
+    if split.engine in ("in_process", "none"):
+        return {"rollout.engine": split.engine}
     settings: dict[str, Any] = {"rollout.engine": "sglang", "rollout.sglang.tensor": tensor}
     if split.engine == "colocated":
         return settings | {

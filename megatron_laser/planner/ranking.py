@@ -189,7 +189,7 @@ class _Search:
             best = self._ranked(one for found in self._seen.values() for one in found)
 
     def _tensors(self, split: Split) -> list[int]:
-        if split.engine == "in_process":
+        if split.engine in ("in_process", "none"):
             return [1]
         gpus = split.trainer if split.engine == "colocated" else split.servers
         return server_tensors(self._config, self._architecture, gpus, self._machine)
@@ -332,7 +332,8 @@ def _cures(base: Plan, gpus: int, machine: Machine) -> str:
 def _any_fits(proposer: Proposer, split: Split) -> bool:
     config, architecture, machine = proposer.base.config, proposer.base.architecture, proposer.machine
     gpus = split.servers or split.trainer
-    tensors = [1] if split.engine == "in_process" else server_tensors(config, architecture, gpus, machine)
+    alone = split.engine in ("in_process", "none")
+    tensors = [1] if alone else server_tensors(config, architecture, gpus, machine)
     if not tensors:
         return False
     return any(

@@ -53,9 +53,12 @@ def describe(candidate: Candidate) -> str:
             f"{servers} servers of {tensor} generate" if servers > 1 else f"1 server of {tensor} generates"
         )
     else:
-        parts.append(
-            {"colocated": "a server on the same GPU", "in_process": "rank 0 generates"}[split.engine]
-        )
+        how = {
+            "colocated": "a server on the same GPU",
+            "in_process": "rank 0 generates",
+            "none": "nobody generates",
+        }
+        parts.append(how[split.engine])
     cuts = [f"tensor {layout.tensor}"]
     for name, value in (
         ("pipeline", layout.pipeline),
