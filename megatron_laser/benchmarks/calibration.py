@@ -46,7 +46,7 @@ from megatron_laser.model.hf_config import read_hf_config
 from megatron_laser.model.platform import DTYPES
 from megatron_laser.observability.timers import Timers
 from megatron_laser.planner.assumptions import Assumptions, read_assumptions
-from megatron_laser.planner.machine import MACHINES
+from megatron_laser.planner.machine import MACHINES, Machine
 from megatron_laser.rewards.workers.grading_pool import GradingPool
 from megatron_laser.rollout.in_process import InProcessEngine
 from megatron_laser.trainer.trainer import Trainer
@@ -170,8 +170,27 @@ def _measure(
     wait_for_all(runtime)
     if not runtime.is_main:
         return None
+    if device == "cuda":
+        found = _beside_base(found, MACHINES[_nearest()], runtime.world_size)
     found["sources"] = _sources(found, plan, sizes, runtime.world_size)
     return found if device == "cpu" else {"base": _nearest(), **found}
+
+
+def _beside_base(found: Mapping[str, Any], base: Machine, ranks: int) -> dict[str, Any]:
+    """The figures of a GPU as those of `base` are meant: links that were not seen, and what a node is, stay its own.
+
+    Ranks of one node say nothing of the network, ranks of several nothing of the node, and one alone of neither.
+    """
+    unseen = {"gpus_per_node", "link_efficiency"}
+    if ranks == 1 or ranks > found["gpus_per_node"]:
+        unseen |= {"node_bandwidth", "node_latency"}
+    if ranks <= found["gpus_per_node"]:
+        unseen |= {"network_bandwidth", "network_latency"}
+    kept = {name: value for name, value in found.items() if name not in unseen}
+    for name in ("node_bandwidth", "network_bandwidth", "host_bandwidth"):
+        if name in kept:  # of which the base's share is taken again
+            kept[name] /= base.link_efficiency
+    return kept
 
 
 def _sizes(config: RunConfig, assumed: Assumptions, ranks: int) -> Sizes:

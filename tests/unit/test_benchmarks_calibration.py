@@ -60,6 +60,25 @@ def test_a_calibrated_machine_is_one_that_the_planner_reads(
         assert step.phase(name).seconds > 0.0
 
 
+@pytest.mark.parametrize(
+    ("ranks", "node", "network"), [(1, 450e9, 50e9), (4, 4e9 / 0.75, 50e9), (8, 450e9, 4e9 / 0.75)]
+)
+def test_links_that_a_gpu_has_not_seen_stay_those_of_its_base(
+    tmp_path: Path, ranks: int, node: float, network: float
+) -> None:
+    base = read_machine("h100")
+    links = dict.fromkeys(("node_bandwidth", "network_bandwidth"), 4e9)
+    links |= dict.fromkeys(("node_latency", "network_latency"), 0.5)
+    found = {"gpus_per_node": min(ranks, 4), "link_efficiency": 1.0, "host_bandwidth": 3e9, **links}
+    file = tmp_path / "here.yaml"
+    kept = calibration._beside_base(found, base, ranks)
+    file.write_text(calibration.machine_text({"base": "h100", **kept}))
+    machine = read_machine(file)
+    assert (machine.gpus_per_node, machine.node_bandwidth, machine.network_bandwidth) == (8, node, network)
+    assert (machine.node_latency == 0.5, machine.network_latency == 0.5) == (ranks == 4, ranks == 8)
+    assert machine.host_bandwidth * machine.link_efficiency == pytest.approx(3e9)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_shares_of_a_step_are_within_a_quarter_of_what_a_run_takes(ranks: int, tmp_path: Path) -> None:
