@@ -169,8 +169,6 @@ def _trainer_changes(candidate: Candidate, machine: Machine) -> Iterator[Change]
         split,
         "memory",
     )
-    if config.batching.balance == "tokens":
-        yield Change("ranks balanced by work", {"batching.balance": "flops"}, split, "nothing")
     if config.optimizer.offload:
         yield Change("optimizer state on the GPU", {"optimizer.offload": False}, split, "memory")
     if parallel.pipeline > 1 and parallel.virtual_pipeline == 1:

@@ -117,6 +117,8 @@ def read_assumptions(config: RunConfig, file: Path | None = None) -> Assumptions
     )
     if file is None:
         return start
+    if not file.is_file():
+        raise ConfigError(["no such file; expected a YAML file with some assumptions"], str(file))
     problems: list[str] = []
     given: dict[str, Any] = {}
     known = {one.name for one in fields(Assumptions)} - {"sources"}

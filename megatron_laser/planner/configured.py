@@ -85,10 +85,16 @@ def as_configured(base: Plan, gpus: int, machine: Machine, server_gpus: int | No
         wanted = sorted(range(node, gpus, node), key=lambda count: (abs(count - half), count))
     problems: list[str] = []
     for count in wanted:
-        if not 0 < count < gpus or count % tensor:
+        if count >= gpus:
             problems.append(
-                f"{count} GPUs for servers of {tensor} (rollout.sglang.tensor) of {gpus} in all: expected a multiple "
-                f"of {tensor}, and at least one GPU left to train; say how many with --server-gpus"
+                f"{count} GPUs for servers, of {gpus} in all: expected at least one GPU left to train; give more "
+                "--gpus, or fewer with --server-gpus or rollout.sglang.servers"
+            )
+            continue
+        if count % tensor:
+            problems.append(
+                f"{count} GPUs for servers of {tensor} (rollout.sglang.tensor): expected a multiple of {tensor}; say "
+                "how many with --server-gpus"
             )
             continue
         try:

@@ -137,6 +137,7 @@ def engine_settings(config: RunConfig, split: Split, tensor: int, machine: Machi
     if split.engine == "colocated":
         return settings | {
             "rollout.weight_sync": "colocated",
+            "rollout.min_servers": min(rollout.min_servers, split.trainer // tensor),
             "rollout.sglang.servers": split.trainer // tensor,
             "rollout.sglang.urls": None,
             "rollout.sglang.endpoints": None,
@@ -234,6 +235,7 @@ class Proposer:
         self.base, self.machine = base, machine
         self._room = share * machine.memory_gib * GIB
         self.smallest: Candidate | None = None
+        self.problems: tuple[str, ...] = ()  # of the first layout that the checks refused
         self.tried = self.impossible = self.too_large = 0
 
     def candidate(self, split: Split, shape: Shape, settings: Mapping[str, Any]) -> Candidate | None:
@@ -242,8 +244,9 @@ class Proposer:
         config = changed(self.base.config, {**shape_settings(self.base.architecture, shape), **settings})
         try:
             plan = another_layout(self.base, config, split.trainer)
-        except ConfigError:
+        except ConfigError as error:
             self.impossible += 1
+            self.problems = self.problems or error.problems
             return None
         found = Candidate(plan, split, shape)
         if self.smallest is None or plan.memory.total < self.smallest.plan.memory.total:

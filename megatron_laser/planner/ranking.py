@@ -291,7 +291,10 @@ def _refusal(base: Plan, gpus: int, machine: Machine, proposer: Proposer) -> lis
                 f"no layout on {size}: a server must hold the weights, {gib(weights)} in {config.model.dtype}, and "
                 "one longest sequence on a share of its GPUs; " + _cures(base, gpus, machine)
             ]
-        return [f"no layout on {size} is possible: all {proposer.impossible:,} were refused by the checks"]
+        return [
+            f"no layout on {size} is possible: all {proposer.impossible:,} were refused by the checks, the first for",
+            *(f"  - {problem}" for problem in proposer.problems),
+        ]
     plan = proposer.smallest.plan
     memory, layout = plan.memory, plan.layout
     there = [line for line in memory.lines if line.phase in (STATE, memory.peak_phase)]
@@ -310,12 +313,17 @@ def _refusal(base: Plan, gpus: int, machine: Machine, proposer: Proposer) -> lis
 
 def _cures(base: Plan, gpus: int, machine: Machine) -> str:
     """The fewest GPUs that fit, by doubling, and settings that change what is computed."""
-    more = gpus * 2
+    node = machine.gpus_per_node
+    more = gpus
     while more <= _WIDEST:
+        more *= 2
+        if more > node:  # several nodes are whole ones
+            more = -(-more // node) * node
+        if more > _WIDEST:
+            break
         proposer = Proposer(base, machine, 1.0)
         if any(_any_fits(proposer, split) for split in splits(base.config, base.architecture, more, machine)):
             break
-        more *= 2
     fewest = (
         f"{more} GPUs, which fit" if more <= _WIDEST else f"a smaller model (even {_WIDEST} GPUs do not fit)"
     )
@@ -326,7 +334,8 @@ def _cures(base: Plan, gpus: int, machine: Machine) -> str:
         settings.append("optimizer.gradient_dtype: bfloat16")
     if base.config.rollout.max_new_tokens > 2048:
         settings.append("a smaller rollout.max_new_tokens")
-    return f"{fewest}; GPUs with more memory; or settings that change what is computed: {', '.join(settings)}"
+    words = f"{fewest}; GPUs with more memory"
+    return f"{words}; or settings that change what is computed: {', '.join(settings)}" if settings else words
 
 
 def _any_fits(proposer: Proposer, split: Split) -> bool:

@@ -78,6 +78,13 @@ def make_report(
         ConfigError: the run cannot be planned.
         NothingFits: no layout of the search fits.
     """
+    if run.config.run.mode == "rollout_only":
+        raise ConfigError(
+            [
+                "run.mode: rollout_only has no trainer, and a plan is of a trainer beside its servers: plan it with "
+                "run.mode=train, whose phase generate is what it would take"
+            ]
+        )
     base = base_plan(run.config, machine)
     configured: Ranked | None = None
     why: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from megatron_laser.config.plan.resolve import Plan
 from megatron_laser.planner.advice import Advice
 from megatron_laser.planner.machine import Machine
 from megatron_laser.planner.ranking import Ranked, Ranking
-from megatron_laser.planner.words import against, describe, seconds
+from megatron_laser.planner.words import against, describe, seconds, signed
 
 WIDTH = 118
 
@@ -52,7 +52,9 @@ def detail_lines(ranked: Ranked) -> list[str]:
 def cost(ranked: Ranked, machine: Machine) -> str:
     """GPU hours of 1,000 steps, and their price where the machine has one."""
     hours = ranked.gpu_hours
-    words = f"{ranked.candidate.gpus} GPUs, {hours:,.0f} GPU hours per 1,000 steps"
+    count = ranked.candidate.gpus
+    shown = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
+    words = f"{count} GPU{'s' if count > 1 else ''}, {shown} GPU hours per 1,000 steps"
     if machine.price_per_gpu_hour is not None:
         words += f" ({hours * machine.price_per_gpu_hour:,.0f} at {machine.price_per_gpu_hour:g} a GPU hour)"
     return words
@@ -115,7 +117,7 @@ def advice_lines(advice: Sequence[Advice], chosen: Ranked, machine: Machine) -> 
             needed = gib(one.ranked.plan.memory.total)
             words = f"{one.change.name}: does not fit, {needed} of {machine.memory_gib:g} GiB"
         lines.append(
-            f"  {one.gain:>+8.1f} {seconds(step.seconds):>8} {one.ranked.gpu_hours:>12,.0f}  {words}"
+            f"  {signed(one.gain):>8} {seconds(step.seconds):>8} {one.ranked.gpu_hours:>12,.0f}  {words}"
         )
     lines.append(f"  {'':>8} {seconds(chosen.step.seconds):>8} {chosen.gpu_hours:>12,.0f}  as it is")
     return lines

@@ -38,8 +38,13 @@ def against(first: StepTime, second: StepTime) -> str:
     return f"{_signed(total)} a step" + (f" ({', '.join(said[:3])})" if said else "")
 
 
+def signed(value: float) -> str:
+    """Seconds with their sign."""
+    return f"{'+' if value >= 0 else ''}{seconds(value)}"
+
+
 def _signed(value: float) -> str:
-    return f"{'+' if value >= 0 else ''}{seconds(value)} s"
+    return f"{signed(value)} s"
 
 
 def describe(candidate: Candidate) -> str:

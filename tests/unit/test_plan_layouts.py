@@ -136,6 +136,23 @@ def test_a_model_that_no_server_can_hold_is_refused_for_that() -> None:
         report("qwen2.5_32b", 2, machine(memory_gib=40.0))
 
 
+def test_a_refusal_of_3_gpus_asks_for_whole_nodes() -> None:
+    with pytest.raises(NothingFits, match=r"no layout (fits|on) 3 GPUs(.|\n)*16 GPUs, which fit"):
+        report("qwen2.5_32b", 3, machine())
+
+
+def test_one_gpu_gets_a_colocated_server_whatever_min_servers_was() -> None:
+    best = report("qwen2.5_7b", 1, machine(memory_gib=139.8), "rollout.min_servers=2").best
+    assert best is not None and best.candidate.split == Split(1, 0, "colocated")
+    rollout = best.plan.config.rollout
+    assert (rollout.min_servers, rollout.sglang.servers) == (1, 1)
+
+
+def test_what_has_no_trainer_is_not_planned() -> None:
+    with pytest.raises(ConfigError, match=r"run\.mode: rollout_only has no trainer"):
+        report("qwen2.5_7b", 8, machine(), "run.mode=rollout_only")
+
+
 def test_smaller_gpus_take_more_room_saving_never_less() -> None:
     """On GPUs with half of the memory the best layout is slower, and it saves memory somewhere."""
     large, small = (report("qwen2.5_7b", 8, machine(memory_gib=gib)).best for gib in (80.0, 36.0))
@@ -231,7 +248,7 @@ def test_a_configured_layout_that_cannot_run_is_said_and_others_are_searched() -
     planned = report("qwen2.5_7b", 8, machine(), "parallel.tensor=8", "rollout.sglang.servers=2")
     assert planned.configured is None and planned.best is not None
     assert any("expected a multiple" in why or "not divisible" in why for why in planned.not_configured)
-    with pytest.raises(ConfigError, match="--server-gpus 4 with in_process"):
+    with pytest.raises(ConfigError, match=r"--server-gpus 4: rollout\.engine in_process has no GPUs"):
         base = base_plan(read_run(EXAMPLES / "qwen2.5_7b", ["rollout.engine=in_process"]).config, machine())
         as_configured(base, 8, machine(), 4)
 
