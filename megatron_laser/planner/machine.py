@@ -81,10 +81,16 @@ class Machine:
             )
         return self.matmul_flops[dtype]
 
-    def bandwidth(self, ranks: int) -> float:
-        """B/s that one of `ranks` neighbouring ranks sends to the others with, efficiency included."""
-        link = self.node_bandwidth if ranks <= self.gpus_per_node else self.network_bandwidth
-        return link * self.link_efficiency
+    def bandwidth(self, ranks: int, stride: int | None = None) -> float:
+        """B/s that one of `ranks` neighbouring ranks sends to the others with, efficiency included.
+
+        stride: a ring goes through every `stride`-th of them, and through the ports of all that it has in a node.
+        None: each rank sends through its own port.
+        """
+        if ranks <= self.gpus_per_node:
+            return self.node_bandwidth * self.link_efficiency
+        ports = 1 if stride is None else max(1, self.gpus_per_node // stride)
+        return min(self.node_bandwidth, ports * self.network_bandwidth) * self.link_efficiency
 
     def latency(self, ranks: int) -> float:
         """Seconds of one collective of so many neighbouring ranks, besides its bytes."""
@@ -224,11 +230,12 @@ def read_machine(name_or_file: str | Path) -> Machine:
         return known
     path = Path(name_or_file)
     names = ", ".join(MACHINES)
-    if not path.suffix and not path.exists():
+    if not path.is_file():
         raise ConfigError([f"machine {name_or_file}: no such machine or file; known are {names}"])
     data = dict(read_yaml(path).data)
     problems: list[str] = []
     base = data.pop("base", None)
+    base = base.lower() if isinstance(base, str) else base
     if base is not None and str(base) not in MACHINES:
         raise ConfigError([f"base: {base!r} is none of {names}"], str(path))
     allowed = {one.name for one in fields(Machine)}

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from megatron_laser.config.derived import needs_reference_model, old_policy_pass_kind
 from megatron_laser.config.model_folder.parameters import tensor_shapes
-from megatron_laser.config.plan.lines import STATE, gib
+from megatron_laser.config.plan.lines import gib
 from megatron_laser.config.plan.resolve import Plan
 from megatron_laser.planner.assumptions import Assumptions
 from megatron_laser.planner.generation import generation
 from megatron_laser.planner.machine import Machine
 from megatron_laser.planner.training import Pass, optimizer_step, passes, shares_prompts, work_of
-from megatron_laser.planner.weights import served_bytes
+from megatron_laser.planner.weights import expert_parameters, served_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,8 @@ def _train(plan: Plan, machine: Machine, work: Pass, imbalance: float) -> PhaseT
 
 def _state(plan: Plan) -> int:
     """Bytes of a rank's state that go to host memory while colocated servers have the GPU."""
-    return sum(line.bytes for line in plan.memory.lines if line.phase == STATE and "server" not in line.name)
+    size = plan.bytes_per_rank
+    return size.total - (size.optimizer if plan.config.optimizer.offload else 0)  # which is there already
 
 
 def _sync(plan: Plan, machine: Machine, server_gpus: int) -> PhaseTime:
@@ -187,8 +188,15 @@ def _sync(plan: Plan, machine: Machine, server_gpus: int) -> PhaseTime:
     rollout = config.rollout
     if rollout.engine == "none":
         return _phase("sync", {}, "no engine to give weights to")
-    model_ranks = plan.layout.tensor * plan.layout.pipeline
-    gathering = whole / machine.bandwidth(model_ranks) if model_ranks > 1 else 0.0
+    layout = plan.layout
+    gathering = whole / machine.bandwidth(layout.tensor) if layout.tensor > 1 else 0.0
+    if layout.pipeline > 1:  # the stages are the farthest from each other
+        elsewhere = (layout.pipeline - 1) / layout.pipeline
+        gathering += whole * elsewhere / machine.bandwidth(layout.world_size)
+    if layout.expert > 1:
+        of_experts = whole * expert_parameters(plan.architecture) / plan.parameters
+        elsewhere = (layout.expert - 1) / layout.expert
+        gathering += of_experts * elsewhere / machine.bandwidth(layout.expert * layout.expert_tensor)
     copy = 2 * whole / (machine.memory_bandwidth * machine.bandwidth_efficiency)
     tensors = len(tensor_shapes(plan.architecture)) * machine.tensor_overhead
     parts = {"gathering": gathering, "copy": copy, "tensors": tensors}

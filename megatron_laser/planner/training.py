@@ -31,7 +31,7 @@ class Pass:
 
     tokens: of a sequence, without padding; padded: with it. rows: labelled. experts: of `layers`, what experts are.
     micro_batches: of one optimizer step on a rank, each of `tokens_per_micro_batch` on that rank. recomputed: of all
-    layers. head: of all rows.
+    layers, recomputed_experts: what of it experts are. head: of all rows, recomputed_head: of them again.
     """
 
     tokens: float
@@ -42,6 +42,8 @@ class Pass:
     attention: float
     head: float
     recomputed: float
+    recomputed_experts: float
+    recomputed_head: float
     micro_batches: float
     tokens_per_micro_batch: float
 
@@ -86,8 +88,10 @@ def work_of(plan: Plan, assumptions: Assumptions, *, share_prompts: bool = False
         chunks = plan.layout.pipeline * plan.layout.virtual_pipeline
         layers = min(layers, model.recompute_layers * chunks)
     again = sum(recomputed_flops(arch, length, model.recompute, layers=layers) for length in lengths) / count
-    if not any(line.name == KEPT and line.bytes for line in plan.memory.lines):
-        again += head_flops(arch, 1) * rows
+    of_experts = 0.0
+    if arch.moe is not None and (model.recompute == "full" or "mlp" in model.recompute):
+        of_experts = layers * tokens * mlp_flops_per_token(arch)
+    kept = any(line.name == KEPT and line.bytes for line in plan.memory.lines)
     budget = micro_batch_tokens(config)
     on_rank = plan.batch.sequences_per_rank * padded
     # Sequences are not cut, so that a micro-batch is full but for half a sequence.
@@ -102,6 +106,8 @@ def work_of(plan: Plan, assumptions: Assumptions, *, share_prompts: bool = False
         attention=attention,
         head=head_flops(arch, 1) * rows,
         recomputed=again,
+        recomputed_experts=of_experts,
+        recomputed_head=0.0 if kept else head_flops(arch, 1) * rows,
         micro_batches=micro_batches,
         tokens_per_micro_batch=on_rank / micro_batches / config.parallel.context,
     )
@@ -135,8 +141,10 @@ def passes(
         "head": share * rows * stage.head * head_factor / peak,
     }
     if backward:
-        again = share * work.recomputed / layout.pipeline
-        parts["recomputed"] = again / (peak * machine.forward_efficiency)
+        again = work.recomputed + work.recomputed_experts * (1 / machine.expert_efficiency - 1)
+        parts["recomputed"] = share * again / layout.pipeline / (peak * machine.forward_efficiency)
+        of_head = share * work.recomputed_head * stage.head
+        parts["recomputed"] += of_head / (peak * machine.head_efficiency)
     counted = work.micro_batches * minibatches
     turns = 3 if backward else 1
     parts["overhead"] = counted * turns * stage.layers * machine.layer_overhead
@@ -224,7 +232,7 @@ def _reduction(plan: Plan, machine: Machine) -> dict[str, float]:
         return {}
     reach = layout.tensor * replicas
     steps = config.policy.minibatches
-    sent = (replicas - 1) / replicas / machine.bandwidth(reach)
+    sent = (replicas - 1) / replicas / machine.bandwidth(reach, layout.tensor)
     settings = config.optimizer
     gradients = (1 if settings.distributed else 2) * plan.bytes_per_rank.gradients * sent + machine.latency(
         reach

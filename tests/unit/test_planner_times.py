@@ -135,6 +135,33 @@ def test_gradients_go_once_around_the_data_parallel_ranks() -> None:
     assert predicted(apart, world_size=2).phase("train").parts["gradients"] == pytest.approx(sent / 1e7)
 
 
+def test_a_ring_over_nodes_uses_the_ports_of_all_its_ranks_in_a_node() -> None:
+    # Nodes of 4 with links of 1e8 in them and a port of 1e7 for each GPU.
+    machine = replace(MACHINE, gpus_per_node=4)
+    assert machine.bandwidth(4) == machine.bandwidth(4, 1) == 1e8
+    assert machine.bandwidth(8) == 1e7
+    assert [machine.bandwidth(8, stride) for stride in (1, 2, 4, 8)] == [4e7, 2e7, 1e7, 1e7]
+    assert replace(machine, network_bandwidth=5e7).bandwidth(8, 1) == 1e8
+
+
+def test_a_sync_gathers_stages_from_as_far_as_they_are() -> None:
+    whole = plan().parameters * 4
+    layout = {"parallel": {"pipeline": 2}}
+    near = predicted(world_size=4, **layout).phase("sync").parts["gathering"]
+    assert near == pytest.approx(whole / 2 / 1e8)
+    # Two data-parallel ranks are a node, so that the other stage is in another one.
+    far = (
+        predicted(replace(MACHINE, gpus_per_node=2), world_size=4, **layout).phase("sync").parts["gathering"]
+    )
+    assert far == pytest.approx(whole / 2 / 1e7)
+
+
+def test_logits_that_were_not_kept_are_made_again_on_the_last_stage_alone() -> None:
+    again = predicted(model={"keep_logits_gib": 0.0}).phase("train").parts["recomputed"]
+    assert again == pytest.approx(SAMPLES * RESPONSE * HEAD / 0.5e9)
+    assert "recomputed" not in predicted(model={"keep_logits_gib": 1.0}).phase("train").parts
+
+
 def test_one_overhead_a_layer_and_pass() -> None:
     machine = replace(MACHINE, layer_overhead=1.0, step_overhead=10.0)
     step = predicted(machine)
@@ -285,6 +312,14 @@ def test_a_file_without_a_base_needs_all_that_has_no_default(tmp_path: Path) -> 
 def test_a_bad_assumptions_file_says_which_field(tmp_path: Path, changes: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         read_assumptions(plan().config, machine_file(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("name", ["nothing.yaml", "h1000", "."])
+def test_files_that_are_not_there_are_said_to_be_machines_or_assumptions(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="no such machine or file; known are h100"):
+        read_machine(tmp_path / name)
+    with pytest.raises(ConfigError, match="expected a YAML file with some assumptions"):
+        read_assumptions(plan().config, tmp_path / name)
 
 
 def test_measured_lengths_keep_their_mean() -> None:
