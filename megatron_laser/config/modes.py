@@ -6,6 +6,7 @@ Applied to its own result it changes nothing.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ def as_run(config: RunConfig) -> RunConfig:
         config = _with(config, "logging", record_batches_every=1)
     if not generates(config):
         config = _without_engine(config)
+    if config.run.fake.responses:
+        config = _with(
+            config, "logging", rollouts_tokens=False
+        )  # there may be no tokenizer to spell noise with
     if is_fake(config) and not config.run.name.startswith(FAKE):
         config = _with(config, "run", name=f"{FAKE} {config.run.name}")
     return config
@@ -79,6 +84,11 @@ def mode_problems(config: RunConfig) -> list[str]:
         problems.append(
             "run.mode: train_only needs run.batches, the folder of the batches to train on: another run's "
             "OUTPUT_DIR/batches"
+        )
+    if run.mode == "train_only" and run.batches is not None and _is_inside(run.batches, run.output_dir):
+        problems.append(
+            f"run.batches: {run.batches} is in run.output_dir {run.output_dir}, where this run would write over it; "
+            "choose another run.output_dir"
         )
     if run.mode != "train_only" and run.batches is not None:
         problems.append(
@@ -183,16 +193,23 @@ def _without_evaluations(config: RunConfig) -> RunConfig:
 
 
 def _without_engine(config: RunConfig) -> RunConfig:
-    """Nobody generates: what concerns engine and servers is as if nothing had been said."""
+    """Nobody generates: what concerns engine and servers is as if nothing had been said, and no alarm is of them."""
     kept = {"engine": "none", "ahead": 0, "oversample": 1.0, "function": None, "function_options": {}}
     for name in ("sglang", "weight_sync", "sync_folder", "function_deadline"):
         kept[name] = RolloutConfig.model_fields[name].get_default(call_default_factory=True)
+    # Recorded batches bring along what their run said of its servers.
+    config = _with(config, "alarms", server_deaths=None, servers_idle=None, trainer_idle=None)
     return _with(config, "rollout", **kept)
 
 
 def _with(config: RunConfig, section: str, **values: Any) -> RunConfig:
     changed = getattr(config, section).model_copy(update=values)
     return config.model_copy(update={section: changed})
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder` or below it, through whatever links."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def batches_folder(config: RunConfig) -> Path:

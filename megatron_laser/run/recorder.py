@@ -49,8 +49,8 @@ class RunRecorder:
         self._config = config
         self._claimed = claimed
         self._folder = Path(config.run.output_dir)
-        self._dumps = BestEffort("logging.rollouts_every")
-        self._batches = BestEffort("logging.record_batches_every")
+        self._dumps = BestEffort("logging.rollouts_every", Exception)
+        self._batches = BestEffort("logging.record_batches_every", Exception)
         state = (None if resumed is None else resumed["run"]) or {}
         with ExitStack() as opened:
             wandb = None

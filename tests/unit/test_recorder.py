@@ -7,6 +7,7 @@ from megatron_laser.config import RunConfig
 from megatron_laser.observability.alarms import AlarmWatch, alarms_of
 from megatron_laser.observability.metrics_logger import read_metrics
 from megatron_laser.run.recorder import RunRecorder
+from megatron_laser.types import RolloutBatch
 
 
 class Folder:
@@ -88,3 +89,18 @@ def test_a_fault_in_the_judging_of_metrics_ends_no_run(tmp_path, monkeypatch, ca
     record(config(tmp_path), 1, 30)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 30
     assert caplog.text.count("alarms failed (RuntimeError: a fault); it is off from now on") == 1
+
+
+def test_a_fault_in_a_dump_ends_no_run(tmp_path, caplog):
+    def broken():
+        raise AttributeError("no tokenizer")
+
+    settings = config(tmp_path)
+    settings = settings.model_copy(
+        update={"logging": settings.logging.model_copy(update={"rollouts_every": 1, "rollouts_tokens": True})}
+    )
+    recorder = RunRecorder(settings, Folder(), None)
+    for step in (1, 2):
+        recorder.dump(RolloutBatch(step, 0, []), [], [], broken)
+    recorder.close()
+    assert caplog.text.count("logging.rollouts_every failed (AttributeError: no tokenizer)") == 1

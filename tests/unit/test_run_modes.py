@@ -29,6 +29,9 @@ def weights(folder, step):
     return {name: digest for name, digest in checkpoint_digests(folder, step).items() if name != "state"}
 
 
+WITH_TOKENS = ("logging.rollouts_every=1", "logging.rollouts_tokens=true")
+
+
 def train_only(recorded, *more):
     return ["run.mode=train_only", f"run.batches={recorded[1] / 'batches'}", *more]
 
@@ -70,11 +73,14 @@ def test_batches_of_experts_and_of_sets_of_tokens(tmp_path, made_up):
 
 def test_two_settings_are_compared_on_the_same_responses(recorded, tmp_path):
     file, ordinary = recorded
-    run(file, tmp_path / "other", *train_only(recorded, "laser.enabled=false", "run.steps=2"))
+    run(file, tmp_path / "other", *train_only(recorded, "laser.enabled=false", "run.steps=2", *WITH_TOKENS))
     there, here = metrics_without_times(tmp_path / "other"), metrics_without_times(ordinary)
     for name in ("reward_mean", "response_length_mean", "epoch", "prompts_tried"):
         assert [line[name] for line in there] == [line[name] for line in here[:2]]
     assert "self_reward_f1" in here[0] and "self_reward_f1" not in there[0]
+    dumped = (tmp_path / "other" / "rollouts" / "step_2.jsonl").read_text().splitlines()
+    for line in map(json.loads, dumped):  # a tokenizer is read for these alone
+        assert line["prompt"] and line["token_ends"][-1] == len(line["response"])
 
 
 @pytest.mark.long
@@ -165,6 +171,10 @@ def test_a_batch_of_another_vocabulary_is_refused(recorded):
     [
         (["run.mode=train_only"], "run.mode: train_only needs run.batches"),
         (["rollout.engine=none"], "rollout.engine: none is for runs in which nothing is generated"),
+        (
+            ["run.mode=train_only", "run.output_dir=there", "run.batches=there/../there/batches"],
+            "batches is in run.output_dir .*, where this run would write over it",
+        ),
         (["run.batches=b"], "run.batches: .*/b with run.mode train, which does not read it"),
         (["run.mode=rollout_only", "run.fake.weights=true"], "responses of random weights say nothing"),
         (["run.mode=rollout_only", "run.fake.responses=true"], "made-up responses are for train"),
@@ -192,12 +202,14 @@ def test_a_fake_run_needs_a_config_json_alone_and_says_what_it_is(recorded, tmp_
         "data.train=nowhere.jsonl",
         "run.steps=2",
         "run.fake={weights: true, responses: true}",
+        *WITH_TOKENS,
     ]
     out = run(file, tmp_path / "out", *settings, "checkpoint.every=1")
     assert "FAKE: weights and responses are made up" in capsys.readouterr().out
     assert (out / "report.md").read_text().startswith("# FAKE out")
     lines = metrics_without_times(out)
     assert [line["step"] for line in lines] == [1, 2] and all(line["grad_norm"] > 0 for line in lines)
+    assert (out / "rollouts" / "step_2.jsonl").exists()
     with pytest.raises(ConfigError, match=r"belongs to another run: .*run\.fake"):
         run(file, out)
 
@@ -268,6 +280,8 @@ def test_what_a_mode_makes_of_the_settings_is_written_down_and_read_back_the_sam
         config = load_config(file, overrides)
         (tmp_path / "config.yaml").write_text(resolved_yaml(config))
         assert load_config(tmp_path / "config.yaml") == config
+        # What recorded batches tell of servers was said by the run that made them.
+        assert (config.alarms.server_deaths is None) == (config.rollout.engine == "none")
 
 
 def test_an_ordinary_run_has_the_settings_that_were_given(recorded):

@@ -48,8 +48,11 @@ def batch_findings(config: RunConfig, model: ModelInputs) -> list[Finding]:
         for problem in origin_problems(config, origin, special.stop_token_ids, special.score_token_id)
     ]
     if problems:
+        cure = "use that setting"
+        if config.rollout.limit is not None:
+            cure += f" (rollout.limit {config.rollout.limit} makes this run's smaller: try without it, and run.steps)"
         return [
-            Finding(_TOPIC, "error", f"run.batches {folder}: {problem}", cure="use that setting")
+            Finding(_TOPIC, "error", f"run.batches {folder}: {problem}", cure=cure)
             for problem in dict.fromkeys(problems)
         ]
     text = f"{len(steps)} in {folder}, of run {origins[0]['run']!r}"

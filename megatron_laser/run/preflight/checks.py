@@ -46,7 +46,8 @@ def run_preflight(
 ) -> PreflightResult:
     """Check everything; what was found goes into `log`.
 
-    Reads, and writes nothing. A run in which nobody generates has no data, graders or tokenizer.
+    Reads, and writes nothing. A run in which nobody generates has no data or graders, and a tokenizer for dumps
+    with tokens alone.
 
     Quick checks come first, so that a run that cannot start says so soon.
 
@@ -70,6 +71,13 @@ def run_preflight(
             log.add(MODEL, forced_findings(config, model))
         with log.topic(DATA, "batches"):
             log.add(DATA, batch_findings(config, model))
+        if (
+            config.run.mode == "train_only"
+            and config.logging.rollouts_every
+            and config.logging.rollouts_tokens
+        ):
+            with log.topic(MODEL, "tokenizer"):  # for the dumps alone
+                model.tokenizer = load_tokenizer(config.model.path)
         return PreflightResult(model, DataInputs())
     data = read_data(config, log)
     answers = dict(data.answers())
