@@ -6,6 +6,7 @@ Those who notice are layers apart (the client of the servers, the checkpoints, t
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from collections.abc import Callable
@@ -67,19 +68,25 @@ def note(kind: Kind, text: str, step: int | None = None) -> None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """One line in one write: a killed run leaves it whole, or a part that readers pass over."""
+    """One line in one write: a killed run leaves it whole, or a part that readers pass over.
+
+    Raises OSError, also where a full disk took a part of it: the next line would go on in that.
+    """
+    line = text.encode() + b"\n"
     with path.open("ab", buffering=0) as file:
-        file.write(text.encode() + b"\n")
+        if file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, "only a part of a line was written", str(path))
 
 
 def cut_lines(path: Path, last_step: int) -> None:
-    """Keep the JSON lines of steps up to `last_step`; a file that is missing or has no others is not touched."""
+    """Keep the JSON lines of steps up to `last_step`, each with its line feed, so that the next one is a line of its
+    own; a file that is missing or has nothing else is not touched."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line for line in lines if _is_kept(line, last_step)]
-    if len(kept) != len(lines):
-        write_atomically(path, "".join(line + "\n" for line in kept))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    kept = "".join(line + "\n" for line in text.splitlines() if _is_kept(line, last_step))
+    if kept != text:
+        write_atomically(path, kept)
 
 
 def _is_kept(line: str, last_step: int) -> bool:

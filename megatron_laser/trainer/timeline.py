@@ -35,7 +35,8 @@ class Timeline:
         self._timers = timers
         self._every = every
         self._servers = servers
-        self._file = TimelineFile(folder, last_step=last_step) if every and runtime.is_main else None
+        # Also with 0: what an earlier start wrote of steps that are done again is not theirs.
+        self._file = TimelineFile(folder, last_step=last_step) if runtime.is_main else None
 
     def add(self, step: int) -> None:
         """After a step; on every rank. A gather of some 30 bytes a span every `every` steps."""

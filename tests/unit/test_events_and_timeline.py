@@ -6,11 +6,14 @@ import asyncio
 import json
 import logging
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from megatron_laser.distributed.runtime import Runtime
 from megatron_laser.observability import events
 from megatron_laser.observability.events import EventLog, note
 from megatron_laser.observability.timeline import Span, TimelineFile, joined
@@ -20,10 +23,21 @@ from megatron_laser.rollout.client.health import Answered, Limits, Missed, Updat
 from megatron_laser.rollout.client.responses import RequestStats
 from megatron_laser.rollout.client.sender import RequestSender
 from megatron_laser.rollout.endpoints import ServerEndpoint
+from megatron_laser.trainer.timeline import Timeline
 
 
 def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class FullDisk(FileIO):
+    """A file that takes five bytes."""
+
+    def __init__(self, path: Path, mode: str, buffering: int) -> None:
+        super().__init__(path, mode)
+
+    def write(self, line: Any) -> int:
+        return super().write(line[:5])
 
 
 def test_whoever_notices_something_writes_into_the_log_that_is_open(tmp_path: Path) -> None:
@@ -47,6 +61,34 @@ def test_a_resumed_run_cuts_what_it_does_again_and_half_lines(tmp_path: Path) ->
     TimelineFile(tmp_path, last_step=1)
     assert lines(tmp_path / "events.jsonl") == [{"step": 1}, {"step": 2}]
     assert lines(tmp_path / "timeline.jsonl") == [{"step": 1}]
+
+
+def test_a_line_that_lacks_its_end_alone_is_not_written_into(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    log = EventLog(tmp_path, last_step=2)
+    log.add("resume", "goes on")
+    log.close()
+    assert [line["step"] for line in lines(tmp_path / "events.jsonl")] == [1, 2, 2]
+
+
+def test_a_line_of_which_a_full_disk_took_a_part_is_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = EventLog(tmp_path, last_step=-1)
+    monkeypatch.setattr(Path, "open", lambda path, *how, **more: FullDisk(path, "ab", buffering=0))
+    log.add("stop", "a")
+    monkeypatch.undo()
+    log.add("stop", "b")
+    log.close()
+    assert (tmp_path / "events.jsonl").stat().st_size == 5 and "events.jsonl failed" in caplog.text
+
+
+def test_a_resumed_run_without_a_timeline_keeps_none_of_the_steps_that_it_does_again(tmp_path: Path) -> None:
+    (tmp_path / "timeline.jsonl").write_text('{"step": 1, "spans": []}\n{"step": 2, "spans": []}\n')
+    runtime = SimpleNamespace(is_main=True, world_size=1)
+    timeline = Timeline(cast(Runtime, runtime), Timers(), tmp_path, every=0, last_step=1)
+    timeline.add(2)
+    assert [line["step"] for line in lines(tmp_path / "timeline.jsonl")] == [1]
 
 
 def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(
