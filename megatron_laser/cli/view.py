@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+_MOST_MIB = 2.0**20  # `--max-mib inf` is as good as any number
+
 
 def view(
     runs: Annotated[
@@ -40,14 +42,18 @@ def view(
     ] = True,
 ) -> None:
     """Show runs in a browser: curves, responses token by token, timeline, events and alarms; live while they train."""
+    from megatron_laser.cli.options import require_positive
     from megatron_laser.viewer.api import Viewer
 
+    require_positive("--max-mib", max_mib)
     viewer = Viewer(runs)
     try:
         if export is not None:
             from megatron_laser.viewer.export import write_export
 
-            size = write_export(viewer, export, responses=responses, max_bytes=int(max_mib * 2**20))
+            size = write_export(
+                viewer, export, responses=responses, max_bytes=int(min(max_mib, _MOST_MIB) * 2**20)
+            )
             typer.echo(f"wrote {export}: {size / 2**20:.1f} MiB")
         else:
             _serve(viewer, host, port, open_browser)

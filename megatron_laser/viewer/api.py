@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -14,6 +15,8 @@ from megatron_laser.viewer.alarms import run_alarms
 from megatron_laser.viewer.response_index import ResponseIndex
 from megatron_laser.viewer.run_folder import RunFolder
 from megatron_laser.viewer.votes import AnswerForms, Votes
+
+logger = logging.getLogger(__name__)
 
 _BETWEEN_LOOKS = 0.5  # seconds: of several pages that ask, one has the files looked at
 _GROUP_COLUMNS = ("reward", "score", "length", "answer", "finish")
@@ -85,8 +88,13 @@ class Viewer:
 
         def work() -> None:
             while not self._ended.is_set():
-                self.refresh()
-                self.read_responses()
+                try:
+                    self.refresh()
+                    self.read_responses()
+                except (
+                    Exception
+                ) as error:  # of files that somebody wrote by hand; what comes later is still shown
+                    logger.warning("a run's files cannot be read: %s: %s", type(error).__name__, error)
                 self._ended.wait(every)
 
         self._thread = threading.Thread(target=work, name="viewer index", daemon=True)

@@ -58,8 +58,9 @@ def write_export(
             all. web: the page's files.
 
     Raises:
-        ViewError: it would be larger than `max_bytes`, or the page's files are not there.
+        ViewError: it would be larger than `max_bytes`, the page's files are not there, or `path` is something else.
     """
+    _check_place(path)
     viewer.read_responses()
     data: dict[str, Any] = {}
     listed = viewer.list_runs({})
@@ -87,6 +88,14 @@ def write_export(
         )
     write_atomically(path, page)
     return len(page)
+
+
+def _check_place(path: Path) -> None:
+    """An earlier export is replaced; a folder, or a file that somebody may still want, is not."""
+    if path.is_dir():
+        raise ViewError(f"--export {path} is a folder: name a file in it, {path / 'run.html'}")
+    if path.exists() and DATA_TYPE.encode() not in path.read_bytes():
+        raise ViewError(f"--export {path} is there, and is no export of the viewer: choose another name")
 
 
 def choose(run: OneRun, limit: int | None) -> list[int]:

@@ -231,5 +231,7 @@ class ResponseIndex:
                 low = middle
             else:
                 high = middle - 1
-        start = self._starts[low]
-        return self._order[low], number - start, start
+        start, dump = self._starts[low], self._order[low]
+        if number - start >= len(dump.places):  # it is being read anew
+            return None
+        return dump, number - start, start

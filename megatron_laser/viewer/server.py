@@ -164,8 +164,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The page, one of its files, or data."""
-        address = urlsplit(self.path)
-        query = dict(parse_qsl(address.query, keep_blank_values=True))
+        try:
+            address = urlsplit(self.path)
+            query = dict(parse_qsl(address.query, keep_blank_values=True))
+        except ValueError as error:  # what is no address, or has more fields than anybody means
+            self._error(HTTPStatus.BAD_REQUEST, str(error))
+            return
         if not self._host_is_ours():
             self._error(HTTPStatus.FORBIDDEN, "the request names another host: open the printed address")
         elif address.path.startswith("/api/"):
@@ -191,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
             return
         try:
-            found = self.viewer.answer(path, query)
+            found = to_json(self.viewer.answer(path, query))
         except NotThere as error:
             self._error(HTTPStatus.NOT_FOUND, str(error))
             return
@@ -201,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
             logger.exception("api/%s failed", path)
             self._error(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
             return
-        self._send(HTTPStatus.OK, "application/json", to_json(found))
+        self._send(HTTPStatus.OK, "application/json", found)
 
     def _file(self, path: str) -> None:
         """One of the page's files; by a list of names, so that no path leads out of the folder."""

@@ -136,6 +136,19 @@ def test_a_file_that_would_be_too_large_is_not_written(viewer: Viewer, web: Path
     assert not path.exists()
 
 
+def test_an_earlier_export_is_replaced_and_no_other_file(viewer: Viewer, web: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.html"
+    first = write_export(viewer, path, web=web)
+    assert write_export(viewer, path, web=web, responses=8) < first
+    other = tmp_path / "metrics.jsonl"
+    other.write_text("somebody's own")
+    with pytest.raises(ViewError, match=r"metrics\.jsonl is there, and is no export"):
+        write_export(viewer, other, web=web)
+    assert other.read_text() == "somebody's own"
+    with pytest.raises(ViewError, match="is a folder"):
+        write_export(viewer, tmp_path, web=web)
+
+
 def test_a_page_without_its_files_is_an_error_that_names_them(viewer: Viewer, tmp_path: Path) -> None:
     with pytest.raises(ViewError, match=r"index\.html is not there"):
         write_export(viewer, tmp_path / "a.html", web=tmp_path)

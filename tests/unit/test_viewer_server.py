@@ -93,6 +93,18 @@ def test_a_request_that_names_another_host_is_refused(server: ViewerServer, host
         assert ask(server, "/api/version", Host=own)[0].status == 200
 
 
+def test_what_is_no_address_is_said_to_be_none(server: ViewerServer) -> None:
+    assert ask(server, "http://[/")[0].status == 400
+
+
+def test_an_answer_that_is_no_json_is_an_error_that_the_page_can_show(
+    server: ViewerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Viewer, "answer", lambda self, path, query: {"half a character": "\ud800"})
+    answer, body = ask(server, "/api/runs")
+    assert answer.status == 500 and "surrogates" in json.loads(body)["error"]
+
+
 @pytest.mark.parametrize(
     "path",
     [
