@@ -94,7 +94,7 @@ def test_a_request_that_names_another_host_is_refused(server: ViewerServer, host
 
 
 def test_what_is_no_address_is_said_to_be_none(server: ViewerServer) -> None:
-    assert ask(server, "http://[/")[0].status == 400
+    assert ask(server, "x://[/")[0].status == 400
 
 
 def test_an_answer_that_is_no_json_is_an_error_that_the_page_can_show(
