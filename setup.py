@@ -86,7 +86,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_laser", "megatron_laser.*"]),
-    package_data={"megatron_laser": ["py.typed", "ops/cuda/*.cu"]},
+    package_data={"megatron_laser": ["py.typed", "ops/cuda/*.cu", "viewer/web/*", "viewer/web/**/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["megatron-laser = megatron_laser.cli:main"]},

@@ -26,6 +26,8 @@ KEEP_STEP_BYTES = 512 * MIB
 # is rounded otherwise than what is recomputed. Enough for everything of a model that is trained on a CPU (2048 rows
 # of 32768 columns in float32 are 256 MiB), and nothing that another process on the machine would miss.
 KEEP_CPU_BYTES = 512 * MIB
+# One tile of logits of torch's backend, and one of probabilities that it keeps.
+CPU_TILE_BYTES = 64 * MIB
 
 
 def choose_keep_budget(free_bytes: int, total_bytes: int, cap: int = KEEP_CAP_BYTES) -> int:

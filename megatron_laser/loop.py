@@ -58,7 +58,8 @@ def run_steps(run: Run) -> bool:
     if stop_if_requested(run, run.first_step - 1):
         return False
     for step in range(run.first_step, run.config.run.steps + 1):
-        run_step(run, step)
+        with run.windows.step(step):  # with logging.profile, or where somebody asks for it: a profiler
+            run_step(run, step)
         if stop_if_requested(run, step):
             return False
         if run.checkpoints.due(step):
@@ -85,11 +86,13 @@ def run_step(run: Run, step: int) -> None:
         try:
             if run.config.rollout.ahead:
                 on_rank_zero(run, f"rollout ahead of step {step + 1}", step, Controller.finish_ahead)
-            sync(run, step)
+            if run.keeps_syncing:
+                sync(run, step)
         except CannotGoOn as error:
             lost = error  # the step itself is complete: it is recorded before the run stops
     times = run.timers.collect()
-    run.stragglers.add(step, times)
+    result.metrics.update(run.stragglers.add(step, times))
+    run.timeline.add(step)
     if lost is None and evaluation_due(run.config, step):
         try:
             on_rank_zero(run, f"evaluation after step {step}", step, lambda rank0: rank0.evaluate(step))

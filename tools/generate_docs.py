@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write docs/configuration.md from the schema in megatron_laser/config.
+"""Write docs/configuration.md from the schema in megatron_laser/config, and the table of alarms in docs/observing.md.
 
 python tools/generate_docs.py            # write it
 python tools/generate_docs.py --check    # exit status 1 when it is not up to date
@@ -21,9 +21,12 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_laser.config.schema.fields import Section  # noqa: E402
 from megatron_laser.config.schema.root import RunConfig  # noqa: E402
+from megatron_laser.observability.alarms import RULES  # noqa: E402
 
 TARGET = ROOT / "docs" / "configuration.md"
 COMMAND = "python tools/generate_docs.py"
+ALARMS = ROOT / "docs" / "observing.md"
+_ALARMS_BEGIN, _ALARMS_END = f"<!-- alarms: written by `{COMMAND}` -->\n", "<!-- end of alarms -->\n"
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", Path: "path"}
 _INTRODUCTION = f"""# Configuration
 
@@ -53,6 +56,33 @@ def generate() -> str:
         for key, entry in _entries(section):
             parts.append(f"### {name}.{key}\n\n{_prose(entry.__doc__)}\n\n{_table(entry)}\n")
     return "\n".join(parts)
+
+
+def with_alarms(page: str) -> str:
+    """The page `ALARMS` with the table of alarms between its two comments."""
+    before, begin, rest = page.partition(_ALARMS_BEGIN)
+    _, end, after = rest.partition(_ALARMS_END)
+    assert begin and end, f"{ALARMS} has lost the comments between which the table of alarms is written"
+    return before + begin + alarm_table() + end + after
+
+
+def alarm_table() -> str:
+    """What each alarm looks at, its limit, what it usually means and where to look."""
+    section = RunConfig.model_fields["alarms"].annotation
+    assert isinstance(section, type) and issubclass(section, Section)
+    settings = section()
+    lines = ["| alarm, limit | raised when | it usually means | where to look |", "| --- | --- | --- | --- |"]
+    for rule in RULES:
+        metrics = ", ".join(f"`{name}`" for name in rule.metrics)
+        raised = _prose(section.model_fields[rule.name].description)
+        cells = (
+            f"`{rule.name}` {rule.limit(settings):g}",
+            f"**{rule.title[0].upper()}{rule.title[1:]}.** {raised}",
+            rule.means,
+            f"{metrics}; [{rule.page.partition('#')[0]}]({rule.page}); `{rule.command}`",
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _table(section: type[Section]) -> str:
@@ -163,14 +193,15 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     options = parser.parse_args()
-    text = generate()
-    if options.check:
-        current = TARGET.read_text(encoding="utf-8") if TARGET.exists() else ""
-        if current != text:
-            print(f"{TARGET} is not up to date: run `{COMMAND}`", file=sys.stderr)
-        return int(current != text)
-    TARGET.write_text(text, encoding="utf-8")
-    print(f"wrote {TARGET}")
+    pages = {TARGET: generate(), ALARMS: with_alarms(ALARMS.read_text(encoding="utf-8"))}
+    for page, text in pages.items():
+        current = page.read_text(encoding="utf-8") if page.exists() else ""
+        if options.check and current != text:
+            print(f"{page} is not up to date: run `{COMMAND}`", file=sys.stderr)
+            return 1
+        if not options.check:
+            page.write_text(text, encoding="utf-8")
+            print(f"wrote {page}")
     return 0
 
 

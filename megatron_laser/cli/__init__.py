@@ -15,13 +15,16 @@ from megatron_laser.cli import (
     convert,
     env,
     evaluate,
+    live,
     metrics,
+    plan,
     replay,
     report,
     score,
     serve,
     train,
     verify,
+    view,
 )
 from megatron_laser.cli.errors import Commands
 
@@ -36,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 app.command("check")(check.check)
 app.command("report")(report.report)
 app.command("eval")(evaluate.evaluate)
@@ -45,7 +49,10 @@ app.command("metrics")(metrics.metrics)
 app.command("calibrate")(calibrate.calibrate)
 app.command("serve")(serve.serve)
 app.command("convert")(convert.convert)
+app.command("view")(view.view)
 app.command("replay")(replay.replay)
+app.command("stacks")(live.stacks)
+app.command("profile")(live.profile)
 app.command("env")(env.env)
 app.add_typer(bench.app, name="bench")
 

@@ -127,6 +127,35 @@ def bench_client(
             result.write_json(output)
 
 
+@app.command("memory")
+def bench_memory(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """What a training step allocates on a CPU beside what the dry run says, phase by phase; under torchrun, too.
+
+    One real step on random rollouts of the greatest lengths, for which the run's data and engine are not needed; under
+    torchrun on as many ranks as the layout has: torchrun --nproc-per-node 2 -m megatron_laser bench memory RUN.yaml
+    """
+    from megatron_laser.config import load_config
+
+    with tempfile.TemporaryDirectory() as scratch:
+        loaded = load_config(config, [*(overrides or []), f"run.output_dir={scratch}"])
+        _prepare_process()
+        from megatron_laser.model.transformer_engine import settle
+
+        settle("torch")
+        from megatron_laser.benchmarks.memory import bench_memory as run
+
+        result = run(loaded)
+        if result is None:
+            return
+        typer.echo(result.table())
+        if output is not None:
+            result.write_json(output)
+
+
 @app.command("prompts")
 def bench_prompts(
     model: Annotated[

@@ -19,6 +19,7 @@ from megatron_laser.config.checks.sources import (
     source_problems,
     unknown_source_key,
 )
+from megatron_laser.config.modes import as_run
 from megatron_laser.config.schema.readouts import ReadoutConfig
 from megatron_laser.config.schema.root import RunConfig, key_paths, nested_sections
 from megatron_laser.config.schema.sources import SOURCE_SETTINGS
@@ -32,6 +33,7 @@ PATH_KEYS = frozenset(
         ("data", "validation"),
         ("data", "test"),
         ("run", "output_dir"),
+        ("run", "batches"),
         ("checkpoint", "folder"),
         ("rollout", "sync_folder"),
         ("rollout", "sglang.endpoints"),
@@ -46,6 +48,7 @@ PATH_KEY = ("data", "train")
 FUNCTION_KEY = ("reward", "function")  # of a source
 TEMPLATE_KEY = ("data", "chat_template_arguments")
 PROGRAM_KEY = ("rollout", "sglang.python")
+MACHINE_KEY = ("logging", "machine")
 
 _EXPECTED = {
     "float_type": "a number",
@@ -72,10 +75,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     source = read_yaml(path)
-    problems = list(source.problems)
-    values: dict[KeyPath, Any] = {}
     origin: dict[KeyPath, str] = {key: f"line {line}: " for key, line in source.lines.items()}
-    problems += _flatten(source.data, values, path.parent, origin)
+    return _checked(source.data, path.parent, overrides, list(source.problems), origin, str(path))
+
+
+def config_of(settings: dict[str, Any], overrides: Sequence[str] = (), source: str = "") -> RunConfig:
+    """`load_config` of settings that stand in no file, {section: {key: value}}; `source` is what errors call them.
+
+    Raises:
+        ConfigError: with one line for each problem found.
+    """
+    return _checked(settings, Path.cwd(), overrides, [], {}, source)
+
+
+def _checked(
+    data: dict[Any, Any],
+    base: Path,
+    overrides: Sequence[str],
+    problems: list[str],
+    origin: dict[KeyPath, str],
+    source: str,
+) -> RunConfig:
+    values: dict[KeyPath, Any] = {}
+    problems += _flatten(data, values, base, origin)
     for override in overrides:
         problems += _apply_override(override, values, origin)
     config = None
@@ -84,9 +106,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         problems += _describe(error, origin)
     if config is not None:
+        config = as_run(config)
         problems += settings_problems(config) + source_problems(config.data, origin)
     if problems or config is None:
-        raise ConfigError(problems, str(path))
+        raise ConfigError(problems, source)
     return config
 
 
@@ -273,6 +296,8 @@ def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
         return source_paths(value, base) if isinstance(value, dict) else _join(value, base)
     if key == PROGRAM_KEY and isinstance(value, str) and "/" in value:  # a bare name is looked up on PATH
         return _join(value, base)
+    if key == MACHINE_KEY and isinstance(value, str) and ("/" in value or value.endswith((".yaml", ".yml"))):
+        return _join(value, base)  # a bare name is one that the planner knows
     if key in FUNCTION_KEYS:
         return _absolute_function(value, base)
     if key == READOUTS_KEY and isinstance(value, list):

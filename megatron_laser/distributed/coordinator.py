@@ -48,6 +48,8 @@ class Coordinator:
         self._rank = rank
         self._world_size = world_size
         self._stop_reason: str | None = None
+        self._window_request = 0
+        self._window = 0
         self._deadline = deadline
         self._count = 0
         self._hearts: Heartbeats | None = None
@@ -117,8 +119,24 @@ class Coordinator:
         """Note that this rank wants to stop; safe in a signal handler. See `agree_to_stop`."""
         self._stop_reason = reason
 
+    def request_window(self, steps: int) -> None:
+        """Note that somebody asks for a window of so many steps (see `Windows`); safe in a signal handler."""
+        self._window_request = steps
+
+    def take_window(self) -> int:
+        """The steps of a window that all ranks have agreed on in `agree_to_stop` since the last call; 0: none."""
+        window, self._window = self._window, 0
+        return window
+
+    @property
+    def doing(self) -> str:
+        """The phase that this rank is in; "" where there is no other rank to tell."""
+        return "" if self._hearts is None else self._hearts.phase
+
     def agree_to_stop(self, step: int) -> str | None:
         """Whether all ranks stop after `step`: the reason, the same on every rank, or None to go on.
+
+        They also agree on a window that one of them was asked for; see `take_window`.
 
         Call on every rank after every step. Rank 0 decides; every rank acknowledges a stop through the store
         before anybody saves, so that no collective of the save waits for a rank that is gone.
@@ -126,23 +144,30 @@ class Coordinator:
         Raises:
             RuntimeError: not all ranks acknowledged within `run.deadline`; nothing was saved.
         """
+        window, self._window_request = self._window_request, 0
         if self._hearts is None:
+            self._window = window or self._window
             return self._stop_reason
         before = self._hearts.enter(f"agreeing whether to stop after step {step}")
         if self._stop_reason is not None:
             self._store.set("stop_request", self._stop_reason)
+        if window:
+            self._store.set("window_request", str(window))
         key = f"stop_decision/{step}"
         if self._rank == 0:
             asked = self._store.check(["stop_request"])
-            self._store.set(key, self._store.get("stop_request") if asked else _GO_ON)
+            self._store.set(key, self._store.get("stop_request") if asked else _GO_ON + self._asked_window())
             self._store.delete_key(f"stop_decision/{step - _KEPT_KEYS}")
         else:
             self._wait_for(key, "agreeing whether to stop", self._deadline)
         decision = self._store.get(key)
-        if decision != _GO_ON:
+        goes_on = decision.startswith(_GO_ON)
+        if goes_on:
+            self._window = int(decision.removeprefix(_GO_ON) or 0) or self._window
+        else:
             self._acknowledge_stop(step)
         self._hearts.enter(before)
-        return None if decision == _GO_ON else decision.decode()
+        return None if goes_on else decision.decode()
 
     def fail(self, error: BaseException) -> None:
         """Tell the others that this rank ends with `error`. The watchdog stays on until the process ends."""
@@ -156,6 +181,14 @@ class Coordinator:
         """Leave the run: stop heartbeat and watchdog."""
         if self._hearts is not None:
             self._hearts.close()
+
+    def _asked_window(self) -> bytes:
+        """The steps of a window that any rank was asked for, once; empty for none."""
+        if not self._store.check(["window_request"]):
+            return b""
+        asked = self._store.get("window_request")
+        self._store.delete_key("window_request")
+        return bytes(asked)
 
     def _until_heard(self, key: str) -> None:
         """Until all others know of the failure, if they come soon: else all they learn is that the store is gone."""

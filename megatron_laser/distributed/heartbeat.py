@@ -87,6 +87,11 @@ class Heartbeats:
             self._send(self._main_store)
         return before
 
+    @property
+    def phase(self) -> str:
+        """What the main thread does."""
+        return self._phase
+
     def watch(self, abort: Callable[[str], None] | None = None) -> None:
         """From now on end this process when another rank is silent for longer than the deadline.
 

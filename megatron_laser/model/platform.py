@@ -26,6 +26,7 @@ import resource
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,6 +168,25 @@ def collect_shared_memory() -> None:
 def nccl_version() -> str | None:
     """The NCCL that this process's torch was built with, "2.27.5"; None on a CPU. Another one may be loaded."""
     return ".".join(map(str, torch.cuda.nccl.version())) if has_cuda() else None
+
+
+def phase_range(name: str) -> contextlib.AbstractContextManager[object]:
+    """An NVTX range, which tools such as nsys show; without one of them it costs a microsecond."""
+    ranged: contextlib.AbstractContextManager[object] = torch.cuda.nvtx.range(name)
+    return ranged
+
+
+def record_allocations(entries: int) -> None:
+    """Have the CUDA allocator keep so many of its last calls with their stacks; 0: no more."""
+    if entries:
+        torch.cuda.memory._record_memory_history(max_entries=entries)
+    else:
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def dump_allocations(path: Path) -> None:
+    """Write what `record_allocations` kept, for https://pytorch.org/memory_viz."""
+    torch.cuda.memory._dump_snapshot(str(path))
 
 
 def memory_gib() -> dict[str, float]:

@@ -19,7 +19,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megatron_laser.observability.alarms import Alarm
 from megatron_laser.observability.best_effort import SafeOutput
+from megatron_laser.observability.rates import speed_fields
 from megatron_laser.observability.readout_fields import readout_fields
 from megatron_laser.observability.source_metrics import later_metrics, metrics_by_source
 
@@ -117,6 +119,7 @@ def plain_line(step: int, total_steps: int, metrics: Mapping[str, Any]) -> str:
     rate = number(metrics, "time/tokens_per_second")
     if rate is not None:
         parts.append(f"{format_count(rate)} tok/s")
+    parts += speed_fields(metrics)
     total = number(metrics, "time/total")
     if total is not None:
         split = [f"{name} {share:.0%}" for name, share in time_shares(metrics) if share >= 0.05]
@@ -190,6 +193,7 @@ class ViewState:
     evaluation: dict[str, Any] = field(default_factory=dict)
     history: dict[str, deque[float]] = field(default_factory=dict)
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    alarms: Sequence[Alarm] = ()
 
 
 def render(state: ViewState, console: Console) -> RenderableType:
@@ -200,6 +204,7 @@ def render(state: ViewState, console: Console) -> RenderableType:
     body.add_column()
     for label, content in (
         ("step", _progress(state)),
+        ("alarms", _alarms(state)),
         ("now", _numbers(step_fields(state.metrics))),
         ("readouts", _numbers(format_fields(state.metrics, readout_fields(state.metrics)))),
         ("eval", _numbers(format_fields(state.evaluation, EVALUATION_FIELDS))),
@@ -234,6 +239,12 @@ def _numbers(pairs: list[tuple[str, str]]) -> Text | None:
     return text
 
 
+def _alarms(state: ViewState) -> Text | None:
+    """Those that are on; their lines above have the rest."""
+    names = ", ".join(f"{alarm.title} (step {alarm.step})" for alarm in state.alarms)
+    return Text(names, style="bold red") if names else None
+
+
 def _sources(state: ViewState) -> RenderableType | None:
     """A line for each source, as it was when it last had a response; cut at the window's edge."""
     shown = list(state.sources.items())[:_MOST_SOURCES]
@@ -261,6 +272,8 @@ def _time_split(metrics: dict[str, Any], ascii_only: bool) -> RenderableType | N
     rate = number(metrics, "time/tokens_per_second")
     if rate is not None:
         text.append(f"{format_count(rate)} tok/s ", style="dim")
+    for part in speed_fields(metrics):
+        text.append(f"{part} ", style="dim")
     done = 0
     reached = 0.0
     for phase, share in shares:
@@ -357,6 +370,10 @@ class LiveView:
                 state.history.setdefault(name, deque(maxlen=HISTORY)).append(float(value))
         if self._live is None:
             self._print_line(step, metrics, now)
+
+    def show_alarms(self, alarms: Sequence[Alarm]) -> None:
+        """Have these in the live view, from its next refresh on."""
+        self._state.alarms = tuple(alarms)
 
     def message(self, text: str) -> None:
         """Print a line above the live view, or among the plain lines."""

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+
+from megatron_laser.observability.timeline import Span
+
+_SPANS_KEPT = 10_000  # of a step, at most: nobody takes them with `logging.timeline_every: 0`
 
 
 class Timers:
@@ -22,21 +27,31 @@ class Timers:
         self._seconds: dict[str, float] = {}
         self._since: dict[str, float] = {}
         self._running: list[str] = []  # in order of entry, once for each entry
+        self._began: dict[str, float] = {}  # as `_since`, whatever was collected meanwhile
+        self._spans: deque[Span] = deque(maxlen=_SPANS_KEPT)
+        self.mark: Callable[[str], AbstractContextManager[object]] | None = None
+        """What else is entered with each phase: a range for a profiler."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """`with timers("generate"): ...`"""
         with self._lock:
             if phase not in self._running:
-                self._since[phase] = self._clock()
+                self._since[phase] = self._began[phase] = self._clock()
             self._running.append(phase)
         try:
-            yield
+            if self.mark is None:
+                yield
+            else:
+                with self.mark(phase):
+                    yield
         finally:
             with self._lock:
                 self._remove_latest(phase)
                 if phase not in self._running:
-                    self._add(phase, self._clock() - self._since.pop(phase))
+                    now = self._clock()
+                    self._add(phase, now - self._since.pop(phase))
+                    self._spans.append(Span(phase, self._began.pop(phase), now))
 
     @property
     def current(self) -> str:
@@ -53,6 +68,17 @@ class Timers:
                 self._since[phase] = now
             seconds, self._seconds = self._seconds, {}
         return {f"time/{phase}": value for phase, value in seconds.items()}
+
+    def take_spans(self, origin: str) -> tuple[float, list[Span]]:
+        """(the clock at the last start of the phase `origin`, the phases that ended since the last call in seconds from
+        then); nothing of a time without it."""
+        with self._lock:
+            spans = list(self._spans)
+            self._spans.clear()
+        zero = next((span.start for span in reversed(spans) if span.phase == origin), None)
+        if zero is None:
+            return 0.0, []
+        return zero, [Span(phase, start - zero, end - zero) for phase, start, end in spans]
 
     def _add(self, phase: str, seconds: float) -> None:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds

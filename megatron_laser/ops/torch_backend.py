@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_laser.logprob_memory import CPU_TILE_BYTES
 from megatron_laser.ops.autograd import Upstream
 from megatron_laser.ops.few_rows import without_gradient
 from megatron_laser.ops.kept import MARGIN, kept_dtype
@@ -16,7 +17,7 @@ from megatron_laser.ops.tiles import local_labels, mm_operand
 from megatron_laser.ops.types import LogProbs
 
 # Memory for one tile of logits, and on CUDA a half-precision copy of one; kept probabilities come in tiles of as much.
-LOGITS_TILE_BYTES = 64 * 2**20
+LOGITS_TILE_BYTES = CPU_TILE_BYTES
 _MIN_COLUMNS = 64
 
 

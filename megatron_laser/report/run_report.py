@@ -68,19 +68,24 @@ def _draw(runs: list[Run], folder: Path) -> list[tuple[str, Path]]:
 
 
 def _text(runs: list[Run], figures: list[tuple[str, Path]]) -> str:
+    from megatron_laser.report.alarm_list import alarm_list
     from megatron_laser.report.comparison_table import comparison_table
     from megatron_laser.report.conclusions import findings
     from megatron_laser.report.readout_table import readout_table
     from megatron_laser.report.source_table import source_table
+    from megatron_laser.report.speed_table import speed_table
 
-    readouts, sources = readout_table(runs), source_table(runs)
+    readouts, sources, speed = readout_table(runs), source_table(runs), speed_table(runs)
     sections = [
         f"# {' and '.join(run.label for run in runs)}\n",
         comparison_table(runs),
         *(("## Readouts\n", readouts) if readouts else ()),
         *(("## Sources of the data\n", sources) if sources else ()),
+        *(("## Speed\n", speed) if speed else ()),
         "## What the numbers say\n",
         "\n".join(f"- {sentence}" for sentence in findings(runs)) + "\n",
+        "## Alarms\n",
+        alarm_list(runs),
     ]
     for heading, path in figures:
         sections += [f"## {heading}\n", f"![{heading}](plots/{path.name})\n"]

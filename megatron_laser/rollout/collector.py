@@ -11,11 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_laser.data.cursor import Cursor
+from megatron_laser.observability.rates import GENERATED
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool, GradingPoolError
 from megatron_laser.rewards.grade import FAILED_OUTCOMES
 from megatron_laser.rollout.endings import Endings
-from megatron_laser.rollout.engine import ResumableEngine, RolloutEngine, StopEarly
+from megatron_laser.rollout.engine import ResumableEngine, RolloutEngine, StopEarly, watched
 from megatron_laser.rollout.function.runner import (
     FailureKind,
     FunctionFailed,
@@ -24,7 +25,7 @@ from megatron_laser.rollout.function.runner import (
     failure_counts,
 )
 from megatron_laser.rollout.pending import OpenGroup, restore
-from megatron_laser.rollout.progress import Progress, staleness_metrics
+from megatron_laser.rollout.progress import Progress, sampled_tokens, staleness_metrics
 from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class RolloutCollector:
         oversample: float = 1.0,
         max_staleness: int = 0,
         ahead: int = 0,
+        frozen: bool = False,
         endings: Endings | None = None,
         function: SampleFunction | None = None,
         graders: Mapping[str, GradingPool] | None = None,
@@ -75,6 +77,7 @@ class RolloutCollector:
             oversample: begin so many times the missing groups at once; above 1 the engine must be resumable.
             max_staleness: carried responses with older tokens than so many steps are generated anew.
             ahead: how many steps the engine's weights may be behind those that the step trains.
+            frozen: nothing is trained, so that the engine's weights are never too old.
             endings: watches for steps in which no response ends by itself.
             function: makes the samples; None: the engine does, each in one piece.
             graders: for prompts whose `reward` is not `grading`'s.
@@ -95,6 +98,7 @@ class RolloutCollector:
         self._oversample = oversample
         self._max_staleness = max_staleness
         self._ahead = ahead
+        self._frozen = frozen
         self._endings = endings
         self._function = function
         self._graders = graders or {}
@@ -137,7 +141,7 @@ class RolloutCollector:
             FunctionFailed: the same of a function that made no samples, or that blocks all others.
             NothingEnds: see `Endings.note`.
         """
-        oldest = max(0, step - 1 - self._ahead)
+        oldest = 0 if self._frozen else max(0, step - 1 - self._ahead)
         if not oldest <= self._engine.version <= step - 1:
             raise RuntimeError(
                 f"step {step}: the engine holds weight version {self._engine.version}, expected {step - 1}"
@@ -146,7 +150,9 @@ class RolloutCollector:
         if self._progress is None or self._progress.step != step:
             self._progress = Progress(step, self.state(), time.monotonic() + self._deadline)
             self._progress.open, self._carried = self._carried, []
-            self._progress.drop_stale(self._max_staleness)
+            if not self._frozen:
+                self._progress.drop_stale(self._max_staleness)
+            self._progress.tokens_before = sampled_tokens(self._progress.open)
         progress = self._progress
         while len(progress.groups) < self._prompts_per_step and (
             progress.open or progress.tried < self._tries
@@ -158,6 +164,7 @@ class RolloutCollector:
         failed = progress.failures()
         if self._endings is not None:
             self._endings.note(step, progress.complete())
+        generated = sampled_tokens((*progress.complete(), *self._carried)) - progress.tokens_before
         stand_ins = self._stand_ins(step, found, progress.uniform) if missing else []
         self.metrics = {
             "prompts_tried": progress.tried,
@@ -177,11 +184,13 @@ class RolloutCollector:
             )
         groups += progress.lost
         if isinstance(self._engine, ResumableEngine):
+            trained = self._engine.version if self._frozen else step - 1
             self.metrics["groups_carried"] = len(self._carried)
-            self.metrics |= staleness_metrics(groups, trained_version=step - 1)
+            self.metrics |= staleness_metrics(groups, trained_version=trained)
             self.metrics |= self._engine.take_metrics()
         self._progress = None
-        return RolloutBatch(step, self._engine.version, groups, dict(self.metrics))
+        metrics = self.metrics | {GENERATED: float(generated)}
+        return RolloutBatch(step, self._engine.version, groups, metrics)
 
     def _round(self, progress: Progress) -> None:
         """Work on the open groups, and on as many new ones as are worth beginning, until enough are complete."""
@@ -234,7 +243,7 @@ class RolloutCollector:
             for index, group in enumerate(opened)
             for sample, generation in group.generations.items()
         }
-        with self._timers("generate"):
+        with self._timers("generate"), watched(self._engine):
             if self._function is not None:
                 prompts = [group.prompt for group in opened]
                 done = {(i, s) for i, group in enumerate(opened) for s in (*group.grades, *group.failures)}

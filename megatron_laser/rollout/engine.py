@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from megatron_laser.types import Generation, SamplingParams
@@ -51,6 +52,12 @@ class StopEarly:
 def takes_seeds(engine: object) -> bool:
     """Whether `sampling.seed` decides what `engine` samples; servers say no unless their inference is deterministic."""
     return bool(getattr(engine, "takes_seeds", True))
+
+
+def watched(engine: object) -> AbstractContextManager[None]:
+    """While it lasts, `engine` looks at how busy its servers are, where it has some; see `SglangEngine.watched`."""
+    found: AbstractContextManager[None] = getattr(engine, "watched", nullcontext)()
+    return found
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from megatron_laser.algorithms.numerics import is_finite
@@ -33,6 +33,13 @@ def load_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> 
             f"{folder}: {len(bad)} tensors hold NaN or infinity ({', '.join(bad[:3])}); use weights from before that, "
             "or download the files again"
         )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def random_model(folder: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model of the folder's config.json with random weights; no weight file is read."""
+    settings = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation="sdpa")
     return model.to(device).eval().requires_grad_(False)
 
 

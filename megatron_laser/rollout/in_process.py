@@ -23,7 +23,7 @@ from megatron_laser.batching.shared_prompts import common_beginning
 from megatron_laser.rollout.drawing import SetRecord, draw, narrowed
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.rollout.folder_names import folder_tensors
-from megatron_laser.rollout.hf_model import RoutingRecorder, load_model, new_cache
+from megatron_laser.rollout.hf_model import RoutingRecorder, load_model, new_cache, random_model
 from megatron_laser.rollout.routed_experts import Routed
 from megatron_laser.types import Generation, SamplingParams
 
@@ -41,9 +41,10 @@ class InProcessEngine:
         dtype: torch.dtype,
         device: torch.device,
         max_batch_size: int = 256,
+        made_up: bool = False,
     ) -> None:
-        """Load the folder's weights; raises as `load_model` does."""
-        self._model = load_model(model_path, dtype, device)
+        """Load the folder's weights, or make some up until the first sync; raises as `load_model` does."""
+        self._model = (random_model if made_up else load_model)(model_path, dtype, device)
         self._parameters = folder_tensors(self._model)
         self._device = device
         self._max_batch_size = max_batch_size

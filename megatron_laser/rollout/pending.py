@@ -162,8 +162,8 @@ def batch_state(batch: RolloutBatch, positions: Mapping[int, int]) -> dict[str, 
         "groups": [
             {
                 "position": positions[group.prompt.row],
-                "samples": [_sample_state(sample) for sample in group.samples],
-                "ungraded": [_sample_state(sample) for sample in group.ungraded],
+                "samples": [sample_state(sample) for sample in group.samples],
+                "ungraded": [sample_state(sample) for sample in group.ungraded],
             }
             for group in batch.groups
         ],
@@ -175,13 +175,14 @@ def batch_from(state: Mapping[str, Any], prompts: list[Prompt]) -> RolloutBatch:
     groups = []
     for item in state["groups"]:
         prompt = prompts[item["position"]]
-        samples = [_sample_from(saved, prompt) for saved in item["samples"]]
-        ungraded = [_sample_from(saved, prompt) for saved in item.get("ungraded", [])]
+        samples = [sample_from(saved, prompt) for saved in item["samples"]]
+        ungraded = [sample_from(saved, prompt) for saved in item.get("ungraded", [])]
         groups.append(Group(prompt, samples, ungraded))
     return RolloutBatch(state["step"], state["weight_version"], groups, state["metrics"])
 
 
-def _sample_state(sample: Sample) -> dict[str, Any]:
+def sample_state(sample: Sample) -> dict[str, Any]:
+    """A graded response as JSON values, without its prompt."""
     return {
         "generation": generation_state(sample.generation),
         "text": sample.text,
@@ -192,6 +193,7 @@ def _sample_state(sample: Sample) -> dict[str, Any]:
     }
 
 
-def _sample_from(state: Mapping[str, Any], prompt: Prompt) -> Sample:
+def sample_from(state: Mapping[str, Any], prompt: Prompt) -> Sample:
+    """The inverse of `sample_state`."""
     values = dict(state)
     return Sample(prompt_ids=prompt.token_ids, generation=generation_from(values.pop("generation")), **values)

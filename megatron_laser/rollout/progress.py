@@ -20,7 +20,8 @@ class Progress:
 
     before: the collector's state before the step. ends: by time.monotonic(). groups: what the step will train on.
     uniform: complete groups whose rewards are all equal, where those are dropped. lost: groups of which not one
-    response could be graded. tried: prompts begun, and by the names of their sources.
+    response could be graded. tried: prompts begun, and by the names of their sources. tokens_before: `sampled_tokens`
+    of what earlier steps have left.
     """
 
     step: int
@@ -33,6 +34,7 @@ class Progress:
     tried: int = 0
     tried_by_source: Counter[str] = field(default_factory=Counter)
     rounds: int = 0
+    tokens_before: int = 0
 
     def failures(self) -> Counter[str]:
         """Responses that could not be graded, by outcome; asked before a stand-in is in two lists."""
@@ -77,6 +79,19 @@ class Progress:
             found = {"prompts_tried": self.tried_by_source[name], **_graded(groups, uniform, stand_ins)}
             metrics |= {f"source/{name}/{metric}": value for metric, value in found.items()}
         return metrics
+
+
+def sampled_tokens(groups: Iterable[Group | OpenGroup]) -> int:
+    """Tokens that the policy has sampled for some groups, finished or not."""
+    found = 0
+    for group in groups:
+        generations = (
+            group.generations.values()
+            if isinstance(group, OpenGroup)
+            else [sample.generation for sample in (*group.samples, *group.ungraded)]
+        )
+        found += sum(int(generation.sampled_mask.sum()) for generation in generations)
+    return found
 
 
 def _graded(

@@ -29,6 +29,7 @@ ABORT_REQUEST = "/abort_request"
 SERVER_INFO = "/server_info"
 MODEL_INFO = "/model_info"
 READY = "/ready"
+LOADS = "/v1/loads?include=core"  # see `server_load.py`
 FREEZE_GC = "/freeze_gc"
 # Weights and memory change only while generation is paused and the cache is flushed.
 PAUSE_GENERATION = "/pause_generation"

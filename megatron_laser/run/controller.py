@@ -18,22 +18,28 @@ from megatron_laser.config import (
     rollout_tries,
 )
 from megatron_laser.config.derived import function_deadline
+from megatron_laser.config.modes import trains
 from megatron_laser.data import MixedCursor
 from megatron_laser.data.tokenizer import decode_response
 from megatron_laser.evaluation.validation import RunEvaluation
 from megatron_laser.model import platform
+from megatron_laser.observability.rollout_dump import TokenPart
 from megatron_laser.observability.rollout_metrics import readout_metrics, rollout_metrics, scores_by_label
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.ahead import RolloutAhead
+from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.endings import watch_endings
 from megatron_laser.rollout.engine import StoppedEarly
 from megatron_laser.rollout.function.runner import SampleFunction
+from megatron_laser.run.batch_origin import origin_of
 from megatron_laser.run.engines import WorkResult, await_servers, call_engine, open_engine
 from megatron_laser.run.graders import open_graders
 from megatron_laser.run.inputs import RunInputs, open_cursor
 from megatron_laser.run.recorder import RunRecorder
+from megatron_laser.run.speed import Speed
+from megatron_laser.trainer.run_readouts import readings_by_sample
 from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch, RoutingShape, SamplingParams
 
@@ -56,6 +62,7 @@ class Controller:
         self._folder = Path(config.run.output_dir)
         self._started = time.monotonic()
         self._batch: RolloutBatch | None = None
+        self._evaluation: RunEvaluation | None = None
         self._evaluated: dict[str, float] = {}
         self._closing = ExitStack()
         try:
@@ -70,6 +77,7 @@ class Controller:
         self._cursor = open_cursor(config, inputs)
         self.engine = open_engine(config)
         self._close_later("rollout engine", self.engine.close)
+        self._speed = Speed(config, self.engine)
         self._grading = GradingPool(
             workers=config.reward.workers, deadline=config.reward.deadline, function=config.reward.function
         )
@@ -104,6 +112,7 @@ class Controller:
             oversample=rollout.oversample,
             max_staleness=rollout.max_staleness,
             ahead=rollout.ahead,
+            frozen=not trains(config),
             endings=watch_endings(config, inputs.stop_token_ids, inputs.tokenizer),
             function=self._function,
             graders=self._graders,
@@ -173,9 +182,12 @@ class Controller:
             goes on where this one was; else why the run has to stop.
         """
 
+        self._record.events.step = step
+
         def work() -> None:
             source = self._collector if self._ahead is None else self._ahead
-            self._batch = source.collect(step)
+            with self._speed.waiting():
+                self._batch = source.collect(step)
 
         return call_engine(f"rollout of step {step}", work)
 
@@ -191,7 +203,7 @@ class Controller:
             return ""
         # The collection ends at its own deadline, and says more about it.
         patience = self._config.rollout.deadline + _AHEAD_SLACK
-        with self._timers("generate_ahead"):
+        with self._timers("generate_ahead"), self._speed.waiting():
             return call_engine("waiting for the rollout ahead", lambda: ahead.wait(patience))
 
     def await_servers(self) -> WorkResult:
@@ -207,26 +219,31 @@ class Controller:
     def evaluate(self, step: int) -> WorkResult:
         """Evaluate on the validation split; `record` writes what comes out."""
 
+        evaluation = self._evaluation
+        if evaluation is None:
+            return ""
+
         def work() -> None:
-            with self._evaluation.left_out_on_stop():
-                self._evaluated = self._evaluation.run("validation", step) | self._timers.collect()
+            with evaluation.left_out_on_stop():
+                self._evaluated = evaluation.run("validation", step) | self._timers.collect()
 
         return call_engine(f"evaluation after step {step}", work)
 
     def evaluate_first(self) -> WorkResult:
         """Before the first step of this start: evaluate the initial model, so that the report can say what training
         changed, or make up for an evaluation that a stop left out."""
-        settings, step = self._config.evaluation, self._last_step
-
+        settings, step, evaluation = self._config.evaluation, self._last_step, self._evaluation
+        if evaluation is None:
+            return ""
         metrics: dict[str, float] = {}
 
         def work() -> None:
-            with self._evaluation.left_out_on_stop():
-                found = self._evaluation.run("validation", step) if settings.every else {}
-                metrics.update(found | (self._evaluation.run("test", 0) if step == 0 else {}))
+            with evaluation.left_out_on_stop():
+                found = evaluation.run("validation", step) if settings.every else {}
+                metrics.update(found | (evaluation.run("test", 0) if step == 0 else {}))
 
         due = settings.baseline if step == 0 else evaluation_due(self._config, step)
-        if not due or (step > 0 and self._evaluation.is_done("validation", step)):
+        if not due or (step > 0 and evaluation.is_done("validation", step)):
             return ""
         trouble = call_engine(f"evaluation of the weights of step {step}", work)
         if trouble or not metrics:
@@ -242,17 +259,42 @@ class Controller:
         tokens = sum(sample.length for sample in batch.samples())
         metrics["tokens"] = tokens
         metrics["time/tokens_per_second"] = tokens / max(times.get("time/total", 0.0), 1e-9)
-        metrics["epoch"] = self._cursor.progress
-        if isinstance(self._cursor, MixedCursor):
-            epochs = self._cursor.progress_by_source()
-            metrics |= {f"source/{name}/epoch": value for name, value in epochs.items()}
+        metrics |= self._speed.metrics(batch, result, metrics)
+        metrics |= (progress := self._progress())
         metrics |= self._evaluated
         self._evaluated = {}
-        trouble = self._record.write(step, metrics)
+        trouble = self._record.keep(batch, progress, self._origin)
+        trouble = self._record.write(step, metrics) or trouble
         if step % _HISTOGRAM_STEPS == 0:
             self._record.histograms(step, scores_by_label(batch, result.scores))
-        self._record.dump(batch, result.scores, result.advantages)
+        self._record.dump(batch, result.scores, result.advantages, lambda: self._token_part(result))
         return trouble
+
+    def _token_part(self, result: StepResult) -> TokenPart:
+        readings = readings_by_sample(result.readouts, len(result.scores))
+        return TokenPart(result.tokens, readings, partial(decode_response, self._inputs.tokenizer))
+
+    def _origin(self) -> dict[str, Any]:
+        """What is kept with a batch of where it comes from."""
+        inputs = self._inputs
+        return origin_of(
+            self._config,
+            stop_token_ids=inputs.stop_token_ids,
+            score_token_id=inputs.score_token_id,
+            data_fingerprints=inputs.data_fingerprints,
+        )
+
+    def _progress(self) -> dict[str, float]:
+        """How often each source of problems has been gone through, as metrics."""
+        found = {"epoch": self._cursor.progress}
+        if isinstance(self._cursor, MixedCursor):
+            epochs = self._cursor.progress_by_source()
+            found |= {f"source/{name}/epoch": value for name, value in epochs.items()}
+        return found
+
+    def servers_busy(self) -> list[tuple[str, float, float]]:
+        """When each server had requests since the last call; none without servers."""
+        return self.engine.take_busy() if isinstance(self.engine, SglangEngine) else []
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of rank 0: cursor, groups that are begun, a batch that is ahead, whose run it is."""
@@ -279,7 +321,8 @@ class Controller:
 
     def stop_evaluating(self, reason: str) -> None:
         """End the evaluation that runs, and every later one, within seconds; safe in a signal handler."""
-        self._evaluation.stop(reason)
+        if self._evaluation is not None:
+            self._evaluation.stop(reason)
 
     def finish(self, *, complete: bool) -> WorkResult:
         """Evaluate the final weights on the test split and write the report.
@@ -288,16 +331,17 @@ class Controller:
 
         Args: complete: nothing is left to do afterwards; the same command will say so and not start again.
         """
-        steps = self._config.run.steps
+        steps, evaluation = self._config.run.steps, self._evaluation
         metrics: dict[str, float] = {}
 
         def work() -> None:
-            metrics.update(self._evaluation.run("test", steps, resumable=True))
+            if evaluation is not None:
+                metrics.update(evaluation.run("test", steps, resumable=True))
 
         try:
             trouble = call_engine("final evaluation", work)
         except StoppedEarly:
-            self.record_stop(steps, self._evaluation.stop_reason)
+            self.record_stop(steps, "" if evaluation is None else evaluation.stop_reason)
             return ""
         if trouble:
             return trouble
@@ -306,6 +350,7 @@ class Controller:
                 f"{name} {metrics[key]:.3f}" for name, key in _HEADLINES.items() if key in metrics
             )
             self._record.message(f"test split after step {steps}: {summary}")
+            self._record.events.add("evaluation", f"test split after step {steps}: {summary}", steps)
         trouble = self._record.finish(steps, complete=complete)
         logger.info("finished in %.0f s", time.monotonic() - self._started)
         return trouble

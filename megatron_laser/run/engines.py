@@ -57,6 +57,7 @@ def open_engine(config: RunConfig) -> RolloutEngine:
             dtype=DTYPES[config.model.dtype],
             device=platform.device(),
             max_batch_size=config.rollout.max_batch_size,
+            made_up=config.run.fake.weights,
         )
     rollout = config.rollout
     transport = _transport(config)

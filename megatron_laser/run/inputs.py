@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_laser.config import RunConfig
 from megatron_laser.config.derived import data_sources
+from megatron_laser.config.modes import generates
 from megatron_laser.data import Cursor, MixedCursor, MixedSource, PromptCursor, fingerprint
 from megatron_laser.errors import Finding
 from megatron_laser.observability.best_effort import print_line
@@ -75,7 +76,8 @@ def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
     model, prompts = looked.model, looked.data.prompts
     assert model.special is not None  # errors have ended this by now
     keys = [config.data.prompt_key, config.data.answer_key]
-    data_fingerprints = tuple(fingerprint(source.paths, keys) for source in data_sources(config, "train"))
+    sources = data_sources(config, "train") if generates(config) else ()
+    data_fingerprints = tuple(fingerprint(source.paths, keys) for source in sources)
     if overwrite:
         for moved in move_aside(config):
             print_line(f"moved the existing {moved.what} to {moved.to}")
@@ -87,7 +89,7 @@ def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
         raise
     return RunInputs(
         tokenizer=model.tokenizer,
-        train=prompts["train"],
+        train=prompts.get("train", []),
         validation=prompts.get("validation"),
         test=prompts.get("test"),
         score_token_id=model.special.score_token_id,

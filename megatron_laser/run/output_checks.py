@@ -27,6 +27,7 @@ _MAY_CHANGE = {
     "batching": None,
     "checkpoint": None,
     "logging": None,
+    "alarms": None,
     "evaluation": None,
     "run": {"name", "steps", "output_dir", "resume", "deadline", "start_grace", "max_bad_steps"},
     "policy": {"mismatch_abort"},

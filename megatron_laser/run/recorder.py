@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_laser.config import ConfigError, RunConfig
+from megatron_laser.config.modes import batches_folder, mode_words, trains
+from megatron_laser.observability.alarms import AlarmWatch
 from megatron_laser.observability.best_effort import BestEffort
+from megatron_laser.observability.events import EventLog
 from megatron_laser.observability.live_view import LiveView
-from megatron_laser.observability.metrics_logger import MetricsLogger
-from megatron_laser.observability.rollout_dump import dump_rollouts
+from megatron_laser.observability.metrics_logger import MetricsLogger, read_metrics
+from megatron_laser.observability.rollout_dump import TokenPart, dump_rollouts
 from megatron_laser.observability.wandb_sink import open_wandb
 from megatron_laser.report.run_report import write_report
 from megatron_laser.run.output_folder import FINISHED, STOPPED, ClaimedFolder
+from megatron_laser.run.recorded_batches import write_batch
 from megatron_laser.types import RolloutBatch
 
 logger = logging.getLogger(__name__)
@@ -45,7 +49,8 @@ class RunRecorder:
         self._config = config
         self._claimed = claimed
         self._folder = Path(config.run.output_dir)
-        self._dumps = BestEffort("logging.rollouts_every")
+        self._dumps = BestEffort("logging.rollouts_every", Exception)
+        self._batches = BestEffort("logging.record_batches_every", Exception)
         state = (None if resumed is None else resumed["run"]) or {}
         with ExitStack() as opened:
             wandb = None
@@ -69,8 +74,15 @@ class RunRecorder:
             except OSError as error:
                 raise ConfigError([f"run.output_dir {self._folder} cannot be written: {error}"]) from error
             opened.pop_all()
+        self.events = EventLog(self._folder, last_step=-1 if resumed is None else int(resumed["step"]))
+        if resumed is not None:
+            self.events.add("resume", f"goes on from the checkpoint of step {int(resumed['step'])}")
         self._view = LiveView(config.run.steps, mode=config.logging.live, title=config.run.name)
         self._view.__enter__()
+        self._judge = BestEffort("alarms", Exception)
+        self._watch = AlarmWatch(config.alarms)
+        if resumed is not None:
+            self._judge(self._watch_earlier_steps)
 
     def write(self, step: int, metrics: dict[str, Any]) -> str:
         """Log and show a step's metrics.
@@ -82,6 +94,8 @@ class RunRecorder:
             ConfigError: the folder is gone, and its place is taken or cannot be written.
         """
         self._view.update(step, metrics)
+        self._judge(lambda: self._tell_alarms(step, metrics))
+        self._note(step, metrics)
         trouble = ""
         try:
             self._metrics.log(step, metrics)
@@ -94,16 +108,79 @@ class RunRecorder:
             self._claimed.restore(self._config)
         return trouble
 
+    def _note(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Events that metrics tell of."""
+        if metrics.get("bad_steps"):
+            text = f"{metrics['bad_steps']:g} updates were skipped: loss or gradient norm was not finite"
+            self.events.add("skipped", text, step)
+        for prefix, split in (("eval/", "validation"), ("test/", "test")):
+            accuracy = metrics.get(f"{prefix}accuracy")
+            if accuracy is not None:
+                self.events.add("evaluation", f"{split} after step {step}: accuracy {accuracy:.3f}", step)
+
+    def _watch_earlier_steps(self) -> None:
+        """What a resumed run has shown before: early levels stay those of its beginning, and nothing is told twice."""
+        for row in read_metrics(self._metrics.path):
+            self._watch.add(int(row["step"]), row)
+        self._view.show_alarms(self._watch.active)
+
+    def _tell_alarms(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """A line for each alarm when it is raised and when it is over."""
+        raised = self._watch.add(step, metrics)
+        for alarm in raised:
+            self._view.message(alarm.line)
+            self.events.add("alarm", alarm.line, step)
+        for alarm in self._watch.ended:
+            self._view.message(alarm.end_line)
+            self.events.add("alarm", alarm.end_line, step)
+        # Whoever else is to hear of alarms is told here: of `raised` and of `self._watch.ended`.
+        self._view.show_alarms(self._watch.active)
+
     def histograms(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
         """Named distributions, to TensorBoard."""
         self._metrics.histograms(step, values)
 
-    def dump(self, batch: RolloutBatch, scores: Any, advantages: Any) -> None:
-        """Write the step's rollouts for people, if it is due; see `dump_rollouts`."""
+    def dump(
+        self,
+        batch: RolloutBatch,
+        scores: Any,
+        advantages: Any,
+        tokens: Callable[[], TokenPart] | None = None,
+    ) -> None:
+        """Write the step's rollouts for people, if it is due; see `dump_rollouts`.
+
+        `tokens`: called where the dump has them (`logging.rollouts_tokens`).
+        """
         every = self._config.logging.rollouts_every
         if every and batch.step % every == 0:
             path = self._folder / "rollouts" / f"step_{batch.step}.jsonl"
-            self._dumps(lambda: dump_rollouts(path, batch, scores, advantages))
+            with_tokens = tokens if self._config.logging.rollouts_tokens else None
+            self._dumps(
+                lambda: dump_rollouts(
+                    path, batch, scores, advantages, None if with_tokens is None else with_tokens()
+                )
+            )
+
+    def keep(
+        self, batch: RolloutBatch, progress: Mapping[str, float], origin: Callable[[], Mapping[str, Any]]
+    ) -> str:
+        """Keep the batch for `run.mode: train_only`, if it is due; see `write_batch`.
+
+        Returns:
+            "", or why the run has to save and stop: it is there to keep batches, and this one cannot be written.
+        """
+        every = self._config.logging.record_batches_every
+        if not every or batch.step % every:
+            return ""
+        folder = batches_folder(self._config)
+        if trains(self._config):
+            self._batches(lambda: write_batch(folder, batch, progress, origin()))
+            return ""
+        try:
+            write_batch(folder, batch, progress, origin())
+        except OSError as error:
+            return f"the batch of step {batch.step} cannot be written to {folder} ({error}); it is lost"
+        return ""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it: whose it is, and lines that metrics.jsonl lacks."""
@@ -117,6 +194,7 @@ class RunRecorder:
 
     def record_stop(self, step: int, reason: str) -> None:
         """Say that the run stopped early and can be continued."""
+        self.events.add("stop", f"stopped after step {step}: {reason}", step)
         note = {"step": step, "reason": reason}
         try:
             (self._folder / STOPPED).write_text(json.dumps(note) + "\n", encoding="utf-8")
@@ -131,6 +209,8 @@ class RunRecorder:
             "", or why the run is not marked as finished.
         """
         self._view.__exit__(None, None, None)
+        if words := mode_words(self._config):
+            self.message(f"this was no ordinary run: {words}")
         # `megatron-laser report` writes it again.
         BestEffort("writing report.md", Exception)(lambda: write_report([self._folder]))
         try:
@@ -143,4 +223,5 @@ class RunRecorder:
     def close(self) -> None:
         """Close all of them; may be called again."""
         self._view.__exit__(None, None, None)
+        self.events.close()
         self._metrics.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib.metadata
 import signal
 import threading
@@ -30,6 +31,7 @@ from megatron_laser.model.transformer_engine import backend_variable_problems, u
 from megatron_laser.observability.timers import Timers
 
 _FLASH_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
+_STDERR = 2  # sys.stderr may be anything
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -129,14 +131,41 @@ def _installed(package: str) -> bool:
 @contextlib.contextmanager
 def stop_signals(request_stop: Callable[[str], None]) -> Iterator[None]:
     """Call `request_stop(signal name)` on SIGTERM and SIGUSR1 inside the block; no-op outside the main thread."""
+    with _on_signals(_SIGNALS, request_stop):
+        yield
+
+
+@contextlib.contextmanager
+def window_signal(request_window: Callable[[], None]) -> Iterator[None]:
+    """Call `request_window` on SIGUSR2 inside the block; no-op outside the main thread."""
+    with _on_signals((signal.SIGUSR2,), lambda name: request_window()):
+        yield
+
+
+@contextlib.contextmanager
+def stack_signal() -> Iterator[None]:
+    """SIGQUIT inside the block prints the Python stacks of all threads on stderr, and ends nothing.
+
+    It is written from the signal itself, so that it works where no Python code gets to run. torchrun sends this signal
+    to its workers only when it gets it.
+    """
+    faulthandler.register(signal.SIGQUIT, file=_STDERR, all_threads=True, chain=False)
+    try:
+        yield
+    finally:
+        faulthandler.unregister(signal.SIGQUIT)
+
+
+@contextlib.contextmanager
+def _on_signals(numbers: tuple[signal.Signals, ...], call: Callable[[str], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        request_stop(signal.Signals(number).name)
+        call(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

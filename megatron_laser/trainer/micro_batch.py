@@ -70,17 +70,23 @@ def _part(values: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
 class MicroBatch(LabelledRows):
     """Model inputs [1, tokens] on the device, and the labelled rows: of the micro-batch, or a context rank's share.
 
-    `packed` describes whole sequences, of which a context rank has chunks.
+    `packed` describes whole sequences, of which a context rank has chunks. policy_places, on the host: [policy rows]
+    int64, of each the place of its token in `FlatBatch.rollout_logprobs`.
     """
 
     tokens: torch.Tensor
     position_ids: torch.Tensor
     packed: PackedSeqParams
     head: HeadInputs
+    policy_places: np.ndarray
 
     def without_entropy(self) -> HeadInputs:
         """Head inputs for all labelled rows, log-probs only."""
         return replace(self.head, with_entropy=False)
+
+    def with_entropy(self) -> HeadInputs:
+        """Head inputs for all labelled rows, log-probs and entropies without their gradients."""
+        return replace(self.head, with_entropy=True, entropy_gradient=False)
 
     def only_scores(self) -> HeadInputs:
         """Head inputs for the score rows alone, through the few-row op."""

@@ -32,6 +32,7 @@ from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.stages import chunk_layers
 from megatron_laser.model import platform
 from megatron_laser.model.experts import freeze_routers
+from megatron_laser.model.fake_weights import open_weights
 from megatron_laser.model.gradient_fusion import fuses_gradient_accumulation
 from megatron_laser.model.hf_config import architecture_of, read_hf_config, transformer_config
 from megatron_laser.model.hf_folder import HfFolder
@@ -168,7 +169,7 @@ def build_policy(config: RunConfig) -> Policy:
     keep = config.model.keep_logits_gib
     configure(keep_logits_bytes=None if keep is None else round(keep * 2**30))
     hf = read_hf_config(config.model.path)
-    with HfFolder(config.model.path) as folder:
+    with open_weights(config) as folder:
         chunks = build_chunks(config, hf, folder, trained=True)
     if config.moe.freeze_router:
         for module in chunks.models:
@@ -193,7 +194,7 @@ def build_policy(config: RunConfig) -> Policy:
 def build_reference(config: RunConfig) -> Chunks:
     """A frozen copy of the initial model, for KL terms and the reference ablation; no DDP, no optimizer."""
     hf = read_hf_config(Path(config.model.path))
-    with HfFolder(config.model.path) as folder:
+    with open_weights(config) as folder:
         chunks = build_chunks(config, hf, folder)
     for module in chunks.wrapped:
         module.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,20 @@ class ReadoutScores:
             place = torch.from_numpy(self.sample)
             scores[place], scored[place] = self.scores, True
         return scores, scored
+
+
+def readings_by_sample(
+    found: Sequence[ReadoutScores], samples: int
+) -> list[dict[str, list[tuple[int, float | None]]]]:
+    """[samples] {readout: (offset into the response, score) of each place}; None: the score is not finite."""
+    readings: list[dict[str, list[tuple[int, float | None]]]] = [{} for _ in range(samples)]
+    for readout in found:
+        for sample, offset, score in zip(
+            readout.sample.tolist(), readout.offset.tolist(), readout.scores.tolist(), strict=True
+        ):
+            value = score if math.isfinite(score) else None
+            readings[sample].setdefault(readout.name, []).append((offset, value))
+    return readings
 
 
 @dataclass(frozen=True)

@@ -300,6 +300,7 @@ def make_micro_batch(
 
     cu_seqlens = put(packed.cu_seqlens, torch.int32)
     policy = ~packed.is_score
+    places = flat.response_offsets[packed.sample_index[policy]] + packed.response_position[policy]
     packed_seq_params = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -336,19 +337,15 @@ def make_micro_batch(
         score_sample=put(packed.sample_index[packed.is_score], torch.int64),
         score_slot=put(packed.slot[packed.is_score], torch.int64),
         score_readout=_readout_of(packed, points),
-        rollout_logprobs=put(_rollout_logprobs(flat, packed, policy), torch.float32),
+        rollout_logprobs=put(flat.rollout_logprobs[places], torch.float32),
         policy_counts=np.concatenate(([0], np.cumsum(policy))),
+        policy_places=places,
     )
 
 
 def _readout_of(packed: PackedMicroBatch, points: ReadoutPoints | None) -> np.ndarray:
     slots = packed.slot[packed.is_score]
     return np.zeros_like(slots) if points is None else np.searchsorted(points.slot_starts, slots, "right") - 1
-
-
-def _rollout_logprobs(flat: FlatBatch, packed: PackedMicroBatch, policy: np.ndarray) -> np.ndarray:
-    starts = flat.response_offsets[packed.sample_index[policy]]
-    return flat.rollout_logprobs[starts + packed.response_position[policy]]
 
 
 def pad_multiple(config: RunConfig) -> int:

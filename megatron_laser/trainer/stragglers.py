@@ -31,12 +31,16 @@ class Stragglers:
         self._every = every if runtime.world_size > 1 else 0
         self._seconds: dict[str, float] = {}
 
-    def add(self, step: int, times: Mapping[str, float]) -> None:
-        """Count one step; on every rank, with `Timers.collect()`'s result. A collective every `every` steps."""
+    def add(self, step: int, times: Mapping[str, float]) -> dict[str, float]:
+        """Count one step; on every rank, with `Timers.collect()`'s result. A collective every `every` steps.
+
+        Returns:
+            After a comparison straggler/<phase>, see `straggler_metrics`; {} in other steps.
+        """
         for phase in (*_COMPARED, _REDUCE):
             self._seconds[phase] = self._seconds.get(phase, 0.0) + times.get(phase, 0.0)
         if not self._every or step % self._every:
-            return
+            return {}
         # In the gradient reduction the quick ranks wait for the slow one; what is before it is a rank's own work.
         own = {phase: self._seconds[phase] for phase in _COMPARED}
         own[_TRAIN] -= self._seconds[_REDUCE]
@@ -46,6 +50,22 @@ class Stragglers:
         line = slow_ranks(gathered, self._every)
         if line is not None and self._runtime.is_main:
             logger.warning("%s", line)
+        return straggler_metrics(gathered)
+
+
+def straggler_metrics(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """straggler/<phase>: the slowest rank's seconds over the median of all; phases that take no time are left out.
+
+    Args:
+        seconds: for each rank, {"time/<phase>": seconds}.
+    """
+    metrics = {}
+    for phase in seconds[0]:
+        values = [rank[phase] for rank in seconds]
+        median = statistics.median(values)
+        if median > 0.0:
+            metrics[f"straggler/{phase.removeprefix('time/')}"] = max(values) / median
+    return metrics
 
 
 def slow_ranks(seconds: Sequence[Mapping[str, float]], steps: int) -> str | None:

@@ -35,6 +35,7 @@ from megatron_laser.trainer.policy import Policy, build_policy, build_reference
 from megatron_laser.trainer.run_readouts import ReadoutScores, RunReadouts
 from megatron_laser.trainer.step_data import StepData, check_token_ids, prepare_step
 from megatron_laser.trainer.step_metrics import means, ratio, readout_key, reduce_sums
+from megatron_laser.trainer.token_values import OwnTokens, TokenValues
 
 
 class MismatchError(UserError, RuntimeError):
@@ -49,7 +50,7 @@ class StepResult:
     r_s of the policy that generated the batch, NaN where a response has none (or LaSeR is off). advantages:
     [samples], as used by the policy loss. All on the CPU. updates: the optimizer steps, skipped ones too. readouts:
     what each readout read of the batch; `scores` are the first one's. reference_logprobs: as zc_logprobs, of the
-    reference model.
+    reference model. tokens: of the old policy, where a dump wants them (`token_values`); on rank 0.
     """
 
     metrics: dict[str, float]
@@ -59,6 +60,7 @@ class StepResult:
     updates: tuple[OptimizerStep, ...]
     readouts: tuple[ReadoutScores, ...] = ()
     reference_logprobs: torch.Tensor | None = None
+    tokens: TokenValues | None = None
 
 
 class Trainer:
@@ -97,9 +99,8 @@ class Trainer:
 
     def _prompts_are_shared(self) -> bool:
         batching, layers = self._config.batching, self._config.model.layers
-        if batching.share_prompts is False or not knows_shared_prompts(layers):
-            return False
-        return not shared_prompt_problems(self._config, experts=self._experts is not None)
+        able = batching.share_prompts is not False and knows_shared_prompts(layers)
+        return able and not shared_prompt_problems(self._config, experts=self._experts is not None)
 
     def train_step(self, flat: FlatBatch, step: int) -> StepResult:
         """One rollout batch of a run: `run_batch`, and what a run must not go on with.
@@ -131,7 +132,7 @@ class Trainer:
         data = self.prepare(flat)
         with self._timers("logprob"):
             self._set_pass(data, "old_policy")
-            read = self._old_policy_pass(data, flat)
+            read = self._old_policy_pass(data, flat, tokens := OwnTokens(config, flat, step))
             self._balance_experts(data)
             self._set_pass(data, "reference")
             frozen = self._reference_pass(data)
@@ -170,12 +171,12 @@ class Trainer:
         if data.rank_imbalance is not None:
             metrics["rank_imbalance"] = data.rank_imbalance
         if self._config.parallel.pipeline > 1:
-            metrics["pipeline_bubble"] = pipeline_bubble(
-                self._config.parallel, [len(minibatch.micro_batches) for minibatch in data.minibatches]
-            )
+            counts = [len(minibatch.micro_batches) for minibatch in data.minibatches]
+            metrics["pipeline_bubble"] = pipeline_bubble(self._config.parallel, counts)
         first = scores[0][0] if scores else torch.full_like(data.rewards, math.nan)
         reference = self._readouts.first_logprobs(data.points, frozen, flat.num_samples)
-        return StepResult(metrics, zc_logprobs, first, advantages, updates, tuple(found), reference)
+        values = tokens.on_rank_zero(self._runtime)
+        return StepResult(metrics, zc_logprobs, first, advantages, updates, tuple(found), reference, values)
 
     def _model_experts(self) -> Experts | None:
         """What the routers' share of a step is made with; None for a dense model."""
@@ -240,8 +241,8 @@ class Trainer:
         self.policy.complete_weights()
         return self.policy.exporter.stream()
 
-    def _old_policy_pass(self, data: StepData, flat: FlatBatch) -> torch.Tensor:
-        """Fill `old_logprobs`; return what readouts read, [slots] float32."""
+    def _old_policy_pass(self, data: StepData, flat: FlatBatch, tokens: OwnTokens) -> torch.Tensor:
+        """Fill `old_logprobs` and `tokens`; return what readouts read, [slots] float32."""
         kind = old_policy_pass_kind(self._config)
         batches = data.micro_batches
         if self._config.policy.old_logprobs == "rollout":
@@ -249,9 +250,10 @@ class Trainer:
                 batch.old_logprobs = batch.rollout_logprobs
         own = torch.zeros(int(data.points.slot_starts[-1]))
         if kind == "full":
-            outputs = run_forward(self.policy.chunks, batches, lambda batch: batch.without_entropy())
+            outputs = run_forward(self.policy.chunks, batches, tokens.head)
             for batch, output in zip(batches, outputs):
                 batch.old_logprobs = output[0].index_select(0, batch.policy_rows)
+                tokens.add(batch, output)
                 own[batch.score_slot.cpu()] = output[0].index_select(0, batch.score_rows).cpu()
         elif kind == "score_rows":
             outputs = run_forward(self.policy.chunks, batches, lambda batch: batch.only_scores())
@@ -386,8 +388,7 @@ class Trainer:
 
     def _unused_names(self, step: int) -> set[str]:
         """Metrics of what this step does not compute, or does not have in its loss."""
-        policy = self._config.policy
-        specs = self._readouts.specs
+        policy, specs = self._config.policy, self._readouts.specs
         unused = {"self_reward_error" if specs and specs[0].trains(step) else "self_reward_loss"}
         if not self._config.laser.enabled:
             unused.add("self_reward_error")

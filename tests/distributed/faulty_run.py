@@ -3,7 +3,7 @@
     faulty_run.py FAULT RANK STEP RUN.yaml [OVERRIDES]
 
 FAULT happens on RANK when step STEP is to be trained: die, stop (SIGSTOP), hang (asleep in Python), sigterm,
-sigusr1, full (no space left on this rank's disk, from STEP on) or none.
+sigusr1, sigusr2, full (no space left on this rank's disk, from STEP on) or none.
 """
 
 import os
@@ -36,6 +36,7 @@ FAULTS = {
     "hang": asleep,
     "sigterm": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "sigusr1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+    "sigusr2": lambda: os.kill(os.getpid(), signal.SIGUSR2),
     "full": fill_disk,
     "none": lambda: None,
 }

@@ -26,8 +26,8 @@ def run_two(tmp_path_factory):
     """(function that runs two ranks with a fault, output folder of an undisturbed run)."""
     file = write_tiny_run(tmp_path_factory.mktemp("run"))
 
-    def run(output, fault="none", rank=0, step=0):
-        return run_ranks(SCRIPT, 2, fault, str(rank), str(step), file, f"run.output_dir={output}")
+    def run(output, fault="none", rank=0, step=0, *more):
+        return run_ranks(SCRIPT, 2, fault, str(rank), str(step), file, f"run.output_dir={output}", *more)
 
     run(file.parent / "undisturbed")
     return run, file.parent / "undisturbed"
@@ -48,6 +48,19 @@ def test_a_signal_to_one_rank_stops_both_after_the_step_and_the_run_continues_bi
     run(out)
     assert not (out / "STOPPED").exists()
     assert metrics_without_times(out) == metrics_without_times(undisturbed)
+
+
+def test_sigusr2_to_one_rank_profiles_both_in_the_same_steps_and_changes_nothing(run_two, tmp_path):
+    run, undisturbed = run_two
+    out = tmp_path / "out"
+    output = run(out, "sigusr2", 1, 2, "logging.profile={ranks: all, asked_steps: 1}")
+    names = sorted(path.name for path in (out / "profile").iterdir())
+    # Rank 0 decides: it may have passed the end of step 2 before rank 1's request was in the store.
+    step = int(re.fullmatch(r"steps_(\d)-\1\.rank_0\.trace\.json\.gz", names[0])[1])
+    assert step in (3, 4) and names[1:] == [f"steps_{step}-{step}.rank_1.trace.json.gz"]
+    assert f"profiling steps {step} to {step} on all ranks: {out}/profile/steps_{step}-{step}.*" in output
+    assert metrics_without_times(out) == metrics_without_times(undisturbed)
+    assert not (out / "control").exists()
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])

@@ -8,16 +8,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SGLANG_VERSION = "0.5.23"
+LOADS = "/v1/loads?include=core"
 
 
 @dataclass(eq=False)
 class ServerState:
-    """version: the name of its weights. sums: their checksums. info: what it says of itself, beside its version."""
+    """version: the name of its weights. sums: their checksums. info: what it says of itself, beside its version.
+
+    load: of its one data-parallel rank, as `sglang_api.LOADS` gives it; None: it cannot say.
+    """
 
     version: str = "default"
     paused: bool = False
     sums: dict[str, str] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    load: dict[str, Any] | None = field(
+        default_factory=lambda: {"num_running_reqs": 0, "num_waiting_reqs": 0, "token_usage": 0.0}
+    )
 
     def answer(self, path: str, body: dict[str, Any]) -> Any:
         """What comes back, as JSON; None: there is no such endpoint."""
@@ -25,6 +32,8 @@ class ServerState:
             return {"weight_version": self.version, "is_generation": True, "model_path": "m"}
         if path == "/server_info":
             return {"version": SGLANG_VERSION, **self.info}
+        if path == LOADS:
+            return {"version": SGLANG_VERSION, "loads": [] if self.load is None else [self.load]}
         if path == "/weights_checker":
             return {"success": True, "ranks": [self.rank_sums()] * self.info.get("tp_size", 1)}
         if path in ("/pause_generation", "/continue_generation"):

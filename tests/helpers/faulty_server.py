@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from helpers.fake_server import ServerState
+from helpers.fake_server import LOADS, ServerState
 from helpers.plain_http import HttpServer, respond
 from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.client.identify import Expected
@@ -50,7 +50,7 @@ class FaultyServer(ServerState):
         paused: generation is, as far as control calls say.
         stuck: half done requests of a pause in place: the cache cannot be flushed before it was continued.
         flush_refusals: so many times the cache cannot be flushed.
-        calls: paths, in their order, but for probes.
+        calls: paths, in their order, but for probes and questions of its load.
         silent: answer nothing at all, as a stopped process.
         weights: what its weights' checksum is; None: it gives none.
         experts: (layers, experts per token, experts) of its model, of which it tells who asks; None: it was not
@@ -117,7 +117,7 @@ class FaultyServer(ServerState):
             return reset(handler)
         refused = False
         with self._changed:
-            if path not in ("/server_info", "/model_info"):
+            if path not in ("/server_info", "/model_info", LOADS):
                 self.calls.append(path)
             if path == "/generate":
                 self.requests.append(body)

@@ -88,9 +88,10 @@ def lucky(response, answer):
 
 def metrics_without_times(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl but for what differs between two equal runs."""
-    varying = ("time/", "memory/")
+    from megatron_laser.observability.rates import VARYING
+
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(varying)} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(VARYING)} for line in lines]
 
 
 def start_run(file: Path, *overrides: str, processes: int = 1, log: Path | None = None) -> subprocess.Popen:

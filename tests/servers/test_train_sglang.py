@@ -42,3 +42,13 @@ def test_a_run_is_fed_by_a_server(sglang_server, tmp_path, overrides):
         assert differences and max(differences) < 1e-4  # the server reads the score where it is trained
     else:
         assert max(line["staleness_max"] for line in steps) >= 1
+    # What the server says of itself; a rollout that lasts less than a twentieth of a second is not looked at.
+    said = [line for line in steps if "servers/running_mean" in line]
+    assert said and max(line["servers/running_mean"] for line in said) > 0
+    for line in said:
+        assert 0 <= line["servers/kv_usage_mean"] <= 1 and 0 <= line["servers/utilisation"] <= 1
+        assert 0 <= line["idle/servers"] <= 1
+    # While the last step trains, nothing is generated ahead any more.
+    generating = [line for line in steps if "time/generate" in line]
+    assert len(generating) >= 3 and all(line["rate/tokens_per_second_server_gpu"] > 0 for line in generating)
+    assert min(line["idle/servers"] for line in generating) < 0.9

@@ -117,6 +117,7 @@ def test_request_stats_are_told_as_shares_and_counted_anew():
         "rollout/retries": 2.0,
         "rollout/stale_replies": 1.0,
         "rollout/prefix_cached_fraction": 0.75,
+        "servers/cache_hit_rate": 0.75,
     }
     stats.generate_seconds, stats.scores, stats.score_seconds = 9.0, 4, 1.0
     stats.score_tokens, stats.score_cached_tokens = 120, 116
@@ -124,6 +125,7 @@ def test_request_stats_are_told_as_shares_and_counted_anew():
         "rollout/score_cached_fraction": 116 / 120,
         "rollout/score_uncached_tokens": 1.0,
         "rollout/score_time_fraction": 0.1,
+        "servers/cache_hit_rate": (75 + 116) / (100 + 120),
     }
     assert stats == RequestStats() and stats.metrics()["rollout/prefix_cached_fraction"] == 0.0
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_laser.config import (
     ConfigError,
@@ -16,7 +18,10 @@ from megatron_laser.config import (
     stage_parameters,
 )
 from megatron_laser.config.model_folder import architecture as architecture_module
-from megatron_laser.config.model_folder.architecture import architecture_from_dict
+from megatron_laser.config.model_folder.architecture import (
+    SUPPORTED_MODEL_TYPES,
+    architecture_from_dict,
+)
 from megatron_laser.config.model_folder.parameters import padded_vocab_size, rank_bytes
 
 SHAPE: dict[str, Any] = {
@@ -34,14 +39,38 @@ def raw(model_type: str = "qwen2", **changes: Any) -> dict[str, Any]:
     return {"model_type": model_type, **SHAPE, **changes}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+EXPERTS = {
+    "qwen3_moe": dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20, head_dim=16),
+    "mixtral": dict(num_local_experts=6, num_experts_per_tok=2),
+}
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+PUBLISHED = sorted(file.parent.name for file in EXAMPLES.glob("*/config.json"))
+
+
+def transformers_count(hf_config: Any) -> int:
+    """Parameters of transformers' model, without their memory; a tied table is one of them."""
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(hf_config)
+    model.tie_weights()
+    return model.num_parameters()
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_parameter_count_is_that_of_the_transformers_model(tmp_path, model_type, tied):
     transformers = pytest.importorskip("transformers")
-    hf_config = transformers.AutoConfig.for_model(model_type, **SHAPE, tie_word_embeddings=tied)
+    shape = SHAPE | EXPERTS.get(model_type, {})
+    hf_config = transformers.AutoConfig.for_model(model_type, **shape, tie_word_embeddings=tied)
     hf_config.save_pretrained(tmp_path)
-    model = transformers.AutoModelForCausalLM.from_config(hf_config)
-    assert count_parameters(read_architecture(tmp_path)) == sum(p.numel() for p in model.parameters())
+    assert count_parameters(read_architecture(tmp_path)) == transformers_count(hf_config)
+
+
+@pytest.mark.parametrize("example", PUBLISHED)
+def test_the_parameter_count_of_every_recipe_is_that_of_the_transformers_model(example):
+    transformers = pytest.importorskip("transformers")
+    hf_config = transformers.AutoConfig.from_pretrained(EXAMPLES / example)
+    assert count_parameters(read_architecture(EXAMPLES / example)) == transformers_count(hf_config)
 
 
 def test_the_parameter_count_of_qwen2_5_7b_is_the_published_one():

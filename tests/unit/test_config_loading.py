@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laser.config import ConfigError, load_config, resolved_yaml
+from megatron_laser.config.loading import config_of
 
 VALID = """\
 model: {path: model}
@@ -210,3 +211,12 @@ def test_an_empty_file_lacks_the_required_keys(tmp_path):
         "run.steps",
         "run.output_dir",
     ]
+
+
+def test_settings_that_stand_in_no_file_load_as_a_file_of_them_does(tmp_path):
+    config = load_config(write(tmp_path, VALID), ["optimizer.lr=2e-6"])
+    plain = {section: dict(values) for section, values in config.model_dump(mode="json").items()}
+    plain["optimizer"]["lr"] = 1e-6
+    assert config_of(plain, ["optimizer.lr=2e-6"]) == config
+    with pytest.raises(ConfigError, match=r"here: 1 problem.*\n.*optimizer.lr: expected a number"):
+        config_of(plain, ["optimizer.lr=high"], "here")

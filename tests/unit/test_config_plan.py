@@ -20,6 +20,7 @@ from megatron_laser.config import (
     resolve_plan,
     resolve_score_token,
 )
+from megatron_laser.config.plan.resolve import another_layout
 from megatron_laser.config.plan.view import render_plan
 
 MODEL = {
@@ -267,3 +268,17 @@ def test_a_broken_tokenizer_file_is_named(folder):
     (folder / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"tokenizer\.json.*\n.*cannot be read as JSON"):
         resolve_score_token(folder, "x")
+
+
+def test_another_layout_of_a_run_is_what_resolving_it_anew_gives(folder):
+    first = resolve_plan(config(folder, rollout={"max_new_tokens": 500}), 1, 40.0)
+    other = config(
+        folder,
+        rollout={"max_new_tokens": 500},
+        parallel={"tensor": 2, "sequence": True, "pipeline": 2, "context": 2},
+        optimizer={"distributed": True, "offload": True},
+        model={"path": str(folder), "recompute": "full"},
+    )
+    assert another_layout(first, other, 16) == resolve_plan(other, 16, 40.0)
+    with pytest.raises(ConfigError, match="world size 12 is not divisible"):
+        another_layout(first, other, 12)

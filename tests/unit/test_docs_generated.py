@@ -1,14 +1,17 @@
 """docs/configuration.md says what the schema says."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from helpers.documented import undocumented
 from helpers.source_tree import ROOT
 
 from megatron_laser.config import key_paths
 from megatron_laser.config.schema.fields import Count, DecayPair, FilePaths, Fraction, LogProb, Positive
+from megatron_laser.observability.alarms import RULES
 
 sys.path.insert(0, str(ROOT / "tools"))
 import generate_docs as tool
@@ -19,6 +22,34 @@ def test_the_configuration_page_is_up_to_date():
     assert current == tool.generate(), (
         f"the schema has changed since docs/configuration.md: run `{tool.COMMAND}`"
     )
+
+
+def test_the_table_of_alarms_is_up_to_date():
+    page = tool.ALARMS.read_text(encoding="utf-8")
+    assert page == tool.with_alarms(page), (
+        f"alarms have changed since docs/observing.md: run `{tool.COMMAND}`"
+    )
+    for rule in RULES:
+        assert f"| `{rule.name}` " in page
+
+
+def anchors(page):
+    """What GitHub makes of the headings of a page."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_the_place_to_look_is_there(rule):
+    """The metrics have a line in docs/metrics.md, the page has the part, and settings that are named exist."""
+    evaluations = [name for name in rule.metrics if name.startswith("eval/")]
+    assert set(undocumented(rule.metrics)) <= {name for name in rule.metrics if name.startswith("eval/")}
+    assert set(undocumented(evaluations)) == set()
+    file, _, anchor = rule.page.partition("#")
+    assert not anchor or anchor in anchors(ROOT / "docs" / file)
+    sections = key_paths()
+    named = re.findall(r"\b(" + "|".join(sections) + r")\.((?:sglang\.)?[a-z_]+)\b", rule.means)
+    assert [f"{section}.{key}" for section, key in named if key not in sections[section]] == []
 
 
 def test_every_key_has_a_line_with_a_meaning():

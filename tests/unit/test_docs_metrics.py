@@ -12,12 +12,14 @@ from helpers.source_tree import PACKAGE, ROOT
 
 from megatron_laser.evaluation.records import EvaluationRecord
 from megatron_laser.evaluation.summary import summarize
+from megatron_laser.observability.predicted import plan_metrics
 from megatron_laser.observability.rollout_metrics import readout_metrics, rollout_metrics
 from megatron_laser.rollout.function.runner import failure_counts
 from megatron_laser.rollout.progress import _graded, staleness_metrics
 from megatron_laser.trainer.expert_routing import Counts, expert_metrics
 from megatron_laser.trainer.run_readouts import ReadoutScores
 from megatron_laser.trainer.step_metrics import MEAN_KEYS, TOKEN_MEAN_KEYS, readout_key
+from megatron_laser.trainer.stragglers import straggler_metrics
 from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample
 
 SOURCE = "\n".join(
@@ -66,11 +68,13 @@ def written():
     found |= set(readout_metrics(one, [ReadoutScores("x", False, index, index % 3, values)]))
     found |= {f"function_failed_{kind}" for kind in failure_counts(Counter())}
     found |= set(staleness_metrics(one.groups, trained_version=1)) | set(_graded(one.groups, [], []))
+    found |= set(plan_metrics({"step": 1.0}, {"time/total": 1.0}))
     counted = torch.ones(1, 2, dtype=torch.float64)
     found |= set(expert_metrics(Counts(counted, counted, counted[0, :1], counted[0, :1], counted[0, :1]), 1))
+    found |= set(straggler_metrics([{"time/train": 1.0}]))
     found |= {f"eval/{name}" for name in summarize([record(row, i) for row in range(2) for i in range(2)])}
     found |= set(re.findall(r'metrics\["([\w/]+)"\] =', SOURCE))
-    found |= set(re.findall(r'"(rollout/\w+|memory/\w+)"', SOURCE))
+    found |= set(re.findall(r'"((?:rollout|memory|rate|mfu|servers|idle)/\w+)"', SOURCE))
     return found | {f"time/{phase}" for phase in re.findall(r'timers\("(\w+)"\)', SOURCE)}
 
 

@@ -51,8 +51,8 @@ def copy(tmp_path_factory):
     """The package, and what its documentation is generated with and into."""
     folder = tmp_path_factory.mktemp("copy")
     shutil.copytree(ROOT / PACKAGE, folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("tools/generate_docs.py", "docs/configuration.md"):
-        (folder / file).parent.mkdir()
+    for file in ("tools/generate_docs.py", "docs/configuration.md", "docs/observing.md"):
+        (folder / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, folder / file)
     return folder
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from megatron_laser.observability.alarms import Alarm
 from megatron_laser.observability.live_view import (
     LiveView,
     format_count,
@@ -121,6 +122,21 @@ def test_the_live_view_shows_progress_numbers_and_time() -> None:
     for part in ("4/10", "40%", "0.610", "12.3k tok/s", "generate 75%", "0.750", "▁▃▆█", "0.10 to 0.40"):
         assert part in shown
     assert "checkpoint [written]" in shown
+
+
+def test_the_live_view_names_the_alarms_that_are_on_and_no_longer_those_that_are_over() -> None:
+    output, text = console(terminal=True)
+    alarm = Alarm("truncated", 3, None, "many responses are cut", "message", "place", 0.7, 0.5)
+    with LiveView(10, "on", console=output) as view:
+        view.update(4, METRICS)
+        view.show_alarms([alarm])
+    assert "many responses are cut (step 3)" in text.getvalue()
+    output, text = console(terminal=True)
+    with LiveView(10, "on", console=output) as view:
+        view.show_alarms([alarm])
+        view.show_alarms([])
+        view.update(4, METRICS)
+    assert "alarms" not in text.getvalue().splitlines()[-12:]
 
 
 def test_the_live_view_survives_a_narrow_terminal_and_missing_metrics() -> None:

@@ -371,6 +371,22 @@ def test_equal_problems_give_a_paired_interval(tmp_path: Path) -> None:
     assert "over the same problems)" in text
 
 
+def test_alarms_of_each_run_are_listed_and_a_silent_run_says_none(tmp_path: Path) -> None:
+    silent = synthetic_run(tmp_path / "silent", laser=False, steps=60, evaluations=False)
+    cut = synthetic_run(tmp_path / "cut", laser=False, steps=60, evaluations=False)
+    with MetricsLogger(cut, tensorboard=False) as metrics:
+        for step in range(61, 121):
+            metrics.log(step, {"truncated_fraction": 0.9 if step <= 90 else 0.1})
+    section = write_report([silent, cut]).read_text().split("## Alarms\n")[1].split("\n## ")[0]
+    assert "**silent**: none." in section
+    (line,) = [line for line in section.splitlines() if line.startswith("- ")]
+    assert line.startswith("- `truncated`, steps 74 to 90: many responses are cut: ")
+    assert "since step 61. " in line and "docs/troubleshooting.md#while-it-runs" in line
+    config = yaml.safe_load((cut / "config.yaml").read_text()) | {"alarms": {"enabled": False}}
+    (cut / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "**cut**: off (`alarms.enabled: false`)" in write_report([cut]).read_text()
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="expected the output_dir of a run"):
         write_report([tmp_path])

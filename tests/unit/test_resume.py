@@ -14,6 +14,7 @@ from megatron_laser.data import DataError
 from megatron_laser.evaluation.responses import SavedResponse, partial_responses_path
 from megatron_laser.loop import train
 from megatron_laser.observability.metrics_logger import read_metrics
+from megatron_laser.observability.rates import VARYING
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.trainer import Trainer
 
@@ -155,7 +156,7 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(undisturbed, tmp_p
     run(file, tmp_path / "stopped", *settings)
     without_times = [
         [
-            {name: value for name, value in row.items() if not name.startswith(("time/", "memory/"))}
+            {name: value for name, value in row.items() if not name.startswith(VARYING)}
             for row in read_metrics(tmp_path / name / "metrics.jsonl")
         ]
         for name in ("stopped", "whole")

@@ -153,7 +153,9 @@ def test_uniform_groups_are_dropped_and_further_prompts_asked_for_until_enough_a
     assert [prompts for prompts, _ in engine.calls] == [[100, 101, 102, 103], [104, 105], [106], [107], [108]]
     # Dropped: 0, 4 and 6 are all right, 3 and 7 all wrong.
     assert made.metrics == counts(tried=9, right=3, wrong=2, accuracy=(4 + 6) / 18)
-    assert batch.metrics == made.metrics
+    # What was sampled for groups that were dropped and for those that were kept.
+    sampled = {"rate/generated_tokens": 9 * 2 * 3}
+    assert batch.metrics == made.metrics | sampled
     assert all({sample.reward for sample in group.samples} == {0.0, 1.0} for group in batch.groups)
 
 

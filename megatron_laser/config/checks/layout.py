@@ -7,6 +7,7 @@ from megatron_laser.config.checks.rollout import colocated_layout_problems, dead
 from megatron_laser.config.derived import evaluation_max_new_tokens, shared_prompt_problems
 from megatron_laser.config.model_folder.architecture import Architecture
 from megatron_laser.config.model_folder.quantized import block_problems
+from megatron_laser.config.modes import profiled_rank_problems
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.schema.system import ParallelConfig
 from megatron_laser.errors import ConfigError
@@ -37,6 +38,7 @@ def layout_problems(config: RunConfig, architecture: Architecture, world_size: i
         )
         problems += colocated_layout_problems(config.rollout, world_size)
         problems += deadline_problems(config, world_size)
+        problems += profiled_rank_problems(config, world_size)
     problems += position_problems(config, architecture)
     sglang = config.rollout.sglang
     if config.rollout.engine == "sglang" and sglang.quantization is not None:

@@ -20,6 +20,8 @@ def rollout_problems(config: RunConfig) -> list[str]:
     """Problems of the rollout section with itself and with others; one line each."""
     rollout = config.rollout
     problems = [*_nucleus_problems(rollout), *_staleness_problems(config), *_function_problems(config)]
+    if rollout.engine == "none":
+        return problems
     if rollout.engine == "in_process":
         if rollout.sglang.quantization is not None:
             problems.append(

@@ -11,6 +11,7 @@ from megatron_laser.config.derived import (
     needed_pad_multiple,
     optimizer_steps,
 )
+from megatron_laser.config.modes import mode_problems
 from megatron_laser.config.readouts import readout_problems, readouts
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.config.schema.system import ParallelConfig
@@ -35,6 +36,7 @@ def settings_problems(config: RunConfig) -> list[str]:
         *_parallel_problems(config),
         *_batch_problems(config),
         *rollout_problems(config),
+        *mode_problems(config),
     ]
 
 

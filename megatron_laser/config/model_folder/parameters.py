@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -70,7 +71,11 @@ def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
     `lm_head.weight` is one of them only where embeddings are not tied.
     """
-    arch = architecture
+    return dict(_tensor_shapes(architecture))
+
+
+@functools.cache
+def _tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     table = (arch.vocab_size, arch.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: table}
     layer = _layer_shapes(arch)
@@ -129,9 +134,10 @@ def expert_names(model_type: str) -> ExpertNames:
     return ExpertNames("mlp.gate.weight", "mlp.experts.{e}", "gate_proj", "up_proj", "down_proj")
 
 
+@functools.cache  # thousands of names with experts, and asked for each layout that is tried
 def count_parameters(architecture: Architecture) -> int:
     """Parameters of the whole model as transformers counts them: no padding, tied embeddings once."""
-    return sum(math.prod(shape) for shape in tensor_shapes(architecture).values())
+    return sum(math.prod(shape) for shape in _tensor_shapes(architecture).values())
 
 
 def stage_parameters(architecture: Architecture, layout: Layout, vocab_multiple: int) -> tuple[int, ...]:
@@ -208,6 +214,7 @@ def rank_bytes(
     )
 
 
+@functools.cache
 def _layer(arch: Architecture) -> tuple[int, int, int]:
     """Parameters of one layer: (those that tensor parallelism splits, those on every rank, those of all experts)."""
     sizes = {name: math.prod(shape) for name, shape in _layer_shapes(arch).items()}

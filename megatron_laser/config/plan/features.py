@@ -15,6 +15,7 @@ from megatron_laser.config.derived import (
     reference_model_reasons,
 )
 from megatron_laser.config.model_folder.continuation import longest_trained, planned_ids
+from megatron_laser.config.modes import mode_words
 from megatron_laser.config.plan.readout_features import readout_features
 from megatron_laser.config.readouts import forced_text, readouts
 from megatron_laser.config.schema.rollout import RolloutConfig
@@ -47,7 +48,9 @@ def run_features(config: RunConfig) -> tuple[Feature, ...]:
     }
     old_pass = old_policy_pass_kind(config)
     cap = policy.importance_cap
+    mode = mode_words(config)
     return (
+        *((Feature("mode", True, mode),) if mode else ()),
         *(Feature(*line) for line in rollout_features(config)),
         *(Feature(*line) for line in readout_features(config)),
         Feature(
@@ -87,6 +90,8 @@ def run_features(config: RunConfig) -> tuple[Feature, ...]:
 def rollout_features(config: RunConfig) -> list[tuple[str, bool, str]]:
     """(name, whether it is on, detail) of each line."""
     rollout = config.rollout
+    if rollout.engine == "none":
+        return [("rollout", False, "nothing is generated")]
     if rollout.engine == "in_process":
         detail = f"rank 0 generates, up to {rollout.max_batch_size} sequences at once, from its own copy of the weights"
         return [("rollout", True, f"in_process: {detail}"), *_function(config)]

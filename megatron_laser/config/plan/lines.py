@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_laser.errors import ConfigError
 from megatron_laser.logprob_memory import GIB, MIB
 
 STATE, UPDATE, STEP, SAVE, SYNC, GENERATE = "state", "update", "optimizer step", "save", "sync", "generate"
 HOST = "host"
+Device = Literal["cuda", "cpu"]  # what a rank trains on
 PHASES = (UPDATE, STEP, SAVE, SYNC, GENERATE)
 
 HEAD, KEPT = "log-prob head", "kept probabilities"

@@ -22,6 +22,7 @@ from megatron_laser.config.model_folder.parameters import (
 )
 from megatron_laser.config.model_folder.quantized import quantized_bytes
 from megatron_laser.config.plan.context import ring_neighbours
+from megatron_laser.config.plan.cpu import cpu_lines, cpu_step_lines
 from megatron_laser.config.plan.lines import (
     GENERATE,
     HEAD,
@@ -31,6 +32,7 @@ from megatron_laser.config.plan.lines import (
     STEP,
     SYNC,
     UPDATE,
+    Device,
     MemoryLine,
     MemorySum,
     gib,
@@ -59,6 +61,7 @@ def memory_sum(
     micro_batches: int,
     replica_tokens: int,
     gpu_memory_gib: float = GPU_MEMORY_GIB,
+    device: Device = "cuda",
 ) -> MemorySum:
     """The sum for one rank of pipeline stage `stage`. Pure.
 
@@ -68,8 +71,18 @@ def memory_sum(
             share the tokens.
         gpu_memory_gib: what a colocated server's `mem_fraction_static` is a fraction of, and what the log-prob op
             may keep is chosen from.
+        device: "cpu": the sum of `plan/cpu.py`, of tensors alone.
     """
     state = _state(config, architecture, layout, size)
+    if device == "cpu":
+        lines = [
+            *state,
+            *cpu_lines(config, architecture, layout, stage, size, micro_batches, replica_tokens),
+            *cpu_step_lines(config, architecture, layout, stage, size),
+        ]
+        if config.rollout.engine == "in_process":
+            lines += _rollout(config, architecture, layout, state, gpu_memory_gib)
+        return MemorySum(tuple(lines))
     lines = [
         *state,
         MemoryLine(
@@ -164,6 +177,8 @@ def _rollout(
     config: RunConfig, arch: Architecture, layout: Layout, state: list[MemoryLine], gpu_memory_gib: float
 ) -> list[MemoryLine]:
     rollout, itemsize = config.rollout, DTYPE_BYTES[config.model.dtype]
+    if rollout.engine == "none":
+        return []
     if rollout.engine == "in_process":
         # Keys and values of every sequence at its longest; the copy of the model has no tensor parallelism.
         width = arch.num_key_value_heads * arch.head_dim

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_laser.config.checks.layout import check_layout
 from megatron_laser.config.checks.rollout import colocated_gpus
@@ -40,7 +40,7 @@ from megatron_laser.config.model_folder.special_tokens import (
 from megatron_laser.config.model_folder.weight_checks import check_model_folder
 from megatron_laser.config.plan.context import ContextShare, context_share
 from megatron_laser.config.plan.features import Feature, run_features
-from megatron_laser.config.plan.lines import MemorySum
+from megatron_laser.config.plan.lines import Device, MemorySum
 from megatron_laser.config.plan.memory import GPU_MEMORY_GIB, memory_sum
 from megatron_laser.config.readouts import forced_text
 from megatron_laser.config.schema.root import RunConfig
@@ -83,10 +83,14 @@ class Plan:
     readout_tokens: tuple[
         ReadoutToken, ...
     ]  # all that readouts read, the score token first; () while LaSeR is off
+    device: Device = "cuda"  # what `memory` is the sum for
 
 
 def resolve_plan(
-    config: RunConfig, world_size: int | None = None, gpu_memory_gib: float = GPU_MEMORY_GIB
+    config: RunConfig,
+    world_size: int | None = None,
+    gpu_memory_gib: float = GPU_MEMORY_GIB,
+    device: Device = "cuda",
 ) -> Plan:
     """Checks `config` against the model folder and `world_size` ranks and works out what will run.
 
@@ -96,6 +100,7 @@ def resolve_plan(
         config: the run.
         world_size: ranks; None: the fewest that the layout fits, or as many as colocated servers have GPUs.
         gpu_memory_gib: of one GPU; `plan.memory.check` compares, this function does not.
+        device: what ranks train on. "cpu": over gloo, with torch's layers, and the sum is of tensors alone.
 
     Raises:
         ConfigError: no such model, an impossible layout, a token of a readout that cannot be one, or a forced text of
@@ -128,12 +133,44 @@ def resolve_plan(
         ),
         stage_parameters=stages,
         bytes_per_rank=max(sizes, key=lambda size: size.total),
-        memory=_memory(config, architecture, layout, sizes, batch, gpu_memory_gib),
+        memory=_memory(config, architecture, layout, sizes, batch, gpu_memory_gib, device),
         gpu_memory_gib=gpu_memory_gib,
         context=context_share(config, architecture, batch.tokens_per_rank),
         features=run_features(config),
         score_token=score_token,
         readout_tokens=readout_tokens,
+        device=device,
+    )
+
+
+def another_layout(plan: Plan, config: RunConfig, world_size: int) -> Plan:
+    """`resolve_plan(config, world_size, ...)` of the run of `plan` laid out in another way: nothing is read again.
+
+    Args:
+        config: differs from `plan.config` in what says how it runs, not in model, tokens or lengths.
+
+    Raises:
+        ConfigError: settings that do not go together, or an impossible layout.
+    """
+    check_settings(config)
+    architecture = plan.architecture
+    check_layout(config, architecture, world_size)
+    layout = _layout(config, architecture, world_size)
+    stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
+    sizes, batch = _rank_bytes(config, architecture, layout, stages), _batch(config, layout)
+    return replace(
+        plan,
+        config=config,
+        layout=layout,
+        batch=batch,
+        padded_vocab_size=padded_vocab_size(
+            architecture.vocab_size, layout.tensor, config.model.vocab_multiple
+        ),
+        stage_parameters=stages,
+        bytes_per_rank=max(sizes, key=lambda size: size.total),
+        memory=_memory(config, architecture, layout, sizes, batch, plan.gpu_memory_gib, plan.device),
+        context=context_share(config, architecture, batch.tokens_per_rank),
+        features=run_features(config),
     )
 
 
@@ -155,7 +192,17 @@ def resolve_memory(config: RunConfig, world_size: int, gpu_memory_gib: float) ->
     layout = _layout(config, architecture, world_size)
     stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
     sizes, batch = _rank_bytes(config, architecture, layout, stages), _batch(config, layout)
-    return _memory(config, architecture, layout, sizes, batch, gpu_memory_gib)
+    return _memory(config, architecture, layout, sizes, batch, gpu_memory_gib, "cuda")
+
+
+def resolve_rank_memory(
+    config: RunConfig, world_size: int, *, device: Device, gpu_memory_gib: float = GPU_MEMORY_GIB
+) -> tuple[MemorySum, ...]:
+    """The sum for the ranks of each pipeline stage; checks and errors are those of `resolve_plan`."""
+    plan = resolve_plan(config, world_size, gpu_memory_gib, device)
+    stages, layout = plan.stage_parameters, plan.layout
+    sizes = _rank_bytes(config, plan.architecture, layout, stages)
+    return _stage_memory(config, plan.architecture, layout, sizes, plan.batch, gpu_memory_gib, device)
 
 
 def _layout(config: RunConfig, architecture: Architecture, world_size: int) -> Layout:
@@ -199,9 +246,25 @@ def _memory(
     sizes: tuple[RankBytes, ...],
     batch: BatchPlan,
     gpu_memory_gib: float,
+    device: Device,
 ) -> MemorySum:
     """Of the fullest stage's ranks."""
-    sums = (
+    return max(
+        _stage_memory(config, architecture, layout, sizes, batch, gpu_memory_gib, device),
+        key=lambda memory: memory.total,
+    )
+
+
+def _stage_memory(
+    config: RunConfig,
+    architecture: Architecture,
+    layout: Layout,
+    sizes: tuple[RankBytes, ...],
+    batch: BatchPlan,
+    gpu_memory_gib: float,
+    device: Device,
+) -> tuple[MemorySum, ...]:
+    return tuple(
         memory_sum(
             config,
             architecture,
@@ -211,10 +274,10 @@ def _memory(
             batch.micro_batches_per_rank,
             batch.tokens_per_rank,
             gpu_memory_gib,
+            device,
         )
         for stage, size in enumerate(sizes)
     )
-    return max(sums, key=lambda memory: memory.total)
 
 
 def _batch(config: RunConfig, layout: Layout) -> BatchPlan:

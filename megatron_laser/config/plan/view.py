@@ -121,7 +121,7 @@ def _memory(plan: Plan) -> Table:
         gib(memory.total),
         f"{gib(memory.phase_bytes(STATE))} always + the largest of "
         + ", ".join(f"{phase} {gib(size)}" for phase, size in phases if size or phase == memory.peak_phase)
-        + f"; the GPU has {plan.gpu_memory_gib:g} GiB",
+        + (f"; the GPU has {plan.gpu_memory_gib:g} GiB" if plan.device == "cuda" else "; tensors on a CPU"),
     )
     if memory.host:
         parts = ", ".join(f"{line.name} {gib(line.bytes)}" for line in memory.lines if line.phase == HOST)

@@ -87,9 +87,15 @@ class SglangConfig(Section):
 class RolloutConfig(Section):
     """How responses are sampled for training."""
 
-    engine: Literal["in_process", "sglang"] = "in_process"
+    engine: Literal["in_process", "sglang", "none"] = "in_process"
     """Who generates: `in_process` runs the policy's weights inside rank 0's process (small models);
-    `sglang` uses SGLang servers, see `sglang.*` below."""
+    `sglang` uses SGLang servers, see `sglang.*` below. `none`: nobody; it is set, whatever stands here, where nothing
+    is generated (`run.mode: train_only`, `run.fake.responses`)."""
+    limit: Count | None = None
+    """A smoke run of a big recipe with one override, `rollout.limit=4`: at most so many prompts a step and problems an
+    evaluation, and with that at most 3 steps, 256 tokens a response, 2 responses for a problem of an evaluation, and
+    warm-ups of one step, so that each part of a step is met. It writes to `run.output_dir` with -smoke behind it. null:
+    the run itself."""
     prompts_per_step: Count = 128
     """Prompts per training step; each makes one group."""
     samples_per_prompt: Count = 8

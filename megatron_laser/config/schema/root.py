@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
+from megatron_laser.config.schema.alarms import AlarmSettings
 from megatron_laser.config.schema.fields import Section
 from megatron_laser.config.schema.inputs import (
     DataConfig,
@@ -54,6 +55,8 @@ class RunConfig(Section):
     """Evaluation during and after the run."""
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     """Metrics and logs."""
+    alarms: AlarmSettings = Field(default_factory=AlarmSettings)
+    """When the run says that something is wrong."""
     run: RunSettings
     """The run itself."""
 

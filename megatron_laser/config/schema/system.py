@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_laser.config.schema.fields import (
     Count,
@@ -17,6 +17,7 @@ from megatron_laser.config.schema.fields import (
     Switch,
     Text,
 )
+from megatron_laser.config.schema.trials import FakeConfig, ProfileConfig
 
 
 def _stage_layers(value: Any) -> Any:
@@ -122,10 +123,25 @@ class LoggingConfig(Section):
     """Live terminal view on rank 0; `auto`: only on a terminal, else one plain line a step."""
     rollouts_every: CountOrZero = 0
     """Steps between dumps of all responses to `output_dir`/rollouts; 0: off."""
+    rollouts_tokens: bool = False
+    """Dump what is known of each token, too: log-probs of engine and trainer, entropy, readouts; for `megatron-laser
+    view`, about 40 bytes a token."""
+    timeline_every: CountOrZero = 10
+    """Steps between lines of `output_dir`/timeline.jsonl: when each rank did what; 0: off."""
+    record_batches_every: CountOrZero = 0
+    """Steps between batches that are kept as they were trained on, in `output_dir`/batches, for `run.mode: train_only`;
+    0: none. `run.mode: rollout_only` keeps every one."""
     straggler_every: CountOrZero = 50
     """Steps between comparisons of the ranks' seconds per phase; a line is printed when one is slow. 0: off."""
+    machine: Text | None = None
+    """What the GPUs can do: a machine that the planner knows, such as h100, or a machine file (.yaml) that was written
+    by hand or measured. Of it come the peak that `mfu/...` is a share of, and the seconds that a step is predicted to
+    take (`plan/...`). Servers are taken to run on the same. null: by the name of the CUDA device, where it is known; on
+    a CPU, and on GPUs of other names, there is neither."""
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Level of the log."""
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)
+    """Windows of a profiler."""
 
 
 class RunSettings(Section):
@@ -135,6 +151,16 @@ class RunSettings(Section):
     """Name in logs and reports; empty: the name of `output_dir`."""
     steps: Count
     """Training steps; one step is one rollout batch."""
+    mode: Literal["train", "rollout_only", "train_only"] = "train"
+    """`rollout_only`: no training: responses of `model.path` are generated, graded and kept in `output_dir`/batches.
+    `train_only`: no rollouts: the run trains on the batches of `batches`, and needs no engine, servers, graders or
+    data; so two settings can be compared on the same responses. Both leave out evaluations. `train`: everything."""
+    batches: FilePath | None = None
+    """With `mode: train_only`: the folder of the batches, another run's `output_dir`/batches. Step n trains on the n-th
+    of them. Settings that made them (prompts and samples a step, temperature, score token, ...) must be this run's,
+    and are compared."""
+    fake: FakeConfig = Field(default_factory=FakeConfig)
+    """Made-up weights and responses."""
     seed: Seed = 1
     """Seed of data order, of what the in-process engine samples and of random states. Servers sample by it only with
     `rollout.sglang.deterministic`."""

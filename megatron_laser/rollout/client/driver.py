@@ -73,6 +73,7 @@ class Driver:
         self._said_unrouted = False
         self.stats = RequestStats()
         self._sender = RequestSender(fleet, self.stats, router)
+        self.busy = self._sender.busy
 
     async def generate(
         self,

@@ -7,7 +7,8 @@ import functools
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from megatron_laser.rollout.client.driver import Driver
@@ -22,6 +23,7 @@ from megatron_laser.rollout.client.identify import (
     identify_member,
     identify_members,
 )
+from megatron_laser.rollout.client.load_watch import LoadWatch
 from megatron_laser.rollout.client.responses import Weights, require_finished
 from megatron_laser.rollout.client.router import Router
 from megatron_laser.rollout.endpoints import ServerEndpoint
@@ -101,7 +103,7 @@ class SglangEngine:
         self._thread = LoopThread("rollout servers")
         limits = Limits(start=start_deadline, update=sync_deadline, silence=hang_deadline)
 
-        async def connect() -> tuple[Sessions, Fleet, Driver]:
+        async def connect() -> tuple[Sessions, Fleet, Driver, LoadWatch]:
             sessions = Sessions(api_key)
             fleet = Fleet(
                 source,
@@ -117,9 +119,9 @@ class SglangEngine:
                 router = Router(ServerClient(router_url, sessions), probe_deadline=fleet.probe_deadline)
             driver = Driver(fleet, vocab_size=expected.vocab_size, router=router)
             fleet.watch()
-            return sessions, fleet, driver
+            return sessions, fleet, driver, LoadWatch(fleet, router=router is not None)
 
-        self._sessions, self.fleet, self._driver = self.run(connect(), 30.0, "connecting")
+        self._sessions, self.fleet, self._driver, self._loads = self.run(connect(), 30.0, "connecting")
         try:
             check = StartupCheck(min_servers, start_deadline)
             up = self.fleet.wait_until_up(min_servers, start_deadline, check)
@@ -289,11 +291,34 @@ class SglangEngine:
     def take_metrics(self) -> dict[str, float]:
         """See `ResumableEngine.take_metrics`."""
         members = self.fleet.members
-        return self.on_loop(self._driver.stats.take) | {
+        counted = self.on_loop(lambda: self._driver.stats.take() | self._loads.take())
+        return counted | {
             "rollout/servers": float(len(members)),
             "rollout/servers_healthy": float(len(self.fleet.available())),
             "rollout/server_deaths": float(sum(member.health.deaths for member in members)),
         }
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While it lasts, servers are asked how busy they are; `take_metrics` says what came of it."""
+        with suppress(RuntimeError):  # the engine has been closed: whoever generates hears of it
+            self.loop.call_soon_threadsafe(self._loads.begin)
+        try:
+            yield
+        finally:
+            with suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self._loads.end)
+
+    @property
+    def busy_seconds(self) -> tuple[float, float]:
+        """Of what was `watched` so far: seconds of which something is known, and in which a server had something to do,
+        mean over servers."""
+        return self._loads.known_seconds, self._loads.busy_seconds
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of all servers that have said who they are, dead ones too; on CPUs their processes."""
+        return sum(member.tensor for member in self.fleet.identified())
 
     def run(self, work: Coroutine[Any, Any, T], deadline: float, phase: str) -> T:
         """Run `work` in the event loop's thread; raises TimeoutError a little after `deadline` seconds."""
@@ -311,6 +336,12 @@ class SglangEngine:
             return call()
 
         return self.run(work(), SLACK, "asking the event loop")
+
+    def take_busy(self) -> list[tuple[str, float, float]]:
+        """When each server had requests of this engine since the last call: (url, start, end) by
+        `time.perf_counter`. Through a router nobody knows which server has which."""
+        busy = self._driver.busy
+        return [busy.popleft() for _ in range(len(busy))]
 
     def close(self) -> None:
         """End requests and connections; servers that others started stay as they are."""

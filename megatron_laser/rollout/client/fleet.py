@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_laser.observability.events import note
 from megatron_laser.rollout.client.errors import (
     OutOfFiles,
     ServerError,
@@ -119,6 +120,7 @@ class Fleet:
         self._servers_deadline = servers_deadline
         self.per_server = per_server  # requests at once
         self._members: dict[str, Member] = {}
+        self._lost: set[str] = set()  # urls of which nobody has said yet that they are back
         self._monitor: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._short_since: float | None = None
@@ -198,6 +200,7 @@ class Fleet:
                 after.state.value,
                 f" ({after.reason})" if after.reason else "",
             )
+            self._note(member)
             if after.state in (State.DEAD, State.RESTARTING):
                 for task in list(member.running):
                     task.cancel()
@@ -206,6 +209,17 @@ class Fleet:
         self._changed.set()
         if self.on_change is not None:
             self.on_change()
+
+    def _note(self, member: Member) -> None:
+        """Say that a server is lost, was started again, or is back; a weight update is nothing to tell."""
+        url, health = member.url, member.health
+        if health.state in (State.DEAD, State.RESTARTING):
+            self._lost.add(url)
+            what = "is lost" if health.state is State.DEAD else "was started again"
+            note("server", f"{url} {what}{f': {health.reason}' if health.reason else ''}")
+        elif health.state is State.HEALTHY and url in self._lost:
+            self._lost.discard(url)
+            note("server", f"{url} is back")
 
     async def pick(self, phase: str, preferred: Member | None = None, failed: Member | None = None) -> Member:
         """The server for the next request: `preferred` if it takes work, else the least loaded; waits for one.

@@ -96,6 +96,9 @@ class RequestStats:
             "rollout/stale_replies": float(self.stale_replies),
             "rollout/prefix_cached_fraction": self.cached_tokens / max(1, self.prompt_tokens),
         }
+        read = self.prompt_tokens + self.score_tokens
+        if read:
+            found["servers/cache_hit_rate"] = (self.cached_tokens + self.score_cached_tokens) / read
         if self.unrouted:
             found["rollout/unrouted_responses"] = float(self.unrouted)
         if self.scores:

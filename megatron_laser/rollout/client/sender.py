@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R", Reply, ScoreReply)
 
 _ABORT_SECONDS = 10.0
+_BUSY_KEPT = 10_000
 
 
 class RequestSender:
@@ -40,6 +43,9 @@ class RequestSender:
         self._fleet = fleet
         self._stats = stats
         self._router = router
+        # When each server had requests of ours: (url, start, end) by `time.perf_counter`, for the run's timeline.
+        self.busy: deque[tuple[str, float, float]] = deque(maxlen=_BUSY_KEPT)
+        self._busy_since: dict[str, float] = {}
         if router is not None:
             fleet.on_hang = router.cancel_requests
 
@@ -111,6 +117,8 @@ class RequestSender:
         self, member: Member, body: dict[str, Any], seconds: float, phase: str, patient: bool
     ) -> Any:
         task = asyncio.ensure_future(member.client.request(body, deadline=seconds, phase=phase))
+        if not member.running:
+            self._busy_since[member.url] = time.perf_counter()
         member.running.add(task)
         try:
             answer = await task
@@ -131,6 +139,8 @@ class RequestSender:
             raise
         finally:
             member.running.discard(task)
+            if not member.running and (since := self._busy_since.pop(member.url, None)) is not None:
+                self.busy.append((member.url, since, time.perf_counter()))
         self._fleet.succeeded(member)
         return answer
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_laser.config import RunConfig
+from megatron_laser.config.modes import generates
 from megatron_laser.data.tokenizer import load_tokenizer
 from megatron_laser.rewards.trial import trial
 from megatron_laser.rollout.function.loading import function_findings
+from megatron_laser.run.preflight.batches import batch_findings
 from megatron_laser.run.preflight.data import GROUP as DATA
 from megatron_laser.run.preflight.data import DataInputs, Progress, read_data, tokenize_data
 from megatron_laser.run.preflight.finding_log import FindingLog, needed
@@ -16,6 +18,7 @@ from megatron_laser.run.preflight.machine import (
     check_disks,
     check_folders,
     check_layers,
+    check_machine,
     check_server_start,
 )
 from megatron_laser.run.preflight.model import GROUP as MODEL
@@ -43,7 +46,10 @@ def run_preflight(
 ) -> PreflightResult:
     """Check everything; what was found goes into `log`.
 
-    Reads, and writes nothing. Quick checks come first, so that a run that cannot start says so soon.
+    Reads, and writes nothing. A run in which nobody generates has no data or graders, and a tokenizer for dumps
+    with tokens alone.
+
+    Quick checks come first, so that a run that cannot start says so soon.
 
     Args:
         overwrite: a run that is in the output folder will be moved aside, and may be any.
@@ -54,8 +60,25 @@ def run_preflight(
     check_server_start(config, log)
     model = check_model(config, log)
     check_layers(config, log)
+    check_machine(config, log)
     if not check_folders(config, log, overwrite=overwrite):
         check_disks(config, model, log, overwrite=overwrite)
+    if not generates(config):
+        with log.topic(REWARD, "objective"):
+            log.add(REWARD, objective_findings(config))
+        with log.topic(MODEL, "readouts"):
+            log.add(MODEL, readout_findings(config, model))
+            log.add(MODEL, forced_findings(config, model))
+        with log.topic(DATA, "batches"):
+            log.add(DATA, batch_findings(config, model))
+        if (
+            config.run.mode == "train_only"
+            and config.logging.rollouts_every
+            and config.logging.rollouts_tokens
+        ):
+            with log.topic(MODEL, "tokenizer"):  # for the dumps alone
+                model.tokenizer = load_tokenizer(config.model.path)
+        return PreflightResult(model, DataInputs())
     data = read_data(config, log)
     answers = dict(data.answers())
     for function in answers or [config.reward.function]:

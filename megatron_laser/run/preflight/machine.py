@@ -15,12 +15,14 @@ from megatron_laser.errors import Finding
 from megatron_laser.rollout.servers.start_checks import check_start
 from megatron_laser.run.output_checks import OutputState, check_checkpoints, check_output_folder
 from megatron_laser.run.output_folder import also_written
+from megatron_laser.run.predicting import run_machine
 from megatron_laser.run.preflight.finding_log import FindingLog, needed
 from megatron_laser.run.preflight.model import ModelInputs
 from megatron_laser.weight_sync.feasibility import check_servers
 
 _DISKS = "disk space"
 _TEXT_BYTES = 4  # of a token as text, about
+_ID_BYTES = 4  # of a token's id, and of its log-prob
 _SPARE = 0.02  # of the need: folders, metrics, logs
 
 GROUP = "Machine"
@@ -55,6 +57,15 @@ def check_layers(config: RunConfig, log: FindingLog) -> None:
             return
         text = "of Transformer Engine" if with_engine else "of torch"
         log.add(GROUP, [Finding(topic, "ok", f"{text} (model.layers is {config.model.layers})")])
+
+
+def check_machine(config: RunConfig, log: FindingLog) -> None:
+    """Whether `logging.machine` is one."""
+    if config.logging.machine is not None:
+        with log.topic(GROUP, "logging.machine"):
+            machine = run_machine(config)
+            said = "of another device: no mfu/ and no plan/" if machine is None else machine.name
+            log.add(GROUP, [Finding("logging.machine", "ok", said)])
 
 
 def check_folders(config: RunConfig, log: FindingLog, *, overwrite: bool = False) -> bool:
@@ -119,6 +130,8 @@ def folder_finding(setting: str, folder: Path) -> Finding:
 
 def _servers(config: RunConfig) -> str:
     rollout, sglang = config.rollout, config.rollout.sglang
+    if rollout.engine == "none":
+        return "none are needed (nothing is generated)"
     if rollout.engine == "in_process":
         return "none are needed (rollout.engine is in_process)"
     if sglang.urls is not None:
@@ -190,11 +203,24 @@ def disk_needs(config: RunConfig, *, overwrite: bool = False) -> Iterator[Need]:
         left = 0 if moved else sum(_folder_bytes(old) for old in folder.glob("weights-*"))
         need = max(0, 2 * weights - left)
         yield Need(folder, f"weights for servers, twice {_size(weights)}", need, need)
+    if config.logging.record_batches_every:
+        kept = steps // config.logging.record_batches_every
+        size = kept * most_batch_bytes(config)
+        yield Need(output, f"{kept} batches, at most {_size(size)}", size, 0, certain=False)
     if config.logging.rollouts_every:
         rollout = config.rollout
         responses = rollout.prompts_per_step * rollout.samples_per_prompt
         size = (steps // config.logging.rollouts_every) * responses * rollout.max_new_tokens * _TEXT_BYTES
         yield Need(output, f"responses, at most {_size(size)}", size, 0, certain=False)
+
+
+def most_batch_bytes(config: RunConfig) -> int:
+    """Of a recorded batch of the longest responses: ids, log-probs and text; without experts and sets of tokens."""
+    rollout = config.rollout
+    tokens = config.data.max_prompt_tokens * _ID_BYTES + rollout.max_new_tokens * (
+        2 * _ID_BYTES + _TEXT_BYTES
+    )
+    return rollout.prompts_per_step * rollout.samples_per_prompt * tokens
 
 
 def _finding(needs: list[Need]) -> Finding:

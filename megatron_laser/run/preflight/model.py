@@ -49,24 +49,48 @@ def check_model(config: RunConfig, log: FindingLog) -> ModelInputs:
     """Shape, weights and special tokens, from config.json, the tokenizer's files and the weight files' headers."""
     found = ModelInputs()
     with log.topic(GROUP, "model"):
-        log.add(GROUP, model_folder_findings(config.model.path, dtype=config.model.dtype))
+        if config.run.fake.weights:
+            log.add(
+                GROUP, [Finding("model", "ok", f"weights are made up, of the shape of {config.model.path}")]
+            )
+            found.architecture = read_architecture(config.model.path)
+        else:
+            log.add(GROUP, model_folder_findings(config.model.path, dtype=config.model.dtype))
         with suppress(ConfigError):  # said by now
             found.architecture = read_architecture(config.model.path)
     check_sizes(config, found, log)
+    made_up = config.run.fake.responses  # then nobody reads or writes text
     stops: tuple[int, ...] | None = None
     with log.topic(GROUP, "end of response"):  # whether they end what the model writes is seen later
-        stops = resolve_stops(config, needed(found.architecture, "config.json"))
+        stops = resolve_stops(config, needed(found.architecture, "config.json"), complete=not made_up)
     with log.topic(GROUP, "tokenizer"):
         needed(found.architecture, "config.json")
-        check_tokenizer_files(config.model.path)
+        if not made_up:
+            check_tokenizer_files(config.model.path)
         found.vocabulary = read_vocabulary(Path(config.model.path))
     with log.topic(GROUP, "score token"):
         architecture = needed(found.architecture, "config.json")
         vocabulary = needed(found.vocabulary, "the tokenizer")
-        found.score_token = resolve_score(config, architecture, stops or (), vocabulary=vocabulary)
+        found.score_token = resolve_score(
+            config, architecture, stops or (), vocabulary=vocabulary, complete=not made_up
+        )
+        if made_up:
+            stops, found.score_token = stand_ins(architecture, stops or (), found.score_token)
         log.add(GROUP, [score_token_finding(config, found.score_token)])
         found.special = None if stops is None else SpecialTokens(stops, found.score_token)
     return found
+
+
+def stand_ins(
+    architecture: Architecture, stops: tuple[int, ...], token: ScoreToken | None
+) -> tuple[tuple[int, ...], ScoreToken | None]:
+    """Ids for what the folder's files do not name, where only the shapes of a step matter: the last ones."""
+    last = architecture.vocab_size - 1
+    stops = stops or (last,)
+    if token is None or token.id is not None:
+        return stops, token
+    free = next(one for one in range(last, -1, -1) if one not in stops)
+    return stops, ScoreToken(free, token.text, False, "made up, as its responses are")
 
 
 def check_sizes(config: RunConfig, found: ModelInputs, log: FindingLog) -> None:

@@ -18,6 +18,7 @@ from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.distributed.broadcast import broadcast_arrays
 from megatron_laser.distributed.runtime import Runtime, gloo_group
 from megatron_laser.model import platform
+from megatron_laser.observability import events
 from megatron_laser.trainer import optimizer_state
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint import sharded_state, torch_dist
@@ -197,15 +198,17 @@ class CheckpointManager:
             for name in torch_dist.SHARED_FILES:
                 listed |= folders.digests(partial, name)
             folders.publish(partial, state, listed)
+            events.note("checkpoint", f"saved step {state['step']}", int(state["step"]))
             self._retain()
 
         on_every_rank(publish, self._group)
 
     def _retain(self) -> None:
         try:
-            folders.retain(
-                self._root, keep_last=self._settings.keep_last, keep_every=self._settings.keep_every
-            )
+            settings = self._settings
+            gone = folders.retain(self._root, keep_last=settings.keep_last, keep_every=settings.keep_every)
+            if gone:
+                events.note("checkpoint", f"deleted {', '.join(path.name for path in gone)}")
         except OSError as error:  # the new checkpoint is published all the same
             logger.warning("old checkpoints in %s could not be deleted: %s", self._root, error)
 
