@@ -20,6 +20,7 @@ from megatron_laser.batching.flat import FlatBatch
 from megatron_laser.benchmarks.random_rollouts import random_rollouts
 from megatron_laser.config.model_folder.flops import (
     attention_flops,
+    forward_flops,
     head_flops,
     layer_flops_per_token,
     recomputed_flops,
@@ -88,9 +89,7 @@ def time_training(
     grown -= 3 * head * (1 - small.rows / large.rows)
     # What recomputation makes again is a forward, too.
     length = sizes.prompt + sizes.response
-    again = recomputed_flops(arch, length, plan.config.model.recompute) / (
-        arch.num_layers * (length * layer_flops_per_token(arch) + attention_flops(arch, length))
-    )
+    again = recomputed_flops(arch, length, plan.config.model.recompute) / forward_flops(arch, length, 0)
     backward = grown / (large.flops - small.flops) - each * (1 + again)
     if backward <= 0.0:  # a machine that others use; a backward is two products
         backward = 2 * each
@@ -221,10 +220,7 @@ def time_decoding(
     many = (generate(prompts, rollout.samples_per_prompt, positions) - first) / (positions - 1)
     few_rows = max(1, rows // 4)
     few = (generate(1, few_rows, positions) - generate(1, few_rows, 1)) / (positions - 1)
-    prefill = prompts * (
-        arch.num_layers * (sizes.prompt * layer_flops_per_token(arch) + attention_flops(arch, sizes.prompt))
-        + head_flops(arch, 1)
-    )
+    prefill = prompts * forward_flops(arch, sizes.prompt, 1)
     context = sizes.prompt + positions / 2
     row = arch.num_layers * (
         layer_flops_per_token(arch) + 4 * arch.num_attention_heads * arch.head_dim * context

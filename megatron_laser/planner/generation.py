@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_laser.config.model_folder.flops import attention_flops, head_flops, layer_flops_per_token
+from megatron_laser.config.model_folder.flops import forward_flops, head_flops, layer_flops_per_token
 from megatron_laser.config.model_folder.parameters import DTYPE_BYTES
 from megatron_laser.config.plan.resolve import Plan
 from megatron_laser.config.server_options import server_option
@@ -98,11 +98,8 @@ def generation(plan: Plan, machine: Machine, assumptions: Assumptions, server_gp
     anew = 1.0 if in_process else 1.0 + (group - 1) * (1.0 - assumptions.prefix_cached)
     prompts = sequences / group * anew
     common = min(prompt - 1, round(assumptions.common_tokens))  # read once for all prompts
-
-    def products(tokens: int) -> float:
-        return arch.num_layers * (tokens * layer_flops_per_token(arch) + attention_flops(arch, tokens))
-
-    whole = prompts * (products(prompt) - products(common) + head_flops(arch, 1)) + products(common)
+    shared = forward_flops(arch, common, 0)
+    whole = prompts * (forward_flops(arch, prompt, 1) - shared) + shared
     prefill = whole / (tensor * machine.flops(dtype) * machine.prefill_efficiency)
     parts = {
         "prefill": prefill,

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from helpers.layouts import laid_out
 from helpers.rollouts import Response, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
 from helpers.torchrun import run_worker
-from megatron.core import parallel_state
 
 from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.trainer.bad_steps import BadStepsError
@@ -106,11 +106,7 @@ def main():
             policy={"old_logprobs": "rollout"},
             rollout={"prompts_per_step": 2, "samples_per_prompt": 2},
         )
-        if runtime is None:
-            runtime = runtimes.start(config)
-        else:
-            parallel_state.destroy_model_parallel()
-            runtime = runtimes.build_groups(config, runtime.store)
+        runtime = laid_out(config, runtime)
         ranks = [None] * runtime.world_size
         dist.all_gather_object(ranks, examine(config, runtime), group=runtime.cpu_group)
         found[layout] = ranks

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from helpers.layouts import laid_out
 from helpers.torchrun import ROOT, run_worker
-from megatron.core import parallel_state
 
 from megatron_laser.config import load_config
 from megatron_laser.distributed import runtime as runtimes
@@ -31,11 +31,7 @@ def main():
     runtime, results = None, []
     for entry in plan:
         config = load_config(folder / "config.yaml", entry["layout"])
-        if runtime is None:
-            runtime = runtimes.start(config)
-        else:
-            parallel_state.destroy_model_parallel()
-            runtime = runtimes.build_groups(config, runtime.store)
+        runtime = laid_out(config, runtime)
         trainer = Trainer(config, runtime, score_token_id=89)
         experts = config.moe.routing_replay
 

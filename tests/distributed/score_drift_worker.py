@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from helpers.held import batch, drifting_trainer, plain_logprobs, plain_metrics, trained
+from helpers.layouts import laid_out
 from helpers.models import tiny_model
 from helpers.runs import run_config
 from helpers.torchrun import run_worker
-from megatron.core import parallel_state
 
 from megatron_laser.distributed import runtime as runtimes
 
@@ -31,11 +31,7 @@ def main():
     runtime = None
     for name, (overrides, family) in LAYOUTS.items():
         config = run_config(folder / name, models / family, *overrides)
-        if runtime is None:
-            runtime = runtimes.start(config)
-        else:
-            parallel_state.destroy_model_parallel()
-            runtime = runtimes.build_groups(config, runtime.store)
+        runtime = laid_out(config, runtime)
         trainer, drift = drifting_trainer(folder / name, models / family, runtime, *overrides)
         flat = batch(1)
         drift.hold(flat, 1)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from helpers.layouts import laid_out
 from helpers.plain_training import AT_ONCE, LASER, OPTIMIZER
 from helpers.rollouts import STEPS, rollout_batch
 from helpers.runs import SCORE_TOKEN, run_config
 from helpers.torchrun import run_worker
-from megatron.core import parallel_state
 
 from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.observability.timers import Timers
@@ -47,11 +47,7 @@ def main():
             laser=LASER | AT_ONCE,
             optimizer=OPTIMIZER,
         )
-        if runtime is None:
-            runtime = runtimes.start(config)
-        else:
-            parallel_state.destroy_model_parallel()
-            runtime = runtimes.build_groups(config, runtime.store)
+        runtime = laid_out(config, runtime)
         found = Trainer(config, runtime, score_token_id=SCORE_TOKEN).train_step(flat, 1).tokens
         assert (found is not None) == runtime.is_main, name
         if found is not None:

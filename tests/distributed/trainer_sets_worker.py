@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import torch
+from helpers.layouts import laid_out
 from helpers.models import tiny_model
 from helpers.plain_sets import PlainOverSets, batch_with_sets
 from helpers.plain_training import AT_ONCE, LASER, OPTIMIZER, TOKEN_MEANS, Plain
 from helpers.runs import SCORE_TOKEN, run_config
 from helpers.torchrun import run_worker
-from megatron.core import parallel_state
 
 from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.trainer.trainer import Trainer
@@ -36,11 +36,7 @@ def main():
             laser=LASER | AT_ONCE,
             optimizer=OPTIMIZER,
         )
-        if runtime is None:
-            runtime = runtimes.start(config)
-        else:
-            parallel_state.destroy_model_parallel()
-            runtime = runtimes.build_groups(config, runtime.store)
+        runtime = laid_out(config, runtime)
         flat, _ = batch_with_sets(1, tiny_model("qwen2"), 1.0)
         if bonus not in expected:
             settings = Plain(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_laser.config.checks.layout import check_layout
 from megatron_laser.config.checks.rollout import colocated_gpus
@@ -118,28 +119,14 @@ def resolve_plan(
     check_layout(config, architecture, world_size)
     score_token, readout_tokens = _tokens(config, architecture)
     _check_continuation(config, architecture, readout_tokens)
-    layout = _layout(config, architecture, world_size)
-    stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
-    sizes = _rank_bytes(config, architecture, layout, stages)
-    batch = _batch(config, layout)
     return Plan(
-        config=config,
         architecture=architecture,
-        layout=layout,
-        batch=batch,
         parameters=count_parameters(architecture),
-        padded_vocab_size=padded_vocab_size(
-            architecture.vocab_size, layout.tensor, config.model.vocab_multiple
-        ),
-        stage_parameters=stages,
-        bytes_per_rank=max(sizes, key=lambda size: size.total),
-        memory=_memory(config, architecture, layout, sizes, batch, gpu_memory_gib, device),
         gpu_memory_gib=gpu_memory_gib,
-        context=context_share(config, architecture, batch.tokens_per_rank),
-        features=run_features(config),
         score_token=score_token,
         readout_tokens=readout_tokens,
         device=device,
+        **_laid_out(config, architecture, world_size, gpu_memory_gib, device),
     )
 
 
@@ -153,25 +140,30 @@ def another_layout(plan: Plan, config: RunConfig, world_size: int) -> Plan:
         ConfigError: settings that do not go together, or an impossible layout.
     """
     check_settings(config)
-    architecture = plan.architecture
-    check_layout(config, architecture, world_size)
+    check_layout(config, plan.architecture, world_size)
+    return replace(plan, **_laid_out(config, plan.architecture, world_size, plan.gpu_memory_gib, plan.device))
+
+
+def _laid_out(
+    config: RunConfig, architecture: Architecture, world_size: int, gpu_memory_gib: float, device: Device
+) -> dict[str, Any]:
+    """What of a `Plan` follows from how the run is laid out, by the names of its fields."""
     layout = _layout(config, architecture, world_size)
     stages = stage_parameters(architecture, layout, config.model.vocab_multiple)
     sizes, batch = _rank_bytes(config, architecture, layout, stages), _batch(config, layout)
-    return replace(
-        plan,
-        config=config,
-        layout=layout,
-        batch=batch,
-        padded_vocab_size=padded_vocab_size(
+    return {
+        "config": config,
+        "layout": layout,
+        "batch": batch,
+        "padded_vocab_size": padded_vocab_size(
             architecture.vocab_size, layout.tensor, config.model.vocab_multiple
         ),
-        stage_parameters=stages,
-        bytes_per_rank=max(sizes, key=lambda size: size.total),
-        memory=_memory(config, architecture, layout, sizes, batch, plan.gpu_memory_gib, plan.device),
-        context=context_share(config, architecture, batch.tokens_per_rank),
-        features=run_features(config),
-    )
+        "stage_parameters": stages,
+        "bytes_per_rank": max(sizes, key=lambda size: size.total),
+        "memory": _memory(config, architecture, layout, sizes, batch, gpu_memory_gib, device),
+        "context": context_share(config, architecture, batch.tokens_per_rank),
+        "features": run_features(config),
+    }
 
 
 def _check_continuation(

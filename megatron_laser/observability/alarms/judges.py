@@ -100,29 +100,29 @@ def below(read: Reading, limit: float) -> Judge:
 
 def grown(read: Reading, factor: float, early_steps: int, floor: float = 0.0) -> Judge:
     """Beyond is a reading above `factor` times the early level, and above `floor`."""
-    early = Early(early_steps)
 
-    def judge(row: Row) -> Judged | None:
-        value = read(row)
-        level = None if value is None else early(value)
-        if value is None or level is None:
-            return None
+    def compare(value: float, level: float) -> Judged:
         limit = max(factor * level, floor)
         return Judged(value > limit, value, limit, level)
 
-    return judge
+    return _against_early(read, early_steps, compare)
 
 
 def shrunk(read: Reading, share: float, early_steps: int) -> Judge:
     """Beyond is a reading below `share` of the early level."""
+    return _against_early(
+        read, early_steps, lambda value, level: Judged(value < share * level, value, share * level, level)
+    )
+
+
+def _against_early(read: Reading, early_steps: int, compare: Callable[[float, float], Judged]) -> Judge:
+    """`compare` is asked with a reading and the early level, once there is one."""
     early = Early(early_steps)
 
     def judge(row: Row) -> Judged | None:
         value = read(row)
         level = None if value is None else early(value)
-        if value is None or level is None:
-            return None
-        return Judged(value < share * level, value, share * level, level)
+        return None if value is None or level is None else compare(value, level)
 
     return judge
 
@@ -289,16 +289,11 @@ def up_without_accuracy(read: Reading, rise: float, early_steps: int, at_least_n
 
 def accuracy_fall(fall: float, early_steps: int) -> Judge:
     """Beyond is a share of right responses that is `fall` below its early level."""
-    early = Early(early_steps)
-
-    def judge(row: Row) -> Judged | None:
-        value = right_share(row)
-        level = None if value is None else early(value)
-        if value is None or level is None:
-            return None
-        return Judged(value <= level - fall, value, level - fall, level)
-
-    return judge
+    return _against_early(
+        right_share,
+        early_steps,
+        lambda value, level: Judged(value <= level - fall, value, level - fall, level),
+    )
 
 
 def validation_fall(fall: float, window: int, early_steps: int) -> Judge:
