@@ -133,7 +133,6 @@ class RunRecorder:
         for alarm in self._watch.ended:
             self._view.message(alarm.end_line)
             self.events.add("alarm", alarm.end_line, step)
-        # Whoever else is to hear of alarms is told here: of `raised` and of `self._watch.ended`.
         self._view.show_alarms(self._watch.active)
 
     def histograms(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
