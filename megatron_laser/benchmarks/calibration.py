@@ -217,8 +217,7 @@ def _links(runtime: Runtime, memory: float) -> dict[str, float]:
     seconds = []
     for size in _MESSAGES:
         tensor = torch.ones(size // 4, device=platform.device())
-        wait_for_all(runtime)
-        seconds.append(quick_seconds(functools.partial(dist.all_reduce, tensor)))
+        seconds.append(quick_seconds(functools.partial(dist.all_reduce, tensor), runtime))
     ranks = runtime.world_size
     moved = 2 * (ranks - 1) / ranks * (_MESSAGES[1] - _MESSAGES[0])
     rate = least(moved / max(1e-12, seconds[1] - seconds[0]))
@@ -241,7 +240,7 @@ def _host(config: RunConfig, scratch: Path) -> dict[str, float]:
     file.unlink()
     tokenizer = AutoTokenizer.from_pretrained(str(config.model.path), local_files_only=True)
     ids = list(range(min(len(tokenizer), config.rollout.max_new_tokens)))
-    figures["request_overhead"] = quick_seconds(lambda: tokenizer.decode(ids), everywhere=False)
+    figures["request_overhead"] = quick_seconds(lambda: tokenizer.decode(ids))
     if config.reward.function == "math_verify":  # a user's function may need what only a run has
         with GradingPool(workers=1, deadline=config.reward.deadline) as pool:
             started = time.perf_counter()

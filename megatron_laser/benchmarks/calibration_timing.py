@@ -48,7 +48,9 @@ _BATCHES = 4
 _SLOW = 1.0  # seconds of a forward, from which on a batch is timed twice only
 _TINY = 1e-12
 _MOST_EFFICIENCY = 4.0
-_SAMPLE_SECONDS = 0.5
+_SAMPLE_SECONDS = 1.0
+_SAMPLES = 8
+_MOST_CALLS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,28 +92,41 @@ def time_training(
     # What recomputation makes again is a forward, too.
     length = sizes.prompt + sizes.response
     again = recomputed_flops(arch, length, plan.config.model.recompute) / forward_flops(arch, length, 0)
-    backward = grown / (large.flops - small.flops) - each * (1 + again)
-    if backward <= 0.0:  # a machine that others use; a backward is two products
-        backward = 2 * each
-    passes = large.flops * (each * (1 + again) + backward) + 3 * (head + overhead * large.micro_batches)
     say("the optimizer")
-    optimizer = quick_seconds(functools.partial(_update, trainer))
+    optimizer = quick_seconds(functools.partial(_update, trainer), runtime)
     reduction = 0.0
     if runtime.world_size > 1:
         sent = 2 * (runtime.world_size - 1) / runtime.world_size * plan.bytes_per_rank.gradients
         reduction = found["node_latency"] + sent / found["node_bandwidth"]
+    slope = grown / (large.flops - small.flops) - each * (1 + again)
+    backward, rest = backward_and_rest(
+        slope if slope > 0.0 else 2 * each,  # a machine that others use; a backward is two products
+        large.train - large.flops * each * (1 + again) - 3 * (head + overhead * large.micro_batches),
+        large.flops,
+        optimizer + reduction,
+    )
     figures = {
         "forward_efficiency": 1 / (peak * each),
         "backward_efficiency": 2 / (peak * backward),
         "head_efficiency": head_flops(arch, 1) * large.rows / (peak * head),
         "layer_overhead": overhead / arch.num_layers,
         "optimizer_efficiency": moved_by_optimizer(plan) / (found["memory_bandwidth"] * optimizer),
-        "step_overhead": max(0.0, large.train - passes - optimizer - reduction),
+        "step_overhead": rest,
     }
     return {
         name: most(value) if name.endswith("overhead") else least(_share(value))
         for name, value in figures.items()
     }
+
+
+def backward_and_rest(slope: float, seconds: float, flops: float, other: float) -> tuple[float, float]:
+    """(seconds of a FLOP of the backward, of an update besides) from `slope`, the first between two batches.
+
+    seconds: of the larger batch's backward and all else, of which `other` is known. What two batches differ by is small
+    beside what other programs take; more than all that there is it cannot be.
+    """
+    each = max(_TINY / flops, min(slope, (seconds - other) / flops))
+    return each, max(0.0, seconds - other - flops * each)
 
 
 def _share(value: float) -> float:
@@ -144,15 +159,15 @@ def _passes(
     if tokens < sequences * length:  # a group's prompt is packed once
         attention -= (sequences - prompts / runtime.data_size) * attention_flops(arch, sizes.prompt)
     wait_for_all(runtime)
-    scores = quick_seconds(lambda: run_forward(chunks, batches, lambda one: one.only_scores()))
-    full = quick_seconds(lambda: run_forward(chunks, batches, lambda one: one.without_entropy()))
+    scores = quick_seconds(lambda: run_forward(chunks, batches, lambda one: one.only_scores()), runtime)
+    full = quick_seconds(lambda: run_forward(chunks, batches, lambda one: one.without_entropy()), runtime)
     seconds = []
-    count = 2 if most(scores) > _SLOW else _BATCHES
+    count = 2 if scores > _SLOW else _BATCHES
     for number in range(count + 1):
         wait_for_all(runtime)
         trainer.run_batch(flat, number + 1)
         platform.synchronize()
-        seconds.append(timers.collect()["time/train"])
+        seconds.append(most(timers.collect()["time/train"]))
     return _Timed(
         flops=arch.num_layers * (tokens * layer_flops_per_token(arch) + attention),
         rows=sequences * (sizes.response + 1),
@@ -212,9 +227,7 @@ def time_decoding(
             top_p=rollout.top_p,
             seed=1,
         )
-        return quick_seconds(
-            lambda: engine.generate(ids[:count], sampling, deadline=3600.0), everywhere=False
-        )
+        return quick_seconds(lambda: engine.generate(ids[:count], sampling, deadline=3600.0))
 
     first = generate(prompts, rollout.samples_per_prompt, 1)
     many = (generate(prompts, rollout.samples_per_prompt, positions) - first) / (positions - 1)
@@ -254,20 +267,29 @@ def time_sync(
     return {"tensor_overhead": max(0.0, _quick(seconds[1:]) - copies) / tensors}
 
 
-def quick_seconds(call: Callable[[], object], *, everywhere: bool = True) -> float:
-    """Seconds of one call, over as many as half a second has; the first does not count. `everywhere`: on all ranks."""
+def quick_seconds(call: Callable[[], object], runtime: Runtime | None = None) -> float:
+    """Seconds of one call, over as many as `_SAMPLE_SECONDS` have; the first does not count.
 
-    def once() -> float:
+    With `runtime` all ranks call it at once, and the slowest rank counts. Where ranks share cores, one call is quick or
+    slow by what the system lets run meanwhile; so each sample is of many calls behind each other, as a pass is.
+    """
+
+    def seconds(calls: int) -> float:
+        if runtime is not None:
+            wait_for_all(runtime)
         platform.synchronize()
         started = time.perf_counter()
-        call()
+        for _ in range(calls):
+            call()
         platform.synchronize()
-        return time.perf_counter() - started
+        each = (time.perf_counter() - started) / calls
+        return each if runtime is None else most(each)
 
-    once()
-    first = once()
-    rounds = _SAMPLE_SECONDS / max(_TINY, most(first) if everywhere else first)
-    return _quick([first, *(once() for _ in range(max(1, min(30, round(rounds)))))])
+    seconds(1)
+    first = max(_TINY, seconds(1))
+    calls = max(1, min(_MOST_CALLS, round(_SAMPLE_SECONDS / _SAMPLES / first)))
+    samples = max(1, min(_SAMPLES, round(_SAMPLE_SECONDS / first)))
+    return _quick([first, *(seconds(calls) for _ in range(samples))])
 
 
 def _quick(seconds: list[float]) -> float:

@@ -39,6 +39,30 @@ def test_a_line_that_noise_has_turned_around_is_all_slope() -> None:
     assert calibration_timing.line((100.0, 1, 20.0), (40.0, 1, 2.0)) == (pytest.approx(0.2), 0.0)
 
 
+@pytest.mark.parametrize(
+    ("slope", "expected"),
+    [(0.2, (0.2, 30.0)), (0.5, (0.5, 0.0)), (3.0, (0.5, 0.0))],
+    ids=["some is left", "all of it", "more than there is"],
+)
+def test_a_backward_takes_no_more_than_an_update_without_all_else(
+    slope: float, expected: tuple[float, float]
+) -> None:
+    # An update of 100 FLOPs takes 60 s without its forward, and 10 of these are the optimizer's.
+    assert calibration_timing.backward_and_rest(slope, 60.0, 100.0, 10.0) == pytest.approx(expected)
+
+
+def test_calls_are_timed_as_many_as_a_sample_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    # The first is warming up; then one in three takes longer, as a call does that is interrupted.
+    takes = iter([9.0, *([0.01, 0.01, 0.04] * 200)])
+
+    def call() -> None:
+        clock[0] += next(takes)
+
+    monkeypatch.setattr(calibration_timing.time, "perf_counter", lambda: clock[0])
+    assert calibration_timing.quick_seconds(call) == pytest.approx(0.02, rel=0.15)
+
+
 def test_a_calibrated_machine_is_one_that_the_planner_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

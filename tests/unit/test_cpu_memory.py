@@ -1,5 +1,7 @@
 """The dry run's sum for a rank on a CPU: what torch's layers keep, and which lines there are."""
 
+import math
+
 import pytest
 import torch
 from helpers.models import save_tiny_model
@@ -12,8 +14,9 @@ platform.install()
 from megatron_laser.benchmarks.random_rollouts import random_rollouts  # noqa: E402
 from megatron_laser.config import resolve_plan  # noqa: E402
 from megatron_laser.config.model_folder.architecture import read_architecture  # noqa: E402
-from megatron_laser.config.model_folder.parameters import Layout  # noqa: E402
+from megatron_laser.config.model_folder.parameters import Layout, tensor_shapes  # noqa: E402
 from megatron_laser.config.plan.cpu import layer_bytes  # noqa: E402
+from megatron_laser.config.plan.lines import STEP  # noqa: E402
 from megatron_laser.config.plan.resolve import resolve_rank_memory  # noqa: E402
 from megatron_laser.distributed import runtime as runtimes  # noqa: E402
 from megatron_laser.trainer.trainer import Trainer  # noqa: E402
@@ -123,3 +126,19 @@ def test_the_sum_of_a_stage_is_its_own_and_the_plans_is_the_fullest(config_of):
     )
     activations = next(line.bytes for line in first.lines if line.name == "activations")
     assert activations == 2 * kept + 4 * 1024 * 64
+
+
+def test_what_is_sent_at_once_is_a_bucket_and_a_vocabulary_of_two_stages_has_its_own(config_of):
+    overrides = ("parallel.pipeline=2", "optimizer.distributed=true", "model.vocab_multiple=16")
+    config = config_of("qwen3", *overrides)
+    assert config.model.dtype == "float32"
+    first, last = resolve_rank_memory(config, 4, device="cpu")
+    arch = read_architecture(config.model.path)
+    of_a_layer = [shape for name, shape in tensor_shapes(arch).items() if name.startswith("model.layers.0.")]
+    table = 4 * -(-arch.vocab_size // 16) * 16 * arch.hidden_size
+    for one, norm in ((first, 0), (last, 4 * arch.hidden_size)):
+        weights = sum(line.bytes for line in one.lines if line.name == "weights")
+        layers = 2 * 4 * sum(map(math.prod, of_a_layer)) + norm
+        assert weights == layers + table
+        # Two ranks share the optimizer: of half a bucket a root and a quotient, or gloo's copy of a whole one.
+        assert sum(line.bytes for line in one.lines if line.phase == STEP) == max(table, layers)

@@ -26,6 +26,8 @@ from megatron_laser.config.model_folder.parameters import (
     Layout,
     RankBytes,
     padded_vocab_size,
+    stage_expert_parameters,
+    stage_parameters,
 )
 from megatron_laser.config.plan.context import attention_bytes, rank_tokens
 from megatron_laser.config.plan.head_rows import extra_rows
@@ -98,7 +100,6 @@ def cpu_lines(
     arch: Architecture,
     layout: Layout,
     stage: int,
-    size: RankBytes,
     micro_batches: int,
     replica_tokens: int,
 ) -> list[MemoryLine]:
@@ -121,7 +122,7 @@ def cpu_lines(
     halves, matrix = 2 * b * tokens * width // t, 2 * b * f * h // t
     gathered = 2 * b * tokens * h if s > 1 else 0
     backward = anew + 2 * b * tokens * h // s + max(halves, matrix - 3 * halves // 2) + gathered
-    after = _after(config, arch, layout, stage, size)
+    after = _after(config, arch, layout, stage)
     busiest = max(head + probabilities, backward)
     own = -(-replica_tokens // layout.context)
     own_more = extra_rows(config, own, replica_tokens)
@@ -188,13 +189,29 @@ def cpu_lines(
     return lines
 
 
-def _after(config: RunConfig, arch: Architecture, layout: Layout, stage: int, size: RankBytes) -> int:
+def _after(config: RunConfig, arch: Architecture, layout: Layout, stage: int) -> int:
     """The embedding's gradient, where this stage has it, or what gloo's reduce-scatter of gradients copies."""
     table = 0
     if stage == 0:
         table = DTYPE_BYTES[config.model.dtype] * arch.hidden_size * _columns(config, arch, layout)
     scatters = config.optimizer.distributed and layout.data * layout.context > 1
-    return max(table, size.gradients if scatters else 0)
+    copied = DTYPE_BYTES[config.optimizer.gradient_dtype] * _largest_bucket(config, arch, layout, stage)
+    return max(table, copied if scatters else 0)
+
+
+def _largest_bucket(config: RunConfig, arch: Architecture, layout: Layout, stage: int) -> int:
+    """Most parameters of a rank that the distributed optimizer reduces or gathers at once, of which gloo has a copy.
+
+    Megatron's bucket is a model chunk's; experts of other ranks than the rest have one of their own, and so has a tied
+    vocabulary that two stages hold (its parameters with `shared_embedding`).
+    """
+    whole = stage_parameters(arch, layout, config.model.vocab_multiple)[stage]
+    experts = stage_expert_parameters(arch, layout)[stage] if layout.expert > 1 else 0
+    table = 0
+    if arch.tied_embeddings and layout.pipeline > 1 and stage in (0, layout.pipeline - 1):
+        table = _columns(config, arch, layout) * arch.hidden_size
+    chunks = layout.virtual_pipeline
+    return max(table, -(-experts // chunks), -(-(whole - table - experts) // chunks))
 
 
 def _head(
@@ -234,10 +251,12 @@ def cpu_step_lines(
         largest = max(largest, _columns(config, arch, layout) * arch.hidden_size)
     shards = layout.data * layout.context
     gathers = config.optimizer.distributed and shards > 1
+    copied = 0
     if gathers:
-        largest = min(largest, -(-size.weights // DTYPE_BYTES[config.model.dtype] // shards))
+        bucket = _largest_bucket(config, arch, layout, stage)
+        largest = min(largest, -(-bucket // shards))
+        copied = DTYPE_BYTES[config.model.dtype] * bucket
     adam = 8 * largest
-    copied = size.weights if gathers else 0
     detail = "of the largest parameter a root and a quotient, in float32"
     lines = [MemoryLine("Adam's temporaries", adam, STEP, detail, "none: the vocabulary")]
     if copied > adam:

@@ -77,7 +77,7 @@ def memory_sum(
     if device == "cpu":
         lines = [
             *state,
-            *cpu_lines(config, architecture, layout, stage, size, micro_batches, replica_tokens),
+            *cpu_lines(config, architecture, layout, stage, micro_batches, replica_tokens),
             *cpu_step_lines(config, architecture, layout, stage, size),
         ]
         if config.rollout.engine == "in_process":
