@@ -139,7 +139,7 @@ def _run(
     chunks: Chunks, micro_batches: Sequence[MicroBatch], step: Callable[..., Any], *, forward_only: bool
 ) -> list[dict[str, torch.Tensor]]:
     several = len(chunks.wrapped) > 1
-    return get_forward_backward_func()(
+    entries = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[iter(micro_batches) for _ in chunks.wrapped] if several else iter(micro_batches),
         model=chunks.wrapped if several else chunks.wrapped[0],
@@ -148,6 +148,10 @@ def _run(
         micro_batch_size=1,
         forward_only=forward_only,
     )
+    for model in chunks.models:
+        # What the stage before has sent last, with its gradient: nobody reads it again, and the schedule leaves it.
+        model.set_input_tensor(None)
+    return entries
 
 
 def _call(model: Any, micro_batch: MicroBatch, head: HeadInputs) -> torch.Tensor:

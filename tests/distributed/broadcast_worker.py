@@ -113,6 +113,8 @@ def check_training(config, runtime):
     """One rank has one long sample, the other several short ones; all agree on what was learned."""
     trainer = Trainer(config, runtime, score_token_id=SCORE_TOKEN)
     result = trainer.train_step(rollout_batch(GROUPS, seed=4), 1)
+    # Of what the stage before sent, nothing is kept until the next step.
+    assert all(model.decoder.input_tensor is None for model in trainer.policy.chunks.models)
     everywhere = [None, None]
     dist.all_gather_object(everywhere, (result.metrics, result.scores.tolist(), result.advantages.tolist()))
     assert str(everywhere[0]) == str(everywhere[1])

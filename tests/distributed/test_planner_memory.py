@@ -69,8 +69,12 @@ def test_experts_take_what_is_planned(tmp_path, expert):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("processes, case", [(1, []), (2, TWO["data"]), (4, FOUR["tensor, data"])])
 def test_a_model_of_135m_allocates_what_is_planned(tmp_path, processes, case):
     file = memory_run(tmp_path, "135M, tied")
+    # A prompt's responses fill a micro-batch: one on each data-parallel rank.
+    prompts = f"rollout.prompts_per_step={min(processes, 2)}"
     for recompute in RECOMPUTES:
-        check(planned_over_measured(file, processes, *case, f"model.recompute={recompute}", timeout=400))
+        overrides = [*case, prompts, f"model.recompute={recompute}"]
+        check(planned_over_measured(file, processes, *overrides, timeout=400))
