@@ -22,6 +22,15 @@ def pytest_collection_modifyitems(items):
     items[:] = long_ones_first(items)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    from helpers.forgotten_threads import end_forgotten_threads
+
+    done = yield
+    end_forgotten_threads()
+    return done
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """For `pytest -n 2`, whatever --dist says: what a module's fixture holds is made once."""

@@ -70,7 +70,7 @@ def test_experts_take_what_is_planned(tmp_path, expert):
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("processes, case", [(1, []), (2, TWO["data"]), (4, FOUR["tensor, data"])])
+@pytest.mark.parametrize("processes, case", [(1, []), (2, TWO["data"]), (4, FOUR["pipeline, data"])])
 def test_a_model_of_135m_allocates_what_is_planned(tmp_path, processes, case):
     file = memory_run(tmp_path, "135M, tied")
     # A prompt's responses fill a micro-batch: one on each data-parallel rank.
