@@ -24,7 +24,6 @@ from megatron_laser.benchmarks.calibration_timing import (
     SCORE_TOKEN,
     Sizes,
     least,
-    most,
     quick_seconds,
     say,
     time_decoding,
@@ -220,10 +219,9 @@ def _links(runtime: Runtime, memory: float) -> dict[str, float]:
         seconds.append(quick_seconds(functools.partial(dist.all_reduce, tensor), runtime))
     ranks = runtime.world_size
     moved = 2 * (ranks - 1) / ranks * (_MESSAGES[1] - _MESSAGES[0])
-    rate = least(moved / max(1e-12, seconds[1] - seconds[0]))
-    latency = most(seconds[0])
+    rate = moved / max(1e-12, seconds[1] - seconds[0])
     return dict.fromkeys(("node_bandwidth", "network_bandwidth"), rate) | dict.fromkeys(
-        ("node_latency", "network_latency"), latency
+        ("node_latency", "network_latency"), seconds[0]
     )
 
 

@@ -113,10 +113,7 @@ def time_training(
         "optimizer_efficiency": moved_by_optimizer(plan) / (found["memory_bandwidth"] * optimizer),
         "step_overhead": rest,
     }
-    return {
-        name: most(value) if name.endswith("overhead") else least(_share(value))
-        for name, value in figures.items()
-    }
+    return {name: value if name.endswith("overhead") else _share(value) for name, value in figures.items()}
 
 
 def backward_and_rest(slope: float, seconds: float, flops: float, other: float) -> tuple[float, float]:
@@ -158,7 +155,6 @@ def _passes(
     attention = sequences * attention_flops(arch, length)
     if tokens < sequences * length:  # a group's prompt is packed once
         attention -= (sequences - prompts / runtime.data_size) * attention_flops(arch, sizes.prompt)
-    wait_for_all(runtime)
     scores = quick_seconds(lambda: run_forward(chunks, batches, lambda one: one.only_scores()), runtime)
     full = quick_seconds(lambda: run_forward(chunks, batches, lambda one: one.without_entropy()), runtime)
     seconds = []

@@ -141,7 +141,7 @@ _HOPPER = Machine(
     device="cuda",
     gpus_per_node=8,
     memory_gib=79.1,
-    matmul_flops=dict({"bfloat16": 989e12, "float32": 67e12, "fp8": 1979e12}),
+    matmul_flops={"bfloat16": 989e12, "float32": 67e12, "fp8": 1979e12},
     memory_bandwidth=3.35e12,
     node_bandwidth=450e9,
     network_bandwidth=50e9,
@@ -163,56 +163,48 @@ _HOPPER = Machine(
     decode_overhead=1e-3,
     row_overhead=2e-6,
     request_overhead=0.0,
-    sources=dict(
-        {
-            "matmul_flops": "NVIDIA's data sheet of the H100 SXM, dense",
-            "memory_bandwidth": "NVIDIA's data sheet of the H100 SXM",
-            "memory_gib": "what an H100 of 80 GB shows",
-            "node_bandwidth": "NVLink 4, 900 GB/s in both directions together",
-            "host_bandwidth": "PCIe 5 x16, less its protocol",
-            **_ASSUMED,
-        }
+    sources={
+        "matmul_flops": "NVIDIA's data sheet of the H100 SXM, dense",
+        "memory_bandwidth": "NVIDIA's data sheet of the H100 SXM",
+        "memory_gib": "what an H100 of 80 GB shows",
+        "node_bandwidth": "NVLink 4, 900 GB/s in both directions together",
+        "host_bandwidth": "PCIe 5 x16, less its protocol",
+        **_ASSUMED,
+    },
+)
+MACHINES: Mapping[str, Machine] = {
+    "h100": _HOPPER,
+    "h200": replace(
+        _HOPPER,
+        name="h200",
+        memory_gib=139.8,
+        memory_bandwidth=4.8e12,
+        sources={
+            **_HOPPER.sources,
+            "memory_bandwidth": "NVIDIA's data sheet of the H200 SXM",
+            "memory_gib": "what an H200 of 141 GB shows",
+        },
     ),
-)
-MACHINES: Mapping[str, Machine] = dict(
-    {
-        "h100": _HOPPER,
-        "h200": replace(
-            _HOPPER,
-            name="h200",
-            memory_gib=139.8,
-            memory_bandwidth=4.8e12,
-            sources=dict(
-                {
-                    **_HOPPER.sources,
-                    "memory_bandwidth": "NVIDIA's data sheet of the H200 SXM",
-                    "memory_gib": "what an H200 of 141 GB shows",
-                }
-            ),
-        ),
-        "b200": replace(
-            _HOPPER,
-            name="b200",
-            memory_gib=178.0,
-            matmul_flops=dict({"bfloat16": 2250e12, "float32": 80e12, "fp8": 4500e12}),
-            memory_bandwidth=8e12,
-            node_bandwidth=900e9,
-            forward_efficiency=0.4,
-            backward_efficiency=0.4,
-            sources=dict(
-                {
-                    **_HOPPER.sources,
-                    "matmul_flops": "NVIDIA's data sheet of the HGX B200, dense, for one GPU",
-                    "memory_bandwidth": "NVIDIA's data sheet of the HGX B200, for one GPU",
-                    "memory_gib": "what of 180 GB is left to a program",
-                    "node_bandwidth": "NVLink 5, 1.8 TB/s in both directions together",
-                    "forward_efficiency": "assumed: a little less of a higher peak",
-                    "backward_efficiency": "assumed: a little less of a higher peak",
-                }
-            ),
-        ),
-    }
-)
+    "b200": replace(
+        _HOPPER,
+        name="b200",
+        memory_gib=178.0,
+        matmul_flops={"bfloat16": 2250e12, "float32": 80e12, "fp8": 4500e12},
+        memory_bandwidth=8e12,
+        node_bandwidth=900e9,
+        forward_efficiency=0.4,
+        backward_efficiency=0.4,
+        sources={
+            **_HOPPER.sources,
+            "matmul_flops": "NVIDIA's data sheet of the HGX B200, dense, for one GPU",
+            "memory_bandwidth": "NVIDIA's data sheet of the HGX B200, for one GPU",
+            "memory_gib": "what of 180 GB is left to a program",
+            "node_bandwidth": "NVLink 5, 1.8 TB/s in both directions together",
+            "forward_efficiency": "assumed: a little less of a higher peak",
+            "backward_efficiency": "assumed: a little less of a higher peak",
+        },
+    ),
+}
 _SHARES = ("overlap",)
 _OPTIONAL = ("price_per_gpu_hour", "optimizer_efficiency")
 _EFFICIENCIES = tuple(one.name for one in fields(Machine) if one.name.endswith("_efficiency"))
@@ -254,12 +246,12 @@ def read_machine(name_or_file: str | Path) -> Machine:
         problems += [f"{name}: missing; set it, or `base: h100` to take an H100's" for name in sorted(needed)]
     if problems:
         raise ConfigError(problems, str(path))
-    sources = dict({name: path.name for name in given if name not in ("name", "sources")})
+    sources = {name: path.name for name in given if name not in ("name", "sources")}
     own = dict(given.pop("sources", {}))
     if base is None:
-        return Machine(**given, sources=dict({**sources, **own}))
+        return Machine(**given, sources={**sources, **own})
     start = MACHINES[str(base)]
-    return replace(start, **given, sources=dict({**start.sources, **sources, **own}))
+    return replace(start, **given, sources={**start.sources, **sources, **own})
 
 
 def _field(name: str, value: Any, problems: list[str]) -> Any:
@@ -272,9 +264,9 @@ def _field(name: str, value: Any, problems: list[str]) -> Any:
             problems.append(f"{name}: {value!r}, expected names and their values")
             return {}
         if name == "matmul_flops":
-            return dict(
-                {str(key): _number(f"{name}.{key}", rate, problems, above=0.0) for key, rate in value.items()}
-            )
+            return {
+                str(key): _number(f"{name}.{key}", rate, problems, above=0.0) for key, rate in value.items()
+            }
         return {str(key): str(text) for key, text in value.items()}
     if name in _OPTIONAL and value is None:
         return None
