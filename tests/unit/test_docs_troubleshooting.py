@@ -68,7 +68,9 @@ def test_messages_of_the_first_hour_occur_in_the_source_or_the_scripts():
     assert not gone, f"docs/first_cluster_hour.md quotes messages that nothing prints any more: {gone}"
 
 
-@pytest.mark.parametrize("page", ["first_cluster_hour.md", "troubleshooting.md", "rollout.md", "observing.md"])
+@pytest.mark.parametrize(
+    "page", ["first_cluster_hour.md", "troubleshooting.md", "rollout.md", "observing.md"]
+)
 def test_every_setting_that_the_page_names_exists(page):
     from megatron_laser.config import key_paths
 
@@ -85,7 +87,13 @@ def test_every_setting_that_the_page_names_exists(page):
 @pytest.mark.parametrize(
     "page",
     [
-        *("README.md", "docs/first_cluster_hour.md", "docs/rollout.md", "docs/scaling.md", "docs/troubleshooting.md"),
+        *(
+            "README.md",
+            "docs/first_cluster_hour.md",
+            "docs/rollout.md",
+            "docs/scaling.md",
+            "docs/troubleshooting.md",
+        ),
         *(
             f"examples/{name}/README.md"
             for name in ("orz_7b", "octothinker_3b", "qwen2.5_7b", "qwen2.5_32b", "qwen3_4b_general")
