@@ -1,13 +1,13 @@
 """Runs a page of commands as it is written: by default docs/first_hour.md, in a fresh clone of this repository.
 
-    python tools/first_hour.py                      # clones, runs every command, compares what is printed; about half an hour at most
+    python tools/first_hour.py                      # clones, runs every command, compares what is printed; half an hour
     python tools/first_hour.py --here               # in this folder instead of a clone
-    python tools/first_hour.py --from 5             # from the fifth block on, in a folder where those before have run
+    python tools/first_hour.py --here --from 5      # from the fifth block on, where those before have run
 
-A block marked `bash` is a command, run by bash with `.venv` activated where there is one. A block marked `console` that follows
-shows what must be among its output, line by line and in this order; `…` stands for anything. In a command's comment
+A block marked `bash` is a command, run by bash with `.venv` activated where there is one. A block marked `console` that
+follows shows what must be among its output, line by line and in this order; `…` stands for anything. In the comments
 
-    # Ctrl-C at step N        sends SIGINT to the command and what it started, as the terminal does, once `step N` is printed
+    # Ctrl-C at step N        sends SIGINT to all that was started, as a terminal does, once `step N` is printed
     # exits with N            is the status that the block has to end with; otherwise 0
 
 Ends with 1 at the first block that does something else, after its output. Prints the seconds of each block and of all.

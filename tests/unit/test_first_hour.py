@@ -64,9 +64,8 @@ def test_lines_have_to_come_in_their_order(output, missing):
 
 def test_a_command_is_interrupted_at_its_step_and_has_to_end_as_it_is_written(tmp_path):
     (tmp_path / "counts.py").write_text(COUNTS)
-    (block,) = read_blocks(
-        f"```bash\n{sys.executable} counts.py  # Ctrl-C at step 3\n# exits with 3\n```\n```console\nstep 3\nstopped\n```\n"
-    )
+    command = f"{sys.executable} counts.py  # Ctrl-C at step 3\n# exits with 3\n"
+    (block,) = read_blocks(f"```bash\n{command}```\n```console\nstep 3\nstopped\n```\n")
     assert "step 40" not in check_block(block, tmp_path)
     (wrong,) = read_blocks("```bash\necho done\n# exits with 3\n```\n")
     with pytest.raises(Differs, match="ended with 0, expected 3"):
