@@ -19,7 +19,7 @@ subsets of each problem's responses.
 
 
 def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
-    """Write report.md and plots/*.png from the runs' metrics.jsonl, config.yaml and evaluation/.
+    """Write report.md and plots/*.png from the runs' metrics.jsonl, events.jsonl, config.yaml and evaluation/.
 
     Args:
         run_dirs: output folders; put LaSeR beside GRPO by giving both. Runs may differ in length, and
@@ -74,6 +74,7 @@ def _text(runs: list[Run], figures: list[tuple[str, Path]]) -> str:
     from megatron_laser.report.readout_table import readout_table
     from megatron_laser.report.source_table import source_table
     from megatron_laser.report.speed_table import speed_table
+    from megatron_laser.report.went_wrong import went_wrong
 
     readouts, sources, speed = readout_table(runs), source_table(runs), speed_table(runs)
     sections = [
@@ -86,6 +87,7 @@ def _text(runs: list[Run], figures: list[tuple[str, Path]]) -> str:
         "\n".join(f"- {sentence}" for sentence in findings(runs)) + "\n",
         "## Alarms\n",
         alarm_list(runs),
+        *went_wrong(runs),
     ]
     for heading, path in figures:
         sections += [f"## {heading}\n", f"![{heading}](plots/{path.name})\n"]

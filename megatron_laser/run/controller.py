@@ -18,7 +18,7 @@ from megatron_laser.config import (
     rollout_tries,
 )
 from megatron_laser.config.derived import function_deadline
-from megatron_laser.config.modes import trains
+from megatron_laser.config.modes import generates, trains
 from megatron_laser.data import MixedCursor
 from megatron_laser.data.tokenizer import decode_response
 from megatron_laser.evaluation.validation import RunEvaluation
@@ -33,12 +33,14 @@ from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.endings import watch_endings
 from megatron_laser.rollout.engine import StoppedEarly
 from megatron_laser.rollout.function.runner import SampleFunction
+from megatron_laser.run.announcement import gather_facts
 from megatron_laser.run.batch_origin import origin_of
 from megatron_laser.run.engines import WorkResult, await_servers, call_engine, open_engine
 from megatron_laser.run.graders import open_graders
 from megatron_laser.run.inputs import RunInputs, open_cursor
 from megatron_laser.run.recorder import RunRecorder
 from megatron_laser.run.speed import Speed
+from megatron_laser.trainer.checkpoint.manager import CheckpointManager
 from megatron_laser.trainer.run_readouts import readings_by_sample
 from megatron_laser.trainer.trainer import StepResult
 from megatron_laser.types import RolloutBatch, RoutingShape, SamplingParams
@@ -64,6 +66,8 @@ class Controller:
         self._batch: RolloutBatch | None = None
         self._evaluation: RunEvaluation | None = None
         self._evaluated: dict[str, float] = {}
+        self._resumed = resumed
+        self._edited: list[str] = []
         self._closing = ExitStack()
         try:
             self._open(resumed)
@@ -308,12 +312,22 @@ class Controller:
         return code
 
     def _load_state(self, state: dict[str, Any]) -> None:
+        before, now = state.get("reward_code", {}), self._reward_code()
+        self._edited = sorted(path for path in before.keys() & now.keys() if before[path] != now[path])
         for pool in (self._grading, *self._graders.values()):
             pool.say_if_edited_since(state.get("reward_code", {}))
         if self._ahead is None:
             self._collector.load_state(state)
         else:
             self._ahead.load_state(state)
+
+    def announce(self, ranks: int, checkpoints: CheckpointManager) -> None:
+        """The banner, once everything is open; see `gather_facts`."""
+        engine = self.engine if generates(self._config) else None
+        facts = gather_facts(
+            self._config, self._inputs, engine, ranks, self._resumed, checkpoints, self._edited
+        )
+        self._record.announce(facts)
 
     def record_stop(self, step: int, reason: str) -> None:
         """Say that the run stopped early and can be continued."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from megatron_laser.config.modes import generates
 from megatron_laser.data import Cursor, MixedCursor, MixedSource, PromptCursor, fingerprint
 from megatron_laser.errors import Finding
 from megatron_laser.observability.best_effort import print_line
+from megatron_laser.run.earlier_start import LastStart, read_last_start
 from megatron_laser.run.output_folder import ClaimedFolder, claim_output_folder, move_aside
 from megatron_laser.run.preflight import FindingLog, run_preflight
 from megatron_laser.run.preflight.finding_log import one_line
@@ -31,6 +33,7 @@ class RunInputs:
     """The user's files, read and checked before any model is built.
 
     data_fingerprints: of each training source. held: what the run kept of its first rollouts (`laser.drift_every`).
+    rows: of the files, by split, those that are left out too. last_start: what is in the folder of the run's last one.
     """
 
     tokenizer: Any
@@ -42,6 +45,8 @@ class RunInputs:
     data_fingerprints: tuple[str, ...]
     folder: ClaimedFolder
     held: HeldResponses | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    last_start: LastStart | None = None
 
     def shared_arrays(self) -> dict[str, np.ndarray]:
         """What the other ranks need of it; -1 stands for no score token."""
@@ -81,6 +86,7 @@ def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
     if overwrite:
         for moved in move_aside(config):
             print_line(f"moved the existing {moved.what} to {moved.to}")
+    last_start = read_last_start(Path(config.run.output_dir))
     folder = claim_output_folder(config)
     try:
         held = None if folder.finished else read_held(config)
@@ -97,6 +103,8 @@ def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
         data_fingerprints=data_fingerprints,
         folder=folder,
         held=held,
+        rows={split: len(rows) for split, rows in looked.data.rows.items()},
+        last_start=last_start,
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -19,14 +21,19 @@ from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.config.modes import batches_folder, mode_words, trains
 from megatron_laser.observability.alarms import AlarmWatch
 from megatron_laser.observability.best_effort import BestEffort
-from megatron_laser.observability.events import EventLog
+from megatron_laser.observability.events import EventLog, Kind
 from megatron_laser.observability.live_view import LiveView
 from megatron_laser.observability.metrics_logger import MetricsLogger, read_metrics
 from megatron_laser.observability.rollout_dump import TokenPart, dump_rollouts
 from megatron_laser.observability.wandb_sink import open_wandb
 from megatron_laser.report.run_report import write_report
+from megatron_laser.report.what_happened import read_events, what_happened
+from megatron_laser.run.banner import StartFacts, banner_lines
+from megatron_laser.run.last_words import last_words
+from megatron_laser.run.life_log import LifeLog
 from megatron_laser.run.output_folder import FINISHED, STOPPED, ClaimedFolder
 from megatron_laser.run.recorded_batches import write_batch
+from megatron_laser.trainer.checkpoint.folder import checkpoint_root, published
 from megatron_laser.types import RolloutBatch
 
 logger = logging.getLogger(__name__)
@@ -48,6 +55,9 @@ class RunRecorder:
         """
         self._config = config
         self._claimed = claimed
+        self._started = time.monotonic()
+        self._first_step = 1 if resumed is None else int(resumed["step"]) + 1
+        self._last_words_due = True
         self._folder = Path(config.run.output_dir)
         self._dumps = BestEffort("logging.rollouts_every", Exception)
         self._batches = BestEffort("logging.record_batches_every", Exception)
@@ -79,6 +89,9 @@ class RunRecorder:
             self.events.add("resume", f"goes on from the checkpoint of step {int(resumed['step'])}")
         self._view = LiveView(config.run.steps, mode=config.logging.live, title=config.run.name)
         self._view.__enter__()
+        self.events.show = self._view.message
+        self._life = LifeLog(self.events, self._view.message if self._view.is_live else None)
+        self._life.__enter__()
         self._judge = BestEffort("alarms", Exception)
         self._watch = AlarmWatch(config.alarms)
         if resumed is not None:
@@ -109,10 +122,7 @@ class RunRecorder:
         return trouble
 
     def _note(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Events that metrics tell of."""
-        if metrics.get("bad_steps"):
-            text = f"{metrics['bad_steps']:g} updates were skipped: loss or gradient norm was not finite"
-            self.events.add("skipped", text, step)
+        """Events that metrics tell of. (A skipped update is logged, with its reason, where it is skipped.)"""
         for prefix, split in (("eval/", "validation"), ("test/", "test")):
             accuracy = metrics.get(f"{prefix}accuracy")
             if accuracy is not None:
@@ -129,10 +139,10 @@ class RunRecorder:
         raised = self._watch.add(step, metrics)
         for alarm in raised:
             self._view.message(alarm.line)
-            self.events.add("alarm", alarm.line, step)
+            self.events.add("alarm", alarm.line, step, alarm=alarm.name, on=True)
         for alarm in self._watch.ended:
             self._view.message(alarm.end_line)
-            self.events.add("alarm", alarm.end_line, step)
+            self.events.add("alarm", alarm.end_line, step, alarm=alarm.name, on=False)
         self._view.show_alarms(self._watch.active)
 
     def histograms(self, step: int, values: Mapping[str, Sequence[float]]) -> None:
@@ -191,6 +201,16 @@ class RunRecorder:
         """Print a line above the live view."""
         self._view.message(text)
 
+    def say(self, kind: Kind, text: str, step: int | None = None) -> None:
+        """An event of the run, and its line above the live view; `step`: by default the one that is being done."""
+        self.events.say(kind, text, step)
+
+    def announce(self, facts: StartFacts) -> None:
+        """The banner, and the same facts as an event."""
+        for line in banner_lines(facts, self._view.width):
+            self._view.message(line)
+        self.events.add("start", facts.summary, facts=facts.as_json())
+
     def record_stop(self, step: int, reason: str) -> None:
         """Say that the run stopped early and can be continued."""
         self.events.add("stop", f"stopped after step {step}: {reason}", step)
@@ -200,6 +220,7 @@ class RunRecorder:
         except OSError as error:
             logger.warning("%s cannot be written: %s", self._folder / STOPPED, error)
         self.message(f"stopped after step {step} ({reason}); saved: the same command continues from here")
+        self._say_last_words(f"stopped ({reason})")
 
     def finish(self, step: int, *, complete: bool) -> str:
         """Write the report; `complete`: nothing is left to do, and the same command will say so and not start again.
@@ -217,10 +238,49 @@ class RunRecorder:
                 self._claimed.mark_finished(step)
         except OSError as error:
             return f"{self._folder / FINISHED} cannot be written: {error}"
+        self._say_last_words("finished" if complete else "not finished, although all steps are done", "end")
         return ""
 
+    def _say_last_words(self, how: str, kind: Kind | None = None) -> None:
+        """The last lines, once; with a `kind` also as an event."""
+        if not self._last_words_due:
+            return
+        self._last_words_due = False
+
+        def say() -> None:
+            self._view.__exit__(None, None, None)
+            rows, events = read_metrics(self._metrics.path), read_events(self._folder)
+            happened = what_happened(rows, events, self._config.alarms)
+            if kind is not None:
+                self.events.add(kind, f"{how} after step {happened.steps}", happened.steps)
+            root = checkpoint_root(self._config)
+            found = published(root)
+            lines = last_words(
+                how,
+                happened,
+                self._folder,
+                seconds=time.monotonic() - self._started,
+                first_step=self._first_step,
+                steps=self._config.run.steps,
+                checkpoints=root,
+                newest=found[-1][0] if found else None,
+            )
+            for line in lines:
+                self.message(line)
+
+        BestEffort("the last lines of the run", Exception)(say)
+
     def close(self) -> None:
-        """Close all of them; may be called again."""
+        """Close all of them; may be called again. Before `finish` or `record_stop` the run has failed, and says so."""
+        error = sys.exc_info()[1]
+        self._say_last_words(f"failed ({_in_short(error)})" if error is not None else "failed", "end")
         self._view.__exit__(None, None, None)
+        self._life.__exit__()
         self.events.close()
         self._metrics.close()
+
+
+def _in_short(error: BaseException) -> str:
+    """The first line of an error: all of it is printed at the end."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text:.160}" if text else type(error).__name__

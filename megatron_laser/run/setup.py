@@ -136,6 +136,8 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
                 lambda: kind(config, require_rank_zero(inputs), timers, resumed=resumed),
                 deadline=config.run.deadline + 2 * config.rollout.sglang.start_deadline,
             )
+            if controller is not None:
+                controller.announce(runtime.world_size, checkpoints)
             ranks = Ranks(config, runtime, coordinator, controller)
             run = Run(
                 config,

@@ -6,6 +6,7 @@ import logging
 import random
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,25 @@ from megatron_laser.distributed.broadcast import broadcast_arrays
 from megatron_laser.distributed.runtime import Runtime, gloo_group
 from megatron_laser.model import platform
 from megatron_laser.observability import events
+from megatron_laser.observability.quantities import format_size
 from megatron_laser.trainer import optimizer_state
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint import sharded_state, torch_dist
 from megatron_laser.trainer.checkpoint.collective_errors import gathered_errors, on_every_rank, reason
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.identity import differences, model_identity
+from megatron_laser.trainer.checkpoint.passed_over import passed_over
 from megatron_laser.trainer.policy import Policy
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
-    """Saves `policy` with the run's state, and brings both back."""
+    """Saves `policy` with the run's state, and brings both back.
+
+    loaded: the folder that `resume` loaded. passed_over: what it found besides and did not use, and why, in words; on
+    rank 0.
+    """
 
     def __init__(self, config: RunConfig, runtime: Runtime, policy: Policy) -> None:
         self._settings = config.checkpoint
@@ -46,6 +53,8 @@ class CheckpointManager:
         self._group = gloo_group(None, config.checkpoint.deadline)
         self._writer: _Writer | None = None
         self._trouble = ""
+        self.loaded: Path | None = None
+        self.passed_over: list[str] = []
 
     @property
     def trouble(self) -> str:
@@ -64,6 +73,7 @@ class CheckpointManager:
         `wait` tells of it. With `checkpoint.asynchronous` the files are written while training goes on.
         """
         self.wait()
+        started = time.monotonic()
         asynchronous = self._settings.asynchronous
         try:
             entries = sharded_state.build_state(self._policy, copy=asynchronous, group=self._group)
@@ -79,8 +89,10 @@ class CheckpointManager:
             "run": run_state,
         }
         random_states = _random_states()
-        self._writer = _Writer(lambda: self._write(step, entries, state, random_states))
+        self._writer = _Writer(lambda: self._write(step, entries, state, random_states, started))
         if asynchronous:
+            if self._runtime.is_main:
+                events.say("checkpoint", f"saving to {self._root} in the background", step)
             self._writer.start()
         else:
             self._writer.run()
@@ -114,6 +126,7 @@ class CheckpointManager:
             return None
         state: dict[str, Any] = on_every_rank(lambda: self._checked_state(path), self._group)
         on_every_rank(lambda: self._load(path, state), self._group)
+        self.loaded = path
         return state
 
     def _checked_state(self, path: Path) -> dict[str, Any]:
@@ -151,24 +164,35 @@ class CheckpointManager:
         step = -1
         if self._runtime.is_main:
             found = folders.published(self._root)
+            self.passed_over = passed_over(self._root, found[-1][0] if found else -1)
             folders.remove_partials(self._root)
             step = found[-1][0] if found else -1
         step = int(broadcast_arrays({"step": np.array(step)}, self._runtime)["step"])
         return None if step < 0 else folders.partial_folder(self._root, step).with_suffix("")
 
     def _write(
-        self, step: int, entries: dict[str, Any], state: dict[str, Any], random_states: dict[str, Any]
+        self,
+        step: int,
+        entries: dict[str, Any],
+        state: dict[str, Any],
+        random_states: dict[str, Any],
+        started: float,
     ) -> None:
         partial = folders.partial_folder(self._root, step)
         try:
-            self._write_files(partial, entries, state, random_states)
+            self._write_files(partial, entries, state, random_states, started)
         except Exception:
             if self._runtime.is_main:  # on a full disk its bytes are what the next save needs
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
     def _write_files(
-        self, partial: Path, entries: dict[str, Any], state: dict[str, Any], random_states: dict[str, Any]
+        self,
+        partial: Path,
+        entries: dict[str, Any],
+        state: dict[str, Any],
+        random_states: dict[str, Any],
+        started: float,
     ) -> None:
         rank = self._runtime.rank
 
@@ -197,8 +221,10 @@ class CheckpointManager:
             folders.sync_files(partial / name for name in torch_dist.SHARED_FILES)
             for name in torch_dist.SHARED_FILES:
                 listed |= folders.digests(partial, name)
-            folders.publish(partial, state, listed)
-            events.note("checkpoint", f"saved step {state['step']}", int(state["step"]))
+            target = folders.publish(partial, state, listed)
+            size = format_size(sum(size for size, _ in listed.values()))
+            seconds = time.monotonic() - started
+            events.say("checkpoint", f"saved {target}: {size} in {seconds:.1f} s", int(state["step"]))
             self._retain()
 
         on_every_rank(publish, self._group)
