@@ -22,6 +22,7 @@ from megatron_laser.cli import (
     report,
     score,
     serve,
+    status,
     train,
     verify,
     view,
@@ -51,6 +52,7 @@ app.command("serve")(serve.serve)
 app.command("convert")(convert.convert)
 app.command("view")(view.view)
 app.command("replay")(replay.replay)
+app.command("status")(status.status)
 app.command("stacks")(live.stacks)
 app.command("profile")(live.profile)
 app.command("env")(env.env)

@@ -80,11 +80,12 @@ def note(kind: Kind, text: str, step: int | None = None) -> None:
         log.add(kind, text, step)
 
 
-def say(kind: Kind, text: str, step: int | None = None) -> None:
-    """`note`, and the same as a line above the run's live view; from any thread."""
+def say(kind: Kind, text: str, step: int | None = None) -> bool:
+    """`note`, and the same as a line above the run's live view; from any thread. Whether a log was open."""
     log = _open
     if log is not None:
         log.say(kind, text, step)
+    return log is not None
 
 
 def append_line(path: Path, text: str) -> None:

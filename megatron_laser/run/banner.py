@@ -87,6 +87,7 @@ class StartFacts:
     parameters: int
     ranks: int
     device: str
+    checkpoints: str
     about: dict[str, str]
     data: list[SplitFacts] = field(default_factory=list)
     servers: list[str] = field(default_factory=list)
@@ -142,6 +143,7 @@ def start_facts(
         parameters=count_parameters(architecture),
         ranks=ranks,
         device=device,
+        checkpoints=str(config.checkpoint.folder or f"{config.run.output_dir}/checkpoints"),
         about=settings_in_words(
             config,
             architecture,

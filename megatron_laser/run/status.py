@@ -34,12 +34,12 @@ class Status:
 
     Attributes:
         step: the last complete one. steps: `run.steps`.
-        phase: what is being done, in words; what was being done, where it has ended.
+        phase: what is being done, in words; what was being done, where it has ended. phase_since: since when.
         checkpoint: the step of the last published one, None without one.
         reason: why it stops, has stopped or failed; else "".
         exit_status: of the process, None until it ends. 0 finished, 3 stopped and saved, 2 refused or cannot go on,
             1 a crash, 128 + n ended at once by signal n.
-        time, started: ISO 8601, UTC; of this writing, and of this start of the run.
+        time, started, phase_since: ISO 8601, UTC; of this writing, and of this start of the run.
         command: the shell command that continues the run.
     """
 
@@ -47,6 +47,7 @@ class Status:
     step: int = 0
     steps: int = 0
     phase: str = ""
+    phase_since: str = ""
     checkpoint: int | None = None
     reason: str = ""
     exit_status: int | None = None
@@ -89,6 +90,7 @@ class StatusFile:
         }
         self._written: dict[str, Any] = {}
         self._at = 0.0
+        self._since = ""
         self._failed = False
         self._writing = threading.Lock()
         self._closing = threading.Event()
@@ -128,10 +130,12 @@ class StatusFile:
         at = time.monotonic()
         if said == self._written and at - self._at < _SIGN_OF_LIFE:
             return
+        if said.get("phase") != self._written.get("phase") or not self._since:
+            self._since = now()
         self._written, self._at = said, at
         try:
             if self._own() and self._path.parent.is_dir():  # never makes a folder that was taken away anew
-                written = asdict(Status(**{**said, "time": now()}))
+                written = asdict(Status(**{**said, "phase_since": self._since, "time": now()}))
                 write_atomically(self._path, json.dumps(written, indent=1) + "\n")
         except OSError as error:
             if not self._failed:
