@@ -134,6 +134,9 @@ def what_happened(
     servers, checkpoints = kinds.get("server", []), kinds.get("checkpoint", [])
     starts = [kind for kind in order if kind in ("start", "stop", "end")]
     killed = sum(one == other == "start" for one, other in pairwise(starts))
+    skipped = {int(row["step"]): int(count) for row in trained if (count := _number(row, "bad_steps"))}
+    for one in kinds.get("skipped", []):  # the one that ends a run has no line of metrics
+        skipped.setdefault(one.step, 1)
     outcomes = _sums(trained, "outcome/")
     failed = {outcome: count for outcome, count in outcomes.items() if outcome in FAILED_OUTCOMES}
     unexplained = int(sum(_number(row, "grading_failed") for row in trained)) - sum(failed.values())
@@ -141,7 +144,7 @@ def what_happened(
         failed["other"] = unexplained
     return Happened(
         steps=max((int(row["step"]) for row in trained), default=0),
-        skipped={int(row["step"]): int(count) for row in trained if (count := _number(row, "bad_steps"))},
+        skipped=skipped,
         reasons=kinds.get("skipped", []),
         responses=sum(outcomes.values()) + max(0, unexplained),
         not_graded=failed,

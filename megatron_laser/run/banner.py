@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,9 +12,8 @@ from typing import Any
 
 from megatron_laser.config import Architecture, RunConfig, count_parameters
 from megatron_laser.config.derived import data_sources
-from megatron_laser.run.settings_words import count, listed, plain_value, settings_in_words
+from megatron_laser.run.settings_words import count, labelled, listed, plain_value, settings_in_words
 
-_LABEL = 11
 _MOST = 8  # of changes, files and servers that are named
 
 
@@ -199,20 +197,7 @@ def banner_lines(facts: StartFacts, width: int | None = None) -> list[str]:
     told += _start(facts)
     look = f"megatron-laser status {facts.folder}, megatron-laser view {facts.folder}"
     told.append(("look", f"{look}, or {facts.folder}/metrics.jsonl"))
-    lines: list[str] = []
-    for label, text in told:
-        if width is None:
-            lines.append(f"{label:<{_LABEL}}{text}")
-            continue
-        lines += textwrap.wrap(
-            text,
-            width,
-            initial_indent=f"{label:<{_LABEL}}",
-            subsequent_indent=" " * _LABEL,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    return lines
+    return labelled(told, width)
 
 
 def _start(facts: StartFacts) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_laser.observability.quantities import format_duration
 from megatron_laser.report.what_happened import NOTHING, Happened
+from megatron_laser.run.settings_words import labelled
 
 _FILES: Mapping[str, str] = {
     "metrics.jsonl": "",
@@ -23,7 +24,6 @@ _FILES: Mapping[str, str] = {
     "servers": "/",
     "hf": "/",
 }
-_LABEL = 11
 
 
 def last_words(
@@ -36,6 +36,7 @@ def last_words(
     steps: int,
     checkpoints: Path,
     newest: int | None,
+    width: int | None = None,
 ) -> list[str]:
     """The lines.
 
@@ -43,6 +44,7 @@ def last_words(
         how: "finished", or how else it ended.
         seconds: of this start. first_step: its first one. steps: `run.steps`.
         checkpoints: their folder. newest: the step of the newest published one.
+        width: columns at which lines are broken; None: never.
     """
     own = max(0, happened.steps - first_step + 1)
     since = f", {own} of them by this start" if first_step > 1 else ""
@@ -64,4 +66,4 @@ def last_words(
         told.append(("saved", f"{saves}the newest checkpoint is of step {newest}, in {checkpoints}"))
     there = [name + end for name, end in _FILES.items() if (folder / name).exists()]
     told.append(("written", f"{folder}: {', '.join(there)}" if there else f"nothing in {folder}"))
-    return [f"{label:<{_LABEL}}{text}" for label, text in told]
+    return labelled(told, width)

@@ -162,7 +162,7 @@ def observe(folder: Path) -> Observed:
 
 
 def _state(folder: Path, status: Status | None, now: datetime) -> tuple[str, str]:
-    """State and reason. Whether a run lives the lock says, as far as locks reach; else its process, or its last sign."""
+    """State and reason. The lock says whether a run lives, as far as locks reach; else process or last sign of life."""
     locked = is_locked(folder)
     if status is None:  # of an earlier version, or started a moment ago
         if (folder / "FINISHED").is_file():

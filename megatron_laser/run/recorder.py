@@ -207,8 +207,7 @@ class RunRecorder:
 
     def announce(self, facts: StartFacts) -> None:
         """The banner, and the same facts as an event."""
-        for line in banner_lines(facts, self._view.width):
-            self._view.message(line)
+        self._view.message("\n".join(banner_lines(facts, self._view.width)))
         self.events.add("start", facts.summary, facts=facts.as_json())
 
     def record_stop(self, step: int, reason: str) -> None:
@@ -264,9 +263,9 @@ class RunRecorder:
                 steps=self._config.run.steps,
                 checkpoints=root,
                 newest=found[-1][0] if found else None,
+                width=self._view.width,
             )
-            for line in lines:
-                self.message(line)
+            self.message("\n".join(lines))
 
         BestEffort("the last lines of the run", Exception)(say)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_laser.config.derived import data_sources, micro_batch_tokens
 from megatron_laser.config.modes import batches_folder, generates, mode_words, trains
 from megatron_laser.config.readouts import Readout, readouts
 
+_LABEL = 11  # columns
 _MOST = 8  # files and servers that are named
 
 
@@ -234,3 +236,21 @@ def listed(names: Sequence[str]) -> str:
     """The first of them, and how many more there are."""
     shown = ", ".join(names[:_MOST])
     return shown + (f" and {len(names) - _MOST} more" if len(names) > _MOST else "")
+
+
+def labelled(told: Sequence[tuple[str, str]], width: int | None = None) -> list[str]:
+    """Lines of labels and texts, broken at `width` columns; None: each is one line, as a log wants it."""
+    lines: list[str] = []
+    for label, text in told:
+        if width is None:
+            lines.append(f"{label:<{_LABEL}}{text}")
+            continue
+        lines += textwrap.wrap(
+            text,
+            width,
+            initial_indent=f"{label:<{_LABEL}}",
+            subsequent_indent=" " * _LABEL,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines
