@@ -19,6 +19,9 @@ from megatron_laser.rewards.grade import FAILED_OUTCOMES
 _READ = 1 << 26  # bytes of events.jsonl: half a million events
 _MOST = 5  # of each kind are told in full
 _FAILED = "function_failed_"
+# How the events of checkpoints begin; `trainer.checkpoint.manager` writes them.
+_SAVES = ("saved ", "saving ", "deleted ")
+_NOT_SAVED = "the checkpoint was not saved"
 NOTHING = (
     "no update was skipped, every response was graded, no alarm was raised, nothing fell back to another way, no save "
     "failed and no server was lost."
@@ -154,10 +157,11 @@ def what_happened(
         lost=[one for one in servers if "is lost" in one.text or "was started again" in one.text],
         back=sum(one.text.endswith("is back") for one in servers),
         saves=[one for one in checkpoints if one.text.startswith("saved ")],
-        failed_saves=[
-            one for one in checkpoints if not one.text.startswith(("saved ", "saving ", "deleted "))
+        failed_saves=[one for one in checkpoints if one.text.startswith(_NOT_SAVED)],
+        warnings=[
+            *kinds.get("warning", []),
+            *(one for one in checkpoints if not one.text.startswith((*_SAVES, _NOT_SAVED))),
         ],
-        warnings=kinds.get("warning", []),
         starts=starts.count("start"),
         killed=killed,
         evaluations_left_out=[one for one in kinds.get("evaluation", []) if "is left out" in one.text],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -23,6 +22,7 @@ from megatron_laser.data import MixedCursor
 from megatron_laser.data.tokenizer import decode_response
 from megatron_laser.evaluation.validation import RunEvaluation
 from megatron_laser.model import platform
+from megatron_laser.observability.best_effort import BestEffort
 from megatron_laser.observability.rollout_dump import TokenPart
 from megatron_laser.observability.rollout_metrics import readout_metrics, rollout_metrics, scores_by_label
 from megatron_laser.observability.timers import Timers
@@ -62,7 +62,6 @@ class Controller:
         self._inputs = inputs
         self._timers = timers
         self._folder = Path(config.run.output_dir)
-        self._started = time.monotonic()
         self._batch: RolloutBatch | None = None
         self._evaluation: RunEvaluation | None = None
         self._evaluated: dict[str, float] = {}
@@ -323,11 +322,14 @@ class Controller:
 
     def announce(self, ranks: int, checkpoints: CheckpointManager) -> None:
         """The banner, once everything is open; see `gather_facts`."""
-        engine = self.engine if generates(self._config) else None
-        facts = gather_facts(
-            self._config, self._inputs, engine, ranks, self._resumed, checkpoints, self._edited
-        )
-        self._record.announce(facts)
+        config, inputs, engine = self._config, self._inputs, self.engine if generates(self._config) else None
+
+        def announce() -> None:
+            self._record.announce(
+                gather_facts(config, inputs, engine, ranks, self._resumed, checkpoints, self._edited)
+            )
+
+        BestEffort("the run's banner", Exception)(announce)
 
     def record_stop(self, step: int, reason: str) -> None:
         """Say that the run stopped early and can be continued."""
@@ -365,9 +367,7 @@ class Controller:
             )
             self._record.message(f"test split after step {steps}: {summary}")
             self._record.events.add("evaluation", f"test split after step {steps}: {summary}", steps)
-        trouble = self._record.finish(steps, complete=complete)
-        logger.info("finished in %.0f s", time.monotonic() - self._started)
-        return trouble
+        return self._record.finish(steps, complete=complete)
 
     def close(self) -> None:
         """Stop workers and close files; safe after a failure and safe to call twice."""

@@ -74,7 +74,7 @@ class LifeLog(logging.Handler):
             label = kind if kind in ("fallback", "warning") else record.levelname.lower()
             if self._show is not None:
                 self._show(f"step {step}: {label}: {told}")
-                record.shown = True
+                record.__dict__["shown"] = True
             elif not text.startswith("step "):
                 record.msg, record.args = f"step {step}: {text}", ()
         except Exception:

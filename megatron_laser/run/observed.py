@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_laser.errors import UserError
+from megatron_laser.config.yaml_source import read_yaml
+from megatron_laser.errors import ConfigError, UserError
 from megatron_laser.files import is_locked, last_lines
 from megatron_laser.observability.events import FILE as EVENTS
 from megatron_laser.run.status import Status, read_status
@@ -124,7 +125,7 @@ def observe(folder: Path) -> Observed:
     facts = last_start.get("facts") or {}
     state, reason = _state(folder, said, now)
     step = max([status.step, *(row["step"] for row in rows if isinstance(row.get("step"), int))])
-    steps = status.steps or int(facts.get("steps") or 0)
+    steps = status.steps or int(facts.get("steps") or 0) or _configured_steps(folder)
     seconds = [found for row in rows if (found := _number(row.get("time/total"))) is not None]
     pace = statistics.fmean(seconds) if seconds else None
     going = state in GOES_ON
@@ -224,6 +225,15 @@ def _newest_checkpoint(root: Path, status: Status) -> int | None:
     return next(
         (step for step, name in sorted(found, reverse=True) if (root / name / "state.json").is_file()), None
     )
+
+
+def _configured_steps(folder: Path) -> int:
+    """By config.yaml, for a run of an earlier version; 0: not known."""
+    try:
+        steps = (read_yaml(folder / "config.yaml").data.get("run") or {}).get("steps")
+    except (ConfigError, OSError, AttributeError):
+        return 0
+    return steps if isinstance(steps, int) else 0
 
 
 def _metrics(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from megatron_laser.run.observed import SILENT, Observed
 _LABEL = 12
 _LATE = 90.0  # seconds without a sign of life of a run that goes on
 _FORMS = {"lr": ".3g", "length": ".0f", "grad norm": ".2f", "policy loss": ".4f", "self-reward loss": ".4f"}
-_COLUMNS = ("run", "state", "step", "left", "accuracy", "AUROC", "checkpoint", "alarms", "phase")
+COLUMNS = ("run", "state", "step", "left", "accuracy", "AUROC", "checkpoint", "alarms", "phase")
 
 
 def one_run(run: Observed) -> list[str]:
@@ -32,15 +32,15 @@ def one_run(run: Observed) -> list[str]:
         text = f"{event.get('time', '')} step {event.get('step', '?')} {event.get('kind', '')}: {event.get('text', '')}"
         told.append(("events" if place == 0 else "", f"{text:.160}"))
     told.append(("look", _look(run)))
-    if run.command and not run.goes_on:
-        told.append(("again" if run.state == "finished" else "continue", run.command))
+    if run.command and not run.goes_on and run.state != "finished":
+        told.append(("continue", run.command))
     return [f"{label:<{_LABEL}}{text}" for label, text in told]
 
 
 def table(runs: Sequence[Observed]) -> list[str]:
     """A row for each run, with the columns' names above."""
-    rows = [_COLUMNS, *(_row(run) for run in runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    rows = [COLUMNS, *(_row(run) for run in runs)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     return [
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
