@@ -17,11 +17,10 @@ from typing import Any, Literal
 from megatron_laser.files import write_atomically
 from megatron_laser.observability.best_effort import BestEffort
 
-Kind = Literal[
-    *("start", "resume", "stop", "end", "signal"),
-    *("checkpoint", "evaluation", "best", "alarm", "skipped"),
-    *("server", "fallback", "reward", "warning"),
-]
+_Course = Literal["start", "resume", "signal", "stop", "finished", "end"]
+_Result = Literal["checkpoint", "evaluation", "best", "alarm", "skipped"]
+_Trouble = Literal["server", "fallback", "reward", "warning"]
+Kind = _Course | _Result | _Trouble
 """start, end: of one start of the run, with its facts. fallback: something is done in another way from here on.
 reward: of the code that grades. warning: anything else that was logged as one."""
 FILE = "events.jsonl"

@@ -59,21 +59,16 @@ def changes_since(last: LastStart | None, config: RunConfig, folder: Path) -> li
 
     A setting that the last start did not know has not been changed.
     """
-    if last is None:
-        return []
-    recorded = {
-        str(one.get("key")): one
-        for one in (_record(folder).get("changes") or ())[last.recorded :]
-        if isinstance(one, dict)
-    }
-    found = []
+    last = last or LastStart()  # of a branch the changes against the run that it comes from are recorded
+    found = {}
     for key, now in flat(config.model_dump(mode="json")).items():
-        if key in _NOT_TOLD or key not in last.settings or same(last.settings[key], now):
-            continue
-        entry = recorded.get(key, {})
-        kind, step = str(entry.get("kind", "")), entry.get("step")
-        found.append(Change(key, last.settings[key], now, kind, step if isinstance(step, int) else None))
-    return found
+        if key in last.settings and key not in _NOT_TOLD and not same(last.settings[key], now):
+            found[key] = Change(key, last.settings[key], now)
+    for one in (_record(folder).get("changes") or ())[last.recorded :]:
+        with suppress(KeyError, TypeError, ValueError):  # of a version that records them otherwise
+            key = str(one["key"])
+            found[key] = Change(key, one["from"], one["to"], str(one["kind"]), int(one["step"]))
+    return list(found.values())
 
 
 def branch_of(folder: Path) -> str:

@@ -23,6 +23,8 @@ _FILES: Mapping[str, str] = {
     "stacks": "/",
     "servers": "/",
     "hf": "/",
+    "best.json": "",
+    "hf_best": "/",
 }
 
 

@@ -121,7 +121,8 @@ def observe(folder: Path) -> Observed:
     rows = last_lines(folder / "metrics.jsonl", most=_ROWS)
     events = last_lines(folder / EVENTS, most=0, at_least=_EVENT_BYTES)
     record = _json(folder / "run.json")
-    last_start = next((event for event in reversed(events) if event.get("kind") == "start"), {})
+    starts = [event for event in events if event.get("kind") == "start"]
+    last_start = starts[-1] if starts else {}
     facts = last_start.get("facts") or {}
     state, reason = _state(folder, said, now)
     step = max([status.step, *(row["step"] for row in rows if isinstance(row.get("step"), int))])

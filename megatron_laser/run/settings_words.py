@@ -175,7 +175,7 @@ def _optimizer(config: RunConfig) -> str:
     if not trains(config):
         return "none: nothing is trained"
     settings = config.optimizer
-    schedule = settings.schedule
+    schedule: str = settings.schedule
     if schedule != "constant":
         schedule += f" to {settings.min_lr:g} at optimizer step {optimizer_steps(config):,}"
     warmup = f" after {count(settings.warmup_steps, 'step')} of warm-up" if settings.warmup_steps else ""

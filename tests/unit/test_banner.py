@@ -242,6 +242,8 @@ def test_what_has_changed_since_the_last_start_is_what_differs_in_its_settings(f
     assert found["optimizer.lr"] == Change("optimizer.lr", 0.001, 0.5, "learning", 8)
     assert found["evaluation.seed"] == Change("evaluation.seed", 1234, 2)
     assert branch_of(tmp_path) == "step 4 of r/a"
+    # In a branch nothing was started before, and what differs from the run that it comes from is recorded.
+    assert [change.key for change in changes_since(None, now, tmp_path)] == ["optimizer.lr"]
 
 
 @pytest.mark.parametrize(
