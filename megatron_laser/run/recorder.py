@@ -272,7 +272,8 @@ class RunRecorder:
     def close(self) -> None:
         """Close all of them; may be called again. Before `finish` or `record_stop` the run has failed, and says so."""
         error = sys.exc_info()[1]
-        self._say_last_words(f"failed ({_in_short(error)})" if error is not None else "failed", "end")
+        how = "failed" if error is None or isinstance(error, Exception) else "stopped"  # by Ctrl-C
+        self._say_last_words(f"{how} ({_in_short(error)})" if error is not None else how, "end")
         self._view.__exit__(None, None, None)
         self._life.__exit__()
         self.events.close()
