@@ -17,7 +17,7 @@ from typing import Any, Literal
 from megatron_laser.files import write_atomically
 from megatron_laser.observability.best_effort import BestEffort
 
-_Course = Literal["start", "resume", "signal", "stop", "finished", "end"]
+_Course = Literal["start", "resume", "change", "signal", "stop", "finished", "end"]
 _Result = Literal["checkpoint", "evaluation", "best", "alarm", "skipped"]
 _Trouble = Literal["server", "fallback", "reward", "warning"]
 Kind = _Course | _Result | _Trouble

@@ -94,6 +94,7 @@ class StartFacts:
     changes: list[Change] = field(default_factory=list)
     edited: list[str] = field(default_factory=list)
     nothing_saved: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """For events.jsonl."""
@@ -125,6 +126,7 @@ def start_facts(
     changes: Sequence[Change] = (),
     edited: Sequence[str] = (),
     nothing_saved: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> StartFacts:
     """The facts of a start.
 
@@ -133,6 +135,7 @@ def start_facts(
         servers: their addresses, where servers generate.
         edited: files of the user's code that grades, which are not as the checkpoint had them.
         nothing_saved: without a checkpoint: what was found in its place, and why it is not used.
+        notes: what else there is to say of how it begins, a sentence each.
     """
     return StartFacts(
         run=config.run.name,
@@ -158,6 +161,7 @@ def start_facts(
         changes=list(changes),
         edited=list(edited),
         nothing_saved=list(nothing_saved),
+        notes=list(notes),
     )
 
 
@@ -213,12 +217,13 @@ def _start(facts: StartFacts) -> list[tuple[str, str]]:
         if resumed.done_before > resumed.step:
             first, last = resumed.step + 1, resumed.done_before
             which = f"step {first} was" if first == last else f"steps {first} to {last} were"
-            again = f"; {which} done before and not saved: done again"
+            again = f"; {which} done before, after what is saved there: done again"
         branch = f"; a branch of {resumed.branched_from}" if resumed.branched_from else ""
         told.append(
             ("resumes", f"at step {resumed.step + 1}, from {what} {resumed.path}{again}{branch}"),
         )
         told += [("not used", text) for text in resumed.passed_over[:_MOST]]
+    told += [("note", text) for text in facts.notes[:_MOST]]
     earlier = facts.earlier
     if earlier is not None and earlier.ended:
         when = f"began {earlier.started} and " if earlier.started else ""

@@ -86,7 +86,7 @@ def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
     if overwrite:
         for moved in move_aside(config):
             print_line(f"moved the existing {moved.what} to {moved.to}")
-    last_start = read_last_start(Path(config.run.output_dir))
+    last_start = None if overwrite else read_last_start(Path(config.run.output_dir))
     folder = claim_output_folder(config)
     try:
         held = None if folder.finished else read_held(config)

@@ -161,9 +161,10 @@ def test_a_resumed_start_says_from_where_and_why_there_and_what_is_not_as_it_was
             Change("model.recompute", "none", ["mlp"]),
         ],
         edited=["reward.py"],
+        notes=["checkpoints after step 2 were moved"],
     )
     assert line(found, "resumes") == (
-        "at step 3, from the checkpoint out/checkpoints/step_00000002; step 3 was done before and not saved: done again"
+        "at step 3, from the checkpoint out/checkpoints/step_00000002; step 3 was done before, after what is saved there: done again"
     )
     assert line(found, "not used") == "step_00000004.partial: why"
     assert (
@@ -172,6 +173,7 @@ def test_a_resumed_start_says_from_where_and_why_there_and_what_is_not_as_it_was
     place = next(i for i, text in enumerate(found) if text.startswith("changed"))
     assert found[place][11:] == "optimizer.lr: 0.001 -> 0.0005 (learning), from step 3 on"
     assert found[place + 1] == " " * 11 + "model.recompute: none -> [mlp]"
+    assert line(found, "note") == "checkpoints after step 2 were moved"
     assert line(found, "edited") == "reward.py: rewards come from the new code from here on"
     assert not any(text.startswith("start ") for text in found)
 
