@@ -216,8 +216,9 @@ def _start(facts: StartFacts) -> list[tuple[str, str]]:
         again = ""
         if resumed.done_before > resumed.step:
             first, last = resumed.step + 1, resumed.done_before
-            which = f"step {first} was" if first == last else f"steps {first} to {last} were"
-            again = f"; {which} done before, after what is saved there: done again"
+            one = first == last
+            which = f"step {first} was" if one else f"steps {first} to {last} were"
+            again = f"; {which} done before and {'is' if one else 'are'} done again"
         branch = f"; a branch of {resumed.branched_from}" if resumed.branched_from else ""
         told.append(
             ("resumes", f"at step {resumed.step + 1}, from {what} {resumed.path}{again}{branch}"),

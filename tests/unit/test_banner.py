@@ -164,7 +164,7 @@ def test_a_resumed_start_says_from_where_and_why_there_and_what_is_not_as_it_was
         notes=["checkpoints after step 2 were moved"],
     )
     assert line(found, "resumes") == (
-        "at step 3, from the checkpoint out/checkpoints/step_00000002; step 3 was done before, after what is saved there: done again"
+        "at step 3, from the checkpoint out/checkpoints/step_00000002; step 3 was done before and is done again"
     )
     assert line(found, "not used") == "step_00000004.partial: why"
     assert (

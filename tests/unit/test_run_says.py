@@ -42,7 +42,7 @@ def test_a_run_that_is_stopped_and_continued_says_so_in_its_first_and_last_lines
     (file.parent / "lucky.py").write_text((file.parent / "lucky.py").read_text() + "\n# edited\n")
     run(file, out, "reward.deadline=9.0")
     printed = capsys.readouterr().out
-    again = "step 2 was done before, after what is saved there: done again"
+    again = "step 2 was done before and is done again"
     assert labelled(printed, "resumes") == [
         f"at step 2, from the checkpoint {out}/checkpoints/step_00000001; {again}"
     ]
