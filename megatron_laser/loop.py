@@ -22,14 +22,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_laser.config.process_environment import is_main_process
 from megatron_laser.config.schema.root import RunConfig
 from megatron_laser.model import platform
 from megatron_laser.run.colocation import MemoryPhase
 from megatron_laser.run.controller import Controller, evaluation_due
-from megatron_laser.run.engines import WorkResult, uses_servers
+from megatron_laser.run.engines import STOPPED, WorkResult, uses_servers
 from megatron_laser.run.export import export_hf
-from megatron_laser.run.ranks import CannotGoOn, RunEnded
+from megatron_laser.run.ranks import CannotGoOn, RunEnded, StopRequested
 from megatron_laser.run.setup import Run, open_run
+from megatron_laser.run.stop_signals import answering_signals
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.weight_sync import sync_weights
 
@@ -37,13 +39,20 @@ _SYNC_ATTEMPTS = 3
 
 
 def train(config: RunConfig, *, overwrite: bool = False) -> Path:
-    """Run `config` from its first step to its last; returns the output folder. Call on every rank."""
-    with open_run(config, overwrite=overwrite) as run:
+    """Run `config` from its first step to its last, or until it is asked to stop. Call on every rank.
+
+    Returns the output folder.
+    """
+    answering = answering_signals(speaks=is_main_process())
+    with answering as signals, open_run(config, signals=signals, overwrite=overwrite) as run:
         if run is not None:  # None: all its steps were done before
             try:
                 all_done = run_steps(run)
+            except StopRequested as stop:
+                all_done = False
+                save_and_stop(run, stop.step, stop.reason)
             except CannotGoOn as error:
-                save_and_stop(run, error.step, error.reason)
+                save_and_stop(run, error.step, error.reason, always=True)
                 raise RunEnded(f"saved after step {error.step} and stopped: {error.reason}") from None
             if all_done:
                 finish(run)
@@ -99,6 +108,7 @@ def run_step(run: Run, step: int) -> None:
         except CannotGoOn as error:
             lost = error
     on_rank_zero(run, f"recording step {step}", step, lambda rank0: rank0.record(step, result, times))
+    run.ranks.stopping.recorded(step)
     if lost is not None:
         raise lost
 
@@ -142,19 +152,25 @@ def wait_for_save(run: Run) -> bool:
 
 
 def stop_if_requested(run: Run, step: int) -> bool:
-    """Save after `step` and return True when a signal on any rank asked to stop."""
+    """Save after `step` and return True when a signal on any rank, or `run.time_limit`, asked to stop."""
+    run.ranks.stopping.check_limit(step, evaluation=evaluation_due(run.config, step + 1))
     reason = run.ranks.coordinator.agree_to_stop(step)
     if reason is not None:
         save_and_stop(run, step, reason)
     return reason is not None
 
 
-def save_and_stop(run: Run, step: int, reason: str) -> None:
-    """Save, so that the same command continues after `step`."""
-    save(run, step)
+def save_and_stop(run: Run, step: int, reason: str, *, always: bool = False) -> None:
+    """Save, so that the same command continues after `step`; unless nothing was trained since the last save."""
+    wait_for_save(run)
+    new = always or not run.ranks.is_saved(step)
+    if new:
+        save(run, step)
     if not wait_for_save(run):
         raise CheckpointError(f"stopping after step {step} ({reason}): {run.checkpoints.trouble}")
-    run.ranks.run_on_controller("stopping", lambda rank0: rank0.record_stop(step, reason))
+    run.ranks.run_on_controller("stopping", lambda rank0: rank0.recorder.record_stop(step, reason, saved=new))
+    if not always:
+        run.ranks.stopping.stopped(step, reason)
 
 
 def finish(run: Run) -> None:
@@ -163,14 +179,20 @@ def finish(run: Run) -> None:
     if run.config.checkpoint.export_hf:
         with run.colocation.during(MemoryPhase.SYNC, run.ranks), run.ranks.phase("export"):
             weights, is_main = run.trainer.weight_stream(), run.ranks.runtime.is_main
-            own_failure = export_hf(run.config, weights, is_main=is_main)
+            own_failure = export_hf(run.config, weights, run.ranks.stopping.signals, is_main=is_main)
             failure = run.ranks.broadcast_text(own_failure)
+        if saved and failure.startswith(STOPPED):
+            return save_and_stop(run, steps, failure.removeprefix(STOPPED))
     try:
         complete = saved and not failure
-        on_rank_zero(run, "final evaluation", steps, lambda rank0: rank0.finish(complete=complete))
+        on_rank_zero(run, "final evaluation", steps, Controller.evaluate_last)
+        on_rank_zero(run, "final report", steps, lambda rank0: rank0.finish(complete=complete))
+    except StopRequested as stop:
+        return save_and_stop(run, steps, stop.reason)
     except CannotGoOn as error:
         failure = failure or error.reason
     if not saved:
         raise CheckpointError(f"all steps are done, but the last save failed: {run.checkpoints.trouble}")
     if failure:
         raise RunEnded(f"all {steps} steps are done: {failure}; the same command goes on here")
+    run.ranks.stopping.finished()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -65,17 +66,28 @@ def train(
         raise typer.BadParameter("--world-size goes with --dry-run; torchrun sets the real one")
     check_layout(loaded, read_architecture(loaded.model.path), place_in_run().world_size)
     is_main = is_main_process()
-    prepare_process(loaded.logging.level, is_main)
-    from megatron_laser.model.transformer_engine import settle
+    from megatron_laser.run.stop_signals import answering_signals
 
-    settle(loaded.model.layers)
-    from megatron_laser.loop import train as run
-
-    folder = run(loaded, overwrite=overwrite)
+    with answering_signals(speaks=is_main) as signals:
+        _run(loaded, overwrite=overwrite, is_main=is_main)
+    if signals.stopped:
+        raise typer.Exit(signals.exit_status)
     if is_main:
         from megatron_laser.observability.best_effort import print_line
 
-        print_line(f"done: {folder}/report.md")
+        report = Path(loaded.run.output_dir) / "report.md"
+        print_line(f"done: {report}" if report.is_file() else f"done: {report.parent}, without a report.md")
+
+
+def _run(config: RunConfig, *, overwrite: bool, is_main: bool) -> None:
+    """What takes its time from the first import on: signals are answered by now."""
+    prepare_process(config.logging.level, is_main)
+    from megatron_laser.model.transformer_engine import settle
+
+    settle(config.model.layers)
+    from megatron_laser.loop import train as run
+
+    run(config, overwrite=overwrite)
 
 
 def _check_function(config: RunConfig) -> None:

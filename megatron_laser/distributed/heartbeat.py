@@ -53,13 +53,16 @@ class Heartbeats:
         *,
         deadline: float,
         detail: Callable[[], str] | None = None,
+        on_beat: Callable[[dist.Store], object] = lambda store: None,
     ) -> None:
         """Start beating.
 
         Args:
             deadline: seconds of silence after which the watchdog gives a rank up.
             detail: what part of the phase runs, for the beat; called from the thread.
+            on_beat: called from the thread with each beat, with its connection to the store.
         """
+        self._on_beat = on_beat
         # A connection of its own: a client serves one blocking request at a time.
         self._store = store.clone()
         self._main_store = store
@@ -141,6 +144,7 @@ class Heartbeats:
         while not self._stop.is_set():
             try:
                 self._send(self._store)
+                self._on_beat(self._store)
                 trouble = self._trouble() if self._abort is not None else None
             except RuntimeError as error:
                 # At the end of a job the store may go first; close() ends this wait.

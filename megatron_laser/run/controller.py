@@ -31,10 +31,10 @@ from megatron_laser.rollout.ahead import RolloutAhead
 from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.endings import watch_endings
-from megatron_laser.rollout.engine import StoppedEarly
+from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.rollout.function.runner import SampleFunction
 from megatron_laser.run.batch_origin import origin_of
-from megatron_laser.run.engines import WorkResult, await_servers, call_engine, open_engine
+from megatron_laser.run.engines import STOPPED, WorkResult, await_servers, call_engine, open_engine
 from megatron_laser.run.graders import open_graders
 from megatron_laser.run.inputs import RunInputs, open_cursor
 from megatron_laser.run.recorder import RunRecorder
@@ -64,6 +64,8 @@ class Controller:
         self._batch: RolloutBatch | None = None
         self._evaluation: RunEvaluation | None = None
         self._evaluated: dict[str, float] = {}
+        self._collecting = StopEarly()
+        self._stop_reason = ""
         self._closing = ExitStack()
         try:
             self._open(resumed)
@@ -179,17 +181,24 @@ class Controller:
 
         Returns:
             "" when they are there; `NEEDS_WEIGHTS` when the servers must be synced first, after which another call
-            goes on where this one was; else why the run has to stop.
+            goes on where this one was; `STOPPED` and the reason, after which the state is that before the step;
+            else why the run has to stop.
         """
 
         self._record.events.step = step
+        self._collecting = StopEarly()
+        if self._stop_reason:
+            self._collecting.set()
 
         def work() -> None:
             source = self._collector if self._ahead is None else self._ahead
             with self._speed.waiting():
-                self._batch = source.collect(step)
+                self._batch = source.collect(step, stop=self._collecting)
 
-        return call_engine(f"rollout of step {step}", work)
+        try:
+            return call_engine(f"rollout of step {step}", work)
+        except StoppedEarly:
+            return f"{STOPPED}{self._stop_reason}"
 
     def start_ahead(self, step: int) -> None:
         """With `rollout.ahead`: start on the rollout of `step` while another one is trained."""
@@ -315,22 +324,22 @@ class Controller:
         else:
             self._ahead.load_state(state)
 
-    def record_stop(self, step: int, reason: str) -> None:
-        """Say that the run stopped early and can be continued."""
-        self._record.record_stop(step, reason)
+    @property
+    def recorder(self) -> RunRecorder:
+        """The files of the run."""
+        return self._record
 
-    def stop_evaluating(self, reason: str) -> None:
-        """End the evaluation that runs, and every later one, within seconds; safe in a signal handler."""
+    def stop(self, reason: str) -> None:
+        """End a rollout or an evaluation that runs, and every later one, soon; safe in a signal handler.
+
+        A rollout ahead is finished, with the weights that it began with."""
+        self._stop_reason = reason
+        self._collecting.set()
         if self._evaluation is not None:
             self._evaluation.stop(reason)
 
-    def finish(self, *, complete: bool) -> WorkResult:
-        """Evaluate the final weights on the test split and write the report.
-
-        Stopped in the evaluation, it says so: the same command goes on with what has been sampled.
-
-        Args: complete: nothing is left to do afterwards; the same command will say so and not start again.
-        """
+    def evaluate_last(self) -> WorkResult:
+        """Evaluate the final weights on the test split; stopped, the same command goes on with what was sampled."""
         steps, evaluation = self._config.run.steps, self._evaluation
         metrics: dict[str, float] = {}
 
@@ -341,8 +350,7 @@ class Controller:
         try:
             trouble = call_engine("final evaluation", work)
         except StoppedEarly:
-            self.record_stop(steps, "" if evaluation is None else evaluation.stop_reason)
-            return ""
+            return f"{STOPPED}{self._stop_reason}"
         if trouble:
             return trouble
         if metrics:
@@ -351,7 +359,11 @@ class Controller:
             )
             self._record.message(f"test split after step {steps}: {summary}")
             self._record.events.add("evaluation", f"test split after step {steps}: {summary}", steps)
-        trouble = self._record.finish(steps, complete=complete)
+        return ""
+
+    def finish(self, *, complete: bool) -> WorkResult:
+        """Write the report; `complete`: nothing is left to do, and the same command will not start again."""
+        trouble = self._record.finish(self._config.run.steps, complete=complete)
         logger.info("finished in %.0f s", time.monotonic() - self._started)
         return trouble
 

@@ -36,7 +36,9 @@ logger = logging.getLogger(__name__)
 _SAY_EVERY = 30.0  # seconds between two words about servers that are not ready
 
 WorkResult = str
-"""What rank 0's work came to: "" when it is done, `NEEDS_WEIGHTS`, or why the run has to stop."""
+"""What rank 0's work came to: "" when it is done, `NEEDS_WEIGHTS`, `STOPPED` with a reason, or why the run ends."""
+STOPPED: WorkResult = "stopped: "
+"""What comes before the reason to stop, where a stop cut the work off."""
 NEEDS_WEIGHTS: WorkResult = "needs weights"
 """Servers came back without the current weights: sync them, and do the same again."""
 

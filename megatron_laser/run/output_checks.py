@@ -29,7 +29,16 @@ _MAY_CHANGE = {
     "logging": None,
     "alarms": None,
     "evaluation": None,
-    "run": {"name", "steps", "output_dir", "resume", "deadline", "start_grace", "max_bad_steps"},
+    "run": {
+        "name",
+        "steps",
+        "output_dir",
+        "resume",
+        "deadline",
+        "start_grace",
+        "max_bad_steps",
+        "time_limit",
+    },
     "policy": {"mismatch_abort"},
     "laser": {"max_unscored_steps", "drift_every", "drift_samples"},
     "rollout": {

@@ -15,9 +15,14 @@ from megatron_laser.distributed.runtime import Runtime
 from megatron_laser.errors import UserError
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.run.controller import Controller
-from megatron_laser.run.engines import NEEDS_WEIGHTS, WorkResult, uses_servers
+from megatron_laser.run.engines import NEEDS_WEIGHTS, STOPPED, WorkResult, uses_servers
+from megatron_laser.run.stop_signals import StopNow
+from megatron_laser.run.stopping import Stopping
 
 T = TypeVar("T")
+
+# Seconds in which rank 0's work ends by itself after a request to stop: an engine lets go of what it generates.
+_STOP_GRACE = 10.0
 
 
 class RunEnded(UserError, RuntimeError):
@@ -33,6 +38,10 @@ class CannotGoOn(Exception):
         self.reason = reason
 
 
+class StopRequested(CannotGoOn):
+    """Somebody asks the run to stop, and rank 0 has left its work for that."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """One rank's view of the others; `controller` is None on all ranks but 0."""
@@ -41,6 +50,7 @@ class Ranks:
     runtime: Runtime
     coordinator: Coordinator
     controller: Controller | None
+    stopping: Stopping
 
     @property
     def engine(self) -> RolloutEngine | None:
@@ -52,10 +62,10 @@ class Ranks:
         return self.coordinator.phase(name)
 
     def request_stop(self, reason: str) -> None:
-        """On a signal: stop after the current step; an evaluation does not have to end before that."""
+        """On a signal: stop after the current step; a rollout or an evaluation does not have to end before that."""
         self.coordinator.request_stop(reason)
         if self.controller is not None:
-            self.controller.stop_evaluating(reason)
+            self.controller.stop(reason)
 
     def run_on_controller(self, phase: str, work: Callable[[Controller], T]) -> T | None:
         """Rank 0 works while the others wait on the store."""
@@ -64,8 +74,17 @@ class Ranks:
         )
 
     def ask_controller(self, phase: str, work: Callable[[Controller], str]) -> str:
-        """What `work` returns on rank 0, on every rank."""
-        own = self.run_on_controller(phase, work)
+        """What `work` returns on rank 0, on every rank; `STOPPED` and the reason where a stop cut it off."""
+
+        def interruptible(rank0: Controller) -> str:
+            signals = self.stopping.signals
+            try:
+                with signals.interruptible(after=_STOP_GRACE):
+                    return work(rank0)
+            except StopNow:
+                return f"{STOPPED}{signals.reason}"
+
+        own = self.run_on_controller(phase, interruptible)
         with self.phase(f"{phase}: telling the others"):
             return broadcast_text(own, self.runtime)
 
@@ -78,12 +97,19 @@ class Ranks:
             step: the last one that is complete.
 
         Raises:
-            CannotGoOn: on every rank, with that reason.
+            CannotGoOn: on every rank, with that reason. StopRequested: somebody asked to stop meanwhile.
         """
         while reason := self.ask_controller(phase, work):
+            if reason.startswith(STOPPED):
+                raise StopRequested(step, reason.removeprefix(STOPPED))
             if reason != NEEDS_WEIGHTS:
                 raise CannotGoOn(step, reason)
             sync()
+
+    def is_saved(self, step: int) -> bool:
+        """Whether nothing was trained since a checkpoint, as rank 0 knows; the same on every rank."""
+        with self.phase("asking what is saved"):
+            return bool(self.broadcast_text("yes" if self.stopping.is_saved(step) else ""))
 
     def broadcast_text(self, text: str | None) -> str:
         """Rank 0's `text` on every rank; `text` is ignored elsewhere, and None means "". Call inside a phase."""
@@ -92,6 +118,8 @@ class Ranks:
     def share_batch(self) -> FlatBatch:
         """The batch that the controller collected last, flat, on every rank."""
         arrays = None if self.controller is None else flatten(self.controller.batch).to_arrays()
+        if self.controller is not None:
+            self.stopping.will_finish(self.controller.batch.step)
         with self.phase("sharing the batch"):
             return FlatBatch.from_arrays(broadcast_arrays(arrays, self.runtime))
 

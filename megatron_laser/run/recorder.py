@@ -7,7 +7,6 @@ it is switched off when it fails.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,8 +24,9 @@ from megatron_laser.observability.metrics_logger import MetricsLogger, read_metr
 from megatron_laser.observability.rollout_dump import TokenPart, dump_rollouts
 from megatron_laser.observability.wandb_sink import open_wandb
 from megatron_laser.report.run_report import write_report
-from megatron_laser.run.output_folder import FINISHED, STOPPED, ClaimedFolder
+from megatron_laser.run.output_folder import FINISHED, ClaimedFolder
 from megatron_laser.run.recorded_batches import write_batch
+from megatron_laser.run.stopping import shell_command, write_stopped
 from megatron_laser.types import RolloutBatch
 
 logger = logging.getLogger(__name__)
@@ -191,15 +191,15 @@ class RunRecorder:
         """Print a line above the live view."""
         self._view.message(text)
 
-    def record_stop(self, step: int, reason: str) -> None:
-        """Say that the run stopped early and can be continued."""
+    def record_stop(self, step: int, reason: str, *, saved: bool) -> None:
+        """Say that the run stopped early and can be continued; `saved`: it was saved for that."""
         self.events.add("stop", f"stopped after step {step}: {reason}", step)
-        note = {"step": step, "reason": reason}
-        try:
-            (self._folder / STOPPED).write_text(json.dumps(note) + "\n", encoding="utf-8")
-        except OSError as error:
-            logger.warning("%s cannot be written: %s", self._folder / STOPPED, error)
-        self.message(f"stopped after step {step} ({reason}); saved: the same command continues from here")
+        write_stopped(self._folder, step, reason)
+        done = "saved" if saved else "saved already" if step else "nothing was trained yet"
+        self.message(
+            f"stopped after step {step} ({reason}); {done}: the same command continues from here\n"
+            f"  {shell_command()}"
+        )
 
     def finish(self, step: int, *, complete: bool) -> str:
         """Write the report; `complete`: nothing is left to do, and the same command will say so and not start again.

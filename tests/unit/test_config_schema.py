@@ -261,6 +261,7 @@ DEFAULTS = {
         "resume": "auto",
         "deadline": 900.0,
         "start_grace": 120.0,
+        "time_limit": None,
         "max_bad_steps": 3,
     },
 }

@@ -5,6 +5,7 @@ PyYAML reads `1e-6` as a string (YAML 1.1 wants a dot), `on` and `off` as boolea
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,27 @@ def _number(value: Any) -> Any:
         except ValueError:
             return value  # pydantic's strict float refuses it and shows the value
     return value
+
+
+_CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+_UNITS = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+def _duration(value: Any) -> Any:
+    """Seconds of a number, of [days-]hours:minutes:seconds as schedulers write it, or of units: 3h55m."""
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        pass
+    match = _CLOCK.fullmatch(value.strip()) or _UNITS.fullmatch(value.replace(" ", ""))
+    if match is None:
+        raise ValueError(
+            f"expected seconds, or text such as '3:55:00' (h:mm:ss), '1-00:00:00' (days) or 3h55m; got {value!r}"
+        )
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def _path(value: Any) -> Any:
@@ -122,6 +144,7 @@ ClipLow = Annotated[float, BeforeValidator(_number), Field(gt=0.0, lt=1.0)]
 TopP = Annotated[float, BeforeValidator(_number), Field(gt=0.0, le=1.0)]
 MinP = Annotated[float, BeforeValidator(_number), Field(ge=0.0, lt=1.0)]
 Decay = Annotated[float, BeforeValidator(_number), Field(ge=0.0, lt=1.0)]
+Duration = Annotated[float, BeforeValidator(_duration), Field(gt=0.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=1, le=65535)]

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from megatron_laser.config.schema.fields import (
     Count,
     CountOrZero,
+    Duration,
     FilePath,
     Positive,
     Section,
@@ -175,6 +176,10 @@ class RunSettings(Section):
     start_grace: Positive = 120.0
     """Seconds that a process waits for all others to start and meet; from then on `deadline` holds, for the first
     use of each communicator too."""
+    time_limit: Duration | None = None
+    """Seconds from the start of the command, or text such as '3:55:00' or 3h55m, in which the run saves and stops by
+    itself, so that the same command continues it: where the next step, its evaluation and the save behind it would not
+    fit any more, going by the longest of those seen. Somewhat less than a scheduler's (docs/stopping.md). null: none."""
     max_bad_steps: Count = 3
     """Steps in a row with a loss or gradient that is not finite, after which the run stops. Their updates are
     skipped and their batches kept in `output_dir`/bad_steps for `megatron-laser replay`."""

@@ -6,6 +6,7 @@ import logging
 import random
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class CheckpointManager:
         self._group = gloo_group(None, config.checkpoint.deadline)
         self._writer: _Writer | None = None
         self._trouble = ""
+        self.on_published: Callable[[int], object] = lambda step: None
+        """Called on rank 0 with the step of each checkpoint that is on the disk; perhaps in another thread."""
 
     @property
     def trouble(self) -> str:
@@ -199,6 +202,7 @@ class CheckpointManager:
                 listed |= folders.digests(partial, name)
             folders.publish(partial, state, listed)
             events.note("checkpoint", f"saved step {state['step']}", int(state["step"]))
+            self.on_published(int(state["step"]))
             self._retain()
 
         on_every_rank(publish, self._group)
