@@ -135,9 +135,12 @@ class Coordinator:
     def request_stop(self, reason: str) -> None:
         """Note that this rank wants to stop; safe in a signal handler. See `agree_to_stop`.
 
-        The other ranks hear of it with this one's next heartbeat.
+        The other ranks hear of it with their next heartbeat.
         """
-        self._stop_reason = self._stop_reason or reason
+        if self._stop_reason is None:
+            self._stop_reason = reason
+            if self._hearts is not None:
+                self._hearts.soon()
 
     def stop_told(self) -> None:
         """Have all ranks hear, within seconds, that this one was asked to stop; it leaves then."""
@@ -193,6 +196,7 @@ class Coordinator:
         if goes_on:
             self._window = int(decision.removeprefix(_GO_ON) or 0) or self._window
         else:
+            self._on_stop(decision.decode())
             self._acknowledge_stop(step)
         self._enter(before)
         return None if goes_on else decision.decode()

@@ -179,7 +179,7 @@ class RunSettings(Section):
     time_limit: Duration | None = None
     """Seconds from the start of the command, or text such as '3:55:00' or 3h55m, in which the run saves and stops by
     itself, so that the same command continues it: where the next step, its evaluation and the save behind it would not
-    fit any more, going by the longest of those seen. Somewhat less than a scheduler's (docs/stopping.md). null: none."""
+    fit any more, going by the longest of those seen. Less than a scheduler's (docs/stopping.md). null: none."""
     max_bad_steps: Count = 3
     """Steps in a row with a loss or gradient that is not finite, after which the run stops. Their updates are
     skipped and their batches kept in `output_dir`/bad_steps for `megatron-laser replay`."""
