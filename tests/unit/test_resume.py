@@ -15,6 +15,8 @@ from megatron_laser.evaluation.responses import SavedResponse, partial_responses
 from megatron_laser.loop import train
 from megatron_laser.observability.metrics_logger import read_metrics
 from megatron_laser.observability.rates import VARYING
+from megatron_laser.rollout.in_process import InProcessEngine
+from megatron_laser.run.status import read_status
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.trainer import Trainer
 
@@ -83,6 +85,28 @@ def test_evaluation_moves_nothing_of_training_and_a_resumed_run_evaluates_to_the
         records = [json.loads(line) for line in (tmp_path / "whole" / name).read_text().splitlines()]
         assert [record["row"] for record in records] == [0, 0, 1, 1, 2, 2, 3, 3]
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_rollout_that_a_signal_cuts_off_is_made_again_bitwise(undisturbed, tmp_path, monkeypatch, capsys):
+    file, expected = undisturbed
+    with monkeypatch.context() as patch:
+        decode, seen = InProcessEngine.decode, []
+
+        def patched(self, *arguments):
+            if self.version == 2 and len(seen) < 3:  # the third token of step 3
+                seen.append(0)
+                if len(seen) == 3:
+                    os.kill(os.getpid(), signal.SIGINT)
+            return decode(self, *arguments)
+
+        patch.setattr(InProcessEngine, "decode", patched)
+        run(file, tmp_path / "out", "checkpoint.every=4")
+    assert read_status(tmp_path / "out").step == 2 and len(seen) == 3
+    assert [step for step, _ in folders.published(tmp_path / "out" / "checkpoints")] == [2]
+    assert "SIGINT: stopping after step 2, saving (now: rollout of step 3)" in capsys.readouterr().out
+    run(file, tmp_path / "out")
+    assert metrics_without_times(tmp_path / "out") == metrics_without_times(expected)
+    assert checkpoint_digests(tmp_path / "out", 4) == checkpoint_digests(expected, 4)
 
 
 def on_arrival(monkeypatch, number, action):
