@@ -1,4 +1,5 @@
-"""SIGTERM and SIGUSR1: all ranks stop after the same step and save; the same command continues (see test_stop_phases.py)."""
+"""SIGTERM and SIGUSR1: all ranks stop after the same step and save; the same command continues. In each phase:
+test_stop_phases.py."""
 
 import json
 import os
