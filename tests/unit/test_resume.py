@@ -57,6 +57,8 @@ def test_a_run_stopped_by_a_signal_saves_and_continues_bitwise(
     assert not (tmp_path / "out" / "FINISHED").exists()
     run(file, tmp_path / "out")
     assert not (tmp_path / "out" / "STOPPED").exists()
+    status = read_status(tmp_path / "out")
+    assert (status.state, status.exit_status, status.step, status.checkpoint) == ("finished", 0, 4, 4)
     assert metrics_without_times(tmp_path / "out") == metrics_without_times(expected)
     assert checkpoint_digests(tmp_path / "out", 4) == checkpoint_digests(expected, 4)
 
@@ -237,6 +239,8 @@ def test_a_run_that_dies_between_two_checkpoints_repeats_the_lost_steps_bitwise(
             patch.setattr(Trainer, "train_step", dying)
             with pytest.raises(KeyboardInterrupt):
                 run(file, tmp_path / "out")
+        status = read_status(tmp_path / "out")
+        assert (status.state, status.exit_status, status.step) == ("failed", 130, dies_in - 1)
     run(file, tmp_path / "out")
     assert metrics_without_times(tmp_path / "out") == metrics_without_times(expected)
     assert checkpoint_digests(tmp_path / "out", 4) == checkpoint_digests(expected, 4)
@@ -279,6 +283,9 @@ def test_other_data_under_the_same_name_are_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(reversed(rows)))
     with pytest.raises(DataError, match="the saved data cursor belongs to another run over the data"):
         run(file, tmp_path / "out", "run.steps=3")
+    status = read_status(tmp_path / "out")
+    assert (status.state, status.exit_status, status.step, status.checkpoint) == ("failed", 2, 2, 2)
+    assert status.reason.startswith("the saved data cursor belongs to another run")
 
 
 DRIFT = ["laser.drift_every=1", "laser.drift_samples=6", "checkpoint.every=2", "run.steps=3"]

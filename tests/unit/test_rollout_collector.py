@@ -30,7 +30,7 @@ class Engine:
         self.version = 0
         self.calls = []
 
-    def generate(self, prompts, sampling, *, deadline, on_finished):
+    def generate(self, prompts, sampling, *, deadline, on_finished, stop=None):
         assert 0 < deadline <= 60
         self.calls.append(([ids[0] for ids in prompts], sampling.seed))
         results = []
