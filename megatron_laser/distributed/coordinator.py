@@ -148,7 +148,41 @@ class Coordinator:
             return
         with suppress(RuntimeError):  # of a store that is gone
             self._pass_on(self._store)
+            if self._rank == 0:
+                self._store.set("start_decision", b"stop")
         self._until_heard([f"stop_heard/{rank}" for rank in range(self._world_size)])
+
+    def agree_to_start(self) -> bool:
+        """Whether all ranks have started and nobody was asked to stop; the same on every rank.
+
+        Until a rank calls this it may leave by itself, after `stop_told`; from then on only all together do.
+
+        Raises:
+            RuntimeError: not all ranks came within `run.deadline`.
+        """
+        if self._hearts is None:
+            return self._stop_reason is None
+        before = self._enter("agreeing that all have started")
+        self._store.set(f"started/{self._rank}", _DONE)
+        if self._rank == 0:
+            keys, started = [f"started/{rank}" for rank in range(self._world_size)], time.monotonic()
+            while not (stop := self._stop_reason is not None or self._store.check(["stop_request"])):
+                if self._store.check(keys):
+                    break
+                if time.monotonic() - started > self._deadline:
+                    raise RuntimeError(
+                        f"rank 0: not all ranks have started within run.deadline {self._deadline:g} s of it"
+                    )
+                time.sleep(0.005)
+            self._pass_on(self._store)
+            self._store.set("start_decision", b"stop" if stop else _GO_ON)
+        else:
+            self._wait_for("start_decision", "agreeing that all have started", self._deadline)
+        goes_on: bool = self._store.get("start_decision") == _GO_ON
+        if not goes_on and self._store.check(["stop_request"]):
+            self._on_stop(self._store.get("stop_request").decode())
+        self._enter(before)
+        return goes_on
 
     def request_window(self, steps: int) -> None:
         """Note that somebody asks for a window of so many steps (see `Windows`); safe in a signal handler."""

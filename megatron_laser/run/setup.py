@@ -168,7 +168,7 @@ def open_run(config: RunConfig, *, signals: StopSignals, overwrite: bool) -> Ite
                 and (resumed is not None or uses_servers(config) or config.run.fake.weights),
                 keeps_syncing=trains(config) and generates(config),
             )
-            stopping.running()
+            stopping.running(coordinator.agree_to_start)
             signals.on_request(ranks.request_stop)
             if controller is not None:
                 signals.say = controller.recorder.message

@@ -105,11 +105,20 @@ class StopSignals:
         """Inside the block a request raises StopNow, `after` so many seconds of it; also one that came before."""
         return _Interruptible(self, after)
 
-    def started_up(self) -> None:
-        """From now on there is something to save: nothing raises by itself. Raises StopNow if it was asked to stop."""
+    def started_up(self, agree: Callable[[], bool] = lambda: True) -> None:
+        """From now on there is something to save: nothing raises by itself.
+
+        Args: agree: with the other ranks, that all have come so far and nobody was asked to stop.
+
+        Raises:
+            StopNow: it was asked to stop, or another rank was.
+        """
         if threading.get_ident() == self._main:
             self.raise_if_due()
             self._block = None
+        if not agree():
+            self._raised = time.monotonic()
+            raise StopNow(self.reason)
         self._starting = False
 
     def stops_with(self, error: BaseException) -> bool:

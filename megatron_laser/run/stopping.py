@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_laser.config import RunConfig
@@ -79,9 +80,9 @@ class Stopping:
         self.checkpoint = step
         self._update(step=self.step, checkpoint=self.checkpoint)
 
-    def running(self) -> None:
-        """The start is over; raises StopNow if it was asked to stop meanwhile."""
-        self.signals.started_up()
+    def running(self, agree: Callable[[], bool]) -> None:
+        """The start is over; raises StopNow if any rank was asked to stop meanwhile, which `agree` finds out."""
+        self.signals.started_up(agree)
         self._running = True
         self._update(state="running")
         if self._limit is not None:

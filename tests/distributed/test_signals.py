@@ -127,6 +127,20 @@ def test_a_request_on_any_rank_becomes_the_decision_of_all():
         one.close()
 
 
+@pytest.mark.parametrize("asked", [None, 0, 1])
+def test_all_ranks_begin_or_none_does_whichever_was_asked_to_stop(asked):
+    pair = coordinators(5.0)
+    if asked is not None:
+        pair[asked].request_stop("SIGINT")
+    if asked == 1:  # it leaves by itself, as long as it has not said that it has started
+        found = both(pair[0].agree_to_start, pair[1].stop_told)
+        assert found == [False, None]
+    else:
+        assert both(*(one.agree_to_start for one in pair)) == [asked is None] * 2
+    for one in pair:
+        one.close()
+
+
 def test_a_stop_that_is_not_acknowledged_by_all_is_an_error_that_names_the_rank():
     first, second = coordinators(1.0)
     first.request_stop("SIGTERM")
