@@ -23,6 +23,8 @@ _LONGEST_POLL = 0.5
 _DONE = b"done"
 _GO_ON = b"go on"
 _KEPT_KEYS = 16
+# Seconds in which the watchdog ends a rank that waits for a silent one, and says more.
+_WATCHDOG_FIRST = 10.0
 # Seconds that a failed rank 0 stays, with the store that it may host, for the others to hear of it.
 HEARD_WITHIN = 5.0
 
@@ -165,13 +167,15 @@ class Coordinator:
         before = self._enter("agreeing that all have started")
         self._store.set(f"started/{self._rank}", _DONE)
         if self._rank == 0:
-            keys, started = [f"started/{rank}" for rank in range(self._world_size)], time.monotonic()
+            keys = [f"started/{rank}" for rank in range(self._world_size)]
+            ends = time.monotonic() + self._deadline + _WATCHDOG_FIRST
             while not (stop := self._stop_reason is not None or self._store.check(["stop_request"])):
                 if self._store.check(keys):
                     break
-                if time.monotonic() - started > self._deadline:
+                if time.monotonic() > ends:
                     raise RuntimeError(
-                        f"rank 0: not all ranks have started within run.deadline {self._deadline:g} s of it"
+                        f"rank 0: not all ranks have started within run.deadline {self._deadline:g} s of it; "
+                        f"{self._hearts.table()}"
                     )
                 time.sleep(0.005)
             self._pass_on(self._store)

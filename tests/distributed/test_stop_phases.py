@@ -214,8 +214,8 @@ def test_a_second_signal_ends_at_once_says_what_is_lost_and_leaves_nobody(file, 
         wait_for((tmp_path / "reached").exists, 60, run.output)
         children = children_of(run.ranks[0].pid)
         run.send(signal.SIGINT)
-        run.send(signal.SIGTERM)  # as one Ctrl-C that arrives twice
         wait_for(lambda: "SIGINT: " in run.output(), SAID_WITHIN, run.output)
+        run.send(signal.SIGTERM)  # as one Ctrl-C that a launcher passes on
         time.sleep(2.2)
         assert not run.ended()
         run.send(signal.SIGTERM)
