@@ -5,14 +5,44 @@ PyYAML reads `1e-6` as a string (YAML 1.1 wants a dot), `on` and `off` as boolea
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+Kind = Literal["identity", "learning", "running"]
+
+
+@dataclass(frozen=True)
+class Changing:
+    """What it means to continue a run with another value of a setting (docs/changing.md).
+
+    kind: `identity`, it is another run then; `learning`, the same run learns otherwise from then on; `running`, only
+    where, how fast and how talkative. reason: of identity, what the change would break. branch: of identity, whether a
+    branch, which is a run of its own, may have another value all the same: nothing in a checkpoint depends on it.
+    """
+
+    kind: Kind
+    reason: str = ""
+    branch: bool = False
+
+
+LEARNING, RUNNING = Changing("learning"), Changing("running")
+
+
+def identity(reason: str, *, branch: bool = False) -> Changing:
+    """The mark of a setting that makes a run this run; see `Changing`."""
+    return Changing("identity", reason, branch)
+
 
 class Section(BaseModel):
-    """Base of all sections: frozen, strict types, unknown keys refused."""
+    """Base of all sections: frozen, strict types, unknown keys refused.
+
+    changing: of the section's fields that say nothing themselves (`Learning[...]`, `Running[...]`, `identity(...)`).
+    """
+
+    changing: ClassVar[Changing]
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -114,6 +144,9 @@ def _switch(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+T = TypeVar("T")
+Learning = Annotated[T, LEARNING]
+Running = Annotated[T, RUNNING]
 Number = Annotated[float, BeforeValidator(_number)]
 NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0.0)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0.0)]

@@ -7,17 +7,21 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from megatron_laser.config.schema.fields import (
+    RUNNING,
     Count,
     CountOrZero,
     FilePath,
+    Learning,
     NonNegative,
     Positive,
     RewardName,
+    Running,
     Section,
     Seed,
     TemplateArguments,
     Text,
     TopP,
+    identity,
 )
 from megatron_laser.config.schema.sources import OptionalSources, Sources
 
@@ -40,13 +44,21 @@ Recompute = Annotated[Literal["none", "full"] | tuple[RecomputeModule, ...], Bef
 Fp8 = Literal["none", "blockwise", "tensorwise"]
 
 
+_OTHER_MODEL = identity(
+    "the checkpoint's weights are of that model; a folder with the same files may lie anywhere (docs/changing.md)"
+)
+_OTHER_DTYPE = identity("the checkpoint's weights are of that type")
+
+
 class ModelConfig(Section):
     """The policy's starting point and how it is held in memory."""
 
-    path: FilePath
+    changing = RUNNING
+
+    path: Annotated[FilePath, _OTHER_MODEL]
     """Hugging Face folder with config.json, *.safetensors and the tokenizer. A name on the hub is not
     accepted: download it first."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Annotated[Literal["float32", "bfloat16"], _OTHER_DTYPE] = "bfloat16"
     """Type of weights and activations in training. With bfloat16 the optimizer keeps float32 copies."""
     vocab_multiple: Count = 128
     """Each tensor-parallel shard of the padded vocabulary has a multiple of this many rows."""
@@ -63,7 +75,7 @@ class ModelConfig(Section):
     """With `recompute: full`: keep the layers' inputs in page-locked host memory from the forward to the backward pass,
     copied beside the computation. What is left on the GPU of a layer is nothing, so that length is bounded by one
     layer's work and the head."""
-    fp8: Fp8 = "none"
+    fp8: Learning[Fp8] = "none"
     """FP8 matrix products in the layers (Transformer Engine, Hopper or newer, `dtype: bfloat16`): `blockwise`, a scale
     for each 1 x 128 of activations and gradients and each 128 x 128 of weights, e4m3 throughout (as DeepSeek-V3; CUDA
     12.9 or newer); `tensorwise`, one scale for each whole tensor as it is, gradients in e5m2. Weights and optimizer
@@ -90,15 +102,19 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the problems come from and how they become prompts."""
 
+    changing = identity(
+        "the run would go on with other prompts, and its place among them, which a checkpoint keeps, would mean nothing"
+    )
+
     train: Sources
     """Training problems: one .jsonl or .parquet file, or a list of them. Or a list of sources `{path, weight, reward,
     name}`: each gives its `weight`'s share of the prompts (of the sum of all weights; 1 where none is given), shuffles
     and repeats by itself, may have a `reward` of its own, and has metrics `source/<name>/...` (`name`: the file's,
     without its suffix, where none is given). See data.md."""
-    validation: OptionalSources = None
+    validation: Running[OptionalSources] = None
     """Problems for the evaluation every `evaluation.every` steps; null: none. Or sources `{path, reward, name}`, whose
     metrics are in `eval/source/<name>/...`, too."""
-    test: OptionalSources = None
+    test: Running[OptionalSources] = None
     """Problems for the evaluation after the last step; null: none. Sources as in `validation`, in
     `test/source/<name>/...`."""
     prompt_key: Text = "problem"
@@ -128,20 +144,28 @@ class DataConfig(Section):
 class RewardConfig(Section):
     """The verifier that labels responses right (1) or wrong (0)."""
 
+    changing = identity(
+        "right and wrong would mean something else in the second half: scores are trained on these labels, and curves "
+        "of one run would show two rewards",
+        branch=True,
+    )
+
     function: RewardName = "math_verify"
     """`math_verify`, `multiple_choice` or `free_text` (rewards.md), or `package.module:function`, or
     `path/to/file.py:function`. It returns a number from
     0 (wrong) to 1 (right); an error or anything else is the outcome `crash`, and such a response is left out of the
     step. It is tried before the run starts, and a step in which nothing could be graded stops the run."""
-    workers: Count = 2
+    workers: Running[Count] = 2
     """Worker processes that grade."""
-    deadline: Positive = 5.0
+    deadline: Running[Positive] = 5.0
     """Seconds for one response; a worker that takes longer is killed and the outcome is `timeout`: the
     response is left out of the step."""
 
 
 class EvaluationConfig(Section):
     """Evaluation during the run (`data.validation`) and after it (`data.test`)."""
+
+    changing = RUNNING
 
     every: CountOrZero = 0
     """Steps between evaluations on `data.validation`; 0: off."""

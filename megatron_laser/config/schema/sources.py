@@ -8,7 +8,14 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
-from megatron_laser.config.schema.fields import FilePaths, OptionalFilePaths, Positive, RewardName, Section
+from megatron_laser.config.schema.fields import (
+    FilePaths,
+    OptionalFilePaths,
+    Positive,
+    RewardName,
+    Section,
+    identity,
+)
 
 SOURCE_SETTINGS = ("train", "validation", "test")
 """The keys of `data` that take sources."""
@@ -19,6 +26,8 @@ _NOT_IN_A_NAME = re.compile(r"[^\w.+-]+")
 
 class DataSource(Section):
     """One of several sources."""
+
+    changing = identity("the mixture of problems, in which a checkpoint keeps its place, would be another")
 
     path: FilePaths
     """One .jsonl or .parquet file, or a list of them."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_laser.config.schema.fields import (
+    RUNNING,
     Count,
     CountOrZero,
     FilePath,
@@ -16,6 +17,7 @@ from megatron_laser.config.schema.fields import (
     Seed,
     Switch,
     Text,
+    identity,
 )
 from megatron_laser.config.schema.trials import FakeConfig, ProfileConfig
 
@@ -33,8 +35,15 @@ def _stage_layers(value: Any) -> Any:
 StageLayers = Annotated[Literal["even", "balanced"] | tuple[int, ...], BeforeValidator(_stage_layers)]
 
 
+_OTHER_MODE = identity("what the steps before were made of cannot be continued with something else")
+_OTHER_BATCHES = identity("step n trains on the n-th of these batches; the same files may lie anywhere")
+_OTHER_SEED = identity("the order of the problems, in which a checkpoint keeps its place, is made of it")
+
+
 class ParallelConfig(Section):
     """How many ranks share one copy of the model. The data-parallel size is what is left of the world."""
+
+    changing = RUNNING
 
     tensor: Count = 1
     """Ranks that split each weight matrix; must divide the key/value heads."""
@@ -66,6 +75,8 @@ class ParallelConfig(Section):
 class BatchingConfig(Section):
     """How sequences are packed into micro-batches."""
 
+    changing = RUNNING
+
     tokens_per_micro_batch: Count = 16384
     """Token budget of a packed micro-batch on one rank (dynamic batch size). A micro-batch has `parallel.context` times
     as many tokens, and the longest sequence, `data.max_prompt_tokens` + `rollout.max_new_tokens`, must fit these."""
@@ -90,6 +101,8 @@ class BatchingConfig(Section):
 class CheckpointConfig(Section):
     """What is kept of the run."""
 
+    changing = RUNNING
+
     every: CountOrZero = 100
     """Steps between checkpoints; the last step is saved too. 0: none, the run cannot be resumed."""
     keep_last: Count = 2
@@ -111,6 +124,8 @@ class CheckpointConfig(Section):
 
 class LoggingConfig(Section):
     """What is shown and written while the run goes on. metrics.jsonl is always written."""
+
+    changing = RUNNING
 
     tensorboard: bool = True
     """Write TensorBoard events to `output_dir`/tensorboard."""
@@ -147,21 +162,23 @@ class LoggingConfig(Section):
 class RunSettings(Section):
     """The run: its length, its seed, its folder and how long anybody waits."""
 
+    changing = RUNNING
+
     name: str = ""
     """Name in logs and reports; empty: the name of `output_dir`."""
     steps: Count
     """Training steps; one step is one rollout batch."""
-    mode: Literal["train", "rollout_only", "train_only"] = "train"
+    mode: Annotated[Literal["train", "rollout_only", "train_only"], _OTHER_MODE] = "train"
     """`rollout_only`: no training: responses of `model.path` are generated, graded and kept in `output_dir`/batches.
     `train_only`: no rollouts: the run trains on the batches of `batches`, and needs no engine, servers, graders or
     data; so two settings can be compared on the same responses. Both leave out evaluations. `train`: everything."""
-    batches: FilePath | None = None
+    batches: Annotated[FilePath | None, _OTHER_BATCHES] = None
     """With `mode: train_only`: the folder of the batches, another run's `output_dir`/batches. Step n trains on the n-th
     of them. Settings that made them (prompts and samples a step, temperature, score token, ...) must be this run's,
     and are compared."""
     fake: FakeConfig = Field(default_factory=FakeConfig)
     """Made-up weights and responses."""
-    seed: Seed = 1
+    seed: Annotated[Seed, _OTHER_SEED] = 1
     """Seed of data order, of what the in-process engine samples and of random states. Servers sample by it only with
     `rollout.sglang.deterministic`."""
     output_dir: FilePath
