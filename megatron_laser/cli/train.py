@@ -10,6 +10,8 @@ import typer
 from megatron_laser.cli.options import ConfigFile, Overrides, prepare_process
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from megatron_laser.config import RunConfig
 
 
@@ -35,6 +37,12 @@ def train(
     overwrite: Annotated[
         bool, typer.Option(help="Move an existing run.output_dir aside (to NAME.old-1) and start anew.")
     ] = False,
+    change: Annotated[
+        bool,
+        typer.Option(
+            help="Go on with other settings of what is learned (docs/changing.md); run.json says since which step."
+        ),
+    ] = False,
 ) -> None:
     """Train. One process: megatron-laser train examples/tiny_sum/laser.yaml
 
@@ -56,7 +64,9 @@ def train(
         if not available > 0:
             raise typer.BadParameter(f"--gpu-memory-gib {available:g}: expected more than 0")
         plan = resolve_plan(loaded, world_size, available)
-        Console(soft_wrap=not sys.stdout.isatty()).print(render_plan(plan, balance_lines(plan)))
+        console = Console(soft_wrap=not sys.stdout.isatty())
+        console.print(render_plan(plan, balance_lines(plan)))
+        _print_folder(loaded, console, overwrite=overwrite, change=change)
         plan.memory.check(available * 2**30)
         return
     if gpu_memory_gib is not None:
@@ -70,12 +80,22 @@ def train(
 
     settle(loaded.model.layers)
     from megatron_laser.loop import train as run
+    from megatron_laser.run.changes import changes_allowed
 
-    folder = run(loaded, overwrite=overwrite)
+    with changes_allowed(change):
+        folder = run(loaded, overwrite=overwrite)
     if is_main:
         from megatron_laser.observability.best_effort import print_line
 
         print_line(f"done: {folder}/report.md")
+
+
+def _print_folder(config: RunConfig, console: Console, *, overwrite: bool, change: bool) -> None:
+    """What would be resumed, changed or refused in `run.output_dir`, where something is there."""
+    from megatron_laser.run.folder_lines import folder_lines
+
+    for line in folder_lines(config, overwrite=overwrite, change=change):
+        console.print(line, markup=False, highlight=False)
 
 
 def _check_function(config: RunConfig) -> None:

@@ -23,6 +23,7 @@ from megatron_laser.config.modes import as_run
 from megatron_laser.config.schema.readouts import ReadoutConfig
 from megatron_laser.config.schema.root import RunConfig, key_paths, nested_sections
 from megatron_laser.config.schema.sources import SOURCE_SETTINGS
+from megatron_laser.config.schema.system import RESUME_STEP
 from megatron_laser.config.yaml_source import KeyPath, read_yaml, syntax_problem
 from megatron_laser.errors import ConfigError
 
@@ -49,6 +50,7 @@ FUNCTION_KEY = ("reward", "function")  # of a source
 TEMPLATE_KEY = ("data", "chat_template_arguments")
 PROGRAM_KEY = ("rollout", "sglang.python")
 MACHINE_KEY = ("logging", "machine")
+RESUME_KEY = ("run", "resume")
 
 _EXPECTED = {
     "float_type": "a number",
@@ -294,6 +296,13 @@ def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
                 source_paths(item, base) if isinstance(item, dict) else _join(item, base) for item in value
             ]
         return source_paths(value, base) if isinstance(value, dict) else _join(value, base)
+    if key == RESUME_KEY:
+        words = (
+            not isinstance(value, str)
+            or value.strip() in ("auto", "never")
+            or RESUME_STEP.fullmatch(value.strip())
+        )
+        return value if words else _join(value, base)
     if key == PROGRAM_KEY and isinstance(value, str) and "/" in value:  # a bare name is looked up on PATH
         return _join(value, base)
     if key == MACHINE_KEY and isinstance(value, str) and ("/" in value or value.endswith((".yaml", ".yml"))):

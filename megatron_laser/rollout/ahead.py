@@ -71,8 +71,9 @@ class RolloutAhead:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
-        self._collector.load_state(state)
-        if state.get("ahead") is not None:
+        kept = state.get("ahead") is not None and self._collector.same_sampling(state)
+        self._collector.load_state({**state, "ahead": None} if kept else state)
+        if kept:
             self._ready = batch_from(state["ahead"], self._prompts)
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ from megatron_laser.rollout.function.runner import (
     failed_outcome,
     failure_counts,
 )
-from megatron_laser.rollout.pending import OpenGroup, restore
+from megatron_laser.rollout.pending import EMPTY, OpenGroup, restore
 from megatron_laser.rollout.progress import Progress, sampled_tokens, staleness_metrics
 from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, SamplingParams
 
@@ -113,19 +113,53 @@ class RolloutCollector:
             return self._progress.before
         carried = [group.state() for group in self._carried]
         unscored = self._endings.in_a_row if self._endings is not None else 0
-        return {"cursor": self._cursor.state_dict(), "pending_groups": carried, "unscored_steps": unscored}
+        return {
+            "cursor": self._cursor.state_dict(),
+            "pending_groups": carried,
+            "unscored_steps": unscored,
+            "sampling": self._sampling_state(),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Go on where `state` was taken.
+
+        Responses that were begun with other settings of sampling are begun anew, and so is a batch that was collected
+        ahead and that nobody takes over: their prompts have been handed out.
+        """
         self._cursor.load_state_dict(state["cursor"])
         if self._endings is not None:
             self._endings.in_a_row = state.get("unscored_steps", 0)
         size = self._sampling.samples_per_prompt
-        self._carried = [restore(item, self._prompts, size) for item in state["pending_groups"]]
+        ready = [] if state.get("ahead") is None else state["ahead"]["groups"]
+        begun = [{**EMPTY, "position": group["position"]} for group in ready]
+        if self.same_sampling(state):
+            begun += state["pending_groups"]
+        else:
+            begun += [{**EMPTY, "position": group["position"]} for group in state["pending_groups"]]
+        self._carried = [restore(item, self._prompts, size) for item in begun]
         for group in self._carried:
             for sample, generation in group.generations.items():
                 if generation.finish_reason != "abort":
                     self._submit(group, sample, generation)
+
+    def same_sampling(self, state: Mapping[str, Any]) -> bool:
+        """Whether responses of `state` were sampled as today; a state of an earlier version does not say otherwise."""
+        return bool(state.get("sampling", now := self._sampling_state()) == now)
+
+    def _sampling_state(self) -> dict[str, Any]:
+        """What decides what a response is, as JSON values."""
+        sampling = self._sampling
+        return {
+            "samples_per_prompt": sampling.samples_per_prompt,
+            "max_new_tokens": sampling.max_new_tokens,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "score_token_id": sampling.score_token_id,
+            "routing": sampling.routing is not None,
+        }
 
     def collect(self, step: int) -> RolloutBatch:
         """Generate and grade the groups of step `step` (from 1).

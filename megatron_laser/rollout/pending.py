@@ -95,6 +95,10 @@ class OpenGroup:
         }
 
 
+EMPTY: dict[str, Any] = {"generations": {}, "overdue": False}
+"""What `OpenGroup.state` says, beside the position, of a group that has no response yet."""
+
+
 def restore(state: Mapping[str, Any], prompts: list[Prompt], size: int) -> OpenGroup:
     """The group of `OpenGroup.state`, without grades."""
     position = int(state["position"])

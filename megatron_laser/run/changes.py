@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -83,12 +83,15 @@ def changes_in(record: Mapping[str, Any]) -> list[Change]:
     return sorted(found, key=lambda change: change.step)
 
 
-def undone(settings: Mapping[str, Any], changes: Iterable[Change], step: int) -> dict[str, Any]:
-    """The settings with which `step` was trained, from today's and all changes."""
+def undone(settings: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]], step: int) -> dict[str, Any]:
+    """The settings with which `step` was trained, from the last ones.
+
+    earlier: what run.json has as "undo": for the first step of each change the settings as they were before it.
+    """
     found = dict(settings)
-    for change in sorted(changes, key=lambda change: change.step, reverse=True):
-        if change.step > step:
-            found[change.key] = change.before
+    for entry in sorted(earlier, key=lambda entry: int(entry["step"]), reverse=True):
+        if int(entry["step"]) > step:
+            found |= entry["settings"]
     return found
 
 

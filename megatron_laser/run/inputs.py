@@ -15,7 +15,7 @@ from megatron_laser.config.modes import generates
 from megatron_laser.data import Cursor, MixedCursor, MixedSource, PromptCursor, fingerprint
 from megatron_laser.errors import Finding
 from megatron_laser.observability.best_effort import print_line
-from megatron_laser.run.output_folder import ClaimedFolder, claim_output_folder, move_aside
+from megatron_laser.run.output_folder import ClaimedFolder, claim_output_folder
 from megatron_laser.run.preflight import FindingLog, run_preflight
 from megatron_laser.run.preflight.finding_log import one_line
 from megatron_laser.trainer.held_responses import HeldResponses, read_held
@@ -61,27 +61,32 @@ def shared_held(shared: dict[str, np.ndarray]) -> HeldResponses | None:
     return HeldResponses.from_arrays(arrays) if arrays else None
 
 
-def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
+def read_inputs(config: RunConfig, *, overwrite: bool = False, change: bool = False) -> RunInputs:
     """Look at everything that the run starts from, as `megatron-laser check` does, and claim the output folder.
 
     Warnings and notes are logged.
 
     Args:
         overwrite: move a run that is in the output folder aside, once nothing else stops this one.
+        change: the run may go on with other settings of what is learned.
 
     Raises:
         UserError: the first error, with the setting or the file and line that is wrong.
     """
-    looked = run_preflight(config, FindingLog(stop_at_errors=True, on_finding=_log), overwrite=overwrite)
+    log = FindingLog(stop_at_errors=True, on_finding=_log)
+    looked = run_preflight(config, log, overwrite=overwrite, change=change)
     model, prompts = looked.model, looked.data.prompts
     assert model.special is not None  # errors have ended this by now
     keys = [config.data.prompt_key, config.data.answer_key]
     sources = data_sources(config, "train") if generates(config) else ()
     data_fingerprints = tuple(fingerprint(source.paths, keys) for source in sources)
-    if overwrite:
-        for moved in move_aside(config):
-            print_line(f"moved the existing {moved.what} to {moved.to}")
-    folder = claim_output_folder(config)
+    folder = claim_output_folder(
+        config, change=change, overwrite=overwrite, data_fingerprints=data_fingerprints
+    )
+    for moved in folder.moved:
+        print_line(f"moved the existing {moved.what} to {moved.to}")
+    for text in (*folder.told, *(f"changed: {one.text}" for one in folder.changes)):
+        logger.info("%s", text)
     try:
         held = None if folder.finished else read_held(config)
     except BaseException:

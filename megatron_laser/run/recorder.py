@@ -77,6 +77,10 @@ class RunRecorder:
         self.events = EventLog(self._folder, last_step=-1 if resumed is None else int(resumed["step"]))
         if resumed is not None:
             self.events.add("resume", f"goes on from the checkpoint of step {int(resumed['step'])}")
+        for text in claimed.told:
+            self.events.add("resume", text)
+        for change in claimed.changes:
+            self.events.add("change", change.text, change.step)
         self._view = LiveView(config.run.steps, mode=config.logging.live, title=config.run.name)
         self._view.__enter__()
         self._judge = BestEffort("alarms", Exception)

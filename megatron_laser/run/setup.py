@@ -19,6 +19,7 @@ from megatron_laser.distributed.broadcast import broadcast_arrays
 from megatron_laser.distributed.coordinator import Coordinator
 from megatron_laser.observability.control import Watcher
 from megatron_laser.observability.timers import Timers
+from megatron_laser.run.changes import may_change
 from megatron_laser.run.colocation import Colocation, open_colocation
 from megatron_laser.run.controller import Controller
 from megatron_laser.run.engines import uses_servers
@@ -85,8 +86,11 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
     ):
         if words := mode_words(config):
             logger.warning("%s", words)  # shown by rank 0 alone
+        change = may_change()
         inputs = coordinator.run_on_rank_zero(
-            "reading inputs", lambda: read_inputs(config, overwrite=overwrite), deadline=config.run.deadline
+            "reading inputs",
+            lambda: read_inputs(config, overwrite=overwrite, change=change),
+            deadline=config.run.deadline,
         )
         with coordinator.phase("sharing the inputs"):
             shared = broadcast_arrays(None if inputs is None else inputs.shared_arrays(), runtime)
@@ -118,7 +122,7 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
                 trainer = trainer_kind(config, runtime, score_token_id=token, timers=timers)
                 time_reductions(trainer.policy, timers)
                 checkpoints = CheckpointManager(config, runtime, trainer.policy)
-                resumed = checkpoints.resume() if config.run.resume == "auto" else None
+                resumed = checkpoints.resume() if config.run.resume != "never" else None
                 colocation = open_colocation(config, runtime, trainer, timers)
             first_step = 1 if resumed is None else resumed["step"] + 1
             drift = ScoreDrift(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,18 @@ def _stage_layers(value: Any) -> Any:
 StageLayers = Annotated[Literal["even", "balanced"] | tuple[int, ...], BeforeValidator(_stage_layers)]
 
 
+RESUME_STEP = re.compile(r"step\s+(\d+)")
+
+
+def _resume(value: Any) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("expected auto, never, step N, or the folder of a run or of one of its checkpoints")
+    if (match := RESUME_STEP.fullmatch(value.strip())) is not None:
+        return f"step {int(match[1])}"
+    return value.strip()
+
+
+Resume = Annotated[str, BeforeValidator(_resume)]
 _OTHER_MODE = identity("what the steps before were made of cannot be continued with something else")
 _OTHER_BATCHES = identity("step n trains on the n-th of these batches; the same files may lie anywhere")
 _OTHER_SEED = identity("the order of the problems, in which a checkpoint keeps its place, is made of it")
@@ -183,9 +196,11 @@ class RunSettings(Section):
     `rollout.sglang.deterministic`."""
     output_dir: FilePath
     """Folder for everything that the run writes."""
-    resume: Literal["auto", "never"] = "auto"
+    resume: Resume = "auto"
     """`auto`: the same command continues the run in `output_dir` from its newest checkpoint; `never`: a folder
-    that already holds a run is refused."""
+    that already holds a run is refused. `step N`: go back to that checkpoint of the run, once; what came after it is
+    moved aside. Another run's folder, or a checkpoint in one (`RUN/checkpoints/step_40`): a branch, that is, begin with
+    that state in a new `output_dir`. See changing.md."""
     deadline: Positive = 900.0
     """Seconds that a rank waits for another, outside a rollout, before it stops with an error. Longer than
     `rollout.sync_deadline`, for which all ranks wait."""

@@ -43,6 +43,7 @@ def run_preflight(
     progress: Progress = lambda split, done, total: None,
     *,
     overwrite: bool = False,
+    change: bool = True,
 ) -> PreflightResult:
     """Check everything; what was found goes into `log`.
 
@@ -53,6 +54,8 @@ def run_preflight(
 
     Args:
         overwrite: a run that is in the output folder will be moved aside, and may be any.
+        change: a run that is there may go on with other settings of what is learned; it is said that `train` needs
+            --change then.
 
     Raises:
         UserError: the first error, where `log.stop_at_errors`.
@@ -61,7 +64,7 @@ def run_preflight(
     model = check_model(config, log)
     check_layers(config, log)
     check_machine(config, log)
-    if not check_folders(config, log, overwrite=overwrite):
+    if not check_folders(config, log, overwrite=overwrite, change=change):
         check_disks(config, model, log, overwrite=overwrite)
     if not generates(config):
         with log.topic(REWARD, "objective"):

@@ -97,17 +97,23 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def listed_files(folder: Path) -> dict[str, list[Any]]:
+    """{file: [bytes, sha256]} as the manifest has it. Raises CheckpointError when it cannot be read."""
+    try:
+        files: dict[str, list[Any]] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder}: {_MANIFEST} cannot be read ({error}){_advice(folder)}"
+        ) from error
+    return files
+
+
 def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
     """Compare files with the manifest; several processes may each take a part of them.
 
     Raises CheckpointError naming the file that is missing or damaged.
     """
-    try:
-        files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"checkpoint {folder}: {_MANIFEST} cannot be read ({error}){_advice(folder)}"
-        ) from error
+    files = listed_files(folder)
     for name in sorted(files)[part::parts]:
         size, sha256 = files[name]
         path = folder / name

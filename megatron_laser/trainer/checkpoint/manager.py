@@ -36,6 +36,7 @@ class CheckpointManager:
     def __init__(self, config: RunConfig, runtime: Runtime, policy: Policy) -> None:
         self._settings = config.checkpoint
         self._last_step = config.run.steps
+        self._updates = Updates(config)
         self._root = folders.checkpoint_root(config)
         self._runtime = runtime
         self._policy = policy
@@ -74,6 +75,7 @@ class CheckpointManager:
             "step": step,
             "optimizer_step": optimizer_state.get_step(self._policy.optimizer),
             "scheduler": self._policy.scheduler.state_dict(),
+            "updates": self._updates.state(),
             "model": self._identity,
             "world_size": self._runtime.world_size,
             "run": run_state,
@@ -136,6 +138,8 @@ class CheckpointManager:
         try:
             sharded_state.load_state(self._policy, path, state["optimizer_step"])
             # The rates come from today's configuration: run.steps, which schedules end at, may have been raised.
+            self._updates.load(state)
+            self._policy.scheduler.lr_decay_steps += self._updates.earlier
             self._policy.scheduler.step(increment=state["scheduler"]["num_steps"])
             if state["world_size"] == self._runtime.world_size:
                 file = path / _random_file(self._runtime.rank)
@@ -211,6 +215,27 @@ class CheckpointManager:
                 events.note("checkpoint", f"deleted {', '.join(path.name for path in gone)}")
         except OSError as error:  # the new checkpoint is published all the same
             logger.warning("old checkpoints in %s could not be deleted: %s", self._root, error)
+
+
+class Updates:
+    """Optimizer steps of a training step, which `policy.minibatches` and `policy.epochs` may change during a run.
+
+    earlier: by how many the steps so far had more (or fewer) than they would have today: schedules, which end at the
+    run's last optimizer step, end so many later.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._each = config.policy.minibatches * config.policy.epochs
+        self.earlier = 0
+
+    def state(self) -> dict[str, int]:
+        """For a checkpoint."""
+        return {"each": self._each, "earlier": self.earlier}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what a checkpoint's state says; one of an earlier version says nothing."""
+        there = state.get("updates") or {"each": self._each, "earlier": 0}
+        self.earlier = int(there["earlier"]) + int(state["step"]) * (int(there["each"]) - self._each)
 
 
 class _Writer:
