@@ -16,7 +16,8 @@ from megatron_laser.run.moved_paths import same_elsewhere
 from megatron_laser.run.readout_identity import comparable
 
 Settings = dict[str, Any]
-_PLACE = ("run.output_dir", "run.resume")  # where it lies and how it is started: no change of the run
+_PLACE = ("run.output_dir", "run.name", "run.resume")
+"""Where it lies, what it is called after that, and how it is started: no change of the run."""
 _GONE = identity("this version has no such setting")
 _SHOWN = 5
 
@@ -43,7 +44,7 @@ def settings_of(config: RunConfig) -> Settings:
 
 def recorded_settings(record: Mapping[str, Any]) -> Settings:
     """Those of run.json; an earlier version wrote nested sections as one value, and what identifies a run alone."""
-    settings = {}
+    settings: Settings = {}
     for key, value in record["settings"].items():
         section, _, name = key.partition(".")
         if (section, name) in nested_sections() and isinstance(value, dict):

@@ -217,13 +217,16 @@ def _write_record(
         record["went_back"] = config.run.resume
     elif config.run.resume != record.get("went_back"):
         record.pop("went_back", None)
+    # Of what a checkpoint's state is bound to the first start tells, whatever lies there by now.
+    known = before.get("contents") or {}
+    kept = {key: known[key] for key in ("model.path", "data.train", "run.batches") if key in known}
     written = {
         "id": owner.id,
         **record,
         "settings": settings_of(config),
         "changes": [one.to_json() for one in (*changes, *state.changes)],
         "undo": undo,
-        "contents": contents(config, data_fingerprints),
+        "contents": contents(config, data_fingerprints) | kept,
         "checkpoints": owner.folder,
     }
     write_atomically(folder / RUN, json.dumps(written, indent=1) + "\n")

@@ -25,14 +25,14 @@ def kind_of(setting: str) -> Kind:
 def changing(setting: str) -> Changing:
     """The mark of a setting: its own, or its section's. Raises KeyError for a setting that there is not."""
     if entry := _READOUT.fullmatch(setting):
-        return _mark(ReadoutConfig, entry[1], ReadoutConfig.changing)
+        return mark_of(ReadoutConfig, entry[1])
     section: type[Section] = RunConfig
     default: Changing | None = None
     *parents, key = setting.partition("[")[0].split(".")
     for parent in parents:
         section = section.model_fields[parent].annotation  # type: ignore[assignment]
         default = getattr(section, "changing", default)  # a nested one may leave it to the section around it
-    return _mark(section, key, default)
+    return mark_of(section, key, default)
 
 
 def all_settings() -> Iterator[str]:
@@ -49,9 +49,11 @@ def _names(section: type[Section], prefix: str) -> Iterator[str]:
             yield prefix + key
 
 
-def _mark(section: type[Section], key: str, default: Changing | None) -> Changing:
+def mark_of(section: type[Section], key: str, default: Changing | None = None) -> Changing:
+    """The mark of a key of `section`, which may leave it to the section around it (`default`). Raises KeyError."""
     field: Any = section.model_fields[key]
-    found = next((mark for mark in field.metadata if isinstance(mark, Changing)), default)
+    own = getattr(section, "changing", default)
+    found = next((mark for mark in field.metadata if isinstance(mark, Changing)), own)
     if found is None:
         raise KeyError(
             f"{section.__name__} does not say what changing {key} means: see Changing in fields.py"
