@@ -13,8 +13,9 @@ from megatron_laser.trainer.checkpoint import folder as folders
 
 ASIDE = "moved_aside"
 _STEP = re.compile(r"(?:^|_)step_(\d+)")
+_EXPORT = re.compile(r"hf_step_(\d+)")
 _LINES = ("metrics.jsonl", "events.jsonl", "timeline.jsonl", "run.json", "config.yaml")
-_ENDS = ("FINISHED", "STOPPED", "status.json", "report.md", "plots", "hf")
+_ENDS = ("FINISHED", "STOPPED", "report.md", "plots", "hf")
 
 
 def checkpoint_of(root: Path, step: int) -> Path:
@@ -70,6 +71,11 @@ def _later(folder: Path, step: int) -> Iterator[Path]:
             yield folder / name
     for inner in sorted(folder.iterdir()):
         if not inner.is_dir() or inner.is_symlink() or inner.name in (ASIDE, "checkpoints"):
+            continue
+        exported = _EXPORT.fullmatch(inner.name)
+        if exported is not None:
+            if int(exported[1]) > step:
+                yield inner
             continue
         for path in sorted(inner.iterdir()):
             match = _STEP.search(path.name)

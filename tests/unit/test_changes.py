@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 from helpers.runs import run_config
+from typer.testing import CliRunner
 
+from megatron_laser.cli import app
 from megatron_laser.config import ConfigError
 from megatron_laser.config.schema.kinds import all_settings, kind_of
-from megatron_laser.run.changes import read_changes
+from megatron_laser.run.changes import may_change, read_changes
+from megatron_laser.run.folder_lines import folder_lines
 from megatron_laser.run.output_folder import claim_output_folder, move_aside
 from megatron_laser.trainer.checkpoint import folder as folders
 
@@ -448,3 +451,44 @@ def test_overwriting_moves_nothing_before_all_else_is_in_order(of, parent, tmp_p
     alive.release()
     start(of("run", f"run.resume={tmp_path / 'parent'}"), overwrite=True)
     assert Path(tmp_path / "run.old-1" / "checkpoints" / "step_00000020").is_dir()
+
+
+def test_the_dry_run_says_what_a_start_would_do(of, parent, tmp_path):
+    def lines(config, overwrite=False, change=False):
+        return list(folder_lines(config, overwrite=overwrite, change=change))
+
+    before = everything(tmp_path)
+    assert lines(of("new")) == []
+    rate = of("parent", "optimizer.lr=5.0e-6")
+    (refusal,) = lines(rate)
+    assert refusal.startswith("the run would be refused: run.output_dir ") and "pass --change" in refusal
+    assert lines(rate, change=True) == [
+        f"run.output_dir {tmp_path / 'parent'} holds this run, which would go on from step 40",
+        "changed: optimizer.lr 2e-06 -> 5e-06 from step 41 on (learning)",
+    ]
+    (line,) = lines(of("parent", "run.resume=step 20"))
+    assert line.endswith("which would go back to step 20; what came after it is moved aside")
+    branch = [f"run.resume={tmp_path / 'parent'}", "optimizer.lr=2.0e-6"]
+    (line,) = lines(of("branch", *branch))
+    assert line.endswith(f"would be a branch of the run in {tmp_path / 'parent'} after its step 40")
+    assert lines(of("parent"), overwrite=True) == [
+        f"run.output_dir {tmp_path / 'parent'} would be moved aside"
+    ]
+    after = everything(tmp_path)
+    del before[tmp_path / "config.yaml"], after[tmp_path / "config.yaml"]  # which `of` writes
+    assert after == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--change"]])
+def test_the_commands_flag_reaches_the_start(of, monkeypatch, flags):
+    of("run")
+    seen = []
+    monkeypatch.setattr(
+        "megatron_laser.loop.train", lambda config, overwrite: seen.append(may_change()) or "out"
+    )
+    monkeypatch.setattr("megatron_laser.cli.train.prepare_process", lambda level, is_main: None)
+    monkeypatch.setattr("megatron_laser.config.check_layout", lambda *_: None)
+    monkeypatch.setattr("megatron_laser.config.read_architecture", lambda *_: None)
+    done = CliRunner().invoke(app, ["train", str(of("run").run.output_dir.parent / "config.yaml"), *flags])
+    assert done.exit_code == 0, done.output
+    assert seen == [bool(flags)] and not may_change()
