@@ -43,7 +43,7 @@ def run_preflight(
     progress: Progress = lambda split, done, total: None,
     *,
     overwrite: bool = False,
-    change: bool = True,
+    change: bool | None = None,
 ) -> PreflightResult:
     """Check everything; what was found goes into `log`.
 
@@ -54,8 +54,8 @@ def run_preflight(
 
     Args:
         overwrite: a run that is in the output folder will be moved aside, and may be any.
-        change: a run that is there may go on with other settings of what is learned; it is said that `train` needs
-            --change then.
+        change: whether a run that is there may go on with other settings of what is learned; None: it is only asked,
+            and what differs is said.
 
     Raises:
         UserError: the first error, where `log.stop_at_errors`.

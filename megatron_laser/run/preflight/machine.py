@@ -75,13 +75,13 @@ def check_machine(config: RunConfig, log: FindingLog) -> None:
 
 
 def check_folders(
-    config: RunConfig, log: FindingLog, *, overwrite: bool = False, change: bool = True
+    config: RunConfig, log: FindingLog, *, overwrite: bool = False, change: bool | None = None
 ) -> bool:
     """Whether the run can write where it is told to, and no other run is there. Creates nothing.
 
     Args:
         overwrite: a run that is there will be moved aside, and may be any.
-        change: a run that is there may go on with other settings of what is learned.
+        change: as `run_preflight`.
 
     Returns:
         Whether this run is there and has finished, so that it will write nothing.
@@ -91,13 +91,13 @@ def check_folders(
         output = Path(config.run.output_dir)
         finding = folder_finding("run.output_dir", output)
         if finding.level != "error" and not overwrite:
-            state = check_output_folder(config, change=change)
+            state = check_output_folder(config, change=change is not False)
             finding = _state_finding(config, state) or finding
         elif finding.level != "error":
             check_own(output)
             check_new(config)
         log.add(GROUP, [finding])
-        if state is not None:
+        if state is not None and change is None:
             log.add(GROUP, change_findings(state))
     done = state is not None and state.is_done(config.run.steps)
     named = {"checkpoint.folder": config.checkpoint.folder, "rollout.sync_folder": config.rollout.sync_folder}
