@@ -18,7 +18,8 @@ class Prompt:
     """One problem, already tokenized.
 
     `row` counts rows over all data files, from 0. `source`: the name of its source, "" where there is one only.
-    `reward`: its verifier where that is not the run's.
+    `reward`: its verifier where that is not the run's. `columns`: its row as a JSON object, where a reward function may
+    ask for it; else "".
     """
 
     row: int
@@ -28,6 +29,7 @@ class Prompt:
     epoch: int = 0
     source: str = ""
     reward: str = ""
+    columns: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +208,10 @@ class Generation:
         )
 
 
+OF_TERMS = ("policy_reward", "terms", "vote_answer")
+"""What a sample has only where a reward has terms or a threshold, or its function returned more than a number."""
+
+
 @dataclass(slots=True)
 class Sample:
     """One graded response of a group."""
@@ -219,6 +225,14 @@ class Sample:
         ""  # correct, wrong, no_answer, unparsable, timeout, crash, or why there is none (see `Group`)
     )
     zc_logprob: float | None = None  # log pi(z_c | x, y, EOS) when the engine scored it
+    policy_reward: float | None = None  # what the policy learns from, where that is not `reward`
+    terms: dict[str, float | None] | None = None  # what rewards are made of, where there are several
+    vote_answer: str | None = None  # its answer for votes, where the reward function gave one
+
+    @property
+    def learned_reward(self) -> float:
+        """The reward that the policy learns from."""
+        return self.reward if self.policy_reward is None else self.policy_reward
 
     @property
     def length(self) -> int:

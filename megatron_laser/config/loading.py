@@ -43,6 +43,7 @@ FUNCTION_KEYS = frozenset(
     {("reward", "function"), ("rollout", "function"), ("policy", "loss"), ("policy", "advantage")}
 )
 READOUTS_KEY = ("laser", "readouts")
+TERMS_KEY = ("reward", "terms")
 OPTION_KEY = ("rollout", "function_options")
 PATH_KEY = ("data", "train")
 FUNCTION_KEY = ("reward", "function")  # of a source
@@ -300,6 +301,10 @@ def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
         return _join(value, base)  # a bare name is one that the planner knows
     if key in FUNCTION_KEYS:
         return _absolute_function(value, base)
+    if key == TERMS_KEY and isinstance(value, dict):
+        return {
+            name: source_paths(term, base) if isinstance(term, dict) else term for name, term in value.items()
+        }
     if key == READOUTS_KEY and isinstance(value, list):
         return [
             {
@@ -315,12 +320,14 @@ def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
 
 def _absolute_function(value: Any, base: Path) -> Any:
     file, colon, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-    return f"{_join(file, base)}:{function}" if colon and file.endswith(".py") else value
+    system = next((prefix for prefix in ("verl:", "trl:") if file.startswith(prefix)), "")
+    file = file.removeprefix(system)
+    return f"{system}{_join(file, base)}:{function}" if colon and file.endswith(".py") else value
 
 
 def source_paths(source: dict[Any, Any], base: Path) -> dict[Any, Any]:
-    """A source of problems with its files and its verifier made absolute."""
-    settings = {"path": PATH_KEY, "reward": FUNCTION_KEY}
+    """A source of problems with its files and its verifier, or a term of the reward, made absolute."""
+    settings = {"path": PATH_KEY, "reward": FUNCTION_KEY, "function": FUNCTION_KEY}
     return {
         key: absolute(settings[key], value, base) if key in settings else value
         for key, value in source.items()

@@ -21,7 +21,7 @@ from megatron_laser.evaluation.responses import EvaluationEngine, ResponseFile, 
 from megatron_laser.evaluation.score_rule import ScoreRule
 from megatron_laser.evaluation.summary import summarize_sources
 from megatron_laser.files import plain, write_atomically
-from megatron_laser.rewards import Grade, GradingPool, equivalence_classes
+from megatron_laser.rewards import Facts, Grade, GradingPool, equivalence_classes
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.types import Prompt, SamplingParams
 
@@ -163,12 +163,10 @@ class _Job:
     def judge(self, prompts: Sequence[Prompt], groups: list[list[SavedResponse]]) -> list[EvaluationRecord]:
         """The records of all responses, prompt after prompt."""
         texts = [[self.decode(response.text_ids) for response in group] for group in groups]
+        graded = iter(given := self._grades(prompts, groups, texts))
         answers = [
-            [
-                None if response.was_ended else self._pool(prompt).form.extract(text, prompt.answer)
-                for response, text in zip(group, group_texts, strict=True)
-            ]
-            for prompt, group, group_texts in zip(prompts, groups, texts)
+            [self._answer(prompt, text, next(graded)) for text in group_texts]
+            for prompt, group_texts in zip(prompts, texts)
         ]
         zc_logprobs = self._score(prompts, groups)
         forced = self._score_behind_forced_end(prompts, groups, answers)
@@ -176,7 +174,7 @@ class _Job:
         if self.prefixes is not None:
             left = self._left("score prefixes")
             scored_prefixes = score_prefixes(self.engine, self.prefixes, prompts, groups, deadline=left)
-        grades = iter(self._grades(prompts, groups, texts))
+        grades = iter(given)
         records: list[EvaluationRecord] = []
         for place_of_prompt, (prompt, group) in enumerate(zip(prompts, groups)):
             extracted, form = answers[place_of_prompt], self._pool(prompt).form
@@ -198,6 +196,12 @@ class _Job:
                 )
         return records
 
+    def _answer(self, prompt: Prompt, text: str, grade: Grade | None) -> str | None:
+        """What a response votes for: what its reward function says, else what its verifier's form reads."""
+        if grade is None:
+            return None
+        return self._pool(prompt).form.extract(text, prompt.answer) if grade.answer is None else grade.answer
+
     def _pool(self, prompt: Prompt) -> GradingPool:
         return self.graders.get(prompt.reward, self.grading)
 
@@ -206,19 +210,22 @@ class _Job:
     ) -> list[Grade | None]:
         """Of all responses, prompt after prompt, each from its prompt's verifier; None: it was ended, and gives no
         answer whatever its beginning would be graded."""
-        asked: dict[int, tuple[GradingPool, list[int], list[tuple[str, str]]]] = {}
+        asked: dict[int, tuple[GradingPool, list[int], list[tuple[str, str]], list[Facts]]] = {}
         place = 0
         for prompt, group, group_texts in zip(prompts, groups, texts):
             pool = self._pool(prompt)
-            _, places, pairs = asked.setdefault(id(pool), (pool, [], []))
+            _, places, pairs, facts = asked.setdefault(id(pool), (pool, [], [], []))
             for response, text in zip(group, group_texts, strict=True):
                 if not response.was_ended:
                     places.append(place)
                     pairs.append((text, prompt.answer))
+                    tokens = len(response.response_ids)
+                    facts.append(Facts(prompt.problem, prompt.columns, response.finish_reason, tokens))
                 place += 1
         grades: dict[int, Grade] = {}
-        for pool, places, pairs in asked.values():
-            grades.update(zip(places, pool.grade_many(pairs, deadline=self._left("grade")), strict=True))
+        for pool, places, pairs, facts in asked.values():
+            found = pool.grade_many(pairs, deadline=self._left("grade"), facts=facts)
+            grades.update(zip(places, found, strict=True))
         return [grades.get(index) for index in range(place)]
 
     def _score(

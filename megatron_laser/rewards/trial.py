@@ -7,8 +7,10 @@ import time
 
 from megatron_laser.errors import Finding
 from megatron_laser.rewards.answer_forms import MATHEMATICS, answer_form
+from megatron_laser.rewards.arguments import Facts
 from megatron_laser.rewards.grade import Grade, GradingPoolError, RewardSpecError
 from megatron_laser.rewards.registry import is_math_verify
+from megatron_laser.rewards.terms import PLAIN, RewardRule
 from megatron_laser.rewards.workers.grading_pool import GradingPool
 
 logger = logging.getLogger(__name__)
@@ -22,7 +24,16 @@ _CURE_LATE = (
 
 
 def trial(
-    function: str, answer: str = "42", *, deadline: float = 5.0, start_deadline: float = 60.0
+    function: str,
+    answer: str = "42",
+    *,
+    prompt: str = "",
+    row: str = "",
+    deadline: float = 5.0,
+    start_deadline: float = 60.0,
+    rule: RewardRule = PLAIN,
+    memory_limit_gib: float | None = 4.0,
+    max_processes: int | None = None,
 ) -> list[Finding]:
     """Grade two responses to one reference, one with the reference in a box and one without a box.
 
@@ -32,14 +43,16 @@ def trial(
 
     Args:
         function: `reward.function`.
-        answer: a reference from the data.
+        answer: a reference from the data. prompt, row: of the same row, see `arguments.Facts`; what is "" is not known.
         deadline: `reward.deadline`, seconds.
         start_deadline: seconds until the worker must have imported the function.
+        rule, memory_limit_gib, max_processes: as of `GradingPool`.
     """
-    if is_math_verify(function):
-        return [Finding(_TOPIC, "ok", "math_verify, built in")]
-    if answer_form(function) is not MATHEMATICS:
-        return [Finding(_TOPIC, "ok", f"{function}, built in")]
+    if not rule.functions and rule.is_plain:
+        if is_math_verify(function):
+            return [Finding(_TOPIC, "ok", "math_verify, built in")]
+        if answer_form(function) is not MATHEMATICS:
+            return [Finding(_TOPIC, "ok", f"{function}, built in")]
     responses = {
         "the reference in a box": f"The answer is \\boxed{{{answer}}}.",
         "a response without a box": "I do not know.",
@@ -47,10 +60,20 @@ def trial(
     grades: list[tuple[Grade, float]] = []
     failures: dict[str, list[str]] = {}  # why -> which responses
     try:
-        with GradingPool(1, deadline, function, start_deadline=start_deadline, log_failures=False) as pool:
+        with GradingPool(
+            1,
+            deadline,
+            function,
+            start_deadline=start_deadline,
+            memory_limit_gib=memory_limit_gib,
+            max_processes=max_processes,
+            log_failures=False,
+            rule=rule,
+        ) as pool:
             for kind, response in responses.items():
                 started = time.monotonic()
-                grade = pool.grade_many([(response, answer)])[0]
+                facts = Facts(prompt, row, "stop", len(response.split()))  # about so many tokens
+                grade = pool.grade_many([(response, answer)], facts=[facts])[0]
                 if grade.failed:
                     failures.setdefault(pool.last_trouble, []).append(kind)
                 else:
@@ -67,7 +90,7 @@ def trial(
         text = f"{of} failed on one of two trial responses (reference {answer!r:.80}); what it fails on teaches nothing"
         return [Finding(_TOPIC, "warning", text, examples, cure)]
     slowest = max(seconds for _, seconds in grades)
-    rewards = " and ".join(f"{grade.reward:g}" for grade, _ in grades)
+    rewards = " and ".join(f"{grade.learned:g}{_shown(grade)}" for grade, _ in grades)
     text = (
         f"{of} gave {rewards} for the reference in a box and for a response without one, in {slowest:.2f} s"
     )
@@ -75,9 +98,20 @@ def trial(
         cure = "raise reward.deadline: a busy machine is slower"
         return [Finding(_TOPIC, "warning", f"{text}, more than half of reward.deadline", cure=cure)]
     (box, _), (no_box, _) = grades
-    if box.reward <= no_box.reward:
+    if box.learned <= no_box.learned:
         return [Finding(_TOPIC, "note", f"{text}: the reference itself is worth no more")]
     return [Finding(_TOPIC, "ok", text)]
+
+
+def _shown(grade: Grade) -> str:
+    """What a reward is made of, and its label, where these are not the same number."""
+    if grade.terms is None and grade.policy_reward is None:
+        return ""
+    terms = [
+        f"{name} {'not applicable' if value is None else f'{value:g}'}"
+        for name, value in (grade.terms or {}).items()
+    ]
+    return f" ({', '.join([*terms, f'label {grade.reward:g}'])})"
 
 
 def try_reward(function: str, answer: str = "42", *, deadline: float = 5.0) -> None:

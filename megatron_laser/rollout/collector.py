@@ -13,7 +13,7 @@ from typing import Any
 from megatron_laser.data.cursor import Cursor
 from megatron_laser.observability.rates import GENERATED
 from megatron_laser.observability.timers import Timers
-from megatron_laser.rewards import GradingPool, GradingPoolError
+from megatron_laser.rewards import Facts, GradingPool, GradingPoolError
 from megatron_laser.rewards.grade import FAILED_OUTCOMES
 from megatron_laser.rollout.endings import Endings
 from megatron_laser.rollout.engine import ResumableEngine, RolloutEngine, StopEarly, watched
@@ -272,7 +272,9 @@ class RolloutCollector:
         text = self._text(generation)
         group.texts[sample] = text
         grading = self._graders.get(group.prompt.reward, self._grading)
-        group.grades[sample] = grading.submit(text, group.prompt.answer)
+        prompt, tokens = group.prompt, len(generation.response_ids)
+        facts = Facts(prompt.problem, prompt.columns, generation.finish_reason, tokens)
+        group.grades[sample] = grading.submit(text, prompt.answer, facts)
 
     def _sort_out(self, progress: Progress) -> None:
         """Complete groups go to the batch or to the uniform ones; the rest, and what is too much, is carried."""
@@ -285,7 +287,7 @@ class RolloutCollector:
             if not done.samples:
                 progress.lost.append(done)
                 continue
-            uniform = len({sample.reward for sample in done.samples}) == 1
+            uniform = len({sample.learned_reward for sample in done.samples}) == 1
             (progress.uniform if self._drops_uniform and uniform else progress.groups).append(done)
         progress.open = []
         if len(progress.groups) < self._prompts_per_step:

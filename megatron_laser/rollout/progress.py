@@ -99,7 +99,7 @@ def _graded(
 ) -> dict[str, float]:
     used = {id(group) for group in stand_ins}
     dropped = [group for group in uniform if id(group) not in used]
-    right = sum(group.samples[0].reward > 0.5 for group in dropped)
+    right = sum(all(sample.reward > 0.5 for sample in group.samples) for group in dropped)
     graded = [sample for group in (*groups, *uniform) for sample in group.samples]
     metrics: dict[str, float] = {
         "groups_dropped": len(dropped),

@@ -26,7 +26,6 @@ from megatron_laser.model import platform
 from megatron_laser.observability.rollout_dump import TokenPart
 from megatron_laser.observability.rollout_metrics import readout_metrics, rollout_metrics, scores_by_label
 from megatron_laser.observability.timers import Timers
-from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.ahead import RolloutAhead
 from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.collector import RolloutCollector
@@ -35,7 +34,7 @@ from megatron_laser.rollout.engine import StoppedEarly
 from megatron_laser.rollout.function.runner import SampleFunction
 from megatron_laser.run.batch_origin import origin_of
 from megatron_laser.run.engines import WorkResult, await_servers, call_engine, open_engine
-from megatron_laser.run.graders import open_graders
+from megatron_laser.run.graders import open_graders, open_pool
 from megatron_laser.run.inputs import RunInputs, open_cursor
 from megatron_laser.run.recorder import RunRecorder
 from megatron_laser.run.speed import Speed
@@ -78,9 +77,7 @@ class Controller:
         self.engine = open_engine(config)
         self._close_later("rollout engine", self.engine.close)
         self._speed = Speed(config, self.engine)
-        self._grading = GradingPool(
-            workers=config.reward.workers, deadline=config.reward.deadline, function=config.reward.function
-        )
+        self._grading = open_pool(config.reward)
         self._close_later("grading workers", self._grading.close)
         self._function = self._open_function()
         self._graders = open_graders(config, inputs, self._close_later)

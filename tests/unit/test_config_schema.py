@@ -91,7 +91,16 @@ DEFAULTS = {
             "hang_deadline": 300.0,
         },
     },
-    "reward": {"function": "math_verify", "workers": 2, "deadline": 5.0},
+    "reward": {
+        "function": "math_verify",
+        "terms": {},
+        "label": "reward",
+        "threshold": None,
+        "workers": 2,
+        "deadline": 5.0,
+        "memory_limit_gib": 4.0,
+        "max_processes": None,
+    },
     "laser": {
         "enabled": True,
         "score_token": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
@@ -11,6 +12,7 @@ from megatron_laser.config.schema.fields import (
     CountOrZero,
     FilePath,
     NonNegative,
+    Number,
     Positive,
     RewardName,
     Section,
@@ -125,19 +127,79 @@ class DataConfig(Section):
     """Shuffle the training problems anew each epoch, from `run.seed`."""
 
 
+class RewardTerm(Section):
+    """One of several terms of the reward."""
+
+    weight: Number = 1.0
+    """Of its value in the sum that the policy learns from; 0: it is only shown."""
+    function: RewardName | None = None
+    """A function of its own, as `reward.function`, which returns one number; null: `reward.function` returns it."""
+
+
+_TERM_NAME = re.compile(r"[\w.+-]+")
+
+
+def _terms(value: Any) -> Any:
+    """Name -> weight is short for name -> {weight}."""
+    if not isinstance(value, dict):
+        return value
+    for name in value:
+        if not isinstance(name, str) or not _TERM_NAME.fullmatch(name):
+            raise ValueError(
+                f"expected names of letters, digits, . _ + - (they are in metrics' names); {name!r} is none"
+            )
+        if name == "sum":
+            raise ValueError(
+                "expected another name than sum, which is that of all terms together in reward.label"
+            )
+        item = value[name]
+        if isinstance(item, dict) and (strange := item.keys() - {"weight", "function"}):
+            raise ValueError(
+                f"expected weight and function of the term {name}, found {', '.join(map(str, strange))}"
+            )
+    reward = value.get("reward")
+    if (
+        reward.get("function") if isinstance(reward, dict) else getattr(reward, "function", None)
+    ) is not None:
+        raise ValueError("expected no function for the term reward: it is what reward.function returns")
+    return {
+        name: item if isinstance(item, dict | Section) else {"weight": item} for name, item in value.items()
+    }
+
+
+RewardTerms = Annotated[dict[str, RewardTerm], BeforeValidator(_terms)]
+
+
 class RewardConfig(Section):
     """The verifier that labels responses right (1) or wrong (0)."""
 
     function: RewardName = "math_verify"
     """`math_verify`, `multiple_choice` or `free_text` (rewards.md), or `package.module:function`, or
-    `path/to/file.py:function`. It returns a number from
-    0 (wrong) to 1 (right); an error or anything else is the outcome `crash`, and such a response is left out of the
+    `path/to/file.py:function`; with `verl:` or `trl:` in front one that is written for these. It returns a number from
+    0 (wrong) to 1 (right), or, with `terms` or `threshold`, any number or a dict of named ones; an error or anything
+    else is the outcome `crash`, and such a response is left out of the
     step. It is tried before the run starts, and a step in which nothing could be graded stops the run."""
+    terms: RewardTerms = Field(default_factory=dict)
+    """Several rewards: name -> weight of a number that `function` returns in a dict (its one number is called
+    `reward`), or name -> `{function, weight}` of a further function. The policy learns from the weighted sum;
+    `reward/<name>` is a term's mean. Empty: `{reward: 1.0}`."""
+    label: Text = "reward"
+    """The term that says right or wrong, or `sum`, the weighted sum: the label that the self-reward score is trained
+    towards, and that accuracy and votes count."""
+    threshold: Number | None = None
+    """From which value of `label` on a response is right: the label is then 1 or 0, and values may be any number;
+    null: the value itself is the label, from 0 to 1."""
     workers: Count = 2
     """Worker processes that grade."""
     deadline: Positive = 5.0
     """Seconds for one response; a worker that takes longer is killed and the outcome is `timeout`: the
     response is left out of the step."""
+    memory_limit_gib: Positive | None = 4.0
+    """Address space, in GiB, of each grading worker and of each process that it starts; what needs more ends in
+    `crash`. null: no limit."""
+    max_processes: CountOrZero | None = None
+    """Processes that a worker's functions may have started at once; with more all are killed, and the outcome is
+    `crash`. They are counted ten times a second. null: no limit."""
 
 
 class EvaluationConfig(Section):

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from megatron_laser.config import RunConfig
 from megatron_laser.config.modes import generates
+from megatron_laser.data.readers import Row
 from megatron_laser.data.tokenizer import load_tokenizer
+from megatron_laser.errors import Finding
+from megatron_laser.rewards import reward_rule
 from megatron_laser.rewards.trial import trial
 from megatron_laser.rollout.function.loading import function_findings
 from megatron_laser.run.preflight.batches import batch_findings
@@ -80,11 +83,10 @@ def run_preflight(
                 model.tokenizer = load_tokenizer(config.model.path)
         return PreflightResult(model, DataInputs())
     data = read_data(config, log)
-    answers = dict(data.answers())
-    for function in answers or [config.reward.function]:
+    examples = dict(data.examples())
+    for function in examples or [config.reward.function]:
         with log.topic(REWARD, "reward function"):
-            answer = [answers[function]] if answers else []
-            log.add(REWARD, trial(function, *answer, deadline=config.reward.deadline))
+            log.add(REWARD, _tried(config, function, examples.get(function)))
     with log.topic(REWARD, "rollout function"):
         log.add(REWARD, function_findings(config))
     with log.topic(REWARD, "objective"):
@@ -99,6 +101,20 @@ def run_preflight(
     check_tokenizer(config, model, log)
     tokenize_data(config, model, data, log, progress)
     return PreflightResult(model, data)
+
+
+def _tried(config: RunConfig, function: str, row: Row | None) -> list[Finding]:
+    """A trial of one verifier with the run's settings, on a row of its data where there is one."""
+    settings = config.reward
+    example = {} if row is None else {"answer": row.answer, "prompt": row.problem, "row": row.columns}
+    return trial(
+        function,
+        deadline=settings.deadline,
+        rule=reward_rule(settings),
+        memory_limit_gib=settings.memory_limit_gib,
+        max_processes=settings.max_processes,
+        **example,
+    )
 
 
 ORDER = (MODEL, DATA, REWARD, MACHINE)
