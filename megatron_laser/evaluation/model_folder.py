@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from megatron_laser.data.tokenizer import decode_response, load_tokenizer
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.prefix_rule import AskedPrefixes, PrefixRule, prefix_rule
 from megatron_laser.evaluation.score_rule import ScoreRule
+from megatron_laser.rewards import reward_rule
 
 logger = logging.getLogger(__name__)
 
@@ -247,4 +248,5 @@ def _from_run(run: RunConfig | None) -> dict[str, Any]:
         "top_p": run.evaluation.top_p,
         "seed": run.evaluation.seed,
         "reward": run.reward.function,
+        **({} if (rule := reward_rule(run.reward)).is_plain else {"reward_rule": asdict(rule)}),
     }

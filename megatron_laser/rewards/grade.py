@@ -81,7 +81,7 @@ def as_grade(value: object) -> Grade:
         raise TypeError(
             f"a reward function returns a number or a Grade, not {type(value).__name__} ({value!r:.60})"
         )
-    if not isinstance(reward, numbers.Real) or not 0.0 <= reward <= 1.0:  # NaN is neither
+    if not isinstance(reward, numbers.Real) or not 0.0 <= float(reward) <= 1.0:  # NaN is neither
         raise ValueError(
             f"without reward.threshold a reward is a number from 0 (wrong) to 1 (right), not {reward!r}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Protocol
 
 from megatron_laser.errors import Finding
 from megatron_laser.rewards.answer_forms import MATHEMATICS, answer_form
@@ -23,12 +24,27 @@ _CURE_LATE = (
 )
 
 
+class Example(Protocol):
+    """A row of the data, as `data.Row`."""
+
+    @property
+    def answer(self) -> str:
+        """The reference."""
+
+    @property
+    def problem(self) -> str:
+        """The prompt column's text."""
+
+    @property
+    def columns(self) -> str:
+        """The whole row as JSON, or ""."""
+
+
 def trial(
     function: str,
     answer: str = "42",
     *,
-    prompt: str = "",
-    row: str = "",
+    example: Example | None = None,
     deadline: float = 5.0,
     start_deadline: float = 60.0,
     rule: RewardRule = PLAIN,
@@ -43,7 +59,7 @@ def trial(
 
     Args:
         function: `reward.function`.
-        answer: a reference from the data. prompt, row: of the same row, see `arguments.Facts`; what is "" is not known.
+        answer: a reference. example: a row of the data, whose reference it is then.
         deadline: `reward.deadline`, seconds.
         start_deadline: seconds until the worker must have imported the function.
         rule, memory_limit_gib, max_processes: as of `GradingPool`.
@@ -53,6 +69,9 @@ def trial(
             return [Finding(_TOPIC, "ok", "math_verify, built in")]
         if answer_form(function) is not MATHEMATICS:
             return [Finding(_TOPIC, "ok", f"{function}, built in")]
+    prompt, columns = "", ""
+    if example is not None:
+        answer, prompt, columns = example.answer, example.problem, example.columns
     responses = {
         "the reference in a box": f"The answer is \\boxed{{{answer}}}.",
         "a response without a box": "I do not know.",
@@ -72,7 +91,7 @@ def trial(
         ) as pool:
             for kind, response in responses.items():
                 started = time.monotonic()
-                facts = Facts(prompt, row, "stop", len(response.split()))  # about so many tokens
+                facts = Facts(prompt, columns, "stop", len(response.split()))  # about so many tokens
                 grade = pool.grade_many([(response, answer)], facts=[facts])[0]
                 if grade.failed:
                     failures.setdefault(pool.last_trouble, []).append(kind)
@@ -114,13 +133,18 @@ def _shown(grade: Grade) -> str:
     return f" ({', '.join([*terms, f'label {grade.reward:g}'])})"
 
 
-def try_reward(function: str, answer: str = "42", *, deadline: float = 5.0) -> None:
+def try_reward(
+    function: str, example: Example | None = None, *, deadline: float = 5.0, rule: RewardRule = PLAIN
+) -> None:
     """`trial` where nobody reads findings: an error is raised, a warning logged.
+
+    Args:
+        example: a row of the data; None: none is known.
 
     Raises:
         RewardSpecError: the function cannot be imported or called, or graded neither trial response.
     """
-    for finding in trial(function, answer, deadline=deadline):
+    for finding in trial(function, example=example, deadline=deadline, rule=rule):
         if finding.level == "error":
             raise RewardSpecError(finding.line)
         if finding.level == "warning":

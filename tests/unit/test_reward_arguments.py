@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_laser.data.readers import read_rows
+from megatron_laser.data.readers import Row, read_rows
 from megatron_laser.errors import DataError
 from megatron_laser.rewards import Facts, Grade, GradingPool, RewardRule, RewardSpecError, may_want_row, trial
 from megatron_laser.rewards.arguments import ArgumentsError, bind_native
@@ -144,11 +144,13 @@ def test_a_column_that_a_trl_function_needs_and_the_row_lacks_is_named(file):
 
 def test_a_trial_uses_the_row_and_shows_every_term(file):
     rule = RewardRule(weights={"reward": 1.0, "voting": 0.5}, functions={"voting": f"{file}:other_names"})
-    (found,) = trial(f"{file}:plain", "42", prompt="p", row='{"worth": 1}', rule=rule)
+    (found,) = trial(f"{file}:plain", example=Row(0, "p", "42", "", columns='{"worth": 1}'), rule=rule)
     assert found.level == "note"
     assert "gave 0 (reward 0, voting 0, label 0) and 0 (" in found.text
     (found,) = trial(
-        f"{file}:compute_score", "42", prompt="p", row=json.dumps(VERL), rule=RewardRule(threshold=0)
+        f"{file}:compute_score",
+        example=Row(0, "p", "42", "", columns=json.dumps(VERL)),
+        rule=RewardRule(threshold=0),
     )
     assert found.level == "note" and "gave -1 (reward -1, acc 0, label 0)" in found.text
     (found,) = trial(f"{file}:compute_score", "42")

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
         patch.setattr(tiny_run, "TOKENS", [*tiny_run.TOKENS, *PROGRAMS])
         write_tiny_run(
             folder,
-            rollout={"prompts_per_step": 2, "samples_per_prompt": 4, "max_new_tokens": 6},
+            rollout={"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 6},
             checkpoint={"every": 20, "export_hf": False},
             run={"steps": 20, "output_dir": "out", "deadline": 60},
         )
@@ -62,8 +62,8 @@ def test_code_execution_trains_on_the_tests_of_the_rows(folder):
     counts = {
         name: sum(line[f"outcome/{name}"] for line in lines) for name in ("correct", "wrong", "no_answer")
     }
-    assert all(counts.values()) and sum(counts.values()) == 20 * 8
-    assert [line["reward_mean"] for line in lines] == [line["outcome/correct"] / 8 for line in lines]
+    assert all(counts.values()) and sum(counts.values()) == 20 * 4
+    assert [line["reward_mean"] for line in lines] == [line["outcome/correct"] / 4 for line in lines]
 
 
 def test_a_model_behind_http_trains_by_its_verdicts(folder, monkeypatch):
@@ -92,10 +92,10 @@ def test_a_model_behind_http_trains_by_its_verdicts(folder, monkeypatch):
     assert "1 + 0 ?" in "".join(text for *_, text in asked)  # the problem
     for line in lines:
         right = line["outcome/correct"]
-        assert right + line["outcome/wrong"] + line["outcome/no_answer"] == 8
+        assert right + line["outcome/wrong"] + line["outcome/no_answer"] == 4
         if not line["outcome/no_answer"]:
-            assert line["reward_mean"] == pytest.approx((0.7 * right + 0.2 * (8 - right)) / 8)
-        assert line["accuracy_tried"] == right / 8
+            assert line["reward_mean"] == pytest.approx((0.7 * right + 0.2 * (4 - right)) / 4)
+        assert line["accuracy_tried"] == right / 4
 
 
 def example(name):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from helpers.runs import run_config
 
 from megatron_laser.batching.flat import FlatBatch, flatten
 from megatron_laser.config import ConfigError
+from megatron_laser.evaluation.benchmarks.folder import benchmark_settings
+from megatron_laser.evaluation.benchmarks.settings import benchmark_rule, load_benchmarks
 from megatron_laser.observability.rollout_dump import dump_rollouts
 from megatron_laser.observability.rollout_metrics import rollout_metrics
 from megatron_laser.rewards import Grade, RewardRule, reward_rule
@@ -119,6 +122,19 @@ def test_settings_are_weights_or_functions_and_their_paths_start_at_the_file(tmp
 def test_settings_that_mean_nothing_are_refused(tmp_path, terms, message):
     with pytest.raises(ConfigError, match=message):
         run_config(tmp_path, tmp_path, reward={"terms": terms})
+
+
+def test_an_evaluation_judges_as_the_run_did_where_the_verifier_is_the_run_s(tmp_path):
+    file = tmp_path / "aime.jsonl"
+    file.write_text('{"problem": "1 + 1", "answer": "2"}\n')
+    from_run = {"reward": "my.py:f", "reward_rule": asdict(RewardRule({"a": 2.0}, {}, "a", 0.5))}
+    (same,) = load_benchmarks(file, from_run=from_run)
+    assert benchmark_rule(same) == RewardRule({"a": 2.0}, {}, "a", 0.5)
+    assert benchmark_settings(same)["reward_rule"]["threshold"] == 0.5
+    (other,) = load_benchmarks(file, ["aime.reward=math_verify"], from_run=from_run)
+    assert benchmark_rule(other).is_plain and "reward_rule" not in benchmark_settings(other)
+    (own,) = load_benchmarks(file, ["aime.reward_threshold=0", "aime.reward_label=b"], from_run=from_run)
+    assert benchmark_rule(own) == RewardRule(label="b", threshold=0.0)
 
 
 # --- from samples to the loss

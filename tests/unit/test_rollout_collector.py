@@ -49,7 +49,7 @@ class Grading:
     def __init__(self, mixed):
         self.mixed = mixed
 
-    def submit(self, text, answer):
+    def submit(self, text, answer, facts=None):
         prompt, sample = (int(word) for word in text.split())
         right = sample == 10 if prompt in self.mixed else prompt % 2 == 0
         future = Future()
@@ -219,7 +219,7 @@ def test_a_resumed_run_tries_the_same_prompts_with_the_same_seeds():
 def test_grading_that_passes_the_deadline_names_the_setting():
     made, _ = collector(mixed=(), tries=None)
     made._deadline = 0.1
-    made._grading.submit = lambda text, answer: Future()
+    made._grading.submit = lambda text, answer, facts: Future()
     with pytest.raises(
         TimeoutError, match=r"step 1: responses were not graded within rollout\.deadline 0\.1 s"
     ):
@@ -235,7 +235,7 @@ class FailingGrading(Grading):
         super().__init__({100 + row for row in range(40)})
         self.failing = failing
 
-    def submit(self, text, answer):
+    def submit(self, text, answer, facts=None):
         if tuple(int(word) for word in text.split()) not in self.failing:
             return super().submit(text, answer)
         future = Future()

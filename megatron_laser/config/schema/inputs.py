@@ -109,7 +109,7 @@ class DataConfig(Section):
     answer_key: Text = "answer"
     """Column that holds the reference answer. For `math_verify` the answer is taken out of worked solutions
     (`#### 827`, a box), lists of one and numbers; a `reward.function` of your own gets text as it stands, the rest as
-    JSON."""
+    JSON. `a.b` is b in the objects of column a."""
     prompt_suffix: str = " Please reason step by step, and put your final answer within \\boxed{}."
     """Appended to each problem, before the chat template."""
     apply_chat_template: bool = True

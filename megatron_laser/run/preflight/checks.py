@@ -106,14 +106,13 @@ def run_preflight(
 def _tried(config: RunConfig, function: str, row: Row | None) -> list[Finding]:
     """A trial of one verifier with the run's settings, on a row of its data where there is one."""
     settings = config.reward
-    example = {} if row is None else {"answer": row.answer, "prompt": row.problem, "row": row.columns}
     return trial(
         function,
+        example=row,
         deadline=settings.deadline,
         rule=reward_rule(settings),
         memory_limit_gib=settings.memory_limit_gib,
         max_processes=settings.max_processes,
-        **example,
     )
 
 
