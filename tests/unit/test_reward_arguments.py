@@ -1,13 +1,24 @@
 """What reward functions are told, by the names of their parameters; verl's and TRL's through their adapters."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
 from megatron_laser.data.readers import Row, read_rows
 from megatron_laser.errors import DataError
-from megatron_laser.rewards import Facts, Grade, GradingPool, RewardRule, RewardSpecError, may_want_row, trial
+from megatron_laser.rewards import (
+    PLAIN,
+    Facts,
+    Grade,
+    GradingPool,
+    RewardRule,
+    RewardSpecError,
+    may_want_row,
+    trial,
+)
 from megatron_laser.rewards.arguments import ArgumentsError, bind_native
+from megatron_laser.rewards.workers.grader import Grader
 
 CODE = '''
 from megatron_laser.rewards import Grade
@@ -43,9 +54,6 @@ def accuracy_reward(prompts, completions, solution, **kwargs):
 def format_reward(completions, **kwargs):
     return [1.0 if completion.startswith("<think>") else 0.0 for completion in completions]
 
-def takes_foo(response, foo):
-    return 1.0
-
 def asks(response, answer, *, foo):
     return 1.0
 '''
@@ -70,16 +78,20 @@ def facts(row, prompt="p"):
     return Facts(prompt, json.dumps(row), "length", 7)
 
 
-def graded(spec, items, row, rule=None):
-    with GradingPool(workers=1, deadline=20.0, function=spec, rule=rule or RewardRule()) as pool:
-        grades = pool.grade_many(items, facts=[facts(row)] * len(items))
-        return grades, pool.needs, pool.last_trouble
+def graded(spec, items, row, rule=PLAIN):
+    """As a worker grades, in this process."""
+    grader = Grader(spec, asdict(rule))
+    return [grader.grade(*item, facts(row).message(grader.needs)) for item in items]
 
 
 def test_a_function_takes_what_its_parameters_name(file):
-    (grade,), needs, _ = graded(f"{file}:everything", [("r", "a")], {"worth": 0.75})
-    assert grade == Grade(0.75, "correct")
-    assert needs == {"prompt", "row", "finish_reason", "num_tokens"}
+    with GradingPool(workers=1, deadline=20.0, function=f"{file}:everything") as pool:
+        assert pool.needs == {"prompt", "row", "finish_reason", "num_tokens"}
+        asked = [("r", "a"), ("r", "a"), ("other", "a")]
+        grades = pool.grade_many(asked, facts=[facts({"worth": worth}) for worth in (0.75, 0.25, 1.0)])
+        assert grades == [Grade(0.75, "correct"), Grade(0.25, "wrong"), Grade(0.0, "crash")]
+        assert pool.grade_many([("r", "a")])[0].failed
+        assert "takes `prompt`, which is not known of this response here" in pool.last_trouble
 
 
 def called(file, name):
@@ -113,33 +125,36 @@ def test_an_unknown_parameter_is_named(file):
 
 def test_a_function_of_verl_runs_as_it_is(file):
     spec, items = f"{file}:compute_score", [("it is 42", "a"), ("it is 41", "a")]
-    grades, _, _ = graded(spec, items, VERL, RewardRule(threshold=0.0))
-    assert grades == [
+    assert graded(spec, items, VERL, RewardRule(threshold=0.0)) == [
         Grade(1.0, "correct", "42", {"reward": 1.0, "acc": 1.0}, 1.0),
         Grade(0.0, "wrong", "41", {"reward": -1.0, "acc": 0.0}, -1.0),
     ]
-    # without a threshold -1 is no label, and the message says what to set
-    grades, _, trouble = graded(f"verl:{spec}", items, VERL, RewardRule())
-    assert [grade.outcome for grade in grades] == ["correct", "crash"]
-    assert "without reward.threshold" in trouble and "not -1.0" in trouble
+    by_accuracy = graded(f"verl:{spec}", items, VERL, RewardRule(label="acc"))
+    assert [(grade.reward, grade.learned) for grade in by_accuracy] == [(1.0, 1.0), (0.0, -1.0)]
+    # without either -1 is no label, and the message says what to set
+    with pytest.raises(ValueError, match=r"without reward.threshold .* not -1.0 \(.*mine.py"):
+        graded(spec, items, VERL)
 
 
 def test_a_function_of_trl_runs_as_it_is_and_none_does_not_apply(file):
     rule = RewardRule(weights={"reward": 1.0, "acc": 2.0}, functions={"acc": f"trl:{file}:accuracy_reward"})
     spec = f"{file}:plain"
-    grades, _, _ = graded(spec, [("42", "42"), ("41", "42")], TRL, rule)
+    grades = graded(spec, [("42", "42"), ("41", "42")], TRL, rule)
     assert [grade.policy_reward for grade in grades] == [3.0, 0.0]
-    (grade,), _, _ = graded(spec, [("42", "42")], {**TRL, "solution": "?"}, rule)
+    (grade,) = graded(spec, [("42", "42")], {**TRL, "solution": "?"}, rule)
     assert grade.policy_reward == 1.0 and grade.terms == {"reward": 1.0, "acc": None}
+    with pytest.raises(ValueError, match="'reward' is None, not applicable"):
+        graded(f"{file}:accuracy_reward", [("42", "42")], {**TRL, "solution": "?"})
     # of a prompt that is a text, completions are texts; a bare function is known by its signature
-    grades, _, _ = graded(f"{file}:format_reward", [("<think>", ""), ("no", "")], {"prompt": "p"})
+    grades = graded(f"{file}:format_reward", [("<think>", ""), ("no", "")], {"prompt": "p"})
     assert [grade.reward for grade in grades] == [1.0, 0.0]
 
 
 def test_a_column_that_a_trl_function_needs_and_the_row_lacks_is_named(file):
-    (grade,), _, trouble = graded(f"{file}:accuracy_reward", [("42", "42")], {"prompt": "p", "gold": "42"})
-    assert grade.failed
-    assert "takes `solution`, and the data's row has no such column (it has gold, answer)" in trouble
+    with pytest.raises(
+        ArgumentsError, match=r"takes `solution`, and .* no such column \(it has gold, answer\)"
+    ):
+        graded(f"{file}:accuracy_reward", [("42", "42")], {"prompt": "p", "gold": "42"})
 
 
 def test_a_trial_uses_the_row_and_shows_every_term(file):
@@ -153,8 +168,6 @@ def test_a_trial_uses_the_row_and_shows_every_term(file):
         rule=RewardRule(threshold=0),
     )
     assert found.level == "note" and "gave -1 (reward -1, acc 0, label 0)" in found.text
-    (found,) = trial(f"{file}:compute_score", "42")
-    assert found.level == "error" and "AssertionError" in " ".join(found.examples)
 
 
 def test_rows_are_kept_only_for_functions_that_may_ask_for_them(file, tmp_path):
