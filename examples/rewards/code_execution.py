@@ -1,7 +1,7 @@
 """Runs the response's last ```python block with the tests of its row, in a process of its own.
 
-reward:
-  function: examples/rewards/code_execution.py:passes_tests
+reward:                    # in the YAML of a recipe beside this folder: paths start there
+  function: ../rewards/code_execution.py:passes_tests
   deadline: 15            # of the grading worker: longer than SECONDS, or it is killed first
   max_processes: 8        # the program is one of them; null: no limit
 

@@ -1,8 +1,8 @@
 """Exact match: right is a response whose last line with text is the reference, but for case and spaces.
 
-reward:
-  function: examples/rewards/exact_match.py:exact_match
-  terms: {reward: 1.0, brief: {function: examples/rewards/exact_match.py:brief, weight: 0.1}}
+reward:                    # in the YAML of a recipe beside this folder: paths start there
+  function: ../rewards/exact_match.py:exact_match
+  terms: {reward: 1.0, brief: {function: ../rewards/exact_match.py:brief, weight: 0.1}}
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 export VERIFIER_URL=http://127.0.0.1:30000/v1 VERIFIER_MODEL=my-judge VERIFIER_KEY=...   # the key where it wants one
 
-reward:
-  function: examples/rewards/verifier_http.py:judged
+reward:                    # in the YAML of a recipe beside this folder: paths start there
+  function: ../rewards/verifier_http.py:judged
   workers: 16            # requests at once
   deadline: 60           # more than VERIFIER_SECONDS (50): the worker's is the last resort
   terms: {reward: 1.0}
