@@ -83,6 +83,7 @@ def chat_options(
     """What the chat template is given: the options, else what the training run gave it, else nothing."""
     import yaml
 
+    from megatron_laser.config.yaml_text import yaml_value
     from megatron_laser.data import ChatOptions
 
     if not template:
@@ -97,7 +98,7 @@ def chat_options(
         if not equals or not name.isidentifier():
             raise typer.BadParameter(f"--chat-template-argument {text!r}: expected NAME=VALUE")
         try:
-            given[name] = yaml.safe_load(value)
+            given[name] = yaml_value(value)
         except yaml.YAMLError:
             raise typer.BadParameter(
                 f"--chat-template-argument {text!r}: the value is not valid YAML"

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_laser.config.loading import config_of, load_config, resolved_yaml
 from megatron_laser.config.model_folder.architecture import read_architecture
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.config.yaml_text import one_line, yaml_text
 from megatron_laser.errors import ConfigError
 
 NAME = "config.json"
@@ -134,15 +133,12 @@ def as_yaml(settings: Settings) -> str:
         for section in sections:
             place = place.setdefault(section, {})
         place[key] = value
-    return yaml.safe_dump(nested, sort_keys=False, allow_unicode=True) if nested else ""
+    return yaml_text(nested, width=80) if nested else ""
 
 
 def as_overrides(settings: Settings) -> list[str]:
     """The same as `section.key=value` for a command line, unquoted."""
-    return [
-        f"{name}={yaml.safe_dump(value, default_flow_style=True, width=10**6).splitlines()[0]}"
-        for name, value in settings.items()
-    ]
+    return [f"{name}={one_line(value)}" for name, value in settings.items()]
 
 
 def whole_run(config: RunConfig, head: Sequence[str]) -> str:

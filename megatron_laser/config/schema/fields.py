@@ -1,6 +1,7 @@
 """Field types shared by all sections: strict where YAML has accidents, lenient where it has none.
 
-PyYAML reads `1e-6` as a string (YAML 1.1 wants a dot), `on` and `off` as booleans; Python takes True for 1.
+A quoted "1e-6" is a number where one is expected, `true` and `false` are on and off where these are; Python takes
+True for 1.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Section(BaseModel):
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, str):
+    if isinstance(value, str) and "_" not in value:  # which Python would take, and YAML 1.2 has not
         try:
             return float(value)
         except ValueError:
@@ -110,7 +111,7 @@ def _template_arguments(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _switch(value: Any) -> Any:
-    """YAML 1.1 reads unquoted on and off as booleans."""
+    """As YAML 1.1 reads on and off."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 

@@ -25,7 +25,8 @@ from megatron_laser.config.schema.fields import (
     Text,
     TopP,
 )
-from megatron_laser.config.yaml_source import read_yaml, syntax_problem
+from megatron_laser.config.yaml_source import read_yaml
+from megatron_laser.config.yaml_text import syntax_problem, yaml_value
 from megatron_laser.data import Row, log_warnings, read_rows, reference_findings, unusable_findings
 from megatron_laser.errors import ConfigError
 from megatron_laser.rewards import answer_form, is_math_verify
@@ -197,7 +198,7 @@ def _apply(override: str, sections: dict[str, dict[str, Any]]) -> list[str]:
     if name not in sections:
         return [f"{override!r}: {_unknown(name, sections)}"]
     try:
-        value = yaml.safe_load(text)
+        value = yaml_value(text)
     except yaml.YAMLError as error:
         return [f"{override!r}: the value is not valid YAML ({syntax_problem(error)})"]
     if key == "path" and isinstance(value, str):
