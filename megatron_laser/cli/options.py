@@ -24,6 +24,14 @@ Overrides = Annotated[
         "rollout.sglang.options.mem_fraction_static=0.8."
     ),
 ]
+SetFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--set-file",
+        help="YAML file with further settings, in sections or as [cyan]section.key: value[/]: they count more than "
+        "CONFIG and less than section.key=value. May be given several times; later wins.",
+    ),
+]
 Model = Annotated[
     Path,
     typer.Argument(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_laser.cli.options import ConfigFile, Overrides, prepare_process
+from megatron_laser.cli.options import ConfigFile, Overrides, SetFiles, prepare_process
 
 if TYPE_CHECKING:
     from megatron_laser.config import RunConfig
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
+    set_files: SetFiles = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -43,7 +44,7 @@ def train(
     from megatron_laser.config import check_layout, load_config, read_architecture, resolve_plan
     from megatron_laser.config.process_environment import is_main_process, place_in_run
 
-    loaded = load_config(config, overrides or [])
+    loaded = load_config(config, overrides or [], set_files or [])
     if dry_run:
         from rich.console import Console
 

@@ -36,12 +36,13 @@ class PlannedRun:
         return bool(self.default_of)
 
 
-def read_run(path: Path, overrides: Sequence[str] = ()) -> PlannedRun:
+def read_run(path: Path, overrides: Sequence[str] = (), set_files: Sequence[Path] = ()) -> PlannedRun:
     """The run that `path` names.
 
     Args:
         path: a run's YAML file; or a Hugging Face folder, or its config.json, around which stands a default run.
         overrides: "section.key=value" each.
+        set_files: YAML files of further settings; for a run's YAML only.
 
     Raises:
         ConfigError: no such file, no such model, or settings that do not go together.
@@ -55,7 +56,9 @@ def read_run(path: Path, overrides: Sequence[str] = ()) -> PlannedRun:
         if path.suffix == ".json":
             problem = f"expected a run's YAML, a Hugging Face folder or its {NAME}, got another JSON file"
             raise ConfigError([problem], str(path))
-        return PlannedRun(load_config(path, overrides), "")
+        return PlannedRun(load_config(path, overrides, set_files), "")
+    if set_files:
+        raise ConfigError(["--set-file goes with a run's YAML, and this is a model"], str(path))
     architecture = read_architecture(folder)
     # As the paper has them, or what a model with fewer positions can hold.
     prompt = min(2048, architecture.max_position_embeddings // 5)
