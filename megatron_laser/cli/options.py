@@ -16,12 +16,22 @@ if TYPE_CHECKING:
 API_KEY_VARIABLE = "MEGATRON_LASER_API_KEY"
 """Environment variable that holds the servers' API key where none is named."""
 
+
+def complete_override(incomplete: str) -> list[str]:
+    """`section.key=` that begin so. Whole names always: a shell puts a space behind the only one that fits."""
+    from megatron_laser.config.schema.root import key_paths
+
+    names = (f"{section}.{key}=" for section, keys in key_paths().items() for key in keys)
+    return [name for name in names if name.startswith(incomplete)]
+
+
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         help="Settings as [cyan]section.key=value[/] (YAML values), for example parallel.tensor=2 or "
-        "rollout.sglang.options.mem_fraction_static=0.8."
+        "rollout.sglang.options.mem_fraction_static=0.8.",
+        autocompletion=complete_override,
     ),
 ]
 Model = Annotated[

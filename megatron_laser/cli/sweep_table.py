@@ -1,0 +1,140 @@
+"""The table of a sweep, from its runs' metrics.jsonl."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_laser.cli.sweep_trials import Trial
+from megatron_laser.files import write_atomically
+
+STATES = "states.json"
+COLUMNS = (
+    *("run", "state", "step", "validation_last", "validation_best", "validation_best_step"),
+    *("test_accuracy", "f1", "auroc", "weighted_majority", "seconds"),
+)
+_HEADS = (
+    *("run", "state", "step", "validation, last", "validation, best", "at step"),
+    *("test", "F1", "AUROC", "weighted majority", "seconds"),
+)
+_COUNTS = ("step", "validation_best_step", "seconds")
+
+
+def read_states(folder: Path) -> dict[str, str]:
+    """label -> how its last try ended; empty where none has."""
+    try:
+        content = json.loads((folder / STATES).read_text())
+    except (OSError, ValueError):
+        return {}
+    return {str(label): str(state) for label, state in content.items()} if isinstance(content, dict) else {}
+
+
+def rows(trials: Sequence[Trial], states: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One for each run, by the names of COLUMNS; None where a run has no such metric.
+
+    F1 and AUROC of the score are those of the test split, without one the last ones of the validation split.
+    """
+    return [_row(trial, states) for trial in trials]
+
+
+def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """As a table of Markdown, whose columns line up in a terminal, too."""
+    cells = [list(_HEADS), *([_cell(name, row[name]) for name in COLUMNS] for row in table)]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(COLUMNS))]
+    lines = [
+        "| "
+        + " | ".join(
+            cell.ljust(width) if index < 2 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        + " |"
+        for line in cells
+    ]
+    rule = "| " + " | ".join("-" * (w - (i >= 2)) + ":" * (i >= 2) for i, w in enumerate(widths)) + " |"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def write_table(folder: Path, table: Sequence[Mapping[str, Any]]) -> None:
+    """sweep.md and sweep.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "sweep.md", markdown(table))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    write_atomically(folder / "sweep.csv", text.getvalue())
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """A run in one line."""
+    shown = [
+        f"{head} {_cell(name, row[name])}"
+        for name, head in zip(COLUMNS[2:], _HEADS[2:], strict=True)
+        if row[name] is not None
+    ]
+    return f"{row['run']}: {row['state']}" + (f" ({', '.join(shown)})" if shown else "")
+
+
+def _row(trial: Trial, states: Mapping[str, str]) -> dict[str, Any]:
+    lines = _read(trial.folder / "metrics.jsonl")
+    validation = [
+        (line["step"], line["eval/accuracy"]) for line in lines if _number(line.get("eval/accuracy"))
+    ]
+    best = max(validation, key=lambda pair: (pair[1], -pair[0]), default=(None, None))
+    started = bool(lines) or trial.folder.is_dir()
+    last = states.get(trial.label, "unfinished") if started or trial.label in states else "not started"
+    return {
+        "run": trial.label,
+        "state": "finished" if trial.finished else last,
+        "step": max((line["step"] for line in lines), default=None),
+        "validation_last": validation[-1][1] if validation else None,
+        "validation_best": best[1],
+        "validation_best_step": best[0],
+        "test_accuracy": _last(lines, "test/accuracy"),
+        "f1": _either(lines, "self_reward_f1"),
+        "auroc": _either(lines, "self_reward_auroc"),
+        "weighted_majority": _either(lines, "weighted_majority"),
+        "seconds": sum(line["time/total"] for line in lines if _number(line.get("time/total"))) or None,
+    }
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    """The lines, by step. Of a line that is just being written nothing is read."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(content, dict) and _number(content.get("step")):
+            found.append(content)
+    return sorted(found, key=lambda content: content["step"])
+
+
+def _either(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    test = _last(lines, f"test/{name}")
+    return _last(lines, f"eval/{name}") if test is None else test
+
+
+def _last(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    return next((line[name] for line in reversed(lines) if _number(line.get(name))), None)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return f"{value:.0f}" if name in _COUNTS else f"{value:.3f}"
