@@ -36,7 +36,8 @@ def read_states(folder: Path) -> dict[str, str]:
 def rows(trials: Sequence[Trial], states: Mapping[str, str]) -> list[dict[str, Any]]:
     """One for each run, by the names of COLUMNS; None where a run has no such metric.
 
-    F1 and AUROC of the score are those of the test split, without one the last ones of the validation split.
+    Evaluations of the initial model, before the first step, do not count. F1 and AUROC of the score and the weighted
+    majority are those of the test split after the last step, before that the last ones of the validation split.
     """
     return [_row(trial, states) for trial in trials]
 
@@ -81,8 +82,11 @@ def summary(row: Mapping[str, Any]) -> str:
 
 def _row(trial: Trial, states: Mapping[str, str]) -> dict[str, Any]:
     lines = _read(trial.folder / "metrics.jsonl")
+    test = _test(trial.folder / "evaluation")
     validation = [
-        (line["step"], line["eval/accuracy"]) for line in lines if _number(line.get("eval/accuracy"))
+        (line["step"], line["eval/accuracy"])
+        for line in lines
+        if line["step"] and _number(line.get("eval/accuracy"))
     ]
     best = max(validation, key=lambda pair: (pair[1], -pair[0]), default=(None, None))
     started = bool(lines) or trial.folder.is_dir()
@@ -94,10 +98,10 @@ def _row(trial: Trial, states: Mapping[str, str]) -> dict[str, Any]:
         "validation_last": validation[-1][1] if validation else None,
         "validation_best": best[1],
         "validation_best_step": best[0],
-        "test_accuracy": _last(lines, "test/accuracy"),
-        "f1": _either(lines, "self_reward_f1"),
-        "auroc": _either(lines, "self_reward_auroc"),
-        "weighted_majority": _either(lines, "weighted_majority"),
+        "test_accuracy": test.get("accuracy") if _number(test.get("accuracy")) else None,
+        "f1": _either(test, lines, "self_reward_f1"),
+        "auroc": _either(test, lines, "self_reward_auroc"),
+        "weighted_majority": _either(test, lines, "weighted_majority"),
         "seconds": sum(line["time/total"] for line in lines if _number(line.get("time/total"))) or None,
     }
 
@@ -119,13 +123,25 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda content: content["step"])
 
 
-def _either(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    test = _last(lines, f"test/{name}")
-    return _last(lines, f"eval/{name}") if test is None else test
+def _test(folder: Path) -> dict[str, Any]:
+    """The summary of the last evaluation on the test split that is not of the initial model; empty without one."""
+    found: dict[int, Path] = {}
+    for file in folder.glob("test_step_*.json"):
+        step = file.stem.rpartition("_")[2]
+        if step.isdigit() and int(step):
+            found[int(step)] = file
+    try:
+        content = json.loads(found[max(found)].read_text(encoding="utf-8")) if found else {}
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def _last(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    return next((line[name] for line in reversed(lines) if _number(line.get(name))), None)
+def _either(test: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    if test:
+        return test[name] if _number(test.get(name)) else None
+    values = [line[f"eval/{name}"] for line in lines if line["step"] and _number(line.get(f"eval/{name}"))]
+    return values[-1] if values else None
 
 
 def _number(value: Any) -> bool:
