@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -54,3 +55,52 @@ def diff(a: _Either, b: _Either) -> None:
         typer.echo(line)
     if found:
         raise typer.Exit(1)
+
+
+@app.command("init")
+def init(
+    model: Annotated[Path, typer.Argument(help="The base model's Hugging Face folder.", show_default=False)],
+    data: Annotated[Path, typer.Argument(help="Training problems, .jsonl or .parquet.", show_default=False)],
+    validation: Annotated[
+        Path | None, typer.Option(help="Problems that are evaluated during the run.")
+    ] = None,
+    test: Annotated[Path | None, typer.Option(help="Problems that are evaluated at its end.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to write; it is never overwritten.")
+    ] = Path("laser.yaml"),
+    prompt_key: Annotated[
+        str | None, typer.Option(help="Column with the problem; by default found by its name.")
+    ] = None,
+    answer_key: Annotated[
+        str | None, typer.Option(help="Column with the reference answer; by default found by its name.")
+    ] = None,
+    reward: Annotated[
+        str, typer.Option(help="reward.function: a registered name, or path/to/file.py:function.")
+    ] = "math_verify",
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Measure laser.ref_logprob with a small sample of responses, where the model is small enough.",
+        ),
+    ] = True,
+) -> None:
+    """Write a first configuration for a model and data: what can be looked up or measured, and what is left to do.
+
+    megatron-laser config init models/Qwen2.5-0.5B data/train.jsonl --validation data/validation.jsonl -o run.yaml
+    """
+    from megatron_laser.cli.starting_facts import find_columns, look
+    from megatron_laser.cli.starting_file import refuse_existing, write_starting_file
+
+    refuse_existing(output)
+    columns = find_columns(data, prompt_key, answer_key)
+    for more in (validation, test):
+        if more is not None:
+            find_columns(more, columns.prompt, columns.answer)
+    typer.echo(f"{data}: the problem is in {columns.prompt!r}, the answer in {columns.answer!r}")
+    facts = look(model, data, columns, measure=measure, say=typer.echo)
+    write_starting_file(output, facts, data, validation, test, reward)
+    typer.echo(f"wrote {output}")
+    if facts.score.ref_logprob is None:
+        typer.echo(f"left to do: laser.ref_logprob ({facts.score.missing}); the file's top says how")
+    typer.echo(f"next: megatron-laser check {output}")

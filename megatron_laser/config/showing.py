@@ -6,11 +6,12 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_laser.config.loading import Loaded
+from megatron_laser.config.loading import Loaded, config_of
 from megatron_laser.config.schema.root import RunConfig, key_paths
 from megatron_laser.config.yaml_text import yaml_text
 
 DEFAULT = "default"
+FOLLOWS = "follows from other settings"
 _INDENT = "  "
 _COMMENT_COLUMN = 44
 _ANY_WIDTH = 10**6  # nothing is folded: a comment stands behind the whole value
@@ -33,10 +34,19 @@ def shown(loaded: Loaded, *, every: bool = False, origins: bool = False) -> str:
         every: defaults too; otherwise what a file, an override or a variable gave.
         origins: a comment behind each value: the file and line, "override" or "default".
     """
+    places = {
+        f"{section}.{key}": _place(loaded.places, f"{section}.{key}")
+        for section, key, _ in settings(loaded.config)
+    }
+    if not every:
+        again = _read_back(loaded.config, places)  # a smoke run is named by the folder of the run itself
+        for (section, key, value), (_, _, now) in zip(settings(loaded.config), settings(again), strict=True):
+            if value != now:
+                places[f"{section}.{key}"] = places[f"{section}.{key}"] or FOLLOWS
     lines: list[str] = []
     above: tuple[str, ...] = ()
     for section, key, value in settings(loaded.config):
-        place = _place(loaded.places, f"{section}.{key}")
+        place = places[f"{section}.{key}"]
         if place is None and not every:
             continue
         parents = (section, *key.split(".")[:-1])
@@ -46,6 +56,19 @@ def shown(loaded: Loaded, *, every: bool = False, origins: bool = False) -> str:
         above = parents
         lines += _entry(key.split(".")[-1], value, len(parents), (place or DEFAULT) if origins else "")
     return "\n".join(lines) + "\n"
+
+
+def _read_back(config: RunConfig, places: Mapping[str, str | None]) -> RunConfig:
+    """What is made of the settings that have a place."""
+    given: dict[str, dict[str, Any]] = {}
+    for section, key, value in settings(config):
+        if places[f"{section}.{key}"] is not None:
+            outer, _, inner = key.partition(".")
+            content = given.setdefault(section, {})
+            if inner:
+                content = content.setdefault(outer, {})
+            content[inner or outer] = value
+    return config_of(given)
 
 
 def _place(places: Mapping[str, str], name: str) -> str | None:
