@@ -16,6 +16,7 @@ from megatron_laser.errors import DataError, TestTimeError
 
 if TYPE_CHECKING:
     from megatron_laser.evaluation.model_folder import ModelFolder
+    from megatron_laser.testtime.calibration_result import TokenStatistics
 
 PROBLEMS = ("problem", "question", "prompt", "query", "instruction", "input", "messages")
 ANSWERS = (
@@ -203,6 +204,11 @@ def _score(
             raise
         return Score(proposed.token, missing=" ".join(str(error).split()))
     token = found.chosen
+    wide = ""
+    if token is None:  # one whose only fault is its spread is still the user's to take: the file says so
+        usable = [one for one in found.tokens if _only_wide(one, settings.max_std)]
+        token = min(usable, key=lambda one: one.std, default=None)
+        wide = f"; WIDE: calibrate takes at most {settings.max_std:g}, the score starts as noise"
     if token is None:
         reasons = "; ".join(f"{one.name}: {one.refused}" for one in found.tokens)
         return Score(None, missing=f"no token will do: {reasons}")
@@ -210,8 +216,15 @@ def _score(
         token.id if token.text is None else token.text,
         round(token.mean, 3),
         token.beta(settings.beta),
-        f"mean of {found.responses} responses, standard deviation {token.std:.3f}",
+        f"mean of {found.responses} responses, standard deviation {token.std:.3f}{wide}",
     )
+
+
+def _only_wide(token: TokenStatistics, max_std: float) -> bool:
+    from megatron_laser.testtime.calibration_result import MAX_EOS_GAP
+
+    gap = max(token.by_eos.values()) - min(token.by_eos.values()) if token.by_eos else math.inf
+    return token.std > max_std and gap <= MAX_EOS_GAP and token.mean <= -1.0
 
 
 def _pick(
