@@ -8,7 +8,7 @@ Every rank runs `train`; rank 0 also has a `Controller`: prompts, rollout engine
     sync      the new weights go to the engine as one stream of Hugging Face tensors
     evaluate  when due: the validation split, on the engine
     record    metrics, dumps of rollouts, live view
-    save      when due: weights, optimizer, cursor; published by one rename
+    keep      when due, or when it is the best: weights, optimizer, cursor; published by one rename
 
 so generation for step n + 1 uses the weights of step n (strictly on-policy), or, with `rollout.ahead: 1`, those of
 step n - 1, and then overlaps with the training of step n.
@@ -23,11 +23,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.evaluation.keeping import End
+from megatron_laser.evaluation.validation import evaluation_due
 from megatron_laser.model import platform
 from megatron_laser.run.colocation import MemoryPhase
-from megatron_laser.run.controller import Controller, evaluation_due
+from megatron_laser.run.controller import Controller
 from megatron_laser.run.engines import WorkResult, uses_servers
-from megatron_laser.run.export import export_hf
+from megatron_laser.run.export import FINAL, export_hf
 from megatron_laser.run.ranks import CannotGoOn, RunEnded
 from megatron_laser.run.setup import Run, open_run
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
@@ -41,30 +43,32 @@ def train(config: RunConfig, *, overwrite: bool = False) -> Path:
     with open_run(config, overwrite=overwrite) as run:
         if run is not None:  # None: all its steps were done before
             try:
-                all_done = run_steps(run)
+                end = run_steps(run)
             except CannotGoOn as error:
                 save_and_stop(run, error.step, error.reason)
                 raise RunEnded(f"saved after step {error.step} and stopped: {error.reason}") from None
-            if all_done:
-                finish(run)
+            if end is not None:
+                finish(run, end)
     return Path(config.run.output_dir)
 
 
-def run_steps(run: Run) -> bool:
-    """All steps that are left, or as many as until somebody asks to stop; whether all are done."""
+def run_steps(run: Run) -> End | None:
+    """All steps that are left, or as many as `run.early_stop` leaves; None where somebody asked to stop before that."""
     if run.needs_sync:
         sync(run, run.first_step - 1)
     on_rank_zero(run, "first evaluation", run.first_step - 1, Controller.evaluate_first)
-    if stop_if_requested(run, run.first_step - 1):
-        return False
-    for step in range(run.first_step, run.config.run.steps + 1):
+    step = run.first_step - 1
+    if stop_if_requested(run, step):
+        return None
+    early = keep(run, step)
+    while not early and step < run.config.run.steps:
+        step += 1
         with run.windows.step(step):  # with logging.profile, or where somebody asks for it: a profiler
             run_step(run, step)
         if stop_if_requested(run, step):
-            return False
-        if run.checkpoints.due(step):
-            save(run, step)
-    return True
+            return None
+        early = keep(run, step)
+    return End(step, early if step < run.config.run.steps else "")
 
 
 def run_step(run: Run, step: int) -> None:
@@ -127,6 +131,16 @@ def sync(run: Run, version: int) -> None:
     raise CannotGoOn(version, f"{_SYNC_ATTEMPTS} weight syncs in a row failed: {failure}")
 
 
+def keep(run: Run, step: int) -> str:
+    """Save and export what is due after `step`, or the best so far; why the run ends here, "" when it goes on."""
+    judged = run.ranks.judged(step)
+    if judged.best or run.checkpoints.due(step, ends=bool(judged.stop)):
+        save(run, step)
+    if name := run.ranks.export_due(step, resumed=step < run.first_step):
+        export(run, step, name)  # a failure is logged
+    return judged.stop
+
+
 def save(run: Run, step: int) -> None:
     """Checkpoint weights, optimizer and rank 0's state; the files may still be written when this returns."""
     controller = run.ranks.controller
@@ -157,17 +171,21 @@ def save_and_stop(run: Run, step: int, reason: str) -> None:
     run.ranks.run_on_controller("stopping", lambda rank0: rank0.record_stop(step, reason))
 
 
-def finish(run: Run) -> None:
+def export(run: Run, step: int, name: str = FINAL) -> str:
+    """Write the weights of `step` as the Hugging Face folder `name`; "" or what went wrong."""
+    with run.colocation.during(MemoryPhase.SYNC, run.ranks), run.ranks.phase("export"):
+        weights, is_main = run.trainer.weight_stream(), run.ranks.runtime.is_main
+        own_failure = export_hf(run.config, weights, is_main=is_main, step=step, name=name)
+        return run.ranks.broadcast_text(own_failure)
+
+
+def finish(run: Run, end: End) -> None:
     """Export the trained model, evaluate it on the test split, write the report."""
-    saved, steps, failure = wait_for_save(run), run.config.run.steps, ""
-    if run.config.checkpoint.export_hf:
-        with run.colocation.during(MemoryPhase.SYNC, run.ranks), run.ranks.phase("export"):
-            weights, is_main = run.trainer.weight_stream(), run.ranks.runtime.is_main
-            own_failure = export_hf(run.config, weights, is_main=is_main)
-            failure = run.ranks.broadcast_text(own_failure)
+    saved, steps = wait_for_save(run), end.step
+    failure = export(run, steps) if run.config.checkpoint.export_hf else ""
     try:
         complete = saved and not failure
-        on_rank_zero(run, "final evaluation", steps, lambda rank0: rank0.finish(complete=complete))
+        on_rank_zero(run, "final evaluation", steps, lambda rank0: rank0.finish(end, complete=complete))
     except CannotGoOn as error:
         failure = failure or error.reason
     if not saved:

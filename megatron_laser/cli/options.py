@@ -27,7 +27,8 @@ Overrides = Annotated[
 Model = Annotated[
     Path,
     typer.Argument(
-        help="A training run's output folder (its hf/ and config.yaml), or a Hugging Face folder.",
+        help="A training run's output folder (its hf/ and config.yaml), RUN/hf_best or RUN/hf_step_N, or a Hugging "
+        "Face folder.",
         metavar="MODEL",
     ),
 ]

@@ -50,13 +50,17 @@ def train(
         from megatron_laser.batching.expected import balance_lines
         from megatron_laser.config.plan.memory import GPU_MEMORY_GIB
         from megatron_laser.config.plan.view import render_plan
+        from megatron_laser.data.epochs import epoch_words, with_most_steps
 
         _check_function(loaded)
+        given, loaded = loaded, with_most_steps(loaded)
         available = GPU_MEMORY_GIB if gpu_memory_gib is None else gpu_memory_gib
         if not available > 0:
             raise typer.BadParameter(f"--gpu-memory-gib {available:g}: expected more than 0")
         plan = resolve_plan(loaded, world_size, available)
         Console(soft_wrap=not sys.stdout.isatty()).print(render_plan(plan, balance_lines(plan)))
+        if words := epoch_words(given, loaded.run.steps):
+            print(f"{words} at most, by the rows of data.train; problems that cannot be used do not count")
         plan.memory.check(available * 2**30)
         return
     if gpu_memory_gib is not None:

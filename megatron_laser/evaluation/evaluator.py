@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,6 +57,7 @@ def evaluate(
     force_end_below: int = 0,
     graders: Mapping[str, GradingPool] | None = None,
     prefixes: PrefixRule | None = None,
+    own_sampling: Mapping[str, SamplingParams] | None = None,
 ) -> EvaluationSummary:
     """Answer every prompt `sampling.samples_per_prompt` times and judge the answers and their scores.
 
@@ -80,6 +81,7 @@ def evaluate(
             `released_convention`, where prompt, response and that token are fewer tokens than this. 0: none.
         graders: for prompts whose `reward` is not `grading`'s.
         prefixes: how the prefixes of responses are scored; None: they are not.
+        own_sampling: by a source's name, in place of `sampling`; what ends a response is the same.
 
     Raises:
         StoppedEarly: `stop` was set.
@@ -91,8 +93,8 @@ def evaluate(
         raise ValueError("evaluation got no prompts; check the data file and evaluation.max_prompts")
     if generation_batch < 1:
         raise ValueError(f"generation_batch is {generation_batch}; expected 1 or more responses")
-    samples = sampling.samples_per_prompt
-    per_call = max(1, generation_batch // samples)
+    calls = list(_calls(prompts, sampling, own_sampling or {}, generation_batch))
+    samples = {prompt.row: own.samples_per_prompt for _, batch, own in calls for prompt in batch}
     summary_path = records_path.with_suffix(".json")
     summary_path.unlink(missing_ok=True)
     known = complete_records(records_path, samples) if responses_path is not None else {}
@@ -104,7 +106,6 @@ def evaluate(
     ):
         ends = time.monotonic() + deadline
         returned = rule.token_ids[0] if rule.is_plain else None
-        sampler = Sampler(engine, sampling, returned, responses, repeatable, count, ends, stop)
         job = _Job(
             engine,
             sampling,
@@ -121,8 +122,8 @@ def evaluate(
                 count(record.response_ids_length, False)
         for length in responses.lengths():
             count(length, False)
-        for start in range(0, len(prompts), per_call):
-            batch = prompts[start : start + per_call]
+        for start, batch, own in calls:
+            sampler = Sampler(engine, own, returned, responses, repeatable, count, ends, stop)
             finished = [record for prompt in batch for record in known.get(prompt.row, [])]
             open_prompts = [prompt for prompt in batch if prompt.row not in known]
             try:
@@ -144,6 +145,23 @@ def evaluate(
         summary_path, json.dumps({name: plain(value) for name, value in metrics.items()}, indent=1) + "\n"
     )
     return EvaluationSummary(metrics, records_path, summary_path)
+
+
+def _calls(
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    own: Mapping[str, SamplingParams],
+    generation_batch: int,
+) -> Iterator[tuple[int, Sequence[Prompt], SamplingParams]]:
+    """(place of the first prompt, prompts, sampling) of each call of the engine: of prompts that are sampled alike."""
+    start = 0
+    while start < len(prompts):
+        mine = own.get(prompts[start].source, sampling)
+        end, per_call = start, max(1, generation_batch // mine.samples_per_prompt)
+        while end < min(len(prompts), start + per_call) and own.get(prompts[end].source, sampling) == mine:
+            end += 1
+        yield start, prompts[start:end], mine
+        start = end
 
 
 @dataclass(frozen=True, slots=True)

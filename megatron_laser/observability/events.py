@@ -17,7 +17,7 @@ from typing import Literal
 from megatron_laser.files import write_atomically
 from megatron_laser.observability.best_effort import BestEffort
 
-Kind = Literal["server", "checkpoint", "stop", "resume", "skipped", "evaluation", "alarm"]
+Kind = Literal["server", "checkpoint", "stop", "resume", "skipped", "evaluation", "alarm", "finished"]
 FILE = "events.jsonl"
 
 

@@ -21,7 +21,8 @@ from megatron_laser.config.derived import function_deadline
 from megatron_laser.config.modes import trains
 from megatron_laser.data import MixedCursor
 from megatron_laser.data.tokenizer import decode_response
-from megatron_laser.evaluation.validation import RunEvaluation
+from megatron_laser.evaluation.keeping import End
+from megatron_laser.evaluation.validation import RunEvaluation, evaluation_due
 from megatron_laser.model import platform
 from megatron_laser.observability.rollout_dump import TokenPart
 from megatron_laser.observability.rollout_metrics import readout_metrics, rollout_metrics, scores_by_label
@@ -137,6 +138,7 @@ class Controller:
             score_token_id=inputs.score_token_id,
             last_step=last_step,
             say=self._record.message,
+            resumed=None if resumed is None else resumed["run"],
             function=self._function,
             graders=self._graders,
         )
@@ -299,7 +301,12 @@ class Controller:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of rank 0: cursor, groups that are begun, a batch that is ahead, whose run it is."""
         state = self._collector.state() if self._ahead is None else self._ahead.state()
-        return state | self._record.state() | {"reward_code": self._reward_code()}
+        kept = {} if self._evaluation is None else self._evaluation.keeping.state()
+        return state | self._record.state() | {"reward_code": self._reward_code()} | kept
+
+    def judged(self) -> str:
+        """What follows from the last evaluation, as `Judged.text`."""
+        return "" if self._evaluation is None else self._evaluation.keeping.judged().text
 
     def _reward_code(self) -> dict[str, str]:
         code: dict[str, str] = {}
@@ -324,14 +331,16 @@ class Controller:
         if self._evaluation is not None:
             self._evaluation.stop(reason)
 
-    def finish(self, *, complete: bool) -> WorkResult:
+    def finish(self, end: End, *, complete: bool) -> WorkResult:
         """Evaluate the final weights on the test split and write the report.
 
         Stopped in the evaluation, it says so: the same command goes on with what has been sampled.
 
-        Args: complete: nothing is left to do afterwards; the same command will say so and not start again.
+        Args:
+            end: after which step.
+            complete: nothing is left to do afterwards; the same command will say so and not start again.
         """
-        steps, evaluation = self._config.run.steps, self._evaluation
+        steps, evaluation = end.step, self._evaluation
         metrics: dict[str, float] = {}
 
         def work() -> None:
@@ -351,7 +360,8 @@ class Controller:
             )
             self._record.message(f"test split after step {steps}: {summary}")
             self._record.events.add("evaluation", f"test split after step {steps}: {summary}", steps)
-        trouble = self._record.finish(steps, complete=complete)
+        self._record.export_best()
+        trouble = self._record.finish(steps, early=end.early, complete=complete)
         logger.info("finished in %.0f s", time.monotonic() - self._started)
         return trouble
 
@@ -376,9 +386,3 @@ def _routing_shape(config: RunConfig) -> RoutingShape | None:
     return (
         None if moe is None else RoutingShape(architecture.num_layers, moe.experts_per_token, moe.num_experts)
     )
-
-
-def evaluation_due(config: RunConfig, step: int) -> bool:
-    """Whether the validation split is evaluated after `step`: every n steps, and after the last one."""
-    every = config.evaluation.every
-    return every > 0 and (step % every == 0 or step == config.run.steps)

@@ -13,6 +13,7 @@ from megatron_laser.config import RunConfig
 from megatron_laser.config.derived import data_sources
 from megatron_laser.config.modes import generates
 from megatron_laser.data import Cursor, MixedCursor, MixedSource, PromptCursor, fingerprint
+from megatron_laser.data.epochs import epoch_words, with_steps
 from megatron_laser.errors import Finding
 from megatron_laser.observability.best_effort import print_line
 from megatron_laser.run.output_folder import ClaimedFolder, claim_output_folder, move_aside
@@ -30,7 +31,8 @@ _HELD = "held/"
 class RunInputs:
     """The user's files, read and checked before any model is built.
 
-    data_fingerprints: of each training source. held: what the run kept of its first rollouts (`laser.drift_every`).
+    data_fingerprints: of each training source. steps: `run.steps`, given or of `run.epochs`. held: what the run kept of
+    its first rollouts (`laser.drift_every`).
     """
 
     tokenizer: Any
@@ -41,6 +43,7 @@ class RunInputs:
     stop_token_ids: tuple[int, ...]
     data_fingerprints: tuple[str, ...]
     folder: ClaimedFolder
+    steps: int
     held: HeldResponses | None = None
 
     def shared_arrays(self) -> dict[str, np.ndarray]:
@@ -51,8 +54,17 @@ class RunInputs:
         return {
             "score_token_id": np.array(score, dtype=np.int64),
             "finished": finished,
+            "steps": np.array(self.steps, dtype=np.int64),
             **{f"{_HELD}{name}": array for name, array in held.items()},
         }
+
+
+def settled(config: RunConfig, shared: dict[str, np.ndarray]) -> RunConfig:
+    """`config` with the steps of rank 0's `shared_arrays`, where it has epochs."""
+    if config.run.steps_known:
+        return config
+    run = config.run.model_copy(update={"steps": int(shared["steps"]), "epochs": None})
+    return config.model_copy(update={"run": run})
 
 
 def shared_held(shared: dict[str, np.ndarray]) -> HeldResponses | None:
@@ -77,6 +89,9 @@ def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
     assert model.special is not None  # errors have ended this by now
     keys = [config.data.prompt_key, config.data.answer_key]
     sources = data_sources(config, "train") if generates(config) else ()
+    given, config = config, with_steps(config, len(prompts.get("train", ())))
+    if words := epoch_words(given, config.run.steps):
+        print_line(words)
     data_fingerprints = tuple(fingerprint(source.paths, keys) for source in sources)
     if overwrite:
         for moved in move_aside(config):
@@ -96,6 +111,7 @@ def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
         stop_token_ids=model.special.stop_token_ids,
         data_fingerprints=data_fingerprints,
         folder=folder,
+        steps=config.run.steps,
         held=held,
     )
 

@@ -29,7 +29,17 @@ _MAY_CHANGE = {
     "logging": None,
     "alarms": None,
     "evaluation": None,
-    "run": {"name", "steps", "output_dir", "resume", "deadline", "start_grace", "max_bad_steps"},
+    "run": {
+        "name",
+        "steps",
+        "output_dir",
+        "resume",
+        "deadline",
+        "start_grace",
+        "max_bad_steps",
+        "epochs",
+        "early_stop",
+    },
     "policy": {"mismatch_abort"},
     "laser": {"max_unscored_steps", "drift_every", "drift_samples"},
     "rollout": {
@@ -54,14 +64,28 @@ class OutputState:
     """What an output folder holds of the run that is to write into it.
 
     record: of the run, None for a new one. finished: the steps after which it has finished, None if it has not.
+    planned: the run.steps that it ended before, by the same run.early_stop as today; None where it did not.
     """
 
     record: dict[str, Any] | None
     finished: int | None
+    planned: int | None = None
 
     def is_done(self, steps: int) -> bool:
         """Whether the run has finished its `steps`, and nothing is left to do."""
-        return self.finished is not None and steps <= self.finished
+        return self.finished is not None and steps <= (self.planned or self.finished)
+
+    @property
+    def ended(self) -> str:
+        """How it has finished, in words."""
+        if self.planned is None:
+            return f"has finished its {self.finished} steps"
+        return f"has finished early, after step {self.finished} of {self.planned} (run.early_stop)"
+
+    @property
+    def to_go_on(self) -> str:
+        """What to do where that is not enough."""
+        return "raise run.steps" if self.planned is None else "change run.early_stop"
 
 
 def check_output_folder(config: RunConfig, again: Owner | None = None) -> OutputState:
@@ -75,10 +99,12 @@ def check_output_folder(config: RunConfig, again: Owner | None = None) -> Output
     """
     folder = Path(config.run.output_dir)
     record = _same_run(config, folder, again)
-    finished = _finished_step(folder)
-    if finished is not None and config.run.steps > finished:
+    finished, planned = _finished_step(config, folder)
+    state = OutputState(record, finished, planned)
+    # With run.epochs it is asked again once the data has been read.
+    if finished is not None and config.run.steps_known and not state.is_done(config.run.steps):
         _check_continues(config, folder, finished)
-    return OutputState(record, finished)
+    return state
 
 
 def check_checkpoints(config: RunConfig, state: OutputState, again: Owner | None = None) -> Owner:
@@ -125,12 +151,20 @@ def _may_change(section: str, key: str) -> bool:
     return free is None or key in free
 
 
-def _finished_step(folder: Path) -> int | None:
+def early_end(config: RunConfig) -> dict[str, Any]:
+    """What FINISHED holds besides the step of a run that has ended early."""
+    return {"steps": config.run.steps, "early_stop": config.run.early_stop.model_dump(mode="json")}
+
+
+def _finished_step(config: RunConfig, folder: Path) -> tuple[int | None, int | None]:
+    """`finished` and `planned` of `OutputState`."""
     file = folder / FINISHED
     if not file.exists():
-        return None
+        return None, None
     try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["step"])
+        found = json.loads(file.read_text(encoding="utf-8"))
+        early = found.get("early_stop") == early_end(config)["early_stop"]
+        return int(found["step"]), int(found["steps"]) if early else None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError([f"{file} cannot be read ({error!r}); delete it to go on with the run"]) from error
 

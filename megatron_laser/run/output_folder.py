@@ -15,9 +15,16 @@ from typing import IO, Any
 from megatron_laser.config import ConfigError, RunConfig, resolved_yaml
 from megatron_laser.files import LOCK, lock_folder, through_links, write_atomically
 from megatron_laser.run.output_checks import FINISHED as FINISHED
-from megatron_laser.run.output_checks import check_checkpoints, check_output_folder, identity, read_record
+from megatron_laser.run.output_checks import (
+    check_checkpoints,
+    check_output_folder,
+    early_end,
+    identity,
+    read_record,
+)
 from megatron_laser.trainer.checkpoint import folder as checkpoints
 from megatron_laser.trainer.checkpoint import ownership
+from megatron_laser.trainer.checkpoint.best import LINK
 from megatron_laser.trainer.checkpoint.folder import checkpoint_root
 from megatron_laser.trainer.checkpoint.ownership import (
     OWNER,
@@ -55,9 +62,13 @@ class ClaimedFolder:
         self._lock = lock
         self._held = held
 
-    def mark_finished(self, step: int) -> None:
-        """Say that everything is done and written: the same command will not start again."""
-        checkpoints.write_synced(self.path / FINISHED, {"step": step})
+    def mark_finished(self, step: int, early: RunConfig | None = None) -> None:
+        """Say that everything is done and written: the same command will not start again.
+
+        Args: early: the settings, where they have ended the run before `run.steps`.
+        """
+        ended = {} if early is None else early_end(early)
+        checkpoints.write_synced(self.path / FINISHED, {"step": step} | ended)
 
     def intact(self) -> bool:
         """Whether the folder is still the one that was claimed, and not deleted, moved or replaced."""
@@ -103,10 +114,8 @@ def claim_output_folder(config: RunConfig, *, again: Owner | None = None) -> Cla
         finished = state.finished
         if state.is_done(config.run.steps):
             logger.warning(
-                "the run in %s has finished its %d steps: nothing to do. Raise run.steps to train on, or choose "
-                "another run.output_dir",
-                folder,
-                finished,
+                "the run in %s %s: nothing to do. %s to train on, or choose another run.output_dir",
+                *(folder, state.ended, state.to_go_on.capitalize()),
             )
             return ClaimedFolder(folder, lock, held.pop_all(), finished=True)
         for setting, path in also_written(config):
@@ -211,7 +220,7 @@ def _checkpoints_aside(config: RunConfig, folder: Path, held: ExitStack) -> list
     own = there is None or there.id == run_id or same_folder(there.output_dir, folder)
     if not own:
         check_owner(root, Owner(run_id, str(folder), str(root)), earlier=False)
-    entries = [path for path in root.iterdir() if path.name.startswith("step_") or path.name == OWNER]
+    entries = [path for path in root.iterdir() if path.name.startswith("step_") or path.name in (OWNER, LINK)]
     if not entries:
         return []
     target = _free_name(root / "old-1")

@@ -13,9 +13,12 @@ from megatron_laser.distributed.broadcast import broadcast_arrays, broadcast_tex
 from megatron_laser.distributed.coordinator import Coordinator
 from megatron_laser.distributed.runtime import Runtime
 from megatron_laser.errors import UserError
+from megatron_laser.evaluation.keeping import Judged
+from megatron_laser.evaluation.validation import evaluation_due
 from megatron_laser.rollout.engine import RolloutEngine
 from megatron_laser.run.controller import Controller
 from megatron_laser.run.engines import NEEDS_WEIGHTS, WorkResult, uses_servers
+from megatron_laser.run.export import export_name, is_exported
 
 T = TypeVar("T")
 
@@ -68,6 +71,26 @@ class Ranks:
         own = self.run_on_controller(phase, work)
         with self.phase(f"{phase}: telling the others"):
             return broadcast_text(own, self.runtime)
+
+    def judged(self, step: int) -> Judged:
+        """What follows from the evaluation after `step`, on every rank; nothing where none was due, or is judged."""
+        asked = (self.config.checkpoint.best.metric, self.config.run.early_stop.metric)
+        if asked == (None, None) or step < 1 or not evaluation_due(self.config, step):
+            return Judged()
+        return Judged.from_text(
+            self.ask_controller(f"judging the evaluation of step {step}", Controller.judged)
+        )
+
+    def export_due(self, step: int, *, resumed: bool) -> str:
+        """The folder that is due after `step` by `checkpoint.export_every`, the same on every rank; "": none.
+
+        Args: resumed: `step` is the one that the run goes on from, which may have stopped before or after the export.
+        """
+        name = export_name(self.config, step)
+        if not name or not resumed:
+            return name
+        with self.phase("looking for an export"):  # rank 0 looks at the disk for all
+            return self.broadcast_text("" if is_exported(self.config, name) else name)
 
     def run_or_stop(
         self, phase: str, step: int, work: Callable[[Controller], WorkResult], sync: Callable[[], None]

@@ -25,6 +25,7 @@ from megatron_laser.observability.metrics_logger import MetricsLogger, read_metr
 from megatron_laser.observability.rollout_dump import TokenPart, dump_rollouts
 from megatron_laser.observability.wandb_sink import open_wandb
 from megatron_laser.report.run_report import write_report
+from megatron_laser.run.export import export_best
 from megatron_laser.run.output_folder import FINISHED, STOPPED, ClaimedFolder
 from megatron_laser.run.recorded_batches import write_batch
 from megatron_laser.types import RolloutBatch
@@ -201,8 +202,14 @@ class RunRecorder:
             logger.warning("%s cannot be written: %s", self._folder / STOPPED, error)
         self.message(f"stopped after step {step} ({reason}); saved: the same command continues from here")
 
-    def finish(self, step: int, *, complete: bool) -> str:
+    def export_best(self) -> None:
+        """Write hf_best, where a best checkpoint is kept."""
+        export_best(self._config)
+
+    def finish(self, step: int, *, early: str, complete: bool) -> str:
         """Write the report; `complete`: nothing is left to do, and the same command will say so and not start again.
+
+        Args: early: why the run ends before `run.steps`, "" where it does not.
 
         Returns:
             "", or why the run is not marked as finished.
@@ -210,11 +217,14 @@ class RunRecorder:
         self._view.__exit__(None, None, None)
         if words := mode_words(self._config):
             self.message(f"this was no ordinary run: {words}")
+        if early:
+            self.events.add("finished", f"finished early after step {step}: {early}", step)
+            self.message(f"finished early after step {step} of {self._config.run.steps}: {early}")
         # `megatron-laser report` writes it again.
         BestEffort("writing report.md", Exception)(lambda: write_report([self._folder]))
         try:
             if complete:
-                self._claimed.mark_finished(step)
+                self._claimed.mark_finished(step, self._config if early else None)
         except OSError as error:
             return f"{self._folder / FINISHED} cannot be written: {error}"
         return ""

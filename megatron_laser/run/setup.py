@@ -22,7 +22,7 @@ from megatron_laser.observability.timers import Timers
 from megatron_laser.run.colocation import Colocation, open_colocation
 from megatron_laser.run.controller import Controller
 from megatron_laser.run.engines import uses_servers
-from megatron_laser.run.inputs import read_inputs, shared_held
+from megatron_laser.run.inputs import read_inputs, settled, shared_held
 from megatron_laser.run.offline_controller import OfflineController
 from megatron_laser.run.profiling import Windows
 from megatron_laser.run.ranks import Ranks, require_rank_zero
@@ -90,6 +90,7 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
         )
         with coordinator.phase("sharing the inputs"):
             shared = broadcast_arrays(None if inputs is None else inputs.shared_arrays(), runtime)
+        config = settled(config, shared)
         controller: Controller | None = None
         windows = Windows(
             config.logging.profile,

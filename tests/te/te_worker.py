@@ -100,7 +100,7 @@ def rehearse(config, runtime):
     last = rollout_batch(GROUPS, seed=STEPS)
     metrics.append(metrics_of(trainer.train_step(last, STEPS)))
     trained = weights_of(trainer)
-    export_hf(config, trainer.weight_stream(), is_main=runtime.is_main)
+    export_hf(config, trainer.weight_stream(), is_main=runtime.is_main, step=config.run.steps)
 
     resumed = Trainer(config, runtime, score_token_id=SCORE_TOKEN)
     assert CheckpointManager(config, runtime, resumed.policy).resume()["step"] == STEPS - 1

@@ -186,6 +186,9 @@ DEFAULTS = {
         "deadline": 3600.0,
         "folder": None,
         "export_hf": True,
+        "export_every": 0,
+        "export_keep": None,
+        "best": {"metric": None, "mode": "max"},
     },
     "evaluation": {
         "every": 0,
@@ -201,6 +204,7 @@ DEFAULTS = {
     "logging": {
         "tensorboard": True,
         "wandb": False,
+        "all_metrics": False,
         "wandb_project": None,
         "live": "auto",
         "rollouts_every": 0,
@@ -262,6 +266,8 @@ DEFAULTS = {
         "deadline": 900.0,
         "start_grace": 120.0,
         "max_bad_steps": 3,
+        "epochs": None,
+        "early_stop": {"metric": None, "mode": "max", "patience": 3, "min_delta": 0.0},
     },
 }
 

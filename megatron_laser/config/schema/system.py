@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from megatron_laser.config.schema.fields import (
     Count,
@@ -17,6 +23,7 @@ from megatron_laser.config.schema.fields import (
     Switch,
     Text,
 )
+from megatron_laser.config.schema.keeping import BestConfig, EarlyStopConfig
 from megatron_laser.config.schema.trials import FakeConfig, ProfileConfig
 
 
@@ -107,6 +114,12 @@ class CheckpointConfig(Section):
     """Where this run's checkpoints lie, and no other run's; null: `output_dir`/checkpoints."""
     export_hf: bool = True
     """Write a Hugging Face folder to `output_dir`/hf at the end of the run."""
+    export_every: CountOrZero = 0
+    """Steps between Hugging Face folders that are written while the run goes on, `output_dir`/hf_step_N; 0: none."""
+    export_keep: Count | None = None
+    """Newest of these folders that are kept; null: all."""
+    best: BestConfig = Field(default_factory=BestConfig)
+    """The checkpoint of the best evaluation."""
 
 
 class LoggingConfig(Section):
@@ -117,6 +130,9 @@ class LoggingConfig(Section):
     wandb: bool = False
     """Send metrics to Weights & Biases (package `wandb`); without an API key they are recorded offline in
     `output_dir`/wandb for `wandb sync`."""
+    all_metrics: bool = False
+    """Send every metric to TensorBoard and wandb, several hundred in some runs; false: those that are looked at most,
+    80 at the most but for many sources and readouts (metrics.md). metrics.jsonl has all of them in either case."""
     wandb_project: Text | None = None
     """The wandb project; null: megatron_laser."""
     live: Annotated[Literal["auto", "on", "off"], Switch] = "auto"
@@ -144,13 +160,21 @@ class LoggingConfig(Section):
     """Windows of a profiler."""
 
 
+UNKNOWN_STEPS = 2**31 - 1
+"""`run.steps` until `run.epochs` have been made into steps, which takes the data."""
+
+
 class RunSettings(Section):
     """The run: its length, its seed, its folder and how long anybody waits."""
 
     name: str = ""
     """Name in logs and reports; empty: the name of `output_dir`."""
     steps: Count
-    """Training steps; one step is one rollout batch."""
+    """Training steps; one step is one rollout batch. Either this or `epochs`."""
+    epochs: Positive | None = None
+    """In place of `steps`: how often the training problems are gone through, 2 or 0.5. At the start steps become
+    epochs x usable problems / `rollout.prompts_per_step`, rounded up; of several sources all problems together count.
+    It does not go with `rollout.drop_uniform_groups`, which takes as many problems as it needs."""
     mode: Literal["train", "rollout_only", "train_only"] = "train"
     """`rollout_only`: no training: responses of `model.path` are generated, graded and kept in `output_dir`/batches.
     `train_only`: no rollouts: the run trains on the batches of `batches`, and needs no engine, servers, graders or
@@ -178,6 +202,31 @@ class RunSettings(Section):
     max_bad_steps: Count = 3
     """Steps in a row with a loss or gradient that is not finite, after which the run stops. Their updates are
     skipped and their batches kept in `output_dir`/bad_steps for `megatron-laser replay`."""
+    early_stop: EarlyStopConfig = Field(default_factory=EarlyStopConfig)
+    """When the run ends early."""
+
+    @property
+    def steps_known(self) -> bool:
+        """False until `epochs` have been made into steps."""
+        return self.epochs is None
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """With `epochs` nobody has given `steps`."""
+        found: dict[str, Any] = handler(self)
+        return found if self.steps_known else {**found, "steps": None}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("epochs") is None:
+            return data
+        if data.get("steps") is not None:
+            raise ValueError(
+                f"expected either steps or epochs (the other one null), got steps: {data['steps']} and "
+                f"epochs: {data['epochs']}"
+            )
+        return {**data, "steps": UNKNOWN_STEPS}
 
     @model_validator(mode="before")
     @classmethod

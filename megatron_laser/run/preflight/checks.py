@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from megatron_laser.config import RunConfig
 from megatron_laser.config.modes import generates
+from megatron_laser.data.epochs import with_most_steps
 from megatron_laser.data.tokenizer import load_tokenizer
 from megatron_laser.rewards.trial import trial
 from megatron_laser.rollout.function.loading import function_findings
 from megatron_laser.run.preflight.batches import batch_findings
 from megatron_laser.run.preflight.data import GROUP as DATA
-from megatron_laser.run.preflight.data import DataInputs, Progress, read_data, tokenize_data
+from megatron_laser.run.preflight.data import DataInputs, Progress, epoch_findings, read_data, tokenize_data
 from megatron_laser.run.preflight.finding_log import FindingLog, needed
 from megatron_laser.run.preflight.machine import GROUP as MACHINE
 from megatron_laser.run.preflight.machine import (
@@ -57,6 +58,7 @@ def run_preflight(
     Raises:
         UserError: the first error, where `log.stop_at_errors`.
     """
+    config = with_most_steps(config)
     check_server_start(config, log)
     model = check_model(config, log)
     check_layers(config, log)
@@ -98,6 +100,8 @@ def run_preflight(
         model.tokenizer = load_tokenizer(config.model.path, probes)
     check_tokenizer(config, model, log)
     tokenize_data(config, model, data, log, progress)
+    with log.topic(DATA, "run.epochs"):
+        log.add(DATA, epoch_findings(config, data))
     return PreflightResult(model, data)
 
 

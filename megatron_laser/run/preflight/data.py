@@ -17,6 +17,8 @@ from megatron_laser.data import (
     score_tokens_in_data,
     unusable_findings,
 )
+from megatron_laser.data.epochs import epoch_words, with_steps
+from megatron_laser.errors import Finding
 from megatron_laser.rewards import answer_form, is_math_verify
 from megatron_laser.run.preflight.finding_log import FindingLog, needed
 from megatron_laser.run.preflight.model import ModelInputs
@@ -108,6 +110,15 @@ def tokenize_data(
                     GROUP,
                     score_tokens_in_data(rows, prompts, model.tokenizer, tokens, name=f"data.{split}"),
                 )
+
+
+def epoch_findings(config: RunConfig, found: DataInputs) -> list[Finding]:
+    """What `run.epochs` come to."""
+    if config.run.steps_known or "train" not in found.prompts:
+        return []
+    settled = with_steps(config, len(found.prompts["train"]))
+    text = epoch_words(config, settled.run.steps)
+    return [Finding("run.epochs", "ok", f"{len(found.prompts['train'])} usable problems, {text}")]
 
 
 def _tokenize(

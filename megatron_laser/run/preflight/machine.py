@@ -102,11 +102,9 @@ def _state_finding(config: RunConfig, state: OutputState) -> Finding | None:
     if state.record is None:
         return None
     if state.is_done(config.run.steps):
-        text = (
-            f"{folder} holds this run, which has finished its {state.finished} steps: nothing is left to do"
-        )
+        text = f"{folder} holds this run, which {state.ended}: nothing is left to do"
         return Finding(
-            topic, "note", text, (), "raise run.steps to train on, or choose another run.output_dir"
+            topic, "note", text, (), f"{state.to_go_on} to train on, or choose another run.output_dir"
         )
     return Finding(topic, "note", f"{folder} holds this run, which goes on")
 

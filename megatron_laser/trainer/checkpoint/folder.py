@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +120,15 @@ def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
             )
 
 
-def retain(root: Path, *, keep_last: int, keep_every: int) -> list[Path]:
-    """Delete old checkpoints but the `keep_last` newest and those at multiples of `keep_every` (0: none).
+def retain(root: Path, *, keep_last: int, keep_every: int, pinned: Collection[int] = ()) -> list[Path]:
+    """Delete old checkpoints but the `keep_last` newest, those at multiples of `keep_every` (0: none) and of `pinned`.
 
     Returns what was deleted.
     """
     found = published(root)
-    newest = {step for step, _ in found[-keep_last:]}
+    kept = {step for step, _ in found[-keep_last:]}.union(pinned)
     doomed = [
-        path for step, path in found if step not in newest and not (keep_every and step % keep_every == 0)
+        path for step, path in found if step not in kept and not (keep_every and step % keep_every == 0)
     ]
     for path in doomed:
         # Renamed first: a half-deleted folder must not look published.

@@ -22,6 +22,7 @@ from megatron_laser.observability import events
 from megatron_laser.trainer import optimizer_state
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint import sharded_state, torch_dist
+from megatron_laser.trainer.checkpoint.best import BEST, STATE, Best, read_best, settle_best
 from megatron_laser.trainer.checkpoint.collective_errors import gathered_errors, on_every_rank, reason
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.identity import differences, model_identity
@@ -37,6 +38,8 @@ class CheckpointManager:
         self._settings = config.checkpoint
         self._last_step = config.run.steps
         self._root = folders.checkpoint_root(config)
+        self._output_dir = Path(config.run.output_dir)
+        self._resumed_step = 0
         self._runtime = runtime
         self._policy = policy
         chunks = policy.chunks
@@ -52,10 +55,11 @@ class CheckpointManager:
         """Why the newest save that was waited for failed; "" when it succeeded. The same on every rank."""
         return self._trouble
 
-    def due(self, step: int) -> bool:
-        """Whether the run saves after `step`."""
+    def due(self, step: int, *, ends: bool = False) -> bool:
+        """Whether the run saves after `step`; `ends`: it is the last one, whatever `run.steps` says."""
         every = self._settings.every
-        return every > 0 and (step % every == 0 or step == self._last_step)
+        last = ends or step == self._last_step
+        return every > 0 and step > self._resumed_step and (step % every == 0 or last)
 
     def save(self, step: int, run_state: dict[str, Any] | None) -> None:
         """Save after `step`; `run_state` (rank 0's cursor and the like) is stored beside the weights.
@@ -114,6 +118,9 @@ class CheckpointManager:
             return None
         state: dict[str, Any] = on_every_rank(lambda: self._checked_state(path), self._group)
         on_every_rank(lambda: self._load(path, state), self._group)
+        self._resumed_step = state["step"]
+        if self._runtime.is_main:
+            self._settle_best(state)
         return state
 
     def _checked_state(self, path: Path) -> dict[str, Any]:
@@ -199,14 +206,26 @@ class CheckpointManager:
                 listed |= folders.digests(partial, name)
             folders.publish(partial, state, listed)
             events.note("checkpoint", f"saved step {state['step']}", int(state["step"]))
-            self._retain()
+            self._retain(self._settle_best(state))
 
         on_every_rank(publish, self._group)
 
-    def _retain(self) -> None:
+    def _settle_best(self, state: dict[str, Any]) -> set[int]:
+        """Have best.json say which is the best; its step, which retention leaves alone."""
+        try:
+            best = settle_best(self._output_dir, self._root, state["run"], int(state["step"]))
+            return set() if best is None else {best}
+        except OSError as error:  # the new checkpoint is published all the same
+            logger.warning("%s cannot be written: %s", self._output_dir / BEST, error)
+            kept = Best.of((state["run"] or {}).get(STATE)), read_best(self._output_dir)
+            return {best.step for best in kept if best is not None}
+
+    def _retain(self, pinned: set[int]) -> None:
         try:
             settings = self._settings
-            gone = folders.retain(self._root, keep_last=settings.keep_last, keep_every=settings.keep_every)
+            gone = folders.retain(
+                self._root, keep_last=settings.keep_last, keep_every=settings.keep_every, pinned=pinned
+            )
             if gone:
                 events.note("checkpoint", f"deleted {', '.join(path.name for path in gone)}")
         except OSError as error:  # the new checkpoint is published all the same
