@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from itertools import combinations
 
 import pytest
 from helpers.runs import run_config
@@ -14,8 +15,10 @@ from megatron_laser.errors import DataError
 from megatron_laser.evaluation.keeping import Judged, Keeping
 from megatron_laser.evaluation.records import EvaluationRecord
 from megatron_laser.evaluation.summary import summarize_sources
+from megatron_laser.rollout.progress import pass_metrics
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint.best import read_best, settle_best
+from megatron_laser.types import Generation, Group, Prompt, Sample
 
 METRIC = "eval/accuracy"
 
@@ -219,3 +222,26 @@ def test_the_steps_of_epochs_are_checked_like_others_once_they_are_known(tmp_pat
     )  # a smoke run stays short
     with pytest.raises(DataError, match="no such file"):
         count_rows(tmp_path / "none.jsonl")
+
+
+def test_pass_at_k_of_training_is_the_mean_over_all_choices_of_k_responses():
+    rewards = [[1, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 0], [0, 1, 0, 0, 0]]
+    found = pass_metrics(
+        [
+            Group(
+                Prompt(row, "", "", [3]),
+                [Sample([3], Generation([5], [-1.0], "stop", 0), "", True, float(one), "") for one in group],
+            )
+            for row, group in enumerate(rewards)
+        ]
+    )
+    assert list(found) == ["pass_at_1", "pass_at_2", "pass_at_4", "pass_at_6"]
+    for name, value in found.items():
+        k = int(name.rpartition("_")[2])
+        chances = []
+        for group in rewards:
+            if len(group) >= k:
+                chosen = list(combinations(group, k))
+                chances.append(sum(any(one) for one in chosen) / len(chosen))
+        assert value == pytest.approx(sum(chances) / len(chances), abs=1e-12)
+    assert pass_metrics([]) == {} and pass_metrics([Group(Prompt(0, "", "", [3]), [])]) == {}
