@@ -71,6 +71,7 @@ class RunRecorder:
                     last_step=-1 if resumed is None else int(resumed["step"]),
                     unwritten=state.get(_UNWRITTEN, ()),
                     wandb=wandb,
+                    all_metrics=config.logging.all_metrics,
                 )
             except OSError as error:
                 raise ConfigError([f"run.output_dir {self._folder} cannot be written: {error}"]) from error
