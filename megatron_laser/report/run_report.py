@@ -42,13 +42,14 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
 
 def _draw(runs: list[Run], folder: Path) -> list[tuple[str, Path]]:
     """(heading, figure) of every figure that the runs have data for."""
-    from megatron_laser.report.plots import drift, evaluation, readouts, sources, training
+    from megatron_laser.report.plots import drift, evaluation, policy, readouts, sources, training
     from megatron_laser.report.plots.style import styled
 
     makers = (
         ("Accuracy over steps", training.plot_learning, "accuracy"),
         ("Self-reward over steps", training.plot_self_reward, "self_reward"),
         ("Scores of right and wrong responses", training.plot_scores, "scores"),
+        ("The policy over steps", policy.plot_policy, "policy"),
         ("Readouts over steps", readouts.plot_readouts, "readouts"),
         ("Drift of the score token", drift.plot_drift, "drift"),
         ("Sources over steps", sources.plot_sources, "sources"),
