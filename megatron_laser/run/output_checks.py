@@ -75,18 +75,6 @@ class OutputState:
         """Whether the run has finished its `steps`, and nothing is left to do."""
         return self.finished is not None and steps <= (self.planned or self.finished)
 
-    @property
-    def ended(self) -> str:
-        """How it has finished, in words."""
-        if self.planned is None:
-            return f"has finished its {self.finished} steps"
-        return f"has finished early, after step {self.finished} of {self.planned} (run.early_stop)"
-
-    @property
-    def to_go_on(self) -> str:
-        """What to do where that is not enough."""
-        return "raise run.steps" if self.planned is None else "change run.early_stop"
-
 
 def check_output_folder(config: RunConfig, again: Owner | None = None) -> OutputState:
     """Compare `run.output_dir`, which need not exist, with the run. Writes nothing.

@@ -113,10 +113,18 @@ def claim_output_folder(config: RunConfig, *, again: Owner | None = None) -> Cla
             state = check_output_folder(config, again)
         finished = state.finished
         if state.is_done(config.run.steps):
-            logger.warning(
-                "the run in %s %s: nothing to do. %s to train on, or choose another run.output_dir",
-                *(folder, state.ended, state.to_go_on.capitalize()),
-            )
+            if state.planned is None:
+                logger.warning(
+                    "the run in %s has finished its %d steps: nothing to do. Raise run.steps to train on, or choose "
+                    "another run.output_dir",
+                    *(folder, finished),
+                )
+            else:
+                logger.warning(
+                    "the run in %s has finished early, after step %d of %d: nothing to do. Change run.early_stop to "
+                    "train on, or choose another run.output_dir",
+                    *(folder, finished, state.planned),
+                )
             return ClaimedFolder(folder, lock, held.pop_all(), finished=True)
         for setting, path in also_written(config):
             with _writing(setting, path):

@@ -102,10 +102,14 @@ def _state_finding(config: RunConfig, state: OutputState) -> Finding | None:
     if state.record is None:
         return None
     if state.is_done(config.run.steps):
-        text = f"{folder} holds this run, which {state.ended}: nothing is left to do"
-        return Finding(
-            topic, "note", text, (), f"{state.to_go_on} to train on, or choose another run.output_dir"
+        text = (
+            f"{folder} holds this run, which has finished its {state.finished} steps: nothing is left to do"
         )
+        cure = "raise run.steps"
+        if state.planned is not None:
+            text = f"{folder} holds this run, which has finished early, after step {state.finished}"
+            cure = "change run.early_stop"
+        return Finding(topic, "note", text, (), f"{cure} to train on, or choose another run.output_dir")
     return Finding(topic, "note", f"{folder} holds this run, which goes on")
 
 
@@ -183,7 +187,8 @@ def disk_needs(config: RunConfig, *, overwrite: bool = False) -> Iterator[Need]:
         saved = steps // settings.every + bool(steps % settings.every)
         for_good = steps // settings.keep_every if settings.keep_every else 0
         # A new one is complete before the oldest is deleted.
-        kept = min(saved, for_good + min(settings.keep_last, saved) + 1)
+        best = int(settings.best.metric is not None)
+        kept = min(saved + best, for_good + min(settings.keep_last, saved) + best + 1)
         yield Need(
             root,
             f"{kept} checkpoints of {_size(checkpoint)}"
@@ -192,8 +197,17 @@ def disk_needs(config: RunConfig, *, overwrite: bool = False) -> Iterator[Need]:
             max(0, kept * checkpoint - sum(map(_folder_bytes, there))),
             0 if there else checkpoint,
         )
+    elif settings.best.metric is not None:
+        root = Path(settings.folder or output / "checkpoints")
+        yield Need(root, f"2 checkpoints of {_size(checkpoint)}", 2 * checkpoint, checkpoint)
     if settings.export_hf:
         yield Need(output, f"the export to hf/ of {_size(weights)}", weights, weights)
+    if settings.export_hf and settings.best.metric is not None:
+        yield Need(output, f"the export to hf_best/ of {_size(weights)}", weights, 0)
+    if settings.export_every and (exports := steps // settings.export_every):
+        # A new one is complete before the oldest is deleted.
+        exports = exports if settings.export_keep is None else min(exports, settings.export_keep + 1)
+        yield Need(output, f"{exports} exports to hf_step_N/ of {_size(weights)} each", exports * weights, 0)
     if config.rollout.engine == "sglang" and config.rollout.weight_sync == "disk":
         folder = Path(config.rollout.sync_folder or output / "weights")
         moved = overwrite and config.rollout.sync_folder is None
