@@ -35,14 +35,14 @@ from megatron_laser.rollout.endings import watch_endings
 from megatron_laser.rollout.engine import StoppedEarly
 from megatron_laser.rollout.function.runner import SampleFunction
 from megatron_laser.run.batch_origin import origin_of
-from megatron_laser.run.engines import WorkResult, await_servers, call_engine, open_engine
+from megatron_laser.run.engines import WorkResult, await_servers, call_engine, open_engine, routing_shape
 from megatron_laser.run.graders import open_graders
 from megatron_laser.run.inputs import RunInputs, open_cursor
 from megatron_laser.run.recorder import RunRecorder
 from megatron_laser.run.speed import Speed
 from megatron_laser.trainer.run_readouts import readings_by_sample
 from megatron_laser.trainer.trainer import StepResult
-from megatron_laser.types import RolloutBatch, RoutingShape, SamplingParams
+from megatron_laser.types import RolloutBatch, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Controller:
                 top_k=rollout.top_k,
                 min_p=rollout.min_p,
                 score_token_id=inputs.score_token_id if engine_scores else None,
-                routing=_routing_shape(config) if config.moe.routing_replay else None,
+                routing=routing_shape(config) if config.moe.routing_replay else None,
             ),
             prompts_per_step=rollout.prompts_per_step,
             tries=rollout_tries(config) if rollout.drop_uniform_groups else None,
@@ -377,12 +377,3 @@ _HEADLINES = {
     "self-reward F1": "test/self_reward_f1",
     "AUROC": "test/self_reward_auroc",
 }
-
-
-def _routing_shape(config: RunConfig) -> RoutingShape | None:
-    """What routing replay asks of the engine; None for a dense model."""
-    architecture = read_architecture(config.model.path)
-    moe = architecture.moe
-    return (
-        None if moe is None else RoutingShape(architecture.num_layers, moe.experts_per_token, moe.num_experts)
-    )

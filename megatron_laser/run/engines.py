@@ -24,6 +24,7 @@ from megatron_laser.rollout.endpoints import Endpoints, EndpointsError, ServerEn
 from megatron_laser.rollout.engine import RolloutEngine, takes_seeds
 from megatron_laser.rollout.function.runner import FunctionFailed
 from megatron_laser.rollout.servers import ServeProcess
+from megatron_laser.types import RoutingShape
 from megatron_laser.weight_sync.checksums import ServerLayout
 from megatron_laser.weight_sync.colocated import ColocatedTransport
 from megatron_laser.weight_sync.disk import DiskTransport
@@ -242,3 +243,12 @@ def _past_groups(config: RunConfig) -> Path | None:
         path = Path(sglang.endpoints)
         return (path if path.is_dir() else path.parent) / ".weight_groups"
     return Path(config.run.output_dir) / ".weight_groups" if sglang.urls is not None else None
+
+
+def routing_shape(config: RunConfig) -> RoutingShape | None:
+    """What routing replay asks of the engine; None for a dense model."""
+    architecture = read_architecture(config.model.path)
+    moe = architecture.moe
+    return (
+        None if moe is None else RoutingShape(architecture.num_layers, moe.experts_per_token, moe.num_experts)
+    )

@@ -22,7 +22,7 @@ from megatron_laser.report.plots.style import (
 from megatron_laser.report.run_data import Run
 
 _PASS = re.compile(r"pass_at_(\d+)")
-# The first of them that any run has: to the reference model, of the updates, of engine and trainer.
+# The first of them that is not always 0, as that of updates is with one for each batch.
 _KL = (
     ("reference_kl", "KL to the reference model"),
     ("approx_kl", "KL of each update (k3)"),
@@ -32,7 +32,7 @@ _KL = (
 
 def plot_policy(runs: list[Run], path: Path) -> Path | None:
     """Six panels over steps, of which those without a number are left out; None where all are."""
-    kl = next((pair for pair in _KL if _measured(runs, pair[0])), _KL[0])
+    kl = next((pair for pair in _KL if any(run.series(pair[0])[1].any() for run in runs)), _KL[0])
     panels: list[tuple[str, str, Callable[[Axes], None]]] = [
         ("response_length_mean", "Length of responses, tokens", lambda axes: _length(axes, runs)),
         ("entropy", "Entropy, nats a token", lambda axes: _lines(axes, runs, "entropy")),
