@@ -156,7 +156,7 @@ def test_retention_leaves_what_is_pinned(tmp_path):
         (["checkpoint.best.metric=eval/accuracy", "evaluation.every=0"], "need evaluation.every above 0"),
         (["run.early_stop.metric=eval/accuracy", "data.validation=null"], "need data.validation"),
         (["checkpoint.export_keep=2"], "checkpoint.export_keep: 2 with checkpoint.export_every 0"),
-        (["run.epochs=2"], "expected either steps or epochs (the other one null), got steps: 3 and epochs: 2"),
+        (["run.epochs=2"], "run.epochs: expected null beside run.steps 3; give one of the two"),
         (["run.epochs=2", "run.steps=null", "rollout.drop_uniform_groups=true"], "give run.steps"),
         (["data.train=[{path: a.jsonl, samples_per_prompt: 4}]"], "samples_per_prompt: 4 is for sources of data.valid"),
     ],

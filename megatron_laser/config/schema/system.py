@@ -9,6 +9,8 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -219,14 +221,19 @@ class RunSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _steps_or_epochs(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("epochs") is None:
+        if not isinstance(data, dict) or data.get("epochs") is None or data.get("steps") is not None:
             return data
-        if data.get("steps") is not None:
-            raise ValueError(
-                f"expected either steps or epochs (the other one null), got steps: {data['steps']} and "
-                f"epochs: {data['epochs']}"
-            )
         return {**data, "steps": UNKNOWN_STEPS}
+
+    @field_validator("epochs", mode="before")
+    @classmethod
+    def _not_beside_steps(cls, value: Any, info: ValidationInfo) -> Any:
+        steps = info.data.get("steps", UNKNOWN_STEPS)
+        if value is not None and steps != UNKNOWN_STEPS:
+            raise ValueError(
+                f"expected null beside run.steps {steps}; give one of the two, and null for the other"
+            )
+        return value
 
     @model_validator(mode="before")
     @classmethod
