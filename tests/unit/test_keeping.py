@@ -245,3 +245,12 @@ def test_pass_at_k_of_training_is_the_mean_over_all_choices_of_k_responses():
                 chances.append(sum(any(one) for one in chosen) / len(chosen))
         assert value == pytest.approx(sum(chances) / len(chances), abs=1e-12)
     assert pass_metrics([]) == {} and pass_metrics([Group(Prompt(0, "", "", [3]), [])]) == {}
+
+
+def test_a_smoke_run_has_few_responses_of_each_source_and_keeps_its_metric(tmp_path):
+    sources = "data.validation=[{path: a.jsonl, samples_per_prompt: 32, max_prompts: 30}, {path: b.jsonl}]"
+    smoke = config(tmp_path, sources, "rollout.limit=2", "checkpoint.best.metric=eval/source/a/pass_at_32")
+    first, second = smoke.data.validation
+    assert (first.samples_per_prompt, first.max_prompts) == (2, 2)
+    assert (second.samples_per_prompt, second.max_prompts) == (None, None)
+    assert smoke.checkpoint.best.metric == "eval/source/a/pass_at_32"

@@ -72,3 +72,24 @@ def test_metrics_jsonl_keeps_the_names(tmp_path):
     with MetricsLogger(tmp_path, tensorboard=False) as metrics:
         metrics.log(1, {"entropy": 1.0, "reward_std": 2.0})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "entropy": 1.0, "reward_std": 2.0}\n'
+
+
+def test_all_metrics_are_sent_where_they_are_asked_for(tmp_path):
+    class Sink:
+        def __init__(self):
+            self.lines = []
+
+        def log(self, step, numbers):
+            self.lines.append((step, numbers))
+
+        def close(self):
+            pass
+
+    for every, sent in (
+        (False, {"policy/entropy": 1.0}),
+        (True, {"policy/entropy": 1.0, "reward/reward_std": 2.0}),
+    ):
+        sink = Sink()
+        with MetricsLogger(tmp_path / str(every), False, wandb=sink, all_metrics=every) as metrics:
+            metrics.log(4, {"entropy": 1.0, "reward_std": 2.0, "score_quantiles_right": [0.1]})
+        assert sink.lines == [(4, sent)]
