@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
 import math
 import os
 import shutil
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +19,8 @@ from megatron_laser.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 LOCK = "run.lock"
+_TAIL = 1 << 17  # bytes
+_LOOK = 0.1  # seconds: longer than `is_locked` takes
 
 
 def through_links(path: str | Path) -> Path:
@@ -102,6 +106,60 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def last_lines(path: Path, *, most: int, at_least: int = 0) -> list[dict[str, Any]]:
+    """The last JSON objects of a file of lines, oldest first, without reading all of it.
+
+    What cannot be parsed is passed over: a line that is being written, or that a killed run left half.
+
+    Args:
+        most: so many at most; 0: all that are in the part that is read.
+        at_least: bytes that are read from the end, where there are as many.
+
+    Returns:
+        Fewer than `most` only where the file has no more; none where it is missing.
+    """
+    read = max(at_least, _TAIL)
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            while True:
+                file.seek(max(0, size - read))
+                lines = file.read(read).split(b"\n")
+                found = _objects(lines if read >= size else lines[1:])
+                if read >= size or not most or len(found) >= most:
+                    return found[-most:]
+                read *= 4
+    except OSError:
+        return []
+
+
+def _objects(lines: list[bytes]) -> list[dict[str, Any]]:
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                found.append(value)
+    return found
+
+
+def is_locked(folder: Path, *, name: str = LOCK) -> bool | None:
+    """Whether a live process holds the lock of a folder; None where the file system cannot say.
+
+    Taken and let go of at once, in the way that others may, too: `lock_folder` bears it.
+    """
+    try:
+        with (folder / name).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    return False
+
+
 def lock_folder(folder: Path, setting: str, *, name: str = LOCK) -> IO[str]:
     """Take the lock of an existing folder; it is held until the file is closed or the process ends.
 
@@ -114,7 +172,11 @@ def lock_folder(folder: Path, setting: str, *, name: str = LOCK) -> IO[str]:
     """
     lock = (folder / name).open("a+", encoding="utf-8")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOOK)  # somebody only looks, perhaps
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
         owner = lock.read().strip()

@@ -8,7 +8,7 @@ Every rank runs `train`; rank 0 also has a `Controller`: prompts, rollout engine
     sync      the new weights go to the engine as one stream of Hugging Face tensors
     evaluate  when due: the validation split, on the engine
     record    metrics, dumps of rollouts, live view
-    save      when due: weights, optimizer, cursor; published by one rename
+    keep      when due, or when it is the best: weights, optimizer, cursor; published by one rename
 
 so generation for step n + 1 uses the weights of step n (strictly on-policy), or, with `rollout.ahead: 1`, those of
 step n - 1, and then overlaps with the training of step n.
@@ -22,14 +22,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_laser.config.process_environment import is_main_process
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.evaluation.keeping import End
+from megatron_laser.evaluation.validation import evaluation_due
 from megatron_laser.model import platform
 from megatron_laser.run.colocation import MemoryPhase
-from megatron_laser.run.controller import Controller, evaluation_due
-from megatron_laser.run.engines import WorkResult, uses_servers
-from megatron_laser.run.export import export_hf
-from megatron_laser.run.ranks import CannotGoOn, RunEnded
+from megatron_laser.run.controller import Controller
+from megatron_laser.run.engines import STOPPED, WorkResult, uses_servers
+from megatron_laser.run.ranks import CannotGoOn, RunEnded, StopRequested
+from megatron_laser.run.saving import export, save, save_and_stop, wait_for_save
 from megatron_laser.run.setup import Run, open_run
+from megatron_laser.run.stop_signals import answering_signals
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.weight_sync import sync_weights
 
@@ -37,34 +41,43 @@ _SYNC_ATTEMPTS = 3
 
 
 def train(config: RunConfig, *, overwrite: bool = False) -> Path:
-    """Run `config` from its first step to its last; returns the output folder. Call on every rank."""
-    with open_run(config, overwrite=overwrite) as run:
+    """Run `config` from its first step to its last, or until it is asked to stop. Call on every rank.
+
+    Returns the output folder.
+    """
+    answering = answering_signals(speaks=is_main_process())
+    with answering as signals, open_run(config, signals=signals, overwrite=overwrite) as run:
         if run is not None:  # None: all its steps were done before
             try:
-                all_done = run_steps(run)
+                end = run_steps(run)
+            except StopRequested as stop:
+                end = None
+                save_and_stop(run, stop.step, stop.reason)
             except CannotGoOn as error:
-                save_and_stop(run, error.step, error.reason)
+                save_and_stop(run, error.step, error.reason, always=True)
                 raise RunEnded(f"saved after step {error.step} and stopped: {error.reason}") from None
-            if all_done:
-                finish(run)
+            if end is not None:
+                finish(run, end)
     return Path(config.run.output_dir)
 
 
-def run_steps(run: Run) -> bool:
-    """All steps that are left, or as many as until somebody asks to stop; whether all are done."""
+def run_steps(run: Run) -> End | None:
+    """All steps that are left, or as many as `run.early_stop` leaves; None where somebody asked to stop before that."""
     if run.needs_sync:
         sync(run, run.first_step - 1)
     on_rank_zero(run, "first evaluation", run.first_step - 1, Controller.evaluate_first)
-    if stop_if_requested(run, run.first_step - 1):
-        return False
-    for step in range(run.first_step, run.config.run.steps + 1):
+    step = run.first_step - 1
+    if stop_if_requested(run, step):
+        return None
+    early = keep(run, step)
+    while not early and step < run.config.run.steps:
+        step += 1
         with run.windows.step(step):  # with logging.profile, or where somebody asks for it: a profiler
             run_step(run, step)
         if stop_if_requested(run, step):
-            return False
-        if run.checkpoints.due(step):
-            save(run, step)
-    return True
+            return None
+        early = keep(run, step)
+    return End(step, early if step < run.config.run.steps else "")
 
 
 def run_step(run: Run, step: int) -> None:
@@ -99,6 +112,7 @@ def run_step(run: Run, step: int) -> None:
         except CannotGoOn as error:
             lost = error
     on_rank_zero(run, f"recording step {step}", step, lambda rank0: rank0.record(step, result, times))
+    run.ranks.stopping.recorded(step)
     if lost is not None:
         raise lost
 
@@ -127,50 +141,41 @@ def sync(run: Run, version: int) -> None:
     raise CannotGoOn(version, f"{_SYNC_ATTEMPTS} weight syncs in a row failed: {failure}")
 
 
-def save(run: Run, step: int) -> None:
-    """Checkpoint weights, optimizer and rank 0's state; the files may still be written when this returns."""
-    controller = run.ranks.controller
-    saving = run.ranks.phase(f"saving step {step}")
-    with run.timers("checkpoint"), saving, run.colocation.during(MemoryPhase.SAVE, run.ranks):
-        run.checkpoints.save(step, None if controller is None else controller.state())
-
-
-def wait_for_save(run: Run) -> bool:
-    """Wait for the checkpoint that is being written; whether the newest one is on the disk."""
-    with run.ranks.phase("waiting for the last save"):
-        return run.checkpoints.wait()
+def keep(run: Run, step: int) -> str:
+    """Save and export what is due after `step`, or the best so far; why the run ends here, "" when it goes on."""
+    judged = run.ranks.judged(step)
+    if judged.best or run.checkpoints.due(step, ends=bool(judged.stop)):
+        save(run, step)
+    if name := run.ranks.export_due(step, resumed=step < run.first_step):
+        export(run, step, name)  # a failure is logged
+    return judged.stop
 
 
 def stop_if_requested(run: Run, step: int) -> bool:
-    """Save after `step` and return True when a signal on any rank asked to stop."""
+    """Save after `step` and return True when a signal on any rank, or `run.time_limit`, asked to stop."""
+    run.ranks.stopping.check_limit(step, evaluation=evaluation_due(run.config, step + 1))
     reason = run.ranks.coordinator.agree_to_stop(step)
     if reason is not None:
         save_and_stop(run, step, reason)
     return reason is not None
 
 
-def save_and_stop(run: Run, step: int, reason: str) -> None:
-    """Save, so that the same command continues after `step`."""
-    save(run, step)
-    if not wait_for_save(run):
-        raise CheckpointError(f"stopping after step {step} ({reason}): {run.checkpoints.trouble}")
-    run.ranks.run_on_controller("stopping", lambda rank0: rank0.record_stop(step, reason))
-
-
-def finish(run: Run) -> None:
+def finish(run: Run, end: End) -> None:
     """Export the trained model, evaluate it on the test split, write the report."""
-    saved, steps, failure = wait_for_save(run), run.config.run.steps, ""
-    if run.config.checkpoint.export_hf:
-        with run.colocation.during(MemoryPhase.SYNC, run.ranks), run.ranks.phase("export"):
-            weights, is_main = run.trainer.weight_stream(), run.ranks.runtime.is_main
-            own_failure = export_hf(run.config, weights, is_main=is_main)
-            failure = run.ranks.broadcast_text(own_failure)
+    saved, steps = wait_for_save(run), end.step
+    failure = export(run, steps) if run.config.checkpoint.export_hf else ""
+    if saved and failure.startswith(STOPPED):
+        return save_and_stop(run, steps, failure.removeprefix(STOPPED))
     try:
         complete = saved and not failure
-        on_rank_zero(run, "final evaluation", steps, lambda rank0: rank0.finish(complete=complete))
+        on_rank_zero(run, "final evaluation", steps, lambda rank0: rank0.evaluate_last(end))
+        on_rank_zero(run, "final report", steps, lambda rank0: rank0.finish(end, complete=complete))
+    except StopRequested as stop:
+        return save_and_stop(run, steps, stop.reason)
     except CannotGoOn as error:
         failure = failure or error.reason
     if not saved:
         raise CheckpointError(f"all steps are done, but the last save failed: {run.checkpoints.trouble}")
     if failure:
         raise RunEnded(f"all {steps} steps are done: {failure}; the same command goes on here")
+    run.ranks.stopping.finished()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,8 @@ class Prompt:
     """One problem, already tokenized.
 
     `row` counts rows over all data files, from 0. `source`: the name of its source, "" where there is one only.
-    `reward`: its verifier where that is not the run's.
+    `reward`: its verifier where that is not the run's. `columns`: its row as a JSON object, where a reward function may
+    ask for it; else "".
     """
 
     row: int
@@ -28,6 +29,7 @@ class Prompt:
     epoch: int = 0
     source: str = ""
     reward: str = ""
+    columns: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,20 @@ class SamplingParams:
     seed: int | None = None
     score_token_id: int | None = None
     routing: RoutingShape | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What decides what a response is, but for the seed, as JSON values."""
+        return {
+            "samples_per_prompt": self.samples_per_prompt,
+            "max_new_tokens": self.max_new_tokens,
+            "stop_token_ids": list(self.stop_token_ids),
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "score_token_id": self.score_token_id,
+            "routing": self.routing is not None,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +222,10 @@ class Generation:
         )
 
 
+OF_TERMS = ("policy_reward", "terms", "vote_answer")
+"""What a sample has only where a reward has terms or a threshold, or its function returned more than a number."""
+
+
 @dataclass(slots=True)
 class Sample:
     """One graded response of a group."""
@@ -219,6 +239,14 @@ class Sample:
         ""  # correct, wrong, no_answer, unparsable, timeout, crash, or why there is none (see `Group`)
     )
     zc_logprob: float | None = None  # log pi(z_c | x, y, EOS) when the engine scored it
+    policy_reward: float | None = None  # what the policy learns from, where that is not `reward`
+    terms: dict[str, float | None] | None = None  # what rewards are made of, where there are several
+    vote_answer: str | None = None  # its answer for votes, where the reward function gave one
+
+    @property
+    def learned_reward(self) -> float:
+        """The reward that the policy learns from."""
+        return self.reward if self.policy_reward is None else self.policy_reward
 
     @property
     def length(self) -> int:

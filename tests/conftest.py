@@ -52,6 +52,20 @@ def pictures(request):
 
 
 @pytest.fixture(scope="module")
+def heard_signals():
+    """What nohup, or a shell that starts the tests in its background, has ignored is heard here, and by children."""
+    import signal
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGHUP)}
+    ignored = [each for each, handler in before.items() if handler is signal.SIG_IGN]
+    for each in ignored:
+        signal.signal(each, signal.default_int_handler if each is signal.SIGINT else signal.SIG_DFL)
+    yield
+    for each in ignored:
+        signal.signal(each, signal.SIG_IGN)
+
+
+@pytest.fixture(scope="module")
 def single_process(tmp_path_factory):
     """Process groups of a run on one process, without torchrun; gives the Runtime."""
     import torch

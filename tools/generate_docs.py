@@ -19,7 +19,8 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron_laser.config.schema.fields import Section  # noqa: E402
+from megatron_laser.config.schema.fields import Changing, Section  # noqa: E402
+from megatron_laser.config.schema.kinds import mark_of  # noqa: E402
 from megatron_laser.config.schema.root import RunConfig  # noqa: E402
 from megatron_laser.observability.alarms import RULES  # noqa: E402
 
@@ -32,10 +33,14 @@ _INTRODUCTION = f"""# Configuration
 
 <!-- Written by `{COMMAND}` from the schema in megatron_laser/config. Do not edit. -->
 
-One YAML file per run: sections, and keys in them. Anything can be overridden on the command line as
+One YAML file per run: sections, and keys in them. How to write one, on top of another and with variables of the
+environment, is in [configuring.md](configuring.md). Anything can be overridden on the command line as
 `section.key=value` (values in YAML, lists and null too). Relative paths in the file start from the file's folder,
 those in overrides from the working directory. Unknown keys are refused, with the nearest match. What a run used, all
 defaults included, is written to `output_dir/config.yaml`.
+
+"If changed" says what it is to continue a run with another value: `identity`, another run, which is refused;
+`learning`, allowed with `train --change`; `running`, free. See [changing.md](changing.md).
 
 ```bash
 megatron-laser train RUN.yaml optimizer.lr=2e-6 laser.enabled=false
@@ -86,12 +91,13 @@ def alarm_table() -> str:
 
 
 def _table(section: type[Section]) -> str:
-    lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
-    for key, field in _leaves(section):
+    lines = ["| key | type | default | if changed | meaning |", "| --- | --- | --- | --- | --- |"]
+    for key, field, mark in _leaves(section):
         cells = (
             f"`{key}`",
             describe_type(field.annotation, field.metadata),
             _default(field),
+            mark.kind,
             _prose(field.description),
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -112,12 +118,15 @@ def _parts(annotation: Any) -> Iterator[Any]:
         yield from _parts(part)
 
 
-def _leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def _leaves(
+    section: type[Section], prefix: str = "", default: Changing | None = None
+) -> Iterator[tuple[str, FieldInfo, Changing]]:
+    default = getattr(section, "changing", default)
     for key, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _leaves(field.annotation, f"{prefix}{key}.")
+            yield from _leaves(field.annotation, f"{prefix}{key}.", default)
         else:
-            yield prefix + key, field
+            yield prefix + key, field, mark_of(section, key, default)
 
 
 def _default(field: FieldInfo) -> str:

@@ -52,6 +52,24 @@ await() {
   done
 }
 
+# run_status STATUS RUN.yaml [section.key=value ...]: what the run itself says of its end: 0 finished, 3 stopped and saved,
+# 2 refused, 1 a crash (docs/stopping.md). STATUS where it says nothing. torchrun says 0 of a stop, and 1 after a signal.
+run_status() {
+  local status=$1 folder
+  shift
+  # shellcheck disable=SC2154  # of the script that sources this
+  folder=$("$python" -c '
+import sys
+from megatron_laser.config import load_config
+print(load_config(sys.argv[1], [word for word in sys.argv[2:] if not word.startswith("--")]).run.output_dir)
+' "$@" 2>/dev/null) || folder=''
+  if [ -n "$folder" ]; then
+    status=0
+    "$python" -m megatron_laser status "$folder" --exit-status >/dev/null || status=$?
+  fi
+  return "$status"
+}
+
 # step ARGUMENT...: srun, which takes signals to its tasks. SIGUSR1 comes from Slurm before the time limit (--signal).
 step() {
   srun "$@" &

@@ -12,7 +12,8 @@
 #   PYTHON              default: that of .venv-gpu (tools/setup_gpu.sh), of .venv (tools/setup_env.sh), else python
 #   JIT_CACHE           folder for compiled kernels, see common.sh
 #
-# SIGUSR1 asks the run to save after its current step and to end; torchrun would give it 30 seconds for that.
+# SIGUSR1 asks the run to save after its current step and to end; torchrun would give it 30 seconds for that. Node 0 ends
+# with the run's own status: 0 finished, 3 stopped and saved, so that it can be continued (docs/stopping.md).
 set -euo pipefail
 
 case "${1:-}" in
@@ -66,4 +67,11 @@ save_and_stop() {
 }
 trap save_and_stop USR1
 trap 'signalled=1; kill -TERM "$torchrun" 2>/dev/null || true' TERM INT HUP
-await "$torchrun"
+status=0
+await "$torchrun" || status=$?
+if [ "$node_rank" = 0 ]; then
+  status_of_run=0
+  run_status "$status" "$@" || status_of_run=$?
+  status=$status_of_run
+fi
+exit "$status"

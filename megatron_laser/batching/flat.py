@@ -30,6 +30,7 @@ class FlatBatch:
     set_counts: [sum of response lengths] int32, of how many tokens each was sampled from; 0: of the whole vocabulary.
     [0] where no sample has a set. set_ids: [sum of set_counts] int32, these tokens.
     truncated: [S] bool, which responses were cut off; [0] where that is not known.
+    policy_rewards: [S] float32, what the policy learns from; [0] where it learns from `rewards`.
     """
 
     step: int
@@ -48,6 +49,7 @@ class FlatBatch:
     set_counts: npt.NDArray[np.int32] = field(default_factory=lambda: _NONE)
     set_ids: npt.NDArray[np.int32] = field(default_factory=lambda: _NONE)
     truncated: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    policy_rewards: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
     #: The arrays of `to_arrays` and their dtypes: plain numbers that any process group can send.
     ARRAYS: ClassVar[dict[str, type[np.generic]]] = {
@@ -66,6 +68,7 @@ class FlatBatch:
         "set_counts": np.int32,
         "set_ids": np.int32,
         "truncated": np.uint8,
+        "policy_rewards": np.float32,
     }
 
     def __post_init__(self) -> None:
@@ -82,6 +85,7 @@ class FlatBatch:
             "set_counts": responses if len(self.set_counts) else 0,
             "set_ids": int(self.set_counts.sum(dtype=np.int64)),
             "truncated": samples if len(self.truncated) else 0,
+            "policy_rewards": samples if len(self.policy_rewards) else 0,
         }
         for name, size in sizes.items():
             if getattr(self, name).shape != (size,):
@@ -177,10 +181,11 @@ class FlatBatch:
         )
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """One array per entry of `ARRAYS`, in that order, without those of sets where there is none; `header` is
-        (step, weight_version)."""
+        """One array per entry of `ARRAYS`, in that order, without those of sets and of rewards where there is none;
+        `header` is (step, weight_version)."""
         header = (self.step, self.weight_version)
         left_out = {"routed_experts"} | (set() if len(self.set_counts) else {"set_counts", "set_ids"})
+        left_out |= set() if len(self.policy_rewards) else {"policy_rewards"}
         return {
             name: np.ascontiguousarray(header if name == "header" else getattr(self, name), dtype=dtype)
             for name, dtype in self.ARRAYS.items()
@@ -192,10 +197,10 @@ class FlatBatch:
         """The inverse of `to_arrays`. Raises ValueError for missing, unknown or unfit arrays.
 
         Batches that were kept before models had experts lack the arrays of these, and have none; those of before there
-        were environments lack `sampled`: the policy sampled all. Those without sets lack their two arrays, and older
-        ones `truncated`.
+        were environments lack `sampled`: the policy sampled all. Those without sets lack their two arrays, those
+        that have one reward `policy_rewards`, and older ones `truncated`.
         """
-        arrays = {"sampled": np.zeros(0, np.uint8), "truncated": np.zeros(0, np.uint8), **arrays}
+        arrays = {name: np.zeros(0, cls.ARRAYS[name]) for name in _MAY_LACK} | dict(arrays)
         if not arrays.keys() & {"set_counts", "set_ids"}:
             arrays = {**arrays, "set_counts": _NONE, "set_ids": _NONE}
         if not arrays.keys() & {"routed_tokens", "routed_experts"}:
@@ -214,6 +219,7 @@ class FlatBatch:
         return cls(step=step, weight_version=weight_version, **fields)
 
 
+_MAY_LACK = ("sampled", "truncated", "policy_rewards")
 _UNROUTED = np.zeros((0, 0), dtype=np.uint8)
 _NONE: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 
@@ -264,6 +270,10 @@ def flatten(batch: RolloutBatch) -> FlatBatch:
         set_counts=sets.counts,
         set_ids=sets.ids,
         truncated=np.array([s.generation.truncated for s in samples], dtype=np.bool_),
+        policy_rewards=np.array(
+            [s.learned_reward for s in samples] if any(s.policy_reward is not None for s in samples) else [],
+            dtype=np.float32,
+        ),
     )
 
 

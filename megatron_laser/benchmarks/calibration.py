@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from transformers import AutoTokenizer
 
 from megatron_laser.benchmarks.calibration_timing import (
@@ -38,6 +37,7 @@ from megatron_laser.config.derived import micro_batch_tokens
 from megatron_laser.config.model_folder.parameters import count_parameters, tensor_shapes
 from megatron_laser.config.plan.resolve import Plan, resolve_plan
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.config.yaml_text import yaml_text
 from megatron_laser.distributed import runtime as runtimes
 from megatron_laser.distributed.runtime import Runtime
 from megatron_laser.model import platform
@@ -58,7 +58,7 @@ _DISK_BYTES = 2**26
 
 def machine_text(measured: Mapping[str, Any]) -> str:
     """What `calibrate` returned, as a machine file."""
-    return yaml.safe_dump(dict(measured), sort_keys=False, width=120)
+    return yaml_text(dict(measured), width=120)
 
 
 def calibrate(config: RunConfig, assumptions: Assumptions | None = None) -> dict[str, Any] | None:

@@ -6,12 +6,15 @@ Heavy imports happen inside the commands: `--help` and `--dry-run` need no torch
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from megatron_laser.cli import (
     bench,
     calibrate,
     check,
+    config,
     convert,
     env,
     evaluate,
@@ -22,11 +25,14 @@ from megatron_laser.cli import (
     report,
     score,
     serve,
+    status,
+    sweep,
     train,
     verify,
     view,
 )
 from megatron_laser.cli.errors import Commands
+from megatron_laser.cli.version import show_version
 
 __all__ = ["app", "main"]
 
@@ -38,7 +44,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=show_version,
+            help="Print the versions of this package, its commit, Python and what it stands on.",
+        ),
+    ] = False,
+) -> None:
+    """LaSeR training on Megatron-Core: RL in which the model also learns to judge its own answers."""
+    del version  # printed by its callback, before a command is looked for
+
+
 app.command("train")(train.train)
+app.command("sweep")(sweep.sweep)
 app.command("plan")(plan.plan)
 app.command("check")(check.check)
 app.command("report")(report.report)
@@ -51,9 +76,11 @@ app.command("serve")(serve.serve)
 app.command("convert")(convert.convert)
 app.command("view")(view.view)
 app.command("replay")(replay.replay)
+app.command("status")(status.status)
 app.command("stacks")(live.stacks)
 app.command("profile")(live.profile)
 app.command("env")(env.env)
+app.add_typer(config.app, name="config")
 app.add_typer(bench.app, name="bench")
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_laser.cli.options import ConfigFile, Overrides, prepare_process
+from megatron_laser.cli.options import ConfigFile, Overrides, SetFiles, prepare_process
 
 app = typer.Typer(help="Measure: each command prints a table.", no_args_is_help=True)
 
@@ -102,6 +102,7 @@ def _bench(name: str, output: Path | None) -> None:
 def bench_client(
     config: ConfigFile,
     overrides: Overrides = None,
+    set_files: SetFiles = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds that are counted.", min=1)] = 20,
     output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:
@@ -115,7 +116,7 @@ def bench_client(
     from megatron_laser.config import ConfigError, load_config
 
     with tempfile.TemporaryDirectory() as scratch:
-        loaded = load_config(config, [*(overrides or []), f"run.output_dir={scratch}"])
+        loaded = load_config(config, [*(overrides or []), f"run.output_dir={scratch}"], set_files or [])
         if loaded.rollout.engine != "sglang":
             raise ConfigError([f"{config}: rollout.engine is {loaded.rollout.engine}; expected sglang"])
         _prepare_process()
@@ -131,6 +132,7 @@ def bench_client(
 def bench_memory(
     config: ConfigFile,
     overrides: Overrides = None,
+    set_files: SetFiles = None,
     output: Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")] = None,
 ) -> None:
     """What a training step allocates on a CPU beside what the dry run says, phase by phase; under torchrun, too.
@@ -141,7 +143,7 @@ def bench_memory(
     from megatron_laser.config import load_config
 
     with tempfile.TemporaryDirectory() as scratch:
-        loaded = load_config(config, [*(overrides or []), f"run.output_dir={scratch}"])
+        loaded = load_config(config, [*(overrides or []), f"run.output_dir={scratch}"], set_files or [])
         _prepare_process()
         from megatron_laser.model.transformer_engine import settle
 

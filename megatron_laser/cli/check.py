@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_laser.cli.options import ConfigFile, Overrides, prepare_process
+from megatron_laser.cli.options import ConfigFile, Overrides, SetFiles, prepare_process
 
 _SAY_EVERY = 5.0  # seconds
 
@@ -16,6 +16,7 @@ _SAY_EVERY = 5.0  # seconds
 def check(
     config: ConfigFile,
     overrides: Overrides = None,
+    set_files: SetFiles = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Look at everything that a run starts from: model folder, tokenizer, data, reward function, disks.
@@ -28,7 +29,7 @@ def check(
     """
     from megatron_laser.config import load_config
 
-    loaded = load_config(config, overrides or [])
+    loaded = load_config(config, overrides or [], set_files or [])
     prepare_process("ERROR", is_main=True)
     from megatron_laser.run.preflight import FindingLog, run_preflight
     from megatron_laser.run.preflight.checks import ORDER

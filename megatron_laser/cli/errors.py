@@ -1,8 +1,9 @@
-"""One place in which a command's error becomes one readable message and exit status 2, or stays a crash."""
+"""A command's error becomes one readable message and exit status 2, or stays a crash; Ctrl-C one line, and 130."""
 
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +30,19 @@ _FILE_ERRORS = frozenset(
     }
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+INTERRUPTED = 128 + signal.SIGINT
+# What Ctrl-C leaves behind; `train` answers it by itself once it has begun.
+_KEPT = {
+    "train": "nothing was begun",
+    "eval": "responses that had come are kept: the same command goes on with the rest",
+    "verify": "verdicts that had come are kept: the same command goes on with the rest",
+    "score": "scores are written once all are there: there are none",
+    "calibrate": "nothing was written",
+    "convert": "nothing was written: the target is as it was",
+    "plan": "nothing was written",
+    "bench": "what was measured stands above, and with --output in files that take it line by line",
+    "serve": "servers that it had started have ended",
+}
 
 
 class user_errors:
@@ -36,15 +50,23 @@ class user_errors:
 
     several: asked whether the command is one that several processes run together, of which one is to speak. Alone
     a process always speaks, whatever launcher's variables it has inherited.
+    command: asked for the command's name, when it is interrupted.
     """
 
-    def __init__(self, several: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, several: Callable[[], bool] = lambda: False, command: Callable[[], str | None] = lambda: None
+    ) -> None:
         self._several = several
+        self._command = command
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            kept = _KEPT.get(self._command() or "", "what was complete by then stays")
+            typer.echo(f"interrupted (SIGINT): {kept}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
         if "megatron_laser.distributed.coordinator" in sys.modules:
             from megatron_laser.distributed.coordinator import HEARD_WITHIN, RankZeroFailed
 
@@ -69,7 +91,7 @@ class Commands(TyperGroup):
     """Commands that torchrun may start several times."""
 
     def invoke(self, ctx: Any) -> Any:
-        with user_errors(lambda: ctx.invoked_subcommand in self.several):
+        with user_errors(lambda: ctx.invoked_subcommand in self.several, lambda: ctx.invoked_subcommand):
             return super().invoke(ctx)
 
 

@@ -16,18 +16,37 @@ if TYPE_CHECKING:
 API_KEY_VARIABLE = "MEGATRON_LASER_API_KEY"
 """Environment variable that holds the servers' API key where none is named."""
 
+
+def complete_override(incomplete: str) -> list[str]:
+    """`section.key=` that begin so. Whole names always: a shell puts a space behind the only one that fits."""
+    from megatron_laser.config.schema.root import key_paths
+
+    names = (f"{section}.{key}=" for section, keys in key_paths().items() for key in keys)
+    return [name for name in names if name.startswith(incomplete)]
+
+
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         help="Settings as [cyan]section.key=value[/] (YAML values), for example parallel.tensor=2 or "
-        "rollout.sglang.options.mem_fraction_static=0.8."
+        "rollout.sglang.options.mem_fraction_static=0.8.",
+        autocompletion=complete_override,
+    ),
+]
+SetFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--set-file",
+        help="YAML file with further settings, in sections or as [cyan]section.key: value[/]: they count more than "
+        "CONFIG and less than section.key=value. May be given several times; later wins.",
     ),
 ]
 Model = Annotated[
     Path,
     typer.Argument(
-        help="A training run's output folder (its hf/ and config.yaml), or a Hugging Face folder.",
+        help="A training run's output folder (its hf/ and config.yaml), RUN/hf_best or RUN/hf_step_N, or a Hugging "
+        "Face folder.",
         metavar="MODEL",
     ),
 ]
@@ -83,6 +102,7 @@ def chat_options(
     """What the chat template is given: the options, else what the training run gave it, else nothing."""
     import yaml
 
+    from megatron_laser.config.yaml_text import yaml_value
     from megatron_laser.data import ChatOptions
 
     if not template:
@@ -97,7 +117,7 @@ def chat_options(
         if not equals or not name.isidentifier():
             raise typer.BadParameter(f"--chat-template-argument {text!r}: expected NAME=VALUE")
         try:
-            given[name] = yaml.safe_load(value)
+            given[name] = yaml_value(value)
         except yaml.YAMLError:
             raise typer.BadParameter(
                 f"--chat-template-argument {text!r}: the value is not valid YAML"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_laser.cli.options import Overrides
+from megatron_laser.cli.options import Overrides, SetFiles
 
 if TYPE_CHECKING:
     from megatron_laser.planner.machine import Machine
@@ -27,6 +27,7 @@ def plan(
         ),
     ],
     overrides: Overrides = None,
+    set_files: SetFiles = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, help="All GPUs of the run, the servers' among them.")
     ] = None,
@@ -68,7 +69,7 @@ def plan(
     """
     from megatron_laser.planner.run_file import read_run
 
-    run = read_run(config, overrides or [])
+    run = read_run(config, overrides or [], set_files or [])
     if calibrate is not None:
         _calibrate(run, assumptions, calibrate)
         return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_laser.cli.options import ConfigFile, Overrides
+from megatron_laser.cli.options import ConfigFile, Overrides, SetFiles
 
 if TYPE_CHECKING:
     from megatron_laser.config import RunConfig
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def serve(
     config: ConfigFile,
     overrides: Overrides = None,
+    set_files: SetFiles = None,
     endpoints: Annotated[
         Path | None,
         typer.Option(
@@ -70,7 +71,7 @@ def serve(
     settings = list(overrides or [])
     if wait is not None and endpoints is not None:
         settings.append(f"rollout.sglang.endpoints={json.dumps(str(endpoints.resolve()))}")
-    loaded = load_config(config, settings)
+    loaded = load_config(config, settings, set_files or [])
     if wait is not None:
         wait_for_servers(loaded, wait, _say)
         return

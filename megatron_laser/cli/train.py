@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_laser.cli.options import ConfigFile, Overrides, prepare_process
+from megatron_laser.cli.options import ConfigFile, Overrides, SetFiles, prepare_process
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from megatron_laser.config import RunConfig
 
 
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
+    set_files: SetFiles = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -35,6 +39,12 @@ def train(
     overwrite: Annotated[
         bool, typer.Option(help="Move an existing run.output_dir aside (to NAME.old-1) and start anew.")
     ] = False,
+    change: Annotated[
+        bool,
+        typer.Option(
+            help="Go on with other settings of what is learned (docs/changing.md); run.json says since which step."
+        ),
+    ] = False,
 ) -> None:
     """Train. One process: megatron-laser train examples/tiny_sum/laser.yaml
 
@@ -43,20 +53,26 @@ def train(
     from megatron_laser.config import check_layout, load_config, read_architecture, resolve_plan
     from megatron_laser.config.process_environment import is_main_process, place_in_run
 
-    loaded = load_config(config, overrides or [])
+    loaded = load_config(config, overrides or [], set_files or [])
     if dry_run:
         from rich.console import Console
 
         from megatron_laser.batching.expected import balance_lines
         from megatron_laser.config.plan.memory import GPU_MEMORY_GIB
         from megatron_laser.config.plan.view import render_plan
+        from megatron_laser.data.epochs import epoch_words, with_most_steps
 
         _check_function(loaded)
+        given, loaded = loaded, with_most_steps(loaded)
         available = GPU_MEMORY_GIB if gpu_memory_gib is None else gpu_memory_gib
         if not available > 0:
             raise typer.BadParameter(f"--gpu-memory-gib {available:g}: expected more than 0")
         plan = resolve_plan(loaded, world_size, available)
-        Console(soft_wrap=not sys.stdout.isatty()).print(render_plan(plan, balance_lines(plan)))
+        console = Console(soft_wrap=not sys.stdout.isatty())
+        console.print(render_plan(plan, balance_lines(plan)))
+        if words := epoch_words(given, loaded.run.steps):
+            print(f"{words} at most, by the rows of data.train; problems that cannot be used do not count")
+        _print_folder(loaded, console, overwrite=overwrite, change=change)
         plan.memory.check(available * 2**30)
         return
     if gpu_memory_gib is not None:
@@ -65,17 +81,38 @@ def train(
         raise typer.BadParameter("--world-size goes with --dry-run; torchrun sets the real one")
     check_layout(loaded, read_architecture(loaded.model.path), place_in_run().world_size)
     is_main = is_main_process()
-    prepare_process(loaded.logging.level, is_main)
-    from megatron_laser.model.transformer_engine import settle
+    from megatron_laser.run.stop_signals import answering_signals
 
-    settle(loaded.model.layers)
-    from megatron_laser.loop import train as run
-
-    folder = run(loaded, overwrite=overwrite)
+    with answering_signals(speaks=is_main) as signals:
+        _run(loaded, overwrite=overwrite, change=change, is_main=is_main)
+    if signals.stopped:
+        raise typer.Exit(signals.exit_status)
     if is_main:
         from megatron_laser.observability.best_effort import print_line
 
-        print_line(f"done: {folder}/report.md")
+        report = Path(loaded.run.output_dir) / "report.md"
+        print_line(f"done: {report}" if report.is_file() else f"done: {report.parent}, without a report.md")
+
+
+def _run(config: RunConfig, *, overwrite: bool, change: bool, is_main: bool) -> None:
+    """What takes its time from the first import on: signals are answered by now."""
+    prepare_process(config.logging.level, is_main)
+    from megatron_laser.model.transformer_engine import settle
+
+    settle(config.model.layers)
+    from megatron_laser.loop import train as run
+    from megatron_laser.run.changes import changes_allowed
+
+    with changes_allowed(change):
+        run(config, overwrite=overwrite)
+
+
+def _print_folder(config: RunConfig, console: Console, *, overwrite: bool, change: bool) -> None:
+    """What would be resumed, changed or refused in `run.output_dir`, where something is there."""
+    from megatron_laser.run.folder_lines import folder_lines
+
+    for line in folder_lines(config, overwrite=overwrite, change=change):
+        console.print(line, markup=False, highlight=False)
 
 
 def _check_function(config: RunConfig) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_laser.config.readouts import readouts
 from megatron_laser.config.schema.inputs import ModelConfig
 from megatron_laser.config.schema.root import RunConfig
-from megatron_laser.config.schema.sources import data_files, listed_sources
+from megatron_laser.config.schema.sources import EVALUATION_KEYS, DataSource, data_files, listed_sources
 from megatron_laser.config.schema.system import ParallelConfig
 
 OldPolicyPass = Literal["full", "score_rows", "none"]
@@ -166,13 +166,17 @@ class Source:
     """Problems that are read, drawn and counted together.
 
     name: "" where a split has one source only, which is then not told apart. share: of the prompts, exact; all of a
-    split's add up to 1. reward: the verifier's name or place.
+    split's add up to 1. reward: the verifier's name or place. samples_per_prompt, max_prompts, temperature: of its
+    evaluation; None: those of `evaluation`.
     """
 
     name: str
     paths: tuple[Path, ...]
     share: Fraction
     reward: str
+    samples_per_prompt: int | None = None
+    max_prompts: int | None = None
+    temperature: float | None = None
 
 
 def data_sources(config: RunConfig, split: str) -> tuple[Source, ...]:
@@ -184,10 +188,17 @@ def data_sources(config: RunConfig, split: str) -> tuple[Source, ...]:
     listed = listed_sources(setting)
     if len(listed) < 2:
         reward = next((source.reward for source in listed if source.reward), default)
-        return (Source("", data_files(setting), Fraction(1), reward),)
+        own = _evaluated(listed[0]) if listed else {}
+        return (Source("", data_files(setting), Fraction(1), reward, **own),)
     # As it is written: the weight 0.1 is a tenth, not the binary fraction next to it.
     weights = [Fraction(str(1.0 if source.weight is None else source.weight)) for source in listed]
     return tuple(
-        Source(source.label, source.path, weight / sum(weights), source.reward or default)
+        Source(
+            source.label, source.path, weight / sum(weights), source.reward or default, **_evaluated(source)
+        )
         for source, weight in zip(listed, weights, strict=True)
     )
+
+
+def _evaluated(source: DataSource) -> dict[str, Any]:
+    return {name: getattr(source, name) for name in EVALUATION_KEYS}

@@ -1,29 +1,26 @@
-"""From a YAML file and key=value overrides to a checked `RunConfig`, and back to YAML."""
+"""From YAML files and key=value overrides to a checked `RunConfig`, and back to YAML."""
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from megatron_laser.config.checks.settings import settings_problems
-from megatron_laser.config.checks.sources import (
-    override_source,
-    place_in_source,
-    source_problems,
-    unknown_source_key,
-)
+from megatron_laser.config.checks.sources import override_source, source_problems
+from megatron_laser.config.layers import Layer, Origin, read_layers
 from megatron_laser.config.modes import as_run
-from megatron_laser.config.schema.readouts import ReadoutConfig
+from megatron_laser.config.problems import READOUTS_KEY, describe, failed_keys, suggest_key
 from megatron_laser.config.schema.root import RunConfig, key_paths, nested_sections
 from megatron_laser.config.schema.sources import SOURCE_SETTINGS
-from megatron_laser.config.yaml_source import KeyPath, read_yaml, syntax_problem
+from megatron_laser.config.schema.system import RESUME_STEP
+from megatron_laser.config.yaml_source import KeyPath
+from megatron_laser.config.yaml_text import read_as_text_before, syntax_problem, yaml_text, yaml_value
 from megatron_laser.errors import ConfigError
 
 PATH_KEYS = frozenset(
@@ -42,41 +39,55 @@ PATH_KEYS = frozenset(
 FUNCTION_KEYS = frozenset(
     {("reward", "function"), ("rollout", "function"), ("policy", "loss"), ("policy", "advantage")}
 )
-READOUTS_KEY = ("laser", "readouts")
+TERMS_KEY = ("reward", "terms")
 OPTION_KEY = ("rollout", "function_options")
 PATH_KEY = ("data", "train")
 FUNCTION_KEY = ("reward", "function")  # of a source
 TEMPLATE_KEY = ("data", "chat_template_arguments")
 PROGRAM_KEY = ("rollout", "sglang.python")
 MACHINE_KEY = ("logging", "machine")
-
-_EXPECTED = {
-    "float_type": "a number",
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "string_type": "a string (quote it)",
-    "bool_type": "true or false",
-    "path_type": "a path",
-    "tuple_type": "a list",
-    "finite_number": "a finite number",
-}
+RESUME_KEY = ("run", "resume")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A configuration, and where its settings were given, "section.key" -> "run.yaml:7" or "override". What is not
+    among `places` has its default."""
+
+    config: RunConfig
+    places: dict[str, str]
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), set_files: Sequence[str | Path] = ()
+) -> RunConfig:
     """Reads, merges, validates and checks a run configuration.
 
     Args:
-        path: YAML file. Relative paths in it start from its folder.
+        path: YAML file, perhaps with a `base`. Relative paths in a file start from its folder.
         overrides: "section.key=value" each, the value in YAML (lists, null, true). Relative paths in them
             start from the working directory. Of two for one key the last counts.
+        set_files: YAML files of further settings, in sections or as `section.key: value`; they count more than
+            `path` and less than overrides.
 
     Raises:
         ConfigError: with one line for each problem found.
     """
-    path = Path(path)
-    source = read_yaml(path)
-    origin: dict[KeyPath, str] = {key: f"line {line}: " for key, line in source.lines.items()}
-    return _checked(source.data, path.parent, overrides, list(source.problems), origin, str(path))
+    return load_with_places(path, overrides, set_files).config
+
+
+def load_with_places(
+    path: str | Path, overrides: Sequence[str] = (), set_files: Sequence[str | Path] = ()
+) -> Loaded:
+    """`load_config`, and where each setting was given."""
+    given = _Given()
+    for layer in read_layers(Path(path)):
+        given.add(layer)
+    for file in set_files:
+        for layer in read_layers(Path(file), main=False):
+            given.add(layer, dotted=True)
+    given.override(overrides)
+    return Loaded(given.checked(str(path)), given.places())
 
 
 def config_of(settings: dict[str, Any], overrides: Sequence[str] = (), source: str = "") -> RunConfig:
@@ -85,37 +96,124 @@ def config_of(settings: dict[str, Any], overrides: Sequence[str] = (), source: s
     Raises:
         ConfigError: with one line for each problem found.
     """
-    return _checked(settings, Path.cwd(), overrides, [], {}, source)
+    given = _Given()
+    given.problems += _flatten(settings, given.values, Path.cwd(), given.origin)
+    given.override(overrides)
+    return given.checked(source)
 
 
-def _checked(
-    data: dict[Any, Any],
-    base: Path,
-    overrides: Sequence[str],
-    problems: list[str],
-    origin: dict[KeyPath, str],
-    source: str,
-) -> RunConfig:
-    values: dict[KeyPath, Any] = {}
-    problems += _flatten(data, values, base, origin)
-    for override in overrides:
-        problems += _apply_override(override, values, origin)
-    config = None
-    try:
-        config = RunConfig.model_validate(_nest(values))
-    except ValidationError as error:
-        problems += _describe(error, origin)
-    if config is not None:
-        config = as_run(config)
-        problems += settings_problems(config) + source_problems(config.data, origin)
-    if problems or config is None:
-        raise ConfigError(problems, source)
-    return config
+@dataclass
+class _Given:
+    """What files and overrides say so far.
+
+    values: (section, key) -> value, paths made absolute. origin: key path -> where it was given. texts: (section, key)
+    -> how a number was written that YAML 1.1 has as text.
+    """
+
+    values: dict[KeyPath, Any] = field(default_factory=dict)
+    origin: dict[KeyPath, str] = field(default_factory=dict)
+    texts: dict[KeyPath, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, layer: Layer, *, dotted: bool = False) -> None:
+        """A file's settings, in front of what there is.
+
+        Args:
+            dotted: whether `section.key: value` may stand at its top.
+        """
+        self.problems += layer.problems()
+        origins: dict[KeyPath, str] = {**layer.origins()}
+        for setting in [key for key in origins if len(key) == 2 and key not in nested_sections()]:
+            for old in [
+                old for old in self.origin if old[:2] == setting
+            ]:  # what stood in a base counts no more
+                del self.origin[old]
+        values: dict[KeyPath, Any] = {}
+        own = {key: value for key, value in layer.source.data.items() if not (dotted and "." in str(key))}
+        self.problems += _flatten(own, values, layer.path.parent, origins)
+        self.origin.update(origins)
+        for path, value in values.items():
+            self.values[path] = _merge(path, self.values.get(path), value)
+            self.texts.pop(path, None)
+        for key, text in layer.source.texts.items():
+            self.texts[_leaf(key)] = text
+        for key, value in layer.source.data.items():
+            if key not in own:
+                where = layer.origin((str(key),)) or Origin(f"{layer.path}: ", str(layer.path))
+                named: KeyPath = tuple(str(key).split("."))
+                self.problems += _apply(named, value, where, layer.path.parent, self.values, self.origin)
+
+    def override(self, overrides: Sequence[str]) -> None:
+        """Settings of a command line."""
+        for override in overrides:
+            name, equals, text = override.partition("=")
+            where = Origin(f"override {override!r}: ", "override")
+            path = tuple(name.strip().split("."))
+            if not equals or not all(path):
+                self.problems.append(f"{where}expected section.key=value")
+                continue
+            try:
+                value = yaml_value(text)
+            except (yaml.YAMLError, RecursionError) as error:
+                self.problems.append(
+                    f"{where}the value is not valid YAML ({syntax_problem(error)}); quote it, for example "
+                    f"'{name}=\"...\"'"
+                )
+                continue
+            self.texts.pop(_leaf(path), None)
+            if read_as_text_before(text):
+                self.texts[_leaf(path)] = text
+            self.problems += _apply(path, value, where, Path.cwd(), self.values, self.origin)
+
+    def checked(self, source: str) -> RunConfig:
+        """The configuration. Raises ConfigError."""
+        problems, config = self.problems, None
+        try:
+            config = self._validated()
+        except ValidationError as error:
+            problems = problems + describe(error, self.origin)
+        if config is not None:
+            config = as_run(config)
+            problems = problems + settings_problems(config) + source_problems(config.data, self.origin)
+        if problems or config is None:
+            raise ConfigError(problems, source)
+        return config
+
+    def _validated(self) -> RunConfig:
+        try:
+            return RunConfig.model_validate(_nest(self.values))
+        except ValidationError as error:
+            written = {key: self.texts[key] for key in failed_keys(error) if key in self.texts}
+            if not written:
+                raise
+        # A run's name or a column that is written like a number of YAML 1.2 only, and has always been text.
+        return RunConfig.model_validate(_nest({**self.values, **written}))
+
+    def places(self) -> dict[str, str]:
+        """ "section.key" -> where it was given, of all that were."""
+        found = {}
+        for path in self.values:
+            where = next(
+                (self.origin[path[:end]] for end in (2, 1) if path[:end] in self.origin), Origin("", "given")
+            )
+            found[".".join(path)] = getattr(where, "place", str(where))
+        return found
+
+
+def _leaf(path: KeyPath) -> KeyPath:
+    """The (section, key) under which a key path's value is kept."""
+    return (path[0], ".".join(path[1:3])) if path[:2] in nested_sections() else path[:2]
+
+
+def _merge(path: KeyPath, old: Any, new: Any) -> Any:
+    """A file's value over its base's: tables entry by entry, all else whole."""
+    is_source = path[0] == "data" and path[-1] in SOURCE_SETTINGS
+    return {**old, **new} if isinstance(old, dict) and isinstance(new, dict) and not is_source else new
 
 
 def resolved_yaml(config: RunConfig) -> str:
     """All settings, defaults and absolute paths included; `load_config` reads it back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    return yaml_text(config.model_dump(mode="json"))
 
 
 def _flatten(
@@ -150,7 +248,7 @@ def _leaves(
                 leaf = (section, f"{key}.{inner}")
                 where = origin.get((*path, str(inner)), origin.get(path))
                 if where is not None:
-                    origin.setdefault(leaf, where)
+                    origin[leaf] = where
                 yield leaf, item
         elif path in nested_sections() and value is None:  # `sglang:` with every key commented out
             continue
@@ -158,24 +256,22 @@ def _leaves(
             yield path, value
 
 
-def _apply_override(override: str, values: dict[KeyPath, Any], origin: dict[KeyPath, str]) -> list[str]:
-    name, equals, text = override.partition("=")
-    where = f"override {override!r}: "
-    path = tuple(name.strip().split("."))
-    if not equals or not all(path):
-        return [f"{where}expected section.key=value"]
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        problem = syntax_problem(error) if isinstance(error, yaml.YAMLError) else "nested too deeply"
-        return [f"{where}the value is not valid YAML ({problem}); quote it, for example '{name}=\"...\"'"]
+def _apply(
+    path: KeyPath,
+    value: Any,
+    where: str,
+    base: Path,
+    values: dict[KeyPath, Any],
+    origin: dict[KeyPath, str],
+) -> list[str]:
+    """Sets one dotted name; what is wrong with it."""
     if len(path) == 1 and isinstance(value, dict):
         content = {path[0]: value}
         for key in value:
             origin[(path[0], str(key))] = where
-        return _flatten(content, values, Path.cwd(), origin)
+        return _flatten(content, values, base, origin)
     if path[:2] in nested_sections() and (len(path) > 2 or isinstance(value, dict)):
-        return _apply_nested(path, value, where, values, origin)
+        return _apply_nested(path, value, where, base, values, origin)
     if len(path) == 3 and path[:2] == OPTION_KEY and isinstance(given := values.get(OPTION_KEY) or {}, dict):
         path, value = OPTION_KEY, {**given, path[-1]: value}
     if path[:2] == TEMPLATE_KEY and len(path) == 3:
@@ -184,13 +280,13 @@ def _apply_override(override: str, values: dict[KeyPath, Any], origin: dict[KeyP
         origin[TEMPLATE_KEY] = where
         return []
     if path[0] == "data" and path[1] in SOURCE_SETTINGS and len(path) > 3:
-        value = source_paths({path[-1]: value}, Path.cwd())[path[-1]]
+        value = source_paths({path[-1]: value}, base)[path[-1]]
         changed, problem = override_source(path, value, values.get(path[:2]), where, origin)
         values.update({} if problem else {path[:2]: changed})
         return [f"{where}{problem}"] if problem else []
     if len(path) != 2:
         return [f"{where}{'.'.join(path)}: unknown key; {suggest_key(path)}"]
-    values[path] = absolute((path[0], path[1]), value, Path.cwd())
+    values[path] = absolute((path[0], path[1]), value, base)
     for inner in [key for key in origin if key[:2] == path]:  # what stood in the file counts no more
         del origin[inner]
     origin[path] = where
@@ -198,7 +294,12 @@ def _apply_override(override: str, values: dict[KeyPath, Any], origin: dict[KeyP
 
 
 def _apply_nested(
-    path: KeyPath, value: Any, where: str, values: dict[KeyPath, Any], origin: dict[KeyPath, str]
+    path: KeyPath,
+    value: Any,
+    where: str,
+    base: Path,
+    values: dict[KeyPath, Any],
+    origin: dict[KeyPath, str],
 ) -> list[str]:
     """An override of a nested section's key, or of one entry of such a key that is a table."""
     if len(path) == 2:
@@ -211,7 +312,7 @@ def _apply_nested(
             return [f"{where}{'.'.join(path)}: unknown key; {suggest_key(path)}"]
         items = {leaf: value}
     for leaf, item in items.items():
-        values[leaf] = absolute(leaf, item, Path.cwd())
+        values[leaf] = absolute(leaf, item, base)
         origin[leaf] = where
     return []
 
@@ -231,57 +332,6 @@ def _nest(values: dict[KeyPath, Any]) -> dict[str, Any]:
     return nested
 
 
-def _describe(error: ValidationError, origin: dict[KeyPath, str]) -> list[str]:
-    """One line for each key at fault, in pydantic's order."""
-    lines: dict[tuple[int | str, ...], str] = {}
-    for detail in error.errors(include_url=False):
-        location = detail["loc"]
-        key = tuple(str(part) for part in location[:2])
-        if key in nested_sections() and len(location) > 2:
-            key = (key[0], f"{key[1]}.{location[2]}")
-            location = (*key, *location[3:])
-        if (place := place_in_source(location)) is not None:
-            path = (*key, *place)
-            where = origin.get(path) or origin.get(path[:3]) or origin.get(key, "")
-            name = f"{'.'.join(key)}[{place[0]}]" + "".join(f".{part}" for part in place[1:])
-            unknown = detail["type"] == "extra_forbidden"
-            reason = unknown_source_key(place[-1]) if unknown else _reason(key, detail)
-            lines.setdefault(path, f"{where}{name}: {reason}")
-            continue
-        if detail["type"] == "extra_forbidden" and len(key) == 1 and isinstance(detail["input"], dict):
-            # an unknown section: name each of its keys, since each may belong elsewhere
-            paths: list[KeyPath] = [(key[0], str(name)) for name in detail["input"]] or [key]
-        else:
-            paths = [key]
-        for path in paths:
-            where = origin.get(path) or origin.get(path[:1], "")
-            lines.setdefault(path, f"{where}{_name(path, location)}: {_reason(path, detail)}")
-    return list(lines.values())
-
-
-def _name(path: KeyPath, location: tuple[int | str, ...]) -> str:
-    index = "".join(f"[{part}]" for part in location[2:] if isinstance(part, int))
-    inner = f".{location[3]}" if path == READOUTS_KEY and len(location) > 3 else ""
-    return ".".join(path) + index + inner
-
-
-def _reason(path: KeyPath, detail: ErrorDetails) -> str:
-    kind, value = detail["type"], detail["input"]
-    if kind == "extra_forbidden" and path == READOUTS_KEY:
-        return f"unknown key; the keys of a readout are {', '.join(ReadoutConfig.model_fields)}"
-    if kind == "extra_forbidden":
-        return f"unknown key; {suggest_key(path)}"
-    if kind == "missing":
-        return "required and not given"
-    if kind in _EXPECTED:
-        return f"expected {_EXPECTED[kind]}, got {value!r}"
-    if kind == "literal_error":
-        return f"expected {detail['ctx']['expected']}, got {value!r}"
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    message = message if message.startswith("expected") else f"expected {message}"
-    return f"{message}, got {value!r}"
-
-
 def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
     """`value` with its relative paths made absolute against `base`.
 
@@ -294,12 +344,23 @@ def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
                 source_paths(item, base) if isinstance(item, dict) else _join(item, base) for item in value
             ]
         return source_paths(value, base) if isinstance(value, dict) else _join(value, base)
+    if key == RESUME_KEY:
+        words = (
+            not isinstance(value, str)
+            or value.strip() in ("auto", "never")
+            or RESUME_STEP.fullmatch(value.strip())
+        )
+        return value if words else _join(value, base)
     if key == PROGRAM_KEY and isinstance(value, str) and "/" in value:  # a bare name is looked up on PATH
         return _join(value, base)
     if key == MACHINE_KEY and isinstance(value, str) and ("/" in value or value.endswith((".yaml", ".yml"))):
         return _join(value, base)  # a bare name is one that the planner knows
     if key in FUNCTION_KEYS:
         return _absolute_function(value, base)
+    if key == TERMS_KEY and isinstance(value, dict):
+        return {
+            name: source_paths(term, base) if isinstance(term, dict) else term for name, term in value.items()
+        }
     if key == READOUTS_KEY and isinstance(value, list):
         return [
             {
@@ -315,12 +376,14 @@ def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
 
 def _absolute_function(value: Any, base: Path) -> Any:
     file, colon, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-    return f"{_join(file, base)}:{function}" if colon and file.endswith(".py") else value
+    system = next((prefix for prefix in ("verl:", "trl:") if file.startswith(prefix)), "")
+    file = file.removeprefix(system)
+    return f"{system}{_join(file, base)}:{function}" if colon and file.endswith(".py") else value
 
 
 def source_paths(source: dict[Any, Any], base: Path) -> dict[Any, Any]:
-    """A source of problems with its files and its verifier made absolute."""
-    settings = {"path": PATH_KEY, "reward": FUNCTION_KEY}
+    """A source of problems with its files and its verifier, or a term of the reward, made absolute."""
+    settings = {"path": PATH_KEY, "reward": FUNCTION_KEY, "function": FUNCTION_KEY}
     return {
         key: absolute(settings[key], value, base) if key in settings else value
         for key, value in source.items()
@@ -331,59 +394,3 @@ def _join(value: Any, base: Path) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value
     return os.path.normpath(base.absolute() / Path(value).expanduser())
-
-
-_FORMER = {
-    (
-        "rollout",
-        "max_concurrency",
-    ): "it was over all servers; `rollout.max_concurrency_per_server` is for each of them"
-}
-
-
-def suggest_key(path: Sequence[str]) -> str:
-    """A hint for the unknown key `path`, such as "did you mean `optimizer.lr`?".
-
-    Looks for the same name in another section, then for a similar name in the same section, then for a
-    similar name anywhere; lists the section's keys when nothing is near.
-    """
-    sections = key_paths()
-    if path[0] not in sections:
-        near = difflib.get_close_matches(path[0], sections, n=1, cutoff=0.6)
-        if near and (len(path) == 1 or path[1] in sections[near[0]]):
-            return _did_you_mean([".".join([near[0], *path[1:]])])
-        return _elsewhere(path[-1]) or (
-            _did_you_mean(near) if near else f"the sections are {', '.join(sections)}"
-        )
-    if len(path) == 1:
-        return f"the keys of {path[0]} are {', '.join(sections[path[0]])}"
-    section, key = path[0], path[1]
-    if (former := _FORMER.get((section, key))) is not None:
-        return former
-    if len(path) > 2:
-        if key in sections[section]:
-            return f"{section}.{key} is a setting, not a section; did you mean `{section}.{key}`?"
-        return f"keys have the form section.key; {suggest_key(path[:2])}"
-    exact = [f"{other}.{key}" for other, keys in sections.items() if key in keys]
-    if exact:
-        return _did_you_mean(exact)
-    near = difflib.get_close_matches(key, sections[section], n=1, cutoff=0.6)
-    part = [name for name in sections[section] if len(key) >= 3 and (key in name or name in key)]
-    begun = [name for name in part if name.startswith(key)]  # `samples` is the start of samples_per_prompt
-    if begun or near or part:
-        return _did_you_mean([f"{section}.{name}" for name in begun or near or part])
-    return _elsewhere(key) or f"the keys of {section} are {', '.join(sections[section])}"
-
-
-def _elsewhere(key: str) -> str:
-    """A hint to the nearest key of any section, or "" when none is near."""
-    owners: dict[str, list[str]] = {}
-    for section, keys in key_paths().items():
-        for name in keys:
-            owners.setdefault(name, []).append(f"{section}.{name}")
-    near = difflib.get_close_matches(key, owners, n=1, cutoff=0.7)
-    return _did_you_mean(owners[near[0]]) if near else ""
-
-
-def _did_you_mean(names: Sequence[str]) -> str:
-    return "did you mean " + " or ".join(f"`{name}`" for name in names) + "?"

@@ -10,8 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_laser.config.schema.keeping import BestConfig, EarlyStopConfig
 from megatron_laser.config.schema.rollout import RolloutConfig
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.config.schema.sources import Setting, listed_sources
 
 FAKE = "FAKE"
 """In the name of a run with made-up weights or responses, and so in its live view and in the title of its report."""
@@ -26,7 +28,8 @@ def as_run(config: RunConfig) -> RunConfig:
     if config.run.mode != "train" or config.run.fake.responses:
         config = _without_evaluations(config)
     if config.run.mode == "rollout_only":
-        config = _with(config, "checkpoint", export_hf=False)  # it would be a copy of model.path
+        # They would be copies of model.path.
+        config = _with(config, "checkpoint", export_hf=False, export_every=0, export_keep=None)
         config = _with(config, "laser", drift_every=0)
         config = _with(config, "logging", record_batches_every=1)
     if not generates(config):
@@ -177,10 +180,28 @@ def _limited(config: RunConfig, limit: int) -> RunConfig:
         final_samples_per_prompt=min(evaluation.final_samples_per_prompt, _SMOKE_SAMPLES),
         max_new_tokens=_at_most(evaluation.max_new_tokens, tokens),
     )
+    config = _with(
+        config, "data", validation=_few(config.data.validation, limit), test=_few(config.data.test, limit)
+    )
     profile = config.logging.profile
     if profile.steps is not None and profile.steps[1] > steps:
         profile = profile.model_copy(update={"steps": (steps, steps)})  # so that it is tried, too
     return _with(config, "logging", profile=profile)
+
+
+def _few(setting: Setting | None, limit: int) -> Setting | None:
+    """Sources with fewer problems and responses, where they say how many."""
+    if not listed_sources(setting):
+        return setting
+    return tuple(
+        source.model_copy(
+            update={
+                "max_prompts": _at_most(source.max_prompts, limit),
+                "samples_per_prompt": _at_most(source.samples_per_prompt, _SMOKE_SAMPLES),
+            }
+        )
+        for source in listed_sources(setting)
+    )
 
 
 def _at_most(value: int | None, limit: int) -> int | None:
@@ -189,6 +210,8 @@ def _at_most(value: int | None, limit: int) -> int | None:
 
 def _without_evaluations(config: RunConfig) -> RunConfig:
     config = _with(config, "evaluation", every=0, baseline=False)
+    config = _with(config, "checkpoint", best=BestConfig())
+    config = _with(config, "run", early_stop=EarlyStopConfig())
     return _with(config, "data", validation=None, test=None)
 
 

@@ -129,7 +129,15 @@ def build_prompts(
                 dropped.append((row.source, len(token_ids)))
             else:
                 prompts.append(
-                    Prompt(row.row, row.problem, row.answer, token_ids, source=source, reward=reward)
+                    Prompt(
+                        row.row,
+                        row.problem,
+                        row.answer,
+                        token_ids,
+                        source=source,
+                        reward=reward,
+                        columns=row.columns,
+                    )
                 )
         if progress is not None:
             progress(len(lengths))

@@ -36,6 +36,7 @@ class Row:
         row: its number over all files, from 0.
         problem: the prompt column's text; of a conversation the last turn's.
         turns: (role, content) of the turns before that; () for a text.
+        columns: the whole row as a JSON object, where a reward function may ask for it; else "".
         answer: the reference, as the reward function gets it.
         source: file and line (JSON Lines, from 1) or row (Parquet, from 0), for messages.
         taken_from: the form that the reference was taken out of, see `references`; "" where it stands as it is.
@@ -47,6 +48,7 @@ class Row:
     source: str
     taken_from: str = ""
     turns: tuple[tuple[str, str], ...] = ()
+    columns: str = ""
 
 
 def read_rows(
@@ -57,6 +59,7 @@ def read_rows(
     mathematics: bool = True,
     options_key: str = "",
     first: int = 0,
+    columns: bool = False,
 ) -> list[Row]:
     """Read all files, in the order given.
 
@@ -64,13 +67,14 @@ def read_rows(
         paths: one file or several: .jsonl, .ndjson or .parquet.
         prompt_key: field or column with the problem: a non-empty string, or a conversation, a list of
             {"role": ..., "content": ...} whose last turn is the user's.
-        answer_key: field or column with the reference answer.
+        answer_key: field or column with the reference answer; `a.b` is b in the object a, unless a column is named so.
         mathematics: the references are for the mathematical grader (`rewards.is_math_verify`): numbers, lists
             of one and worked solutions give the answer in them. False: they are as written, everything but text as
             JSON, and may be empty.
         options_key: column with the options of a multiple-choice question, which become a part of its reference
             (`rewards.general.choices.read_choice`) in rows that have any; "": none is read.
         first: the first row's number, where other rows stand before these.
+        columns: keep all columns of each row, in memory.
 
     Raises:
         DataError: a file is missing, unreadable or without rows, or a row does not fit; names file and line.
@@ -79,7 +83,8 @@ def read_rows(
     for path in _as_paths(paths):
         before = len(rows)
         keys = {"data.prompt_key": prompt_key, "data.answer_key": answer_key}
-        for source, record in read_records(path, keys, optional=options_key):
+        for source, record in read_records(path, keys, optional=options_key, whole=columns):
+            kept = _row_json(record) if columns else ""
             *turns, (_, problem) = _turns(record, prompt_key, source)
             if options_key and record.get(options_key) is not None:
                 record = _with_options(record, answer_key, options_key)
@@ -92,6 +97,7 @@ def read_rows(
                     source,
                     reference.taken_from,
                     turns=tuple(turns),
+                    columns=kept,
                 )
             )
         if len(rows) == before:
@@ -142,7 +148,12 @@ def _as_paths(paths: Paths) -> list[Path]:
 
 
 def read_records(
-    path: Path, keys: Mapping[str, str] | None = None, *, required: bool = True, optional: str = ""
+    path: Path,
+    keys: Mapping[str, str] | None = None,
+    *,
+    required: bool = True,
+    optional: str = "",
+    whole: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line or row, record) of a file, streamed. Numbers with a point come as Decimal where that is exact.
 
@@ -150,6 +161,7 @@ def read_records(
         keys: setting -> column; of a Parquet file only these are read. None: all of them.
         required: a Parquet file must have these columns.
         optional: a further column, which it may have.
+        whole: read the other columns, too.
 
     Raises:
         DataError: see `read_rows`.
@@ -162,7 +174,7 @@ def read_records(
     if suffix in _JSONL_SUFFIXES:
         return _jsonl_records(path)
     if suffix in _PARQUET_SUFFIXES:
-        return _parquet_records(path, keys, required, optional)
+        return _parquet_records(path, keys, required, optional, whole)
     known = ", ".join(_JSONL_SUFFIXES + _PARQUET_SUFFIXES)
     raise DataError(f"{path}: unknown kind of file {suffix or '(no suffix)'!r}; expected {known}")
 
@@ -213,22 +225,23 @@ def import_pyarrow(path: Path) -> Any:
 
 
 def _parquet_records(
-    path: Path, keys: Mapping[str, str] | None, required: bool, optional: str
+    path: Path, keys: Mapping[str, str] | None, required: bool, optional: str, whole: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     pyarrow = import_pyarrow(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            for setting, key in (keys or {}).items():
+            named = {setting: _column_of(key, columns) for setting, key in (keys or {}).items()}
+            for setting, key in named.items():
                 if required and key not in columns:
                     raise DataError(_missing(key, setting, str(path), columns, "column"))
-            wanted = [key for key in dict.fromkeys([*(keys or {}).values(), optional]) if key in columns]
+            wanted = [key for key in dict.fromkeys([*named.values(), optional]) if key in columns]
             short = [name for name in columns if str(file.schema_arrow.field(name).type) in _SHORT_FLOATS]
             if keys is not None and not wanted:
                 yield from ((f"{path} row {number}", {}) for number in range(file.metadata.num_rows))
                 return
             number = 0
-            for batch in file.iter_batches(_PARQUET_BATCH, columns=wanted if keys is not None else None):
+            for batch in file.iter_batches(_PARQUET_BATCH, columns=None if whole or keys is None else wanted):
                 for record in _batch_records(batch, path, number):
                     for name in short:
                         if record.get(name) is not None:
@@ -303,7 +316,10 @@ def _with_options(record: Mapping[str, Any], key: str, options_key: str) -> dict
 def _reference(record: Mapping[str, Any], key: str, source: str, mathematics: bool) -> Reference:
     setting = "data.answer_key"
     if key not in record:
-        raise DataError(_missing(key, setting, source, list(record), "key"))
+        found = _inner(record, key)
+        if found is None:
+            raise DataError(_missing(key, setting, source, list(record), "key"))
+        record = {key: found[0]}
     value = record[key]
     if mathematics and isinstance(value, str) and not value.strip():
         raise DataError(f"{source}: {key!r} ({setting}) is empty")
@@ -315,6 +331,35 @@ def _reference(record: Mapping[str, Any], key: str, source: str, mathematics: bo
         )
     _check_text(reference.text, key, setting, source)
     return reference
+
+
+def _column_of(key: str, columns: Sequence[str]) -> str:
+    """The column that `key` is in: itself, or the part before its dot where only that is a column."""
+    outer = key.partition(".")[0]
+    return outer if key not in columns and outer in columns else key
+
+
+def _inner(record: Mapping[str, Any], key: str) -> tuple[Any] | None:
+    """What `a.b` names in the object `a`; None where there is no such."""
+    value: Any = record
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return (value,)
+
+
+def _row_json(record: Mapping[str, Any]) -> str:
+    """A row for a reward function: numbers as Python has them, times as text, and no bytes."""
+    return json.dumps(
+        {name: value for name, value in record.items() if not isinstance(value, bytes)}, default=_plain
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Decimal):
+        return float(value)
+    return None if isinstance(value, bytes) else str(value)
 
 
 def _check_text(text: str, key: str, setting: str, source: str) -> None:

@@ -23,6 +23,8 @@ _LONGEST_POLL = 0.5
 _DONE = b"done"
 _GO_ON = b"go on"
 _KEPT_KEYS = 16
+# Seconds in which the watchdog ends a rank that waits for a silent one, and says more.
+_WATCHDOG_FIRST = 10.0
 # Seconds that a failed rank 0 stays, with the store that it may host, for the others to hear of it.
 HEARD_WITHIN = 5.0
 
@@ -42,8 +44,19 @@ class Coordinator:
         *,
         deadline: float,
         detail: Callable[[], str] | None = None,
+        on_phase: Callable[[str], object] = lambda phase: None,
+        on_stop: Callable[[str], object] = lambda reason: None,
     ) -> None:
-        """Args: detail: what part of a phase runs right now, for the table of ranks."""
+        """
+        Args:
+            detail: what part of a phase runs right now, for the table of ranks.
+            on_phase: called with each phase that this rank enters.
+            on_stop: called, in the heartbeat's thread, with the reason when another rank was asked to stop.
+        """
+        self._on_phase = on_phase
+        self._on_stop = on_stop
+        self._doing = ""
+        self._told = False
         self._store = store
         self._rank = rank
         self._world_size = world_size
@@ -54,7 +67,9 @@ class Coordinator:
         self._count = 0
         self._hearts: Heartbeats | None = None
         if world_size > 1:
-            self._hearts = Heartbeats(store, rank, world_size, deadline=deadline, detail=detail)
+            self._hearts = Heartbeats(
+                store, rank, world_size, deadline=deadline, detail=detail, on_beat=self._pass_on
+            )
 
     def start_watchdog(self) -> None:
         """End this process when another rank falls silent, even inside a collective that never returns."""
@@ -64,17 +79,15 @@ class Coordinator:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """All ranks work together on `name`; an error of a collective gets the table of ranks as a note."""
-        if self._hearts is None:
-            yield
-            return
-        before = self._hearts.enter(name)
+        before = self._enter(name)
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, RankZeroFailed) and not getattr(error, "__notes__", None):
+            told = isinstance(error, RankZeroFailed) or getattr(error, "__notes__", None)
+            if self._hearts is not None and not told:
                 error.add_note(f"rank {self._rank}, phase {name!r}; {self._hearts.table()}")
             raise
-        self._hearts.enter(before)
+        self._enter(before)
 
     def run_on_rank_zero(self, phase: str, work: Callable[[], T], *, deadline: float) -> T | None:
         """Run `work` on rank 0 and return its result there; the other ranks wait and return None.
@@ -88,11 +101,14 @@ class Coordinator:
                 seconds, or took longer than `deadline`.
         """
         if self._hearts is None:
-            return work()
+            before = self._enter(phase)
+            result = work()
+            self._enter(before)
+            return result
         key = f"phase/{self._count}"
         self._count += 1
         if self._rank != 0:
-            before = self._hearts.enter(f"waiting for rank 0: {phase}")
+            before = self._enter(f"waiting for rank 0: {phase}")
             self._wait_for(key, phase, deadline)
             outcome = self._store.get(key)
             if outcome != _DONE:
@@ -100,24 +116,77 @@ class Coordinator:
                 raise RankZeroFailed(
                     f"rank {self._rank}, phase {phase!r}: rank 0 failed with {outcome.decode()}"
                 )
-            self._hearts.enter(before)
+            self._enter(before)
             return None
-        before = self._hearts.enter(phase)
+        before = self._enter(phase)
         try:
             result = work()
         except BaseException as error:
+            if self._stop_reason is not None and not isinstance(error, Exception):
+                self.stop_told()  # that is no failure: they stop as well
+                raise
             self._store.set(key, f"{type(error).__name__}: {error}")
-            self._until_heard(key)
+            self._until_heard([f"{key}/heard/{rank}" for rank in range(1, self._world_size)])
             raise
         self._store.set(key, _DONE)
         if self._count > _KEPT_KEYS:
             self._store.delete_key(f"phase/{self._count - 1 - _KEPT_KEYS}")
-        self._hearts.enter(before)
+        self._enter(before)
         return result
 
     def request_stop(self, reason: str) -> None:
-        """Note that this rank wants to stop; safe in a signal handler. See `agree_to_stop`."""
-        self._stop_reason = reason
+        """Note that this rank wants to stop; safe in a signal handler. See `agree_to_stop`.
+
+        The other ranks hear of it with their next heartbeat.
+        """
+        if self._stop_reason is None:
+            self._stop_reason = reason
+            if self._hearts is not None:
+                self._hearts.soon()
+
+    def stop_told(self) -> None:
+        """Have all ranks hear, within seconds, that this one was asked to stop; it leaves then."""
+        if self._hearts is None or self._stop_reason is None:
+            return
+        with suppress(RuntimeError):  # of a store that is gone
+            self._pass_on(self._store)
+            if self._rank == 0:
+                self._store.set("start_decision", b"stop")
+        self._until_heard([f"stop_heard/{rank}" for rank in range(self._world_size)])
+
+    def agree_to_start(self) -> bool:
+        """Whether all ranks have started and nobody was asked to stop; the same on every rank.
+
+        Until a rank calls this it may leave by itself, after `stop_told`; from then on only all together do.
+
+        Raises:
+            RuntimeError: not all ranks came within `run.deadline`.
+        """
+        if self._hearts is None:
+            return self._stop_reason is None
+        before = self._enter("agreeing that all have started")
+        self._store.set(f"started/{self._rank}", _DONE)
+        if self._rank == 0:
+            keys = [f"started/{rank}" for rank in range(self._world_size)]
+            ends = time.monotonic() + self._deadline + _WATCHDOG_FIRST
+            while not (stop := self._stop_reason is not None or self._store.check(["stop_request"])):
+                if self._store.check(keys):
+                    break
+                if time.monotonic() > ends:
+                    raise RuntimeError(
+                        f"rank 0: not all ranks have started within run.deadline {self._deadline:g} s of it; "
+                        f"{self._hearts.table()}"
+                    )
+                time.sleep(0.005)
+            self._pass_on(self._store)
+            self._store.set("start_decision", b"stop" if stop else _GO_ON)
+        else:
+            self._wait_for("start_decision", "agreeing that all have started", self._deadline)
+        goes_on: bool = self._store.get("start_decision") == _GO_ON
+        if not goes_on and self._store.check(["stop_request"]):
+            self._on_stop(self._store.get("stop_request").decode())
+        self._enter(before)
+        return goes_on
 
     def request_window(self, steps: int) -> None:
         """Note that somebody asks for a window of so many steps (see `Windows`); safe in a signal handler."""
@@ -148,7 +217,7 @@ class Coordinator:
         if self._hearts is None:
             self._window = window or self._window
             return self._stop_reason
-        before = self._hearts.enter(f"agreeing whether to stop after step {step}")
+        before = self._enter(f"agreeing whether to stop after step {step}")
         if self._stop_reason is not None:
             self._store.set("stop_request", self._stop_reason)
         if window:
@@ -165,8 +234,9 @@ class Coordinator:
         if goes_on:
             self._window = int(decision.removeprefix(_GO_ON) or 0) or self._window
         else:
+            self._on_stop(decision.decode())
             self._acknowledge_stop(step)
-        self._hearts.enter(before)
+        self._enter(before)
         return None if goes_on else decision.decode()
 
     def fail(self, error: BaseException) -> None:
@@ -190,9 +260,26 @@ class Coordinator:
         self._store.delete_key("window_request")
         return bytes(asked)
 
-    def _until_heard(self, key: str) -> None:
-        """Until all others know of the failure, if they come soon: else all they learn is that the store is gone."""
-        keys = [f"{key}/heard/{rank}" for rank in range(1, self._world_size)]
+    def _enter(self, phase: str) -> str:
+        """This rank begins `phase`; returns the one before."""
+        before, self._doing = self._doing, phase
+        if self._hearts is not None:
+            before = self._hearts.enter(phase)
+        self._on_phase(phase)
+        return before
+
+    def _pass_on(self, store: dist.Store) -> None:
+        """With each heartbeat: tell the others of a request to stop, or hear of one."""
+        if self._stop_reason is not None and not self._told:
+            if not store.check(["stop_request"]):
+                store.set("stop_request", self._stop_reason)
+            store.set(f"stop_heard/{self._rank}", _DONE)
+            self._told = True
+        elif self._stop_reason is None and store.check(["stop_request"]):
+            self._on_stop(store.get("stop_request").decode())
+
+    def _until_heard(self, keys: list[str]) -> None:
+        """Until all others know of it, if they come soon: else all they learn is that the store is gone."""
         until = time.monotonic() + min(HEARD_WITHIN, self._deadline)
         with suppress(RuntimeError):  # of a store that is gone: there is nobody left to be told
             while not self._store.check(keys) and time.monotonic() < until:

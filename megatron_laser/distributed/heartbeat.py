@@ -53,13 +53,16 @@ class Heartbeats:
         *,
         deadline: float,
         detail: Callable[[], str] | None = None,
+        on_beat: Callable[[dist.Store], object] = lambda store: None,
     ) -> None:
         """Start beating.
 
         Args:
             deadline: seconds of silence after which the watchdog gives a rank up.
             detail: what part of the phase runs, for the beat; called from the thread.
+            on_beat: called from the thread with each beat, with its connection to the store.
         """
+        self._on_beat = on_beat
         # A connection of its own: a client serves one blocking request at a time.
         self._store = store.clone()
         self._main_store = store
@@ -73,6 +76,7 @@ class Heartbeats:
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> its last count and when it was new here
         self._sending = threading.Lock()  # beats must reach the store in the order in which they were made
         self._stop = threading.Event()
+        self._soon = threading.Event()
         self._checked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -103,6 +107,10 @@ class Heartbeats:
         self._seen.clear()
         self._abort = abort or end_process
 
+    def soon(self) -> None:
+        """Send the next beat now. Safe in a signal handler."""
+        self._soon.set()
+
     def fail(self, error: BaseException) -> None:
         """Tell the others that this rank failed; it goes on beating and watching until the process ends."""
         self._state = f"failed with {type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
@@ -113,6 +121,7 @@ class Heartbeats:
         if self._stop.is_set():
             return
         self._stop.set()
+        self._soon.set()
         self._thread.join(timeout=2 * BEAT_SECONDS)
         self._state = _LEFT
         self._send(self._main_store)
@@ -141,6 +150,7 @@ class Heartbeats:
         while not self._stop.is_set():
             try:
                 self._send(self._store)
+                self._on_beat(self._store)
                 trouble = self._trouble() if self._abort is not None else None
             except RuntimeError as error:
                 # At the end of a job the store may go first; close() ends this wait.
@@ -150,7 +160,8 @@ class Heartbeats:
             if trouble is not None and self._abort is not None and not self._stop.is_set():
                 self._abort(trouble)
                 return
-            self._stop.wait(BEAT_SECONDS)
+            self._soon.wait(BEAT_SECONDS)
+            self._soon.clear()
 
     def _send(self, store: dist.Store) -> None:
         detail = self._detail() if self._detail is not None else ""

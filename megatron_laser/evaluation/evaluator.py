@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from megatron_laser.evaluation.responses import EvaluationEngine, ResponseFile, 
 from megatron_laser.evaluation.score_rule import ScoreRule
 from megatron_laser.evaluation.summary import summarize_sources
 from megatron_laser.files import plain, write_atomically
-from megatron_laser.rewards import Grade, GradingPool, equivalence_classes
+from megatron_laser.rewards import Facts, Grade, GradingPool, equivalence_classes
 from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.types import Prompt, SamplingParams
 
@@ -57,6 +57,7 @@ def evaluate(
     force_end_below: int = 0,
     graders: Mapping[str, GradingPool] | None = None,
     prefixes: PrefixRule | None = None,
+    own_sampling: Mapping[str, SamplingParams] | None = None,
 ) -> EvaluationSummary:
     """Answer every prompt `sampling.samples_per_prompt` times and judge the answers and their scores.
 
@@ -80,6 +81,7 @@ def evaluate(
             `released_convention`, where prompt, response and that token are fewer tokens than this. 0: none.
         graders: for prompts whose `reward` is not `grading`'s.
         prefixes: how the prefixes of responses are scored; None: they are not.
+        own_sampling: by a source's name, in place of `sampling`; what ends a response is the same.
 
     Raises:
         StoppedEarly: `stop` was set.
@@ -91,8 +93,8 @@ def evaluate(
         raise ValueError("evaluation got no prompts; check the data file and evaluation.max_prompts")
     if generation_batch < 1:
         raise ValueError(f"generation_batch is {generation_batch}; expected 1 or more responses")
-    samples = sampling.samples_per_prompt
-    per_call = max(1, generation_batch // samples)
+    calls = list(_calls(prompts, sampling, own_sampling or {}, generation_batch))
+    samples = {prompt.row: own.samples_per_prompt for _, batch, own in calls for prompt in batch}
     summary_path = records_path.with_suffix(".json")
     summary_path.unlink(missing_ok=True)
     known = complete_records(records_path, samples) if responses_path is not None else {}
@@ -104,7 +106,6 @@ def evaluate(
     ):
         ends = time.monotonic() + deadline
         returned = rule.token_ids[0] if rule.is_plain else None
-        sampler = Sampler(engine, sampling, returned, responses, repeatable, count, ends, stop)
         job = _Job(
             engine,
             sampling,
@@ -121,8 +122,8 @@ def evaluate(
                 count(record.response_ids_length, False)
         for length in responses.lengths():
             count(length, False)
-        for start in range(0, len(prompts), per_call):
-            batch = prompts[start : start + per_call]
+        for start, batch, own in calls:
+            sampler = Sampler(engine, own, returned, responses, repeatable, count, ends, stop)
             finished = [record for prompt in batch for record in known.get(prompt.row, [])]
             open_prompts = [prompt for prompt in batch if prompt.row not in known]
             try:
@@ -146,6 +147,23 @@ def evaluate(
     return EvaluationSummary(metrics, records_path, summary_path)
 
 
+def _calls(
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    own: Mapping[str, SamplingParams],
+    generation_batch: int,
+) -> Iterator[tuple[int, Sequence[Prompt], SamplingParams]]:
+    """(place of the first prompt, prompts, sampling) of each call of the engine: of prompts that are sampled alike."""
+    start = 0
+    while start < len(prompts):
+        mine = own.get(prompts[start].source, sampling)
+        end, per_call = start, max(1, generation_batch // mine.samples_per_prompt)
+        while end < min(len(prompts), start + per_call) and own.get(prompts[end].source, sampling) == mine:
+            end += 1
+        yield start, prompts[start:end], mine
+        start = end
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """Grading and scoring: what stays the same from batch to batch."""
@@ -163,12 +181,10 @@ class _Job:
     def judge(self, prompts: Sequence[Prompt], groups: list[list[SavedResponse]]) -> list[EvaluationRecord]:
         """The records of all responses, prompt after prompt."""
         texts = [[self.decode(response.text_ids) for response in group] for group in groups]
+        graded = iter(given := self._grades(prompts, groups, texts))
         answers = [
-            [
-                None if response.was_ended else self._pool(prompt).form.extract(text, prompt.answer)
-                for response, text in zip(group, group_texts, strict=True)
-            ]
-            for prompt, group, group_texts in zip(prompts, groups, texts)
+            [self._answer(prompt, text, next(graded)) for text in group_texts]
+            for prompt, group_texts in zip(prompts, texts)
         ]
         zc_logprobs = self._score(prompts, groups)
         forced = self._score_behind_forced_end(prompts, groups, answers)
@@ -176,7 +192,7 @@ class _Job:
         if self.prefixes is not None:
             left = self._left("score prefixes")
             scored_prefixes = score_prefixes(self.engine, self.prefixes, prompts, groups, deadline=left)
-        grades = iter(self._grades(prompts, groups, texts))
+        grades = iter(given)
         records: list[EvaluationRecord] = []
         for place_of_prompt, (prompt, group) in enumerate(zip(prompts, groups)):
             extracted, form = answers[place_of_prompt], self._pool(prompt).form
@@ -198,6 +214,12 @@ class _Job:
                 )
         return records
 
+    def _answer(self, prompt: Prompt, text: str, grade: Grade | None) -> str | None:
+        """What a response votes for: what its reward function says, else what its verifier's form reads."""
+        if grade is None:
+            return None
+        return self._pool(prompt).form.extract(text, prompt.answer) if grade.answer is None else grade.answer
+
     def _pool(self, prompt: Prompt) -> GradingPool:
         return self.graders.get(prompt.reward, self.grading)
 
@@ -206,19 +228,22 @@ class _Job:
     ) -> list[Grade | None]:
         """Of all responses, prompt after prompt, each from its prompt's verifier; None: it was ended, and gives no
         answer whatever its beginning would be graded."""
-        asked: dict[int, tuple[GradingPool, list[int], list[tuple[str, str]]]] = {}
+        asked: dict[int, tuple[GradingPool, list[int], list[tuple[str, str]], list[Facts]]] = {}
         place = 0
         for prompt, group, group_texts in zip(prompts, groups, texts):
             pool = self._pool(prompt)
-            _, places, pairs = asked.setdefault(id(pool), (pool, [], []))
+            _, places, pairs, facts = asked.setdefault(id(pool), (pool, [], [], []))
             for response, text in zip(group, group_texts, strict=True):
                 if not response.was_ended:
                     places.append(place)
                     pairs.append((text, prompt.answer))
+                    tokens = len(response.response_ids)
+                    facts.append(Facts(prompt.problem, prompt.columns, response.finish_reason, tokens))
                 place += 1
         grades: dict[int, Grade] = {}
-        for pool, places, pairs in asked.values():
-            grades.update(zip(places, pool.grade_many(pairs, deadline=self._left("grade")), strict=True))
+        for pool, places, pairs, facts in asked.values():
+            found = pool.grade_many(pairs, deadline=self._left("grade"), facts=facts)
+            grades.update(zip(places, found, strict=True))
         return [grades.get(index) for index in range(place)]
 
     def _score(

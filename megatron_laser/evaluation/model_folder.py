@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,15 @@ from megatron_laser.data.tokenizer import decode_response, load_tokenizer
 from megatron_laser.errors import TestTimeError
 from megatron_laser.evaluation.prefix_rule import AskedPrefixes, PrefixRule, prefix_rule
 from megatron_laser.evaluation.score_rule import ScoreRule
+from megatron_laser.rewards import reward_rule
+from megatron_laser.trainer.checkpoint.best import HF_BEST, LINK
+from megatron_laser.trainer.checkpoint.ownership import read_owner
 
 logger = logging.getLogger(__name__)
 
 _EXPORT = "hf"
 _CONFIG = "config.yaml"
+_MORE_EXPORTS = re.compile(rf"{HF_BEST}|hf_step_\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,8 @@ def load_model_folder(
 ) -> ModelFolder:
     """Read what is needed of a Hugging Face folder, or of a training run's output folder (its hf/ and config.yaml).
 
+    RUN/hf_best, RUN/hf_step_N and RUN/checkpoints/best, which means the first, are of their run as well.
+
     Args:
         score_token, ref_logprob, beta, targets: in place of the run's `laser` section.
         stop_token_ids: in place of the EOS ids of generation_config.json.
@@ -112,17 +119,7 @@ def load_model_folder(
         ConfigError: no model folder, or the score token is not in the tokenizer.
         TestTimeError: the run has no export, or an id does not fit.
     """
-    folder = Path(folder)
-    run = None
-    if (folder / _CONFIG).is_file() and not (folder / "config.json").is_file():
-        run = load_config(folder / _CONFIG)
-        if not (folder / _EXPORT / "config.json").is_file():
-            raise TestTimeError(
-                f"{folder} is a training run without {_EXPORT}/: it is not finished or has checkpoint.export_hf "
-                "false. Write a folder with `megatron-laser convert RUN/checkpoints/step_N FOLDER` and name that, "
-                "with --score-token, --ref-logprob and --beta"
-            )
-        folder = folder / _EXPORT
+    folder, run = _of_a_run(Path(folder))
     architecture = read_architecture(folder)
     setting = tuple(stop_token_ids) or (run.rollout.stop_token_ids if run else None) or ()
     stops = setting or read_stop_token_ids(folder)
@@ -198,6 +195,36 @@ def load_model_folder(
     return replace(found, prefix=of_prefixes)
 
 
+def _of_a_run(folder: Path) -> tuple[Path, RunConfig | None]:
+    """The Hugging Face folder that `folder` means, and the settings of the run that it is of, if that is known."""
+    if (folder / _CONFIG).is_file() and not (folder / "config.json").is_file():
+        run = load_config(folder / _CONFIG)
+        if not (folder / _EXPORT / "config.json").is_file():
+            raise TestTimeError(
+                f"{folder} is a training run without {_EXPORT}/: it is not finished or has checkpoint.export_hf "
+                "false. Write a folder with `megatron-laser convert RUN/checkpoints/step_N FOLDER` and name that, "
+                "with --score-token, --ref-logprob and --beta"
+            )
+        return folder / _EXPORT, run
+    if folder.name == LINK and (folder / "state.json").is_file():
+        owner = read_owner(folder.parent)
+        if owner is None:
+            raise TestTimeError(
+                f"{folder}: nothing beside it says of which run it is; convert it, and name that"
+            )
+        best = Path(owner.output_dir) / HF_BEST
+        if not (best / "config.json").is_file():
+            raise TestTimeError(
+                f"{best} is not there: it is written when the run has finished. Until then write it with "
+                f"`megatron-laser convert {folder} {best}`"
+            )
+        folder = best
+    settings = folder.absolute().parent / _CONFIG
+    if _MORE_EXPORTS.fullmatch(folder.name) and (folder / "config.json").is_file() and settings.is_file():
+        return folder, load_config(settings)
+    return folder, None
+
+
 def _score_token(folder: Path, given: str | int, setting: str) -> ScoreToken:
     """Of a known id. `setting`: that names it."""
     if isinstance(given, str) and given.isdigit():
@@ -247,4 +274,5 @@ def _from_run(run: RunConfig | None) -> dict[str, Any]:
         "top_p": run.evaluation.top_p,
         "seed": run.evaluation.seed,
         "reward": run.reward.function,
+        **({} if (rule := reward_rule(run.reward)).is_plain else {"reward_rule": asdict(rule)}),
     }

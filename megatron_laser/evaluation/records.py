@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -101,8 +101,11 @@ def open_records(path: Path, known: dict[int, list[EvaluationRecord]]) -> TextIO
     return path.open("a", encoding="utf-8")
 
 
-def complete_records(path: Path, samples: int) -> dict[int, list[EvaluationRecord]]:
+def complete_records(path: Path, samples: Mapping[int, int]) -> dict[int, list[EvaluationRecord]]:
     """Row -> records, of the problems that have all their samples in the file; {} without a file.
+
+    Args:
+        samples: row -> how many it is to have.
 
     Raises:
         ValueError: as in `read_records`, but for a last line that a kill cut off.
@@ -119,7 +122,7 @@ def complete_records(path: Path, samples: int) -> dict[int, list[EvaluationRecor
     return {
         row: records
         for row, records in problems.items()
-        if [record.sample for record in records] == list(range(samples))
+        if [record.sample for record in records] == list(range(samples.get(row, 0)))
     }
 
 

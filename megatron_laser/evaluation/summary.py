@@ -189,7 +189,7 @@ def _voting(
     low, high = bootstrap_interval(per_problem, seed=seed, num_resamples=resamples)
     summary = {
         "samples_per_prompt": float(max_k),
-        "accuracy": float(np.mean([record.right for problem in problems for record in problem])),
+        "accuracy": _accuracy(problems, per_problem),
         "accuracy_low": low,
         "accuracy_high": high,
     }
@@ -202,6 +202,13 @@ def _voting(
         if first in curves and second in curves:
             summary |= _difference(name, curves[first] - curves[second], seed, resamples)
     return summary
+
+
+def _accuracy(problems: list[list[EvaluationRecord]], per_problem: list[float]) -> float:
+    """Every problem counts alike, also where sources have different numbers of responses to each."""
+    if len({len(problem) for problem in problems}) > 1:
+        return float(np.mean(per_problem))
+    return float(np.mean([record.right for problem in problems for record in problem]))
 
 
 def _difference(name: str, curves: FloatArray, seed: int, resamples: int) -> dict[str, float]:

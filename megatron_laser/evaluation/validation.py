@@ -7,14 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_laser.config import RunConfig, evaluation_max_new_tokens
+from megatron_laser.config.derived import Source, data_sources
 from megatron_laser.data.tokenizer import decode_response
 from megatron_laser.evaluation.evaluator import evaluate
+from megatron_laser.evaluation.keeping import Keeping
 from megatron_laser.evaluation.progress import Progress
 from megatron_laser.evaluation.responses import EvaluationEngine, generation_batch, partial_responses_path
 from megatron_laser.evaluation.score_rule import ScoreRule
@@ -49,6 +51,7 @@ class RunEvaluation:
         score_token_id: int | None,
         last_step: int,
         say: Callable[[str], None],
+        resumed: Mapping[str, Any] | None = None,
         function: SampleFunction | None = None,
         graders: Mapping[str, GradingPool] | None = None,
     ) -> None:
@@ -57,9 +60,11 @@ class RunEvaluation:
         Args:
             splits: prompts of "validation" and "test"; None or missing: that split is not given.
             say: takes a line every 15 seconds that an evaluation goes on, from another thread.
+            resumed: rank 0's part of the checkpoint's state, for what is kept of evaluations.
             function: makes the responses, as in training.
             graders: for prompts whose `reward` is not `grading`'s.
         """
+        self.keeping = Keeping(config, resumed)
         self._function = function
         self._config = config
         self._splits = splits
@@ -112,16 +117,22 @@ class RunEvaluation:
         prompts = self._splits.get(split)
         if not prompts:
             return {}
-        prompts = _first_of_each_source(prompts, settings.max_prompts)
-        samples = settings.samples_per_prompt if split == "validation" else settings.final_samples_per_prompt
+        sources = {source.name: source for source in data_sources(config, split)}
+        prompts = _first_of_each_source(
+            prompts, {name: source.max_prompts or settings.max_prompts for name, source in sources.items()}
+        )
         sampling = SamplingParams(
-            samples_per_prompt=samples,
+            samples_per_prompt=settings.samples_per_prompt
+            if split == "validation"
+            else settings.final_samples_per_prompt,
             max_new_tokens=evaluation_max_new_tokens(config),
             stop_token_ids=self._stop_token_ids,
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=settings.seed,
         )
+        own = {name: _sampled(sampling, source) for name, source in sources.items()}
+        responses_in_all = sum(own.get(prompt.source, sampling).samples_per_prompt for prompt in prompts)
         in_process = config.rollout.engine == "in_process"
         batch = generation_batch(
             in_process=in_process,
@@ -131,10 +142,10 @@ class RunEvaluation:
         engine: EvaluationEngine = self._engine
         if self._function is not None:
             engine = FunctionAsEngine(self._function, self._engine, prompts)
-        progress = Progress(f"{split} split after step {step}", len(prompts) * samples, say=self._say)
+        progress = Progress(f"{split} split after step {step}", responses_in_all, say=self._say)
         records = self._folder / f"{split}_step_{step}.jsonl"
         with self._timers("evaluate"), progress:
-            responses = self._responses(records, prompts, sampling, batch) if resumable else None
+            responses = self._responses(records, prompts, sampling, own, batch) if resumable else None
             records.unlink(missing_ok=True)  # an earlier attempt's verdicts are made anew
             summary = evaluate(
                 engine,
@@ -151,13 +162,23 @@ class RunEvaluation:
                 on_response=progress.response,
                 stop=self._stop,
                 graders=self._graders,
+                own_sampling=own,
             )
             if responses is not None:
                 responses.unlink(missing_ok=True)
-        return summary.prefixed("eval/" if split == "validation" else "test/")
+        if split != "validation":
+            return summary.prefixed("test/")
+        metrics = summary.prefixed("eval/")
+        self.keeping.add(step, metrics)
+        return metrics
 
     def _responses(
-        self, records: Path, prompts: Sequence[Prompt], sampling: SamplingParams, batch: int
+        self,
+        records: Path,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        own: Mapping[str, SamplingParams],
+        batch: int,
     ) -> Path | None:
         """Where responses of just these weights are kept; None where the engine does not tell them from others."""
         try:
@@ -173,20 +194,33 @@ class RunEvaluation:
             "batch": batch,
             **asdict(sampling),
         }
+        if differing := {name: asdict(one) for name, one in own.items() if one != sampling}:
+            identity["own_sampling"] = differing
         if self._function is not None:
             rollout = self._config.rollout
             identity |= {"function": rollout.function, "function_options": rollout.function_options}
         return partial_responses_path(records, identity)
 
 
-def _first_of_each_source(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
-    """At most `count` prompts of each source; None: all."""
-    if count is None:
-        return list(prompts)
+def _sampled(sampling: SamplingParams, source: Source) -> SamplingParams:
+    """How a source's prompts are sampled: as it says, else as all."""
+    own = {"samples_per_prompt": source.samples_per_prompt, "temperature": source.temperature}
+    return replace(sampling, **{name: value for name, value in own.items() if value is not None})  # type: ignore[arg-type]
+
+
+def _first_of_each_source(prompts: Sequence[Prompt], counts: Mapping[str, int | None]) -> list[Prompt]:
+    """At most `counts` prompts of each source; None: all."""
     taken: Counter[str] = Counter()
     chosen = []
     for prompt in prompts:
         taken[prompt.source] += 1
-        if taken[prompt.source] <= count:
+        count = counts.get(prompt.source)
+        if count is None or taken[prompt.source] <= count:
             chosen.append(prompt)
     return chosen
+
+
+def evaluation_due(config: RunConfig, step: int) -> bool:
+    """Whether the validation split is evaluated after `step`: every n steps, and after the last one."""
+    every = config.evaluation.every
+    return every > 0 and (step % every == 0 or step == config.run.steps)

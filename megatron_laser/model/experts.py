@@ -207,7 +207,9 @@ class ExpertLayer(MoELayer):
 
         def run(hidden: torch.Tensor) -> Any:
             self.router.current = padding_mask
-            return MoELayer.forward(self, hidden)
+            result = MoELayer.forward(self, hidden)
+            self._let_go()
+            return result
 
         # Megatron's own recomputation of this layer would not come by here again.
         if "mlp" in (self.config.recompute_modules or ()) and self.training and torch.is_grad_enabled():
@@ -218,6 +220,16 @@ class ExpertLayer(MoELayer):
                 return te_checkpoint(run, False, tracker, self.tp_group, hidden_states)
             return tensor_parallel.checkpoint(run, False, hidden_states)
         return run(hidden_states)
+
+    def _let_go(self) -> None:
+        """Of what the dispatcher keeps of a pass until the next one, and nobody reads.
+
+        Its weights are part of the graph. That would keep the inputs of layers that are run again (as much as the
+        tokens, in each layer), and through hooks of parameters the model: a cycle that no collection sees.
+        """
+        dispatcher: Any = self.token_dispatcher
+        dispatcher.probs = dispatcher.routing_map = None
+        dispatcher.reversed_local_input_permutation_mapping = None
 
 
 class ExpertTransformerLayer(TransformerLayer):

@@ -65,6 +65,11 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def device_count() -> int:
+    """GPUs that this process sees."""
+    return torch.cuda.device_count()
+
+
 def device() -> torch.device:
     """The device of this process's model: the current CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")

@@ -1,7 +1,7 @@
-"""What happened to a run, one line each in events.jsonl: servers, checkpoints, stops, evaluations, alarms.
+"""What happened to a run, one line each in events.jsonl: starts, servers, checkpoints, fallbacks, stops, alarms.
 
 Those who notice are layers apart (the client of the servers, the checkpoints, the recorder), so they write as one logs:
-`note` goes to the file that is open in this process, which is rank 0's; elsewhere to none.
+`note` goes to the file that is open in this process, which is rank 0's; elsewhere to none. `say` also prints the line.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_laser.files import write_atomically
 from megatron_laser.observability.best_effort import BestEffort
 
-Kind = Literal["server", "checkpoint", "stop", "resume", "skipped", "evaluation", "alarm"]
+_Course = Literal["start", "resume", "change", "signal", "stop", "finished", "end"]
+_Result = Literal["checkpoint", "evaluation", "best", "alarm", "skipped"]
+_Trouble = Literal["server", "fallback", "reward", "warning"]
+Kind = _Course | _Result | _Trouble
+"""start, end: of one start of the run, with its facts. fallback: something is done in another way from here on.
+reward: of the code that grades. warning: anything else that was logged as one."""
 FILE = "events.jsonl"
 
 
@@ -31,6 +36,7 @@ class EventLog:
     def __init__(self, folder: Path, *, last_step: int, clock: Callable[[], datetime] = _now) -> None:
         """Open it and make it `note`'s; what an earlier start wrote of steps after `last_step` is cut off."""
         self.step = max(0, last_step)
+        self.show: Callable[[str], object] = lambda line: None
         self._path = folder / FILE
         self._clock = clock
         self._lock = threading.Lock()
@@ -39,16 +45,22 @@ class EventLog:
         global _open
         _open = self
 
-    def add(self, kind: Kind, text: str, step: int | None = None) -> None:
-        """One event; `step`: by default the one that is being done."""
+    def add(self, kind: Kind, text: str, step: int | None = None, **facts: Any) -> None:
+        """One event; `step`: by default the one that is being done. `facts`: further keys of its line, JSON values."""
         event = {
             "time": self._clock().isoformat(timespec="seconds"),
             "step": self.step if step is None else step,
             "kind": kind,
             "text": " ".join(text.split()),
+            **facts,
         }
         with self._lock:
             self._writing(lambda: append_line(self._path, json.dumps(event, ensure_ascii=False)))
+
+    def say(self, kind: Kind, text: str, step: int | None = None, **facts: Any) -> None:
+        """`add`, and the same as a line for whoever looks at the run, with its step."""
+        self.add(kind, text, step, **facts)
+        self.show(f"step {self.step if step is None else step}: {' '.join(text.split())}")
 
     def close(self) -> None:
         """`note` goes nowhere from now on."""
@@ -65,6 +77,14 @@ def note(kind: Kind, text: str, step: int | None = None) -> None:
     log = _open
     if log is not None:
         log.add(kind, text, step)
+
+
+def say(kind: Kind, text: str, step: int | None = None) -> bool:
+    """`note`, and the same as a line above the run's live view; from any thread. Whether a log was open."""
+    log = _open
+    if log is not None:
+        log.say(kind, text, step)
+    return log is not None
 
 
 def append_line(path: Path, text: str) -> None:

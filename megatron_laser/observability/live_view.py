@@ -21,6 +21,7 @@ from rich.text import Text
 
 from megatron_laser.observability.alarms import Alarm
 from megatron_laser.observability.best_effort import SafeOutput
+from megatron_laser.observability.quantities import format_count, format_duration
 from megatron_laser.observability.rates import speed_fields
 from megatron_laser.observability.readout_fields import readout_fields
 from megatron_laser.observability.source_metrics import later_metrics, metrics_by_source
@@ -52,6 +53,7 @@ LINE_FIELDS = (
     ("policy", "policy_loss", ".4f"),
     ("self", "self_reward_loss", ".4f"),
     ("grad", "grad_norm", ".2f"),
+    ("lr", "lr", ".3g"),
     ("len", "response_length_mean", ".0f"),
 )
 EVALUATION_FIELDS = tuple(
@@ -146,25 +148,6 @@ def time_shares(metrics: Mapping[str, Any]) -> list[tuple[str, float]]:
     seconds = [(phase, number(metrics, f"time/{phase}") or 0.0) for phase in PHASES]
     total = sum(value for _, value in seconds)
     return [(phase, value / total) for phase, value in seconds] if total > 0 else []
-
-
-def format_duration(seconds: float) -> str:
-    """42s, 3m12s, 2h05m or 3d04h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
-
-
-def format_count(value: float) -> str:
-    """842, 12.3k, 4.56M."""
-    if abs(value) < 1e3:
-        return f"{value:.0f}"
-    return f"{value / 1e3:.1f}k" if abs(value) < 1e6 else f"{value / 1e6:.2f}M"
 
 
 def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) -> str:
@@ -340,6 +323,16 @@ class LiveView:
                 console=self.console,
                 refresh_per_second=_REFRESHES_PER_SECOND,
             )
+
+    @property
+    def is_live(self) -> bool:
+        """Whether there is a view that lines go above, and no plain lines."""
+        return self._live is not None and self._live.is_started
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal; None: it goes into a file or a pipe."""
+        return self.console.width if self.console.is_terminal else None
 
     def __enter__(self) -> LiveView:
         self._times.append((self._state.step, self._clock()))

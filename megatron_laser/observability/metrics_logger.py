@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_laser.files import plain, write_atomically
 from megatron_laser.observability.best_effort import BestEffort
+from megatron_laser.observability.metric_groups import dashboard_metrics
 from megatron_laser.observability.wandb_sink import WandbSink
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class MetricsLogger:
         last_step: int | None = None,
         unwritten: Sequence[str] = (),
         wandb: WandbSink | None = None,
+        all_metrics: bool = False,
     ) -> None:
         """Open the files. Without the tensorboard package: one warning, and metrics.jsonl only.
 
@@ -48,6 +50,7 @@ class MetricsLogger:
             last_step: the step of the checkpoint that is resumed from; lines of later steps are cut off, since
                 the run will write them again.
             unwritten: lines that an earlier start could not write.
+            all_metrics: TensorBoard and wandb get every number, not those of `metric_groups` alone that are looked at.
 
         Raises:
             OSError: metrics.jsonl cannot be written.
@@ -72,6 +75,7 @@ class MetricsLogger:
         if tensorboard:
             self._tensorboard(lambda: self._open_tensorboard(output_dir / "tensorboard", purge))
         self._wandb = wandb
+        self._all_metrics = all_metrics
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line and flush it; the line is there even if the run dies in the next step.
@@ -90,9 +94,10 @@ class MetricsLogger:
                 line[name] = plain(value)
             except TypeError as error:
                 raise TypeError(f"metric {name!r}: {error}; metrics are flat") from None
-        self._scalars(step, line)
+        shown = dashboard_metrics(line, every=self._all_metrics)
+        self._scalars(step, shown)
         if self._wandb is not None:
-            self._wandb.log(line)
+            self._wandb.log(step, shown)
         text = json.dumps(line) + "\n"
         try:
             if not self._there():
@@ -123,11 +128,10 @@ class MetricsLogger:
             self._wandb.close()
             self._wandb = None
 
-    def _scalars(self, step: int, line: Mapping[str, Any]) -> None:
+    def _scalars(self, step: int, numbers: Mapping[str, float]) -> None:
         def add() -> None:
-            for name, value in line.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._writer.add_scalar(name, value, step)
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
 
         if self._writer is not None:
             self._tensorboard(add)

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_laser.files import plain, write_atomically
 from megatron_laser.observability.token_dump import Decode, Readings, TokenValues, by_response, token_fields
-from megatron_laser.types import RolloutBatch
+from megatron_laser.types import OF_TERMS, RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def dump_rollouts(
 ) -> None:
     """Write one JSON line for each response, group after group, those without a grade last; atomically.
 
-    A response whose grading failed has no reward, score or advantage (null).
+    A response whose grading failed has no reward, score or advantage (null). `policy_reward`, `terms` and `vote_answer`
+    are there where the reward has terms or a threshold, or its function gave an answer.
 
     Args:
         scores: [samples] r_s as a sequence, array or tensor; NaN or None without one (written as null).
@@ -84,7 +85,8 @@ def dump_rollouts(
                 "mean_logprob": float(logprobs.mean(dtype=np.float64)) if len(logprobs) else None,
                 "weight_version": generation.weight_version,
             }
-            fields = {name: plain(value) for name, value in record.items()}
+            own = {name: value for name in OF_TERMS if (value := getattr(sample, name)) is not None}
+            fields = {name: plain(value) for name, value in record.items()} | own
             if tokens is not None:
                 values, readings = next(of_tokens) if graded else (None, {})
                 fields |= token_fields(sample, values, readings, tokens.decode)

@@ -43,7 +43,8 @@ def rollout_metrics(batch: RolloutBatch, zc_logprobs: torch.Tensor, scores: torc
 def _metrics(groups: Sequence[Group], zc_logprobs: torch.Tensor, scores: torch.Tensor) -> dict[str, Any]:
     samples = [sample for group in groups for sample in group.samples]
     group_ids = [index for index, group in enumerate(groups) for _ in group.samples]
-    rewards = np.array([sample.reward for sample in samples])
+    labels = np.array([sample.reward for sample in samples])
+    rewards = np.array([sample.learned_reward for sample in samples])
     lengths = np.array([len(sample.generation.response_ids) for sample in samples])
     outcomes = Counter(sample.outcome for group in groups for sample in (*group.samples, *group.ungraded))
     metrics: dict[str, Any] = {
@@ -56,9 +57,10 @@ def _metrics(groups: Sequence[Group], zc_logprobs: torch.Tensor, scores: torch.T
             torch.from_numpy(rewards), torch.tensor(group_ids, dtype=torch.int64)
         ),
         **_environment(samples),
+        **_terms(samples),
         **{f"outcome/{name}": outcomes.get(name, 0) for name in OUTCOMES},
     }
-    return metrics | score_metrics(zc_logprobs, scores, torch.from_numpy(rewards))
+    return metrics | score_metrics(zc_logprobs, scores, torch.from_numpy(labels))
 
 
 def _environment(samples: Sequence[Sample]) -> dict[str, float]:
@@ -67,6 +69,16 @@ def _environment(samples: Sequence[Sample]) -> dict[str, float]:
         return {}
     masks = np.concatenate([sample.generation.sampled_mask for sample in samples])
     return {"environment_tokens_fraction": 1.0 - float(masks.mean())}
+
+
+def _terms(samples: Sequence[Sample]) -> dict[str, float]:
+    """The mean of each term over the responses that it applies to; {} where a reward is one number."""
+    found: dict[str, list[float]] = {}
+    for sample in samples:
+        for name, value in (sample.terms or {}).items():
+            if value is not None:
+                found.setdefault(name, []).append(value)
+    return {f"reward/{name}": float(np.mean(values)) for name, values in sorted(found.items())}
 
 
 def scores_by_label(batch: RolloutBatch, scores: torch.Tensor) -> dict[str, list[float]]:

@@ -24,17 +24,14 @@ class WandbSink:
         self._run = run
         self._failed = False
 
-    def log(self, line: Mapping[str, Any]) -> None:
-        """Send the numbers of one line of metrics.jsonl. A failure is told once and never ends the run."""
-        numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Send numbers of one line of metrics.jsonl. A failure is told once and never ends the run."""
         try:
             # Not log(..., step=): wandb drops steps that it has seen, and a resumed run repeats some.
-            self._run.log(numbers)
+            self._run.log({"step": step, **numbers})
         except Exception as error:
             if not self._failed:
-                logger.warning(
-                    "wandb: step %s could not be logged (%s); metrics.jsonl has it", line["step"], error
-                )
+                logger.warning("wandb: step %s could not be logged (%s); metrics.jsonl has it", step, error)
             self._failed = True
 
     def close(self) -> None:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_laser.config.loading import config_of, load_config, resolved_yaml
 from megatron_laser.config.model_folder.architecture import read_architecture
 from megatron_laser.config.schema.root import RunConfig
+from megatron_laser.config.yaml_text import one_line, yaml_text
 from megatron_laser.errors import ConfigError
 
 NAME = "config.json"
@@ -37,12 +36,13 @@ class PlannedRun:
         return bool(self.default_of)
 
 
-def read_run(path: Path, overrides: Sequence[str] = ()) -> PlannedRun:
+def read_run(path: Path, overrides: Sequence[str] = (), set_files: Sequence[Path] = ()) -> PlannedRun:
     """The run that `path` names.
 
     Args:
         path: a run's YAML file; or a Hugging Face folder, or its config.json, around which stands a default run.
         overrides: "section.key=value" each.
+        set_files: YAML files of further settings; for a run's YAML only.
 
     Raises:
         ConfigError: no such file, no such model, or settings that do not go together.
@@ -56,7 +56,9 @@ def read_run(path: Path, overrides: Sequence[str] = ()) -> PlannedRun:
         if path.suffix == ".json":
             problem = f"expected a run's YAML, a Hugging Face folder or its {NAME}, got another JSON file"
             raise ConfigError([problem], str(path))
-        return PlannedRun(load_config(path, overrides), "")
+        return PlannedRun(load_config(path, overrides, set_files), "")
+    if set_files:
+        raise ConfigError(["--set-file goes with a run's YAML, and this is a model"], str(path))
     architecture = read_architecture(folder)
     # As the paper has them, or what a model with fewer positions can hold.
     prompt = min(2048, architecture.max_position_embeddings // 5)
@@ -134,15 +136,12 @@ def as_yaml(settings: Settings) -> str:
         for section in sections:
             place = place.setdefault(section, {})
         place[key] = value
-    return yaml.safe_dump(nested, sort_keys=False, allow_unicode=True) if nested else ""
+    return yaml_text(nested, width=80) if nested else ""
 
 
 def as_overrides(settings: Settings) -> list[str]:
     """The same as `section.key=value` for a command line, unquoted."""
-    return [
-        f"{name}={yaml.safe_dump(value, default_flow_style=True, width=10**6).splitlines()[0]}"
-        for name, value in settings.items()
-    ]
+    return [f"{name}={one_line(value)}" for name, value in settings.items()]
 
 
 def whole_run(config: RunConfig, head: Sequence[str]) -> str:

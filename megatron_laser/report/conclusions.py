@@ -110,10 +110,14 @@ def _accuracy(run: Run) -> list[str]:
     )
     if not right + wrong:
         return [sentence]
-    return [
+    dropped = (
         f"{sentence} That is over all {tried:.0f} prompts that were tried, of which {right:.0f} were dropped because "
-        f"all their responses were right and {wrong:.0f} because all were wrong; in the batches that were trained on "
-        f"it was {run.ends('reward_mean')[1]:.1%} at the end."
+        f"all their responses were right and {wrong:.0f} because all were wrong"
+    )
+    if any(name.startswith("reward/") for name in run.training_rows[-1]):
+        return [f"{dropped}."]  # reward_mean is no share of right responses then
+    return [
+        f"{dropped}; in the batches that were trained on it was {run.ends('reward_mean')[1]:.1%} at the end."
     ]
 
 

@@ -19,7 +19,7 @@ subsets of each problem's responses.
 
 
 def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
-    """Write report.md and plots/*.png from the runs' metrics.jsonl, config.yaml and evaluation/.
+    """Write report.md and plots/*.png from the runs' metrics.jsonl, events.jsonl, config.yaml and evaluation/.
 
     Args:
         run_dirs: output folders; put LaSeR beside GRPO by giving both. Runs may differ in length, and
@@ -42,13 +42,14 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
 
 def _draw(runs: list[Run], folder: Path) -> list[tuple[str, Path]]:
     """(heading, figure) of every figure that the runs have data for."""
-    from megatron_laser.report.plots import drift, evaluation, readouts, sources, training
+    from megatron_laser.report.plots import drift, evaluation, policy, readouts, sources, training
     from megatron_laser.report.plots.style import styled
 
     makers = (
         ("Accuracy over steps", training.plot_learning, "accuracy"),
         ("Self-reward over steps", training.plot_self_reward, "self_reward"),
         ("Scores of right and wrong responses", training.plot_scores, "scores"),
+        ("The policy over steps", policy.plot_policy, "policy"),
         ("Readouts over steps", readouts.plot_readouts, "readouts"),
         ("Drift of the score token", drift.plot_drift, "drift"),
         ("Sources over steps", sources.plot_sources, "sources"),
@@ -69,11 +70,13 @@ def _draw(runs: list[Run], folder: Path) -> list[tuple[str, Path]]:
 
 def _text(runs: list[Run], figures: list[tuple[str, Path]]) -> str:
     from megatron_laser.report.alarm_list import alarm_list
+    from megatron_laser.report.changed_settings import changed_settings
     from megatron_laser.report.comparison_table import comparison_table
     from megatron_laser.report.conclusions import findings
     from megatron_laser.report.readout_table import readout_table
     from megatron_laser.report.source_table import source_table
     from megatron_laser.report.speed_table import speed_table
+    from megatron_laser.report.went_wrong import went_wrong
 
     readouts, sources, speed = readout_table(runs), source_table(runs), speed_table(runs)
     sections = [
@@ -82,10 +85,12 @@ def _text(runs: list[Run], figures: list[tuple[str, Path]]) -> str:
         *(("## Readouts\n", readouts) if readouts else ()),
         *(("## Sources of the data\n", sources) if sources else ()),
         *(("## Speed\n", speed) if speed else ()),
+        *changed_settings(runs),
         "## What the numbers say\n",
         "\n".join(f"- {sentence}" for sentence in findings(runs)) + "\n",
         "## Alarms\n",
         alarm_list(runs),
+        *went_wrong(runs),
     ]
     for heading, path in figures:
         sections += [f"## {heading}\n", f"![{heading}](plots/{path.name})\n"]

@@ -1,6 +1,7 @@
 """Reward functions by name, by `package.module:function` or by `path/to/file.py:function`.
 
-A reward function takes (response: str, answer: str) and returns a number from 0 to 1 or a `Grade`.
+A reward function takes some of `arguments.ARGUMENTS`, (response, answer) most often, and returns a number, a `Grade` or
+a dict of named terms (`terms`). Functions written for verl or TRL are called as these do (`adapters`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from megatron_laser.rewards.adapters import bind, kind_by_names, split_kind
+from megatron_laser.rewards.arguments import ArgumentsError, Bound
 from megatron_laser.rewards.general.choices import multiple_choice
 from megatron_laser.rewards.general.short_text import free_text
-from megatron_laser.rewards.grade import Grade, RewardSpecError
+from megatron_laser.rewards.grade import RewardSpecError
 from megatron_laser.rewards.mathematics.grading import grade_math
 from megatron_laser.rewards.workers.user_code import definition, described
 from megatron_laser.user_functions import FILE_MODULE_PREFIX, attribute_of, import_file
 
-RewardFunction = Callable[[str, str], "float | Grade"]
+RewardFunction = Callable[..., object]
 
 _registered: dict[str, RewardFunction] = {}
 
@@ -61,12 +64,12 @@ def resolve_reward(spec: str | RewardFunction) -> RewardFunction:
 
     Raises:
         RewardSpecError: unknown name, module, file or function, code that fails while it is imported, or a function
-            that cannot be called with (response, answer).
+            that takes something that it is not given.
     """
     if not isinstance(spec, str):
         reward_location(spec)
         return spec
-    place, attribute = _split(spec)
+    place, attribute = _split(split_kind(spec)[1])
     if not place:
         return _registered[attribute]
     module = _load_file(spec, Path(place)) if place.endswith(".py") else _load_module(spec, place)
@@ -76,7 +79,7 @@ def resolve_reward(spec: str | RewardFunction) -> RewardFunction:
         raise _spec_error(spec, f"{place} has no {attribute!r}; its functions: {', '.join(names) or 'none'}.")
     if not callable(function):
         raise _spec_error(spec, f"{attribute!r} is of type {type(function).__name__}, not a function.")
-    check_signature(spec, function)
+    bind_reward(spec, function)
     return function
 
 
@@ -88,15 +91,17 @@ def locate_reward(spec: str | RewardFunction) -> str:
     """
     if not isinstance(spec, str):
         return reward_location(spec)
+    kind, spec = split_kind(spec)
     place, attribute = _split(spec)
+    prefix = "" if kind is None else f"{kind}:"
     if not place:
         return reward_location(_registered[attribute])
     if not place.endswith(".py"):
-        return spec
+        return f"{prefix}{spec}"
     path = Path(place).resolve()
     if not path.is_file():
         raise _spec_error(spec, f"there is no file {path}.")
-    return f"{path}:{attribute}"
+    return f"{prefix}{path}:{attribute}"
 
 
 def _split(spec: str) -> tuple[str, str]:
@@ -161,8 +166,12 @@ def _load_file(spec: str, path: Path) -> ModuleType:
         ) from error
 
 
-def check_signature(spec: str, function: Callable[..., object]) -> None:
-    """Raises RewardSpecError unless `function` can be called with (response, answer) and returns at once."""
+def bind_reward(spec: str, function: Callable[..., object]) -> Bound:
+    """How `function` is called for one response, by the prefix of `spec` or by the function's signature.
+
+    Raises:
+        RewardSpecError: it takes something that it is not given, or would not return at once.
+    """
     named = f"reward.function {spec!r}{f' ({place})' if (place := definition(function)) else ''}"
     call = function if inspect.isroutine(function) else type(function).__call__  # a callable object's
     if inspect.iscoroutinefunction(call):
@@ -173,44 +182,21 @@ def check_signature(spec: str, function: Callable[..., object]) -> None:
     if inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call):
         raise RewardSpecError(f"{named} is a generator: it must return one number, not yield")
     try:
+        return bind(function, split_kind(spec)[0] or kind_by_names(function))
+    except ArgumentsError as error:
         signature = inspect.signature(function)
-    except (ValueError, TypeError):  # builtins without a signature
-        return
-    names = set(signature.parameters)
-    try:
-        signature.bind("response", "answer")
-    except TypeError as error:
-        known = "; ".join(wrap for marks, wrap in _OTHER_SYSTEMS if marks & names)
+        lists = "queries" in signature.parameters
+        hint = ". This is OpenRLHF's signature, with lists: define `def reward(response, answer)` for one response"
+        row = "" if lists else ". A column of the data is row['its name']"
         raise RewardSpecError(
-            f"{named} must take (response, answer), two texts: {error}; it is defined as {signature}"
-            f"{f'. {known}' if known else ''}"
+            f"{named} {error}; it is defined as {signature}{hint if lists else row}"
         ) from None
-    if "completions" in names or "queries" in names:  # it can be called, but with lists
-        wrap = next(wrap for marks, wrap in _OTHER_SYSTEMS if marks & names)
-        raise RewardSpecError(f"{named} takes {signature}; expected (response, answer), two texts. {wrap}")
-
-
-_OTHER_SYSTEMS = (
-    (
-        {"solution_str", "ground_truth", "data_source"},
-        "This is verl's signature: define `def reward(response, answer): return compute_score('', response, answer)`",
-    ),
-    (
-        {"completions"},
-        "This is TRL's signature, with lists: define `def reward(response, answer): return "
-        "their_reward(prompts=[''], completions=[response], answer=[answer])[0]`",
-    ),
-    (
-        {"queries"},
-        "This is OpenRLHF's signature, with lists: define `def reward(response, answer)` for one response",
-    ),
-)
 
 
 def _spec_error(spec: str, problem: str) -> RewardSpecError:
     return RewardSpecError(
         f"reward.function {spec!r}: {problem} Expected a registered name ({', '.join(known_rewards())}), "
-        "'package.module:function' or 'path/to/file.py:function'."
+        "'package.module:function' or 'path/to/file.py:function'; verl: or trl: in front where it is written for these."
     )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Protocol
 
 from megatron_laser.errors import Finding
 from megatron_laser.rewards.answer_forms import MATHEMATICS, answer_form
+from megatron_laser.rewards.arguments import Facts
 from megatron_laser.rewards.grade import Grade, GradingPoolError, RewardSpecError
 from megatron_laser.rewards.registry import is_math_verify
+from megatron_laser.rewards.terms import PLAIN, RewardRule
 from megatron_laser.rewards.workers.grading_pool import GradingPool
 
 logger = logging.getLogger(__name__)
@@ -21,8 +24,32 @@ _CURE_LATE = (
 )
 
 
+class Example(Protocol):
+    """A row of the data, as `data.Row`."""
+
+    @property
+    def answer(self) -> str:
+        """The reference."""
+
+    @property
+    def problem(self) -> str:
+        """The prompt column's text."""
+
+    @property
+    def columns(self) -> str:
+        """The whole row as JSON, or ""."""
+
+
 def trial(
-    function: str, answer: str = "42", *, deadline: float = 5.0, start_deadline: float = 60.0
+    function: str,
+    answer: str = "42",
+    *,
+    example: Example | None = None,
+    deadline: float = 5.0,
+    start_deadline: float = 60.0,
+    rule: RewardRule = PLAIN,
+    memory_limit_gib: float | None = 4.0,
+    max_processes: int | None = None,
 ) -> list[Finding]:
     """Grade two responses to one reference, one with the reference in a box and one without a box.
 
@@ -32,14 +59,19 @@ def trial(
 
     Args:
         function: `reward.function`.
-        answer: a reference from the data.
+        answer: a reference. example: a row of the data, whose reference it is then.
         deadline: `reward.deadline`, seconds.
         start_deadline: seconds until the worker must have imported the function.
+        rule, memory_limit_gib, max_processes: as of `GradingPool`.
     """
-    if is_math_verify(function):
-        return [Finding(_TOPIC, "ok", "math_verify, built in")]
-    if answer_form(function) is not MATHEMATICS:
-        return [Finding(_TOPIC, "ok", f"{function}, built in")]
+    if not rule.functions and rule.is_plain:
+        if is_math_verify(function):
+            return [Finding(_TOPIC, "ok", "math_verify, built in")]
+        if answer_form(function) is not MATHEMATICS:
+            return [Finding(_TOPIC, "ok", f"{function}, built in")]
+    prompt, columns = "", ""
+    if example is not None:
+        answer, prompt, columns = example.answer, example.problem, example.columns
     responses = {
         "the reference in a box": f"The answer is \\boxed{{{answer}}}.",
         "a response without a box": "I do not know.",
@@ -47,10 +79,20 @@ def trial(
     grades: list[tuple[Grade, float]] = []
     failures: dict[str, list[str]] = {}  # why -> which responses
     try:
-        with GradingPool(1, deadline, function, start_deadline=start_deadline, log_failures=False) as pool:
+        with GradingPool(
+            1,
+            deadline,
+            function,
+            start_deadline=start_deadline,
+            memory_limit_gib=memory_limit_gib,
+            max_processes=max_processes,
+            log_failures=False,
+            rule=rule,
+        ) as pool:
             for kind, response in responses.items():
                 started = time.monotonic()
-                grade = pool.grade_many([(response, answer)])[0]
+                facts = Facts(prompt, columns, "stop", len(response.split()))  # about so many tokens
+                grade = pool.grade_many([(response, answer)], facts=[facts])[0]
                 if grade.failed:
                     failures.setdefault(pool.last_trouble, []).append(kind)
                 else:
@@ -67,7 +109,7 @@ def trial(
         text = f"{of} failed on one of two trial responses (reference {answer!r:.80}); what it fails on teaches nothing"
         return [Finding(_TOPIC, "warning", text, examples, cure)]
     slowest = max(seconds for _, seconds in grades)
-    rewards = " and ".join(f"{grade.reward:g}" for grade, _ in grades)
+    rewards = " and ".join(f"{grade.learned:g}{_shown(grade)}" for grade, _ in grades)
     text = (
         f"{of} gave {rewards} for the reference in a box and for a response without one, in {slowest:.2f} s"
     )
@@ -75,18 +117,34 @@ def trial(
         cure = "raise reward.deadline: a busy machine is slower"
         return [Finding(_TOPIC, "warning", f"{text}, more than half of reward.deadline", cure=cure)]
     (box, _), (no_box, _) = grades
-    if box.reward <= no_box.reward:
+    if box.learned <= no_box.learned:
         return [Finding(_TOPIC, "note", f"{text}: the reference itself is worth no more")]
     return [Finding(_TOPIC, "ok", text)]
 
 
-def try_reward(function: str, answer: str = "42", *, deadline: float = 5.0) -> None:
+def _shown(grade: Grade) -> str:
+    """What a reward is made of, and its label, where these are not the same number."""
+    if grade.terms is None and grade.policy_reward is None:
+        return ""
+    terms = [
+        f"{name} {'not applicable' if value is None else f'{value:g}'}"
+        for name, value in (grade.terms or {}).items()
+    ]
+    return f" ({', '.join([*terms, f'label {grade.reward:g}'])})"
+
+
+def try_reward(
+    function: str, example: Example | None = None, *, deadline: float = 5.0, rule: RewardRule = PLAIN
+) -> None:
     """`trial` where nobody reads findings: an error is raised, a warning logged.
+
+    Args:
+        example: a row of the data; None: none is known.
 
     Raises:
         RewardSpecError: the function cannot be imported or called, or graded neither trial response.
     """
-    for finding in trial(function, answer, deadline=deadline):
+    for finding in trial(function, example=example, deadline=deadline, rule=rule):
         if finding.level == "error":
             raise RewardSpecError(finding.line)
         if finding.level == "warning":

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_laser.rollout.client.errors import WeightsNeeded
 from megatron_laser.rollout.collector import RolloutCollector
+from megatron_laser.rollout.engine import StopEarly, StoppedEarly
 from megatron_laser.rollout.pending import batch_from, batch_state
 from megatron_laser.types import Prompt, RolloutBatch
 
@@ -51,18 +52,21 @@ class RolloutAhead:
             )
         self._thread = None
 
-    def collect(self, step: int) -> RolloutBatch:
+    def collect(self, step: int, stop: StopEarly | None = None) -> RolloutBatch:
         """The batch of `step`; raises what collecting it raised, and then a further call goes on.
 
         Weights that were needed have been sent since, with those of the step before: that is no error any more.
+        After StoppedEarly what was collected ahead is still there, for `state`.
         """
+        if stop is not None and stop.is_set:
+            raise StoppedEarly(f"stopped before step {step}")
         error, self._error = self._error, None
         if error is not None and not isinstance(error, WeightsNeeded):
             raise error
         ready, self._ready = self._ready, None
         if ready is not None and ready.step == step:
             return ready
-        return self._collector.collect(step)
+        return self._collector.collect(step, stop=stop)
 
     def state(self) -> dict[str, Any]:
         """The collector's state and a batch that is ready, as JSON values. Call while nothing is collected."""
@@ -71,8 +75,9 @@ class RolloutAhead:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
-        self._collector.load_state(state)
-        if state.get("ahead") is not None:
+        kept = state.get("ahead") is not None and self._collector.same_sampling(state)
+        self._collector.load_state({**state, "ahead": None} if kept else state)
+        if kept:
             self._ready = batch_from(state["ahead"], self._prompts)
 
     def close(self) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 from megatron_laser.data.cursor import Cursor
 from megatron_laser.observability.rates import GENERATED
 from megatron_laser.observability.timers import Timers
-from megatron_laser.rewards import GradingPool, GradingPoolError
+from megatron_laser.rewards import Facts, GradingPool, GradingPoolError
 from megatron_laser.rewards.grade import FAILED_OUTCOMES
 from megatron_laser.rollout.endings import Endings
-from megatron_laser.rollout.engine import ResumableEngine, RolloutEngine, StopEarly, watched
+from megatron_laser.rollout.engine import ResumableEngine, RolloutEngine, StopEarly, StoppedEarly, watched
 from megatron_laser.rollout.function.runner import (
     FailureKind,
     FunctionFailed,
@@ -24,7 +24,7 @@ from megatron_laser.rollout.function.runner import (
     failed_outcome,
     failure_counts,
 )
-from megatron_laser.rollout.pending import OpenGroup, restore
+from megatron_laser.rollout.pending import EMPTY, OpenGroup, restore
 from megatron_laser.rollout.progress import Progress, sampled_tokens, staleness_metrics
 from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, SamplingParams
 
@@ -103,6 +103,7 @@ class RolloutCollector:
         self._function = function
         self._graders = graders or {}
         self._said: set[str] = set()
+        self._given_up: StopEarly | None = None
         self._carried: list[OpenGroup] = []
         self._progress: Progress | None = None
         self.metrics: dict[str, float] = {}
@@ -113,26 +114,48 @@ class RolloutCollector:
             return self._progress.before
         carried = [group.state() for group in self._carried]
         unscored = self._endings.in_a_row if self._endings is not None else 0
-        return {"cursor": self._cursor.state_dict(), "pending_groups": carried, "unscored_steps": unscored}
+        return {
+            "cursor": self._cursor.state_dict(),
+            "pending_groups": carried,
+            "unscored_steps": unscored,
+            "sampling": self._sampling.state(),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Go on where `state` was taken.
+
+        Responses that were begun with other settings of sampling are begun anew, and so is a batch that was collected
+        ahead and that nobody takes over: their prompts have been handed out.
+        """
         self._cursor.load_state_dict(state["cursor"])
         if self._endings is not None:
             self._endings.in_a_row = state.get("unscored_steps", 0)
         size = self._sampling.samples_per_prompt
-        self._carried = [restore(item, self._prompts, size) for item in state["pending_groups"]]
+        ready = [] if state.get("ahead") is None else state["ahead"]["groups"]
+        begun = [{**EMPTY, "position": group["position"]} for group in ready]
+        if self.same_sampling(state):
+            begun += state["pending_groups"]
+        else:
+            begun += [{**EMPTY, "position": group["position"]} for group in state["pending_groups"]]
+        self._carried = [restore(item, self._prompts, size) for item in begun]
         for group in self._carried:
             for sample, generation in group.generations.items():
                 if generation.finish_reason != "abort":
                     self._submit(group, sample, generation)
 
-    def collect(self, step: int) -> RolloutBatch:
+    def same_sampling(self, state: Mapping[str, Any]) -> bool:
+        """Whether responses of `state` were sampled as today; a state of an earlier version does not say otherwise."""
+        return bool(state.get("sampling", now := self._sampling.state()) == now)
+
+    def collect(self, step: int, stop: StopEarly | None = None) -> RolloutBatch:
         """Generate and grade the groups of step `step` (from 1).
 
         The cursor moves past every prompt that was tried, so a run that is resumed behind this step goes on
         with the next one, and one that is resumed before it tries the same prompts again. After WeightsNeeded or
         ServersLost a further call for the same step goes on where it was, within the same deadline.
+
+        Args:
+            stop: give the step up, soon, by StoppedEarly; `state` is then the one before it.
 
         Raises:
             RuntimeError: the engine holds other weights than those of step - 1 (or up to `ahead` steps older).
@@ -147,6 +170,8 @@ class RolloutCollector:
                 f"step {step}: the engine holds weight version {self._engine.version}, expected {step - 1}"
                 f"{f' or {oldest}' if oldest < step - 1 else ''}; the last weight sync did not reach it"
             )
+        self._given_up = stop
+        self._check_given_up(step)
         if self._progress is None or self._progress.step != step:
             self._progress = Progress(step, self.state(), time.monotonic() + self._deadline)
             self._progress.open, self._carried = self._carried, []
@@ -204,6 +229,7 @@ class RolloutCollector:
                 progress.tried_by_source[self._prompts[position].source] += 1
             progress.tried += fresh
         self._generate(progress, missing)
+        self._check_given_up(progress.step)
         progress.rounds += 1
         with self._timers("grade"):
             self._sort_out(progress)
@@ -216,6 +242,10 @@ class RolloutCollector:
     def _generate(self, progress: Progress, missing: int) -> None:
         opened = progress.open
         stop = StopEarly() if self._oversample > 1.0 else None
+        given_up = self._given_up
+        if stop is not None and given_up is not None:
+            given_up.on_set(stop.set)
+        ending = given_up if stop is None else stop
 
         def check_enough(_: object) -> None:
             accepted = sum(
@@ -254,25 +284,32 @@ class RolloutCollector:
                     on_finished=on_finished,
                     on_failed=on_failed,
                     skip=done,
+                    stop=given_up,
                 )
             elif isinstance(self._engine, ResumableEngine):
                 if stop is not None:
                     for grade in (grade for group in opened for grade in group.grades.values()):
                         grade.add_done_callback(check_enough)  # at once where it is there already
                 found = self._engine.generate_some(
-                    ids, sampling, deadline=left, on_finished=on_finished, resume=resume, stop=stop
+                    ids, sampling, deadline=left, on_finished=on_finished, resume=resume, stop=ending
                 )
                 for group, generations in zip(opened, found):
                     kept = {s: g for s, g in enumerate(generations) if g is not None}
                     group.generations.update(kept)
             else:
-                self._engine.generate(ids, sampling, deadline=left, on_finished=on_finished)
+                self._engine.generate(ids, sampling, deadline=left, on_finished=on_finished, stop=given_up)
+
+    def _check_given_up(self, step: int) -> None:
+        if self._given_up is not None and self._given_up.is_set:
+            raise StoppedEarly(f"the rollout of step {step} was stopped")
 
     def _submit(self, group: OpenGroup, sample: int, generation: Generation) -> None:
         text = self._text(generation)
         group.texts[sample] = text
         grading = self._graders.get(group.prompt.reward, self._grading)
-        group.grades[sample] = grading.submit(text, group.prompt.answer)
+        prompt, tokens = group.prompt, len(generation.response_ids)
+        facts = Facts(prompt.problem, prompt.columns, generation.finish_reason, tokens)
+        group.grades[sample] = grading.submit(text, prompt.answer, facts)
 
     def _sort_out(self, progress: Progress) -> None:
         """Complete groups go to the batch or to the uniform ones; the rest, and what is too much, is carried."""
@@ -285,7 +322,7 @@ class RolloutCollector:
             if not done.samples:
                 progress.lost.append(done)
                 continue
-            uniform = len({sample.reward for sample in done.samples}) == 1
+            uniform = len({sample.learned_reward for sample in done.samples}) == 1
             (progress.uniform if self._drops_uniform and uniform else progress.groups).append(done)
         progress.open = []
         if len(progress.groups) < self._prompts_per_step:

@@ -13,7 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laser.rewards import Grade
-from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample, TokenSets, WeightSpan
+from megatron_laser.types import (
+    OF_TERMS,
+    Generation,
+    Group,
+    Prompt,
+    RolloutBatch,
+    Sample,
+    TokenSets,
+    WeightSpan,
+)
 
 
 @dataclass(eq=False)
@@ -46,7 +55,7 @@ class OpenGroup:
     def is_uniform(self) -> bool:
         """Whether all grades give one reward, or there is none; of a graded group."""
         grades = [grade.result() for grade in self.grades.values()]
-        return len({grade.reward for grade in grades if not grade.failed}) <= 1
+        return len({grade.learned for grade in grades if not grade.failed}) <= 1
 
     def drop_older_than(self, version: int) -> int:
         """Forget what has tokens of older weights; returns how many responses that are."""
@@ -82,6 +91,9 @@ class OpenGroup:
                     reward=grade.reward,
                     outcome=grade.outcome,
                     zc_logprob=generation.zc_logprob,
+                    policy_reward=grade.policy_reward,
+                    terms=None if grade.terms is None else dict(grade.terms),
+                    vote_answer=grade.answer,
                 )
             )
         return Group(self.prompt, samples, ungraded)
@@ -93,6 +105,10 @@ class OpenGroup:
             "overdue": self.overdue,
             "generations": {str(s): generation_state(g) for s, g in self.generations.items()},
         }
+
+
+EMPTY: dict[str, Any] = {"generations": {}, "overdue": False}
+"""What `OpenGroup.state` says, beside the position, of a group that has no response yet."""
 
 
 def restore(state: Mapping[str, Any], prompts: list[Prompt], size: int) -> OpenGroup:
@@ -190,6 +206,7 @@ def sample_state(sample: Sample) -> dict[str, Any]:
         "reward": sample.reward,
         "outcome": sample.outcome,
         "zc_logprob": sample.zc_logprob,
+        **{name: value for name in OF_TERMS if (value := getattr(sample, name)) is not None},
     }
 
 

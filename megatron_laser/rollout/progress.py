@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_laser.algorithms.voting import pass_at_k
 from megatron_laser.rollout.pending import OpenGroup
 from megatron_laser.types import Generation, Group, WeightSpan
 
@@ -63,7 +64,8 @@ class Progress:
         Returns:
             groups_dropped, and of them groups_dropped_right (all right) and groups_dropped_wrong; accuracy_tried, the
             share of right responses among all that have a grade, of dropped groups too: the accuracy of the policy on
-            the prompts that it tried, which the batch's own says nothing of where uniform groups are left out.
+            the prompts that it tried, which the batch's own says nothing of where uniform groups are left out; and the
+            metrics of `pass_metrics`, of the same.
         """
         return _graded(self.groups, self.uniform, stand_ins)
 
@@ -99,7 +101,7 @@ def _graded(
 ) -> dict[str, float]:
     used = {id(group) for group in stand_ins}
     dropped = [group for group in uniform if id(group) not in used]
-    right = sum(group.samples[0].reward > 0.5 for group in dropped)
+    right = sum(all(sample.reward > 0.5 for sample in group.samples) for group in dropped)
     graded = [sample for group in (*groups, *uniform) for sample in group.samples]
     metrics: dict[str, float] = {
         "groups_dropped": len(dropped),
@@ -108,6 +110,21 @@ def _graded(
     }
     if graded:
         metrics["accuracy_tried"] = sum(sample.reward > 0.5 for sample in graded) / len(graded)
+    return metrics | pass_metrics([*groups, *uniform])
+
+
+def pass_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """pass_at_<k>, the mean over groups of the chance that one of k responses is right, as in evaluations.
+
+    k is 1, 2, 4, ... and the largest number of graded responses. A group with fewer than k has no part in it.
+    """
+    counts = [(len(group.samples), sum(sample.reward > 0.5 for sample in group.samples)) for group in groups]
+    largest = max((n for n, _ in counts), default=0)
+    ks = {2**power for power in range(largest.bit_length()) if 2**power <= largest} | {largest} - {0}
+    metrics = {}
+    for k in sorted(ks):
+        chances = [pass_at_k(n, right, k) for n, right in counts if n >= k]
+        metrics[f"pass_at_{k}"] = sum(chances) / len(chances)
     return metrics
 
 

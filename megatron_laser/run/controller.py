@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -12,36 +11,42 @@ from typing import Any
 
 from megatron_laser.config import (
     RunConfig,
-    evaluation_max_new_tokens,
-    longest_sequence,
-    read_architecture,
     rollout_tries,
 )
-from megatron_laser.config.derived import function_deadline
-from megatron_laser.config.modes import trains
+from megatron_laser.config.modes import generates, trains
 from megatron_laser.data import MixedCursor
 from megatron_laser.data.tokenizer import decode_response
-from megatron_laser.evaluation.validation import RunEvaluation
+from megatron_laser.evaluation.keeping import End
+from megatron_laser.evaluation.validation import RunEvaluation, evaluation_due
 from megatron_laser.model import platform
+from megatron_laser.observability.best_effort import BestEffort
 from megatron_laser.observability.rollout_dump import TokenPart
 from megatron_laser.observability.rollout_metrics import readout_metrics, rollout_metrics, scores_by_label
 from megatron_laser.observability.timers import Timers
-from megatron_laser.rewards import GradingPool
 from megatron_laser.rollout.ahead import RolloutAhead
 from megatron_laser.rollout.client.engine import SglangEngine
 from megatron_laser.rollout.collector import RolloutCollector
 from megatron_laser.rollout.endings import watch_endings
-from megatron_laser.rollout.engine import StoppedEarly
-from megatron_laser.rollout.function.runner import SampleFunction
+from megatron_laser.rollout.engine import StopEarly, StoppedEarly
+from megatron_laser.run.announcement import gather_facts
 from megatron_laser.run.batch_origin import origin_of
-from megatron_laser.run.engines import WorkResult, await_servers, call_engine, open_engine
-from megatron_laser.run.graders import open_graders
+from megatron_laser.run.engines import (
+    STOPPED,
+    WorkResult,
+    await_servers,
+    call_engine,
+    open_engine,
+    open_function,
+    routing_shape,
+)
+from megatron_laser.run.graders import open_graders, open_pool
 from megatron_laser.run.inputs import RunInputs, open_cursor
 from megatron_laser.run.recorder import RunRecorder
 from megatron_laser.run.speed import Speed
+from megatron_laser.trainer.checkpoint.manager import CheckpointManager
 from megatron_laser.trainer.run_readouts import readings_by_sample
 from megatron_laser.trainer.trainer import StepResult
-from megatron_laser.types import RolloutBatch, RoutingShape, SamplingParams
+from megatron_laser.types import RolloutBatch, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +65,13 @@ class Controller:
         self._inputs = inputs
         self._timers = timers
         self._folder = Path(config.run.output_dir)
-        self._started = time.monotonic()
         self._batch: RolloutBatch | None = None
         self._evaluation: RunEvaluation | None = None
         self._evaluated: dict[str, float] = {}
+        self._resumed = resumed
+        self._edited: list[str] = []
+        self._collecting = StopEarly()
+        self._stop_reason = ""
         self._closing = ExitStack()
         try:
             self._open(resumed)
@@ -78,11 +86,11 @@ class Controller:
         self.engine = open_engine(config)
         self._close_later("rollout engine", self.engine.close)
         self._speed = Speed(config, self.engine)
-        self._grading = GradingPool(
-            workers=config.reward.workers, deadline=config.reward.deadline, function=config.reward.function
-        )
+        self._grading = open_pool(config.reward)
         self._close_later("grading workers", self._grading.close)
-        self._function = self._open_function()
+        self._function = open_function(config, inputs.tokenizer, inputs.score_token_id, self.engine)
+        if self._function is not None:
+            self._close_later("rollout function", self._function.close)
         self._graders = open_graders(config, inputs, self._close_later)
         rollout = config.rollout
         engine_scores = config.laser.enabled and config.laser.score_source == "server"
@@ -100,7 +108,7 @@ class Controller:
                 top_k=rollout.top_k,
                 min_p=rollout.min_p,
                 score_token_id=inputs.score_token_id if engine_scores else None,
-                routing=_routing_shape(config) if config.moe.routing_replay else None,
+                routing=routing_shape(config) if config.moe.routing_replay else None,
             ),
             prompts_per_step=rollout.prompts_per_step,
             tries=rollout_tries(config) if rollout.drop_uniform_groups else None,
@@ -137,31 +145,10 @@ class Controller:
             score_token_id=inputs.score_token_id,
             last_step=last_step,
             say=self._record.message,
+            resumed=None if resumed is None else resumed["run"],
             function=self._function,
             graders=self._graders,
         )
-
-    def _open_function(self) -> SampleFunction | None:
-        """What makes the samples where the engine alone does not (`rollout.function`)."""
-        config, inputs = self._config, self._inputs
-        if config.rollout.function is None:
-            return None
-        architecture = read_architecture(config.model.path)
-        function = SampleFunction(
-            config.rollout.function,
-            self.engine,
-            options=config.rollout.function_options,
-            deadline=function_deadline(config),
-            tokenizer=inputs.tokenizer,
-            vocab_size=architecture.vocab_size,
-            longest=max(
-                longest_sequence(config), config.data.max_prompt_tokens + evaluation_max_new_tokens(config)
-            ),
-            max_positions=architecture.max_position_embeddings,
-            score_token_id=inputs.score_token_id,
-        )
-        self._close_later("rollout function", function.close)
-        return function
 
     def _close_later(self, what: str, close: Callable[[], object]) -> None:
         """What ends the run is not to be hidden by what fails while it ends."""
@@ -179,17 +166,24 @@ class Controller:
 
         Returns:
             "" when they are there; `NEEDS_WEIGHTS` when the servers must be synced first, after which another call
-            goes on where this one was; else why the run has to stop.
+            goes on where this one was; `STOPPED` and the reason, after which the state is that before the step;
+            else why the run has to stop.
         """
 
         self._record.events.step = step
+        self._collecting = StopEarly()
+        if self._stop_reason:
+            self._collecting.set()
 
         def work() -> None:
             source = self._collector if self._ahead is None else self._ahead
             with self._speed.waiting():
-                self._batch = source.collect(step)
+                self._batch = source.collect(step, stop=self._collecting)
 
-        return call_engine(f"rollout of step {step}", work)
+        try:
+            return call_engine(f"rollout of step {step}", work)
+        except StoppedEarly:
+            return f"{STOPPED}{self._stop_reason}"
 
     def start_ahead(self, step: int) -> None:
         """With `rollout.ahead`: start on the rollout of `step` while another one is trained."""
@@ -299,7 +293,12 @@ class Controller:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of rank 0: cursor, groups that are begun, a batch that is ahead, whose run it is."""
         state = self._collector.state() if self._ahead is None else self._ahead.state()
-        return state | self._record.state() | {"reward_code": self._reward_code()}
+        kept = {} if self._evaluation is None else self._evaluation.keeping.state()
+        return state | self._record.state() | {"reward_code": self._reward_code()} | kept
+
+    def judged(self) -> str:
+        """What follows from the last evaluation, as `Judged.text`."""
+        return "" if self._evaluation is None else self._evaluation.keeping.judged().text
 
     def _reward_code(self) -> dict[str, str]:
         code: dict[str, str] = {}
@@ -308,6 +307,8 @@ class Controller:
         return code
 
     def _load_state(self, state: dict[str, Any]) -> None:
+        before, now = state.get("reward_code", {}), self._reward_code()
+        self._edited = sorted(path for path in before.keys() & now.keys() if before[path] != now[path])
         for pool in (self._grading, *self._graders.values()):
             pool.say_if_edited_since(state.get("reward_code", {}))
         if self._ahead is None:
@@ -315,23 +316,34 @@ class Controller:
         else:
             self._ahead.load_state(state)
 
-    def record_stop(self, step: int, reason: str) -> None:
-        """Say that the run stopped early and can be continued."""
-        self._record.record_stop(step, reason)
+    def announce(self, ranks: int, checkpoints: CheckpointManager) -> None:
+        """The banner, once everything is open; see `gather_facts`."""
+        config, inputs, engine = self._config, self._inputs, self.engine if generates(self._config) else None
 
-    def stop_evaluating(self, reason: str) -> None:
-        """End the evaluation that runs, and every later one, within seconds; safe in a signal handler."""
+        def announce() -> None:
+            self._record.announce(
+                gather_facts(config, inputs, engine, ranks, self._resumed, checkpoints, self._edited)
+            )
+
+        BestEffort("the run's banner", Exception)(announce)
+
+    @property
+    def recorder(self) -> RunRecorder:
+        """The files of the run."""
+        return self._record
+
+    def stop(self, reason: str) -> None:
+        """End a rollout or an evaluation that runs, and every later one, soon; safe in a signal handler.
+
+        A rollout ahead is finished, with the weights that it began with."""
+        self._stop_reason = reason
+        self._collecting.set()
         if self._evaluation is not None:
             self._evaluation.stop(reason)
 
-    def finish(self, *, complete: bool) -> WorkResult:
-        """Evaluate the final weights on the test split and write the report.
-
-        Stopped in the evaluation, it says so: the same command goes on with what has been sampled.
-
-        Args: complete: nothing is left to do afterwards; the same command will say so and not start again.
-        """
-        steps, evaluation = self._config.run.steps, self._evaluation
+    def evaluate_last(self, end: End) -> WorkResult:
+        """Evaluate the final weights on the test split; stopped, the same command goes on with what was sampled."""
+        steps, evaluation = end.step, self._evaluation
         metrics: dict[str, float] = {}
 
         def work() -> None:
@@ -341,8 +353,7 @@ class Controller:
         try:
             trouble = call_engine("final evaluation", work)
         except StoppedEarly:
-            self.record_stop(steps, "" if evaluation is None else evaluation.stop_reason)
-            return ""
+            return f"{STOPPED}{self._stop_reason}"
         if trouble:
             return trouble
         if metrics:
@@ -351,9 +362,12 @@ class Controller:
             )
             self._record.message(f"test split after step {steps}: {summary}")
             self._record.events.add("evaluation", f"test split after step {steps}: {summary}", steps)
-        trouble = self._record.finish(steps, complete=complete)
-        logger.info("finished in %.0f s", time.monotonic() - self._started)
-        return trouble
+        return ""
+
+    def finish(self, end: End, *, complete: bool) -> WorkResult:
+        """Write the best model and the report; `complete`: the same command will not start again."""
+        self._record.export_best()
+        return self._record.finish(end.step, early=end.early, complete=complete)
 
     def close(self) -> None:
         """Stop workers and close files; safe after a failure and safe to call twice."""
@@ -367,18 +381,3 @@ _HEADLINES = {
     "self-reward F1": "test/self_reward_f1",
     "AUROC": "test/self_reward_auroc",
 }
-
-
-def _routing_shape(config: RunConfig) -> RoutingShape | None:
-    """What routing replay asks of the engine; None for a dense model."""
-    architecture = read_architecture(config.model.path)
-    moe = architecture.moe
-    return (
-        None if moe is None else RoutingShape(architecture.num_layers, moe.experts_per_token, moe.num_experts)
-    )
-
-
-def evaluation_due(config: RunConfig, step: int) -> bool:
-    """Whether the validation split is evaluated after `step`: every n steps, and after the last one."""
-    every = config.evaluation.every
-    return every > 0 and (step % every == 0 or step == config.run.steps)

@@ -8,11 +8,18 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 
-from megatron_laser.config import ConfigError, RunConfig, longest_sequence, read_architecture
+from megatron_laser.config import (
+    ConfigError,
+    RunConfig,
+    evaluation_max_new_tokens,
+    longest_sequence,
+    read_architecture,
+)
+from megatron_laser.config.derived import function_deadline
 from megatron_laser.model import platform
 from megatron_laser.model.platform import DTYPES
 from megatron_laser.rewards import GradingPoolError
@@ -22,8 +29,9 @@ from megatron_laser.rollout.client.identify import SIZES, Expected
 from megatron_laser.rollout.endings import NothingEnds
 from megatron_laser.rollout.endpoints import Endpoints, EndpointsError, ServerEndpoint, read_endpoints
 from megatron_laser.rollout.engine import RolloutEngine, takes_seeds
-from megatron_laser.rollout.function.runner import FunctionFailed
+from megatron_laser.rollout.function.runner import FunctionFailed, SampleFunction
 from megatron_laser.rollout.servers import ServeProcess
+from megatron_laser.types import RoutingShape
 from megatron_laser.weight_sync.checksums import ServerLayout
 from megatron_laser.weight_sync.colocated import ColocatedTransport
 from megatron_laser.weight_sync.disk import DiskTransport
@@ -36,7 +44,9 @@ logger = logging.getLogger(__name__)
 _SAY_EVERY = 30.0  # seconds between two words about servers that are not ready
 
 WorkResult = str
-"""What rank 0's work came to: "" when it is done, `NEEDS_WEIGHTS`, or why the run has to stop."""
+"""What rank 0's work came to: "" when it is done, `NEEDS_WEIGHTS`, `STOPPED` with a reason, or why the run ends."""
+STOPPED: WorkResult = "stopped: "
+"""What comes before the reason to stop, where a stop cut the work off."""
 NEEDS_WEIGHTS: WorkResult = "needs weights"
 """Servers came back without the current weights: sync them, and do the same again."""
 
@@ -242,3 +252,34 @@ def _past_groups(config: RunConfig) -> Path | None:
         path = Path(sglang.endpoints)
         return (path if path.is_dir() else path.parent) / ".weight_groups"
     return Path(config.run.output_dir) / ".weight_groups" if sglang.urls is not None else None
+
+
+def routing_shape(config: RunConfig) -> RoutingShape | None:
+    """What routing replay asks of the engine; None for a dense model."""
+    architecture = read_architecture(config.model.path)
+    moe = architecture.moe
+    return (
+        None if moe is None else RoutingShape(architecture.num_layers, moe.experts_per_token, moe.num_experts)
+    )
+
+
+def open_function(
+    config: RunConfig, tokenizer: Any, score_token_id: int | None, engine: RolloutEngine
+) -> SampleFunction | None:
+    """What makes the samples where the engine alone does not (`rollout.function`)."""
+    if config.rollout.function is None:
+        return None
+    architecture = read_architecture(config.model.path)
+    return SampleFunction(
+        config.rollout.function,
+        engine,
+        options=config.rollout.function_options,
+        deadline=function_deadline(config),
+        tokenizer=tokenizer,
+        vocab_size=architecture.vocab_size,
+        longest=max(
+            longest_sequence(config), config.data.max_prompt_tokens + evaluation_max_new_tokens(config)
+        ),
+        max_positions=architecture.max_position_embeddings,
+        score_token_id=score_token_id,
+    )

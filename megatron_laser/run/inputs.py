@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from megatron_laser.config import RunConfig
 from megatron_laser.config.derived import data_sources
 from megatron_laser.config.modes import generates
 from megatron_laser.data import Cursor, MixedCursor, MixedSource, PromptCursor, fingerprint
+from megatron_laser.data.epochs import epoch_words, with_steps
 from megatron_laser.errors import Finding
 from megatron_laser.observability.best_effort import print_line
-from megatron_laser.run.output_folder import ClaimedFolder, claim_output_folder, move_aside
+from megatron_laser.run.earlier_start import LastStart, read_last_start
+from megatron_laser.run.output_folder import ClaimedFolder, claim_output_folder
 from megatron_laser.run.preflight import FindingLog, run_preflight
 from megatron_laser.run.preflight.finding_log import one_line
 from megatron_laser.trainer.held_responses import HeldResponses, read_held
@@ -30,7 +33,9 @@ _HELD = "held/"
 class RunInputs:
     """The user's files, read and checked before any model is built.
 
-    data_fingerprints: of each training source. held: what the run kept of its first rollouts (`laser.drift_every`).
+    data_fingerprints: of each training source. steps: `run.steps`, given or of `run.epochs`. held: what the run kept
+    of its first rollouts (`laser.drift_every`). rows: of the files, by split, those that are left out too. last_start:
+    what is in the folder of the run's last one.
     """
 
     tokenizer: Any
@@ -41,7 +46,10 @@ class RunInputs:
     stop_token_ids: tuple[int, ...]
     data_fingerprints: tuple[str, ...]
     folder: ClaimedFolder
+    steps: int
     held: HeldResponses | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    last_start: LastStart | None = None
 
     def shared_arrays(self) -> dict[str, np.ndarray]:
         """What the other ranks need of it; -1 stands for no score token."""
@@ -51,8 +59,17 @@ class RunInputs:
         return {
             "score_token_id": np.array(score, dtype=np.int64),
             "finished": finished,
+            "steps": np.array(self.steps, dtype=np.int64),
             **{f"{_HELD}{name}": array for name, array in held.items()},
         }
+
+
+def settled(config: RunConfig, shared: dict[str, np.ndarray]) -> RunConfig:
+    """`config` with the steps of rank 0's `shared_arrays`, where it has epochs."""
+    if config.run.steps_known:
+        return config
+    run = config.run.model_copy(update={"steps": int(shared["steps"]), "epochs": None})
+    return config.model_copy(update={"run": run})
 
 
 def shared_held(shared: dict[str, np.ndarray]) -> HeldResponses | None:
@@ -61,27 +78,34 @@ def shared_held(shared: dict[str, np.ndarray]) -> HeldResponses | None:
     return HeldResponses.from_arrays(arrays) if arrays else None
 
 
-def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
+def read_inputs(config: RunConfig, *, overwrite: bool = False, change: bool = False) -> RunInputs:
     """Look at everything that the run starts from, as `megatron-laser check` does, and claim the output folder.
 
     Warnings and notes are logged.
 
     Args:
         overwrite: move a run that is in the output folder aside, once nothing else stops this one.
+        change: the run may go on with other settings of what is learned.
 
     Raises:
         UserError: the first error, with the setting or the file and line that is wrong.
     """
-    looked = run_preflight(config, FindingLog(stop_at_errors=True, on_finding=_log), overwrite=overwrite)
+    log = FindingLog(stop_at_errors=True, on_finding=_log)
+    looked = run_preflight(config, log, overwrite=overwrite, change=change)
     model, prompts = looked.model, looked.data.prompts
     assert model.special is not None  # errors have ended this by now
     keys = [config.data.prompt_key, config.data.answer_key]
     sources = data_sources(config, "train") if generates(config) else ()
+    given, config = config, with_steps(config, len(prompts.get("train", ())))
+    if words := epoch_words(given, config.run.steps):
+        print_line(words)
     data_fingerprints = tuple(fingerprint(source.paths, keys) for source in sources)
-    if overwrite:
-        for moved in move_aside(config):
-            print_line(f"moved the existing {moved.what} to {moved.to}")
-    folder = claim_output_folder(config)
+    last_start = None if overwrite else read_last_start(Path(config.run.output_dir))
+    folder = claim_output_folder(
+        config, change=change, overwrite=overwrite, data_fingerprints=data_fingerprints
+    )
+    for moved in folder.moved:
+        print_line(f"moved the existing {moved.what} to {moved.to}")
     try:
         held = None if folder.finished else read_held(config)
     except BaseException:
@@ -96,7 +120,10 @@ def read_inputs(config: RunConfig, *, overwrite: bool = False) -> RunInputs:
         stop_token_ids=model.special.stop_token_ids,
         data_fingerprints=data_fingerprints,
         folder=folder,
+        steps=config.run.steps,
         held=held,
+        rows={split: len(rows) for split, rows in looked.data.rows.items()},
+        last_start=last_start,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_laser.errors import DataError
 from megatron_laser.run.batch_sources import BatchSource, open_source
 from megatron_laser.run.controller import Controller
-from megatron_laser.run.engines import WorkResult
+from megatron_laser.run.engines import STOPPED, WorkResult
 from megatron_laser.run.recorder import RunRecorder
 from megatron_laser.run.speed import Speed
 
@@ -30,6 +30,8 @@ class OfflineController(Controller):
 
     def collect(self, step: int) -> WorkResult:
         """Read or make the batch of step `step`; "" or why the run has to stop."""
+        if self._stop_reason:
+            return f"{STOPPED}{self._stop_reason}"
         try:
             self._batch = self._source.batch(step)
         except (DataError, OSError) as error:

@@ -4,49 +4,28 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import PydanticUndefined, to_jsonable_python
-
 from megatron_laser.config import ConfigError, RunConfig
-from megatron_laser.run.readout_identity import comparable
+from megatron_laser.run.branching import Origin, find_origin, is_branch_of, resume_folder, resume_step
+from megatron_laser.run.changes import Change, changes_in, now, undone
+from megatron_laser.run.compared_settings import (
+    Difference,
+    Settings,
+    differences,
+    listed,
+    raw_differences,
+    recorded_settings,
+)
+from megatron_laser.run.going_back import checkpoint_of
 from megatron_laser.trainer.checkpoint import folder as checkpoints
 from megatron_laser.trainer.checkpoint import ownership
 from megatron_laser.trainer.checkpoint.ownership import RUN, Owner, same_folder
 
 FINISHED = "FINISHED"
-# What may change between the start of a run and its continuation: it decides where and how fast things run,
-# how long and how talkative, but not what is learned from which data.
-_MAY_CHANGE = {
-    "model": {
-        *("recompute", "recompute_layers", "offload_activations", "layers", "attention", "keep_logits_gib"),
-    },
-    "parallel": None,
-    "batching": None,
-    "checkpoint": None,
-    "logging": None,
-    "alarms": None,
-    "evaluation": None,
-    "run": {"name", "steps", "output_dir", "resume", "deadline", "start_grace", "max_bad_steps"},
-    "policy": {"mismatch_abort"},
-    "laser": {"max_unscored_steps", "drift_every", "drift_samples"},
-    "rollout": {
-        *("deadline", "max_concurrency_per_server", "min_servers", "servers_deadline", "sglang"),
-        *("weight_sync", "sync_folder", "sync_bucket_mib", "sync_flatten", "sync_deadline", "sync_address"),
-        *("verify_sync", "function_deadline"),
-    },
-    "reward": {"workers", "deadline"},
-    "optimizer": {
-        "distributed",
-        "offload",
-        "overlap_grad_reduce",
-        "overlap_param_gather",
-        "gradient_accumulation_fusion",
-    },
-    "data": {"validation", "test"},
-}
 
 
 @dataclass(frozen=True)
@@ -54,31 +33,103 @@ class OutputState:
     """What an output folder holds of the run that is to write into it.
 
     record: of the run, None for a new one. finished: the steps after which it has finished, None if it has not.
+    planned: the run.steps that it ended before, by the same run.early_stop as today; None where it did not.
+    step: of the checkpoint that it goes on from; None: it begins. changes: what it has otherwise than that checkpoint
+    was trained with; before: the same settings as they were, as run.json has them. back_to: it goes back to this step.
+    branch: what it begins with, where that is another run's.
     """
 
     record: dict[str, Any] | None
     finished: int | None
+    planned: int | None = None
+    step: int | None = None
+    changes: tuple[Change, ...] = ()
+    before: Settings = field(default_factory=dict)
+    back_to: int | None = None
+    branch: Origin | None = None
 
     def is_done(self, steps: int) -> bool:
         """Whether the run has finished its `steps`, and nothing is left to do."""
-        return self.finished is not None and steps <= self.finished
+        return self.finished is not None and steps <= (self.planned or self.finished)
 
 
-def check_output_folder(config: RunConfig, again: Owner | None = None) -> OutputState:
+def check_output_folder(
+    config: RunConfig, again: Owner | None = None, *, change: bool = False
+) -> OutputState:
     """Compare `run.output_dir`, which need not exist, with the run. Writes nothing.
 
     Args:
         again: the run, if it had claimed the folder before.
+        change: it may go on with other settings of what is learned (`--change`).
 
     Raises:
-        ConfigError: it belongs to another run, or holds a finished one that cannot go on.
+        ConfigError: it belongs to another run, holds a finished one that cannot go on, or there is no such checkpoint
+            as `run.resume` names. CheckpointError: that cannot be read.
     """
     folder = Path(config.run.output_dir)
-    record = _same_run(config, folder, again)
-    finished = _finished_step(folder)
-    if finished is not None and config.run.steps > finished:
+    record = _record(config, folder, again)
+    named, back_to = (resume_folder(config), resume_step(config)) if again is None else (None, None)
+    begun = saved_steps(config)
+    if named is not None and (record is None or (not begun and is_branch_of(record, named))):
+        return _branch(config, named, record)
+    if record is None:
+        if back_to is not None:
+            raise ConfigError([f"run.resume step {back_to}: run.output_dir {folder} holds no run"])
+        return OutputState(None, *_finished_step(config, folder))
+    if named is not None and not is_branch_of(record, named):
+        before = record.get("branched_from")
+        what = "a run that is no branch" if before is None else f"a branch of {before.get('folder')}"
+        raise ConfigError(
+            [
+                f"run.output_dir {folder} holds {what}, and run.resume names {named}; choose another run.output_dir "
+                "for the new branch, or run.resume: auto to go on with the run that is there"
+            ]
+        )
+    if back_to is not None:
+        if record.get("went_back") == config.run.resume:
+            back_to = None  # it was carried out, and the run goes on from there
+        else:
+            checkpoint_of(checkpoints.checkpoint_root(config), back_to)
+    step = back_to if back_to is not None else begun[-1] if begun else None
+    finished, planned = _finished_step(config, folder) if back_to is None else (None, None)
+    state = _same_run(
+        config, record, step, change=change, finished=finished, planned=planned, back_to=back_to
+    )
+    if again is not None and record.get("id") != again.id:
+        raise ConfigError(
+            [f"run.output_dir {folder} was deleted under a live run, and holds another one by now"]
+        )
+    # With run.epochs it is asked again once the data has been read.
+    if finished is not None and config.run.steps_known and not state.is_done(config.run.steps):
         _check_continues(config, folder, finished)
-    return OutputState(record, finished)
+    return state
+
+
+def check_new(config: RunConfig) -> None:
+    """Look at what a new run in the place of one that `--overwrite` moves aside would go on from. Writes nothing.
+
+    Raises:
+        ConfigError: it is what would be moved, or cannot be branched from.
+    """
+    named, folder = resume_folder(config), Path(config.run.output_dir)
+    if (back_to := resume_step(config)) is not None:
+        raise ConfigError(
+            [
+                f"run.resume step {back_to} goes back in the run that --overwrite would move aside; leave one out"
+            ]
+        )
+    if named is None:
+        return
+    origin = _branch(config, named, None).branch
+    if origin is not None and same_folder(origin.folder, folder):
+        raise ConfigError(
+            [f"run.resume {named} is a run that --overwrite would move aside; choose another run.output_dir"]
+        )
+
+
+def saved_steps(config: RunConfig) -> list[int]:
+    """The steps of the run's checkpoints, oldest first."""
+    return [step for step, _ in checkpoints.published(checkpoints.checkpoint_root(config))]
 
 
 def check_checkpoints(config: RunConfig, state: OutputState, again: Owner | None = None) -> Owner:
@@ -102,35 +153,20 @@ def check_checkpoints(config: RunConfig, state: OutputState, again: Owner | None
     return owner
 
 
-def identity(config: RunConfig) -> dict[str, Any]:
-    """The settings that make a run this run, as {"section.key": value}."""
-    settings = {}
-    for section, keys in config.model_dump(mode="json").items():
-        for key, value in keys.items():
-            if not _may_change(section, key):
-                settings[f"{section}.{key}"] = value
-    return settings
+def early_end(config: RunConfig) -> dict[str, Any]:
+    """What FINISHED holds besides the step of a run that has ended early."""
+    return {"steps": config.run.steps, "early_stop": config.run.early_stop.model_dump(mode="json")}
 
 
-def _default(key: str) -> Any:
-    """Of a setting "section.key", as JSON; None for one that has none."""
-    section, name = key.split(".", 1)
-    fields: Any = RunConfig.model_fields[section].annotation
-    value = fields.model_fields[name].get_default(call_default_factory=True)
-    return None if value is PydanticUndefined else to_jsonable_python(value)
-
-
-def _may_change(section: str, key: str) -> bool:
-    free = _MAY_CHANGE.get(section, set())
-    return free is None or key in free
-
-
-def _finished_step(folder: Path) -> int | None:
+def _finished_step(config: RunConfig, folder: Path) -> tuple[int | None, int | None]:
+    """`finished` and `planned` of `OutputState`."""
     file = folder / FINISHED
     if not file.exists():
-        return None
+        return None, None
     try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["step"])
+        found = json.loads(file.read_text(encoding="utf-8"))
+        early = found.get("early_stop") == early_end(config)["early_stop"]
+        return int(found["step"]), int(found["steps"]) if early else None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError([f"{file} cannot be read ({error!r}); delete it to go on with the run"]) from error
 
@@ -147,10 +183,9 @@ def _check_continues(config: RunConfig, folder: Path, finished: int) -> None:
         )
 
 
-def _same_run(config: RunConfig, folder: Path, again: Owner | None) -> dict[str, Any] | None:
-    """The record of the run in `folder`, which is the one of `config`; None when there is none."""
-    file = folder / RUN
-    if not file.exists():
+def _record(config: RunConfig, folder: Path, again: Owner | None) -> dict[str, Any] | None:
+    """Of the run in `folder`; None when there is none."""
+    if not (folder / RUN).exists():
         if (folder / "metrics.jsonl").exists():
             raise ConfigError(
                 [f"run.output_dir {folder} holds metrics of an unknown run (no {RUN}); {_WAYS}"]
@@ -158,25 +193,98 @@ def _same_run(config: RunConfig, folder: Path, again: Owner | None) -> dict[str,
         return None
     if config.run.resume == "never" and again is None:
         raise ConfigError([f"run.output_dir {folder} already holds a run and run.resume is never; {_WAYS}"])
-    record = read_record(folder)
-    # What an earlier version wrote down may be free to change by now.
-    theirs = {key: value for key, value in record["settings"].items() if not _may_change(*key.split(".", 1))}
-    ours = identity(config)
-    # A setting that an earlier version did not have is as it was: what it does by default.
-    theirs = {key: _default(key) for key in ours} | theirs
-    theirs, ours = comparable(theirs, ours)
-    changed = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
-    if changed:
-        listed = ", ".join(
-            f"{key} {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in changed[:5]
+    return read_record(folder)
+
+
+def _same_run(
+    config: RunConfig,
+    record: dict[str, Any],
+    step: int | None,
+    *,
+    change: bool,
+    finished: int | None,
+    planned: int | None,
+    back_to: int | None,
+) -> OutputState:
+    """The run of `record`, continued from `step` with the settings of `config`."""
+    folder = Path(config.run.output_dir)
+    theirs = undone(recorded_settings(record), record.get("undo", ()), step or 0)
+    found = differences(theirs, config, record.get("contents") or {})
+    # What a start before this one was allowed to, and has not saved a checkpoint with yet.
+    allowed = [(one.key, one.after) for one in changes_in(record) if one.step > (step or 0)]
+    other = [one for one in found if one.changing.kind == "identity"]
+    asked = [
+        one
+        for one in found
+        if one.changing.kind == "learning" and not change and (one.key, one.here) not in allowed
+    ]
+    problems = []
+    if other:
+        problems.append(
+            f"run.output_dir {folder} belongs to another run: {listed(other)}; {_ways(folder, other)}"
         )
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise ConfigError([f"run.output_dir {folder} belongs to another run: {listed}{more}; {_WAYS}"])
-    if again is not None and record.get("id") != again.id:
+    if asked:
+        problems.append(
+            f"run.output_dir {folder} holds this run with other settings of what is learned: {listed(asked)}; pass "
+            f"--change to go on with them from step {(step or 0) + 1} on (run.json then says so), or choose another "
+            f"run.output_dir and run.resume={folder} for a branch"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return OutputState(
+        record,
+        finished,
+        planned,
+        step=step,
+        changes=_changes(found, step),
+        before=raw_differences(theirs, config),
+        back_to=back_to,
+    )
+
+
+def _branch(config: RunConfig, named: Path, record: dict[str, Any] | None) -> OutputState:
+    """A run of its own that begins with the state of another."""
+    origin = find_origin(named)
+    if origin.step > config.run.steps:
         raise ConfigError(
-            [f"run.output_dir {folder} was deleted under a live run, and holds another one by now"]
+            [
+                f"run.resume {named}: {origin.checkpoint} is of step {origin.step}, beyond run.steps "
+                f"{config.run.steps}; raise run.steps, or name an earlier checkpoint"
+            ]
         )
-    return record
+    theirs = undone(recorded_settings(dict(origin.record)), origin.record.get("undo", ()), origin.step)
+    found = differences(theirs, config, origin.record.get("contents") or {})
+    refused = [one for one in found if one.changing.kind == "identity" and not one.changing.branch]
+    if refused:
+        raise ConfigError(
+            [
+                f"run.resume {named}: a branch of the run in {origin.folder} cannot go on from its checkpoint of step "
+                f"{origin.step} with other values: {listed(refused)}; give them those of that run, or start a new run "
+                "(to begin with the weights alone, convert the checkpoint and name the folder as model.path)"
+            ]
+        )
+    return OutputState(
+        record,
+        None,
+        step=origin.step,
+        changes=_changes(found, origin.step),
+        before=raw_differences(theirs, config),
+        branch=origin,
+    )
+
+
+def _changes(found: Sequence[Difference], step: int | None) -> tuple[Change, ...]:
+    time = now()
+    return tuple(
+        Change((step or 0) + 1, one.key, one.there, one.here, one.changing.kind, time) for one in found
+    )
+
+
+def _ways(folder: Path, found: Sequence[Difference]) -> str:
+    """What to do about settings that make another run."""
+    if all(one.changing.branch for one in found):
+        return f"{_WAYS}; a branch may have them, too: another run.output_dir and run.resume={folder}"
+    return _WAYS
 
 
 def read_record(folder: Path) -> dict[str, Any]:

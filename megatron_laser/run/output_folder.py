@@ -6,18 +6,32 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from megatron_laser.config import ConfigError, RunConfig, resolved_yaml
 from megatron_laser.files import LOCK, lock_folder, through_links, write_atomically
+from megatron_laser.run.branching import begin_branch
+from megatron_laser.run.changes import Change, changes_in
+from megatron_laser.run.compared_settings import settings_of
+from megatron_laser.run.going_back import move_later_aside
+from megatron_laser.run.moved_paths import contents
 from megatron_laser.run.output_checks import FINISHED as FINISHED
-from megatron_laser.run.output_checks import check_checkpoints, check_output_folder, identity, read_record
+from megatron_laser.run.output_checks import (
+    OutputState,
+    check_checkpoints,
+    check_new,
+    check_output_folder,
+    early_end,
+    read_record,
+)
+from megatron_laser.run.own_files import check_own
 from megatron_laser.trainer.checkpoint import folder as checkpoints
 from megatron_laser.trainer.checkpoint import ownership
+from megatron_laser.trainer.checkpoint.best import LINK
 from megatron_laser.trainer.checkpoint.folder import checkpoint_root
 from megatron_laser.trainer.checkpoint.ownership import (
     OWNER,
@@ -37,7 +51,8 @@ class ClaimedFolder:
     """The right to write into `path`; held until `release` or the end of the process.
 
     finished: the run in it has done all of `run.steps`, and there is nothing left to do.
-    owner: the run, for its checkpoints; None when it is finished.
+    owner: the run, for its checkpoints; None when it is finished. changes: settings that it has otherwise since this
+    start. moved: what `--overwrite` moved. told: what else somebody should know, a sentence each.
     """
 
     def __init__(
@@ -48,16 +63,26 @@ class ClaimedFolder:
         *,
         owner: Owner | None = None,
         finished: bool = False,
+        changes: Sequence[Change] = (),
+        moved: Sequence[Moved] = (),
+        told: Sequence[str] = (),
     ) -> None:
         self.path = path
         self.owner = owner
         self.finished = finished
+        self.changes = tuple(changes)
+        self.moved = tuple(moved)
+        self.told = tuple(told)
         self._lock = lock
         self._held = held
 
-    def mark_finished(self, step: int) -> None:
-        """Say that everything is done and written: the same command will not start again."""
-        checkpoints.write_synced(self.path / FINISHED, {"step": step})
+    def mark_finished(self, step: int, early: RunConfig | None = None) -> None:
+        """Say that everything is done and written: the same command will not start again.
+
+        Args: early: the settings, where they have ended the run before `run.steps`.
+        """
+        ended = {} if early is None else early_end(early)
+        checkpoints.write_synced(self.path / FINISHED, {"step": step} | ended)
 
     def intact(self) -> bool:
         """Whether the folder is still the one that was claimed, and not deleted, moved or replaced."""
@@ -81,34 +106,52 @@ class ClaimedFolder:
         self._held.close()
 
 
-def claim_output_folder(config: RunConfig, *, again: Owner | None = None) -> ClaimedFolder:
-    """Create `run.output_dir`, lock it, and write the resolved configuration and the run's identity into it.
+def claim_output_folder(
+    config: RunConfig,
+    *,
+    again: Owner | None = None,
+    change: bool = False,
+    overwrite: bool = False,
+    data_fingerprints: Sequence[str] = (),
+) -> ClaimedFolder:
+    """Create `run.output_dir`, lock it, and write the resolved configuration and the run's record into it.
 
     The folder of its checkpoints, and one that its weights pass through on the way to servers, are locked as well.
+    Where `run.resume` asks for it, the run goes back to an earlier checkpoint, or a branch is begun.
 
     Args:
         again: the run, if it had claimed the folder before.
+        change: it may go on with other settings of what is learned.
+        overwrite: move a run that is there aside, once nothing else is in the way, and begin anew.
+        data_fingerprints: of the sources of `data.train`, where they are known.
 
     Raises:
         ConfigError: a folder is in use, belongs to another run, or cannot be written.
         CheckpointError: the newest checkpoint cannot be read.
     """
     folder = Path(config.run.output_dir)
+    moved = move_aside(config) if overwrite else []
     root = checkpoints.checkpoint_root(config)
     with ExitStack() as held:
         with _writing("run.output_dir", folder):
             through_links(folder).mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(lock_folder(folder, "run.output_dir"))
-            state = check_output_folder(config, again)
+            state = check_output_folder(config, again, change=change)
         finished = state.finished
         if state.is_done(config.run.steps):
-            logger.warning(
-                "the run in %s has finished its %d steps: nothing to do. Raise run.steps to train on, or choose "
-                "another run.output_dir",
-                folder,
-                finished,
-            )
-            return ClaimedFolder(folder, lock, held.pop_all(), finished=True)
+            if state.planned is None:
+                logger.warning(
+                    "the run in %s has finished its %d steps: nothing to do. Raise run.steps to train on, or choose "
+                    "another run.output_dir",
+                    *(folder, finished),
+                )
+            else:
+                logger.warning(
+                    "the run in %s has finished early, after step %d of %d: nothing to do. Change run.early_stop to "
+                    "train on, or choose another run.output_dir",
+                    *(folder, finished, state.planned),
+                )
+            return ClaimedFolder(folder, lock, held.pop_all(), finished=True, moved=moved)
         for setting, path in also_written(config):
             with _writing(setting, path):
                 through_links(path).mkdir(parents=True, exist_ok=True)
@@ -116,13 +159,22 @@ def claim_output_folder(config: RunConfig, *, again: Owner | None = None) -> Cla
         with _writing("checkpoint.folder", root):
             owner = check_checkpoints(config, state, again)
             ownership.write_owner(root, owner)
+        told = []
         with _writing("run.output_dir", folder):
+            if state.back_to is not None:
+                aside = move_later_aside(folder, root, state.back_to)
+                told.append(f"goes back to step {state.back_to}: what came after it is in {aside}")
             if finished is not None:
                 (folder / FINISHED).unlink()
             (folder / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
-            _write_record(config, folder, state.record, owner)
+            _write_record(config, folder, state, owner, data_fingerprints)
             (folder / STOPPED).unlink(missing_ok=True)
-        return ClaimedFolder(folder, lock, held.pop_all(), owner=owner)
+        if state.branch is not None:
+            with _writing("run.output_dir", folder):
+                begin_branch(state.branch, folder, root, owner)
+        return ClaimedFolder(
+            folder, lock, held.pop_all(), owner=owner, changes=state.changes, moved=moved, told=told
+        )
 
 
 @contextmanager
@@ -149,14 +201,45 @@ def also_written(config: RunConfig) -> list[tuple[str, Path]]:
     return different
 
 
-def _write_record(config: RunConfig, folder: Path, record: dict[str, Any] | None, owner: Owner) -> None:
-    if record is None:
-        record = {
-            "name": config.run.name,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "settings": identity(config),
-        }
-    written = {"id": owner.id, **record, "checkpoints": owner.folder}
+def _write_record(
+    config: RunConfig, folder: Path, state: OutputState, owner: Owner, data_fingerprints: Sequence[str]
+) -> None:
+    """run.json: whose folder it is, its settings, and what was changed since when.
+
+    Settings of changes are kept twice: `changes` for people, as what they come to; `undo` as they were written, so that
+    the run can be compared with a checkpoint from before. Those behind the checkpoint that the run goes on from are
+    dropped: they have been undone with the steps that they were for.
+    """
+    began = {
+        "name": config.run.name,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    record = dict(state.record or began)
+    before, step = record, state.step or 0
+    if state.branch is not None:
+        before = dict(state.branch.record)
+        named = {"asked": config.run.resume, "checkpoint": str(state.branch.checkpoint)}
+        record["branched_from"] = state.branch.to_json() | named
+    changes = [one for one in changes_in(before) if one.step <= step]
+    undo = [one for one in before.get("undo", ()) if int(one["step"]) <= step]
+    if state.before:
+        undo.append({"step": step + 1, "settings": state.before})
+    if state.back_to is not None:
+        record["went_back"] = config.run.resume
+    elif config.run.resume != record.get("went_back"):
+        record.pop("went_back", None)
+    # Of what a checkpoint's state is bound to the first start tells, whatever lies there by now.
+    known = before.get("contents") or {}
+    kept = {key: known[key] for key in ("model.path", "data.train", "run.batches") if key in known}
+    written = {
+        "id": owner.id,
+        **record,
+        "settings": settings_of(config),
+        "changes": [one.to_json() for one in (*changes, *state.changes)],
+        "undo": undo,
+        "contents": contents(config, data_fingerprints) | kept,
+        "checkpoints": owner.folder,
+    }
     write_atomically(folder / RUN, json.dumps(written, indent=1) + "\n")
 
 
@@ -171,17 +254,23 @@ class Moved:
 def move_aside(config: RunConfig) -> list[Moved]:
     """Make room for a new run: rename the output folder to `<folder>.old-N`.
 
-    Checkpoints of that run in a `checkpoint.folder` elsewhere go to `old-N` in it.
+    Checkpoints of that run in a `checkpoint.folder` elsewhere go to `old-N` in it. Whatever would keep the new run from
+    claiming its folders is looked for first.
 
     Raises:
-        ConfigError: a live run writes into one of them, the checkpoints are another run's, or moving fails.
+        ConfigError: something in the folder is no run's; a live run writes into one of the run's folders; the
+            checkpoints are another run's; `run.resume` goes on from what would be moved; or moving fails.
     """
     folder = Path(config.run.output_dir)
+    check_own(folder)
+    check_new(config)
     moved: list[Moved] = []
     try:
         with ExitStack() as held:
             if folder.exists():
                 held.enter_context(lock_folder(folder, "run.output_dir"))
+            for setting, path in also_written(config):
+                _check_free(setting, path)
             moved += _checkpoints_aside(config, folder, held)
         if folder.exists():
             real = through_links(folder)  # a link stays where it is, and the new run goes through it
@@ -198,6 +287,13 @@ def move_aside(config: RunConfig) -> list[Moved]:
     return moved
 
 
+def _check_free(setting: str, path: Path) -> None:
+    """Whether a folder that the new run locks, too, can be locked. Raises ConfigError."""
+    if path.is_dir():
+        with _writing(setting, path), lock_folder(path, setting):
+            pass
+
+
 def _checkpoints_aside(config: RunConfig, folder: Path, held: ExitStack) -> list[Moved]:
     root = checkpoint_root(config)
     inside = Path(os.path.abspath(root)).is_relative_to(os.path.abspath(folder))
@@ -211,7 +307,7 @@ def _checkpoints_aside(config: RunConfig, folder: Path, held: ExitStack) -> list
     own = there is None or there.id == run_id or same_folder(there.output_dir, folder)
     if not own:
         check_owner(root, Owner(run_id, str(folder), str(root)), earlier=False)
-    entries = [path for path in root.iterdir() if path.name.startswith("step_") or path.name == OWNER]
+    entries = [path for path in root.iterdir() if path.name.startswith("step_") or path.name in (OWNER, LINK)]
     if not entries:
         return []
     target = _free_name(root / "old-1")

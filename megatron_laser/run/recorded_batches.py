@@ -27,7 +27,16 @@ from megatron_laser.distributed.broadcast import save_arrays
 from megatron_laser.errors import DataError
 from megatron_laser.files import write_atomically
 from megatron_laser.rollout.pending import sample_from, sample_state
-from megatron_laser.types import Generation, Group, Prompt, RolloutBatch, Sample, TokenSets, WeightSpan
+from megatron_laser.types import (
+    OF_TERMS,
+    Generation,
+    Group,
+    Prompt,
+    RolloutBatch,
+    Sample,
+    TokenSets,
+    WeightSpan,
+)
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step_(\d+)\.json")
@@ -158,16 +167,25 @@ def _taken_apart(batch: RolloutBatch) -> tuple[Arrays, dict[str, Any]]:
     }
     groups = [
         {
-            "prompt": asdict(group.prompt),
+            "prompt": {
+                name: value for name, value in asdict(group.prompt).items() if name != "columns" or value
+            },
             "texts": [sample.text for sample in group.samples],
             "outcomes": [sample.outcome for sample in group.samples],
             "ungraded": [sample_state(sample) for sample in group.ungraded],
+            **_of_terms(group.samples),
         }
         for group in batch.groups
     ]
     return flatten(batch).to_arrays() | {_MORE + name: array for name, array in more.items()}, {
         "groups": groups
     }
+
+
+def _of_terms(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """What rewards of several terms have besides, of each sample; {} of others."""
+    found = {name: [getattr(sample, name) for sample in samples] for name in OF_TERMS}
+    return {name: values for name, values in found.items() if any(value is not None for value in values)}
 
 
 def _put_together(header: Mapping[str, Any], arrays: Arrays) -> RolloutBatch:
@@ -178,7 +196,7 @@ def _put_together(header: Mapping[str, Any], arrays: Arrays) -> RolloutBatch:
     for item in header["groups"]:
         prompt = Prompt(**item["prompt"])
         samples = []
-        for text, outcome in zip(item["texts"], item["outcomes"], strict=True):
+        for number, (text, outcome) in enumerate(zip(item["texts"], item["outcomes"], strict=True)):
             samples.append(
                 Sample(
                     prompt_ids=prompt.token_ids,
@@ -188,6 +206,7 @@ def _put_together(header: Mapping[str, Any], arrays: Arrays) -> RolloutBatch:
                     reward=float(more["reward"][place]),
                     outcome=outcome,
                     zc_logprob=_known(more["zc_logprob"][place]),
+                    **{name: item[name][number] for name in OF_TERMS if name in item},
                 )
             )
             place += 1

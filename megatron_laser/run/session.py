@@ -29,18 +29,20 @@ from megatron_laser.model.machine import (
 )
 from megatron_laser.model.transformer_engine import backend_variable_problems, use_transformer_engine
 from megatron_laser.observability.timers import Timers
+from megatron_laser.run.stop_signals import StopNow
+from megatron_laser.run.stopping import Stopping
 
 _FLASH_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
 _STDERR = 2  # sys.stderr may be anything
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextmanager
-def session(config: RunConfig, timers: Timers) -> Iterator[tuple[Runtime, Coordinator]]:
-    """Join the run on this rank; an error inside is told to the other ranks before it goes on.
+def session(config: RunConfig, timers: Timers, stopping: Stopping) -> Iterator[tuple[Runtime, Coordinator]]:
+    """Join the run on this rank; an error inside is told to the other ranks before it goes on, and so is a stop.
 
     Raises ConfigError, on every rank, when any rank's machine cannot run `config`.
     """
+    stopping.enter("joining the other ranks")
     runtime = runtimes.start(config)
     coordinator = Coordinator(
         runtime.store,
@@ -48,17 +50,26 @@ def session(config: RunConfig, timers: Timers) -> Iterator[tuple[Runtime, Coordi
         runtime.world_size,
         deadline=config.run.deadline,
         detail=lambda: "" if timers.current == "total" else timers.current,
+        on_phase=stopping.enter,
+        on_stop=stopping.signals.request,
     )
     coordinator.start_watchdog()
+    stopping.signals.on_request(coordinator.request_stop)
     try:
         with coordinator.phase("checking the machine"):
             check_machine(config, runtime)
         yield runtime, coordinator
     except BaseException as error:
-        coordinator.fail(error)
+        if isinstance(error, StopNow):
+            coordinator.stop_told()
+            coordinator.close()
+        else:
+            coordinator.fail(error)
         if runtime.world_size == 1:  # else leaving the groups would wait for ranks that may be gone
             runtimes.stop()
         raise
+    finally:
+        stopping.signals.forget(coordinator.request_stop)
     coordinator.close()
     runtimes.stop()
 
@@ -126,13 +137,6 @@ def _installed(package: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def stop_signals(request_stop: Callable[[str], None]) -> Iterator[None]:
-    """Call `request_stop(signal name)` on SIGTERM and SIGUSR1 inside the block; no-op outside the main thread."""
-    with _on_signals(_SIGNALS, request_stop):
-        yield
 
 
 @contextlib.contextmanager

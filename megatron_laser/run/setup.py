@@ -19,14 +19,17 @@ from megatron_laser.distributed.broadcast import broadcast_arrays
 from megatron_laser.distributed.coordinator import Coordinator
 from megatron_laser.observability.control import Watcher
 from megatron_laser.observability.timers import Timers
+from megatron_laser.run.changes import may_change
 from megatron_laser.run.colocation import Colocation, open_colocation
 from megatron_laser.run.controller import Controller
 from megatron_laser.run.engines import uses_servers
-from megatron_laser.run.inputs import read_inputs, shared_held
+from megatron_laser.run.inputs import read_inputs, settled, shared_held
 from megatron_laser.run.offline_controller import OfflineController
 from megatron_laser.run.profiling import Windows
 from megatron_laser.run.ranks import Ranks, require_rank_zero
-from megatron_laser.run.session import session, stack_signal, stop_signals, window_signal
+from megatron_laser.run.session import session, stack_signal, window_signal
+from megatron_laser.run.stop_signals import StopSignals
+from megatron_laser.run.stopping import Stopping
 from megatron_laser.trainer.checkpoint.manager import CheckpointManager
 from megatron_laser.trainer.frozen import FrozenTrainer
 from megatron_laser.trainer.score_drift import ScoreDrift
@@ -65,31 +68,37 @@ class Run:
 
 
 @contextmanager
-def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
+def open_run(config: RunConfig, *, signals: StopSignals, overwrite: bool) -> Iterator[Run | None]:
     """Open the run of `config` on this rank; call on every rank. None: it has done all its steps before.
 
-    SIGTERM and SIGUSR1 inside ask it to stop after the current step, SIGUSR2 to profile the next ones, SIGQUIT for the
-    stacks of this rank. An error inside is told to the other ranks.
+    SIGUSR2 inside asks it to profile the next steps, SIGQUIT for the stacks of this rank. An error inside is told to
+    the other ranks.
 
     Args:
+        signals: which ask it to stop, at once as long as it starts (`StopNow`).
         overwrite: move a run that is in `run.output_dir` aside and start anew.
 
     Raises:
         UserError: with the setting, or the file and line, that is wrong.
     """
     timers = Timers()
+    stopping = Stopping(config, signals)
     with (
         stack_signal(),
-        session(config, timers) as (runtime, coordinator),
+        session(config, timers, stopping) as (runtime, coordinator),
         _window_signal(config, coordinator),
     ):
         if words := mode_words(config):
             logger.warning("%s", words)  # shown by rank 0 alone
+        change = may_change()
         inputs = coordinator.run_on_rank_zero(
-            "reading inputs", lambda: read_inputs(config, overwrite=overwrite), deadline=config.run.deadline
+            "reading inputs",
+            lambda: read_inputs(config, overwrite=overwrite, change=change),
+            deadline=config.run.deadline,
         )
         with coordinator.phase("sharing the inputs"):
             shared = broadcast_arrays(None if inputs is None else inputs.shared_arrays(), runtime)
+        config = settled(config, shared)
         controller: Controller | None = None
         windows = Windows(
             config.logging.profile,
@@ -104,6 +113,8 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
             if shared["finished"]:
                 yield None
                 return
+            if inputs is not None:
+                stopping.open(inputs.folder, runtime.world_size)
             watcher = Watcher(
                 Path(config.run.output_dir),
                 runtime.rank,
@@ -118,7 +129,9 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
                 trainer = trainer_kind(config, runtime, score_token_id=token, timers=timers)
                 time_reductions(trainer.policy, timers)
                 checkpoints = CheckpointManager(config, runtime, trainer.policy)
-                resumed = checkpoints.resume() if config.run.resume == "auto" else None
+                resumed = checkpoints.resume() if config.run.resume != "never" else None
+                stopping.resumed(None if resumed is None else int(resumed["step"]))
+                checkpoints.on_published = stopping.published
                 colocation = open_colocation(config, runtime, trainer, timers)
             first_step = 1 if resumed is None else resumed["step"] + 1
             drift = ScoreDrift(
@@ -136,7 +149,9 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
                 lambda: kind(config, require_rank_zero(inputs), timers, resumed=resumed),
                 deadline=config.run.deadline + 2 * config.rollout.sglang.start_deadline,
             )
-            ranks = Ranks(config, runtime, coordinator, controller)
+            if controller is not None:
+                controller.announce(runtime.world_size, checkpoints)
+            ranks = Ranks(config, runtime, coordinator, controller, stopping)
             run = Run(
                 config,
                 ranks,
@@ -160,10 +175,17 @@ def open_run(config: RunConfig, *, overwrite: bool) -> Iterator[Run | None]:
                 and (resumed is not None or uses_servers(config) or config.run.fake.weights),
                 keeps_syncing=trains(config) and generates(config),
             )
-            with stop_signals(ranks.request_stop):
-                yield run
+            stopping.running(coordinator.agree_to_start)
+            signals.on_request(ranks.request_stop)
+            if controller is not None:
+                signals.say = partial(controller.recorder.say, "signal")
+            yield run
             windows.close()
+        except BaseException as error:
+            stopping.ended(error)
+            raise
         finally:
+            stopping.leave()
             windows.abandon()
             if watcher is not None:
                 watcher.close()

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from megatron_laser.config.checks.partition_excess import (
     EXCESS_LIMIT,
@@ -18,6 +17,7 @@ from megatron_laser.config.checks.partition_excess import (
     smallest_beta,
 )
 from megatron_laser.config.model_folder.spare_tokens import SpareToken
+from megatron_laser.config.yaml_text import yaml_text
 from megatron_laser.files import plain, write_atomically
 
 BETAS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
@@ -138,7 +138,7 @@ class Calibration:
             f"responses; Z - 1 = {_excess(token.mean, beta)}\n"
             + ("" if self.weights is None else f"# weights {self.weights}\n")
         )
-        return head + yaml.safe_dump({"laser": section}, sort_keys=False, allow_unicode=True)
+        return head + yaml_text({"laser": section}, width=80)
 
     def text(self) -> str:
         """Tables and the verdict, for the terminal."""

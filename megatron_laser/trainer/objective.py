@@ -77,9 +77,15 @@ class Shaping:
     max_new_tokens: int
 
     def __call__(
-        self, rewards: Tensor, lengths: Tensor, sampled: Tensor, truncated: Tensor, group_ids: Tensor
+        self,
+        rewards: Tensor,
+        labels: Tensor,
+        lengths: Tensor,
+        sampled: Tensor,
+        truncated: Tensor,
+        group_ids: Tensor,
     ) -> Tensor:
-        """[samples]: of the verifier's rewards, tokens and sampled tokens, which responses were cut off, and groups."""
+        """[samples]: of the rewards and labels, tokens and sampled tokens, which responses were cut off, and groups."""
         shaped = rewards
         if self.overlong_buffer is not None:
             shaped = shaped + overlong_penalties(
@@ -90,7 +96,7 @@ class Shaping:
                 truncated=truncated,
             )
         if self.length_penalty:
-            shaped = shaped + length_penalties(sampled, rewards, group_ids, weight=self.length_penalty)
+            shaped = shaped + length_penalties(sampled, labels, group_ids, weight=self.length_penalty)
         return shaped
 
 
@@ -159,6 +165,7 @@ class Objective:
         self,
         *,
         rewards: Tensor,
+        labels: Tensor | None = None,
         group_ids: Tensor,
         lengths: Tensor,
         sampled_lengths: Tensor,
@@ -169,8 +176,9 @@ class Objective:
         """Advantages [samples] float32, and the share of groups in which scores were mixed in.
 
         Args:
-            rewards, group_ids, lengths, sampled_lengths, truncated: [samples], of the whole rollout batch; lengths are
-                of whole responses, which `rollout.max_new_tokens` is about, and without what an environment wrote.
+            rewards, labels, group_ids, lengths, sampled_lengths, truncated: [samples], of the whole rollout batch;
+                labels None: the rewards; lengths are of whole responses, which `rollout.max_new_tokens` is about, and
+                without what an environment wrote.
             scores: for each readout (scores [samples], scored [samples] bool); of prefixes nothing is scored. Where
                 some are `unusable` nothing is done with any, and no function of the user's is called: the step is
                 skipped, and its advantages are the built-in estimator's, or NaN.
@@ -180,11 +188,12 @@ class Objective:
             UserFunctionError: a function of the user's returned something else than finite advantages.
         """
         unusable = bool(self.unusable(scores, step))
-        shaped = self._shaping(rewards, lengths, sampled_lengths, truncated, group_ids)
+        labels = rewards if labels is None else labels
+        shaped = self._shaping(rewards, labels, lengths, sampled_lengths, truncated, group_ids)
         first = scores[0] if scores else (torch.full_like(rewards, torch.nan), torch.zeros_like(truncated))
         facts = dict(
             rewards=shaped.double(),
-            labels=rewards.double(),
+            labels=labels.double(),
             group_ids=group_ids,
             lengths=sampled_lengths.long(),
         )
@@ -215,7 +224,7 @@ class Objective:
                     result,
                     values,
                     scored,
-                    rewards,
+                    labels,
                     group_ids,
                     kappa=spec.kappa,
                     bounds=spec.discrepancy_bounds,

@@ -68,13 +68,15 @@ class MiniBatch:
 class StepData:
     """All optimizer steps of one rollout batch, and per-sample facts known to every rank.
 
-    rewards, scored, group_ids: [samples], on the CPU. points: what readouts read of the batch. rank_imbalance: how much
+    rewards, policy_rewards, scored, group_ids: [samples], on the CPU; labels, and what the policy learns from, which
+    are the same where there is one reward. points: what readouts read of the batch. rank_imbalance: how much
     longer the busiest data-parallel rank computes than the mean one, by the FLOPs of their samples: 0 is even; None
     where the model's shape was not given.
     """
 
     minibatches: list[MiniBatch]
     rewards: torch.Tensor
+    policy_rewards: torch.Tensor
     scored: torch.Tensor
     group_ids: torch.Tensor
     points: ReadoutPoints
@@ -150,9 +152,11 @@ def prepare_step(
                 share_prompts=share_prompts,
             )
         )
+    learned = flat.policy_rewards if len(flat.policy_rewards) else flat.rewards
     return StepData(
         minibatches=minibatches,
         rewards=torch.from_numpy(flat.rewards.astype(np.float32)),
+        policy_rewards=torch.from_numpy(learned.astype(np.float32)),
         scored=torch.from_numpy(flat.scored.astype(bool)),
         group_ids=torch.from_numpy(flat.group_ids.astype(np.int64)),
         points=points,

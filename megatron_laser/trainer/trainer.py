@@ -141,7 +141,8 @@ class Trainer:
         scores = [item.of_samples(flat.num_samples) for item in found]
         zc_logprobs = self._readouts.first_logprobs(data.points, read, flat.num_samples)
         advantages, mixed = self._objective.advantages(
-            rewards=data.rewards,
+            rewards=data.policy_rewards,
+            labels=data.rewards,
             group_ids=data.group_ids,
             lengths=torch.from_numpy(flat.response_lengths.astype(np.int64)),
             sampled_lengths=torch.from_numpy(flat.sampled_lengths.astype(np.int64)),
@@ -166,8 +167,7 @@ class Trainer:
             else:
                 updates = self._optimize(data, batch, step)
         metrics = self._metrics(updates, data, step) | self._expert_metrics(data)
-        metrics["advantage_mixed_fraction"] = mixed
-        metrics["micro_batches"] = float(len(data.micro_batches))
+        metrics |= {"advantage_mixed_fraction": mixed, "micro_batches": float(len(data.micro_batches))}
         if data.rank_imbalance is not None:
             metrics["rank_imbalance"] = data.rank_imbalance
         if self._config.parallel.pipeline > 1:

@@ -132,6 +132,8 @@ class ResponseIndex:
             columns[name].append(self._code(name, value) if name in CODED else value)
 
     def _answer(self, record: dict[str, Any]) -> str | None:
+        if isinstance(given := record.get("vote_answer"), str):
+            return given[:_ANSWER_SHOWN]
         form = self._form_of(str(record.get("source") or ""))
         try:
             answer = form.extract(str(record.get("response") or ""), str(record.get("answer") or ""))

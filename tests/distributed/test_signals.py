@@ -1,4 +1,5 @@
-"""SIGTERM and SIGUSR1: all ranks stop after the same step, save, and exit 0; the same command continues."""
+"""SIGTERM and SIGUSR1: all ranks stop after the same step and save; the same command continues. In each phase:
+test_stop_phases.py."""
 
 import json
 import os
@@ -16,7 +17,7 @@ from helpers.tiny_run import end_session, metrics_without_times, start_run, writ
 from megatron_laser.distributed.coordinator import Coordinator
 from megatron_laser.trainer.checkpoint import folder as folders
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.usefixtures("heard_signals")]
 
 SCRIPT = Path(__file__).with_name("faulty_run.py")
 
@@ -79,7 +80,7 @@ def test_sigterm_from_outside_stops_the_run_which_then_continues(run_two, tmp_pa
         output, _ = process.communicate(timeout=60)
     finally:
         end_session(process)
-    assert process.returncode == (0 if processes == 1 else 1), output
+    assert process.returncode == (3 if processes == 1 else 1), output
     stopped = json.loads((out / "STOPPED").read_text())
     assert stopped["reason"] == "SIGTERM"
     assert [step for step, _ in folders.published(out / "checkpoints")] == [stopped["step"]]
@@ -122,6 +123,20 @@ def test_a_request_on_any_rank_becomes_the_decision_of_all():
         if decisions[-1] is not None:
             break
     assert decisions[-2:] == ["SIGTERM", "SIGTERM"]
+    for one in pair:
+        one.close()
+
+
+@pytest.mark.parametrize("asked", [None, 0, 1])
+def test_all_ranks_begin_or_none_does_whichever_was_asked_to_stop(asked):
+    pair = coordinators(5.0)
+    if asked is not None:
+        pair[asked].request_stop("SIGINT")
+    if asked == 1:  # it leaves by itself, as long as it has not said that it has started
+        found = both(pair[0].agree_to_start, pair[1].stop_told)
+        assert found == [False, None]
+    else:
+        assert both(*(one.agree_to_start for one in pair)) == [asked is None] * 2
     for one in pair:
         one.close()
 

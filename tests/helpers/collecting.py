@@ -14,14 +14,14 @@ def varied(prompt, sample):
     return 3 + (7 * prompt + 5 * sample) % 11
 
 
-def collector(engine=None, grading=None, **settings):
+def collector(engine=None, grading=None, samples=2, **settings):
     defaults = dict(oversample=1.5, max_staleness=3, ahead=0, tries=None, prompts_per_step=4)
     return RolloutCollector(
         engine or SteppingEngine(varied),
         grading or Grading(),
         PROMPTS,
         PromptCursor(len(PROMPTS), 5, True),
-        sampling=SamplingParams(2, 64, (STOP,)),
+        sampling=SamplingParams(samples, 64, (STOP,)),
         decode=lambda ids: " ".join(map(str, ids)),
         deadline=60.0,
         seed=3,

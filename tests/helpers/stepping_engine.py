@@ -100,7 +100,7 @@ class Grading:
         self.graded = []
         self.waiting = []
 
-    def submit(self, text, answer):
+    def submit(self, text, answer, facts=None):
         prompt, sample = (int(word) for word in text.split()[:2])
         self.graded.append((prompt, sample - 10))
         right = prompt in self.uniform or sample == 10

@@ -84,6 +84,7 @@ def rehearse(config, runtime):
     from te_cases import GROUPS, STEPS, metrics_of
 
     from megatron_laser.run.export import export_hf
+    from megatron_laser.run.stop_signals import StopSignals
     from megatron_laser.trainer.checkpoint.manager import CheckpointManager
     from megatron_laser.trainer.trainer import Trainer
 
@@ -100,7 +101,8 @@ def rehearse(config, runtime):
     last = rollout_batch(GROUPS, seed=STEPS)
     metrics.append(metrics_of(trainer.train_step(last, STEPS)))
     trained = weights_of(trainer)
-    export_hf(config, trainer.weight_stream(), is_main=runtime.is_main)
+    weights = trainer.weight_stream()
+    export_hf(config, weights, StopSignals(), is_main=runtime.is_main, step=config.run.steps)
 
     resumed = Trainer(config, runtime, score_token_id=SCORE_TOKEN)
     assert CheckpointManager(config, runtime, resumed.policy).resume()["step"] == STEPS - 1

@@ -199,7 +199,10 @@ def test_an_output_folder_and_checkpoints_of_another_run(run, tmp_path):
     assert same.exit_code == 0
     assert said(same, "run.output_dir") == [("note", f"{tmp_path / 'run'} holds this run, which goes on")]
     other_lr = check(run, "--json", f"checkpoint.folder={tmp_path / 'shared'}", "optimizer.lr=1.0")
-    assert_error(other_lr, "run.output_dir", "belongs to another run: optimizer.lr")
+    text = "optimizer.lr 1e-06 there and 1.0 here: what is learned"
+    assert other_lr.exit_code == 0 and said(other_lr, "changed settings") == [("warning", text)]
+    other_seed = check(run, "--json", f"checkpoint.folder={tmp_path / 'shared'}", "run.seed=7")
+    assert_error(other_seed, "run.output_dir", "belongs to another run: run.seed 1 there and 7 here")
     elsewhere = check(run, "--json", f"checkpoint.folder={tmp_path / 'shared'}", "run.output_dir=other")
     assert_error(elsewhere, "checkpoint.folder", f"belongs to another run, that of {tmp_path / 'run'}")
     assert sorted(tmp_path.rglob("*")) == before

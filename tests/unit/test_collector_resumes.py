@@ -26,7 +26,7 @@ class Grading:
     def __init__(self):
         self.graded = Counter()
 
-    def submit(self, text, answer):
+    def submit(self, text, answer, facts=None):
         self.graded[answer, text] += 1
         future = Future()
         future.set_result(Grade(1.0, "correct"))

@@ -91,7 +91,16 @@ DEFAULTS = {
             "hang_deadline": 300.0,
         },
     },
-    "reward": {"function": "math_verify", "workers": 2, "deadline": 5.0},
+    "reward": {
+        "function": "math_verify",
+        "terms": {},
+        "label": "reward",
+        "threshold": None,
+        "workers": 2,
+        "deadline": 5.0,
+        "memory_limit_gib": 4.0,
+        "max_processes": None,
+    },
     "laser": {
         "enabled": True,
         "score_token": None,
@@ -186,6 +195,9 @@ DEFAULTS = {
         "deadline": 3600.0,
         "folder": None,
         "export_hf": True,
+        "export_every": 0,
+        "export_keep": None,
+        "best": {"metric": None, "mode": "max"},
     },
     "evaluation": {
         "every": 0,
@@ -201,6 +213,7 @@ DEFAULTS = {
     "logging": {
         "tensorboard": True,
         "wandb": False,
+        "all_metrics": False,
         "wandb_project": None,
         "live": "auto",
         "rollouts_every": 0,
@@ -261,7 +274,10 @@ DEFAULTS = {
         "resume": "auto",
         "deadline": 900.0,
         "start_grace": 120.0,
+        "time_limit": None,
         "max_bad_steps": 3,
+        "epochs": None,
+        "early_stop": {"metric": None, "mode": "max", "patience": 3, "min_delta": 0.0},
     },
 }
 

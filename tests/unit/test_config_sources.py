@@ -94,7 +94,8 @@ def test_splits_that_evaluate_have_sources_too(tmp_path):
         (
             "weight: 0.1",
             "share: 0.1",
-            "line 6: data.train[1].share: unknown key; the keys of a source are path, weight, reward, name",
+            "line 6: data.train[1].share: unknown key; the keys of a source are path, weight, reward, name, "
+            "samples_per_prompt, max_prompts, temperature",
         ),
         ("weight: 0.1", "weight: 0", "line 6: data.train[1].weight: expected greater than 0, got 0"),
         ("weight: 0.1", "weight: -2", "line 6: data.train[1].weight: expected greater than 0, got -2"),

@@ -30,11 +30,14 @@ SOURCE = "\n".join(
 
 
 def batch():
-    """Two groups of two sources, with tokens that an environment wrote."""
+    """Two groups of two sources, with tokens that an environment wrote and a term of the reward."""
     generation = Generation([5, 6, 1], [-1.0, -1.0, -1.0], "stop", 0, sampled=np.array([True, False, True]))
     groups = []
     for row, source in enumerate(("one", "two")):
-        samples = [Sample([3], generation, "", True, reward, "correct") for reward in (1.0, 0.0)]
+        samples = [
+            Sample([3], generation, "", True, reward, "correct", terms={"format": 0.5})
+            for reward in (1.0, 0.0)
+        ]
         groups.append(Group(Prompt(row, "", "", [3], source=source), samples))
     return RolloutBatch(1, 0, groups)
 

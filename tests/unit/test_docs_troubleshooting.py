@@ -60,15 +60,17 @@ def test_messages_of_the_first_hour_occur_in_the_source_or_the_scripts():
     tools = [text_of(node) for file in (ROOT / "tools").rglob("*.py") for node in ast.walk(tree(file))]
     texts = messages() + [" ".join(text.split()) for text in tools if text]
     texts += [" ".join(file.read_text(encoding="utf-8").split()) for file in scripts]
-    page = (PAGE.parent / "first_hour.md").read_text(encoding="utf-8")
+    page = (PAGE.parent / "first_cluster_hour.md").read_text(encoding="utf-8")
     heads = re.findall(r"^- (`[^`]+`(?:(?:, or|,) `[^`]+`)*)", page, re.MULTILINE)
     quoted = [message for head in heads for message in re.findall("`([^`]+)`", head)]
     assert len(quoted) > 30
     gone = [message for message in quoted if not occurs(message, texts)]
-    assert not gone, f"docs/first_hour.md quotes messages that nothing prints any more: {gone}"
+    assert not gone, f"docs/first_cluster_hour.md quotes messages that nothing prints any more: {gone}"
 
 
-@pytest.mark.parametrize("page", ["first_hour.md", "troubleshooting.md", "rollout.md", "observing.md"])
+@pytest.mark.parametrize(
+    "page", ["first_cluster_hour.md", "troubleshooting.md", "rollout.md", "observing.md"]
+)
 def test_every_setting_that_the_page_names_exists(page):
     from megatron_laser.config import key_paths
 
@@ -85,7 +87,13 @@ def test_every_setting_that_the_page_names_exists(page):
 @pytest.mark.parametrize(
     "page",
     [
-        *("README.md", "docs/first_hour.md", "docs/rollout.md", "docs/scaling.md", "docs/troubleshooting.md"),
+        *(
+            "README.md",
+            "docs/first_cluster_hour.md",
+            "docs/rollout.md",
+            "docs/scaling.md",
+            "docs/troubleshooting.md",
+        ),
         *(
             f"examples/{name}/README.md"
             for name in ("orz_7b", "octothinker_3b", "qwen2.5_7b", "qwen2.5_32b", "qwen3_4b_general")

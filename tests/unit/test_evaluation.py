@@ -375,3 +375,42 @@ def test_an_evaluation_within_a_run_says_how_far_it_is(
     assert evaluation.run("validation", 7)["eval/num_responses"] == 9
     assert lines[0] == "validation split after step 7: 0/9 responses (0%)"
     assert lines[-1].startswith("validation split after step 7: 9/9 responses (100%), ")
+
+
+def test_a_source_may_have_its_own_number_of_responses_and_temperature(
+    grading: GradingPool, tmp_path: Path
+) -> None:
+    class Repeats(FakeEngine):
+        def generate(self, prompts: Any, sampling: SamplingParams, **settings: Any) -> list[list[Generation]]:
+            self.generate_calls.append(([prompt[0] - 100 for prompt in prompts], sampling))
+            return [[stopped(10, -14.0)[0]] * sampling.samples_per_prompt for _ in prompts]
+
+    engine = Repeats([])
+    prompts = [Prompt(row, "", "1", [row + 100], source=source) for row, source in enumerate("aabba")]
+    plain = SamplingParams(1, 8, (EOS,), seed=5)
+    often = SamplingParams(4, 8, (EOS,), temperature=0.5, seed=5)
+    summary = evaluate(
+        engine,
+        prompts,
+        sampling=plain,
+        own_sampling={"b": often},
+        decode=lambda ids: TEXTS[ids[0]],
+        grading=grading,
+        rule=ScoreRule((), None, BETA),
+        records_path=tmp_path / "validation_step_1.jsonl",
+        deadline=60.0,
+        generation_batch=7,
+        responses_path=tmp_path / "partial",
+    )
+    calls = [(rows, own.samples_per_prompt, own.temperature) for rows, own in engine.generate_calls]
+    # at most seven responses in a call, or one prompt's
+    assert calls == [([0, 1], 1, 1.0), ([2], 4, 0.5), ([3], 4, 0.5), ([4], 1, 1.0)]
+    records = read_records(summary.records_path)
+    assert [(record.row, record.sample) for record in records] == [
+        *((0, 0), (1, 0)),
+        *((row, sample) for row in (2, 3) for sample in range(4)),
+        (4, 0),
+    ]
+    metrics = summary.metrics
+    assert metrics["samples_per_prompt"] == 1 and metrics["source/b/samples_per_prompt"] == 4
+    assert metrics["source/b/pass_at_4"] == 1.0 and "source/a/pass_at_2" not in metrics

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from megatron_laser.cli import app
 from megatron_laser.config import RunConfig, load_config, resolve_plan
 from megatron_laser.config.derived import data_sources
+from megatron_laser.config.layers import read_layers
 from megatron_laser.config.plan.features import rollout_features
 from megatron_laser.evaluation.benchmarks.settings import benchmark_rows, load_benchmarks
 
@@ -175,7 +176,8 @@ def test_a_variant_fits_and_its_readme_has_the_plans_numbers(name: str, kind: st
         assert f"{part / 2**30:.1f} GiB" in text
     assert f"{8 * memory.host / 2**30:.0f} GiB a node" in text
     note = f"{memory.host / 2**30:.0f} GiB a rank, {8 * memory.host / 2**30:.0f} GiB a node"
-    assert note in (EXAMPLES / name / f"{kind}.yaml").read_text(encoding="utf-8")
+    layers = read_layers(EXAMPLES / name / f"{kind}.yaml")
+    assert any(note in layer.path.read_text(encoding="utf-8") for layer in layers)
     if kind.startswith("laser"):
         assert f"{kind}.yaml --dry-run --world-size {processes}" in text
 
@@ -206,7 +208,11 @@ def test_every_folder_with_a_model_is_tested_here() -> None:
     assert {run for run in found if run[0] not in small} == {*RUNS, *VARIANTS}
     assert {path.parent.name for path in EXAMPLES.glob("*/config.json")} == set(RECIPES)
     lists = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
-    assert lists == ["benchmarks.yaml", "benchmarks_general.yaml"]  # no runs: for `eval`
+    assert lists == [
+        "benchmarks.yaml",
+        "benchmarks_general.yaml",
+        "paper.yaml",
+    ]  # no runs: for `eval`, and a base
 
 
 def test_general_reasoning_has_a_verifier_for_texts_and_one_for_choices_and_asks_for_its_own_reference() -> (
@@ -272,14 +278,10 @@ def test_the_plan_says_how_old_the_weights_may_be(tmp_path: Path) -> None:
 
 
 def test_the_small_example_with_experts_differs_in_the_model_and_its_routers() -> None:
-    dense, experts = (
-        yaml.safe_load((EXAMPLES / "tiny_sum" / f"{name}.yaml").read_text())
-        for name in ("laser", "laser_moe")
-    )
+    experts = yaml.safe_load((EXAMPLES / "tiny_sum" / "laser_moe.yaml").read_text())
+    assert experts.pop("base") == "laser.yaml"
     assert experts.pop("moe") == {"routing_replay": True}
-    assert experts["model"].pop("path") == "base_moe" and dense["model"].pop("path") == "base"
-    assert experts["run"].pop("output_dir") != dense["run"].pop("output_dir")
-    assert experts == dense
+    assert experts == {"model": {"path": "base_moe"}, "run": {"output_dir": "../../runs/tiny_sum/laser_moe"}}
 
 
 def test_the_small_example_through_a_server_differs_in_who_generates_and_scores(tmp_path: Path) -> None:

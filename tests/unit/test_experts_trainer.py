@@ -1,5 +1,7 @@
 """Training with experts against transformers' layers with routers written plainly, on one process."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -131,6 +133,27 @@ def test_two_steps_equal_a_plain_implementation(single_process, folders, tmp_pat
         torch.testing.assert_close(
             tensor, weights[name], rtol=1e-3, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
+def test_a_model_is_let_go_of_with_its_trainer(single_process, folders, tmp_path, recompute):
+    """Nothing of a step's graph stays: it would hold inputs of layers, and the model for good."""
+    config = run_config(tmp_path, folders / "qwen3_moe", f"model.recompute={recompute}", laser=LASER)
+    trainer = Trainer(config, single_process, score_token_id=SCORE_TOKEN)
+    trainer.train_step(rollout_batch(STEPS[0], seed=1), 1)
+    (model,) = trainer.policy.chunks.models
+    kept = [
+        (type(module).__name__, name)
+        for module in model.modules()
+        for part in (module, getattr(module, "token_dispatcher", None))
+        for name, value in vars(part or module).items()
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None
+    ]
+    assert kept == []
+    gone = weakref.ref(model)
+    del trainer, model
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_frozen_router_keeps_its_weights_and_takes_no_part_in_the_norm(single_process, folders, tmp_path):

@@ -17,6 +17,8 @@ RECIPES = sorted(path.parent.name for path in (ROOT / "examples").glob("*/config
 
 # Says what it was asked for; `serve` without --wait runs until it is told to stop.
 PYTHON = """#!/usr/bin/env bash
+if [ "$1" = -c ]; then printf '%s' "${RUN_FOLDER:-}"; exit; fi # asked for run.output_dir
+if [ "$3" = status ]; then [ "$*" = "-m megatron_laser status $RUN_FOLDER --exit-status" ]; exit "$RUN_STATUS"; fi
 echo "gpus=${CUDA_VISIBLE_DEVICES:-} rank=${NODE_RANK:-} nodes=${NNODES:-} $*" >>"$CALLS"
 echo "environment of $2: cumem=$NCCL_CUMEM_ENABLE nvls=$NCCL_NVLS_ENABLE jit=${TRITON_CACHE_DIR:-}" \
   "alloc=${PYTORCH_CUDA_ALLOC_CONF:-}" >>"$CALLS"
@@ -337,3 +339,17 @@ def test_the_environment_for_gpus_goes_before_the_one_for_cpus(tmp_path):
         interpreter.symlink_to(sys.executable)
         assert chosen() == str(interpreter)
     assert chosen(PYTHON="/opt/python") == "/opt/python"
+
+
+@pytest.mark.parametrize(
+    "torchrun, run_says, node_rank, expected",
+    [("0", "3", "0", 3), ("1", "0", "0", 0), ("0", "3", "1", 0), ("1", None, "0", 1)],
+)
+def test_node_zero_ends_with_what_the_run_says_of_its_end(run, torchrun, run_says, node_rank, expected):
+    """torchrun ends with 0 after a stop, and with 1 after a signal to it."""
+    said = {} if run_says is None else {"RUN_FOLDER": "runs/out", "RUN_STATUS": run_says}
+    node = {"NNODES": "2", "MASTER_ADDR": "10.0.0.1", "NODE_RANK": node_rank}
+    status, _, errors = run(
+        LAUNCH / "node.sh", "RUN.yaml", TRAIN_STATUS=torchrun, PROCESSES_PER_NODE="1", **said, **node
+    )
+    assert status == expected, errors

@@ -17,7 +17,13 @@ from megatron_laser.loop import train
 RECORDED = Path(__file__).parents[1] / "data" / "run_of_megatron_core_0_16"
 FORMER_FOLDER = "/tmp/mcore_0_16"
 NO_LONGER = {"kl_loss"}  # of a run without a KL term
-NEW = {"accuracy_tried", "groups_dropped_right", "groups_dropped_wrong", "grading_failed", "rank_imbalance"}
+NEW = {
+    "accuracy_tried",
+    "groups_dropped_right",
+    "groups_dropped_wrong",
+    "grading_failed",
+    "rank_imbalance",
+} | {f"pass_at_{k}" for k in (1, 2, 4)}
 
 
 @pytest.fixture

@@ -81,10 +81,13 @@ def test_a_run_that_may_not_resume_refuses_its_own_folder(config):
     assert "already holds a run and run.resume is never" in refused(config("run.resume=never"))
 
 
-def test_another_learning_rate_is_another_run(config):
+def test_another_learning_rate_has_to_be_asked_for(config):
     claim_output_folder(config()).release()
     message = refused(config("optimizer.lr=2.0e-6"))
-    assert "belongs to another run: optimizer.lr 1e-06 there and 2e-06 here" in message
+    assert (
+        "other settings of what is learned: optimizer.lr 1e-06 there and 2e-06 here; pass --change" in message
+    )
+    claim_output_folder(config("optimizer.lr=2.0e-6"), change=True).release()
 
 
 PREFIX = "{name: prefix, position: {every: 128}, target: prefix_value, weight: 0.05}"
@@ -101,20 +104,20 @@ PREFIX = "{name: prefix, position: {every: 128}, target: prefix_value, weight: 0
         ),
         ("[{}]", "[{loss: bce}]", "laser.readouts[0].loss 'mse' there and 'bce' here;"),
         ("null", "[{weight: 0.2}]", "laser.readouts[0].weight 0.1 there and 0.2 here;"),
-        ("[{weight: 0.2}]", "null", "another run: laser.alpha 0.2 there and 0.1 here;"),
+        ("[{weight: 0.2}]", "null", "what is learned: laser.alpha 0.2 there and 0.1 here;"),
         ("[{}]", "[{target: {group_shrunk: 0.9}}]", "target 'binary' there and {'group_shrunk': 0.9} here;"),
         ("[{}]", "[{tokens: 248}]", "laser.readouts[0].tokens [249] there and [248] here;"),
         ("[{position: before_eos}]", "[{}]", "laser.readouts[0].position 'before_eos' there and 'eos' here;"),
         ("[{}]", "[{warmup_steps: 7}]", "laser.readouts[0].warmup_steps 200 there and 7 here;"),
         ("[{}, {weight: 0.3}]", "[{}, {weight: 0.4}]", "laser.readouts[1].weight 0.3 there and 0.4 here;"),
-        ("null", "[{name: score}]", "laser.readouts[0].name 'readout_1' there and 'score' here;"),
     ],
 )
-def test_another_readout_is_another_run_and_both_values_are_said(config, before, after, said):
+def test_another_readout_is_refused_and_both_values_are_said(config, before, after, said):
     before, after = (text.replace("%s", PREFIX) for text in (before, after))
     claim_output_folder(config(f"laser.readouts={before}")).release()
     message = refused(config(f"laser.readouts={after}"))
-    assert "belongs to another run: laser." in message and said in message
+    assert ("belongs to another run: laser." in message) != ("what is learned: laser." in message)
+    assert said in message
     assert message.count(" there and ") == 1
 
 
@@ -135,6 +138,7 @@ def test_a_changed_setting_that_several_readouts_take_is_said_once(config):
         (["laser.alpha=0.2", "laser.loss=mse"], ["laser.readouts=[{weight: 0.2}]"]),
         (["laser.readouts=[{tokens: 249, position: eos, advantages: mix}]"], []),
         (["laser.reasoning_warmup_steps=5"], ["laser.readouts=[{warmup_steps: 5, name: readout_1}]"]),
+        ([], ["laser.readouts=[{name: score}]"]),
     ],
 )
 def test_readouts_that_come_to_the_same_are_the_same_run_however_written(config, before, after):
@@ -144,7 +148,7 @@ def test_readouts_that_come_to_the_same_are_the_same_run_however_written(config,
 
 def test_what_readouts_do_not_make_up_is_compared_as_ever_beside_a_list(config):
     claim_output_folder(config("laser.readouts=[{}]")).release()
-    assert "another run: laser.score_source 'trainer' there and 'server' here;" in refused(
+    assert "what is learned: laser.score_source 'trainer' there and 'server' here;" in refused(
         config("laser.score_source=server")
     )
     assert "laser.enabled True there and False here" in refused(config("laser.enabled=false"))

@@ -16,7 +16,7 @@ class Scripted(Ranks):
 
 def run_or_stop(words):
     left, did = list(words), []
-    ranks = Scripted(config=did, runtime=None, coordinator=None, controller=left)
+    ranks = Scripted(config=did, runtime=None, coordinator=None, controller=left, stopping=None)
     ranks.run_or_stop("evaluation", 3, lambda controller: controller.pop(0), lambda: did.append("sync"))
     return did
 

@@ -14,6 +14,7 @@ class Folder:
     """A claimed output folder that nobody takes away."""
 
     owner = None
+    told = changes = ()
 
     def intact(self):
         return True

@@ -15,7 +15,7 @@ import yaml
 from megatron_laser.evaluation import EvaluationRecord, summarize, write_records
 from megatron_laser.files import plain
 from megatron_laser.observability.metrics_logger import MetricsLogger
-from megatron_laser.report.plots import drift, training
+from megatron_laser.report.plots import drift, policy, training
 from megatron_laser.report.run_data import load_runs
 from megatron_laser.report.run_report import write_report
 
@@ -322,6 +322,34 @@ def test_the_drift_of_the_score_is_drawn_where_it_was_measured(
     assert lines["reference, own responses"] == [[2.0, 0.2], [4.0, 0.2]]
     assert [line.get_ydata()[0] for line in axes.get_lines()[3:]] == [2.0, -2.0]
     assert texts[0].endswith("drifting right +1.60, wrong -0.10")
+
+
+def test_the_policy_has_a_panel_for_each_of_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    monkeypatch.setattr(policy, "save", lambda figure, path, *texts: figures.append((figure, texts)) or path)
+    with MetricsLogger(tmp_path / "one", tensorboard=False) as metrics:
+        for step in range(1, 4):
+            told = {f"pass_at_{k}": 0.1 * k for k in (1, 2, 4)} | {"entropy": 0.7 - 0.1 * step, "lr": 1e-6}
+            metrics.log(step, told | {"grad_norm": 1.0 if step < 3 else 50.0, "approx_kl": 1e-3})
+    with MetricsLogger(tmp_path / "two", tensorboard=False) as metrics:
+        metrics.log(1, {"reward_mean": 0.5})
+    runs = load_runs([tmp_path / "one", tmp_path / "two"])
+    policy.plot_policy(runs[:1], tmp_path / "plot.png")
+    ((figure, texts),) = figures
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.axison}
+    assert list(panels) == [
+        "pass@k: one of k responses is right",
+        "Entropy, nats a token",
+        "KL of each update (k3), nats a token",
+        "Gradient norm before clipping",
+        "Learning rate",
+    ]
+    first, *_, gradients, _rate = panels.values()
+    assert [line.get_label() for line in first.lines] == ["k = 1", "k = 2", "k = 4"]
+    assert gradients.get_yscale() == "log" and texts[0] == "The policy: entropy 0.60 → 0.40"
+    assert policy.plot_policy(runs[1:], tmp_path / "plot.png") is None
 
 
 def test_a_run_that_measured_no_score_still_has_a_report(tmp_path: Path) -> None:

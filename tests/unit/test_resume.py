@@ -15,6 +15,8 @@ from megatron_laser.evaluation.responses import SavedResponse, partial_responses
 from megatron_laser.loop import train
 from megatron_laser.observability.metrics_logger import read_metrics
 from megatron_laser.observability.rates import VARYING
+from megatron_laser.rollout.in_process import InProcessEngine
+from megatron_laser.run.status import read_status
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.trainer import Trainer
 
@@ -55,6 +57,8 @@ def test_a_run_stopped_by_a_signal_saves_and_continues_bitwise(
     assert not (tmp_path / "out" / "FINISHED").exists()
     run(file, tmp_path / "out")
     assert not (tmp_path / "out" / "STOPPED").exists()
+    status = read_status(tmp_path / "out")
+    assert (status.state, status.exit_status, status.step, status.checkpoint) == ("finished", 0, 4, 4)
     assert metrics_without_times(tmp_path / "out") == metrics_without_times(expected)
     assert checkpoint_digests(tmp_path / "out", 4) == checkpoint_digests(expected, 4)
 
@@ -83,6 +87,28 @@ def test_evaluation_moves_nothing_of_training_and_a_resumed_run_evaluates_to_the
         records = [json.loads(line) for line in (tmp_path / "whole" / name).read_text().splitlines()]
         assert [record["row"] for record in records] == [0, 0, 1, 1, 2, 2, 3, 3]
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_rollout_that_a_signal_cuts_off_is_made_again_bitwise(undisturbed, tmp_path, monkeypatch, capsys):
+    file, expected = undisturbed
+    with monkeypatch.context() as patch:
+        decode, seen = InProcessEngine.decode, []
+
+        def patched(self, *arguments):
+            if self.version == 2 and len(seen) < 3:  # the third token of step 3
+                seen.append(0)
+                if len(seen) == 3:
+                    os.kill(os.getpid(), signal.SIGINT)
+            return decode(self, *arguments)
+
+        patch.setattr(InProcessEngine, "decode", patched)
+        run(file, tmp_path / "out", "checkpoint.every=4")
+    assert read_status(tmp_path / "out").step == 2 and len(seen) == 3
+    assert [step for step, _ in folders.published(tmp_path / "out" / "checkpoints")] == [2]
+    assert "SIGINT: stopping after step 2, saving (now: rollout of step 3)" in capsys.readouterr().out
+    run(file, tmp_path / "out")
+    assert metrics_without_times(tmp_path / "out") == metrics_without_times(expected)
+    assert checkpoint_digests(tmp_path / "out", 4) == checkpoint_digests(expected, 4)
 
 
 def on_arrival(monkeypatch, number, action):
@@ -213,6 +239,8 @@ def test_a_run_that_dies_between_two_checkpoints_repeats_the_lost_steps_bitwise(
             patch.setattr(Trainer, "train_step", dying)
             with pytest.raises(KeyboardInterrupt):
                 run(file, tmp_path / "out")
+        status = read_status(tmp_path / "out")
+        assert (status.state, status.exit_status, status.step) == ("failed", 130, dies_in - 1)
     run(file, tmp_path / "out")
     assert metrics_without_times(tmp_path / "out") == metrics_without_times(expected)
     assert checkpoint_digests(tmp_path / "out", 4) == checkpoint_digests(expected, 4)
@@ -255,6 +283,9 @@ def test_other_data_under_the_same_name_are_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(reversed(rows)))
     with pytest.raises(DataError, match="the saved data cursor belongs to another run over the data"):
         run(file, tmp_path / "out", "run.steps=3")
+    status = read_status(tmp_path / "out")
+    assert (status.state, status.exit_status, status.step, status.checkpoint) == ("failed", 2, 2, 2)
+    assert status.reason.startswith("the saved data cursor belongs to another run")
 
 
 DRIFT = ["laser.drift_every=1", "laser.drift_samples=6", "checkpoint.every=2", "run.steps=3"]

@@ -70,10 +70,12 @@ def test_a_bad_spec_says_what_is_wrong_and_what_is_known(spec: str, message: str
 
 
 SIGNATURES = """
-def one(response): return 1.0
+def one(foo): return 1.0
+def nothing(): return 1.0
 def keyword(response, answer, *, extra): return 1.0
-def verl(data_source, solution_str, ground_truth, extra_info=None): return 1.0
-def trl(prompts, completions, **kwargs): return [1.0]
+def verl(data_source, solution_str, ground_truth, tokenizer): return 1.0
+def trl(prompts, completions, completion_ids, **kwargs): return [1.0]
+def openrlhf(queries, prompts, labels): return [1.0]
 async def coroutine(response, answer): return 1.0
 def generator(response, answer): yield 1.0
 class Judge:
@@ -88,14 +90,22 @@ exact = lambda response, answer: float(response == answer)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("one", r"mine\.py:2\) must take \(response, answer\), two texts: too many positional"),
-        ("keyword", "missing a required argument: 'extra'"),
-        ("verl", r"verl's signature: define `def reward\(response, answer\): return compute_score"),
-        ("trl", r"takes \(prompts, completions, \*\*kwargs\).*TRL's signature"),
+        (
+            "one",
+            r"mine\.py:2\) takes `foo`, which is none of response, answer, prompt, row, finish_reason, num_",
+        ),
+        ("nothing", "takes none of response, answer"),
+        (
+            "keyword",
+            r"takes `extra`, which is none of .*defined as \(response, answer, \*, extra\).*row\['its name'\]",
+        ),
+        ("verl", "takes `tokenizer`, which is none of verl's data_source, solution_str"),
+        ("trl", "takes `completion_ids`, which TRL's trainer has and nothing here"),
+        ("openrlhf", "takes `labels`, which is none of .*OpenRLHF's signature"),
         ("coroutine", "is async and would return a coroutine"),
         ("async_judge", "is async and would return a coroutine"),
         ("generator", "is a generator"),
-        ("Judge", r"must take \(response, answer\)"),
+        ("Judge", "takes none of response"),
     ],
 )
 def test_a_function_of_another_shape_is_refused_with_what_is_expected(

@@ -150,3 +150,35 @@ def test_a_batch_is_begun_once_and_waiting_for_it_has_a_deadline():
     made.wait(30.0)
     assert running == ["rollout of step 1"] and made.collect(1).step == 1
     made.close()
+
+
+def rows_of_state(state):
+    ahead = [] if state["ahead"] is None else state["ahead"]["groups"]
+    return [group["position"] for group in (*ahead, *state["pending_groups"])]
+
+
+@pytest.mark.parametrize(("samples", "is_ahead"), [(3, True), (2, False), (3, False)])
+def test_what_was_begun_with_other_sampling_or_for_nobody_is_generated_anew(samples, is_ahead):
+    """A run goes on with groups of 3 in place of 2, or without rollout.ahead: no prompt is lost or taken twice, and the
+    same sampling keeps what was carried."""
+    engine, states = SteppingEngine(varied), []
+    before = run_ahead(ahead(engine, oversample=1.5, max_staleness=3), engine, 2, states=states)
+    state = states[-1]
+    begun = rows_of_state(state)
+    kept = [group for group in state["pending_groups"] if group["generations"]]
+    assert state["ahead"] is not None and kept
+
+    other = SteppingEngine(varied)
+    other.version = 2
+    made = collector(other, ahead=int(is_ahead), oversample=1.5, max_staleness=3, samples=samples)
+    resumed = RolloutAhead(made, PROMPTS) if is_ahead else made
+    resumed.load_state(state)
+    now = resumed.state() | ({} if is_ahead else {"ahead": None})
+    assert now["ahead"] is None and rows_of_state(now) == begun
+    carried = [group for group in now["pending_groups"] if group["generations"]]
+    assert carried == (kept if samples == 2 else [])
+    found = [resumed.collect(3), resumed.collect(4)] if is_ahead else [made.collect(3)]
+    assert {len(group.samples) for batch in found for group in batch.groups} == {samples}
+    taken = [row for batch in before[:2] + found for row in rows(batch)]
+    assert max(Counter(taken).values()) == 1
+    assert set(begun) <= set(taken) | set(rows_of_state(resumed.state() | {"ahead": None}))

@@ -10,7 +10,7 @@ from helpers.stepping_engine import STOP, Grading, SteppingEngine
 
 from megatron_laser.data import PromptCursor
 from megatron_laser.rollout.client.errors import ServersLost, WeightsNeeded
-from megatron_laser.rollout.engine import ResumableEngine, StopEarly
+from megatron_laser.rollout.engine import ResumableEngine, StopEarly, StoppedEarly
 from megatron_laser.rollout.progress import staleness_metrics, token_ages
 from megatron_laser.types import Generation, Group, Sample, WeightSpan
 
@@ -44,6 +44,28 @@ def test_generation_stops_when_enough_groups_are_complete_and_the_rest_is_carrie
     after = made.collect(2)
     assert rows(after)[:2] != [4, 5]  # they are still too long: shorter ones of newer prompts come first
     assert engine.calls[12:16] == [(104, 0, 3), (104, 1, 3), (105, 0, 3), (105, 1, 3)]
+
+
+@pytest.mark.parametrize("tokens", [0, 5, 30])
+def test_a_step_that_is_given_up_leaves_the_state_before_it(tokens):
+    engine = SteppingEngine(lambda prompt, sample: 50 if prompt in {104, 105} else 4)
+    made = collector(engine, prompts_per_step=4)
+    made._cursor = PromptCursor(len(PROMPTS), 5, False)
+    made.collect(1)
+    before, begun, stop, longer = json.dumps(made.state()), engine.tokens, StopEarly(), engine._longer
+
+    def counted(*arguments):
+        if engine.tokens - begun >= tokens:
+            stop.set()
+        return longer(*arguments)
+
+    engine.version, engine._longer = 1, counted
+    if tokens == 0:
+        stop.set()
+    with pytest.raises(StoppedEarly, match="the rollout of step 2 was stopped"):
+        made.collect(2, stop=stop)
+    assert engine.tokens - begun == tokens
+    assert json.dumps(made.state()) == before
 
 
 def test_only_groups_that_will_be_kept_count_as_enough():

@@ -30,7 +30,7 @@ class Engine:
         self.version = 0
         self.calls = []
 
-    def generate(self, prompts, sampling, *, deadline, on_finished):
+    def generate(self, prompts, sampling, *, deadline, on_finished, stop=None):
         assert 0 < deadline <= 60
         self.calls.append(([ids[0] for ids in prompts], sampling.seed))
         results = []
@@ -49,7 +49,7 @@ class Grading:
     def __init__(self, mixed):
         self.mixed = mixed
 
-    def submit(self, text, answer):
+    def submit(self, text, answer, facts=None):
         prompt, sample = (int(word) for word in text.split())
         right = sample == 10 if prompt in self.mixed else prompt % 2 == 0
         future = Future()
@@ -77,13 +77,16 @@ def collector(mixed, *, prompts=20, per_step=4, tries=12, fewest_groups=1, curso
     return made, engine
 
 
-def counts(*, tried, accuracy, right=0, wrong=0, missing=0, failed=0):
+def counts(*, tried, accuracy, mixed=0, right=0, wrong=0, missing=0, failed=0):
+    """`mixed`: groups of which one of the two responses is right."""
     return {
         "prompts_tried": tried,
         "groups_dropped": right + wrong,
         "groups_dropped_right": right,
         "groups_dropped_wrong": wrong,
         "accuracy_tried": pytest.approx(accuracy),
+        "pass_at_1": pytest.approx(accuracy),
+        "pass_at_2": pytest.approx(accuracy + mixed / (2 * tried)),
         "groups_missing": missing,
         "grading_failed": failed,
     }
@@ -114,7 +117,7 @@ def test_an_interrupted_step_counts_every_group_once(call, again):
         made, _ = collector(mixed=(1, 2, 5, 8, 9))
         made.load_state(before)
     assert rows(made.collect(1)) == [1, 2, 5, 8]
-    assert made.metrics == counts(tried=9, right=3, wrong=2, accuracy=(4 + 6) / 18)
+    assert made.metrics == counts(tried=9, mixed=4, right=3, wrong=2, accuracy=(4 + 6) / 18)
 
 
 def test_steps_without_any_score_are_counted_across_a_resume_and_the_last_one_is_tried_again():
@@ -152,7 +155,7 @@ def test_uniform_groups_are_dropped_and_further_prompts_asked_for_until_enough_a
     assert rows(batch) == [1, 2, 5, 8]
     assert [prompts for prompts, _ in engine.calls] == [[100, 101, 102, 103], [104, 105], [106], [107], [108]]
     # Dropped: 0, 4 and 6 are all right, 3 and 7 all wrong.
-    assert made.metrics == counts(tried=9, right=3, wrong=2, accuracy=(4 + 6) / 18)
+    assert made.metrics == counts(tried=9, mixed=4, right=3, wrong=2, accuracy=(4 + 6) / 18)
     # What was sampled for groups that were dropped and for those that were kept.
     sampled = {"rate/generated_tokens": 9 * 2 * 3}
     assert batch.metrics == made.metrics | sampled
@@ -175,7 +178,7 @@ def test_at_the_cap_the_step_uses_what_is_there_and_counts_what_is_missing(caplo
     made, _ = collector(mixed=(1, 7), tries=8)
     with caplog.at_level(logging.WARNING):
         assert rows(made.collect(1)) == [1, 7]
-        assert made.metrics == counts(tried=8, right=4, wrong=2, missing=2, accuracy=(2 + 8) / 16)
+        assert made.metrics == counts(tried=8, mixed=2, right=4, wrong=2, missing=2, accuracy=(2 + 8) / 16)
         made._engine.version = 1
         made.collect(2)
     assert caplog.text.count("rollout.oversampling_cap") == 1
@@ -185,7 +188,7 @@ def test_a_short_batch_is_filled_up_to_one_group_for_each_optimizer_step():
     made, _ = collector(mixed=(5,), tries=8, fewest_groups=3)
     assert rows(made.collect(1)) == [5, 0, 1]
     # Dropped: 2, 4, 6 and 3, 7; the stand-ins 0 and 1 count once.
-    assert made.metrics == counts(tried=8, right=3, wrong=2, missing=3, accuracy=(1 + 8) / 16)
+    assert made.metrics == counts(tried=8, mixed=1, right=3, wrong=2, missing=3, accuracy=(1 + 8) / 16)
 
 
 def test_a_step_without_any_unequal_group_runs_on_uniform_ones_and_says_so_once(caplog):
@@ -219,7 +222,7 @@ def test_a_resumed_run_tries_the_same_prompts_with_the_same_seeds():
 def test_grading_that_passes_the_deadline_names_the_setting():
     made, _ = collector(mixed=(), tries=None)
     made._deadline = 0.1
-    made._grading.submit = lambda text, answer: Future()
+    made._grading.submit = lambda text, answer, facts: Future()
     with pytest.raises(
         TimeoutError, match=r"step 1: responses were not graded within rollout\.deadline 0\.1 s"
     ):
@@ -235,7 +238,7 @@ class FailingGrading(Grading):
         super().__init__({100 + row for row in range(40)})
         self.failing = failing
 
-    def submit(self, text, answer):
+    def submit(self, text, answer, facts=None):
         if tuple(int(word) for word in text.split()) not in self.failing:
             return super().submit(text, answer)
         future = Future()

@@ -30,7 +30,7 @@ def functions(tmp_path):
 class Grader:
     last_trouble = ""
 
-    def submit(self, text, answer):
+    def submit(self, text, answer, facts=None):
         future = Future()
         future.set_result(Grade(float(len(text) % 2), "correct" if len(text) % 2 else "wrong"))
         return future

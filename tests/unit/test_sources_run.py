@@ -171,9 +171,13 @@ def test_dropped_groups_are_counted_by_source():
         "source/a/groups_dropped_right": 0,
         "source/a/groups_dropped_wrong": 0,
         "source/a/accuracy_tried": 0.75,
+        "source/a/pass_at_1": 0.75,
+        "source/a/pass_at_2": 1.0,
         "source/b/prompts_tried": 2,
         "source/b/groups_dropped": 2,
         "source/b/groups_dropped_right": 1,
         "source/b/groups_dropped_wrong": 1,
         "source/b/accuracy_tried": 0.5,
+        "source/b/pass_at_1": 0.5,
+        "source/b/pass_at_2": 0.5,
     }

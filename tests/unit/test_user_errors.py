@@ -255,3 +255,13 @@ def test_help_names_every_command():
     ):
         assert command in done.output
         assert invoke(command, "--help").exit_code == 0
+
+
+def test_ctrl_c_is_one_line_that_says_what_is_kept_and_exit_status_130(monkeypatch, tmp_path):
+    def interrupted(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_laser.cli.conversion.convert", interrupted)
+    result = CliRunner().invoke(app, ["convert", str(tmp_path), str(tmp_path / "target")])
+    assert result.exit_code == 130
+    assert result.output.strip() == "interrupted (SIGINT): nothing was written: the target is as it was"

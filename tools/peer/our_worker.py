@@ -17,7 +17,7 @@ import transformers
 
 from megatron_laser.config import load_config
 from megatron_laser.loop import train
-from megatron_laser.rewards import Grade, GradingPool
+from megatron_laser.rewards import Facts, Grade, GradingPool
 from megatron_laser.run.controller import Controller
 from peer.turns import Turns
 
@@ -31,10 +31,10 @@ def collect_in_turn(self: Controller, step: int) -> str:
     return collect(self, step)
 
 
-def timed_submit(self: GradingPool, response: str, answer: str) -> Future[Grade]:
+def timed_submit(self: GradingPool, response: str, answer: str, facts: Facts | None = None) -> Future[Grade]:
     """Submit as always, and note the time in which responses are handed to the graders."""
     started = time.perf_counter()
-    grade = submit(self, response, answer)
+    grade = submit(self, response, answer, facts)
     turns.add("submit", time.perf_counter() - started)
     return grade
 

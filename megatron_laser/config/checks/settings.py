@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_laser.config.checks.keeping import keeping_problems
 from megatron_laser.config.checks.layout import divisible
 from megatron_laser.config.checks.memory import memory_problems
 from megatron_laser.config.checks.rollout import rollout_problems
@@ -37,6 +38,7 @@ def settings_problems(config: RunConfig) -> list[str]:
         *_batch_problems(config),
         *rollout_problems(config),
         *mode_problems(config),
+        *keeping_problems(config),
     ]
 
 

@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_laser.config.schema.inputs import DataConfig
-from megatron_laser.config.schema.sources import SOURCE_SETTINGS, TAGS, DataSource, listed_sources
+from megatron_laser.config.schema.sources import (
+    EVALUATION_KEYS,
+    SOURCE_SETTINGS,
+    TAGS,
+    DataSource,
+    listed_sources,
+)
 from megatron_laser.config.yaml_source import KeyPath
 
 _KEYS = tuple(DataSource.model_fields)
@@ -31,6 +37,7 @@ def source_problems(data: DataConfig, origin: Mapping[KeyPath, str]) -> list[str
                     f"{where}data.{setting}[{index}].name: {source.label!r} is the name of data.{setting}[{earlier}], "
                     "too; give one of them another name"
                 )
+            problems += _evaluation_only(setting, index, source, origin)
             if setting != "train" and source.weight is not None:
                 where = _where(origin, ("data", setting, str(index), "weight"))
                 problems.append(
@@ -38,6 +45,19 @@ def source_problems(data: DataConfig, origin: Mapping[KeyPath, str]) -> list[str
                     "of each source once; leave it out"
                 )
     return problems
+
+
+def _evaluation_only(
+    setting: str, index: int, source: DataSource, origin: Mapping[KeyPath, str]
+) -> list[str]:
+    if setting != "train":
+        return []
+    return [
+        f"{_where(origin, ('data', setting, str(index), key))}data.{setting}[{index}].{key}: {value:g} is for "
+        "sources of data.validation and data.test; leave it out"
+        for key in EVALUATION_KEYS
+        if (value := getattr(source, key)) is not None
+    ]
 
 
 def place_in_source(location: tuple[int | str, ...]) -> tuple[str, ...] | None:

@@ -153,11 +153,6 @@ def cpu_lines(
         lines.append(
             MemoryLine("gathered sequence", b * tokens * h, STATE, detail, "batching.tokens_per_micro_batch")
         )
-    if arch.moe is not None and model.recompute == "full":
-        # Measured, not read off: so much stays of each layer that was run again, until it runs the next time.
-        left = layers * b * tokens * arch.moe.experts_per_token * h // t
-        detail = "as many bytes as the tokens sent to experts in each layer, of the last run"
-        lines.append(MemoryLine("experts' tokens", left, STATE, detail, budget))
     if head:
         detail = "input thrice for its norm, chosen, scaled, dX in float32; tiles of logits"
         lines.append(MemoryLine(HEAD, head, UPDATE, detail, "batching.tokens_per_micro_batch"))

@@ -6,7 +6,14 @@ from typing import Annotated
 
 from pydantic import AfterValidator, model_validator
 
-from megatron_laser.config.schema.fields import Count, CountOrZero, Fraction, NonNegative, Section
+from megatron_laser.config.schema.fields import (
+    RUNNING,
+    Count,
+    CountOrZero,
+    Fraction,
+    NonNegative,
+    Section,
+)
 
 
 def _growth(value: float) -> float:
@@ -22,6 +29,8 @@ class AlarmSettings(Section):
     """Alarms: what the metrics of a run say is wrong with it, in words ([the table](observing.md#alarms)). They are
     printed, shown in the live view and the report, and change nothing else. Each has a limit of its own, by its name;
     null or 0 switches it off."""
+
+    changing = RUNNING
 
     enabled: bool = True
     """Whether there are alarms at all."""

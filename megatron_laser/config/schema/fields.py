@@ -1,18 +1,50 @@
 """Field types shared by all sections: strict where YAML has accidents, lenient where it has none.
 
-PyYAML reads `1e-6` as a string (YAML 1.1 wants a dot), `on` and `off` as booleans; Python takes True for 1.
+A quoted "1e-6" is a number where one is expected, `true` and `false` are on and off where these are; Python takes
+True for 1.
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+Kind = Literal["identity", "learning", "running"]
+
+
+@dataclass(frozen=True)
+class Changing:
+    """What it means to continue a run with another value of a setting (docs/changing.md).
+
+    kind: `identity`, it is another run then; `learning`, the same run learns otherwise from then on; `running`, only
+    where, how fast and how talkative. reason: of identity, what the change would break. branch: of identity, whether a
+    branch, which is a run of its own, may have another value all the same: nothing in a checkpoint depends on it.
+    """
+
+    kind: Kind
+    reason: str = ""
+    branch: bool = False
+
+
+LEARNING, RUNNING = Changing("learning"), Changing("running")
+
+
+def identity(reason: str, *, branch: bool = False) -> Changing:
+    """The mark of a setting that makes a run this run; see `Changing`."""
+    return Changing("identity", reason, branch)
+
 
 class Section(BaseModel):
-    """Base of all sections: frozen, strict types, unknown keys refused."""
+    """Base of all sections: frozen, strict types, unknown keys refused.
+
+    changing: of the section's fields that say nothing themselves (`Learning[...]`, `Running[...]`, `identity(...)`).
+    """
+
+    changing: ClassVar[Changing]
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -20,12 +52,33 @@ class Section(BaseModel):
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, str):
+    if isinstance(value, str) and "_" not in value:  # which Python would take, and YAML 1.2 has not
         try:
             return float(value)
         except ValueError:
             return value  # pydantic's strict float refuses it and shows the value
     return value
+
+
+_CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)")
+_UNITS = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+def _duration(value: Any) -> Any:
+    """Seconds of a number, of [days-]hours:minutes:seconds as schedulers write it, or of units: 3h55m."""
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        pass
+    match = _CLOCK.fullmatch(value.strip()) or _UNITS.fullmatch(value.replace(" ", ""))
+    if match is None:
+        raise ValueError(
+            f"expected seconds, or text such as '3:55:00' (h:mm:ss), '1-00:00:00' (days) or 3h55m; got {value!r}"
+        )
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def _path(value: Any) -> Any:
@@ -110,10 +163,13 @@ def _template_arguments(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _switch(value: Any) -> Any:
-    """YAML 1.1 reads unquoted on and off as booleans."""
+    """As YAML 1.1 reads on and off."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+T = TypeVar("T")
+Learning = Annotated[T, LEARNING]
+Running = Annotated[T, RUNNING]
 Number = Annotated[float, BeforeValidator(_number)]
 NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0.0)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0.0)]
@@ -122,6 +178,7 @@ ClipLow = Annotated[float, BeforeValidator(_number), Field(gt=0.0, lt=1.0)]
 TopP = Annotated[float, BeforeValidator(_number), Field(gt=0.0, le=1.0)]
 MinP = Annotated[float, BeforeValidator(_number), Field(ge=0.0, lt=1.0)]
 Decay = Annotated[float, BeforeValidator(_number), Field(ge=0.0, lt=1.0)]
+Duration = Annotated[float, BeforeValidator(_duration), Field(gt=0.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=1, le=65535)]

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
 from megatron_laser.config.schema.fields import (
+    RUNNING,
     Count,
     CountOrZero,
     FilePath,
+    Learning,
     NonNegative,
+    Number,
     Positive,
     RewardName,
+    Running,
     Section,
     Seed,
     TemplateArguments,
     Text,
     TopP,
+    identity,
 )
 from megatron_laser.config.schema.sources import OptionalSources, Sources
 
@@ -40,13 +46,21 @@ Recompute = Annotated[Literal["none", "full"] | tuple[RecomputeModule, ...], Bef
 Fp8 = Literal["none", "blockwise", "tensorwise"]
 
 
+_OTHER_MODEL = identity(
+    "the checkpoint's weights are of that model; a folder with the same files may lie anywhere (docs/changing.md)"
+)
+_OTHER_DTYPE = identity("the checkpoint's weights are of that type")
+
+
 class ModelConfig(Section):
     """The policy's starting point and how it is held in memory."""
 
-    path: FilePath
+    changing = RUNNING
+
+    path: Annotated[FilePath, _OTHER_MODEL]
     """Hugging Face folder with config.json, *.safetensors and the tokenizer. A name on the hub is not
     accepted: download it first."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Annotated[Literal["float32", "bfloat16"], _OTHER_DTYPE] = "bfloat16"
     """Type of weights and activations in training. With bfloat16 the optimizer keeps float32 copies."""
     vocab_multiple: Count = 128
     """Each tensor-parallel shard of the padded vocabulary has a multiple of this many rows."""
@@ -63,7 +77,7 @@ class ModelConfig(Section):
     """With `recompute: full`: keep the layers' inputs in page-locked host memory from the forward to the backward pass,
     copied beside the computation. What is left on the GPU of a layer is nothing, so that length is bounded by one
     layer's work and the head."""
-    fp8: Fp8 = "none"
+    fp8: Learning[Fp8] = "none"
     """FP8 matrix products in the layers (Transformer Engine, Hopper or newer, `dtype: bfloat16`): `blockwise`, a scale
     for each 1 x 128 of activations and gradients and each 128 x 128 of weights, e4m3 throughout (as DeepSeek-V3; CUDA
     12.9 or newer); `tensorwise`, one scale for each whole tensor as it is, gradients in e5m2. Weights and optimizer
@@ -90,15 +104,19 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the problems come from and how they become prompts."""
 
+    changing = identity(
+        "the run would go on with other prompts, and its place among them, which a checkpoint keeps, would mean nothing"
+    )
+
     train: Sources
     """Training problems: one .jsonl or .parquet file, or a list of them. Or a list of sources `{path, weight, reward,
     name}`: each gives its `weight`'s share of the prompts (of the sum of all weights; 1 where none is given), shuffles
     and repeats by itself, may have a `reward` of its own, and has metrics `source/<name>/...` (`name`: the file's,
     without its suffix, where none is given). See data.md."""
-    validation: OptionalSources = None
+    validation: Running[OptionalSources] = None
     """Problems for the evaluation every `evaluation.every` steps; null: none. Or sources `{path, reward, name}`, whose
     metrics are in `eval/source/<name>/...`, too."""
-    test: OptionalSources = None
+    test: Running[OptionalSources] = None
     """Problems for the evaluation after the last step; null: none. Sources as in `validation`, in
     `test/source/<name>/...`."""
     prompt_key: Text = "problem"
@@ -107,7 +125,7 @@ class DataConfig(Section):
     answer_key: Text = "answer"
     """Column that holds the reference answer. For `math_verify` the answer is taken out of worked solutions
     (`#### 827`, a box), lists of one and numbers; a `reward.function` of your own gets text as it stands, the rest as
-    JSON."""
+    JSON. `a.b` is b in the objects of column a."""
     prompt_suffix: str = " Please reason step by step, and put your final answer within \\boxed{}."
     """Appended to each problem, before the chat template."""
     apply_chat_template: bool = True
@@ -125,23 +143,96 @@ class DataConfig(Section):
     """Shuffle the training problems anew each epoch, from `run.seed`."""
 
 
+_REWARD = identity(
+    "right and wrong would mean something else in the second half: scores are trained on these labels, and curves of "
+    "one run would show two rewards",
+    branch=True,
+)
+
+
+class RewardTerm(Section):
+    """One of several terms of the reward."""
+
+    changing = _REWARD
+
+    weight: Number = 1.0
+    """Of its value in the sum that the policy learns from; 0: it is only shown."""
+    function: RewardName | None = None
+    """A function of its own, as `reward.function`, which returns one number; null: `reward.function` returns it."""
+
+
+_TERM_NAME = re.compile(r"[\w.+-]+")
+
+
+def _terms(value: Any) -> Any:
+    """Name -> weight is short for name -> {weight}."""
+    if not isinstance(value, dict):
+        return value
+    for name in value:
+        if not isinstance(name, str) or not _TERM_NAME.fullmatch(name):
+            raise ValueError(
+                f"expected names of letters, digits, . _ + - (they are in metrics' names); {name!r} is none"
+            )
+        if name == "sum":
+            raise ValueError(
+                "expected another name than sum, which is that of all terms together in reward.label"
+            )
+        item = value[name]
+        if isinstance(item, dict) and (strange := item.keys() - {"weight", "function"}):
+            raise ValueError(
+                f"expected weight and function of the term {name}, found {', '.join(map(str, strange))}"
+            )
+    reward = value.get("reward")
+    if (
+        reward.get("function") if isinstance(reward, dict) else getattr(reward, "function", None)
+    ) is not None:
+        raise ValueError("expected no function for the term reward: it is what reward.function returns")
+    return {
+        name: item if isinstance(item, dict | Section) else {"weight": item} for name, item in value.items()
+    }
+
+
+RewardTerms = Annotated[dict[str, RewardTerm], BeforeValidator(_terms)]
+
+
 class RewardConfig(Section):
     """The verifier that labels responses right (1) or wrong (0)."""
 
+    changing = _REWARD
+
     function: RewardName = "math_verify"
     """`math_verify`, `multiple_choice` or `free_text` (rewards.md), or `package.module:function`, or
-    `path/to/file.py:function`. It returns a number from
-    0 (wrong) to 1 (right); an error or anything else is the outcome `crash`, and such a response is left out of the
+    `path/to/file.py:function`; with `verl:` or `trl:` in front one that is written for these. It returns a number from
+    0 (wrong) to 1 (right), or, with `terms` or `threshold`, any number or a dict of named ones; an error or anything
+    else is the outcome `crash`, and such a response is left out of the
     step. It is tried before the run starts, and a step in which nothing could be graded stops the run."""
-    workers: Count = 2
+    terms: RewardTerms = Field(default_factory=dict)
+    """Several rewards: name -> weight of a number that `function` returns in a dict (its one number is called
+    `reward`), or name -> `{function, weight}` of a further function. The policy learns from the weighted sum;
+    `reward/<name>` is a term's mean. Empty: `{reward: 1.0}`."""
+    label: Text = "reward"
+    """The term that says right or wrong, or `sum`, the weighted sum: the label that the self-reward score is trained
+    towards, and that accuracy and votes count."""
+    threshold: Number | None = None
+    """From which value of `label` on a response is right: the label is then 1 or 0, and values may be any number;
+    null: the value itself is the label, from 0 to 1."""
+    workers: Running[Count] = 2
     """Worker processes that grade."""
-    deadline: Positive = 5.0
+    deadline: Running[Positive] = 5.0
     """Seconds for one response; a worker that takes longer is killed and the outcome is `timeout`: the
     response is left out of the step."""
+    memory_limit_gib: Running[Positive | None] = 4.0
+    """Address space, in GiB, of each grading worker and of each process that it starts; what needs more ends in
+    `crash`. null: no limit."""
+    max_processes: Running[CountOrZero | None] = None
+    """Processes that a worker's functions may have started at once; with more all are killed, and the outcome is
+    `crash`. They are counted ten times a second. null: no limit."""
 
 
 class EvaluationConfig(Section):
     """Evaluation during the run (`data.validation`) and after it (`data.test`)."""
+
+    changing = RUNNING
 
     every: CountOrZero = 0
     """Steps between evaluations on `data.validation`; 0: off."""

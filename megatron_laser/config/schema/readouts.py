@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from megatron_laser.config.schema.fields import (
+    LEARNING,
     CountOrZero,
     Fraction,
     FunctionName,
@@ -15,8 +16,10 @@ from megatron_laser.config.schema.fields import (
     NonNegative,
     NumberPair,
     Positive,
+    Running,
     Section,
     Text,
+    identity,
 )
 
 
@@ -81,37 +84,47 @@ def _listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+OTHER_SCORE = identity(
+    "the score that was trained is of this token, place and scale; with another all scores would jump",
+    branch=True,
+)
+
+
 class ReadoutConfig(Section):
     """What is read of the policy at some places of a response, and what it is trained towards. What an entry leaves
     out is as `laser` has it: an empty one is the readout that `laser`'s own settings describe."""
 
-    name: Text | None = None
+    changing = LEARNING
+
+    name: Running[Text | None] = None
     """In names of metrics, `readout/<name>/...`; null: `readout_1` for the first entry, and so on. The first is the
     response's score: its metrics have plain names, and votes and evaluations use it."""
-    tokens: Tokens = None
+    tokens: Annotated[Tokens, OTHER_SCORE] = None
     """Unused special tokens whose log-probs are read: one, or a list; null: `laser.score_token`."""
-    position: Position = None
+    position: Annotated[Position, OTHER_SCORE] = None
     """`eos`, behind the token that ended the response; `before_eos`, in the distribution that this token was sampled
     from; `{every: n}`, behind every n-th token; `{delimiter: text}`, behind each token with which such a text is
     complete, as "\\n\\n" ends a paragraph; these two give scores of prefixes, and also read responses that were cut
     off. `{forced: text}` reads those alone, that is what a limit cut off: the text, such as the token that ends a
     response, is put behind each of them for reading only, and the place is behind its last token. Not for the first
     entry, and one text for all that have it. null: `eos`."""
-    score: Literal["scaled_logratio", "pair_sigmoid", "normalised"] = "scaled_logratio"
+    score: Annotated[Literal["scaled_logratio", "pair_sigmoid", "normalised"], OTHER_SCORE] = (
+        "scaled_logratio"
+    )
     """How log-probs become a score: `scaled_logratio`, beta * (log-prob of the first token - ref_logprob);
     `pair_sigmoid`, sigmoid of the difference of two log-probs, that is p_1 / (p_1 + p_2); `normalised`, the first
     token's share of the probability of all of them."""
-    ref_logprob: LogProb | None = None
+    ref_logprob: Annotated[LogProb | None, OTHER_SCORE] = None
     """As `laser.ref_logprob`, for this place."""
-    beta: Positive | None = None
+    beta: Annotated[Positive | None, OTHER_SCORE] = None
     """As `laser.beta`."""
-    target: Target = None
+    target: Annotated[Target, OTHER_SCORE] = None
     """`binary`, the verifier's label; `{group_shrunk: gamma}`, gamma * label + (1 - gamma) * mean label of the group;
     `prefix_value`, the mean label of the group's responses that begin with the same tokens up to this place; null:
     `binary`."""
-    targets: NumberPair | None = None
+    targets: Annotated[NumberPair | None, OTHER_SCORE] = None
     """As `laser.targets`."""
-    loss: Literal["mse", "brier", "bce", "margin"] | None = None
+    loss: Annotated[Literal["mse", "brier", "bce", "margin"] | None, OTHER_SCORE] = None
     """`mse`, (score - target)^2; `brier`, (p - target)^2 with p the readout's probability (of the first token, or the
     pair's share); `bce`, cross-entropy of p, and of two tokens with `scaled_logratio` the first one's log-prob for
     right and the second one's for wrong (Eq. 16 of the paper, an ablation); `margin`, how much of `margin` is missing

@@ -8,9 +8,11 @@ from pydantic import AfterValidator, Field, field_validator
 
 from megatron_laser.config.addresses import host_and_port
 from megatron_laser.config.schema.fields import (
+    RUNNING,
     AtLeastOne,
     Count,
     FilePath,
+    Learning,
     MinP,
     Port,
     Positive,
@@ -19,6 +21,7 @@ from megatron_laser.config.schema.fields import (
     Text,
     TokenIds,
     TopP,
+    identity,
 )
 
 
@@ -31,8 +34,17 @@ Url = Annotated[str, AfterValidator(_http_url)]
 Urls = Annotated[tuple[Url, ...], Strings, Field(min_length=1)]
 
 
+_SMOKE_RUN = identity("a smoke run has a folder and settings of its own")
+_OTHER_ENVIRONMENT = identity(
+    "samples would be made by another environment, and mean something else in the second half", branch=True
+)
+_OTHER_ENDS = identity("scores are read, and c_ref was measured, behind these tokens")
+
+
 class SglangConfig(Section):
     """SGLang servers: where they are, or how `megatron-laser serve` starts them on a node."""
+
+    changing = RUNNING
 
     urls: Urls | None = None
     """Addresses of servers that run already and are used as they are; null: those of `endpoints`, or, without
@@ -66,7 +78,7 @@ class SglangConfig(Section):
     seed of its own, made of `run.seed` or `evaluation.seed`, the step and its place, and does not depend on what else
     the server computes. Slower; not on CPUs. false: servers ignore seeds, and two runs of one seed sample other
     responses."""
-    quantization: Literal["fp8"] | None = None
+    quantization: Learning[Literal["fp8"] | None] = None
     """`fp8`: servers hold the matrices of attention, MLP and experts as float8_e4m3fn with one scale for each block of
     128 x 128, and multiply with activations quantized in groups of 128; embedding, output layer, routers, norms, biases
     and the key/value cache stay in `model.dtype`. The trainer quantizes at each weight sync and goes on in
@@ -87,66 +99,68 @@ class SglangConfig(Section):
 class RolloutConfig(Section):
     """How responses are sampled for training."""
 
+    changing = RUNNING
+
     engine: Literal["in_process", "sglang", "none"] = "in_process"
     """Who generates: `in_process` runs the policy's weights inside rank 0's process (small models);
     `sglang` uses SGLang servers, see `sglang.*` below. `none`: nobody; it is set, whatever stands here, where nothing
     is generated (`run.mode: train_only`, `run.fake.responses`)."""
-    limit: Count | None = None
+    limit: Annotated[Count | None, _SMOKE_RUN] = None
     """A smoke run of a big recipe with one override, `rollout.limit=4`: at most so many prompts a step and problems an
     evaluation, and with that at most 3 steps, 256 tokens a response, 2 responses for a problem of an evaluation, and
     warm-ups of one step, so that each part of a step is met. It writes to `run.output_dir` with -smoke behind it. null:
     the run itself."""
-    prompts_per_step: Count = 128
+    prompts_per_step: Learning[Count] = 128
     """Prompts per training step; each makes one group."""
-    samples_per_prompt: Count = 8
+    samples_per_prompt: Learning[Count] = 8
     """Samples per prompt, the group size G of GRPO; 2 or more, but with `policy.advantage: reinforce_pp`."""
-    drop_uniform_groups: bool = False
+    drop_uniform_groups: Learning[bool] = False
     """Drop groups whose samples all have one reward, which teach nothing about right and wrong, and try further
     prompts until `prompts_per_step` groups are there (dynamic sampling). `groups_dropped_right` and
     `groups_dropped_wrong` count them; `accuracy_tried` is the accuracy over everything that was graded, `reward_mean`
     that of the batch."""
-    oversampling_cap: AtLeastOne = 3.0
+    oversampling_cap: Learning[AtLeastOne] = 3.0
     """With `drop_uniform_groups`: a step tries at most this many times `prompts_per_step` prompts, then trains
     on what it has (on uniform groups when there is nothing else)."""
-    oversample: AtLeastOne = 1.0
+    oversample: Learning[AtLeastOne] = 1.0
     """Over-sampling with partial rollouts: start this many times the prompts that are still missing at once and stop
     when enough are complete; what is unfinished is kept and resumed in the next step, under newer weights. Above 1
     needs `engine: sglang`."""
-    ahead: Literal[0, 1] = 0
+    ahead: Learning[Literal[0, 1]] = 0
     """1: asynchronous rollouts, one step off-policy: generate for the next step while this one trains, so that
     responses come from weights one step old (needs `engine: sglang` and a correction, see
     `policy.importance_cap`). 0: strictly on-policy."""
-    max_staleness: Count = 2
+    max_staleness: Learning[Count] = 2
     """Largest number of steps by which a token's weights may be older than those that are trained; a partial
     response of an earlier step that would pass it is generated anew, and then the step waits for it."""
-    max_new_tokens: Count = 8192
+    max_new_tokens: Learning[Count] = 8192
     """Longest response, in tokens. A response cut here has no score. With `function` it counts what the environment
     writes, too."""
-    function: Text | None = None
+    function: Annotated[Text | None, _OTHER_ENVIRONMENT] = None
     """An async function of yours that makes a sample, of several turns, with tools or an environment:
     `path/to/file.py:function` or `package.module:function`, see [rollout.md](rollout.md#a-function-of-yours). null: the
     policy answers in one piece. It is checked before the run starts; runs in the process of rank 0; and makes the
     responses of the run's evaluations as well."""
-    function_options: dict[str, Any] = Field(default_factory=dict)
+    function_options: Annotated[dict[str, Any], _OTHER_ENVIRONMENT] = Field(default_factory=dict)
     """Keyword arguments of `function`: `{max_turns: 4}`."""
     function_deadline: Positive | None = None
     """Seconds that `function` may take for one sample, waiting for servers included; null: 600, or half of `deadline`
     where that is less. A sample that takes longer, an
     error, or an impossible sample is counted (`function_failed_timeout`, `_error`, `_invalid`) and left out of the
     step; a step without any sample stops the run."""
-    temperature: Positive = 1.0
+    temperature: Learning[Positive] = 1.0
     """Sampling temperature. Response log-probs are of logits / temperature; the score never is."""
-    top_p: TopP = 1.0
+    top_p: Learning[TopP] = 1.0
     """Nucleus sampling: of the `top_k` most probable tokens those that reach so much probability together. Below 1 it
     needs `top_k`. Evaluations have a top_p of their own, see `evaluation.top_p`."""
-    top_k: Count | None = None
+    top_k: Learning[Count | None] = None
     """Sample from so many of the most probable tokens, 2 to 128; null: from all. The engine then tells from which
     tokens each was sampled, and log-probs of responses, and so ratios and KL, are those of the softmax over these
     tokens alone, on both sides; entropy and score stay those of the whole vocabulary."""
-    min_p: MinP = 0.0
+    min_p: Learning[MinP] = 0.0
     """Leave out tokens whose probability is below so much of the most probable one's, in [0, 1). Above 0 it needs
     `top_k`."""
-    stop_token_ids: TokenIds | None = None
+    stop_token_ids: Annotated[TokenIds | None, _OTHER_ENDS] = None
     """Token ids that end a response; null: the EOS ids of the model's generation_config.json. Only a
     response that ended on one of them has a score."""
     deadline: Positive = 3600.0

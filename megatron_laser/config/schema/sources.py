@@ -6,12 +6,32 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    field_validator,
+    model_serializer,
+)
 
-from megatron_laser.config.schema.fields import FilePaths, OptionalFilePaths, Positive, RewardName, Section
+from megatron_laser.config.schema.fields import (
+    Count,
+    FilePaths,
+    NonNegative,
+    OptionalFilePaths,
+    Positive,
+    RewardName,
+    Section,
+    identity,
+)
 
 SOURCE_SETTINGS = ("train", "validation", "test")
 """The keys of `data` that take sources."""
+
+EVALUATION_KEYS = ("samples_per_prompt", "max_prompts", "temperature")
+"""The keys of a source that only evaluations have."""
 
 _NAME = re.compile(r"[\w.+-]+")
 _NOT_IN_A_NAME = re.compile(r"[^\w.+-]+")
@@ -19,6 +39,8 @@ _NOT_IN_A_NAME = re.compile(r"[^\w.+-]+")
 
 class DataSource(Section):
     """One of several sources."""
+
+    changing = identity("the mixture of problems, in which a checkpoint keeps its place, would be another")
 
     path: FilePaths
     """One .jsonl or .parquet file, or a list of them."""
@@ -28,6 +50,13 @@ class DataSource(Section):
     """The verifier of this source; null: `reward.function`."""
     name: Annotated[str, Field(min_length=1)] | None = None
     """In the names of metrics; null: the first file's name without its suffix."""
+    samples_per_prompt: Count | None = None
+    """Responses to each of its problems; null: `evaluation.samples_per_prompt`, for `data.test`
+    `evaluation.final_samples_per_prompt`. Validation and test only, like the next two."""
+    max_prompts: Count | None = None
+    """Use only its first so many problems; null: `evaluation.max_prompts`."""
+    temperature: NonNegative | None = None
+    """Sampling temperature; null: `evaluation.temperature`."""
 
     @field_validator("name")
     @classmethod
@@ -35,6 +64,12 @@ class DataSource(Section):
         if value is not None and not _NAME.fullmatch(value):
             raise ValueError("expected letters, digits, . _ + - (it becomes a part of metrics' names)")
         return value
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Training sources have none of these: the identity of a run is as before there were any."""
+        found: dict[str, Any] = handler(self)
+        return {key: value for key, value in found.items() if key not in EVALUATION_KEYS or value is not None}
 
     @property
     def label(self) -> str:

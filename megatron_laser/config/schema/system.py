@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from megatron_laser.config.schema.fields import (
+    RUNNING,
     Count,
     CountOrZero,
+    Duration,
     FilePath,
     Positive,
     Section,
     Seed,
     Switch,
     Text,
+    identity,
 )
+from megatron_laser.config.schema.keeping import BestConfig, EarlyStopConfig
 from megatron_laser.config.schema.trials import FakeConfig, ProfileConfig
 
 
@@ -33,8 +46,27 @@ def _stage_layers(value: Any) -> Any:
 StageLayers = Annotated[Literal["even", "balanced"] | tuple[int, ...], BeforeValidator(_stage_layers)]
 
 
+RESUME_STEP = re.compile(r"step\s+(\d+)")
+
+
+def _resume(value: Any) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("expected auto, never, step N, or the folder of a run or of one of its checkpoints")
+    if (match := RESUME_STEP.fullmatch(value.strip())) is not None:
+        return f"step {int(match[1])}"
+    return value.strip()
+
+
+Resume = Annotated[str, BeforeValidator(_resume)]
+_OTHER_MODE = identity("what the steps before were made of cannot be continued with something else")
+_OTHER_BATCHES = identity("step n trains on the n-th of these batches; the same files may lie anywhere")
+_OTHER_SEED = identity("the order of the problems, in which a checkpoint keeps its place, is made of it")
+
+
 class ParallelConfig(Section):
     """How many ranks share one copy of the model. The data-parallel size is what is left of the world."""
+
+    changing = RUNNING
 
     tensor: Count = 1
     """Ranks that split each weight matrix; must divide the key/value heads."""
@@ -66,6 +98,8 @@ class ParallelConfig(Section):
 class BatchingConfig(Section):
     """How sequences are packed into micro-batches."""
 
+    changing = RUNNING
+
     tokens_per_micro_batch: Count = 16384
     """Token budget of a packed micro-batch on one rank (dynamic batch size). A micro-batch has `parallel.context` times
     as many tokens, and the longest sequence, `data.max_prompt_tokens` + `rollout.max_new_tokens`, must fit these."""
@@ -90,6 +124,8 @@ class BatchingConfig(Section):
 class CheckpointConfig(Section):
     """What is kept of the run."""
 
+    changing = RUNNING
+
     every: CountOrZero = 100
     """Steps between checkpoints; the last step is saved too. 0: none, the run cannot be resumed."""
     keep_last: Count = 2
@@ -107,16 +143,27 @@ class CheckpointConfig(Section):
     """Where this run's checkpoints lie, and no other run's; null: `output_dir`/checkpoints."""
     export_hf: bool = True
     """Write a Hugging Face folder to `output_dir`/hf at the end of the run."""
+    export_every: CountOrZero = 0
+    """Steps between Hugging Face folders that are written while the run goes on, `output_dir`/hf_step_N; 0: none."""
+    export_keep: Count | None = None
+    """Newest of these folders that are kept; null: all."""
+    best: BestConfig = Field(default_factory=BestConfig)
+    """The checkpoint of the best evaluation."""
 
 
 class LoggingConfig(Section):
     """What is shown and written while the run goes on. metrics.jsonl is always written."""
+
+    changing = RUNNING
 
     tensorboard: bool = True
     """Write TensorBoard events to `output_dir`/tensorboard."""
     wandb: bool = False
     """Send metrics to Weights & Biases (package `wandb`); without an API key they are recorded offline in
     `output_dir`/wandb for `wandb sync`."""
+    all_metrics: bool = False
+    """Send every metric to TensorBoard and wandb, several hundred in some runs; false: those that are looked at most,
+    80 at the most but for many sources and readouts (metrics.md). metrics.jsonl has all of them in either case."""
     wandb_project: Text | None = None
     """The wandb project; null: megatron_laser."""
     live: Annotated[Literal["auto", "on", "off"], Switch] = "auto"
@@ -144,40 +191,86 @@ class LoggingConfig(Section):
     """Windows of a profiler."""
 
 
+UNKNOWN_STEPS = 2**31 - 1
+"""`run.steps` until `run.epochs` have been made into steps, which takes the data."""
+
+
 class RunSettings(Section):
     """The run: its length, its seed, its folder and how long anybody waits."""
+
+    changing = RUNNING
 
     name: str = ""
     """Name in logs and reports; empty: the name of `output_dir`."""
     steps: Count
-    """Training steps; one step is one rollout batch."""
-    mode: Literal["train", "rollout_only", "train_only"] = "train"
+    """Training steps; one step is one rollout batch. Either this or `epochs`."""
+    epochs: Positive | None = None
+    """In place of `steps`: how often the training problems are gone through, 2 or 0.5. At the start steps become
+    epochs x usable problems / `rollout.prompts_per_step`, rounded up; of several sources all problems together count.
+    It does not go with `rollout.drop_uniform_groups`, which takes as many problems as it needs."""
+    mode: Annotated[Literal["train", "rollout_only", "train_only"], _OTHER_MODE] = "train"
     """`rollout_only`: no training: responses of `model.path` are generated, graded and kept in `output_dir`/batches.
     `train_only`: no rollouts: the run trains on the batches of `batches`, and needs no engine, servers, graders or
     data; so two settings can be compared on the same responses. Both leave out evaluations. `train`: everything."""
-    batches: FilePath | None = None
+    batches: Annotated[FilePath | None, _OTHER_BATCHES] = None
     """With `mode: train_only`: the folder of the batches, another run's `output_dir`/batches. Step n trains on the n-th
     of them. Settings that made them (prompts and samples a step, temperature, score token, ...) must be this run's,
     and are compared."""
     fake: FakeConfig = Field(default_factory=FakeConfig)
     """Made-up weights and responses."""
-    seed: Seed = 1
+    seed: Annotated[Seed, _OTHER_SEED] = 1
     """Seed of data order, of what the in-process engine samples and of random states. Servers sample by it only with
     `rollout.sglang.deterministic`."""
     output_dir: FilePath
     """Folder for everything that the run writes."""
-    resume: Literal["auto", "never"] = "auto"
+    resume: Resume = "auto"
     """`auto`: the same command continues the run in `output_dir` from its newest checkpoint; `never`: a folder
-    that already holds a run is refused."""
+    that already holds a run is refused. `step N`: go back to that checkpoint of the run, once; what came after it is
+    moved aside. Another run's folder, or a checkpoint in one (`RUN/checkpoints/step_40`): a branch, that is, begin with
+    that state in a new `output_dir`. See changing.md."""
     deadline: Positive = 900.0
     """Seconds that a rank waits for another, outside a rollout, before it stops with an error. Longer than
     `rollout.sync_deadline`, for which all ranks wait."""
     start_grace: Positive = 120.0
     """Seconds that a process waits for all others to start and meet; from then on `deadline` holds, for the first
     use of each communicator too."""
+    time_limit: Duration | None = None
+    """Seconds from the start of the command, or text such as '3:55:00' or 3h55m, in which the run saves and stops by
+    itself, so that the same command continues it: where the next step, its evaluation and the save behind it would not
+    fit any more, going by the longest of those seen. Less than a scheduler's (docs/stopping.md). null: none."""
     max_bad_steps: Count = 3
     """Steps in a row with a loss or gradient that is not finite, after which the run stops. Their updates are
     skipped and their batches kept in `output_dir`/bad_steps for `megatron-laser replay`."""
+    early_stop: EarlyStopConfig = Field(default_factory=EarlyStopConfig)
+    """When the run ends early."""
+
+    @property
+    def steps_known(self) -> bool:
+        """False until `epochs` have been made into steps."""
+        return self.epochs is None
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """With `epochs` nobody has given `steps`."""
+        found: dict[str, Any] = handler(self)
+        return found if self.steps_known else {**found, "steps": None}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("epochs") is None or data.get("steps") is not None:
+            return data
+        return {**data, "steps": UNKNOWN_STEPS}
+
+    @field_validator("epochs", mode="before")
+    @classmethod
+    def _not_beside_steps(cls, value: Any, info: ValidationInfo) -> Any:
+        steps = info.data.get("steps", UNKNOWN_STEPS)
+        if value is not None and steps != UNKNOWN_STEPS:
+            raise ValueError(
+                f"expected null beside run.steps {steps}; give one of the two, and null for the other"
+            )
+        return value
 
     @model_validator(mode="before")
     @classmethod

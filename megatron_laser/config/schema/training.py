@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megatron_laser.config.schema.fields import (
+    LEARNING,
     AboveOne,
     ClipLow,
     Count,
@@ -18,28 +19,34 @@ from megatron_laser.config.schema.fields import (
     NonNegative,
     NumberPair,
     Positive,
+    Running,
     ScoreTokenSetting,
     Section,
     Switch,
+    identity,
 )
-from megatron_laser.config.schema.readouts import Readouts
+from megatron_laser.config.schema.readouts import OTHER_SCORE, Readouts
+
+_OTHER_ROUTERS = identity("a checkpoint has an optimizer state of the routers, or none")
 
 
 class LaserConfig(Section):
     """Last-token self-rewarding (arXiv 2510.14943): score = beta * (zc_logprob - ref_logprob)."""
 
+    changing = LEARNING
+
     enabled: bool = True
     """false: plain GRPO; no score is computed."""
-    score_token: ScoreTokenSetting = None
+    score_token: Annotated[ScoreTokenSetting, OTHER_SCORE] = None
     """The score token z_c, an unused special token, as a string or an id (Qwen2.5: `<|vision_start|>`).
     Required when enabled."""
     score_source: Literal["trainer", "server"] = "trainer"
     """Who computes the old policy's zc_logprob for advantages and metrics: the `trainer` in its log-prob
     pass, or the `server`, that is the rollout engine, as one more token behind each response."""
-    ref_logprob: LogProb | None = None
+    ref_logprob: Annotated[LogProb | None, OTHER_SCORE] = None
     """c_ref: mean of log pi_ref(z_c | prompt, response, EOS) over responses of the initial model, in nats
     (Qwen2.5: -23.0). Required when enabled, unless `reference: model`."""
-    beta: Positive = 0.1
+    beta: Annotated[Positive, OTHER_SCORE] = 0.1
     """beta_v: one unit of score is 1/beta nats of zc_logprob."""
     alpha: NonNegative = 0.1
     """Weight of the self-reward loss in the total loss."""
@@ -55,35 +62,37 @@ class LaserConfig(Section):
     unscored: Literal["zero", "exclude"] = "zero"
     """A response without a score counts as score 0 in its group (`zero`) or is left out of the group's
     statistics and keeps the verifier's advantage (`exclude`)."""
-    max_unscored_steps: Count | None = 10
+    max_unscored_steps: Running[Count | None] = 10
     """So many steps in a row without a single response that ends by itself, and so has a score, stop the run with the
     likely cause; all steps of a shorter run do, too. null: it goes on, and says so once."""
     class_weights: bool = True
     """Weight right and wrong responses so that both classes count half of the loss each."""
-    targets: NumberPair = (1.0, 0.0)
+    targets: Annotated[NumberPair, OTHER_SCORE] = (1.0, 0.0)
     """beta * (zc_logprob - ref_logprob) that right and wrong responses are trained towards: [right, wrong]. Every
     score that is used or shown is on their scale: 1 at the right one and 0 at the wrong one."""
-    loss: Literal["mse", "bce"] = "mse"
+    loss: Annotated[Literal["mse", "bce"], OTHER_SCORE] = "mse"
     """`mse` on the score; `bce`, cross-entropy on z_c, is an ablation known to hurt."""
-    reference: Literal["constant", "model"] = "constant"
+    reference: Annotated[Literal["constant", "model"], OTHER_SCORE] = "constant"
     """What the score is measured from: the `constant` ref_logprob, or (ablation) each response's
     zc_logprob under a frozen copy of the initial `model`, which must then be loaded."""
     readouts: Readouts | None = None
     """Several readouts, or one of another kind: a list of tables, whose keys are below. What an entry leaves out is as
     the settings above have it; null: one entry with nothing in it, which is LaSeR as published."""
-    drift_every: CountOrZero = 0
+    drift_every: Running[CountOrZero] = 0
     """Every so many steps, and after the last one, measure log pi(z_c) of the trained weights on the same held
     responses, and where there is a reference model how far its own is from c_ref (metrics `drift/...`); 0: off."""
-    drift_samples: Count = 128
+    drift_samples: Running[Count] = 128
     """So many scored responses, in whole groups, are held for it: of the first step's rollouts, that is of the initial
     model. They are in `held_responses.npz` of the output folder; each measurement is a forward pass over them."""
-    allow_partition_excess: bool = False
+    allow_partition_excess: Running[bool] = False
     """Run although Z - 1 > 0.05, that is although the score of right responses asks for a probability of
     z_c that disturbs the policy."""
 
 
 class PolicyConfig(Section):
     """The policy-gradient part: advantages, importance ratios and the loss."""
+
+    changing = LEARNING
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] | FunctionName = "grpo"
     """Advantage estimator: `grpo`, (reward - group mean) / (group std + 1e-6); `dr_grpo`, reward - group
@@ -133,7 +142,7 @@ class PolicyConfig(Section):
     length_penalty: NonNegative = 0.0
     """Weight of Kimi k1.5's length reward in the advantages' reward: within a group, short right responses gain up to
     half of it, and long ones lose as much, wrong ones too; 0: off."""
-    mismatch_abort: Positive | None = None
+    mismatch_abort: Running[Positive | None] = None
     """Stop the run when a step's mean |trainer - engine| log-prob (`logprob_diff_mean`) is more than this many
     nats: the engine then samples from another policy than the one that is trained; null: off."""
     kl_coefficient: NonNegative = 0.0
@@ -157,6 +166,8 @@ class PolicyConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""
 
+    changing = LEARNING
+
     lr: NonNegative = 1e-6
     """Peak learning rate."""
     betas: DecayPair = (0.9, 0.999)
@@ -173,9 +184,9 @@ class OptimizerConfig(Section):
     """Optimizer steps in which the learning rate rises linearly from 0."""
     min_lr: NonNegative = 0.0
     """Where a linear or cosine schedule ends."""
-    distributed: bool = False
+    distributed: Running[bool] = False
     """Shard optimizer state over the data-parallel and context ranks (Megatron's distributed optimizer)."""
-    offload: bool = False
+    offload: Running[bool] = False
     """Keep the optimizer's state in page-locked host memory, and on the GPU only while it updates the weights, when
     activations are gone: the peak is then that of the forward and backward passes or of the update, not of both. The
     same numbers, bit for bit; each optimizer step moves the state there and back."""
@@ -185,12 +196,12 @@ class OptimizerConfig(Section):
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     """In what gradients are summed over micro-batches and reduced over ranks. `bfloat16` halves their memory and
     traffic and rounds every sum to 8 bits: a small batch's contribution can be lost. Needs `model.dtype: bfloat16`."""
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: Running[bool] = False
     """Reduce gradients while the backward pass still runs."""
-    overlap_param_gather: bool = False
+    overlap_param_gather: Running[bool] = False
     """Gather updated parameters during the next forward pass; needs `distributed` and
     `overlap_grad_reduce`."""
-    gradient_accumulation_fusion: Annotated[Literal["auto", "on", "off"], Switch] = "auto"
+    gradient_accumulation_fusion: Running[Annotated[Literal["auto", "on", "off"], Switch]] = "auto"
     """Add weight gradients to their float32 sums inside the matrix product that makes them, unrounded: `auto`, on
     CUDA where Transformer Engine or apex's extension is there; `on`, or an error; `off`, a gradient in
     `model.dtype` first. The log-prob head always adds its own."""
@@ -199,13 +210,15 @@ class OptimizerConfig(Section):
 class MoeConfig(Section):
     """Routers of a mixture-of-experts model. A dense model has none, and takes no setting from here."""
 
+    changing = LEARNING
+
     aux_loss_coefficient: NonNegative = 0.0
     """Weight of the load-balancing loss, which is 1 for each layer when all experts get as many tokens. It is of all
     tokens of an optimizer step, not of each micro-batch, and needs a pass before the update to count them: the
     old-policy pass, or one more where there is none."""
     z_loss_coefficient: NonNegative = 0.0
     """Weight of the mean squared log-sum-exp of each router's logits, which keeps them small."""
-    freeze_router: bool = False
+    freeze_router: Annotated[bool, _OTHER_ROUTERS] = False
     """Routers keep the weights of `model.path`."""
     routing_replay: bool = False
     """Send each token, in the old-policy pass and in training, to the experts that the rollout engine chose for it (R3,

@@ -6,7 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from megatron_laser.config.schema.fields import Count, CountOrZero, NonNegative, Section
+from megatron_laser.config.schema.fields import (
+    RUNNING,
+    Count,
+    CountOrZero,
+    NonNegative,
+    Section,
+    identity,
+)
 
 
 def _window(value: Any) -> Any:
@@ -38,6 +45,8 @@ ProfiledRanks = Annotated[Literal["all"] | tuple[CountOrZero, ...], BeforeValida
 class ProfileConfig(Section):
     """Windows in which torch's profiler is on. Nothing that is computed depends on them."""
 
+    changing = RUNNING
+
     steps: ProfiledSteps = None
     """The first and the last step of a window, both in it: `[10, 12]` are three steps. null: none but those that are
     asked for while the run goes on (`kill -USR2` of a rank, `megatron-laser profile`)."""
@@ -54,6 +63,8 @@ class ProfileConfig(Section):
 class FakeConfig(Section):
     """Made-up inputs for a trial of a layout, of its time and its memory: nothing is learned, and the run says so in
     its name (FAKE), at its start and at its end."""
+
+    changing = identity("a trial with made-up inputs and a run that learns are two runs")
 
     weights: bool = False
     """Random weights of the shape of config.json in place of the model's: no weight files are needed. With servers it

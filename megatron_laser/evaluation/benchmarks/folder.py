@@ -24,6 +24,7 @@ from megatron_laser.evaluation.model_folder import ModelFolder
 from megatron_laser.evaluation.score_rule import ScoreRule
 from megatron_laser.evaluation.weight_identity import files_digest, small_files_digest
 from megatron_laser.files import lock_folder, plain, write_atomically
+from megatron_laser.rewards.adapters import split_kind
 from megatron_laser.rewards.registry import is_math_verify, locate_reward
 from megatron_laser.types import Prompt
 
@@ -31,7 +32,17 @@ SETTINGS = "settings.json"
 RESPONSES = "responses.jsonl"
 RECORDS = "records.jsonl"
 # These change what the responses are worth, not the responses: the records are made anew from them.
-_JUDGING = ("ref_logprob", "beta", "targets", "readout", "prefix", "reward", "grading", "answers")
+_JUDGING = (
+    "ref_logprob",
+    "beta",
+    "targets",
+    "readout",
+    "prefix",
+    "reward",
+    "reward_rule",
+    "grading",
+    "answers",
+)
 # Named only where they are more than what folders of earlier versions know.
 _OPTIONAL = ("readout", "prefix", "ended_below")
 # The same model after more training, say: it is answered anew, and the old responses are set aside.
@@ -71,7 +82,9 @@ def response_settings(
             **({} if model.rule.is_plain or not model.rule.token_ids else {"readout": _readout(model.rule)}),
             **({} if model.prefix is None else {"prefix": model.prefix.settings()}),
             **({} if ended_below is None else {"ended_below": _ending(model, ended_below)}),
-            "grading": _grading_digest(benchmark.reward),
+            "grading": _grading_digest(
+                benchmark.reward, *benchmark.reward_rule.get("functions", {}).values()
+            ),
             **{
                 name: value
                 for name, value in benchmark_settings(benchmark).items()
@@ -167,7 +180,10 @@ def locked_output(output: Path) -> Iterator[None]:
 
 def benchmark_settings(benchmark: Benchmark) -> dict[str, Any]:
     """A benchmark's settings as results.json has them."""
-    return asdict(benchmark) | {"path": str(benchmark.path)}
+    settings = asdict(benchmark) | {"path": str(benchmark.path)}
+    if not benchmark.reward_rule:  # folders of earlier versions do not name it
+        del settings["reward_rule"]
+    return settings
 
 
 def as_json(value: Any) -> Any:
@@ -187,11 +203,13 @@ def _digest(entries: Iterable[Any]) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
-def _grading_digest(reward: str) -> str:
+def _grading_digest(*functions: str) -> str:
     """Of the rules by which responses are judged: an edited reward file, or a newer grader, gives other verdicts."""
     files = sorted(Path(rewards.__file__).parent.rglob("*.py"))
-    if not is_math_verify(reward):
-        place = locate_reward(reward).rpartition(":")[0]
+    for function in functions:
+        if is_math_verify(function):
+            continue
+        place = split_kind(locate_reward(function))[1].rpartition(":")[0]
         with suppress(ImportError, ValueError):  # found, but not run: that is the graders' part
             found = None if place.endswith(".py") else importlib.util.find_spec(place)
             place = place if found is None else str(found.origin)

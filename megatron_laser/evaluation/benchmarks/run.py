@@ -22,7 +22,7 @@ from megatron_laser.evaluation.benchmarks.folder import (
     response_settings,
     set_aside,
 )
-from megatron_laser.evaluation.benchmarks.settings import Benchmark, benchmark_rows
+from megatron_laser.evaluation.benchmarks.settings import Benchmark, benchmark_rows, benchmark_rule
 from megatron_laser.evaluation.early_ending import EndingEngine
 from megatron_laser.evaluation.engine_choice import EngineChoice
 from megatron_laser.evaluation.evaluator import evaluate
@@ -90,7 +90,8 @@ def evaluate_benchmarks(
         raise TestTimeError("responses end by scores of prefixes, and none are scored; give --prefix-every")
     ended_below = stop.thresholds[0] if stop.end_early else None
     for benchmark in benchmarks:
-        try_reward(benchmark.reward, deadline=grading_deadline)
+        row = benchmark_rows(benchmark)[0] if ":" in benchmark.reward or benchmark.reward_rule else None
+        try_reward(benchmark.reward, row, deadline=grading_deadline, rule=benchmark_rule(benchmark))
     prompts = {benchmark.name: _prompts(model, benchmark) for benchmark in benchmarks}
     output.mkdir(parents=True, exist_ok=True)
     with locked_output(output):
@@ -154,7 +155,9 @@ def _run(
             weights.engine(), model.prefix, threshold=ended_below, max_positions=model.max_positions
         )
     ends = time.monotonic() + deadline
-    with GradingPool(workers=pool[0], deadline=pool[1], function=benchmark.reward) as grading:
+    with GradingPool(
+        workers=pool[0], deadline=pool[1], function=benchmark.reward, rule=benchmark_rule(benchmark)
+    ) as grading:
         while True:
             progress = Progress(benchmark.name, len(prompts) * benchmark.samples)
             watch = _Watch(weights, progress)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,19 @@ from megatron_laser.config.schema.fields import (
     Count,
     FilePath,
     NonNegative,
+    Number,
     Section,
     Seed,
     TemplateArguments,
     Text,
     TopP,
 )
-from megatron_laser.config.yaml_source import read_yaml, syntax_problem
+from megatron_laser.config.schema.inputs import RewardConfig, RewardTerms
+from megatron_laser.config.yaml_source import read_yaml
+from megatron_laser.config.yaml_text import syntax_problem, yaml_value
 from megatron_laser.data import Row, log_warnings, read_rows, reference_findings, unusable_findings
 from megatron_laser.errors import ConfigError
-from megatron_laser.rewards import answer_form, is_math_verify
+from megatron_laser.rewards import RewardRule, answer_form, is_math_verify, may_want_row, reward_rule
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
@@ -69,13 +72,23 @@ class BenchmarkSettings(Section):
     """First message of every chat; "" for none."""
     reward: Text | None = None
     """The verifier: math_verify, or as `reward.function` of a run."""
+    reward_terms: RewardTerms | None = None
+    """As `reward.terms` of a run; null: the run's, where the verifier is the run's."""
+    reward_label: Text | None = None
+    """As `reward.label`."""
+    reward_threshold: Number | None = None
+    """As `reward.threshold`."""
     seed: Seed | None = None
     """Of sampling, of the votes' random subsets and of the bootstrap."""
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A benchmark with every setting decided; the fields are those of `BenchmarkSettings`."""
+    """A benchmark with every setting decided; the fields are those of `BenchmarkSettings`.
+
+    reward_rule: what `reward_terms`, `reward_label` and `reward_threshold` come to: fields of a `RewardRule`; {} where
+    a reward is one number.
+    """
 
     name: str
     path: Path
@@ -94,6 +107,7 @@ class Benchmark:
     system_prompt: str
     reward: str
     seed: int
+    reward_rule: dict[str, Any] = field(default_factory=dict)
 
 
 _PAPER: dict[str, Any] = {
@@ -112,6 +126,8 @@ _PAPER: dict[str, Any] = {
     "reward": "math_verify",
     "seed": 1234,
 }
+
+_RULE = ("terms", "label", "threshold")
 
 
 def load_benchmarks(
@@ -155,6 +171,11 @@ def load_benchmarks(
         values |= _set(defaults) | _set(given)
         if not values["apply_chat_template"]:  # those of the training run are for its template
             values |= {"chat_template_arguments": {}, "system_prompt": ""} | _chat(defaults) | _chat(given)
+        if (from_run or {}).get("reward") != values["reward"]:
+            values["reward_rule"] = {}
+        own = {key: values.pop(f"reward_{key}") for key in _RULE if f"reward_{key}" in values}
+        if own:
+            values["reward_rule"] = asdict(reward_rule(RewardConfig(**own)))
         file = values.get("path")
         if file is None:
             problems.append(f"{name}.path: required and not given; add {name}.path=FILE to the command")
@@ -197,7 +218,7 @@ def _apply(override: str, sections: dict[str, dict[str, Any]]) -> list[str]:
     if name not in sections:
         return [f"{override!r}: {_unknown(name, sections)}"]
     try:
-        value = yaml.safe_load(text)
+        value = yaml_value(text)
     except yaml.YAMLError as error:
         return [f"{override!r}: the value is not valid YAML ({syntax_problem(error)})"]
     if key == "path" and isinstance(value, str):
@@ -239,6 +260,11 @@ def _chat(settings: BenchmarkSettings) -> dict[str, Any]:
     }
 
 
+def benchmark_rule(benchmark: Benchmark) -> RewardRule:
+    """How its terms and labels are made."""
+    return RewardRule(**benchmark.reward_rule)
+
+
 def benchmark_rows(benchmark: Benchmark, *, look: bool = False) -> list[Row]:
     """Read its file.
 
@@ -255,6 +281,7 @@ def benchmark_rows(benchmark: Benchmark, *, look: bool = False) -> list[Row]:
         answer_key=benchmark.answer_key,
         mathematics=mathematics,
         options_key=answer_form(benchmark.reward).options_key,
+        columns=any(map(may_want_row, (benchmark.reward, *benchmark_rule(benchmark).functions.values()))),
     )
     if look and mathematics:
         log_warnings(reference_findings(rows, name=benchmark.name, ask_grader=False))

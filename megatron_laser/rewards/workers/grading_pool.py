@@ -7,17 +7,22 @@ import math
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
+from dataclasses import asdict
+from itertools import repeat
 from types import TracebackType
 from typing import Any, TypeVar
 
+from megatron_laser.rewards.adapters import split_kind
 from megatron_laser.rewards.answer_forms import answer_form
+from megatron_laser.rewards.arguments import Facts
 from megatron_laser.rewards.grade import Grade, GradingPoolError
 from megatron_laser.rewards.mathematics.boxed import extract_answer, gold_answer
 from megatron_laser.rewards.mathematics.grading import quick_equal, quick_grade
 from megatron_laser.rewards.registry import RewardFunction, is_math_verify, locate_reward
+from megatron_laser.rewards.terms import PLAIN, RewardRule
 from megatron_laser.rewards.workers.source_snapshot import SourceSnapshot
 from megatron_laser.rewards.workers.worker_process import WorkerDied, WorkerSettings, WorkerTimeout
 from megatron_laser.rewards.workers.worker_queue import WorkerQueue
@@ -96,8 +101,10 @@ class GradingPool:
         *,
         start_deadline: float = 60.0,
         memory_limit_gib: float | None = 4.0,
+        max_processes: int | None = None,
         cache_size: int = 65536,
         log_failures: bool = True,
+        rule: RewardRule = PLAIN,
     ) -> None:
         """Resolve the function and start the workers; returns when all are ready.
 
@@ -107,10 +114,14 @@ class GradingPool:
             function: "math_verify", another registered name, "package.module:function",
                 "path/to/file.py:function", or a function of a module's top level.
             start_deadline: seconds within which every worker must be ready.
-            memory_limit_gib: address space of a worker; what needs more ends in `crash`. None: no limit.
+            memory_limit_gib: address space of a worker, and of each process that it starts; what needs more ends in
+                `crash`. None: no limit.
+            max_processes: that the functions of one worker may have started at once; with more the worker is ended,
+                and the outcome is `crash`. None: no limit.
             cache_size: grades kept for repeated (answer, reference) pairs; math_verify only, since a custom
                 function need not be deterministic.
             log_failures: warn of the first responses that cannot be graded; `last_trouble` has the reason anyway.
+            rule: further terms, and how the label is made.
 
         Raises:
             ValueError: a number is out of range.
@@ -120,9 +131,10 @@ class GradingPool:
         for name, value in (("workers", workers), ("deadline", deadline), ("start deadline", start_deadline)):
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"reward.{name}: expected a positive number, found {value!r}")
-        self._is_math = is_math_verify(function)
+        self._is_math = is_math_verify(function) and rule.is_plain
         self._name = "math_verify" if self._is_math else locate_reward(function)
-        self.form = answer_form(self._name)  # what answers are to the function, for votes
+        # what answers are to the function, for votes
+        self.form = answer_form(split_kind(self._name)[1])
         self._workers = int(workers)
         self._deadline = float(deadline)
         self._start_deadline = float(start_deadline)
@@ -139,39 +151,58 @@ class GradingPool:
             function=None if self._is_math else self._name,
             memory_limit=None if memory_limit_gib is None else int(memory_limit_gib * 2**30),
             start_deadline=self._start_deadline,
+            max_processes=max_processes,
+            rule=asdict(rule)
+            | {"functions": {name: locate_reward(spec) for name, spec in rule.functions.items()}},
         )
+        self._needs = settings.needs
         self._pool = WorkerQueue(self._workers, self._deadline, settings)
 
-    def submit(self, response: str, answer: str) -> Future[Grade]:
+    @property
+    def needs(self) -> frozenset[str]:
+        """Which of `arguments.FACTS` the functions ask for."""
+        return frozenset(self._needs)
+
+    def submit(self, response: str, answer: str, facts: Facts | None = None) -> Future[Grade]:
         """Grade one response. The future raises GradingPoolError only: pool closed, or no worker can start.
 
         Args:
             response: the model's text.
             answer: the reference.
+            facts: what functions may ask for besides; None: nothing is known, and one that asks ends in `crash`.
 
         Raises:
             GradingPoolError: the pool is closed.
         """
         if not self._is_math:
             self._look_for_edits()
-            return self._ask("grade", response, answer, key=object(), keep=False)
+            more = {} if facts is None or not self._needs else {"facts": facts.message(self._needs)}
+            return self._ask("grade", response, answer, key=object(), keep=False, more=more)
         quick = quick_grade(response, answer)
         if quick is not None:
             return self._settled(quick)
         extracted, gold = extract_answer(response) or "", gold_answer(answer)  # quick_grade has settled ""
         return self._ask("grade", extracted, gold, key=("grade", extracted, gold), keep=True)
 
-    def grade_many(self, items: Iterable[tuple[str, str]], deadline: float | None = None) -> list[Grade]:
+    def grade_many(
+        self,
+        items: Iterable[tuple[str, str]],
+        deadline: float | None = None,
+        *,
+        facts: Sequence[Facts] | None = None,
+    ) -> list[Grade]:
         """Grade (response, answer) pairs; the grades come in the same order.
 
         Args:
+            facts: of each, as in `submit`.
             deadline: seconds for all of them; None: what they and those queued before them can take at worst.
                 What is not graded by then is `timeout`.
 
         Raises:
             GradingPoolError: the pool is closed, or no worker can be started any more.
         """
-        futures = [self.submit(response, answer) for response, answer in items]
+        known: Iterable[Facts | None] = repeat(None) if facts is None else facts
+        futures = [self.submit(*item, fact) for item, fact in zip(items, known)]
         return self._collect(futures, deadline, TIMEOUT)
 
     def equal_many(self, pairs: Iterable[tuple[str, str]], deadline: float | None = None) -> list[bool]:
@@ -232,11 +263,20 @@ class GradingPool:
         future.set_result(result)
         return future
 
-    def _ask(self, kind: str, first: str, second: str, *, key: Hashable, keep: bool) -> Future[Any]:
+    def _ask(
+        self,
+        kind: str,
+        first: str,
+        second: str,
+        *,
+        key: Hashable,
+        keep: bool,
+        more: Mapping[str, Any] | None = None,
+    ) -> Future[Any]:
         future, first_to_ask = self._shared.join(key)
         if first_to_ask:
             try:
-                reply = self._pool.submit({"kind": kind, "texts": [first, second]})
+                reply = self._pool.submit({"kind": kind, "texts": [first, second], **(more or {})})
             except GradingPoolError as error:
                 self._shared.fail(key, error)
                 raise
@@ -252,7 +292,7 @@ class GradingPool:
             reply = done.result()
             trouble = reply.get("error")
             if trouble is None:
-                result = reply["equal"] if kind == "equal" else Grade(reply["reward"], reply["outcome"])
+                result = reply["equal"] if kind == "equal" else Grade(**reply["grade"])
                 self._shared.finish(key, result, keep=keep)
                 return
             outcome = CRASH

@@ -3,7 +3,8 @@
 The guard forks the grader and waits. It is the parent of every process that the grader leaves behind (a "subreaper"),
 also of those in a session of their own, and kills them all when the grader has ended, when the pool asks (SIGTERM)
 or when the pool's process is gone, however that was killed. It also passes on what the user's code prints, up to a
-limit, so that a flood reaches neither the run's log nor a pipe that nobody reads.
+limit, so that a flood reaches neither the run's log nor a pipe that nobody reads; and where the number of processes is
+limited, it counts them a few times a second and ends everything when there are more.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ _PR_SET_CHILD_SUBREAPER = 36
 _OUTPUT_LIMIT = 16384  # bytes that one grader may print
 _CHUNK = 4096  # PIPE_BUF: a pipe that is writable takes so much without blocking
 _BURY_SECONDS = 5.0
+_COUNT_SECONDS = 0.1  # between two looks at how many processes there are
+TOO_MANY_PROCESSES = 213
+"""The guard's exit status where it has ended a grader for them."""
 
 
-def fork_grader(lifeline: int) -> None:
+def fork_grader(lifeline: int, max_processes: int | None = None) -> None:
     """Returns in the grader, a child of the calling process, which becomes its guard and never returns.
 
     Args:
         lifeline: the reading end of a pipe whose other end the pool has: it ends with the pool's process.
+        max_processes: so many may there be below the grader at once; None: any number.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pool's to handle
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -49,11 +54,13 @@ def fork_grader(lifeline: int) -> None:
         os.close(output)
         return
     os.close(theirs)
-    _Guard(child, lifeline, output).run()
+    _Guard(child, lifeline, output, max_processes).run()
 
 
 class _Guard:
-    def __init__(self, child: int, lifeline: int, output: int) -> None:
+    def __init__(self, child: int, lifeline: int, output: int, max_processes: int | None) -> None:
+        self._max_processes = max_processes
+        self._too_many = False
         self._child = child
         self._lifeline = lifeline
         self._output = output
@@ -90,7 +97,11 @@ class _Guard:
         for end in (self._lifeline, self._output, woken):
             poll.register(end, select.POLLIN)
         while not self._asked and not self._reap():
-            ready = {end for end, _ in poll.poll()}
+            limit = self._max_processes
+            ready = {end for end, _ in poll.poll(None if limit is None else 1000 * _COUNT_SECONDS)}
+            if limit is not None and len(_descendants()) - 1 > limit:  # the grader is one of them
+                self._too_many = True
+                return
             if woken in ready:
                 os.read(woken, 512)
             if self._lifeline in ready:
@@ -137,6 +148,8 @@ class _Guard:
             while self._pass_on() and select.select([self._output], [], [], 0)[0]:
                 pass
         finally:
+            if self._too_many and not self._asked:
+                os._exit(TOO_MANY_PROCESSES)
             _exit_like(self._asked[0] if self._asked else self._status)
 
     def _kill_all(self) -> None:
@@ -172,6 +185,23 @@ def _children() -> list[int]:
         except OSError:
             continue
     return found
+
+
+def _descendants() -> list[int]:
+    """Process ids of all that live below this process. Read at one moment after the other: some may be gone."""
+    parents: dict[int, int] = {}
+    for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
+        try:
+            if entry.isdigit():
+                state, parent = _stat(entry)[:2]
+                if state != "Z":
+                    parents[int(entry)] = int(parent)
+        except OSError:
+            continue
+    found = [os.getpid()]
+    for pid in found:  # grows
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found[1:]
 
 
 def _stat(pid: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""One grading process: `python -m megatron_laser.rewards.workers.worker_main SOCKET LIFELINE DUMP`.
+"""One grading process: `python -m megatron_laser.rewards.workers.worker_main SOCKET LIFELINE DUMP PROCESSES`.
 
 `WorkerProcess` starts it. It is executed afresh (never forked from the trainer, whose main module it does not import
 either), puts a guard around itself (see `guard`) and reads one request after the other from its socket.
@@ -13,16 +13,16 @@ import resource
 import signal
 import socket
 import sys
+from dataclasses import asdict
 from typing import Any
 
-from megatron_laser.rewards.answer_forms import MATHEMATICS, answer_form
-from megatron_laser.rewards.grade import RewardSpecError, as_grade
+from megatron_laser.rewards.grade import RewardSpecError
 from megatron_laser.rewards.mathematics import grading as math_grading
-from megatron_laser.rewards.registry import RewardFunction, resolve_reward
+from megatron_laser.rewards.workers.grader import Grader
 from megatron_laser.rewards.workers.guard import fork_grader, move_high
 from megatron_laser.rewards.workers.messages import receive_message, send_message
 from megatron_laser.rewards.workers.source_snapshot import SourceKeeper
-from megatron_laser.rewards.workers.user_code import definition, described
+from megatron_laser.rewards.workers.user_code import described
 
 DUMP_SIGNAL = signal.SIGUSR1
 """Makes a worker write where each of its threads is."""
@@ -30,7 +30,8 @@ DUMP_SIGNAL = signal.SIGUSR1
 
 def main() -> None:
     """Serve requests until the pool closes the socket."""
-    fork_grader(int(sys.argv[2]))
+    limit = int(sys.argv[4])
+    fork_grader(int(sys.argv[2]), None if limit < 0 else limit)
     dump = move_high(int(sys.argv[3]))
     faulthandler.enable(dump)  # the line of a segmentation fault
     faulthandler.register(DUMP_SIGNAL, dump)
@@ -38,10 +39,10 @@ def main() -> None:
     os.register_at_fork(after_in_child=connection.close)  # a child must not answer in the grader's place
     own = os.getpid()
     try:
-        keeper, function = _set_up(connection)
+        keeper, grader = _set_up(connection)
         while True:
             request = receive_message(connection)
-            reply = _answer(request, function)
+            reply = _answer(request, grader)
             if os.getpid() != own:  # the user's code has forked, and this is the child, come back
                 os._exit(0)
             send_message(connection, reply | {"id": request["id"], "sources": keeper.take_new()})
@@ -55,11 +56,11 @@ def main() -> None:
         os._exit(0)
 
 
-def _set_up(connection: socket.socket) -> tuple[SourceKeeper, RewardFunction | None]:
-    """Take the settings, prepare the function, and report; the custom function is None for math_verify."""
+def _set_up(connection: socket.socket) -> tuple[SourceKeeper, Grader | None]:
+    """Take the settings, prepare the functions, and report; None for math_verify alone."""
     settings = receive_message(connection)
     keeper = SourceKeeper(settings["sources"])
-    function = None
+    grader = None
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if settings["memory_limit"] is not None:
@@ -74,37 +75,27 @@ def _set_up(connection: socket.socket) -> tuple[SourceKeeper, RewardFunction | N
                 )
         else:
             keeper.install()
-            function = resolve_reward(settings["function"])
-            if answer_form(settings["function"]) is not MATHEMATICS:  # a built-in one: its imports count here
-                math_grading.warm_up()
+            grader = Grader(settings["function"], settings["rule"])
     except BaseException as error:  # whatever user code raises at import, SystemExit included
         is_spec = isinstance(error, RewardSpecError)
         send_message(connection, {"error": str(error) if is_spec else described(error), "spec": is_spec})
         os._exit(1)
-    send_message(connection, {"pid": os.getpid(), "sources": keeper.take_new()})
-    return keeper, function
+    needs = sorted(grader.needs) if grader else []
+    send_message(connection, {"pid": os.getpid(), "sources": keeper.take_new(), "needs": needs})
+    return keeper, grader
 
 
-def _answer(request: dict[str, Any], function: RewardFunction | None) -> dict[str, Any]:
+def _answer(request: dict[str, Any], grader: Grader | None) -> dict[str, Any]:
     first, second = request["texts"]
     try:
         if request["kind"] == "equal":
             return {"equal": math_grading.answers_equal(first, second)}
-        if function is None:
+        if grader is None:
             grade = math_grading.grade_extracted(first, second)
-        else:
-            grade = _checked(function, function(first, second))
-        return {"reward": grade.reward, "outcome": grade.outcome}
+            return {"grade": {"reward": grade.reward, "outcome": grade.outcome}}
+        return {"grade": asdict(grader.grade(first, second, request.get("facts", {})))}
     except BaseException as error:  # SystemExit and KeyboardInterrupt, too: neither is a grade
         return {"error": described(error), "spent": _is_exhausted(error)}
-
-
-def _checked(function: RewardFunction, value: object) -> Any:
-    try:
-        return as_grade(value)
-    except (TypeError, ValueError) as error:
-        place = definition(function)
-        raise type(error)(f"{error}{f' ({place})' if place else ''}") from None
 
 
 def _is_exhausted(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_laser.rewards.grade import GradingPoolError, RewardSpecError
+from megatron_laser.rewards.workers.guard import TOO_MANY_PROCESSES
 from megatron_laser.rewards.workers.messages import receive_message, send_message
 from megatron_laser.rewards.workers.source_snapshot import SourceSnapshot
 from megatron_laser.rewards.workers.user_code import place_in_dump
@@ -38,7 +39,10 @@ class WorkerSettings:
 
     Attributes:
         function: where the custom reward function is (`registry.locate_reward`); None for math_verify.
-        memory_limit: bytes of address space it may use, None for no limit.
+        memory_limit: bytes of address space that each of its processes may use, None for no limit.
+        max_processes: that the functions may have started at once, None for no limit.
+        rule: the fields of the `RewardRule`.
+        needs: of `arguments.FACTS`, which the functions ask for; known when the first worker is ready.
         start_deadline: seconds until it must be ready.
         snapshot: the user's code as the first worker has read it.
     """
@@ -47,6 +51,9 @@ class WorkerSettings:
     memory_limit: int | None
     start_deadline: float
     snapshot: SourceSnapshot = field(default_factory=SourceSnapshot)
+    max_processes: int | None = None
+    rule: dict[str, Any] = field(default_factory=dict)
+    needs: set[str] = field(default_factory=set)
 
 
 class WorkerProcess:
@@ -73,6 +80,7 @@ class WorkerProcess:
             hello = {
                 "function": function,
                 "memory_limit": settings.memory_limit,
+                "rule": settings.rule,
                 "sources": settings.snapshot.sources(),
             }
             send_message(self._connection, hello, deadline)
@@ -99,6 +107,7 @@ class WorkerProcess:
                 raise RewardSpecError(reply["error"])
             raise GradingPoolError(f"a grading worker could not prepare its function: {reply['error']}")
         self._pid = reply["pid"]
+        settings.needs.update(reply["needs"])
         settings.snapshot.add(reply["sources"])
 
     @property
@@ -167,6 +176,7 @@ class WorkerProcess:
                 theirs.callback(os.close, lifeline)
                 dump = ours.enter_context(tempfile.TemporaryFile())
                 passed = (other.fileno(), lifeline, dump.fileno())
+                limit = self._settings.max_processes
                 process = subprocess.Popen(
                     # -P: without the working directory, where a file may be called like a module of the library
                     [
@@ -174,7 +184,7 @@ class WorkerProcess:
                         "-P",
                         "-m",
                         "megatron_laser.rewards.workers.worker_main",
-                        *map(str, passed),
+                        *map(str, (*passed, -1 if limit is None else limit)),
                     ],
                     pass_fds=passed,
                     stdin=subprocess.DEVNULL,
@@ -197,6 +207,8 @@ class WorkerProcess:
         place = self._last_dump(0)
         self._wait()
         code = self._process.returncode
+        if code == TOO_MANY_PROCESSES and self._settings.max_processes is not None:
+            return f"it had started more than {self._settings.max_processes} processes (reward.max_processes){place}"
         if code >= 0:
             return f"exit status {code}{place}"
         name = signal.Signals(-code).name

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_laser.observability.events import note
+from megatron_laser.observability.events import say
 from megatron_laser.rollout.client.errors import (
     OutOfFiles,
     ServerError,
@@ -216,10 +216,10 @@ class Fleet:
         if health.state in (State.DEAD, State.RESTARTING):
             self._lost.add(url)
             what = "is lost" if health.state is State.DEAD else "was started again"
-            note("server", f"{url} {what}{f': {health.reason}' if health.reason else ''}")
+            say("server", f"{url} {what}{f': {health.reason}' if health.reason else ''}")
         elif health.state is State.HEALTHY and url in self._lost:
             self._lost.discard(url)
-            note("server", f"{url} is back")
+            say("server", f"{url} is back")
 
     async def pick(self, phase: str, preferred: Member | None = None, failed: Member | None = None) -> Member:
         """The server for the next request: `preferred` if it takes work, else the least loaded; waits for one.

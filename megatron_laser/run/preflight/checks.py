@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 from megatron_laser.config import RunConfig
 from megatron_laser.config.modes import generates
+from megatron_laser.data.epochs import with_most_steps
+from megatron_laser.data.readers import Row
 from megatron_laser.data.tokenizer import load_tokenizer
+from megatron_laser.errors import Finding
+from megatron_laser.rewards import reward_rule
 from megatron_laser.rewards.trial import trial
 from megatron_laser.rollout.function.loading import function_findings
 from megatron_laser.run.preflight.batches import batch_findings
 from megatron_laser.run.preflight.data import GROUP as DATA
-from megatron_laser.run.preflight.data import DataInputs, Progress, read_data, tokenize_data
+from megatron_laser.run.preflight.data import DataInputs, Progress, epoch_findings, read_data, tokenize_data
 from megatron_laser.run.preflight.finding_log import FindingLog, needed
 from megatron_laser.run.preflight.machine import GROUP as MACHINE
 from megatron_laser.run.preflight.machine import (
@@ -43,6 +47,7 @@ def run_preflight(
     progress: Progress = lambda split, done, total: None,
     *,
     overwrite: bool = False,
+    change: bool | None = None,
 ) -> PreflightResult:
     """Check everything; what was found goes into `log`.
 
@@ -53,15 +58,18 @@ def run_preflight(
 
     Args:
         overwrite: a run that is in the output folder will be moved aside, and may be any.
+        change: whether a run that is there may go on with other settings of what is learned; None: it is only asked,
+            and what differs is said.
 
     Raises:
         UserError: the first error, where `log.stop_at_errors`.
     """
+    config = with_most_steps(config)
     check_server_start(config, log)
     model = check_model(config, log)
     check_layers(config, log)
     check_machine(config, log)
-    if not check_folders(config, log, overwrite=overwrite):
+    if not check_folders(config, log, overwrite=overwrite, change=change):
         check_disks(config, model, log, overwrite=overwrite)
     if not generates(config):
         with log.topic(REWARD, "objective"):
@@ -80,11 +88,10 @@ def run_preflight(
                 model.tokenizer = load_tokenizer(config.model.path)
         return PreflightResult(model, DataInputs())
     data = read_data(config, log)
-    answers = dict(data.answers())
-    for function in answers or [config.reward.function]:
+    examples = dict(data.examples())
+    for function in examples or [config.reward.function]:
         with log.topic(REWARD, "reward function"):
-            answer = [answers[function]] if answers else []
-            log.add(REWARD, trial(function, *answer, deadline=config.reward.deadline))
+            log.add(REWARD, _tried(config, function, examples.get(function)))
     with log.topic(REWARD, "rollout function"):
         log.add(REWARD, function_findings(config))
     with log.topic(REWARD, "objective"):
@@ -98,7 +105,22 @@ def run_preflight(
         model.tokenizer = load_tokenizer(config.model.path, probes)
     check_tokenizer(config, model, log)
     tokenize_data(config, model, data, log, progress)
+    with log.topic(DATA, "run.epochs"):
+        log.add(DATA, epoch_findings(config, data))
     return PreflightResult(model, data)
+
+
+def _tried(config: RunConfig, function: str, row: Row | None) -> list[Finding]:
+    """A trial of one verifier with the run's settings, on a row of its data where there is one."""
+    settings = config.reward
+    return trial(
+        function,
+        example=row,
+        deadline=settings.deadline,
+        rule=reward_rule(settings),
+        memory_limit_gib=settings.memory_limit_gib,
+        max_processes=settings.max_processes,
+    )
 
 
 ORDER = (MODEL, DATA, REWARD, MACHINE)

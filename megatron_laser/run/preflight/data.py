@@ -17,7 +17,9 @@ from megatron_laser.data import (
     score_tokens_in_data,
     unusable_findings,
 )
-from megatron_laser.rewards import answer_form, is_math_verify
+from megatron_laser.data.epochs import epoch_words, with_steps
+from megatron_laser.errors import Finding
+from megatron_laser.rewards import answer_form, is_math_verify, may_want_row
 from megatron_laser.run.preflight.finding_log import FindingLog, needed
 from megatron_laser.run.preflight.model import ModelInputs
 from megatron_laser.types import Prompt
@@ -49,19 +51,19 @@ class DataInputs:
     prompts: dict[str, list[Prompt]] = field(default_factory=dict)
     sources: dict[str, list[SourceRows]] = field(default_factory=dict)
 
-    def answers(self) -> Iterator[tuple[str, str]]:
-        """(verifier, one of the references that it is to judge), each verifier once."""
+    def examples(self) -> Iterator[tuple[str, Row]]:
+        """(verifier, one of the rows that it is to judge), each verifier once."""
         seen = set()
         for part in (part for parts in self.sources.values() for part in parts):
             if part.source.reward not in seen:
                 seen.add(part.source.reward)
-                yield part.source.reward, part.rows[0].answer
+                yield part.source.reward, part.rows[0]
 
 
 def read_data(config: RunConfig, log: FindingLog) -> DataInputs:
     """The rows of all splits, and whether their references can equal a response."""
     found = DataInputs()
-    data = config.data
+    data, own = config.data, [term.function for term in config.reward.terms.values() if term.function]
     for split in SPLITS:
         sources = data_sources(config, split)
         if not sources:
@@ -78,6 +80,7 @@ def read_data(config: RunConfig, log: FindingLog) -> DataInputs:
                     mathematics=is_math_verify(source.reward),
                     options_key=answer_form(source.reward).options_key,
                     first=sum(len(part.rows) for part in parts),
+                    columns=any(map(may_want_row, (source.reward, *own))),
                 )
                 parts.append(SourceRows(source, rows, setting))
         if len(parts) < len(sources):
@@ -108,6 +111,15 @@ def tokenize_data(
                     GROUP,
                     score_tokens_in_data(rows, prompts, model.tokenizer, tokens, name=f"data.{split}"),
                 )
+
+
+def epoch_findings(config: RunConfig, found: DataInputs) -> list[Finding]:
+    """What `run.epochs` come to."""
+    if config.run.steps_known or "train" not in found.prompts:
+        return []
+    settled = with_steps(config, len(found.prompts["train"]))
+    text = epoch_words(config, settled.run.steps)
+    return [Finding("run.epochs", "ok", f"{len(found.prompts['train'])} usable problems, {text}")]
 
 
 def _tokenize(

@@ -13,8 +13,14 @@ from megatron_laser.config.checks.rollout import quantization_warnings
 from megatron_laser.config.model_folder.parameters import rank_bytes
 from megatron_laser.errors import Finding
 from megatron_laser.rollout.servers.start_checks import check_start
-from megatron_laser.run.output_checks import OutputState, check_checkpoints, check_output_folder
+from megatron_laser.run.output_checks import (
+    OutputState,
+    check_checkpoints,
+    check_new,
+    check_output_folder,
+)
 from megatron_laser.run.output_folder import also_written
+from megatron_laser.run.own_files import check_own
 from megatron_laser.run.predicting import run_machine
 from megatron_laser.run.preflight.finding_log import FindingLog, needed
 from megatron_laser.run.preflight.model import ModelInputs
@@ -68,11 +74,14 @@ def check_machine(config: RunConfig, log: FindingLog) -> None:
             log.add(GROUP, [Finding("logging.machine", "ok", said)])
 
 
-def check_folders(config: RunConfig, log: FindingLog, *, overwrite: bool = False) -> bool:
+def check_folders(
+    config: RunConfig, log: FindingLog, *, overwrite: bool = False, change: bool | None = None
+) -> bool:
     """Whether the run can write where it is told to, and no other run is there. Creates nothing.
 
     Args:
         overwrite: a run that is there will be moved aside, and may be any.
+        change: as `run_preflight`.
 
     Returns:
         Whether this run is there and has finished, so that it will write nothing.
@@ -82,9 +91,14 @@ def check_folders(config: RunConfig, log: FindingLog, *, overwrite: bool = False
         output = Path(config.run.output_dir)
         finding = folder_finding("run.output_dir", output)
         if finding.level != "error" and not overwrite:
-            state = check_output_folder(config)
+            state = check_output_folder(config, change=change is not False)
             finding = _state_finding(config, state) or finding
+        elif finding.level != "error":
+            check_own(output)
+            check_new(config)
         log.add(GROUP, [finding])
+        if state is not None and change is None:
+            log.add(GROUP, change_findings(state))
     done = state is not None and state.is_done(config.run.steps)
     named = {"checkpoint.folder": config.checkpoint.folder, "rollout.sync_folder": config.rollout.sync_folder}
     for setting, folder in also_written(config):
@@ -99,16 +113,42 @@ def check_folders(config: RunConfig, log: FindingLog, *, overwrite: bool = False
 
 def _state_finding(config: RunConfig, state: OutputState) -> Finding | None:
     topic, folder = "run.output_dir", config.run.output_dir
+    if state.branch is not None:
+        text = f"{folder} will be a branch of the run in {state.branch.folder} after its step {state.branch.step}"
+        return Finding(topic, "note", text)
     if state.record is None:
         return None
     if state.is_done(config.run.steps):
         text = (
             f"{folder} holds this run, which has finished its {state.finished} steps: nothing is left to do"
         )
-        return Finding(
-            topic, "note", text, (), "raise run.steps to train on, or choose another run.output_dir"
-        )
-    return Finding(topic, "note", f"{folder} holds this run, which goes on")
+        cure = "raise run.steps"
+        if state.planned is not None:
+            text = f"{folder} holds this run, which has finished early, after step {state.finished}"
+            cure = "change run.early_stop"
+        return Finding(topic, "note", text, (), f"{cure} to train on, or choose another run.output_dir")
+    if state.back_to is not None:
+        text = f"{folder} holds this run, which goes back to step {state.back_to}; what came after it is moved aside"
+        return Finding(topic, "note", text)
+    where = (
+        "which goes on" if state.step is None else f"which goes on from its checkpoint of step {state.step}"
+    )
+    return Finding(topic, "note", f"{folder} holds this run, {where}")
+
+
+def change_findings(state: OutputState) -> Iterator[Finding]:
+    """Settings that are otherwise than the run that goes on had them."""
+    topic = "changed settings"
+    for kind in ("identity", "learning", "running"):
+        changed = [one for one in state.changes if one.kind == kind]
+        if not changed:
+            continue
+        text = "; ".join(f"{one.key} {one.before!r} there and {one.after!r} here" for one in changed)
+        if kind == "learning" and state.branch is None:
+            cure = f"train with --change, which goes on with them from step {changed[0].step} on"
+            yield Finding(topic, "warning", f"{text}: what is learned", cure=cure)
+        else:
+            yield Finding(topic, "note", text)
 
 
 def folder_finding(setting: str, folder: Path) -> Finding:
@@ -185,7 +225,8 @@ def disk_needs(config: RunConfig, *, overwrite: bool = False) -> Iterator[Need]:
         saved = steps // settings.every + bool(steps % settings.every)
         for_good = steps // settings.keep_every if settings.keep_every else 0
         # A new one is complete before the oldest is deleted.
-        kept = min(saved, for_good + min(settings.keep_last, saved) + 1)
+        best = int(settings.best.metric is not None)
+        kept = min(saved + best, for_good + min(settings.keep_last, saved) + best + 1)
         yield Need(
             root,
             f"{kept} checkpoints of {_size(checkpoint)}"
@@ -194,8 +235,17 @@ def disk_needs(config: RunConfig, *, overwrite: bool = False) -> Iterator[Need]:
             max(0, kept * checkpoint - sum(map(_folder_bytes, there))),
             0 if there else checkpoint,
         )
+    elif settings.best.metric is not None:
+        root = Path(settings.folder or output / "checkpoints")
+        yield Need(root, f"2 checkpoints of {_size(checkpoint)}", 2 * checkpoint, checkpoint)
     if settings.export_hf:
         yield Need(output, f"the export to hf/ of {_size(weights)}", weights, weights)
+    if settings.export_hf and settings.best.metric is not None:
+        yield Need(output, f"the export to hf_best/ of {_size(weights)}", weights, 0)
+    if settings.export_every and (exports := steps // settings.export_every):
+        # A new one is complete before the oldest is deleted.
+        exports = exports if settings.export_keep is None else min(exports, settings.export_keep + 1)
+        yield Need(output, f"{exports} exports to hf_step_N/ of {_size(weights)} each", exports * weights, 0)
     if config.rollout.engine == "sglang" and config.rollout.weight_sync == "disk":
         folder = Path(config.rollout.sync_folder or output / "weights")
         moved = overwrite and config.rollout.sync_folder is None

@@ -37,6 +37,7 @@ def checkpoint_to_hf(
     verify: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
+    replace: bool = False,
 ) -> Path:
     """Write the weights of checkpoint `source` as a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -44,14 +45,15 @@ def checkpoint_to_hf(
 
     Args:
         source: a published checkpoint, `.../step_00000120`, of any parallel layout.
-        target: a new folder.
+        target: a new folder; with `replace` one that is there is replaced once the new one is complete.
         model: the Hugging Face folder that the run started from; configuration and tokenizer come from it.
         verify: compare the checkpoint's files with their checksums first.
 
     Raises:
         CheckpointError: `source` is damaged, not complete, or of another model than `model`; `target` exists.
     """
-    _refuse_existing(target)
+    if not replace:
+        _refuse_existing(target)
     state = folders.read_state(source)
     dtype = DTYPES[state["model"]["dtype"]]
     config = read_hf_config(model)

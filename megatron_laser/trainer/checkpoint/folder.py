@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +97,23 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def listed_files(folder: Path) -> dict[str, list[Any]]:
+    """{file: [bytes, sha256]} as the manifest has it. Raises CheckpointError when it cannot be read."""
+    try:
+        files: dict[str, list[Any]] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder}: {_MANIFEST} cannot be read ({error}){_advice(folder)}"
+        ) from error
+    return files
+
+
 def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
     """Compare files with the manifest; several processes may each take a part of them.
 
     Raises CheckpointError naming the file that is missing or damaged.
     """
-    try:
-        files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"checkpoint {folder}: {_MANIFEST} cannot be read ({error}){_advice(folder)}"
-        ) from error
+    files = listed_files(folder)
     for name in sorted(files)[part::parts]:
         size, sha256 = files[name]
         path = folder / name
@@ -120,15 +126,15 @@ def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
             )
 
 
-def retain(root: Path, *, keep_last: int, keep_every: int) -> list[Path]:
-    """Delete old checkpoints but the `keep_last` newest and those at multiples of `keep_every` (0: none).
+def retain(root: Path, *, keep_last: int, keep_every: int, pinned: Collection[int] = ()) -> list[Path]:
+    """Delete old checkpoints but the `keep_last` newest, those at multiples of `keep_every` (0: none) and of `pinned`.
 
     Returns what was deleted.
     """
     found = published(root)
-    newest = {step for step, _ in found[-keep_last:]}
+    kept = {step for step, _ in found[-keep_last:]}.union(pinned)
     doomed = [
-        path for step, path in found if step not in newest and not (keep_every and step % keep_every == 0)
+        path for step, path in found if step not in kept and not (keep_every and step % keep_every == 0)
     ]
     for path in doomed:
         # Renamed first: a half-deleted folder must not look published.

@@ -6,6 +6,8 @@ import logging
 import random
 import shutil
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +21,34 @@ from megatron_laser.distributed.broadcast import broadcast_arrays
 from megatron_laser.distributed.runtime import Runtime, gloo_group
 from megatron_laser.model import platform
 from megatron_laser.observability import events
+from megatron_laser.observability.quantities import format_size
 from megatron_laser.trainer import optimizer_state
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint import sharded_state, torch_dist
+from megatron_laser.trainer.checkpoint.best import BEST, STATE, Best, read_best, settle_best
 from megatron_laser.trainer.checkpoint.collective_errors import gathered_errors, on_every_rank, reason
 from megatron_laser.trainer.checkpoint.folder import CheckpointError
 from megatron_laser.trainer.checkpoint.identity import differences, model_identity
+from megatron_laser.trainer.checkpoint.passed_over import passed_over
 from megatron_laser.trainer.policy import Policy
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
-    """Saves `policy` with the run's state, and brings both back."""
+    """Saves `policy` with the run's state, and brings both back.
+
+    loaded: the folder that `resume` loaded. passed_over: what it found besides and did not use, and why, in words; on
+    rank 0.
+    """
 
     def __init__(self, config: RunConfig, runtime: Runtime, policy: Policy) -> None:
         self._settings = config.checkpoint
         self._last_step = config.run.steps
+        self._updates = Updates(config)
         self._root = folders.checkpoint_root(config)
+        self._output_dir = Path(config.run.output_dir)
+        self._resumed_step = 0
         self._runtime = runtime
         self._policy = policy
         chunks = policy.chunks
@@ -46,16 +58,21 @@ class CheckpointManager:
         self._group = gloo_group(None, config.checkpoint.deadline)
         self._writer: _Writer | None = None
         self._trouble = ""
+        self.loaded: Path | None = None
+        self.passed_over: list[str] = []
+        self.on_published: Callable[[int], object] = lambda step: None
+        """Called on rank 0 with the step of each checkpoint that is on the disk; perhaps in another thread."""
 
     @property
     def trouble(self) -> str:
         """Why the newest save that was waited for failed; "" when it succeeded. The same on every rank."""
         return self._trouble
 
-    def due(self, step: int) -> bool:
-        """Whether the run saves after `step`."""
+    def due(self, step: int, *, ends: bool = False) -> bool:
+        """Whether the run saves after `step`; `ends`: it is the last one, whatever `run.steps` says."""
         every = self._settings.every
-        return every > 0 and (step % every == 0 or step == self._last_step)
+        last = ends or step == self._last_step
+        return every > 0 and step > self._resumed_step and (step % every == 0 or last)
 
     def save(self, step: int, run_state: dict[str, Any] | None) -> None:
         """Save after `step`; `run_state` (rank 0's cursor and the like) is stored beside the weights.
@@ -64,6 +81,7 @@ class CheckpointManager:
         `wait` tells of it. With `checkpoint.asynchronous` the files are written while training goes on.
         """
         self.wait()
+        started = time.monotonic()
         asynchronous = self._settings.asynchronous
         try:
             entries = sharded_state.build_state(self._policy, copy=asynchronous, group=self._group)
@@ -74,13 +92,16 @@ class CheckpointManager:
             "step": step,
             "optimizer_step": optimizer_state.get_step(self._policy.optimizer),
             "scheduler": self._policy.scheduler.state_dict(),
+            "updates": self._updates.state(),
             "model": self._identity,
             "world_size": self._runtime.world_size,
             "run": run_state,
         }
         random_states = _random_states()
-        self._writer = _Writer(lambda: self._write(step, entries, state, random_states))
+        self._writer = _Writer(lambda: self._write(step, entries, state, random_states, started))
         if asynchronous:
+            if self._runtime.is_main:
+                events.say("checkpoint", f"saving to {self._root} in the background", step)
             self._writer.start()
         else:
             self._writer.run()
@@ -114,6 +135,10 @@ class CheckpointManager:
             return None
         state: dict[str, Any] = on_every_rank(lambda: self._checked_state(path), self._group)
         on_every_rank(lambda: self._load(path, state), self._group)
+        self.loaded = path
+        self._resumed_step = state["step"]
+        if self._runtime.is_main:
+            self._settle_best(state)
         return state
 
     def _checked_state(self, path: Path) -> dict[str, Any]:
@@ -136,6 +161,8 @@ class CheckpointManager:
         try:
             sharded_state.load_state(self._policy, path, state["optimizer_step"])
             # The rates come from today's configuration: run.steps, which schedules end at, may have been raised.
+            self._updates.load(state)
+            self._policy.scheduler.lr_decay_steps += self._updates.earlier
             self._policy.scheduler.step(increment=state["scheduler"]["num_steps"])
             if state["world_size"] == self._runtime.world_size:
                 file = path / _random_file(self._runtime.rank)
@@ -151,24 +178,35 @@ class CheckpointManager:
         step = -1
         if self._runtime.is_main:
             found = folders.published(self._root)
+            self.passed_over = passed_over(self._root, found[-1][0] if found else -1)
             folders.remove_partials(self._root)
             step = found[-1][0] if found else -1
         step = int(broadcast_arrays({"step": np.array(step)}, self._runtime)["step"])
         return None if step < 0 else folders.partial_folder(self._root, step).with_suffix("")
 
     def _write(
-        self, step: int, entries: dict[str, Any], state: dict[str, Any], random_states: dict[str, Any]
+        self,
+        step: int,
+        entries: dict[str, Any],
+        state: dict[str, Any],
+        random_states: dict[str, Any],
+        started: float,
     ) -> None:
         partial = folders.partial_folder(self._root, step)
         try:
-            self._write_files(partial, entries, state, random_states)
+            self._write_files(partial, entries, state, random_states, started)
         except Exception:
             if self._runtime.is_main:  # on a full disk its bytes are what the next save needs
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
     def _write_files(
-        self, partial: Path, entries: dict[str, Any], state: dict[str, Any], random_states: dict[str, Any]
+        self,
+        partial: Path,
+        entries: dict[str, Any],
+        state: dict[str, Any],
+        random_states: dict[str, Any],
+        started: float,
     ) -> None:
         rank = self._runtime.rank
 
@@ -197,20 +235,56 @@ class CheckpointManager:
             folders.sync_files(partial / name for name in torch_dist.SHARED_FILES)
             for name in torch_dist.SHARED_FILES:
                 listed |= folders.digests(partial, name)
-            folders.publish(partial, state, listed)
-            events.note("checkpoint", f"saved step {state['step']}", int(state["step"]))
-            self._retain()
+            target = folders.publish(partial, state, listed)
+            size = format_size(sum(size for size, _ in listed.values()))
+            seconds = time.monotonic() - started
+            events.say("checkpoint", f"saved {target}: {size} in {seconds:.1f} s", int(state["step"]))
+            self.on_published(int(state["step"]))
+            self._retain(self._settle_best(state))
 
         on_every_rank(publish, self._group)
 
-    def _retain(self) -> None:
+    def _settle_best(self, state: dict[str, Any]) -> set[int]:
+        """Have best.json say which is the best; its step, which retention leaves alone."""
+        try:
+            best = settle_best(self._output_dir, self._root, state["run"], int(state["step"]))
+            return set() if best is None else {best}
+        except OSError as error:  # the new checkpoint is published all the same
+            logger.warning("%s cannot be written: %s", self._output_dir / BEST, error)
+            kept = Best.of((state["run"] or {}).get(STATE)), read_best(self._output_dir)
+            return {best.step for best in kept if best is not None}
+
+    def _retain(self, pinned: set[int]) -> None:
         try:
             settings = self._settings
-            gone = folders.retain(self._root, keep_last=settings.keep_last, keep_every=settings.keep_every)
+            gone = folders.retain(
+                self._root, keep_last=settings.keep_last, keep_every=settings.keep_every, pinned=pinned
+            )
             if gone:
                 events.note("checkpoint", f"deleted {', '.join(path.name for path in gone)}")
         except OSError as error:  # the new checkpoint is published all the same
             logger.warning("old checkpoints in %s could not be deleted: %s", self._root, error)
+
+
+class Updates:
+    """Optimizer steps of a training step, which `policy.minibatches` and `policy.epochs` may change during a run.
+
+    earlier: by how many the steps so far had more (or fewer) than they would have today: schedules, which end at the
+    run's last optimizer step, end so many later.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._each = config.policy.minibatches * config.policy.epochs
+        self.earlier = 0
+
+    def state(self) -> dict[str, int]:
+        """For a checkpoint."""
+        return {"each": self._each, "earlier": self.earlier}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what a checkpoint's state says; one of an earlier version says nothing."""
+        there = state.get("updates") or {"each": self._each, "earlier": 0}
+        self.earlier = int(there["earlier"]) + int(state["step"]) * (int(there["each"]) - self._each)
 
 
 class _Writer:

@@ -1,0 +1,90 @@
+"""`run.resume: step N`: the run goes back to a checkpoint of its own; what came after it is moved aside."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_laser.config import ConfigError
+from megatron_laser.trainer.checkpoint import folder as folders
+
+ASIDE = "moved_aside"
+_STEP = re.compile(r"(?:^|_)step_(\d+)")
+_EXPORT = re.compile(r"hf_step_(\d+)")
+_LINES = ("metrics.jsonl", "events.jsonl", "timeline.jsonl", "run.json", "config.yaml")
+_ENDS = ("FINISHED", "STOPPED", "report.md", "plots", "hf")
+
+
+def checkpoint_of(root: Path, step: int) -> Path:
+    """The checkpoint of `step` in `root`.
+
+    Raises:
+        ConfigError: there is none; names those that there are.
+    """
+    found = dict(folders.published(root))
+    if step in found:
+        return found[step]
+    steps = ", ".join(map(str, found)) or "none"
+    raise ConfigError(
+        [f"run.resume step {step}: {root} has no checkpoint of step {step}; there are those of steps {steps}"]
+    )
+
+
+def move_later_aside(folder: Path, root: Path, step: int) -> Path:
+    """Move what is of steps after `step` to `folder`/moved_aside/after_step_N.K, and return that.
+
+    Files with lines (metrics, events, timeline) are copied there whole: their later lines are cut off when they are
+    opened again. Checkpoints outside `folder` go to a folder of the same name in `root`. It may be called again after
+    an interruption: what was moved stays where it is.
+
+    Raises:
+        OSError: something cannot be moved.
+    """
+    number = 1
+    while (aside := folder / ASIDE / f"after_step_{step}.{number}").exists():
+        number += 1
+    aside.mkdir(parents=True)
+    for name in _LINES:
+        if (folder / name).is_file():
+            shutil.copy2(folder / name, aside / name)
+    for path in _later(folder, step):
+        target = aside / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    inside = Path(os.path.realpath(root)).is_relative_to(os.path.realpath(folder))
+    kept = aside / "checkpoints" if inside else root / f"{aside.name}.aside"
+    # The newest first, so that at any moment the newest that is left is one to go on from.
+    for later, path in reversed(folders.published(root)):
+        if later > step:
+            kept.mkdir(parents=True, exist_ok=True)
+            os.replace(path, _free(kept / path.name))
+    return aside
+
+
+def _later(folder: Path, step: int) -> Iterator[Path]:
+    """What is of a later step in the run's folders, but for checkpoints, and what says how it ended."""
+    for name in _ENDS:
+        if (folder / name).exists():
+            yield folder / name
+    for inner in sorted(folder.iterdir()):
+        if not inner.is_dir() or inner.is_symlink() or inner.name in (ASIDE, "checkpoints"):
+            continue
+        exported = _EXPORT.fullmatch(inner.name)
+        if exported is not None:
+            if int(exported[1]) > step:
+                yield inner
+            continue
+        for path in sorted(inner.iterdir()):
+            match = _STEP.search(path.name)
+            if match is not None and int(match[1]) > step:
+                yield path
+
+
+def _free(target: Path) -> Path:
+    place, number = target, 1
+    while place.exists():
+        place, number = target.with_name(f"{target.name}.{number}"), number + 1
+    return place
