@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_laser.cli.starting_facts import SUFFIX, Facts, calibrate_command
 from megatron_laser.config import load_config
+from megatron_laser.config.schema.fields import split_system
 from megatron_laser.config.yaml_text import one_line
 from megatron_laser.errors import UserError
 
@@ -180,8 +181,8 @@ def _size(parameters: int) -> str:
 
 def _function(name: str, file: Path) -> str:
     """`name` as the file has to say it: a Python file is looked for from the file's folder."""
-    system = next((prefix for prefix in ("verl:", "trl:") if name.startswith(prefix)), "")
-    place, colon, function = name.removeprefix(system).rpartition(":")
+    system, place = split_system(name)
+    place, colon, function = place.rpartition(":")
     return f"{system}{_path(Path(place), file)}:{function}" if colon and place.endswith(".py") else name
 
 

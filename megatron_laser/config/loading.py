@@ -16,6 +16,7 @@ from megatron_laser.config.checks.sources import override_source, source_problem
 from megatron_laser.config.layers import Layer, Origin, read_layers
 from megatron_laser.config.modes import as_run
 from megatron_laser.config.problems import READOUTS_KEY, describe, failed_keys, suggest_key
+from megatron_laser.config.schema.fields import split_system
 from megatron_laser.config.schema.root import RunConfig, key_paths, nested_sections
 from megatron_laser.config.schema.sources import SOURCE_SETTINGS
 from megatron_laser.config.schema.system import RESUME_STEP
@@ -375,9 +376,8 @@ def absolute(key: tuple[str, str], value: Any, base: Path) -> Any:
 
 
 def _absolute_function(value: Any, base: Path) -> Any:
-    file, colon, function = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-    system = next((prefix for prefix in ("verl:", "trl:") if file.startswith(prefix)), "")
-    file = file.removeprefix(system)
+    system, place = split_system(value) if isinstance(value, str) else ("", "")
+    file, colon, function = place.rpartition(":")
     return f"{system}{_join(file, base)}:{function}" if colon and file.endswith(".py") else value
 
 

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_laser.files import write_atomically
+from megatron_laser.observability.quantities import utc_now
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +104,8 @@ class Watcher:
 
     def _answer(self) -> str:
         me = self._me
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        head = f"rank {me.rank} of {me.world_size}, process {me.pid} on {me.host}, {now}\nphase: {self._phase()}\n"
+        who = f"rank {me.rank} of {me.world_size}, process {me.pid} on {me.host}"
+        head = f"{who}, {utc_now()}\nphase: {self._phase()}\n"
         return head + "".join(all_stacks())
 
     def _best_effort(self, work: Callable[[], object]) -> None:

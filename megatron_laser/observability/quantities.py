@@ -1,6 +1,13 @@
-"""Seconds, counts and bytes as a person reads them in a line."""
+"""Seconds, counts and bytes as a person reads them in a line, and the time as files have it."""
 
 from __future__ import annotations
+
+import time
+
+
+def utc_now() -> str:
+    """ISO 8601, UTC, whole seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def format_duration(seconds: float) -> str:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from megatron_laser.observability.run_record import changes_in, read_run_record
 from megatron_laser.report.run_data import Run
-
-_RECORD = "run.json"
 
 
 def changed_settings(runs: list[Run]) -> list[str]:
     """Heading and Markdown, with a table for each run that has changes or is a branch; [] where none is."""
     parts = []
     for run in runs:
-        record = _record(run)
+        record = read_run_record(run.folder)
         lines = _branch(record) + _table(record)
         if lines:
             parts += [f"**{run.label}**\n", "\n".join(lines) + "\n"]
@@ -29,20 +27,12 @@ def _branch(record: dict[str, Any]) -> list[str]:
 
 
 def _table(record: dict[str, Any]) -> list[str]:
-    changes = [one for one in record.get("changes") or () if isinstance(one, dict)]
+    changes = changes_in(record)
     if not changes:
         return []
     lines = ["| from step | setting | from | to | |", "| --- | --- | --- | --- | --- |"]
-    for one in sorted(changes, key=lambda change: int(change.get("step", 0))):
-        before, after = (str(one.get(key)).replace("|", "\\|") for key in ("from", "to"))
-        what = "what is learned" if one.get("kind") == "learning" else "how it runs"
-        lines.append(f"| {one.get('step')} | `{one.get('key')}` | {before} | {after} | {what} |")
+    for one in changes:
+        before, after = (str(value).replace("|", "\\|") for value in (one.before, one.after))
+        what = "what is learned" if one.kind == "learning" else "how it runs"
+        lines.append(f"| {one.step} | `{one.key}` | {before} | {after} | {what} |")
     return lines
-
-
-def _record(run: Run) -> dict[str, Any]:
-    try:
-        record = json.loads((run.folder / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}

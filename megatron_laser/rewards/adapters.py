@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from megatron_laser.config.schema.fields import split_system
 from megatron_laser.rewards.arguments import ArgumentsError, Bound, bind_native
 from megatron_laser.rewards.grade import Grade, python_scalar
 from megatron_laser.rewards.terms import REWARD
@@ -19,10 +20,8 @@ _TRL_ONLY = ("completion_ids", "trainer_state")
 
 def split_kind(spec: str) -> tuple[Kind | None, str]:
     """`verl:` or `trl:` in front of a function's place, None without one, and the place."""
-    kind, _, place = spec.partition(":")
-    if kind in ("verl", "trl") and ":" in place:
-        return kind, place  # type: ignore[return-value]
-    return None, spec
+    system, place = split_system(spec)
+    return (system.removesuffix(":") or None), place  # type: ignore[return-value]
 
 
 def kind_by_names(function: Callable[..., object]) -> Kind:

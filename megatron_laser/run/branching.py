@@ -18,6 +18,7 @@ from typing import Any
 from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.config.schema.system import RESUME_STEP
 from megatron_laser.files import remove, write_atomically
+from megatron_laser.observability.run_record import read_run_record
 from megatron_laser.trainer.checkpoint import folder as folders
 from megatron_laser.trainer.checkpoint.ownership import RUN, Owner, owner_in, read_owner, same_folder
 
@@ -121,11 +122,8 @@ def _checkpoint(named: Path) -> Path:
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("settings"), dict) else None
+    record = read_run_record(folder)
+    return record if isinstance(record.get("settings"), dict) else None
 
 
 def begin_branch(origin: Origin, folder: Path, root: Path, owner: Owner) -> None:

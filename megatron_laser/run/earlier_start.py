@@ -16,6 +16,7 @@ from megatron_laser.config import ConfigError, RunConfig
 from megatron_laser.config.yaml_source import read_yaml
 from megatron_laser.files import last_lines
 from megatron_laser.observability.events import FILE as EVENTS
+from megatron_laser.observability.run_record import read_run_record
 from megatron_laser.run.banner import Change, Earlier
 from megatron_laser.run.status import STATUS, read_status
 
@@ -50,7 +51,7 @@ def read_last_start(folder: Path) -> LastStart | None:
         settings=settings,
         earlier=_how_it_ended(folder),
         last_step=_last_step(folder),
-        recorded=len(_record(folder).get("changes") or ()),
+        recorded=len(read_run_record(folder).get("changes") or ()),
     )
 
 
@@ -64,7 +65,7 @@ def changes_since(last: LastStart | None, config: RunConfig, folder: Path) -> li
     for key, now in flat(config.model_dump(mode="json")).items():
         if key in last.settings and key not in _NOT_TOLD and not same(last.settings[key], now):
             found[key] = Change(key, last.settings[key], now)
-    for one in (_record(folder).get("changes") or ())[last.recorded :]:
+    for one in (read_run_record(folder).get("changes") or ())[last.recorded :]:
         with suppress(KeyError, TypeError, ValueError):  # of a version that records them otherwise
             key = str(one["key"])
             found[key] = Change(key, one["from"], one["to"], str(one["kind"]), int(one["step"]))
@@ -73,7 +74,7 @@ def changes_since(last: LastStart | None, config: RunConfig, folder: Path) -> li
 
 def branch_of(folder: Path) -> str:
     """The run and the step that the one in `folder` was branched from, in words; "" for most."""
-    branch = _record(folder).get("branched_from")
+    branch = read_run_record(folder).get("branched_from")
     if not isinstance(branch, dict):
         return ""
     return f"step {branch.get('step')} of {branch.get('folder')}"
@@ -92,14 +93,6 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 def same(one: Any, other: Any) -> bool:
     """Whether two values of a setting are equal; YAML has lists where the schema has tuples."""
     return bool(json.loads(json.dumps(one, default=str)) == json.loads(json.dumps(other, default=str)))
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _last_step(folder: Path) -> int:

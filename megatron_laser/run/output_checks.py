@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laser.config import ConfigError, RunConfig
+from megatron_laser.observability.quantities import utc_now
+from megatron_laser.observability.run_record import Change, changes_in
 from megatron_laser.run.branching import Origin, find_origin, is_branch_of, resume_folder, resume_step
-from megatron_laser.run.changes import Change, changes_in, now, undone
+from megatron_laser.run.changes import undone
 from megatron_laser.run.compared_settings import (
     Difference,
     Settings,
@@ -274,7 +276,7 @@ def _branch(config: RunConfig, named: Path, record: dict[str, Any] | None) -> Ou
 
 
 def _changes(found: Sequence[Difference], step: int | None) -> tuple[Change, ...]:
-    time = now()
+    time = utc_now()
     return tuple(
         Change((step or 0) + 1, one.key, one.there, one.here, one.changing.kind, time) for one in found
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import IO
 
 from megatron_laser.config import ConfigError, RunConfig, resolved_yaml
 from megatron_laser.files import LOCK, lock_folder, through_links, write_atomically
+from megatron_laser.observability.quantities import utc_now
+from megatron_laser.observability.run_record import Change, changes_in
 from megatron_laser.run.branching import begin_branch
-from megatron_laser.run.changes import Change, changes_in
 from megatron_laser.run.compared_settings import settings_of
 from megatron_laser.run.going_back import move_later_aside
 from megatron_laser.run.moved_paths import contents
@@ -212,7 +212,7 @@ def _write_record(
     """
     began = {
         "name": config.run.name,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": utc_now(),
     }
     record = dict(state.record or began)
     before, step = record, state.step or 0

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megatron_laser.files import write_atomically
+from megatron_laser.observability.quantities import utc_now
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class StatusFile:
         self._own = own
         self._every = every
         self._fields: dict[str, Any] = {
-            "started": now(),
+            "started": utc_now(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             **first,
@@ -131,11 +132,11 @@ class StatusFile:
         if said == self._written and at - self._at < _SIGN_OF_LIFE:
             return
         if said.get("phase") != self._written.get("phase") or not self._since:
-            self._since = now()
+            self._since = utc_now()
         self._written, self._at = said, at
         try:
             if self._own() and self._path.parent.is_dir():  # never makes a folder that was taken away anew
-                written = asdict(Status(**{**said, "phase_since": self._since, "time": now()}))
+                written = asdict(Status(**{**said, "phase_since": self._since, "time": utc_now()}))
                 write_atomically(self._path, json.dumps(written, indent=1) + "\n")
         except OSError as error:
             if not self._failed:
@@ -152,8 +153,3 @@ def read_status(folder: Path) -> Status | None:
     except (OSError, ValueError, TypeError, AttributeError):
         return None
     return status if status.state in get_args(State) else None
-
-
-def now() -> str:
-    """The time as status.json gives it: ISO 8601, UTC, whole seconds."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

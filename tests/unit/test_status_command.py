@@ -205,7 +205,7 @@ def test_watching_ends_with_the_run_and_its_exit_status(run, monkeypatch):
 
 def test_the_phase_is_timed_from_its_beginning_and_not_from_the_last_sign_of_life(tmp_path, monkeypatch):
     times = iter(f"2026-01-01T00:00:{second:02d}Z" for second in range(60))
-    monkeypatch.setattr("megatron_laser.run.status.now", lambda: next(times))
+    monkeypatch.setattr("megatron_laser.run.status.utc_now", lambda: next(times))
     monkeypatch.setattr("megatron_laser.run.status._SIGN_OF_LIFE", 0.0)
     file = StatusFile(tmp_path, every=1000.0, phase="one")
     first = read_status(tmp_path)

@@ -15,9 +15,9 @@ from typing import Any
 
 from megatron_laser.config import ConfigError
 from megatron_laser.files import write_atomically
+from megatron_laser.observability.run_record import RUN as RUN
 from megatron_laser.trainer.checkpoint import folder as folders
 
-RUN = "run.json"  # in the output folder
 OWNER = "owner.json"  # in the folder of checkpoints
 
 
