@@ -1,12 +1,11 @@
-"""Settings that are changed between two starts, branches, going back and overwriting, as folders see them."""
+"""Settings that are changed between two starts, and overwriting, as folders see them."""
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from helpers.runs import run_config
+from helpers.claimed import configurations, everything, parent_run, record, refused, start
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
@@ -20,57 +19,12 @@ from megatron_laser.trainer.checkpoint import folder as folders
 
 @pytest.fixture
 def of(tmp_path):
-    """The configuration of the run in output folder `name`."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "train.jsonl").write_text('{"problem": "1", "answer": "2"}\n')
-
-    def build(name, *overrides):
-        data = f"data.train={tmp_path / 'train.jsonl'}"
-        steps = f"run.output_dir={tmp_path / name}", "run.steps=100"
-        return run_config(tmp_path, tmp_path / "model", *steps, data, *overrides)
-
-    return build
+    return configurations(tmp_path)
 
 
-def save(config, step, owner):
-    """As much of a checkpoint as the folders see."""
-    partial = folders.partial_folder(folders.checkpoint_root(config), step)
-    partial.mkdir(parents=True)
-    (partial / "weights").write_text(f"of step {step}")
-    state = {"step": step, "run": {"cursor": 4 * step, "owner": asdict(owner)}}
-    return folders.publish(partial, state, folders.digests(partial, "weights"))
-
-
-def start(config, *steps, **how):
-    """Claim the folder and save checkpoints of `steps` and metrics up to the last one; what was claimed."""
-    held = claim_output_folder(config, **how)
-    for step in steps:
-        save(config, step, held.owner)
-    if steps:
-        with (held.path / "metrics.jsonl").open("a") as file:
-            file.writelines(f'{{"step": {step}}}\n' for step in range(1, steps[-1] + 1))
-    held.release()
-    return held
-
-
-def refused(config, **how):
-    with pytest.raises(ConfigError) as error:
-        claim_output_folder(config, **how)
-    return str(error.value)
-
-
-def record(config):
-    return json.loads((config.run.output_dir / "run.json").read_text())
-
-
-def everything(folder):
-    """Names, bytes and times of a folder's files, and of the files that they are."""
-    return {
-        path: (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+@pytest.fixture
+def parent(of):
+    return parent_run(of)
 
 
 OTHER = {
@@ -232,170 +186,6 @@ def test_the_same_files_elsewhere_are_the_same_run_and_other_ones_are_not(of, tm
         (other / name).write_text((other / name).read_text() + "\n")
         elsewhere = [one.replace(str(new), str(other)) if one.startswith(key) else one for one in moved]
         assert f"belongs to another run: {key} " in refused(of("run", *elsewhere))
-
-
-@pytest.fixture
-def parent(of):
-    """The configuration of a run with checkpoints of steps 20 and 40, whose rate was doubled after step 20."""
-    start(of("parent"), 20)
-    config = of("parent", "optimizer.lr=2.0e-6")
-    held = claim_output_folder(config, change=True)
-    save(config, 40, held.owner)
-    held.release()
-    (held.path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(46)) + '{"st')
-    events = [
-        {"step": 20, "kind": "checkpoint", "text": "saved"},
-        {"step": 41, "kind": "stop", "text": "stopped"},
-    ]
-    (held.path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    return config
-
-
-@pytest.mark.parametrize(
-    ("named", "step"),
-    [
-        ("parent", 40),
-        ("parent/checkpoints", 40),
-        ("parent/checkpoints/step_20", 20),
-        ("parent/checkpoints/step_00000040", 40),
-    ],
-)
-def test_a_branch_begins_with_the_checkpoint_and_leaves_the_other_run_as_it_is(
-    of, parent, tmp_path, named, step
-):
-    alive = claim_output_folder(parent)  # it trains
-    before = everything(parent.run.output_dir)
-    branch = of("branch", f"run.resume={tmp_path / named}", "optimizer.lr=5.0e-6", "laser.beta=0.5")
-    held = claim_output_folder(branch)
-    assert everything(parent.run.output_dir) == before
-    alive.release()
-    ((saved, path),) = folders.published(folders.checkpoint_root(branch))
-    folders.verify(path)
-    state = folders.read_state(path)
-    assert saved == step and state["run"] == {"cursor": 4 * step, "owner": asdict(held.owner)}
-    origin = record(branch)["branched_from"]
-    assert origin["folder"] == str(tmp_path / "parent") and origin["step"] == step
-    assert origin["id"] == record(parent)["id"] != record(branch)["id"]
-    lines = [json.loads(line)["step"] for line in (held.path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == list(range(step + 1))
-    (event,) = map(json.loads, (held.path / "events.jsonl").read_text().splitlines())
-    assert event["step"] == 20 and event["run"] == str(tmp_path / "parent")
-    # Its own changes are from the values of that step; those of the other run's further steps are not its own.
-    rate = [(one.step, one.before, one.after) for one in read_changes(held.path) if one.key == "optimizer.lr"]
-    assert rate == ([(21, 1e-6, 5e-6)] if step == 20 else [(21, 1e-6, 2e-6), (41, 2e-6, 5e-6)])
-    assert [(one.kind, one.after) for one in held.changes if one.key == "laser.beta"] == [("identity", 0.5)]
-
-
-def test_a_branch_goes_on_in_itself_with_the_same_settings(of, parent, tmp_path):
-    branch = of("branch", f"run.resume={tmp_path / 'parent' / 'checkpoints' / 'step_20'}")
-    owner = start(branch).owner
-    save(branch, 30, owner)
-    shutil.rmtree(tmp_path / "parent")  # it needs the other run no more
-    again = claim_output_folder(branch)
-    again.release()
-    assert again.owner.id == owner.id and again.changes == () == again.told
-    assert [step for step, _ in folders.published(folders.checkpoint_root(branch))] == [20, 30]
-    assert "optimizer.lr 1e-06 there and 3e-06 here; pass --change" in refused(
-        of("branch", branch_of(branch), "optimizer.lr=3.0e-6")
-    )
-
-
-def branch_of(config):
-    return f"run.resume={config.run.resume}"
-
-
-def test_a_branch_whose_start_was_cut_off_is_begun_again(of, parent, tmp_path, monkeypatch):
-    branch = of("branch", f"run.resume={tmp_path / 'parent'}", "optimizer.lr=2.0e-6")
-    with monkeypatch.context() as patch:
-        patch.setattr(folders, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            claim_output_folder(branch)
-    started = record(branch)["id"]
-    start(branch)
-    assert record(branch)["id"] == started
-    assert [step for step, _ in folders.published(folders.checkpoint_root(branch))] == [40]
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        (
-            ["run.seed=7"],
-            "of step 40 with other values: run.seed 1 there and 7 here; the order of the problems",
-        ),
-        (["run.steps=30"], "is of step 40, beyond run.steps 30; raise run.steps"),
-        (
-            ["run.resume={0}/parent/checkpoints/step_30"],
-            "there is no such folder; {0}/parent/checkpoints has those of steps 20, 40",
-        ),
-        (
-            ["run.resume={0}/nowhere"],
-            "there is no such folder. Expected auto, never, step N, or the folder of a run",
-        ),
-        (["run.resume={0}/model"], "no checkpoint is in {0}/model/checkpoints or {0}/model"),
-        (["run.resume=step 20"], "run.resume step 20: run.output_dir {0}/branch holds no run"),
-    ],
-)
-def test_a_branch_that_cannot_be_begun_says_why_and_writes_nothing(of, parent, tmp_path, settings, said):
-    settings = [one.format(tmp_path) for one in [f"run.resume={tmp_path / 'parent'}", *settings]]
-    message = refused(of("branch", *settings))
-    assert said.format(tmp_path) in message
-    assert {path.name for path in (tmp_path / "branch").iterdir()} <= {"run.lock"}
-
-
-def test_a_branch_does_not_begin_in_the_folder_of_another_run(of, parent, tmp_path):
-    start(of("run"), 20)
-    branch = f"run.resume={tmp_path / 'parent'}"
-    assert "holds a run that is no branch, and run.resume names" in refused(of("run", branch))
-    assert "holds a run that is no branch" in refused(of("parent", branch, "optimizer.lr=2.0e-6"))
-    start(of("branch", branch))
-    message = refused(of("branch", f"run.resume={tmp_path / 'run'}"))
-    assert f"holds a branch of {tmp_path / 'parent'}, and run.resume names {tmp_path / 'run'}" in message
-
-
-def test_going_back_moves_what_came_later_aside_once(of, parent, tmp_path):
-    folder = tmp_path / "parent"
-    for name in (
-        "rollouts/step_20.jsonl",
-        "rollouts/step_40.jsonl",
-        "evaluation/validation_step_40.json",
-        "FINISHED",
-    ):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text('{"step": 45}')
-    metrics = (folder / "metrics.jsonl").read_bytes()
-    back = of("parent", "run.resume=step 20", "optimizer.lr=2.0e-6")
-    assert "optimizer.lr 1e-06 there and 2e-06 here" not in refused(of("parent", "run.resume=step 30"))
-    # At step 20 the rate was another one; the change was allowed before.
-    held = start(back)
-    aside = folder / "moved_aside" / "after_step_20.1"
-    assert held.told == (f"goes back to step 20: what came after it is in {aside}",)
-    assert [step for step, _ in folders.published(folder / "checkpoints")] == [20]
-    folders.verify(aside / "checkpoints" / "step_00000040")
-    assert (aside / "metrics.jsonl").read_bytes() == metrics
-    moved = {str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file()} - {"config.yaml"}
-    assert {"rollouts/step_40.jsonl", "evaluation/validation_step_40.json", "FINISHED", "run.json"} <= moved
-    assert (folder / "rollouts" / "step_20.jsonl").exists() and "rollouts/step_20.jsonl" not in moved
-    assert [(one.step, one.after) for one in read_changes(folder)] == [(21, 2e-6)]
-
-    save(back, 30, held.owner)
-    assert start(back).told == ()  # it was carried out
-    assert [step for step, _ in folders.published(folder / "checkpoints")] == [20, 30]
-    start(of("parent", "optimizer.lr=2.0e-6"), change=True)
-    assert start(back).told == (
-        f"goes back to step 20: what came after it is in {aside.with_name('after_step_20.2')}",
-    )
-
-
-def test_going_back_to_a_step_without_a_checkpoint_names_those_that_there_are(of, parent):
-    message = refused(of("parent", "run.resume=step 30"))
-    assert "has no checkpoint of step 30; there are those of steps 20, 40" in message
-
-
-@pytest.mark.parametrize("value", ["3", "null", "[]", "''"])
-def test_a_resume_that_is_none_is_refused_when_it_is_read(of, value):
-    with pytest.raises(ConfigError, match=r"run\.resume: expected auto, never, step N, or the folder"):
-        of("run", f"run.resume={value}")
 
 
 def test_overwriting_leaves_a_folder_with_other_peoples_files(of, tmp_path):
