@@ -2,12 +2,17 @@
 
 import stat
 import subprocess
+import threading
+import time
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers.sglang_server import call
 
 from megatron_laser.rollout.endpoints import read_endpoints
+from megatron_laser.rollout.server_load import parse_load
+from megatron_laser.rollout.sglang_api import LOADS
 
 # its start counts as part of the first test that asks for it
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
@@ -27,6 +32,35 @@ def test_it_answers_token_ids_with_log_probs(sglang_server):
     assert len(reply["output_ids"]) == len(info["output_token_logprobs"]) == 4
     assert [entry[1] for entry in info["output_token_logprobs"]] == reply["output_ids"]
     assert all(position[0][1] == 2 for position in info["output_token_ids_logprobs"])
+
+
+def test_it_tells_that_a_request_runs_and_that_none_does(sglang_server):
+    def load():
+        found = parse_load(sglang_server.call(LOADS))
+        assert found is not None
+        return found
+
+    def until(holds):
+        deadline = time.monotonic() + 60.0
+        while not holds(load()):
+            assert time.monotonic() < deadline, load()
+            time.sleep(0.005)
+
+    def generate():
+        """One request after the other, of as many tokens as the model has positions for."""
+        parameters = {"max_new_tokens": 56, "temperature": 1.0, "ignore_eos": True}
+        while not seen.is_set():
+            sglang_server.call("/generate", {"input_ids": [5, 24, 6, 27], "sampling_params": parameters})
+
+    seen = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        requests = threads.submit(generate)
+        try:
+            until(lambda told: told.running == 1.0 and told.kv_usage > 0.0)
+        finally:
+            seen.set()
+        requests.result(timeout=60)
+    until(lambda told: told.running == 0.0)
 
 
 def test_it_refuses_whoever_has_no_key(sglang_server):

@@ -42,10 +42,12 @@ def test_a_run_is_fed_by_a_server(sglang_server, tmp_path, overrides):
         assert differences and max(differences) < 1e-4  # the server reads the score where it is trained
     else:
         assert max(line["staleness_max"] for line in steps) >= 1
-    # What the server says of itself; a rollout that lasts less than a twentieth of a second is not looked at.
+    # What the server says of itself; a rollout that lasts less than a twentieth of a second is not looked at. Responses
+    # are so short that it may not have said of any that it runs: test_shared_server.py asks for longer ones.
     said = [line for line in steps if "servers/running_mean" in line]
-    assert said and max(line["servers/running_mean"] for line in said) > 0
+    assert said and max(line["servers/utilisation"] for line in said) > 0
     for line in said:
+        assert 0 <= line["servers/running_mean"] <= 64 and 0 <= line["servers/queued_mean"] <= 64
         assert 0 <= line["servers/kv_usage_mean"] <= 1 and 0 <= line["servers/utilisation"] <= 1
         assert 0 <= line["idle/servers"] <= 1
     # While the last step trains, nothing is generated ahead any more.

@@ -78,7 +78,7 @@ def test_a_command_is_interrupted_at_its_step_and_has_to_end_as_it_is_written(tm
 
 
 def test_the_pages_commands_and_options_exist():
-    """The page itself is run by tests/long/test_first_hour.py."""
+    """The page itself is run by tests/long/test_first_hour_whole.py."""
     page = (ROOT / "docs" / "first_hour.md").read_text(encoding="utf-8")
     blocks = read_blocks(page)
     assert len(blocks) > 10 and any(block.interrupt for block in blocks)

@@ -7,6 +7,7 @@ missing metrics and NaN neither raise nor end an alarm.
 from __future__ import annotations
 
 import statistics
+from bisect import insort
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from megatron_laser.observability.alarms.rule import Rule
 from megatron_laser.observability.alarms.system_rules import SYSTEM_RULES
 
 RULES: tuple[Rule, ...] = POLICY_RULES + SYSTEM_RULES
+_PLACES = {rule.name: place for place, rule in enumerate(RULES)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class AlarmWatch:
     """Follows a run. It is shown each row once, in order of steps; a resumed run shows it the earlier ones first.
 
     Attributes:
-        alarms: all so far, in the order in which they were raised.
+        alarms: all so far, by step; those of one step in the order of `RULES`, whichever of its rows raised them.
         ended: those that were over at the last row.
     """
 
@@ -86,8 +88,8 @@ class AlarmWatch:
             if change is None:
                 continue
             if change.last_step is None:
-                self.alarms.append(change)
                 raised.append(change)
+                insort(self.alarms, change, key=lambda alarm: (alarm.step, _PLACES[alarm.name]))
             else:
                 place = next(
                     index
@@ -151,7 +153,7 @@ class _State:
 
 
 def alarms_of(rows: Sequence[Mapping[str, Any]], settings: AlarmSettings) -> list[Alarm]:
-    """The alarms of a run from all its rows, in the order in which they were raised.
+    """The alarms of a run from all its rows, in the order of `AlarmWatch.alarms`.
 
     Args:
         rows: of metrics.jsonl in order of steps, as `read_metrics` gives them; each with `step`.
