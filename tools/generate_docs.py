@@ -44,15 +44,56 @@ defaults included, is written to `output_dir/config.yaml`.
 
 ```bash
 megatron-laser train RUN.yaml optimizer.lr=2e-6 laser.enabled=false
-megatron-laser train RUN.yaml --dry-run --world-size 64   # checks everything that needs no GPU
+megatron-laser check RUN.yaml                             # what the run starts from
+megatron-laser train RUN.yaml --dry-run --world-size 64   # layout, batches and memory on 64 GPUs
+megatron-laser plan RUN.yaml --gpus 64                    # seconds of a step, and the fastest layout
 ```
+"""
+_LOOKED_AT = """## What is looked at before a run
+
+"refuses": a fault ends the command with exit status 2 and a message that names it. "says": it is printed, as a number
+or a warning, and the status is 0. "no": not looked at. `train` looks at what `check` does, and at layout and memory on
+its real processes, before it builds a model.
+
+| What | `train --dry-run` | `plan` | `check` |
+| --- | --- | --- | --- |
+| settings: names, types, ranges, and whether they go together | refuses | refuses | refuses |
+| the model's shape (`config.json`) | refuses | refuses | refuses |
+| weight files: names, shapes and types, from their headers | refuses | refuses | refuses |
+| the numbers in weight files | no | no | no |
+| whether the longest sequence fits a micro-batch and the model's positions | refuses | refuses | refuses |
+| whether `parallel.tensor` and `parallel.pipeline` divide the model | refuses | refuses | refuses |
+| whether the number of processes goes into the layout | refuses | refuses | no |
+| memory of the fullest GPU | refuses | refuses | no |
+| seconds of a step and of its phases | no | says | no |
+| whether the score token can be one | refuses | refuses | refuses |
+| `tokenizer.json`: that it can be read | refuses | refuses | refuses |
+| the tokenizer's size against the model's | no | no | says |
+| the chat template | no | no | refuses |
+| data files: that they are there, their rows and columns | no | no | refuses |
+| lengths of prompts, counted | no | no | says |
+| score tokens in the data | no | no | refuses |
+| the reward function: imported, its arguments, and a trial | no | no | refuses |
+| the rollout function: imported, and its arguments | refuses | no | refuses |
+| `run.output_dir`: what would go on, change, or be refused | refuses | no | refuses |
+| whether the run may write into its folders | no | no | refuses |
+| room on the disks | no | no | says |
+| how many steps `run.epochs` are | says | no | says |
+| the environment that servers start in | no | no | refuses |
+| servers that run already: whether they answer | no | no | no |
+| `logging.machine` | no | no | refuses |
+| whether this machine has the layers of `model.layers` | no | no | says |
+
+A dry run counts `run.epochs` by the rows of the data, and says the most that they can be; `check` tokenizes. None of
+the three builds the model, starts or asks a server, or uses a GPU: see [first_cluster_hour.md](first_cluster_hour.md)
+for what to run on GPUs first.
 """
 
 
 def generate() -> str:
     """The whole page."""
     sections = list(RunConfig.model_fields.items())
-    parts = [_INTRODUCTION]
+    parts = [_INTRODUCTION, _LOOKED_AT]
     parts.append("Sections: " + ", ".join(f"[{name}](#{name})" for name, _ in sections) + ".\n")
     for name, field in sections:
         section = field.annotation

@@ -23,7 +23,9 @@ def train(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print the resolved run and stop: no weights, no data, no process group."
+            "--dry-run",
+            help="Print the resolved run and stop: no weights, no data, no process group. "
+            "Exit status 2: it would not start.",
         ),
     ] = False,
     world_size: Annotated[
@@ -72,8 +74,10 @@ def train(
         console.print(render_plan(plan, balance_lines(plan)))
         if words := epoch_words(given, loaded.run.steps):
             print(f"{words} at most, by the rows of data.train; problems that cannot be used do not count")
-        _print_folder(loaded, console, overwrite=overwrite, change=change)
+        refused = _print_folder(loaded, console, overwrite=overwrite, change=change)
         plan.memory.check(available * 2**30)
+        if refused:
+            raise typer.Exit(2)
         return
     if gpu_memory_gib is not None:
         raise typer.BadParameter("--gpu-memory-gib goes with --dry-run; a run asks its own GPUs")
@@ -107,12 +111,14 @@ def _run(config: RunConfig, *, overwrite: bool, change: bool, is_main: bool) -> 
         run(config, overwrite=overwrite)
 
 
-def _print_folder(config: RunConfig, console: Console, *, overwrite: bool, change: bool) -> None:
-    """What would be resumed, changed or refused in `run.output_dir`, where something is there."""
-    from megatron_laser.run.folder_lines import folder_lines
+def _print_folder(config: RunConfig, console: Console, *, overwrite: bool, change: bool) -> bool:
+    """What would be resumed, changed or refused in `run.output_dir`; returns whether the run would be refused."""
+    from megatron_laser.run.folder_lines import REFUSED, folder_lines
 
-    for line in folder_lines(config, overwrite=overwrite, change=change):
+    lines = list(folder_lines(config, overwrite=overwrite, change=change))
+    for line in lines:
         console.print(line, markup=False, highlight=False)
+    return any(line.startswith(REFUSED) for line in lines)
 
 
 def _check_function(config: RunConfig) -> None:

@@ -10,6 +10,9 @@ from megatron_laser.errors import UserError
 from megatron_laser.run.output_checks import OutputState, check_checkpoints, check_new, check_output_folder
 from megatron_laser.run.own_files import check_own
 
+REFUSED = "the run would be refused"
+"""What a line begins with that says why it would be."""
+
 
 def folder_lines(config: RunConfig, *, overwrite: bool, change: bool) -> Iterator[str]:
     """What would be resumed, changed, moved aside or refused; nothing where nothing is there.
@@ -30,10 +33,10 @@ def folder_lines(config: RunConfig, *, overwrite: bool, change: bool) -> Iterato
             check_checkpoints(config, state)
     except ConfigError as error:
         for problem in error.problems:
-            yield f"the run would be refused: {problem}"
+            yield f"{REFUSED}: {problem}"
         return
     except UserError as error:
-        yield f"the run would be refused: {error}"
+        yield f"{REFUSED}: {error}"
         return
     text = _text(config, state)
     if text:
