@@ -27,6 +27,10 @@ _EXPECTED = {
     "bool_type": "true or false",
     "path_type": "a path",
     "tuple_type": "a list",
+    "too_short": "at least one entry",
+    "dict_type": "a table, {key: value}",
+    "model_type": "a table, {key: value}",
+    "is_instance_of": "a path",
     "finite_number": "a finite number",
 }
 
@@ -83,12 +87,17 @@ def _reason(path: KeyPath, detail: ErrorDetails) -> str:
     if kind == "missing":
         return "required and not given"
     if kind in _EXPECTED:
-        return f"expected {_EXPECTED[kind]}, got {value!r}{_yaml_hint(kind, value)}"
+        return f"expected {_EXPECTED[kind]}, got {_written(value)}{_yaml_hint(kind, value)}"
     if kind == "literal_error":
-        return f"expected {detail['ctx']['expected']}, got {value!r}"
+        return f"expected {detail['ctx']['expected']}, got {_written(value)}"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     message = message if message.startswith("expected") else f"expected {message}"
-    return f"{message}, got {value!r}"
+    return f"{message}, got {_written(value)}"
+
+
+def _written(value: Any) -> str:
+    """A value for a message; nothing as YAML has it."""
+    return "null" if value is None else repr(value)
 
 
 def _yaml_hint(kind: str, value: Any) -> str:
