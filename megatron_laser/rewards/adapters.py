@@ -69,7 +69,10 @@ def _from_verl(value: object) -> object:
         raise TypeError(
             f"a dict of verl's has `score`, and this one has {', '.join(map(str, value)) or 'nothing'}"
         )
-    score = float(python_scalar(value["score"]))
+    score = python_scalar(value["score"])
+    if not isinstance(score, bool | int | float):
+        raise TypeError(f"`score` of verl's dict is a number, not {score!r:.60} ({type(score).__name__})")
+    score = float(score)
     rest = {
         str(name): python_scalar(item)
         for name, item in value.items()
