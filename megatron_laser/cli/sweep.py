@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_laser.cli.options import ConfigFile, complete_override
+from megatron_laser.cli.options import ConfigFile, SetFiles, complete_override
 
 STOPPED = 3
 """Exit status of a run, and of a sweep, that was asked to stop and can be gone on with."""
@@ -39,6 +39,7 @@ def sweep(
             metavar="KEY=VALUES",
         ),
     ] = None,
+    set_files: SetFiles = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -74,8 +75,11 @@ def sweep(
     if len(files) + bool(settings) != 1:
         raise typer.BadParameter("expected either one SWEEP.yaml or --set section.key=VALUE,VALUE")
     runs = product(settings or []) if settings else listed(Path(files[0]))
-    start = shlex.split(launcher) if launcher else [sys.executable]
-    folder, planned = trials(config, runs, common, output, start)
+    try:
+        start = shlex.split(launcher) if launcher else [sys.executable]
+    except ValueError as error:
+        raise typer.BadParameter(f"--launcher {launcher!r}: {error}") from None
+    folder, planned = trials(config, runs, common, output, start, set_files or [])
     if print_only:
         for trial in planned:
             typer.echo(shell(trial.command))

@@ -81,6 +81,11 @@ def test_runs_follow_each_other_a_failure_ends_none_and_the_same_command_goes_on
     assert "| lr=3 | finished |" in (tmp_path / "out_sweep" / "sweep.md").read_text()
 
 
+def test_a_file_that_is_complete_only_with_each_run_s_settings_is_swept(stage, tmp_path):
+    stage[0].write_text(stage[0].read_text().replace("steps: 2, ", ""))
+    assert sweep(stage, "--set", "run.steps=2,3", "--print").output.count("/out_sweep/steps=") == 2
+
+
 def test_fail_fast_print_and_results(stage, tmp_path):
     printed = sweep(stage, "--set", "optimizer.lr=3,1", "--print", "run.seed=5")
     assert printed.exit_code == 0 and not stage[2].exists()
@@ -94,12 +99,27 @@ def test_fail_fast_print_and_results(stage, tmp_path):
     assert stage[2].read_text().split() == ["lr=3"]
 
 
+def test_files_of_further_settings_are_for_every_run(stage, tmp_path):
+    more = tmp_path / "more.yaml"
+    more.write_text("optimizer: {lr: 7.0, weight_decay: -1}\n")
+    given = ["--set", "optimizer.lr=1,2", "--set-file", str(more), "--print"]
+    result = sweep(stage, *given)
+    assert result.exit_code == 2 and "more.yaml, line 1: optimizer.weight_decay" in result.output
+    more.write_text("optimizer: {lr: 7.0, weight_decay: 0.5}\n")
+    lines = sweep(stage, *given).output.splitlines()
+    assert len(lines) == 2 and all(f"--set-file {more} optimizer.lr=" in line for line in lines)
+
+
 def test_every_run_is_checked_before_the_first(stage, tmp_path):
     result = sweep(stage, "--set", "optimizer.lr=1,fast")
     assert result.exit_code == 2
     assert "optimizer.lr: expected a number, got 'fast'" in result.output
     assert not stage[2].exists() and not (tmp_path / "out_sweep").exists()
     assert "use --output" in sweep(stage, "--set", "run.output_dir=a,b").output
+    assert "two runs have it" in sweep(stage, "--set", "optimizer.lr=1,1").output
+    assert "are too many for the name of a folder" in sweep(stage, "--set", f"run.name={'a' * 201},b").output
+    assert sweep(stage, "--set", "optimizer.lr=1", "--launcher", "'torchrun").exit_code == 2
+    assert not stage[2].exists()
 
 
 def test_a_signal_ends_the_run_and_then_the_sweep(stage, tmp_path):
