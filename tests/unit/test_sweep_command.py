@@ -12,6 +12,7 @@ from helpers.source_tree import ROOT
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
+from megatron_laser.cli.sweep import STOPPED, _asked, _run
 from megatron_laser.cli.sweep_trials import listed, product
 from megatron_laser.config import ConfigError
 
@@ -144,6 +145,18 @@ def test_a_signal_ends_the_run_and_then_the_sweep(stage, tmp_path):
     assert "the same command again goes on" in output
     assert stage[2].read_text().split() == ["lr=4"]
     assert table(tmp_path / "out_sweep")["lr=4"]["state"] == "stopped"
+
+
+def test_a_request_between_two_runs_starts_none_and_nohup_stays_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _asked() as asked:
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # which the runs inherit
+            os.kill(os.getpid(), signal.SIGINT)
+            assert asked.yes and asked.late == signal.SIGINT
+            assert _run(["/no/such/program"], asked) == STOPPED
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_products_and_lists(tmp_path):
