@@ -159,7 +159,12 @@ def _load_module(spec: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except BaseException as error:  # SystemExit, too: user code may do anything while it is imported
-        raise _spec_error(spec, f"importing {name!r} failed: {described(error)}.") from error
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            near = Path(*name.split(".")).with_suffix(".py")
+            where = f" The file is here: write {near}:{spec.rpartition(':')[2]}." if near.is_file() else ""
+            hint = f" It is neither installed nor in PYTHONPATH.{where}"
+        raise _spec_error(spec, f"importing {name!r} failed: {described(error)}.{hint}") from error
 
 
 def _load_file(spec: str, path: Path) -> ModuleType:
