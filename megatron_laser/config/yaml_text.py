@@ -48,14 +48,14 @@ class Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
 
-    def compose_sequence_node(self, anchor: str | None) -> yaml.SequenceNode:
+    def compose_sequence_node(self, anchor: Any) -> yaml.SequenceNode:
         """A list."""
         self._open.append(anchor)
         node = super().compose_sequence_node(anchor)
         self._open.pop()
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """A table."""
         self._open.append(anchor)
         node = super().compose_mapping_node(anchor)
@@ -123,6 +123,11 @@ def _boolean(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> bool:
     )
 
 
+def _no_type(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    name = node.tag.removeprefix(_PREFIX)
+    raise yaml.constructor.ConstructorError(None, None, f"!!{name} is no type of YAML 1.2", node.start_mark)
+
+
 def _no_number(node: yaml.ScalarNode) -> yaml.YAMLError:
     return yaml.constructor.ConstructorError(None, None, f"{node.value!r} is no number", node.start_mark)
 
@@ -130,7 +135,7 @@ def _no_number(node: yaml.ScalarNode) -> yaml.YAMLError:
 Loader.add_constructor(_PREFIX + "int", _whole)
 Loader.add_constructor(_PREFIX + "float", _number)
 Loader.add_constructor(_PREFIX + "bool", _boolean)
-Loader.add_constructor(_PREFIX + "timestamp", Loader.construct_undefined)  # no type of YAML 1.2
+Loader.add_constructor(_PREFIX + "timestamp", _no_type)
 
 
 def yaml_value(text: str) -> Any:

@@ -14,7 +14,7 @@ from megatron_laser.config.schema.alarms import AlarmSettings
 from megatron_laser.files import last_lines
 from megatron_laser.observability.alarms import Alarm, alarms_of
 from megatron_laser.observability.events import FILE
-from megatron_laser.rewards.grade import FAILED_OUTCOMES
+from megatron_laser.rewards.grade import FAILED_OUTCOMES, NOT_ONE_GRADED
 
 _READ = 1 << 26  # bytes of events.jsonl: half a million events
 _MOST = 5  # of each kind are told in full
@@ -47,6 +47,7 @@ class Happened:
         not_made: kind of failure -> samples that `rollout.function` did not make.
         lost, back: servers that were lost (or started again), and that came back.
         saves: that were published. failed_saves: why others were not.
+        nothing_graded: stops because not one response of a step, which has no line of metrics, could be graded.
         starts: how often it was started. killed: how many of these ended without a word.
     """
 
@@ -66,6 +67,7 @@ class Happened:
     starts: int
     killed: int
     evaluations_left_out: list[Told] = field(default_factory=list)
+    nothing_graded: list[Told] = field(default_factory=list)
 
     @property
     def wrong(self) -> list[str]:
@@ -92,7 +94,7 @@ class Happened:
         ]
 
     def _grading_words(self) -> list[str]:
-        told = []
+        told = _each("a start ended", self.nothing_graded)
         if count := sum(self.not_graded.values()):
             kinds = ", ".join(f"{outcome} {number:,}" for outcome, number in self.not_graded.items())
             of = f" of {self.responses:,}" if self.responses > count else ""
@@ -164,6 +166,7 @@ def what_happened(
         ],
         starts=starts.count("start"),
         killed=killed,
+        nothing_graded=[one for one in kinds.get("stop", []) if NOT_ONE_GRADED in one.text],
         evaluations_left_out=[one for one in kinds.get("evaluation", []) if "is left out" in one.text],
     )
 

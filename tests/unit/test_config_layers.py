@@ -224,7 +224,7 @@ def test_the_base_of_two_bases_is_read_once_so_that_it_sets_nothing_back(tmp_pat
             "line 6: a: given twice (first on line 6); keep one",
         ),
         ("policy: {entropy: !!bool maybe}\n", "'maybe' is neither true nor false"),
-        ("policy: {entropy: !!timestamp now}\n", "could not determine a constructor"),
+        ("policy: {entropy: !!timestamp now}\n", "!!timestamp is no type of YAML 1.2"),
         ("policy: {loss_options: &a {b: *a}}\n", "what has the anchor &a holds itself"),
         ("policy: false\n", "line 6: policy: expected a section, policy: {key: value}, got False"),
         ("policy: {clip_low: ${X:1}}\n", "a ${...} stands in quotes"),

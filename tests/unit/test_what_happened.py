@@ -10,6 +10,7 @@ from megatron_laser.config.schema.alarms import AlarmSettings
 from megatron_laser.report.run_data import load_runs
 from megatron_laser.report.went_wrong import went_wrong
 from megatron_laser.report.what_happened import NOTHING, read_events, what_happened
+from megatron_laser.rewards.grade import NOT_ONE_GRADED
 from megatron_laser.run.last_words import last_words
 
 LIMITS = AlarmSettings()
@@ -51,6 +52,12 @@ def test_of_a_healthy_run_nothing_is_said_to_be_wrong():
         "saved      2 saves, the newest checkpoint is of step 4, in ck",
         "written    nothing in nowhere",
     ]
+
+
+def test_a_step_of_which_nothing_was_graded_has_no_line_of_metrics_and_is_told():
+    stop = event(4, "stop", f"stopped after step 4: rollout of step 5: {NOT_ONE_GRADED}, so there is nothing")
+    found = happened(healthy_run(), [*HEALTHY, stop])
+    assert found.wrong == [f"a start ended at step 4: {stop['text']}"]
 
 
 def test_every_kind_of_trouble_is_counted_and_named():
