@@ -91,11 +91,11 @@ def _from_verl(value: object) -> object:
 def _bind_trl(function: Callable[..., object]) -> Bound:
     """TRL's `fn(prompts, completions, **columns)`: lists of one, and a list of one number, or None, comes back."""
     columns_wanted, _ = _accepted(function, None)
-    if wanted := [name for name in _TRL_ONLY if name in columns_wanted]:
-        raise ArgumentsError(f"takes `{wanted[0]}`, which TRL's trainer has and nothing here")
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     required = [name for name in columns_wanted if parameters[name].default is inspect.Parameter.empty]
+    if wanted := [name for name in _TRL_ONLY if name in required]:
+        raise ArgumentsError(f"takes `{wanted[0]}`, which TRL's trainer has and nothing here")
 
     def call(response: str, answer: str, facts: Mapping[str, Any]) -> object:
         row = _row(facts)

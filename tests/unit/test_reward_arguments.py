@@ -51,7 +51,7 @@ def accuracy_reward(prompts, completions, solution, **kwargs):
     assert prompts[0][-1]["content"] == "p" and kwargs["level"] == [None]
     return [None if s == "?" else float(c == s) for c, s in zip(contents, solution, strict=True)]
 
-def format_reward(completions, **kwargs):
+def format_reward(completions, trainer_state=None, **kwargs):
     return [1.0 if completion.startswith("<think>") else 0.0 for completion in completions]
 
 def asks(response, answer, *, foo):
