@@ -21,6 +21,7 @@ _MOST = 5  # of each kind are told in full
 _FAILED = "function_failed_"
 # How the events of checkpoints begin; `trainer.checkpoint.manager` writes them.
 _SAVES = ("saved ", "saving ", "deleted ")
+_NOT_JUDGED = "does not count for what is the best"  # `evaluation.keeping` says it
 _NOT_SAVED = "the checkpoint was not saved"
 NOTHING = (
     "no update was skipped, every response was graded, no alarm was raised, nothing fell back to another way, no save "
@@ -48,6 +49,7 @@ class Happened:
         lost, back: servers that were lost (or started again), and that came back.
         saves: that were published. failed_saves: why others were not.
         nothing_graded: stops because not one response of a step, which has no line of metrics, could be graded.
+        not_judged: evaluations without the metric that `checkpoint.best` or `run.early_stop` names.
         starts: how often it was started. killed: how many of these ended without a word.
     """
 
@@ -68,6 +70,7 @@ class Happened:
     killed: int
     evaluations_left_out: list[Told] = field(default_factory=list)
     nothing_graded: list[Told] = field(default_factory=list)
+    not_judged: list[Told] = field(default_factory=list)
 
     @property
     def wrong(self) -> list[str]:
@@ -80,6 +83,7 @@ class Happened:
             *self._server_words(),
             *_each("fallback", self.fallbacks),
             *_each("an evaluation", self.evaluations_left_out),
+            *self._judging_words(),
             *_each("warning", self.warnings),
             *self._start_words(),
         ]
@@ -103,6 +107,14 @@ class Happened:
             kinds = ", ".join(f"{kind} {number:,}" for kind, number in self.not_made.items())
             told.append(f"{_many(count, 'sample')} not made by rollout.function and left out: {kinds}")
         return told
+
+    def _judging_words(self) -> list[str]:
+        if not self.not_judged:
+            return []
+        count, last = len(self.not_judged), self.not_judged[-1]
+        return [
+            f"{_many(count, 'evaluation')} not compared with the best; the last: step {last.step}: {last.text}"
+        ]
 
     def _server_words(self) -> list[str]:
         if not self.lost:
@@ -166,6 +178,7 @@ def what_happened(
         ],
         starts=starts.count("start"),
         killed=killed,
+        not_judged=[one for one in kinds.get("evaluation", []) if _NOT_JUDGED in one.text],
         nothing_graded=[one for one in kinds.get("stop", []) if NOT_ONE_GRADED in one.text],
         evaluations_left_out=[one for one in kinds.get("evaluation", []) if "is left out" in one.text],
     )
