@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from megatron_laser.config.checks.sources import place_in_source, unknown_source_key
 from megatron_laser.config.schema.readouts import ReadoutConfig
 from megatron_laser.config.schema.root import key_paths, nested_sections
+from megatron_laser.config.table_entries import TERMS_KEY
 from megatron_laser.config.yaml_source import KeyPath
 
 READOUTS_KEY = ("laser", "readouts")
@@ -28,6 +29,7 @@ _EXPECTED = {
     "path_type": "a path",
     "tuple_type": "a list",
     "too_short": "at least one entry",
+    "string_too_short": "a text that is not empty",
     "dict_type": "a table, {key: value}",
     "model_type": "a table, {key: value}",
     "is_instance_of": "a path",
@@ -75,6 +77,8 @@ def describe(error: ValidationError, origin: Mapping[KeyPath, str]) -> list[str]
 def _name(path: KeyPath, location: tuple[int | str, ...]) -> str:
     index = "".join(f"[{part}]" for part in location[2:] if isinstance(part, int))
     inner = f".{location[3]}" if path == READOUTS_KEY and len(location) > 3 else ""
+    if path == TERMS_KEY:
+        inner = "".join(f".{part}" for part in location[2:])
     return ".".join(path) + index + inner
 
 

@@ -230,6 +230,8 @@ def test_the_base_of_two_bases_is_read_once_so_that_it_sets_nothing_back(tmp_pat
         ("policy: {clip_low: ${X:1}}\n", "a ${...} stands in quotes"),
         ("policy:\n  clip_low: ${A:${B:1}}\n", "the default of ${A:...} holds another ${...}"),
         ("policy: {loss_options: null}\n", "loss_options: expected a table, {key: value}, got null"),
+        ("reward: {terms: {reward: 1, a: high}}\n", "reward.terms.a.weight: expected a number, got 'high'"),
+        ("reward: {function: ''}\n", "reward.function: expected a text that is not empty, got ''"),
         ("checkpoint: {folder: ~no-such-user/x, every: no}\n", "checkpoint.every: expected an integer"),
     ],
 )
