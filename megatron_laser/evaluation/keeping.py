@@ -94,7 +94,10 @@ class Keeping:
         self._new_best = False
         if step < 1:
             return
-        if (value := self._value(self._best_by.metric, step, metrics)) is not None:
+        # Often one metric for both: what is wrong with it is said once.
+        asked = dict.fromkeys((self._best_by.metric, self._early.metric))
+        values = {metric: self._value(metric, step, metrics) for metric in asked}
+        if (value := values[self._best_by.metric]) is not None:
             best = self._best = self._if_there(self._best)  # a save that failed leaves the one before
             if best is None or _gain(value, best.value, self._best_by.mode) > 0:
                 self._new_best = True
@@ -102,7 +105,7 @@ class Keeping:
                 before = "" if best is None else f" (before: {best.value:.4g} after step {best.step})"
                 text = f"{self._best_by.metric} {value:.4g} after step {step} is the best so far{before}"
                 events.note("evaluation", text, step)
-        if (value := self._value(self._early.metric, step, metrics)) is not None:
+        if (value := values[self._early.metric]) is not None:
             before_it = self._waiting.get("value")
             better = before_it is None or _gain(value, before_it, self._early.mode) > self._early.min_delta
             self._waiting = {

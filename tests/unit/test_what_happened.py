@@ -16,7 +16,7 @@ from megatron_laser.rewards.grade import NOT_ONE_GRADED
 from megatron_laser.run.last_words import last_words
 
 LIMITS = AlarmSettings()
-BEST = ["checkpoint.best.metric=eval/majority"]
+BEST = ["checkpoint.best.metric=eval/majority", "run.early_stop.metric=eval/majority"]
 
 
 def event(step, kind, text):
