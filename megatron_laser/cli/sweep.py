@@ -109,7 +109,7 @@ def _run_all(
     folder: Path, planned: Sequence[Any], states: dict[str, str], fail_fast: bool, asked: _Asked
 ) -> bool:
     """Run what is not finished, and note in `states` how each ended; True where it was asked to stop."""
-    from megatron_laser.cli.sweep_table import STATES, rows, summary, write_table
+    from megatron_laser.cli.sweep_table import FINISHED, STATES, rows, summary, write_table
     from megatron_laser.cli.sweep_trials import shell
     from megatron_laser.files import write_atomically
 
@@ -123,9 +123,12 @@ def _run_all(
             return True
         typer.echo(f"{head}: {shell(trial.command)}")
         status = _run(trial.command, asked)
-        stopped = asked.yes or status == STOPPED or (status == 0 and not trial.finished)
+        finished = trial.finished or (status == 0 and not asked.yes and trial.says_finished)
+        stopped = asked.yes or status == STOPPED or (status == 0 and not finished)
         if trial.finished:
             states.pop(trial.label, None)
+        elif finished:
+            states[trial.label] = FINISHED
         else:
             states[trial.label] = "stopped" if stopped else f"failed ({_how(status)})"
         write_atomically(folder / STATES, json.dumps(states, indent=1) + "\n")
@@ -134,7 +137,7 @@ def _run_all(
         typer.echo(f"[{number} of {len(planned)}] {summary(table[number - 1])}")
         if stopped:
             return True
-        if fail_fast and not trial.finished:
+        if fail_fast and not finished:
             typer.echo("--fail-fast: the runs behind it were not started", err=True)
             return False
     return False

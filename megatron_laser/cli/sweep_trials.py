@@ -38,11 +38,25 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has made all of its steps."""
+        """Whether the run has made all of its steps, or has ended early by `run.early_stop` as it is now.
+
+        With `run.epochs` all steps are as many as the rows give at most: whether a run is to start again for more,
+        which it knows when it has read them, is its own to say.
+        """
+        from megatron_laser.data.epochs import with_most_steps
+
         try:
-            return json.loads((self.folder / FINISHED).read_text())["step"] >= self.config.run.steps
-        except (OSError, ValueError, KeyError, TypeError):
+            found = json.loads((self.folder / FINISHED).read_text())
+            now = self.config.run.early_stop.model_dump(mode="json")
+            steps = found["steps"] if found.get("early_stop") == now else found["step"]
+            return bool(steps >= with_most_steps(self.config).run.steps)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
+
+    @property
+    def says_finished(self) -> bool:
+        """Of a run with `run.epochs` that has just ended well: whether it has said that nothing is left to do."""
+        return not self.config.run.steps_known and (self.folder / FINISHED).is_file()
 
 
 def product(settings: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
@@ -196,6 +210,8 @@ def _changed(trial: Trial) -> str:
     if not file.is_file():
         return ""
     learned = compare(load_config(file), trial.config).learned
+    if not trial.config.run.steps_known:  # the run has made them into steps
+        learned = [one for one in learned if one.setting not in ("run.steps", "run.epochs")]
     return "; ".join(f"{one.name} {one.a} -> {one.b}" for one in learned[:3])
 
 

@@ -28,6 +28,13 @@ if lr == 3 and not os.path.exists({mended!r}):
     sys.exit(1)
 if lr == 4 and not os.path.exists({mended!r}):
     time.sleep(60)
+if "run.early_stop.metric" in given:  # ends early, after step 1 of 2
+    early = {{"metric": given["run.early_stop.metric"], "mode": "max", "patience": 3, "min_delta": 0.0}}
+    (folder / "FINISHED").write_text(json.dumps({{"step": 1, "steps": 2, "early_stop": early}}))
+    sys.exit(0)
+if "run.epochs" in given:
+    (folder / "FINISHED").write_text(json.dumps({{"step": 1}}))
+    sys.exit(0)
 lines = [{{"step": 0, "eval/accuracy": 0.99}}, {{"step": 1, "eval/accuracy": 0.5 + lr / 10, "time/total": 1.0}},
          {{"step": 2, "eval/accuracy": 0.25, "time/total": 2.0}}]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in lines))
@@ -85,6 +92,23 @@ def test_runs_follow_each_other_a_failure_ends_none_and_the_same_command_goes_on
 def test_a_file_that_is_complete_only_with_each_run_s_settings_is_swept(stage, tmp_path):
     stage[0].write_text(stage[0].read_text().replace("steps: 2, ", ""))
     assert sweep(stage, "--set", "run.steps=2,3", "--print").output.count("/out_sweep/steps=") == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["data.validation=t.jsonl", "evaluation.every=1", "run.early_stop.metric=eval/accuracy"],
+        ["run.epochs=1", "run.steps=null", "rollout.prompts_per_step=1"],
+    ],
+)
+def test_a_run_that_ends_before_run_steps_does_not_stop_the_sweep(stage, tmp_path, given):
+    (tmp_path / "t.jsonl").write_text('{"problem": "1", "answer": "1"}\n')
+    arguments = [*given, f"data.train={tmp_path}/t.jsonl", "--set", "optimizer.lr=1,2"]
+    result = sweep(stage, *arguments)
+    assert result.exit_code == 0, result.output
+    assert stage[2].read_text().split() == ["lr=1", "lr=2"]
+    again = sweep(stage, *arguments)
+    assert again.exit_code == 0 and again.output.count("finished before, skipped") == 2
 
 
 def test_fail_fast_print_and_results(stage, tmp_path):
