@@ -19,8 +19,8 @@ from megatron_laser.rewards.grade import FAILED_OUTCOMES, NOT_ONE_GRADED
 _READ = 1 << 26  # bytes of events.jsonl: half a million events
 _MOST = 5  # of each kind are told in full
 _FAILED = "function_failed_"
-# How the events of checkpoints begin; `trainer.checkpoint.manager` writes them.
-_SAVES = ("saved ", "saving ", "deleted ")
+# How the events of checkpoints begin where all is well; `trainer.checkpoint.manager` and `run.export` write them.
+_SAVES = ("saved ", "saving ", "deleted ", "exported ")
 _NOT_JUDGED = "does not count for what is the best"  # `evaluation.keeping` says it
 _NOT_SAVED = "the checkpoint was not saved"
 NOTHING = (
@@ -45,6 +45,7 @@ class Happened:
         steps: the last one of metrics.jsonl.
         skipped: step -> updates that were skipped because something was not finite. reasons: in words, from the events.
         responses: that were handed to the graders. not_graded: outcome -> how many of them.
+        evaluated_not_graded: the same of evaluations on the validation split, where it counts as wrong.
         not_made: kind of failure -> samples that `rollout.function` did not make.
         lost, back: servers that were lost (or started again), and that came back.
         saves: that were published. failed_saves: why others were not.
@@ -71,6 +72,7 @@ class Happened:
     evaluations_left_out: list[Told] = field(default_factory=list)
     nothing_graded: list[Told] = field(default_factory=list)
     not_judged: list[Told] = field(default_factory=list)
+    evaluated_not_graded: dict[str, int] = field(default_factory=dict)
 
     @property
     def wrong(self) -> list[str]:
@@ -103,6 +105,11 @@ class Happened:
             kinds = ", ".join(f"{outcome} {number:,}" for outcome, number in self.not_graded.items())
             of = f" of {self.responses:,}" if self.responses > count else ""
             told.append(f"{_many(count, 'response', of)} not graded and left out: {kinds}")
+        if count := sum(self.evaluated_not_graded.values()):
+            kinds = ", ".join(
+                f"{outcome} {number:,}" for outcome, number in self.evaluated_not_graded.items()
+            )
+            told.append(f"in evaluations {_many(count, 'response')} not graded and counted as wrong: {kinds}")
         if count := sum(self.not_made.values()):
             kinds = ", ".join(f"{kind} {number:,}" for kind, number in self.not_made.items())
             told.append(f"{_many(count, 'sample')} not made by rollout.function and left out: {kinds}")
@@ -178,6 +185,11 @@ def what_happened(
         ],
         starts=starts.count("start"),
         killed=killed,
+        evaluated_not_graded={
+            outcome: count
+            for outcome, count in _sums(rows, "eval/outcome/").items()
+            if outcome in FAILED_OUTCOMES
+        },
         not_judged=[one for one in kinds.get("evaluation", []) if _NOT_JUDGED in one.text],
         nothing_graded=[one for one in kinds.get("stop", []) if NOT_ONE_GRADED in one.text],
         evaluations_left_out=[one for one in kinds.get("evaluation", []) if "is left out" in one.text],

@@ -63,6 +63,12 @@ def test_a_step_of_which_nothing_was_graded_has_no_line_of_metrics_and_is_told()
     assert found.wrong == [f"a start ended at step 4: {stop['text']}"]
 
 
+def test_an_export_is_no_trouble_and_responses_of_evaluations_that_nobody_graded_are():
+    rows = [{**row, "eval/outcome/crash": 4.0} if row["step"] in (3, 6) else row for row in healthy_run()]
+    found = happened(rows, [*HEALTHY, event(4, "checkpoint", "exported hf_step_4")])
+    assert found.wrong == ["in evaluations 8 responses were not graded and counted as wrong: crash 8"]
+
+
 def test_evaluations_without_the_metric_of_the_best_are_counted(tmp_path, caplog):
     keeping = Keeping(
         run_config(tmp_path, tmp_path, "data.validation=v.jsonl", "evaluation.every=1", *BEST), None
