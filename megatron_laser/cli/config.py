@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -93,8 +94,10 @@ def init(
     """
     from megatron_laser.cli.starting_facts import find_columns, look
     from megatron_laser.cli.starting_file import refuse_existing, write_starting_file
+    from megatron_laser.rewards.registry import locate_reward
 
     refuse_existing(output)
+    locate_reward(reward)  # that it is there; `check` tries it
     columns = find_columns(data, prompt_key, answer_key)
     for more in (validation, test):
         if more is not None:
@@ -105,4 +108,4 @@ def init(
     typer.echo(f"wrote {output}")
     if facts.score.ref_logprob is None:
         typer.echo(f"left to do: laser.ref_logprob ({facts.score.missing}); the file's top says how")
-    typer.echo(f"next: megatron-laser check {output}")
+    typer.echo(f"next: megatron-laser check {shlex.quote(str(output))}")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PROBLEMS = ("problem", "question", "prompt", "query", "instruction", "input", "messages")
 ANSWERS = (
     *("answer", "final_answer", "target", "ground_truth", "expected_answer", "reference_answer", "solution"),
+    "reward_model.ground_truth",  # verl's
     *("reference", "label", "output", "response"),
 )
 """Columns by the names that they usually have, the likeliest first."""
@@ -238,19 +239,33 @@ def _pick(
     what: str,
     option: str,
 ) -> tuple[str, list[str]]:
+    everything = list(dict.fromkeys(name for row in rows for name in row))
     if wanted is not None:
-        if wanted not in names:
-            raise DataError(f"{file}: no column {wanted!r}; its columns are {', '.join(names)}")
+        if wanted not in names and not any(_value(row, wanted) is not None for row in rows):
+            raise DataError(f"{file}: no column {wanted!r}; its columns are {', '.join(everything)}")
         return wanted, []
     lower = {name.lower(): name for name in names}
-    found = [lower[name] for name in usual if name in lower]
-    found = [name for name in found if all(fits(row.get(name)) for row in rows)]
+    there = [lower.get(name, name) for name in usual]
+    there = [name for name in there if any(_value(row, name) is not None for row in rows)]
+    found = [name for name in there if all(fits(_value(row, name)) for row in rows)]
     if not found:
+        unfit = ""
+        if there:
+            number = next(n for n, row in enumerate(rows, 1) if not fits(_value(row, there[0])))
+            unfit = f" ({there[0]!r} is there, but row {number} has nothing in it that could be one)"
         raise DataError(
-            f"{file}: no column looks like the {what}: none of {', '.join(usual)} is there and filled in every row. "
-            f"Its columns are {', '.join(names)}; name the right one with {option} NAME"
+            f"{file}: no column looks like the {what}: none of {', '.join(usual)} is filled in every row{unfit}. "
+            f"Its columns are {', '.join(everything)}; name the right one with {option} NAME"
         )
     return found[0], found[1:]
+
+
+def _value(row: dict[str, Any], name: str) -> Any:
+    """A column's, or that of `a.b` in the object a, as `data.answer_key` finds it; None where there is none."""
+    if name in row:
+        return row[name]
+    outer, _, inner = name.partition(".")
+    return _value(row[outer], inner) if inner and isinstance(row.get(outer), dict) else None
 
 
 def _is_problem(value: Any) -> bool:
@@ -269,6 +284,7 @@ def _is_answer(value: Any) -> bool:
 
 def _can_write(tokenizer: Any, text: str) -> bool:
     """Whether the tokenizer has tokens for it; one of a toy task has words of its own only."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # verbose: transformers would warn of a text that is longer than a small model's context
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     unknown = getattr(tokenizer, "unk_token_id", None)
     return (unknown is None or unknown not in ids) and "boxed" in tokenizer.decode(ids)

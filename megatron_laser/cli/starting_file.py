@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_laser.cli.starting_facts import SUFFIX, Facts, calibrate_command
 from megatron_laser.config import load_config
 from megatron_laser.config.schema.fields import split_system
+from megatron_laser.config.variables import LITERAL_KEYS, escaped
 from megatron_laser.config.yaml_text import one_line
 from megatron_laser.errors import UserError
 
@@ -69,7 +70,7 @@ def starting_text(
     eos = ", ".join(map(str, facts.eos))
     out = [
         f"# LaSeR on {facts.model.name}: written by `megatron-laser config init`. Paths are relative to this folder.",
-        f"# All settings: docs/configuration.md. Next: megatron-laser check {file}",
+        f"# All settings: docs/configuration.md. Next: megatron-laser check {shlex.quote(str(file))}",
         *_left_to_do(facts, data),
         "model:",
         _line(
@@ -167,7 +168,7 @@ def _left_to_do(facts: Facts, data: Path) -> list[str]:
 
 
 def _line(key: str, value: object, comment: str = "") -> str:
-    text = value if key == "lr" else one_line(value)
+    text = value if key == "lr" else one_line(value if key in LITERAL_KEYS else escaped(value))
     line = f"  {key}: {text}"
     return f"{line:<{_COLUMN}} # {comment}" if comment else line
 

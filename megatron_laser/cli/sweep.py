@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_laser.cli.options import ConfigFile, complete_override
+from megatron_laser.cli.options import ConfigFile, SetFiles, complete_override
 
 STOPPED = 3
 """Exit status of a run, and of a sweep, that was asked to stop and can be gone on with."""
@@ -39,6 +39,7 @@ def sweep(
             metavar="KEY=VALUES",
         ),
     ] = None,
+    set_files: SetFiles = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -74,8 +75,11 @@ def sweep(
     if len(files) + bool(settings) != 1:
         raise typer.BadParameter("expected either one SWEEP.yaml or --set section.key=VALUE,VALUE")
     runs = product(settings or []) if settings else listed(Path(files[0]))
-    start = shlex.split(launcher) if launcher else [sys.executable]
-    folder, planned = trials(config, runs, common, output, start)
+    try:
+        start = shlex.split(launcher) if launcher else [sys.executable]
+    except ValueError as error:
+        raise typer.BadParameter(f"--launcher {launcher!r}: {error}") from None
+    folder, planned = trials(config, runs, common, output, start, set_files or [])
     if print_only:
         for trial in planned:
             typer.echo(shell(trial.command))
@@ -86,7 +90,8 @@ def sweep(
         write_table(folder, table)
         typer.echo(markdown(table), nl=False)
         return
-    stopped = _run_all(folder, planned, states, fail_fast)
+    with _asked() as asked:
+        stopped = _run_all(folder, planned, states, fail_fast, asked)
     table = rows(planned, states)
     write_table(folder, table)
     typer.echo("\n" + markdown(table), nl=False)
@@ -100,9 +105,11 @@ def sweep(
         raise typer.Exit(1)
 
 
-def _run_all(folder: Path, planned: Sequence[Any], states: dict[str, str], fail_fast: bool) -> bool:
+def _run_all(
+    folder: Path, planned: Sequence[Any], states: dict[str, str], fail_fast: bool, asked: _Asked
+) -> bool:
     """Run what is not finished, and note in `states` how each ended; True where it was asked to stop."""
-    from megatron_laser.cli.sweep_table import STATES, rows, summary, write_table
+    from megatron_laser.cli.sweep_table import FINISHED, STATES, rows, summary, write_table
     from megatron_laser.cli.sweep_trials import shell
     from megatron_laser.files import write_atomically
 
@@ -112,11 +119,16 @@ def _run_all(folder: Path, planned: Sequence[Any], states: dict[str, str], fail_
         if trial.finished:
             typer.echo(f"{head}: finished before, skipped")
             continue
+        if asked.yes:  # between two runs
+            return True
         typer.echo(f"{head}: {shell(trial.command)}")
-        status, asked = _run(trial.command)
-        stopped = asked or status == STOPPED or (status == 0 and not trial.finished)
+        status = _run(trial.command, asked)
+        finished = trial.finished or (status == 0 and not asked.yes and trial.says_finished)
+        stopped = asked.yes or status == STOPPED or (status == 0 and not finished)
         if trial.finished:
             states.pop(trial.label, None)
+        elif finished:
+            states[trial.label] = FINISHED
         else:
             states[trial.label] = "stopped" if stopped else f"failed ({_how(status)})"
         write_atomically(folder / STATES, json.dumps(states, indent=1) + "\n")
@@ -125,20 +137,24 @@ def _run_all(folder: Path, planned: Sequence[Any], states: dict[str, str], fail_
         typer.echo(f"[{number} of {len(planned)}] {summary(table[number - 1])}")
         if stopped:
             return True
-        if fail_fast and not trial.finished:
+        if fail_fast and not finished:
             typer.echo("--fail-fast: the runs behind it were not started", err=True)
             return False
     return False
 
 
-def _run(command: Sequence[str]) -> tuple[int, bool]:
-    """(exit status, whether this process was asked to stop meanwhile) of a run, with this process's output."""
-    with _asked() as asked:
-        child = subprocess.Popen(command)
-        asked.child = child
-        if asked.late:  # between the handlers and the child
-            child.send_signal(asked.late)
-        return child.wait(), asked.yes
+def _run(command: Sequence[str], asked: _Asked) -> int:
+    """Exit status of a run, with this process's output; 3 where it was asked to stop before it began."""
+    if asked.yes:
+        return STOPPED
+    child = subprocess.Popen(command)
+    asked.child = child
+    if asked.late:  # while it was started
+        child.send_signal(asked.late)
+    try:
+        return child.wait()
+    finally:
+        asked.child = None
 
 
 class _Asked:
@@ -151,10 +167,10 @@ class _Asked:
 
     def __call__(self, number: int, frame: object) -> None:
         self.yes = True
-        if number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty():
-            return  # the terminal has sent it to the run as well
-        if self.child is None:
+        if self.child is None:  # between two runs, or one is just being started
             self.late = number
+        elif number == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty():
+            return  # the terminal has sent it to the run as well
         elif self.child.poll() is None:
             self.child.send_signal(number)
 
@@ -162,10 +178,10 @@ class _Asked:
 @contextmanager
 def _asked() -> Iterator[_Asked]:
     asked = _Asked()
-    before = {
-        number: signal.signal(number, asked)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    }
+    taken = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's, which the runs inherit
+        taken.append(signal.SIGHUP)
+    before = {number: signal.signal(number, asked) for number in taken}
     try:
         yield asked
     finally:

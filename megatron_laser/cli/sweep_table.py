@@ -13,6 +13,7 @@ from megatron_laser.cli.sweep_trials import Trial
 from megatron_laser.files import write_atomically
 
 STATES = "states.json"
+FINISHED = "finished"
 COLUMNS = (
     *("run", "state", "step", "validation_last", "validation_best", "validation_best_step"),
     *("test_accuracy", "f1", "auroc", "weighted_majority", "seconds"),
@@ -91,9 +92,12 @@ def _row(trial: Trial, states: Mapping[str, str]) -> dict[str, Any]:
     best = max(validation, key=lambda pair: (pair[1], -pair[0]), default=(None, None))
     started = bool(lines) or trial.folder.is_dir()
     last = states.get(trial.label, "unfinished") if started or trial.label in states else "not started"
+    finished = trial.finished or (last == FINISHED and trial.says_finished)
+    if last == FINISHED:  # and its folder was taken away
+        last = "unfinished" if started else "not started"
     return {
         "run": trial.label,
-        "state": "finished" if trial.finished else last,
+        "state": FINISHED if finished else last,
         "step": max((line["step"] for line in lines), default=None),
         "validation_last": validation[-1][1] if validation else None,
         "validation_best": best[1],

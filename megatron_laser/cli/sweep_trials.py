@@ -20,6 +20,7 @@ from megatron_laser.config.yaml_text import Loader, one_line, syntax_problem, ya
 FINISHED = "FINISHED"
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._=+-]+")
 _ENTRY = {"label", "overrides"}
+_NAME_LENGTH = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,25 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has made all of its steps."""
+        """Whether the run has made all of its steps, or has ended early by `run.early_stop` as it is now.
+
+        With `run.epochs` all steps are as many as the rows give at most: whether a run is to start again for more,
+        which it knows when it has read them, is its own to say.
+        """
+        from megatron_laser.data.epochs import with_most_steps
+
         try:
-            return json.loads((self.folder / FINISHED).read_text())["step"] >= self.config.run.steps
-        except (OSError, ValueError, KeyError, TypeError):
+            found = json.loads((self.folder / FINISHED).read_text())
+            now = self.config.run.early_stop.model_dump(mode="json")
+            steps = found["steps"] if found.get("early_stop") == now else found["step"]
+            return bool(steps >= with_most_steps(self.config).run.steps)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
+
+    @property
+    def says_finished(self) -> bool:
+        """Of a run with `run.epochs` that has just ended well: whether it has said that nothing is left to do."""
+        return not self.config.run.steps_known and (self.folder / FINISHED).is_file()
 
 
 def product(settings: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
@@ -116,36 +131,48 @@ def trials(
     common: Sequence[str],
     output: Path | None,
     launcher: Sequence[str],
+    set_files: Sequence[Path] = (),
 ) -> tuple[Path, list[Trial]]:
     """The sweep's folder, and its runs; each configuration is read and checked.
 
     Args:
         common: overrides of all runs. output: the sweep's folder; None: beside run.output_dir, with _sweep behind it.
         launcher: what starts Python: an interpreter, or torchrun with its options.
+        set_files: further settings of all runs, which count less than overrides.
 
     Raises:
         ConfigError: all that is wrong with any of them.
     """
-    folder = output or _beside(load_config(config, common))
-    folder = folder.absolute()
+    folder = (output or _beside(config, runs, common, set_files)).absolute()
     found: list[Trial] = []
     problems: list[str] = []
     for label, overrides in runs:
         given = [*common, *overrides]
         name = _NOT_IN_A_NAME.sub("-", label).strip(".-")
         if not name or name in (trial.label for trial in found):
-            problems.append(f"label {label!r}: {'taken by another run' if name else 'no name of a folder'}")
+            reason = (
+                f"two runs have it, or one that is the same as the name of a folder ({name}); leave one out, or "
+                "give it another label in SWEEP.yaml"
+            )
+            problems.append(f"label {label!r}: {reason if name else 'no name of a folder'}")
+            continue
+        if len(name) > _NAME_LENGTH:
+            problems.append(
+                f"label {name[:40]!r}...: {len(name)} characters are too many for the name of a folder; give the run a "
+                "short label in SWEEP.yaml"
+            )
             continue
         if any(text.partition("=")[0].strip() == "run.output_dir" for text in given):
             problems.append(f"{label}: run.output_dir is the sweep's to choose; use --output for its folder")
             continue
         given.append(f"run.output_dir={one_line(str(folder / name))}")
         try:
-            loaded = load_config(config, given)
+            loaded = load_config(config, given, set_files)
         except ConfigError as error:
-            problems.append(f"{label}: {error}")
+            problems += [f"{label}: {problem}" for problem in error.problems]
             continue
-        command = (*launcher, "-m", "megatron_laser", "train", str(config), *given)
+        files = [text for file in set_files for text in ("--set-file", str(file))]
+        command = (*launcher, "-m", "megatron_laser", "train", str(config), *files, *given)
         trial = Trial(name, command, loaded)
         if trial.finished and (other := _changed(trial)):
             problems.append(
@@ -158,8 +185,17 @@ def trials(
     return folder, found
 
 
-def _beside(config: RunConfig) -> Path:
-    folder = Path(config.run.output_dir)
+def _beside(
+    config: Path,
+    runs: Sequence[tuple[str, tuple[str, ...]]],
+    common: Sequence[str],
+    set_files: Sequence[Path],
+) -> Path:
+    try:
+        loaded = load_config(config, common, set_files)
+    except ConfigError:  # perhaps complete only with what each run sets
+        loaded = load_config(config, [*common, *runs[0][1]], set_files)
+    folder = Path(loaded.run.output_dir)
     return folder.with_name(folder.name + "_sweep")
 
 
@@ -174,6 +210,8 @@ def _changed(trial: Trial) -> str:
     if not file.is_file():
         return ""
     learned = compare(load_config(file), trial.config).learned
+    if not trial.config.run.steps_known:  # the run has made them into steps
+        learned = [one for one in learned if one.setting not in ("run.steps", "run.epochs")]
     return "; ".join(f"{one.name} {one.a} -> {one.b}" for one in learned[:3])
 
 

@@ -66,22 +66,37 @@ def read_layers(path: Path, *, main: bool = True) -> list[Layer]:
     Raises:
         ConfigError: a file that cannot be read, a base that is none, or bases that go in a circle.
     """
-    return _read(path, (), main)
+    return _read(path, (), main, set())
 
 
-def _read(path: Path, above: tuple[Path, ...], main: bool) -> list[Layer]:
+def _read(path: Path, above: tuple[Path, ...], main: bool, known: set[Path]) -> list[Layer]:
+    """`known`: files that were read before. The base of two bases is read once, in front of both: behind the first of
+    them it would set back what that one says."""
     source = read_yaml(path)
     layers: list[Layer] = []
     where = f"line {source.lines.get((BASE,), 1)}: {BASE}: "
     chain = (*above, path)
+    known.add(path.resolve())
+    own: set[Path] = set()  # what the bases before are made of
     for name in _names(source.data.pop(BASE, ()), where, path):
-        base = Path(os.path.normpath(path.parent / Path(name).expanduser()))
+        base = Path(os.path.normpath(path.parent / os.path.expanduser(name)))
         if any(base.resolve() == one.resolve() for one in chain):
             circle = " -> ".join(map(str, (*chain, base)))
             raise ConfigError([f"{where}goes in a circle, {circle}; leave one of them out"], str(path))
         if not base.is_file():
             raise ConfigError([f"{where}no such file: {base} (from {name!r} in {path.parent}/)"], str(path))
-        layers += _read(base, chain, False)
+        if base.resolve() in own:
+            raise ConfigError(
+                [
+                    f"{where}{name!r} is among the bases before it, or a base of one of them; name it once, in front"
+                ],
+                str(path),
+            )
+        if base.resolve() in known:
+            continue
+        before = set(known)
+        layers += _read(base, chain, False, known)
+        own |= known - before
     return [*layers, Layer(source, path, main)]
 
 

@@ -13,13 +13,14 @@ from pydantic import ValidationError
 
 from megatron_laser.config.checks.settings import settings_problems
 from megatron_laser.config.checks.sources import override_source, source_problems
-from megatron_laser.config.layers import Layer, Origin, read_layers
+from megatron_laser.config.layers import BASE, Layer, Origin, read_layers
 from megatron_laser.config.modes import as_run
 from megatron_laser.config.problems import READOUTS_KEY, describe, failed_keys, suggest_key
 from megatron_laser.config.schema.fields import split_system
 from megatron_laser.config.schema.root import RunConfig, key_paths, nested_sections
 from megatron_laser.config.schema.sources import SOURCE_SETTINGS
 from megatron_laser.config.schema.system import RESUME_STEP
+from megatron_laser.config.table_entries import TABLE_KEYS, TERMS_KEY, with_entry
 from megatron_laser.config.yaml_source import KeyPath
 from megatron_laser.config.yaml_text import read_as_text_before, syntax_problem, yaml_text, yaml_value
 from megatron_laser.errors import ConfigError
@@ -40,11 +41,8 @@ PATH_KEYS = frozenset(
 FUNCTION_KEYS = frozenset(
     {("reward", "function"), ("rollout", "function"), ("policy", "loss"), ("policy", "advantage")}
 )
-TERMS_KEY = ("reward", "terms")
-OPTION_KEY = ("rollout", "function_options")
 PATH_KEY = ("data", "train")
 FUNCTION_KEY = ("reward", "function")  # of a source
-TEMPLATE_KEY = ("data", "chat_template_arguments")
 PROGRAM_KEY = ("rollout", "sglang.python")
 MACHINE_KEY = ("logging", "machine")
 RESUME_KEY = ("run", "resume")
@@ -140,6 +138,8 @@ class _Given:
             self.texts[_leaf(key)] = text
         for key, value in layer.source.data.items():
             if key not in own:
+                if (written := self.texts.pop((str(key),), None)) is not None:
+                    self.texts[_leaf(tuple(str(key).split(".")))] = written
                 where = layer.origin((str(key),)) or Origin(f"{layer.path}: ", str(layer.path))
                 named: KeyPath = tuple(str(key).split("."))
                 self.problems += _apply(named, value, where, layer.path.parent, self.values, self.origin)
@@ -230,7 +230,7 @@ def _flatten(
                 values[path] = absolute(path, value, base)
         elif section not in key_paths():
             values[(section,)] = content
-        elif content:  # `laser:` with every key commented out is an empty section
+        elif content not in (None, {}):  # `laser:` with every key commented out is an empty section
             where = origin.get((section,), "")
             problems.append(
                 f"{where}{section}: expected a section, {section}: {{key: value}}, got {content!r}"
@@ -273,13 +273,12 @@ def _apply(
         return _flatten(content, values, base, origin)
     if path[:2] in nested_sections() and (len(path) > 2 or isinstance(value, dict)):
         return _apply_nested(path, value, where, base, values, origin)
-    if len(path) == 3 and path[:2] == OPTION_KEY and isinstance(given := values.get(OPTION_KEY) or {}, dict):
-        path, value = OPTION_KEY, {**given, path[-1]: value}
-    if path[:2] == TEMPLATE_KEY and len(path) == 3:
-        given = values.get(TEMPLATE_KEY)
-        values[TEMPLATE_KEY] = {**(given if isinstance(given, dict) else {}), path[2]: value}
-        origin[TEMPLATE_KEY] = where
-        return []
+    if path == (BASE,):
+        return [f"{where}a base is named in a file; a further file of settings is `--set-file FILE`"]
+    if len(path) == 1 and path[0] in key_paths():
+        return [f"{where}{path[0]}: expected a section, {path[0]}={{key: value}}, or {path[0]}.key=value"]
+    if len(path) > 2 and path[:2] in TABLE_KEYS:
+        path, value = with_entry(path, value, values.get(path[:2]))
     if path[0] == "data" and path[1] in SOURCE_SETTINGS and len(path) > 3:
         value = source_paths({path[-1]: value}, base)[path[-1]]
         changed, problem = override_source(path, value, values.get(path[:2]), where, origin)
@@ -310,7 +309,9 @@ def _apply_nested(
         if len(path) == 4 and leaf == ("rollout", "sglang.options"):
             value = {**(values.get(leaf) or {}), path[3]: value}
         elif len(path) > 3:
-            return [f"{where}{'.'.join(path)}: unknown key; {suggest_key(path)}"]
+            known = leaf[1] in key_paths()[path[0]]
+            hint = f"{'.'.join(path[:3])} is a setting, not a section" if known else suggest_key(path)
+            return [f"{where}{'.'.join(path)}: unknown key; {hint}"]
         items = {leaf: value}
     for leaf, item in items.items():
         values[leaf] = absolute(leaf, item, base)
@@ -393,4 +394,4 @@ def source_paths(source: dict[Any, Any], base: Path) -> dict[Any, Any]:
 def _join(value: Any, base: Path) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value
-    return os.path.normpath(base.absolute() / Path(value).expanduser())
+    return os.path.normpath(base.absolute() / os.path.expanduser(value))  # ~nobody stays

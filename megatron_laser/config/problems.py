@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from megatron_laser.config.checks.sources import place_in_source, unknown_source_key
 from megatron_laser.config.schema.readouts import ReadoutConfig
 from megatron_laser.config.schema.root import key_paths, nested_sections
+from megatron_laser.config.table_entries import TERMS_KEY
 from megatron_laser.config.yaml_source import KeyPath
 
 READOUTS_KEY = ("laser", "readouts")
@@ -27,6 +28,11 @@ _EXPECTED = {
     "bool_type": "true or false",
     "path_type": "a path",
     "tuple_type": "a list",
+    "too_short": "at least one entry",
+    "string_too_short": "a text that is not empty",
+    "dict_type": "a table, {key: value}",
+    "model_type": "a table, {key: value}",
+    "is_instance_of": "a path",
     "finite_number": "a finite number",
 }
 
@@ -71,6 +77,8 @@ def describe(error: ValidationError, origin: Mapping[KeyPath, str]) -> list[str]
 def _name(path: KeyPath, location: tuple[int | str, ...]) -> str:
     index = "".join(f"[{part}]" for part in location[2:] if isinstance(part, int))
     inner = f".{location[3]}" if path == READOUTS_KEY and len(location) > 3 else ""
+    if path == TERMS_KEY:
+        inner = "".join(f".{part}" for part in location[2:])
     return ".".join(path) + index + inner
 
 
@@ -83,12 +91,17 @@ def _reason(path: KeyPath, detail: ErrorDetails) -> str:
     if kind == "missing":
         return "required and not given"
     if kind in _EXPECTED:
-        return f"expected {_EXPECTED[kind]}, got {value!r}{_yaml_hint(kind, value)}"
+        return f"expected {_EXPECTED[kind]}, got {_written(value)}{_yaml_hint(kind, value)}"
     if kind == "literal_error":
-        return f"expected {detail['ctx']['expected']}, got {value!r}"
+        return f"expected {detail['ctx']['expected']}, got {_written(value)}"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     message = message if message.startswith("expected") else f"expected {message}"
-    return f"{message}, got {value!r}"
+    return f"{message}, got {_written(value)}"
+
+
+def _written(value: Any) -> str:
+    """A value for a message; nothing as YAML has it."""
+    return "null" if value is None else repr(value)
 
 
 def _yaml_hint(kind: str, value: Any) -> str:

@@ -20,12 +20,14 @@ _TO_ESCAPE = re.compile(rf"\$(?=\{{{_NAME}(?::[^}}]*)?\}})")
 class Expanded:
     """A text with its variables replaced.
 
-    used: the variables' names. unset: those that are not set and have no default.
+    used: the variables' names. unset: those that are not set and have no default. nested: those whose default holds
+    another variable, which nobody would replace.
     """
 
     text: str
     used: tuple[str, ...]
     unset: tuple[str, ...]
+    nested: tuple[str, ...] = ()
 
 
 def expand(text: str, environment: Mapping[str, str] | None = None) -> Expanded:
@@ -36,18 +38,21 @@ def expand(text: str, environment: Mapping[str, str] | None = None) -> Expanded:
     environment = os.environ if environment is None else environment
     used: list[str] = []
     unset: list[str] = []
+    nested: list[str] = []
 
     def value(match: re.Match[str]) -> str:
         escape, name, default = match.groups()
         if escape:
             return match.group()[1:]
         used.append(name)
+        if "${" in (default or ""):
+            nested.append(name)
         found = environment.get(name, default)
         if found is None:
             unset.append(name)
         return found or ""
 
-    return Expanded(_VARIABLE.sub(value, text), tuple(used), tuple(unset))
+    return Expanded(_VARIABLE.sub(value, text), tuple(used), tuple(unset), tuple(nested))
 
 
 def unset_problem(names: tuple[str, ...]) -> str:
@@ -57,6 +62,11 @@ def unset_problem(names: tuple[str, ...]) -> str:
         f"the environment variable {one} is not set; set it, or write ${{{one}:DEFAULT}} (for the text itself: "
         f"$${{{one}}})"
     )
+
+
+def nested_problem(names: tuple[str, ...]) -> str:
+    """What is wrong with a variable within another one's default."""
+    return f"the default of ${{{names[0]}:...}} holds another ${{...}}, and a default is plain text; write a text there"
 
 
 def escaped(data: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from megatron_laser.config.variables import LITERAL_KEYS, expand, unset_problem
+from megatron_laser.config.variables import LITERAL_KEYS, expand, nested_problem, unset_problem
 from megatron_laser.config.yaml_text import Loader, read_as_text_before, syntax_problem
 from megatron_laser.errors import ConfigError
 
@@ -29,6 +29,7 @@ class YamlSource:
 
     variables: key path -> names of the environment variables that its value was made of.
     texts: key path -> the plain text of a number that YAML 1.1 has as text, such as 1e5 for a run's name.
+    twice: (line, key) of the keys that `problems` names by their path.
     """
 
     data: dict[Any, Any]
@@ -36,6 +37,7 @@ class YamlSource:
     problems: list[str] = field(default_factory=list)
     variables: dict[KeyPath, tuple[str, ...]] = field(default_factory=dict)
     texts: dict[KeyPath, str] = field(default_factory=dict)
+    twice: set[tuple[int, str]] = field(default_factory=set)
 
 
 def read_yaml(path: Path) -> YamlSource:
@@ -59,13 +61,18 @@ def read_yaml(path: Path) -> YamlSource:
         source = YamlSource({})
         if isinstance(node, yaml.MappingNode):
             _walk(node, (), source)
+            source.problems += [
+                f"line {line}: {key}: given twice (first on line {first}); keep one"
+                for key, line, first in loader.twice
+                if (line, key) not in source.twice
+            ]
             variables = _Variables(loader, source)
             variables.replace(node)
             if variables.problems:
                 raise ConfigError(variables.problems, str(path))
         data = loader.construct_document(node)
     except yaml.YAMLError as error:
-        raise ConfigError([_syntax(error)], str(path)) from error
+        raise ConfigError([_syntax(error, text)], str(path)) from error
     except RecursionError as error:
         raise ConfigError(["not valid YAML: nested too deeply"], str(path)) from error
     finally:
@@ -91,6 +98,7 @@ def _walk(node: yaml.MappingNode, prefix: KeyPath, source: YamlSource) -> None:
             source.problems.append(
                 f"line {line}: {'.'.join(path)}: given twice (first on line {own[path[-1]]}); keep one"
             )
+            source.twice.add((line, path[-1]))
             continue
         own[path[-1]] = line
         _note(path, line, value, source)
@@ -157,8 +165,10 @@ class _Variables:
             found = expand(node.value) if "${" in node.value else None
             if found is not None:
                 self._done[id(node)] = found.used
-                if found.unset:
-                    where = f"line {node.start_mark.line + 1}: {'.'.join(path)}: "
+                where = f"line {node.start_mark.line + 1}: {'.'.join(path)}: "
+                if found.nested:
+                    self.problems.append(where + nested_problem(found.nested))
+                elif found.unset:
                     self.problems.append(where + unset_problem(found.unset))
                 node.value = found.text
                 if (
@@ -173,7 +183,9 @@ class _Variables:
             self._source.texts[path] = node.value
 
 
-def _syntax(error: yaml.YAMLError) -> str:
+def _syntax(error: yaml.YAMLError, text: str) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-    return f"{where}not valid YAML: {syntax_problem(error)}"
+    line = text.splitlines()[mark.line : mark.line + 1] if mark is not None else []
+    hint = "; within [ ] and { } a ${...} stands in quotes" if line and "${" in line[0] else ""
+    return f"{where}not valid YAML: {syntax_problem(error)}{hint}"

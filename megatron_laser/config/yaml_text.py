@@ -29,9 +29,54 @@ _CORE = {
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's core schema."""
+    """PyYAML's safe loader with YAML 1.2's core schema; refuses a key that a table has twice, and what holds itself.
+
+    twice: (key, its line, the line of the first) of such keys, for a reader of nodes, to whom they are not refused.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}  # type: ignore[misc]
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.twice: list[tuple[str, int, int]] = []
+        self._open: list[str | None] = []  # anchors of what is being read
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """An alias within what it names would have every reader walk for ever."""
+        if self.check_event(yaml.AliasEvent) and (event := self.peek_event()).anchor in self._open:
+            problem = f"what has the anchor &{event.anchor} holds itself (*{event.anchor})"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
+
+    def compose_sequence_node(self, anchor: Any) -> yaml.SequenceNode:
+        """A list."""
+        self._open.append(anchor)
+        node = super().compose_sequence_node(anchor)
+        self._open.pop()
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A table."""
+        self._open.append(anchor)
+        node = super().compose_mapping_node(anchor)
+        self._open.pop()
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in lines and key.tag != _PREFIX + "merge":
+                self.twice.append((name[1], line, lines[name]))
+            lines.setdefault(name, line)
+        return node
+
+    def get_single_data(self) -> Any:
+        """What the one document holds."""
+        node = self.get_single_node()
+        if self.twice:
+            key, line, before = self.twice[0]
+            raise yaml.composer.ComposerError(
+                None, None, f"{key} is given twice, on lines {before} and {line}"
+            )
+        return None if node is None else self.construct_document(node)
 
 
 class Dumper(yaml.SafeDumper):
@@ -70,12 +115,27 @@ def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
         raise _no_number(node) from None
 
 
+def _boolean(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> bool:
+    if (text := node.value.lower()) in ("true", "false"):
+        return bool(text == "true")
+    raise yaml.constructor.ConstructorError(
+        None, None, f"{node.value!r} is neither true nor false", node.start_mark
+    )
+
+
+def _no_type(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    name = node.tag.removeprefix(_PREFIX)
+    raise yaml.constructor.ConstructorError(None, None, f"!!{name} is no type of YAML 1.2", node.start_mark)
+
+
 def _no_number(node: yaml.ScalarNode) -> yaml.YAMLError:
     return yaml.constructor.ConstructorError(None, None, f"{node.value!r} is no number", node.start_mark)
 
 
 Loader.add_constructor(_PREFIX + "int", _whole)
 Loader.add_constructor(_PREFIX + "float", _number)
+Loader.add_constructor(_PREFIX + "bool", _boolean)
+Loader.add_constructor(_PREFIX + "timestamp", _no_type)
 
 
 def yaml_value(text: str) -> Any:

@@ -54,7 +54,8 @@ def epoch_words(config: RunConfig, steps: int) -> str:
     run = config.run
     if run.steps_known:
         return ""
-    return f"run.epochs {run.epochs:g} at {config.rollout.prompts_per_step} problems a step: {steps} steps"
+    many = f"{steps} step{'' if steps == 1 else 's'}"
+    return f"run.epochs {run.epochs:g} at {config.rollout.prompts_per_step} problems a step: {many}"
 
 
 def count_rows(path: Path) -> int:

@@ -56,47 +56,56 @@ class Keeping:
     def __init__(self, config: RunConfig, resumed: Mapping[str, Any] | None) -> None:
         """Args: resumed: rank 0's part of the checkpoint's state, None for a fresh start."""
         self._best_by, self._early = config.checkpoint.best, config.run.early_stop
+        self._output, self._root = Path(config.run.output_dir), folders.checkpoint_root(config)
         self._best: Best | None = None
         # value: the best before; count: evaluations since then.
         self._waiting: dict[str, Any] = {}
         self._new_best = False
         state = resumed or {}
         if self._best_by.metric is not None:
-            self._best = self._earlier(config, Best.of(state.get(STATE)))
+            self._best = self._earlier(Best.of(state.get(STATE)))
         waiting = state.get(_EARLY)
         same = {"metric": self._early.metric, "mode": self._early.mode}
         if self._early.metric is not None and isinstance(waiting, Mapping):
             self._waiting = dict(waiting) if same.items() <= dict(waiting).items() else {}
 
-    def _earlier(self, config: RunConfig, best: Best | None) -> Best | None:
+    def _earlier(self, best: Best | None) -> Best | None:
         """The best of the run as it was saved, if it is by today's metric and its checkpoint is there."""
-        root = folders.checkpoint_root(config)
-        there = {step for step, _ in folders.published(root)}
-        if best is not None and best.step not in there:
-            named = read_best(Path(config.run.output_dir))
-            lost, best = best, named if named and named.step in there and named.step < best.step else None
-            logger.warning(
-                "the checkpoint of step %d, the best by %s, is not in %s: %s",
-                *(lost.step, lost.metric, root),
-                "the best counts from here" if best is None else f"that of step {best.step} is the best now",
-            )
+        best = self._if_there(best)
         asked = (self._best_by.metric, self._best_by.mode)
         return best if best is not None and (best.metric, best.mode) == asked else None
+
+    def _if_there(self, best: Best | None) -> Best | None:
+        """`best` if its checkpoint is there or is being written, else the one that best.json names, else None."""
+        there = {step for step, _ in folders.published(self._root)}
+        if best is None or best.step in there or folders.partial_folder(self._root, best.step).is_dir():
+            return best
+        named = read_best(self._output)
+        lost, best = best, named if named and named.step in there and named.step < best.step else None
+        logger.warning(
+            "the checkpoint of step %d, the best by %s, is not in %s: %s",
+            *(lost.step, lost.metric, self._root),
+            "the best counts from here" if best is None else f"that of step {best.step} is the best now",
+        )
+        return best
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take in the evaluation of `step`."""
         self._new_best = False
         if step < 1:
             return
-        if (value := self._value(self._best_by.metric, step, metrics)) is not None:
-            best = self._best
+        # Often one metric for both: what is wrong with it is said once.
+        asked = dict.fromkeys((self._best_by.metric, self._early.metric))
+        values = {metric: self._value(metric, step, metrics) for metric in asked}
+        if (value := values[self._best_by.metric]) is not None:
+            best = self._best = self._if_there(self._best)  # a save that failed leaves the one before
             if best is None or _gain(value, best.value, self._best_by.mode) > 0:
                 self._new_best = True
                 self._best = Best(step, str(self._best_by.metric), self._best_by.mode, value)
                 before = "" if best is None else f" (before: {best.value:.4g} after step {best.step})"
                 text = f"{self._best_by.metric} {value:.4g} after step {step} is the best so far{before}"
                 events.note("evaluation", text, step)
-        if (value := self._value(self._early.metric, step, metrics)) is not None:
+        if (value := values[self._early.metric]) is not None:
             before_it = self._waiting.get("value")
             better = before_it is None or _gain(value, before_it, self._early.mode) > self._early.min_delta
             self._waiting = {
@@ -117,7 +126,8 @@ class Keeping:
         if waiting and waiting["count"] >= self._early.patience:
             stop = (
                 f"{self._early.metric} has not been better than {waiting['value']:.4g} of step {waiting['step']} in "
-                f"{waiting['count']} evaluations (run.early_stop.patience {self._early.patience})"
+                f"{waiting['count']} evaluation{'s' if waiting['count'] > 1 else ''} "
+                f"(run.early_stop.patience {self._early.patience})"
             )
         return Judged(best, stop)
 

@@ -14,13 +14,14 @@ from megatron_laser.config.schema.alarms import AlarmSettings
 from megatron_laser.files import last_lines
 from megatron_laser.observability.alarms import Alarm, alarms_of
 from megatron_laser.observability.events import FILE
-from megatron_laser.rewards.grade import FAILED_OUTCOMES
+from megatron_laser.rewards.grade import FAILED_OUTCOMES, NOT_ONE_GRADED
 
 _READ = 1 << 26  # bytes of events.jsonl: half a million events
 _MOST = 5  # of each kind are told in full
 _FAILED = "function_failed_"
-# How the events of checkpoints begin; `trainer.checkpoint.manager` writes them.
-_SAVES = ("saved ", "saving ", "deleted ")
+# How the events of checkpoints begin where all is well; `trainer.checkpoint.manager` and `run.export` write them.
+_SAVES = ("saved ", "saving ", "deleted ", "exported ")
+_NOT_JUDGED = "does not count for what is the best"  # `evaluation.keeping` says it
 _NOT_SAVED = "the checkpoint was not saved"
 NOTHING = (
     "no update was skipped, every response was graded, no alarm was raised, nothing fell back to another way, no save "
@@ -44,9 +45,12 @@ class Happened:
         steps: the last one of metrics.jsonl.
         skipped: step -> updates that were skipped because something was not finite. reasons: in words, from the events.
         responses: that were handed to the graders. not_graded: outcome -> how many of them.
+        evaluated_not_graded: the same of evaluations on the validation split, where it counts as wrong.
         not_made: kind of failure -> samples that `rollout.function` did not make.
         lost, back: servers that were lost (or started again), and that came back.
         saves: that were published. failed_saves: why others were not.
+        nothing_graded: stops because not one response of a step, which has no line of metrics, could be graded.
+        not_judged: evaluations without the metric that `checkpoint.best` or `run.early_stop` names.
         starts: how often it was started. killed: how many of these ended without a word.
     """
 
@@ -66,6 +70,9 @@ class Happened:
     starts: int
     killed: int
     evaluations_left_out: list[Told] = field(default_factory=list)
+    nothing_graded: list[Told] = field(default_factory=list)
+    not_judged: list[Told] = field(default_factory=list)
+    evaluated_not_graded: dict[str, int] = field(default_factory=dict)
 
     @property
     def wrong(self) -> list[str]:
@@ -78,6 +85,7 @@ class Happened:
             *self._server_words(),
             *_each("fallback", self.fallbacks),
             *_each("an evaluation", self.evaluations_left_out),
+            *self._judging_words(),
             *_each("warning", self.warnings),
             *self._start_words(),
         ]
@@ -92,15 +100,28 @@ class Happened:
         ]
 
     def _grading_words(self) -> list[str]:
-        told = []
+        told = _each("a start ended", self.nothing_graded)
         if count := sum(self.not_graded.values()):
             kinds = ", ".join(f"{outcome} {number:,}" for outcome, number in self.not_graded.items())
             of = f" of {self.responses:,}" if self.responses > count else ""
             told.append(f"{_many(count, 'response', of)} not graded and left out: {kinds}")
+        if count := sum(self.evaluated_not_graded.values()):
+            kinds = ", ".join(
+                f"{outcome} {number:,}" for outcome, number in self.evaluated_not_graded.items()
+            )
+            told.append(f"in evaluations {_many(count, 'response')} not graded and counted as wrong: {kinds}")
         if count := sum(self.not_made.values()):
             kinds = ", ".join(f"{kind} {number:,}" for kind, number in self.not_made.items())
             told.append(f"{_many(count, 'sample')} not made by rollout.function and left out: {kinds}")
         return told
+
+    def _judging_words(self) -> list[str]:
+        if not self.not_judged:
+            return []
+        count, last = len(self.not_judged), self.not_judged[-1]
+        return [
+            f"{_many(count, 'evaluation')} not compared with the best; the last: step {last.step}: {last.text}"
+        ]
 
     def _server_words(self) -> list[str]:
         if not self.lost:
@@ -164,6 +185,13 @@ def what_happened(
         ],
         starts=starts.count("start"),
         killed=killed,
+        evaluated_not_graded={
+            outcome: count
+            for outcome, count in _sums(rows, "eval/outcome/").items()
+            if outcome in FAILED_OUTCOMES
+        },
+        not_judged=[one for one in kinds.get("evaluation", []) if _NOT_JUDGED in one.text],
+        nothing_graded=[one for one in kinds.get("stop", []) if NOT_ONE_GRADED in one.text],
         evaluations_left_out=[one for one in kinds.get("evaluation", []) if "is left out" in one.text],
     )
 

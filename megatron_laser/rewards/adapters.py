@@ -69,7 +69,10 @@ def _from_verl(value: object) -> object:
         raise TypeError(
             f"a dict of verl's has `score`, and this one has {', '.join(map(str, value)) or 'nothing'}"
         )
-    score = float(python_scalar(value["score"]))
+    score = python_scalar(value["score"])
+    if not isinstance(score, bool | int | float):
+        raise TypeError(f"`score` of verl's dict is a number, not {score!r:.60} ({type(score).__name__})")
+    score = float(score)
     rest = {
         str(name): python_scalar(item)
         for name, item in value.items()
@@ -88,11 +91,11 @@ def _from_verl(value: object) -> object:
 def _bind_trl(function: Callable[..., object]) -> Bound:
     """TRL's `fn(prompts, completions, **columns)`: lists of one, and a list of one number, or None, comes back."""
     columns_wanted, _ = _accepted(function, None)
-    if wanted := [name for name in _TRL_ONLY if name in columns_wanted]:
-        raise ArgumentsError(f"takes `{wanted[0]}`, which TRL's trainer has and nothing here")
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     required = [name for name in columns_wanted if parameters[name].default is inspect.Parameter.empty]
+    if wanted := [name for name in _TRL_ONLY if name in required]:
+        raise ArgumentsError(f"takes `{wanted[0]}`, which TRL's trainer has and nothing here")
 
     def call(response: str, answer: str, facts: Mapping[str, Any]) -> object:
         row = _row(facts)

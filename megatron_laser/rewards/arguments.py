@@ -62,7 +62,8 @@ def fact(facts: Mapping[str, Any], name: str) -> Any:
 def bind_native(function: Callable[..., object]) -> Bound:
     """A function that takes some of `ARGUMENTS`, by their names.
 
-    Its first two parameters may have other names: they are then the response and the reference, in this order.
+    Its first two parameters may have other names: they are then the response and the reference, in this order. Where
+    their names, or a later `response` or `answer`, say that they are not, it is refused: (question, response, answer).
 
     Raises:
         ArgumentsError: it takes something else, or nothing of it.
@@ -86,8 +87,13 @@ def bind_native(function: Callable[..., object]) -> Bound:
         # what is in a parameter of another name already cannot be given once more
         named = [name for name in ARGUMENTS if name not in first]
     strange = [n for n in rest if n not in ARGUMENTS and _required(parameters[n])]
+    if unknown or only_by_place:
+        strange += _misplaced(positional, kinds)
     if strange or (first and len(positional) < 2 and inspect.Parameter.VAR_POSITIONAL not in kinds.values()):
-        raise ArgumentsError(f"takes {_ticks(strange or unknown)}, which is none of {', '.join(ARGUMENTS)}")
+        named_so = list(dict.fromkeys(strange or unknown))
+        raise ArgumentsError(
+            f"takes {_ticks(named_so)}, which {'is' if len(named_so) == 1 else 'are'} none of {', '.join(ARGUMENTS)}"
+        )
     if not first and not named:
         raise ArgumentsError(f"takes none of {', '.join(ARGUMENTS)}")
 
@@ -101,6 +107,18 @@ def bind_native(function: Callable[..., object]) -> Bound:
 
 _EITHER = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _misplaced(positional: list[str], names: Collection[str]) -> list[str]:
+    """Which parameters would get the response or the reference although the names tell otherwise."""
+    wrong = [
+        name
+        for name, right in zip(positional, ("response", "answer"), strict=False)
+        if name in ARGUMENTS and name != right
+    ]
+    later = [name for name in ("response", "answer") if name in names and name not in positional[:2]]
+    strangers = [name for name in positional[:2] if name not in ARGUMENTS]
+    return (strangers or wrong) if wrong or later else []
 
 
 def _required(parameter: inspect.Parameter) -> bool:

@@ -13,6 +13,8 @@ Outcome = Literal["correct", "wrong", "no_answer", "unparsable", "timeout", "cra
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
 FAILED_OUTCOMES: tuple[str, ...] = ("timeout", "crash")
 """Grading failed, not the response: no verdict."""
+NOT_ONE_GRADED = "not one response could be graded"
+"""Why a run stops in a step, whose line of metrics is then missing: a report knows it by these words."""
 
 
 class RewardSpecError(UserError, ValueError):

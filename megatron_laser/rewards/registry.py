@@ -25,6 +25,14 @@ from megatron_laser.user_functions import FILE_MODULE_PREFIX, attribute_of, impo
 
 RewardFunction = Callable[..., object]
 
+_LISTS = {"queries": "OpenRLHF's", "solution_strs": "verl's batch"}
+"""A parameter by which a function is known that takes many responses at once, and whose it is."""
+_COLUMNS = {
+    "native": ". A column of the data is row['its name']",
+    "verl": ". A column of the data is in extra_info['its name'] where verl's preparation has put it there",
+    "trl": ". A column of the data is a parameter of its name",
+}
+
 _registered: dict[str, RewardFunction] = {}
 
 
@@ -151,7 +159,12 @@ def _load_module(spec: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except BaseException as error:  # SystemExit, too: user code may do anything while it is imported
-        raise _spec_error(spec, f"importing {name!r} failed: {described(error)}.") from error
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            near = Path(*name.split(".")).with_suffix(".py")
+            where = f" The file is here: write {near}:{spec.rpartition(':')[2]}." if near.is_file() else ""
+            hint = f" It is neither installed nor in PYTHONPATH.{where}"
+        raise _spec_error(spec, f"importing {name!r} failed: {described(error)}.{hint}") from error
 
 
 def _load_file(spec: str, path: Path) -> ModuleType:
@@ -181,16 +194,17 @@ def bind_reward(spec: str, function: Callable[..., object]) -> Bound:
         )
     if inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call):
         raise RewardSpecError(f"{named} is a generator: it must return one number, not yield")
+    kind = split_kind(spec)[0] or kind_by_names(function)
     try:
-        return bind(function, split_kind(spec)[0] or kind_by_names(function))
+        return bind(function, kind)
     except ArgumentsError as error:
         signature = inspect.signature(function)
-        lists = "queries" in signature.parameters
-        hint = ". This is OpenRLHF's signature, with lists: define `def reward(response, answer)` for one response"
-        row = "" if lists else ". A column of the data is row['its name']"
-        raise RewardSpecError(
-            f"{named} {error}; it is defined as {signature}{hint if lists else row}"
-        ) from None
+        lists = next((whose for name, whose in _LISTS.items() if name in signature.parameters), "")
+        if lists:
+            hint = f". This is {lists} signature, with lists: define `def reward(response, answer)` for one response"
+        else:
+            hint = _COLUMNS[kind]
+        raise RewardSpecError(f"{named} {error}; it is defined as {signature}{hint}") from None
 
 
 def _spec_error(spec: str, problem: str) -> RewardSpecError:

@@ -22,6 +22,7 @@ REWARD = "reward"
 """The term that is `reward.function`'s one number, or the reward of its Grade."""
 SUM = "sum"
 """As `reward.label`: the weighted sum."""
+_NAME_LENGTH = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,11 @@ def parts_of(value: object) -> Parts:
         terms = value.terms or {}
         if REWARD in terms:
             raise ValueError(f"Grade.terms must not hold {REWARD!r}: that is the Grade's own reward")
-        return Parts({REWARD: _number(REWARD, value.reward), **_terms(terms)}, value.outcome, value.answer)
+        return Parts(
+            {REWARD: _number(REWARD, value.reward), **(_terms(terms) if terms else {})},
+            value.outcome,
+            value.answer,
+        )
     if isinstance(value, Mapping):
         return Parts(_terms(value))
     if isinstance(value, numbers.Real):
@@ -158,8 +163,20 @@ def _has_more(value: object) -> bool:
 
 
 def _terms(values: Mapping[Any, object]) -> dict[str, float | None]:
-    if not all(isinstance(name, str) for name in values):
-        raise TypeError(f"the names of terms are texts, not {', '.join(map(repr, values))}")
+    for name in values:
+        if not isinstance(name, str):
+            raise TypeError(f"the names of terms are texts, not {name!r:.60}")
+        if not (name and name.isprintable() and len(name) <= _NAME_LENGTH):
+            raise ValueError(
+                f"the name of a term, which becomes a metric's, is a text of one line and up to {_NAME_LENGTH} "
+                f"characters, not {name!r:.60}"
+            )
+        if name == SUM:
+            raise ValueError(
+                f"a term has another name than {SUM!r}, which is that of all together in reward.label"
+            )
+    if not values:
+        raise ValueError("the function returned a dict without a term")
     return {
         name: None if value is None else _number(name, python_scalar(value)) for name, value in values.items()
     }

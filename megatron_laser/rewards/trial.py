@@ -17,6 +17,7 @@ from megatron_laser.rewards.workers.grading_pool import GradingPool
 logger = logging.getLogger(__name__)
 
 _TOPIC = "reward function"
+_SHOWN_TERMS = 6
 _CURE = "correct the function"
 _CURE_LATE = (
     "correct the function, or raise reward.deadline where it needs longer; heavy imports belong to the top of its "
@@ -102,6 +103,7 @@ def trial(
     cure = _CURE_LATE if any(why.startswith("timeout") for why in failures) else _CURE
     examples = tuple(f"{why} (on {' and '.join(which)})" for why, which in failures.items())
     of = f"reward.function {function!r}"
+    short = function.rpartition("/")[2]  # a line of the log: the banner has the folder
     if not grades:
         text = f"{of} graded neither of two trial responses (reference {answer!r:.80})"
         return [Finding(_TOPIC, "error", text, examples, cure)]
@@ -109,16 +111,14 @@ def trial(
         text = f"{of} failed on one of two trial responses (reference {answer!r:.80}); what it fails on teaches nothing"
         return [Finding(_TOPIC, "warning", text, examples, cure)]
     slowest = max(seconds for _, seconds in grades)
-    rewards = " and ".join(f"{grade.learned:g}{_shown(grade)}" for grade, _ in grades)
-    text = (
-        f"{of} gave {rewards} for the reference in a box and for a response without one, in {slowest:.2f} s"
-    )
+    for_box, for_no_box = (f"{grade.learned:g}{_shown(grade)}" for grade, _ in grades)
+    text = f"{short} gave {for_box} for the reference in a box, {for_no_box} without one, in {slowest:.2f} s"
     if slowest > deadline / 2:
         cure = "raise reward.deadline: a busy machine is slower"
         return [Finding(_TOPIC, "warning", f"{text}, more than half of reward.deadline", cure=cure)]
     (box, _), (no_box, _) = grades
     if box.learned <= no_box.learned:
-        return [Finding(_TOPIC, "note", f"{text}: the reference itself is worth no more")]
+        return [Finding(_TOPIC, "note", f"{text}; the reference is worth no more")]
     return [Finding(_TOPIC, "ok", text)]
 
 
@@ -126,10 +126,13 @@ def _shown(grade: Grade) -> str:
     """What a reward is made of, and its label, where these are not the same number."""
     if grade.terms is None and grade.policy_reward is None:
         return ""
+    values = list((grade.terms or {}).items())
     terms = [
         f"{name} {'not applicable' if value is None else f'{value:g}'}"
-        for name, value in (grade.terms or {}).items()
+        for name, value in values[:_SHOWN_TERMS]
     ]
+    if len(values) > _SHOWN_TERMS:
+        terms.append(f"{len(values) - _SHOWN_TERMS} more terms")
     return f" ({', '.join([*terms, f'label {grade.reward:g}'])})"
 
 

@@ -14,7 +14,7 @@ from megatron_laser.data.cursor import Cursor
 from megatron_laser.observability.rates import GENERATED
 from megatron_laser.observability.timers import Timers
 from megatron_laser.rewards import Facts, GradingPool, GradingPoolError
-from megatron_laser.rewards.grade import FAILED_OUTCOMES
+from megatron_laser.rewards.grade import FAILED_OUTCOMES, NOT_ONE_GRADED
 from megatron_laser.rollout.endings import Endings
 from megatron_laser.rollout.engine import ResumableEngine, RolloutEngine, StopEarly, StoppedEarly, watched
 from megatron_laser.rollout.function.runner import (
@@ -235,7 +235,7 @@ class RolloutCollector:
             self._sort_out(progress)
         if progress.lost and not progress.groups and not progress.uniform:
             raise self._nothing_learned(progress.failures())(
-                f"step {progress.step}: not one response could be graded, so there is nothing to learn from; "
+                f"step {progress.step}: {NOT_ONE_GRADED}, so there is nothing to learn from; "
                 f"{self._why(progress.failures())}"
             )
 

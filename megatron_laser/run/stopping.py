@@ -123,8 +123,8 @@ class Stopping:
         self._close(state="stopped", step=step, reason=reason, exit_status=3)
 
     def finished(self) -> None:
-        """Everything is done and written."""
-        self._close(state="finished", step=self._steps, reason="", exit_status=0)
+        """Everything is done and written; perhaps early, before `run.steps`."""
+        self._close(state="finished", step=self.step, reason="", exit_status=0)
 
     def leave(self) -> None:
         """The run is taken apart: whoever listens to requests listens no more."""

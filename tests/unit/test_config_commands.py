@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from megatron_laser.cli import app
 from megatron_laser.cli.options import complete_override
-from megatron_laser.cli.starting_facts import Columns, find_columns
+from megatron_laser.cli.starting_facts import SUFFIX, Columns, _can_write, find_columns
 from megatron_laser.config import load_config
 from megatron_laser.config.comparing import compare
 from megatron_laser.config.loading import load_with_places
@@ -141,9 +141,34 @@ def test_columns_are_found_by_name_and_content(tmp_path):
     assert find_columns(file, "digits", "id") == Columns("digits", "id")
     with pytest.raises(DataError, match="no column 'x'; its columns are id, problem"):
         find_columns(file, "x", None)
+    row = {"prompt": "a", "reward_model": {"ground_truth": "4"}}  # verl's
+    file.write_text("\n".join(map(json.dumps, [row, row])))
+    inner = "reward_model.ground_truth"
+    assert find_columns(file, None, None) == find_columns(file, None, inner) == Columns("prompt", inner)
+    file.write_text(
+        "\n".join(map(json.dumps, [{"problem": "a", "answer": 4}, {"problem": "b", "answer": ""}]))
+    )
+    with pytest.raises(
+        DataError, match=r"'answer' is there, but row 2 has .* Its columns are problem, answer;"
+    ):
+        find_columns(file, None, None)
     file.write_text(json.dumps({"text": "a", "gold": "b"}))
     with pytest.raises(DataError, match="Its columns are text, gold; name the right one with --prompt-key"):
         find_columns(file, None, None)
+
+
+def test_whether_a_tokenizer_can_write_the_usual_request_is_asked_without_a_warning_of_its_length():
+    class Tokenizer:
+        unk_token_id = None
+
+        def __call__(self, text, *, add_special_tokens, verbose):
+            assert not add_special_tokens and not verbose  # transformers warns where it may be verbose
+            return {"input_ids": [0]}
+
+        def decode(self, ids):
+            return "boxed"
+
+    assert _can_write(Tokenizer(), SUFFIX)
 
 
 @pytest.mark.parametrize("measure", [True, False])
@@ -175,6 +200,8 @@ def test_init_writes_a_file_that_check_accepts_and_never_writes_over_one(tmp_pat
     assert "megatron-laser calibrate" in file.read_text()
     before = file.read_text()
     again = run("config", "init", tmp_path, tmp_path / "mine.jsonl", "-o", file)
+    typo = run("config", "init", tmp_path, tmp_path / "mine.jsonl", "-o", "new.yaml", "--reward", "lucki")
+    assert typo.exit_code == 2 and "no reward of this name" in typo.output
     assert again.exit_code == 2 and str(file) in again.output and file.read_text() == before
     checked = run("check", file)
     assert checked.exit_code == 0, checked.output

@@ -198,3 +198,73 @@ def test_commands_take_files_of_further_settings(tmp_path):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2
         assert "more.yaml, line 1: optimizer.lr: expected" in result.output.replace("\n", " ")
+
+
+def test_the_base_of_two_bases_is_read_once_so_that_it_sets_nothing_back(tmp_path):
+    write(
+        tmp_path,
+        shared=BASE,
+        seven="base: shared.yaml\noptimizer: {lr: 7e-6}\n",
+        long="base: shared.yaml\nrun: {steps: 70}\n",
+        run="base: [seven.yaml, long.yaml]\n",
+    )
+    config = load_config(tmp_path / "run.yaml")
+    assert (config.optimizer.lr, config.run.steps, config.optimizer.weight_decay) == (7e-6, 70, 0.1)
+    write(tmp_path, run="base: [seven.yaml, shared.yaml]\n")  # over what it is the base of
+    assert "'shared.yaml' is among the bases before it" in problems(tmp_path / "run.yaml")[0]
+    write(tmp_path, run="base: [shared.yaml, seven.yaml]\n")
+    assert load_config(tmp_path / "run.yaml").optimizer.lr == 7e-6
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (
+            "rollout: {sglang: {options: {a: 1, a: 2}}}\n",
+            "line 6: a: given twice (first on line 6); keep one",
+        ),
+        ("policy: {entropy: !!bool maybe}\n", "'maybe' is neither true nor false"),
+        ("policy: {entropy: !!timestamp now}\n", "!!timestamp is no type of YAML 1.2"),
+        ("policy: {loss_options: &a {b: *a}}\n", "what has the anchor &a holds itself"),
+        ("policy: false\n", "line 6: policy: expected a section, policy: {key: value}, got False"),
+        ("policy: {clip_low: ${X:1}}\n", "a ${...} stands in quotes"),
+        ("policy:\n  clip_low: ${A:${B:1}}\n", "the default of ${A:...} holds another ${...}"),
+        ("policy: {loss_options: null}\n", "loss_options: expected a table, {key: value}, got null"),
+        ("reward: {terms: {reward: 1, a: high}}\n", "reward.terms.a.weight: expected a number, got 'high'"),
+        ("reward: {function: ''}\n", "reward.function: expected a text that is not empty, got ''"),
+        ("checkpoint: {folder: ~no-such-user/x, every: no}\n", "checkpoint.every: expected an integer"),
+    ],
+)
+def test_what_is_no_configuration_is_refused_in_words(tmp_path, more, problem):
+    write(tmp_path, run=BASE + more)
+    assert problem in " | ".join(problems(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("laser=null", "laser: expected a section, laser={key: value}, or laser.key=value"),
+        ("base=other.yaml", "--set-file FILE"),
+        ("reward.terms={reward: 1, reward: 2}", "reward is given twice"),
+        ("rollout.sglang.options.a.b=1", "rollout.sglang.options is a setting, not a section"),
+    ],
+)
+def test_an_override_that_is_none_says_what_to_write(tmp_path, override, problem):
+    write(tmp_path, run=BASE)
+    assert problem in " | ".join(problems(tmp_path / "run.yaml", override))
+
+
+def test_an_override_reaches_an_entry_of_every_table(tmp_path):
+    write(
+        tmp_path,
+        run=BASE + "reward: {terms: {reward: 1.0, brief: {function: my.py:brief, weight: 0.1}}}\n"
+        "policy: {loss: 'my.py:loss', loss_options: {a: 1}}\n",
+        more="reward.terms.brief.weight: 0.3\nrun.name: 1e5\n",
+    )
+    given = ["policy.loss_options.b=2", "reward.terms.format=0.5", "reward.terms.reward.weight=2"]
+    config = load_config(tmp_path / "run.yaml", given, [tmp_path / "more.yaml"])
+    assert config.policy.loss_options == {"a": 1, "b": 2}
+    weights = {name: term.weight for name, term in config.reward.terms.items()}
+    assert weights == {"reward": 2.0, "brief": 0.3, "format": 0.5}
+    assert config.reward.terms["brief"].function == f"{tmp_path}/my.py:brief"
+    assert config.run.name == "1e5"  # as `run: {name: 1e5}`

@@ -152,7 +152,7 @@ def test_a_mistake_in_the_file_is_named_with_its_line_and_a_remedy(tmp_path, lin
         ("run.steps.x=3", "run.steps is a setting, not a section; did you mean `run.steps`?"),
         ("run.steps=many", "override 'run.steps=many': run.steps: expected an integer, got 'many'"),
         ("run.steps=[", "the value is not valid YAML"),
-        ("run=3", "run: unknown key; the keys of run are name, steps"),
+        ("run=3", "run: expected a section, run={key: value}, or run.key=value"),
     ],
 )
 def test_a_mistake_in_an_override_is_named_with_a_remedy(tmp_path, override, expected):

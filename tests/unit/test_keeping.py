@@ -41,12 +41,14 @@ def publish(folder, *steps):
         folders.publish(partial, {"step": step}, {})
 
 
-def judge(keeping, values, first=1):
-    """[(best, stops)] of evaluations after steps first, first + 1, ..."""
+def judge(keeping, values, first=1, folder=None):
+    """[(best, stops)] of evaluations after steps first, first + 1, ...; in `folder` the best ones are saved."""
     found = []
     for step, value in enumerate(values, start=first):
         keeping.add(step, {METRIC: value})
         judged = keeping.judged()
+        if judged.best and folder is not None:
+            publish(folder, step)
         found.append((judged.best, bool(judged.stop)))
     return found
 
@@ -56,7 +58,7 @@ def test_the_best_is_the_first_of_the_largest_and_what_is_not_measured_does_not_
     keeping.add(0, {METRIC: 0.9})
     assert keeping.judged() == Judged() and keeping.state() == {}
     with caplog.at_level(logging.WARNING):
-        found = judge(keeping, [0.2, 0.4, 0.4, math.nan, 0.3])
+        found = judge(keeping, [0.2, 0.4, 0.4, math.nan, 0.3], folder=tmp_path)
     assert [best for best, _ in found] == [True, True, False, False, False]
     assert keeping.state() == {"best": {"step": 2, "metric": METRIC, "mode": "max", "value": 0.4}}
     assert "after step 4 has no eval/accuracy (nan)" in caplog.text
@@ -100,6 +102,20 @@ def test_an_early_end_comes_after_patience_evaluations_wherever_the_run_was_inte
     assert Keeping(longer, state.state()).judged() == Judged()
     other = config(tmp_path, "run.early_stop={metric: eval/pass, patience: 1}")
     assert Keeping(other, state.state()).state() == {}  # another metric: it counts anew
+
+
+def test_a_best_whose_save_failed_is_not_what_later_ones_are_compared_with(tmp_path, caplog):
+    keeping = Keeping(config(tmp_path, f"checkpoint.best.metric={METRIC}"), None)
+    assert judge(keeping, [0.5], folder=tmp_path) == [(True, False)]
+    settle_best(tmp_path, tmp_path / "checkpoints", keeping.state(), 1)
+    assert judge(keeping, [0.9], first=2) == [(True, False)]  # the disk is full
+    with caplog.at_level(logging.WARNING):
+        assert judge(keeping, [0.4], first=3) == [(False, False)]
+    assert "the checkpoint of step 2, the best by eval/accuracy, is not in" in caplog.text
+    assert "that of step 1 is the best now" in caplog.text and keeping.state()["best"]["step"] == 1
+    assert judge(keeping, [0.7], first=4) == [(True, False)]
+    folders.partial_folder(tmp_path / "checkpoints", 4).mkdir()  # it is being written in the background
+    assert judge(keeping, [0.6], first=5) == [(False, False)]
 
 
 def test_a_verdict_reaches_other_ranks_as_text():

@@ -115,6 +115,7 @@ def test_a_run_that_is_stopped_in_its_last_step_ends_early_there(file, undisturb
     run(file, out, *early)
     assert (out / f"hf_step_{end}" / "config.json").is_file()  # made up for
     assert [row["step"] for row in metrics_without_times(out)] == list(range(end + 1))
+    assert json.loads((out / "status.json").read_text())["step"] == end
     assert json.loads((out / "FINISHED").read_text())["step"] == end and (out / "report.md").is_file()
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     (said,) = [event for event in events if event["kind"] == "finished"]

@@ -51,7 +51,7 @@ def accuracy_reward(prompts, completions, solution, **kwargs):
     assert prompts[0][-1]["content"] == "p" and kwargs["level"] == [None]
     return [None if s == "?" else float(c == s) for c, s in zip(contents, solution, strict=True)]
 
-def format_reward(completions, **kwargs):
+def format_reward(completions, trainer_state=None, **kwargs):
     return [1.0 if completion.startswith("<think>") else 0.0 for completion in completions]
 
 def asks(response, answer, *, foo):
@@ -113,6 +113,21 @@ def test_other_names_in_the_first_two_places_are_response_and_answer(file):
         called(file, "everything").call("r", "a", {"prompt": "p"})
 
 
+@pytest.mark.parametrize(
+    ("function", "named"),
+    [
+        (lambda question, response, answer: 1.0, "question"),  # the response would be called question
+        (lambda reference, response: 1.0, "reference"),
+        (lambda text, question, answer: 1.0, "text` and `question"),
+        (lambda prompt, completion: 1.0, "completion"),
+        (lambda text, row: 1.0, "text"),
+    ],
+)
+def test_names_that_contradict_their_places_are_refused(function, named):
+    with pytest.raises(ArgumentsError, match=rf"takes `{named}`, which (is|are) none of response, answer"):
+        bind_native(function)
+
+
 def test_an_unknown_parameter_is_named(file):
     with pytest.raises(
         RewardSpecError, match=r"mine.py:\d+\) takes `foo`, which is none of response, answer, prompt"
@@ -161,7 +176,7 @@ def test_a_trial_uses_the_row_and_shows_every_term(file):
     rule = RewardRule(weights={"reward": 1.0, "voting": 0.5}, functions={"voting": f"{file}:other_names"})
     (found,) = trial(f"{file}:plain", example=Row(0, "p", "42", "", columns='{"worth": 1}'), rule=rule)
     assert found.level == "note"
-    assert "gave 0 (reward 0, voting 0, label 0) and 0 (" in found.text
+    assert "gave 0 (reward 0, voting 0, label 0) for the reference in a box, 0 (" in found.text
     (found,) = trial(
         f"{file}:compute_score",
         example=Row(0, "p", "42", "", columns=json.dumps(VERL)),

@@ -16,6 +16,7 @@ from megatron_laser.evaluation.benchmarks.settings import benchmark_rule, load_b
 from megatron_laser.observability.rollout_dump import dump_rollouts
 from megatron_laser.observability.rollout_metrics import rollout_metrics
 from megatron_laser.rewards import Grade, RewardRule, reward_rule
+from megatron_laser.rewards.workers.user_code import described
 from megatron_laser.rollout.pending import OpenGroup, sample_from, sample_state
 from megatron_laser.run.recorded_batches import read_batch, write_batch
 from megatron_laser.trainer.objective import Objective
@@ -35,6 +36,29 @@ def test_the_policy_learns_from_the_weighted_sum_and_the_label_is_the_named_term
     assert BOTH.grade({"correct": 0, "format": 1}, {}) == Grade(
         0.0, "wrong", terms={"correct": 0.0, "format": 1.0}, policy_reward=0.25
     )
+
+
+@pytest.mark.parametrize(
+    ("returned", "problem"),
+    [
+        ({}, "a dict without a term"),
+        ({"a\nb": 1.0}, r"a text of one line and up to 100 characters, not 'a\\nb'"),
+        ({"x" * 101: 1.0}, "up to 100 characters"),
+        ({"": 1.0}, "not ''"),
+        ({"sum": 1.0}, "a term has another name than 'sum'"),  # which reward.terms could not weigh
+    ],
+)
+def test_names_of_terms_can_be_names_of_metrics(returned, problem):
+    with pytest.raises(ValueError, match=problem):
+        BOTH.grade(returned, {})
+
+
+def test_an_error_that_says_nothing_of_itself_is_still_named():
+    class Speechless(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    assert described(Speechless()).startswith("Speechless")
 
 
 def test_a_threshold_makes_any_number_a_label():

@@ -14,9 +14,14 @@ def none(response, answer): return None
 def two(response, answer): return 2.0
 def sleeps(response, answer): time.sleep(60)
 def needs_a_box(response, answer): return float(response.split("boxed{")[1][:2] == answer)
-def backwards(reference, response): return float(reference in response)
+def backwards(text, reference): return float(text in reference)
 def slow(response, answer): time.sleep(0.4); return 1.0
+from megatron_laser.rewards import Grade
+def returns_timeout(response, answer): return Grade(0.0, "timeout")
 """
+
+
+FAILS = ("raises", "none", "two", "sleeps", "returns_timeout")
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +34,14 @@ def file(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "level", "words"),
     [
-        ("right", "ok", "gave 1 and 0"),
+        ("right", "ok", "mine.py:right gave 1 for the reference in a box, 0 without one, in "),
         ("raises", "error", "ValueError: my bug ({file}:4 in raises)"),
         ("none", "error", "not NoneType (None) ({file}:5)"),
         ("two", "error", "from 0 (wrong) to 1 (right), not 2.0 ({file}:6)"),
         ("sleeps", "error", "no answer within 0.5 s ({file}:7 in sleeps)"),
         ("needs_a_box", "warning", "IndexError: list index out of range ({file}:8 in needs_a_box)"),
-        ("backwards", "note", "gave 0 and 0 for the reference in a box and for a response without one"),
+        ("backwards", "note", "gave 0 for the reference in a box, 0 without one, in "),
+        ("returns_timeout", "error", "timeout: the function itself returned this outcome"),
         ("slow", "warning", "more than half of reward.deadline"),
         ("missing", "error", "has no 'missing'; its functions: "),
     ],
@@ -45,7 +51,7 @@ def test_a_trial_finds(file, name, level, words, caplog):
     assert found.level == level
     assert words.format(file=file) in " ".join((found.text, *found.examples))
     assert not caplog.text  # the finding says it
-    assert bool(found.cure) == (level == "warning" or name in ("raises", "none", "two", "sleeps"))
+    assert bool(found.cure) == (level == "warning" or name in FAILS)
 
 
 def test_math_verify_needs_no_trial():

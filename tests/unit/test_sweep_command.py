@@ -12,6 +12,7 @@ from helpers.source_tree import ROOT
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
+from megatron_laser.cli.sweep import STOPPED, _asked, _run
 from megatron_laser.cli.sweep_trials import listed, product
 from megatron_laser.config import ConfigError
 
@@ -27,6 +28,13 @@ if lr == 3 and not os.path.exists({mended!r}):
     sys.exit(1)
 if lr == 4 and not os.path.exists({mended!r}):
     time.sleep(60)
+if "run.early_stop.metric" in given:  # ends early, after step 1 of 2
+    early = {{"metric": given["run.early_stop.metric"], "mode": "max", "patience": 3, "min_delta": 0.0}}
+    (folder / "FINISHED").write_text(json.dumps({{"step": 1, "steps": 2, "early_stop": early}}))
+    sys.exit(0)
+if "run.epochs" in given:
+    (folder / "FINISHED").write_text(json.dumps({{"step": 1}}))
+    sys.exit(0)
 lines = [{{"step": 0, "eval/accuracy": 0.99}}, {{"step": 1, "eval/accuracy": 0.5 + lr / 10, "time/total": 1.0}},
          {{"step": 2, "eval/accuracy": 0.25, "time/total": 2.0}}]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in lines))
@@ -81,6 +89,28 @@ def test_runs_follow_each_other_a_failure_ends_none_and_the_same_command_goes_on
     assert "| lr=3 | finished |" in (tmp_path / "out_sweep" / "sweep.md").read_text()
 
 
+def test_a_file_that_is_complete_only_with_each_run_s_settings_is_swept(stage, tmp_path):
+    stage[0].write_text(stage[0].read_text().replace("steps: 2, ", ""))
+    assert sweep(stage, "--set", "run.steps=2,3", "--print").output.count("/out_sweep/steps=") == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["data.validation=t.jsonl", "evaluation.every=1", "run.early_stop.metric=eval/accuracy"],
+        ["run.epochs=1", "run.steps=null", "rollout.prompts_per_step=1"],
+    ],
+)
+def test_a_run_that_ends_before_run_steps_does_not_stop_the_sweep(stage, tmp_path, given):
+    (tmp_path / "t.jsonl").write_text('{"problem": "1", "answer": "1"}\n')
+    arguments = [*given, f"data.train={tmp_path}/t.jsonl", "--set", "optimizer.lr=1,2"]
+    result = sweep(stage, *arguments)
+    assert result.exit_code == 0, result.output
+    assert stage[2].read_text().split() == ["lr=1", "lr=2"]
+    again = sweep(stage, *arguments)
+    assert again.exit_code == 0 and again.output.count("finished before, skipped") == 2
+
+
 def test_fail_fast_print_and_results(stage, tmp_path):
     printed = sweep(stage, "--set", "optimizer.lr=3,1", "--print", "run.seed=5")
     assert printed.exit_code == 0 and not stage[2].exists()
@@ -94,12 +124,27 @@ def test_fail_fast_print_and_results(stage, tmp_path):
     assert stage[2].read_text().split() == ["lr=3"]
 
 
+def test_files_of_further_settings_are_for_every_run(stage, tmp_path):
+    more = tmp_path / "more.yaml"
+    more.write_text("optimizer: {lr: 7.0, weight_decay: -1}\n")
+    given = ["--set", "optimizer.lr=1,2", "--set-file", str(more), "--print"]
+    result = sweep(stage, *given)
+    assert result.exit_code == 2 and "more.yaml, line 1: optimizer.weight_decay" in result.output
+    more.write_text("optimizer: {lr: 7.0, weight_decay: 0.5}\n")
+    lines = sweep(stage, *given).output.splitlines()
+    assert len(lines) == 2 and all(f"--set-file {more} optimizer.lr=" in line for line in lines)
+
+
 def test_every_run_is_checked_before_the_first(stage, tmp_path):
     result = sweep(stage, "--set", "optimizer.lr=1,fast")
     assert result.exit_code == 2
     assert "optimizer.lr: expected a number, got 'fast'" in result.output
     assert not stage[2].exists() and not (tmp_path / "out_sweep").exists()
     assert "use --output" in sweep(stage, "--set", "run.output_dir=a,b").output
+    assert "two runs have it" in sweep(stage, "--set", "optimizer.lr=1,1").output
+    assert "are too many for the name of a folder" in sweep(stage, "--set", f"run.name={'a' * 201},b").output
+    assert sweep(stage, "--set", "optimizer.lr=1", "--launcher", "'torchrun").exit_code == 2
+    assert not stage[2].exists()
 
 
 def test_a_signal_ends_the_run_and_then_the_sweep(stage, tmp_path):
@@ -124,6 +169,18 @@ def test_a_signal_ends_the_run_and_then_the_sweep(stage, tmp_path):
     assert "the same command again goes on" in output
     assert stage[2].read_text().split() == ["lr=4"]
     assert table(tmp_path / "out_sweep")["lr=4"]["state"] == "stopped"
+
+
+def test_a_request_between_two_runs_starts_none_and_nohup_stays_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _asked() as asked:
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # which the runs inherit
+            os.kill(os.getpid(), signal.SIGINT)
+            assert asked.yes and asked.late == signal.SIGINT
+            assert _run(["/no/such/program"], asked) == STOPPED
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_products_and_lists(tmp_path):

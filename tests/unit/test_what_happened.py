@@ -3,16 +3,20 @@
 import json
 from pathlib import Path
 
+from helpers.runs import run_config
 from helpers.sick_runs import healthy_run, sick_run
 from helpers.synthetic_run import write_synthetic_run
 
 from megatron_laser.config.schema.alarms import AlarmSettings
+from megatron_laser.evaluation.keeping import Keeping
 from megatron_laser.report.run_data import load_runs
 from megatron_laser.report.went_wrong import went_wrong
 from megatron_laser.report.what_happened import NOTHING, read_events, what_happened
+from megatron_laser.rewards.grade import NOT_ONE_GRADED
 from megatron_laser.run.last_words import last_words
 
 LIMITS = AlarmSettings()
+BEST = ["checkpoint.best.metric=eval/majority", "run.early_stop.metric=eval/majority"]
 
 
 def event(step, kind, text):
@@ -50,6 +54,31 @@ def test_of_a_healthy_run_nothing_is_said_to_be_wrong():
         f"wrong      nothing: {NOTHING}",
         "saved      2 saves, the newest checkpoint is of step 4, in ck",
         "written    nothing in nowhere",
+    ]
+
+
+def test_a_step_of_which_nothing_was_graded_has_no_line_of_metrics_and_is_told():
+    stop = event(4, "stop", f"stopped after step 4: rollout of step 5: {NOT_ONE_GRADED}, so there is nothing")
+    found = happened(healthy_run(), [*HEALTHY, stop])
+    assert found.wrong == [f"a start ended at step 4: {stop['text']}"]
+
+
+def test_an_export_is_no_trouble_and_responses_of_evaluations_that_nobody_graded_are():
+    rows = [{**row, "eval/outcome/crash": 4.0} if row["step"] in (3, 6) else row for row in healthy_run()]
+    found = happened(rows, [*HEALTHY, event(4, "checkpoint", "exported hf_step_4")])
+    assert found.wrong == ["in evaluations 8 responses were not graded and counted as wrong: crash 8"]
+
+
+def test_evaluations_without_the_metric_of_the_best_are_counted(tmp_path, caplog):
+    keeping = Keeping(
+        run_config(tmp_path, tmp_path, "data.validation=v.jsonl", "evaluation.every=1", *BEST), None
+    )
+    keeping.add(1, {"eval/accuracy": 1.0})
+    (said,) = [record.getMessage() for record in caplog.records]
+    found = happened(healthy_run(), [*HEALTHY, event(1, "evaluation", said), event(2, "evaluation", said)])
+    assert found.wrong == [
+        "2 evaluations were not compared with the best; the last: step 2: the evaluation after step 1 has no "
+        "eval/majority; it does not count for what is the best"
     ]
 
 

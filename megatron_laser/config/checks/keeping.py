@@ -99,7 +99,8 @@ def _metric_problems(config: RunConfig, setting: str, metric: str) -> list[str]:
     # A smoke run has fewer responses to each problem.
     if metric in known or (config.rollout.limit is not None and "_at_" in metric):
         return []
-    close = [name for name in known if name.endswith(f"/{metric}")][:2]
+    plain = f"eval/{metric.rpartition('/')[2]}"  # of a single source the metrics have no name of a source
+    close = [name for name in known if name.endswith(f"/{metric}") or name == plain][:2]
     close += difflib.get_close_matches(metric, known, n=3, cutoff=0.6)
     near = list(dict.fromkeys(close))[:3] or ["eval/accuracy"]
     return [

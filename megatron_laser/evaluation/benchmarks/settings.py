@@ -6,6 +6,7 @@ And a benchmark's problems and references, as its verifier needs them.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -206,7 +207,7 @@ def _read_sections(path: Path, problems: list[str]) -> dict[str, dict[str, Any]]
         sections[str(name)] = dict(values) if isinstance(values, dict) else {"path": values}
     for values in sections.values():
         if isinstance(values.get("path"), str):
-            values["path"] = str(path.absolute().parent / Path(values["path"]).expanduser())
+            values["path"] = str(path.absolute().parent / os.path.expanduser(values["path"]))
     return sections
 
 
@@ -222,7 +223,7 @@ def _apply(override: str, sections: dict[str, dict[str, Any]]) -> list[str]:
     except yaml.YAMLError as error:
         return [f"{override!r}: the value is not valid YAML ({syntax_problem(error)})"]
     if key == "path" and isinstance(value, str):
-        value = str(Path(value).expanduser().absolute())
+        value = str(Path(os.path.expanduser(value)).absolute())
     sections[name] = {**sections[name], key: value}
     return []
 

@@ -64,6 +64,6 @@ def _placed(function: object, check: Callable[[], _Result]) -> _Result:
     """What `check` gives; its complaints are given the place of the function."""
     try:
         return check()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         place = definition(function)
         raise type(error)(f"{error}{f' ({place})' if place else ''}") from None

@@ -294,6 +294,8 @@ class GradingPool:
             if trouble is None:
                 result = reply["equal"] if kind == "equal" else Grade(**reply["grade"])
                 self._shared.finish(key, result, keep=keep)
+                if isinstance(result, Grade) and result.failed:
+                    self._complain(result.outcome, "the function itself returned this outcome", answer)
                 return
             outcome = CRASH
         elif isinstance(error, WorkerTimeout):

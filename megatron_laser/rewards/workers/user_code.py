@@ -47,7 +47,10 @@ def definition(function: object) -> str:
 
 def described(error: BaseException) -> str:
     """`Type: message (file:line in function)`, in one line; a message is cut off after 500 characters."""
-    text = " ".join(str(error).split())[:500]
+    try:
+        text = " ".join(str(error).split())[:500]
+    except Exception:  # a class of the user's may say nothing of itself
+        text = ""
     place = place_of(error)
     return f"{type(error).__name__}{': ' if text else ''}{text}{f' ({place})' if place else ''}"
 

@@ -95,14 +95,15 @@ def _answer(request: dict[str, Any], grader: Grader | None) -> dict[str, Any]:
             return {"grade": {"reward": grade.reward, "outcome": grade.outcome}}
         return {"grade": asdict(grader.grade(first, second, request.get("facts", {})))}
     except BaseException as error:  # SystemExit and KeyboardInterrupt, too: neither is a grade
-        return {"error": described(error), "spent": _is_exhausted(error)}
+        text = described(error)
+        return {"error": text, "spent": _is_exhausted(error, text)}
 
 
-def _is_exhausted(error: BaseException) -> bool:
-    """Whether this process has used up something that a new one has: memory, threads, files."""
+def _is_exhausted(error: BaseException, text: str) -> bool:
+    """Whether this process has used up something that a new one has: memory, threads, files. text: `described`."""
     if isinstance(error, OSError):
         return error.errno in (errno.EMFILE, errno.ENOMEM, errno.EAGAIN)
-    return isinstance(error, MemoryError) or "can't start new thread" in str(error)
+    return isinstance(error, MemoryError) or "can't start new thread" in text
 
 
 if __name__ == "__main__":
