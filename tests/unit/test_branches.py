@@ -11,6 +11,7 @@ from megatron_laser.config import ConfigError
 from megatron_laser.run.changes import read_changes
 from megatron_laser.run.output_folder import claim_output_folder
 from megatron_laser.trainer.checkpoint import folder as folders
+from megatron_laser.trainer.checkpoint.best import read_best, settle_best
 
 
 @pytest.fixture
@@ -162,6 +163,49 @@ def test_going_back_moves_what_came_later_aside_once(of, parent, tmp_path):
 def test_going_back_to_a_step_without_a_checkpoint_names_those_that_there_are(of, parent):
     message = refused(of("parent", "run.resume=step 30"))
     assert "has no checkpoint of step 30; there are those of steps 20, 40" in message
+
+
+def test_going_back_behind_the_best_makes_the_best_of_then_the_best_again(of, parent, tmp_path):
+    folder, root = tmp_path / "parent", tmp_path / "parent" / "checkpoints"
+    best = {
+        step: {"best": {"step": step, "metric": "eval/accuracy", "mode": "max", "value": step}}
+        for step in (20, 40)
+    }
+    state = root / "step_00000020" / "state.json"
+    changed = json.loads(state.read_text())
+    changed["run"] |= best[20]
+    state.write_text(json.dumps(changed))
+    manifest = state.with_name("manifest.json")
+    manifest.unlink()
+    manifest.write_text(json.dumps(folders.digests(manifest.parent, "")))
+    assert settle_best(folder, root, best[40], 40) == 40
+    (folder / "hf_best").mkdir()
+    start(of("parent", "run.resume=step 20"), change=True)
+    assert read_best(folder).step == 20 and (root / "best").resolve().name == "step_00000020"
+    aside = folder / "moved_aside" / "after_step_20.1"
+    assert read_best(aside).step == 40 and (aside / "hf_best").is_dir()
+    assert not (folder / "hf_best").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("weights", "weights has 3 bytes, and 10 were written"),
+        ("state.json", "state.json cannot be read"),
+        ("manifest.json", "manifest.json cannot be read"),
+        ("", "weights is missing"),
+    ],
+)
+def test_nothing_is_moved_for_a_checkpoint_that_is_cut_off(of, parent, tmp_path, name, said):
+    checkpoint = tmp_path / "parent" / "checkpoints" / "step_00000020"
+    if name:
+        (checkpoint / name).write_text("cut")
+    else:
+        (checkpoint / "weights").unlink()
+    message = refused(of("parent", "run.resume=step 20"), change=True)
+    assert f"run.resume step 20: the checkpoint {checkpoint} cannot be used" in message and said in message
+    assert "nothing was moved. Other checkpoints are of steps 40" in message
+    assert not (tmp_path / "parent" / "moved_aside").exists()
 
 
 @pytest.mark.parametrize("value", ["3", "null", "[]", "''"])
