@@ -300,6 +300,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
         for key in record["settings"]:
             _section, _key = key.split(".", 1)
+        undone({}, record.get("undo", ()), 0)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError([f"{file} cannot be read ({error!r}); {_WAYS}"]) from error
     return dict(record)
