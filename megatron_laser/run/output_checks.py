@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -254,6 +255,14 @@ def _branch(config: RunConfig, named: Path, record: dict[str, Any] | None) -> Ou
                 f"{config.run.steps}; raise run.steps, or name an earlier checkpoint"
             ]
         )
+    for place in (origin.folder, origin.checkpoint.parent):
+        if Path(os.path.realpath(config.run.output_dir)).is_relative_to(os.path.realpath(place)):
+            raise ConfigError(
+                [
+                    f"run.output_dir {config.run.output_dir} lies in {place}, of the run that run.resume names and "
+                    "that a branch only reads; choose a run.output_dir beside it"
+                ]
+            )
     theirs = undone(recorded_settings(dict(origin.record)), origin.record.get("undo", ()), origin.step)
     found = differences(theirs, config, origin.record.get("contents") or {})
     refused = [one for one in found if one.changing.kind == "identity" and not one.changing.branch]

@@ -126,6 +126,13 @@ def test_a_branch_does_not_begin_in_the_folder_of_another_run(of, parent, tmp_pa
     assert f"holds a branch of {tmp_path / 'parent'}, and run.resume names {tmp_path / 'run'}" in message
 
 
+@pytest.mark.parametrize("inner", ["inner", "checkpoints", "checkpoints/branch"])
+def test_a_branch_does_not_begin_inside_the_run_that_it_only_reads(of, parent, tmp_path, inner):
+    message = refused(of(f"parent/{inner}", f"run.resume={tmp_path / 'parent'}"))
+    assert f"run.output_dir {tmp_path / 'parent' / inner} lies in {tmp_path / 'parent'}" in message
+    assert not (tmp_path / "parent" / inner / "run.json").exists()
+
+
 def test_going_back_moves_what_came_later_aside_once(of, parent, tmp_path):
     folder = tmp_path / "parent"
     for name in (
