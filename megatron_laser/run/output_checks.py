@@ -170,7 +170,7 @@ def _finished_step(config: RunConfig, folder: Path) -> tuple[int | None, int | N
         found = json.loads(file.read_text(encoding="utf-8"))
         early = found.get("early_stop") == early_end(config)["early_stop"]
         return int(found["step"]), int(found["steps"]) if early else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError([f"{file} cannot be read ({error!r}); delete it to go on with the run"]) from error
 
 

@@ -126,6 +126,15 @@ def test_a_branch_does_not_begin_in_the_folder_of_another_run(of, parent, tmp_pa
     assert f"holds a branch of {tmp_path / 'parent'}, and run.resume names {tmp_path / 'run'}" in message
 
 
+def test_a_branch_of_a_copied_run_begins_with_the_checkpoints_of_the_copy(of, parent, tmp_path):
+    shutil.copytree(tmp_path / "parent", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "checkpoints" / "step_00000040")  # the other one has trained on
+    branch = of("branch", f"run.resume={tmp_path / 'copy'}")
+    start(branch)
+    assert [step for step, _ in folders.published(folders.checkpoint_root(branch))] == [20]
+    assert record(branch)["branched_from"]["folder"] == str(tmp_path / "copy")
+
+
 @pytest.mark.parametrize("inner", ["inner", "checkpoints", "checkpoints/branch"])
 def test_a_branch_does_not_begin_inside_the_run_that_it_only_reads(of, parent, tmp_path, inner):
     message = refused(of(f"parent/{inner}", f"run.resume={tmp_path / 'parent'}"))
