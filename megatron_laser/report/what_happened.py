@@ -149,15 +149,15 @@ def what_happened(
     """
     trained = [row for row in rows if row["step"] >= 1]
     kinds: dict[str, list[Told]] = {}
-    order: list[str] = []
+    lives: list[Mapping[str, Any]] = []
     for event in events:
         kind, text = str(event.get("kind", "")), str(event.get("text", ""))
         step = event.get("step")
         kinds.setdefault(kind, []).append(Told(step if isinstance(step, int) else 0, text))
-        order.append(kind)
+        if kind in ("start", "stop", "end"):
+            lives.append(event)
     servers, checkpoints = kinds.get("server", []), kinds.get("checkpoint", [])
-    starts = [kind for kind in order if kind in ("start", "stop", "end")]
-    killed = sum(one == other == "start" for one, other in pairwise(starts))
+    killed = sum(one["kind"] == "start" and _after_silence(other) for one, other in pairwise(lives))
     skipped = {int(row["step"]): int(count) for row in trained if (count := _number(row, "bad_steps"))}
     for one in kinds.get("skipped", []):  # the one that ends a run has no line of metrics
         skipped.setdefault(one.step, 1)
@@ -183,7 +183,7 @@ def what_happened(
             *kinds.get("warning", []),
             *(one for one in checkpoints if not one.text.startswith((*_SAVES, _NOT_SAVED))),
         ],
-        starts=starts.count("start"),
+        starts=len(kinds.get("start", [])),
         killed=killed,
         evaluated_not_graded={
             outcome: count
@@ -194,6 +194,20 @@ def what_happened(
         nothing_graded=[one for one in kinds.get("stop", []) if NOT_ONE_GRADED in one.text],
         evaluations_left_out=[one for one in kinds.get("evaluation", []) if "is left out" in one.text],
     )
+
+
+def _after_silence(event: Mapping[str, Any]) -> bool:
+    """Whether it is a start, and the one before ended without a word.
+
+    What that one said last may be gone: a run that goes on from an earlier step, and a branch, leave out the events of
+    later ones. Each start has noted it in its facts; those of an earlier version have none.
+    """
+    if event.get("kind") != "start":
+        return False
+    facts = event.get("facts")
+    if not isinstance(facts, Mapping) or "earlier" not in facts:
+        return True
+    return "without saying so" in str((facts["earlier"] or {}).get("ended", ""))
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:

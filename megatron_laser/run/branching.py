@@ -112,7 +112,8 @@ def _checkpoint(named: Path) -> Path:
     record = _record(named)
     roots = [named / "checkpoints", named]
     if record is not None and record.get("checkpoints"):
-        roots.insert(0, Path(record["checkpoints"]))  # not there where the run was moved
+        # Behind those in the folder itself: of a run that was copied it is where the first one has its own.
+        roots.append(Path(record["checkpoints"]))
     for root in roots:
         if found := folders.published(root):
             return found[-1][1]

@@ -68,6 +68,9 @@ def changes_since(last: LastStart | None, config: RunConfig, folder: Path) -> li
     for one in (read_run_record(folder).get("changes") or ())[last.recorded :]:
         with suppress(KeyError, TypeError, ValueError):  # of a version that records them otherwise
             key = str(one["key"])
+            found.pop(
+                ".".join(key.split(".")[:2]), None
+            )  # the same as a whole: `checkpoint.best` of its `metric`
             found[key] = Change(key, one["from"], one["to"], str(one["kind"]), int(one["step"]))
     return list(found.values())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_laser.config import ConfigError
 from megatron_laser.trainer.checkpoint import folder as folders
+from megatron_laser.trainer.checkpoint.best import BEST, HF_BEST, LINK, read_best, settle_best
 
 ASIDE = "moved_aside"
 _STEP = re.compile(r"(?:^|_)step_(\d+)")
@@ -19,18 +20,41 @@ _ENDS = ("FINISHED", "STOPPED", "report.md", "plots", "hf")
 
 
 def checkpoint_of(root: Path, step: int) -> Path:
-    """The checkpoint of `step` in `root`.
+    """The checkpoint of `step` in `root`, whole as far as sizes tell: before anything is moved for its sake.
 
     Raises:
-        ConfigError: there is none; names those that there are.
+        ConfigError: there is none, or a file of it is missing or cut off; names those that there are.
     """
     found = dict(folders.published(root))
     if step in found:
+        if trouble := _not_whole(found[step]):
+            others = ", ".join(str(other) for other in found if other != step) or "none"
+            raise ConfigError(
+                [
+                    f"run.resume step {step}: the checkpoint {found[step]} cannot be used: {trouble}; nothing was "
+                    f"moved. Other checkpoints are of steps {others}"
+                ]
+            )
         return found[step]
     steps = ", ".join(map(str, found)) or "none"
     raise ConfigError(
         [f"run.resume step {step}: {root} has no checkpoint of step {step}; there are those of steps {steps}"]
     )
+
+
+def _not_whole(checkpoint: Path) -> str:
+    """What is wrong with its files, without reading the large ones; "" where nothing is."""
+    try:
+        folders.read_state(checkpoint)
+        for name, (size, _sha256) in sorted(folders.listed_files(checkpoint).items()):
+            there = (checkpoint / name).stat().st_size
+            if there != size:
+                return f"{name} has {there:,} bytes, and {size:,} were written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except folders.CheckpointError as error:
+        return str(error).partition(";")[0]
+    return ""
 
 
 def move_later_aside(folder: Path, root: Path, step: int) -> Path:
@@ -61,7 +85,19 @@ def move_later_aside(folder: Path, root: Path, step: int) -> Path:
         if later > step:
             kept.mkdir(parents=True, exist_ok=True)
             os.replace(path, _free(kept / path.name))
+    _best_of_then(folder, root, step, aside)
     return aside
+
+
+def _best_of_then(folder: Path, root: Path, step: int, aside: Path) -> None:
+    """best.json, the link and hf_best are of the checkpoint of `step` again; those of a later best move to `aside`."""
+    named = read_best(folder)
+    if named is not None and named.step > step:
+        for name in (HF_BEST, BEST):  # best.json last: with it this is begun again after an interruption
+            if (folder / name).exists():
+                os.replace(folder / name, aside / name)
+        (root / LINK).unlink(missing_ok=True)
+    settle_best(folder, root, folders.read_state(checkpoint_of(root, step)).get("run"), step)
 
 
 def _later(folder: Path, step: int) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -169,7 +170,7 @@ def _finished_step(config: RunConfig, folder: Path) -> tuple[int | None, int | N
         found = json.loads(file.read_text(encoding="utf-8"))
         early = found.get("early_stop") == early_end(config)["early_stop"]
         return int(found["step"]), int(found["steps"]) if early else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError([f"{file} cannot be read ({error!r}); delete it to go on with the run"]) from error
 
 
@@ -254,6 +255,14 @@ def _branch(config: RunConfig, named: Path, record: dict[str, Any] | None) -> Ou
                 f"{config.run.steps}; raise run.steps, or name an earlier checkpoint"
             ]
         )
+    for place in (origin.folder, origin.checkpoint.parent):
+        if Path(os.path.realpath(config.run.output_dir)).is_relative_to(os.path.realpath(place)):
+            raise ConfigError(
+                [
+                    f"run.output_dir {config.run.output_dir} lies in {place}, of the run that run.resume names and "
+                    "that a branch only reads; choose a run.output_dir beside it"
+                ]
+            )
     theirs = undone(recorded_settings(dict(origin.record)), origin.record.get("undo", ()), origin.step)
     found = differences(theirs, config, origin.record.get("contents") or {})
     refused = [one for one in found if one.changing.kind == "identity" and not one.changing.branch]
@@ -300,6 +309,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
         for key in record["settings"]:
             _section, _key = key.split(".", 1)
+        undone({}, record.get("undo", ()), 0)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError([f"{file} cannot be read ({error!r}); {_WAYS}"]) from error
     return dict(record)

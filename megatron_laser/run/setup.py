@@ -99,6 +99,7 @@ def open_run(config: RunConfig, *, signals: StopSignals, overwrite: bool) -> Ite
         with coordinator.phase("sharing the inputs"):
             shared = broadcast_arrays(None if inputs is None else inputs.shared_arrays(), runtime)
         config = settled(config, shared)
+        stopping.settled(config.run.steps)
         controller: Controller | None = None
         windows = Windows(
             config.logging.profile,

@@ -57,6 +57,10 @@ class Stopping:
         if self._status is not None:
             self._status.update(phase=self._phase)
 
+    def settled(self, steps: int) -> None:
+        """`run.steps` of the run, now that `run.epochs` have been made into them. On every rank."""
+        self._steps = steps
+
     def open(self, folder: ClaimedFolder, world_size: int) -> None:
         """Rank 0 has claimed the folder: status.json begins, and the time limit holds."""
         self._folder = folder
@@ -123,7 +127,7 @@ class Stopping:
         self._close(state="stopped", step=step, reason=reason, exit_status=3)
 
     def finished(self) -> None:
-        """Everything is done and written; perhaps early, before `run.steps`."""
+        """Everything is done and written, by `run.early_stop` perhaps before the last of `run.steps`."""
         self._close(state="finished", step=self.step, reason="", exit_status=0)
 
     def leave(self) -> None:
@@ -146,13 +150,18 @@ class Stopping:
         if not self._running:
             return f"stopping at once ({self._phase}); {self._nothing_new()}"
         if self._phase == "final report":
-            return f"all {self._steps} steps are done and saved; the run ends behind the report"
+            return f"{self._all_done()}; the run ends behind the report"
         if self._phase.startswith(("export", "final evaluation")):
-            return f"all {self._steps} steps are done and saved; stopping in the {self._phase}"
+            return f"{self._all_done()}; stopping in the {self._phase}"
         step = max(self.step, self._under_way)
         if self.is_saved(step):
             return f"stopping now ({self._phase}); {self._nothing_new()}"
         return f"stopping after step {step}, saving (now: {self._phase})"
+
+    def _all_done(self) -> str:
+        if self.step < self._steps:  # by run.early_stop
+            return f"the run has ended early, after step {self.step} of {self._steps}, and is saved"
+        return f"all {self._steps} steps are done and saved"
 
     def _nothing_new(self) -> str:
         since = f"since step {self._first}, which is saved" if self._first else "yet"

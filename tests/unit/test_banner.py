@@ -244,6 +244,12 @@ def test_what_has_changed_since_the_last_start_is_what_differs_in_its_settings(f
     assert found["optimizer.lr"] == Change("optimizer.lr", 0.001, 0.5, "learning", 8)
     assert found["evaluation.seed"] == Change("evaluation.seed", 1234, 2)
     assert branch_of(tmp_path) == "step 4 of r/a"
+    inner = {"step": 8, "key": "logging.profile.steps", "from": None, "to": [1, 2], "kind": "running"}
+    profiled = load_config(file, ["logging.profile.steps=[1, 2]"])
+    write_start(tmp_path, profiled, changes=[old, inner | {"time": "T"}])
+    keys = [change.key for change in changes_since(last, profiled, tmp_path)]
+    assert keys == ["model.recompute", "logging.profile.steps"]  # and not logging.profile as a whole besides
+    write_start(tmp_path, now, changes=[old, new], branched_from={"folder": "r/a", "step": 4, "id": "x"})
     # In a branch nothing was started before, and what differs from the run that it comes from is recorded.
     assert [change.key for change in changes_since(None, now, tmp_path)] == ["optimizer.lr"]
 

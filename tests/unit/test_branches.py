@@ -11,6 +11,7 @@ from megatron_laser.config import ConfigError
 from megatron_laser.run.changes import read_changes
 from megatron_laser.run.output_folder import claim_output_folder
 from megatron_laser.trainer.checkpoint import folder as folders
+from megatron_laser.trainer.checkpoint.best import read_best, settle_best
 
 
 @pytest.fixture
@@ -125,6 +126,22 @@ def test_a_branch_does_not_begin_in_the_folder_of_another_run(of, parent, tmp_pa
     assert f"holds a branch of {tmp_path / 'parent'}, and run.resume names {tmp_path / 'run'}" in message
 
 
+def test_a_branch_of_a_copied_run_begins_with_the_checkpoints_of_the_copy(of, parent, tmp_path):
+    shutil.copytree(tmp_path / "parent", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "checkpoints" / "step_00000040")  # the other one has trained on
+    branch = of("branch", f"run.resume={tmp_path / 'copy'}")
+    start(branch)
+    assert [step for step, _ in folders.published(folders.checkpoint_root(branch))] == [20]
+    assert record(branch)["branched_from"]["folder"] == str(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("inner", ["inner", "checkpoints", "checkpoints/branch"])
+def test_a_branch_does_not_begin_inside_the_run_that_it_only_reads(of, parent, tmp_path, inner):
+    message = refused(of(f"parent/{inner}", f"run.resume={tmp_path / 'parent'}"))
+    assert f"run.output_dir {tmp_path / 'parent' / inner} lies in {tmp_path / 'parent'}" in message
+    assert not (tmp_path / "parent" / inner / "run.json").exists()
+
+
 def test_going_back_moves_what_came_later_aside_once(of, parent, tmp_path):
     folder = tmp_path / "parent"
     for name in (
@@ -162,6 +179,49 @@ def test_going_back_moves_what_came_later_aside_once(of, parent, tmp_path):
 def test_going_back_to_a_step_without_a_checkpoint_names_those_that_there_are(of, parent):
     message = refused(of("parent", "run.resume=step 30"))
     assert "has no checkpoint of step 30; there are those of steps 20, 40" in message
+
+
+def test_going_back_behind_the_best_makes_the_best_of_then_the_best_again(of, parent, tmp_path):
+    folder, root = tmp_path / "parent", tmp_path / "parent" / "checkpoints"
+    best = {
+        step: {"best": {"step": step, "metric": "eval/accuracy", "mode": "max", "value": step}}
+        for step in (20, 40)
+    }
+    state = root / "step_00000020" / "state.json"
+    changed = json.loads(state.read_text())
+    changed["run"] |= best[20]
+    state.write_text(json.dumps(changed))
+    manifest = state.with_name("manifest.json")
+    manifest.unlink()
+    manifest.write_text(json.dumps(folders.digests(manifest.parent, "")))
+    assert settle_best(folder, root, best[40], 40) == 40
+    (folder / "hf_best").mkdir()
+    start(of("parent", "run.resume=step 20"), change=True)
+    assert read_best(folder).step == 20 and (root / "best").resolve().name == "step_00000020"
+    aside = folder / "moved_aside" / "after_step_20.1"
+    assert read_best(aside).step == 40 and (aside / "hf_best").is_dir()
+    assert not (folder / "hf_best").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("weights", "weights has 3 bytes, and 10 were written"),
+        ("state.json", "state.json cannot be read"),
+        ("manifest.json", "manifest.json cannot be read"),
+        ("", "weights is missing"),
+    ],
+)
+def test_nothing_is_moved_for_a_checkpoint_that_is_cut_off(of, parent, tmp_path, name, said):
+    checkpoint = tmp_path / "parent" / "checkpoints" / "step_00000020"
+    if name:
+        (checkpoint / name).write_text("cut")
+    else:
+        (checkpoint / "weights").unlink()
+    message = refused(of("parent", "run.resume=step 20"), change=True)
+    assert f"run.resume step 20: the checkpoint {checkpoint} cannot be used" in message and said in message
+    assert "nothing was moved. Other checkpoints are of steps 40" in message
+    assert not (tmp_path / "parent" / "moved_aside").exists()
 
 
 @pytest.mark.parametrize("value", ["3", "null", "[]", "''"])

@@ -177,7 +177,13 @@ def test_other_servers_are_the_same_run_and_so_they_are_to_a_run_that_was_record
     assert "rollout.temperature 1.0 there and 0.5 here" in refused(config("rollout.temperature=0.5"))
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"settings": 3}', '{"settings": {"odd": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{}", "[]", '{"settings": 3}', '{"settings": {"odd": 1}}'),
+        '{"settings": {}, "undo": [{"step": "two", "settings": {}}]}',
+    ],
+)
 def test_a_record_that_is_none_is_named(config, tmp_path, text):
     claim_output_folder(config()).release()
     (tmp_path / "run" / "run.json").write_text(text)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from helpers.runs import run_config
 from helpers.sick_runs import healthy_run, sick_run
 from helpers.synthetic_run import write_synthetic_run
@@ -159,3 +160,24 @@ def test_text_of_a_log_is_no_markup_of_the_report(tmp_path):
     folder = write_synthetic_run(tmp_path / "run", steps=10, responses=0, old_format=True)
     (folder / "events.jsonl").write_text(json.dumps(event(3, "warning", "a <b> *c* | d")) + "\n")
     assert r"a &lt;b> \*c\* \| d" in went_wrong(load_runs([folder]))[1]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "killed"),
+    [
+        (
+            {"started": "", "ended": "stopped after step 5: SIGINT"},
+            0,
+        ),  # whose event went with the steps after 2
+        (None, 0),  # a branch: what the other run said last is behind the step that it begins with
+        ({"started": "", "ended": "ended without saying so: it was killed, or its machine went down"}, 1),
+    ],
+)
+def test_a_start_whose_last_words_were_cut_off_with_later_steps_is_not_called_killed(earlier, killed):
+    events = [
+        {"step": 0, "kind": "start", "facts": {"earlier": None}},
+        {"step": 2, "kind": "start", "facts": {"earlier": earlier}},
+        {"step": 4, "kind": "end"},
+    ]
+    found = happened([{"step": 4}], events)
+    assert (found.starts, found.killed) == (2, killed)
