@@ -16,13 +16,13 @@ from megatron_laser.config.checks.sources import override_source, source_problem
 from megatron_laser.config.layers import Layer, Origin, read_layers
 from megatron_laser.config.modes import as_run
 from megatron_laser.config.problems import READOUTS_KEY, describe, failed_keys, suggest_key
-from megatron_laser.config.schema.fields import split_system
 from megatron_laser.config.schema.root import RunConfig, key_paths, nested_sections
 from megatron_laser.config.schema.sources import SOURCE_SETTINGS
 from megatron_laser.config.schema.system import RESUME_STEP
 from megatron_laser.config.yaml_source import KeyPath
 from megatron_laser.config.yaml_text import read_as_text_before, syntax_problem, yaml_text, yaml_value
 from megatron_laser.errors import ConfigError
+from megatron_laser.user_functions import split_system
 
 PATH_KEYS = frozenset(
     {
