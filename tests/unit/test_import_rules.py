@@ -169,7 +169,7 @@ def test_importing_config_rewards_and_data_leaves_torch_out() -> None:
 
 
 def test_a_grading_worker_starts_without_the_settings() -> None:
-    """Their schema takes most of a second to import, and a worker is started for each pool, and anew for each failure."""
+    """Their schema takes most of a second to import; each pool starts workers, and after each failure another one."""
     found = [
         str(item)
         for module, item in all_imports()
