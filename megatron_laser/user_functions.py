@@ -26,6 +26,12 @@ class UserFunctionError(UserError, ValueError):
     """A setting names a function that cannot be loaded or called as it has to be."""
 
 
+def split_system(name: str) -> tuple[str, str]:
+    """`verl:` or `trl:` in front of a reward function's place, "" without one, and the place."""
+    system, _, place = name.partition(":")
+    return (f"{system}:", place) if system in ("verl", "trl") and ":" in place else ("", name)
+
+
 def import_file(path: Path) -> ModuleType:
     """The module that `path` holds, run once in this process. Raises whatever its code raises."""
     path = path.resolve()

@@ -74,6 +74,8 @@ cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1)
 workers=$((cores < 4 ? cores : 4))
 # One thread each: the distributed tests start several processes, and torch would give each of them all cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# The tests start hundreds of interpreters: each reads what the first has compiled, as a user's do.
+unset PYTHONDONTWRITEBYTECODE
 # Nothing here may fetch a model or a data set.
 export HF_HUB_OFFLINE=1
 

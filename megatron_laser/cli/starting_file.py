@@ -8,10 +8,10 @@ from pathlib import Path
 
 from megatron_laser.cli.starting_facts import SUFFIX, Facts, calibrate_command
 from megatron_laser.config import load_config
-from megatron_laser.config.schema.fields import split_system
 from megatron_laser.config.variables import LITERAL_KEYS, escaped
 from megatron_laser.config.yaml_text import one_line
 from megatron_laser.errors import UserError
+from megatron_laser.user_functions import split_system
 
 _COLUMN = 42
 _CPU_PROMPTS, _GPU_PROMPTS = 16, 128

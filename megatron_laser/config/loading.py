@@ -16,7 +16,6 @@ from megatron_laser.config.checks.sources import override_source, source_problem
 from megatron_laser.config.layers import BASE, Layer, Origin, read_layers
 from megatron_laser.config.modes import as_run
 from megatron_laser.config.problems import READOUTS_KEY, describe, failed_keys, suggest_key
-from megatron_laser.config.schema.fields import split_system
 from megatron_laser.config.schema.root import RunConfig, key_paths, nested_sections
 from megatron_laser.config.schema.sources import SOURCE_SETTINGS
 from megatron_laser.config.schema.system import RESUME_STEP
@@ -24,6 +23,7 @@ from megatron_laser.config.table_entries import TABLE_KEYS, TERMS_KEY, with_entr
 from megatron_laser.config.yaml_source import KeyPath
 from megatron_laser.config.yaml_text import read_as_text_before, syntax_problem, yaml_text, yaml_value
 from megatron_laser.errors import ConfigError
+from megatron_laser.user_functions import split_system
 
 PATH_KEYS = frozenset(
     {

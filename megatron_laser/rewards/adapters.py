@@ -7,10 +7,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from megatron_laser.config.schema.fields import split_system
 from megatron_laser.rewards.arguments import ArgumentsError, Bound, bind_native
 from megatron_laser.rewards.grade import Grade, python_scalar
 from megatron_laser.rewards.terms import REWARD
+from megatron_laser.user_functions import split_system
 
 Kind = Literal["native", "verl", "trl"]
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from megatron_laser.cli import app
 from megatron_laser.config import load_config
+from megatron_laser.evaluation import verification_intervals
 from megatron_laser.evaluation.benchmarks.run import evaluate_benchmarks
 from megatron_laser.evaluation.benchmarks.settings import load_benchmarks
 from megatron_laser.evaluation.responses import ResponseFile
@@ -33,8 +34,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
+def no_figures_and_coarse_intervals(monkeypatch):
+    """What is compared here is whole results: of the bootstrap a few resamples do."""
     monkeypatch.setattr(benchmark_report, "_figures", lambda *_: [])
+    monkeypatch.setattr(verification_intervals, "_RESAMPLES", 20)
 
 
 def save_other_weights(folder, path, seed):

@@ -168,6 +168,16 @@ def test_importing_config_rewards_and_data_leaves_torch_out() -> None:
     assert done.returncode == 0, f"import {names} loads torch, or fails:\n{done.stderr}"
 
 
+def test_a_grading_worker_starts_without_the_settings() -> None:
+    """Their schema takes most of a second to import; each pool starts workers, and after each failure another one."""
+    found = [
+        str(item)
+        for module, item in all_imports()
+        if part_of(module) == "rewards" and item.at_import_time and is_under(item.target, f"{PACKAGE}.config")
+    ]
+    assert_none(found, "rewards may import config where types are checked, not where a worker starts")
+
+
 def test_parts_that_run_without_megatron_do_not_import_it() -> None:
     assert_none(violations(FREE_OF_MEGATRON, "megatron"), "these parts must not import Megatron")
 

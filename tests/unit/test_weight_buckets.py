@@ -20,6 +20,15 @@ from megatron_laser.weight_sync.hashes import TileSums
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 
 
+@pytest.fixture
+def quick_collections():
+    """What the tests before have left is not looked through each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def stream(sizes):
     """(name, [n] tensor) of each (number of elements, index of its dtype)."""
     return [(f"t{index}", torch.arange(count).to(DTYPES[kind])) for index, (count, kind) in enumerate(sizes)]
@@ -80,6 +89,7 @@ def test_a_bucket_is_a_copy_so_that_training_may_go_on():
     assert bucket.flat().view(torch.float32).tolist() == [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]
 
 
+@pytest.mark.usefixtures("quick_collections")
 def test_one_tensor_is_gathered_beyond_a_bucket_and_no_bucket_is_held_back():
     gathered, alive = [], []
 
@@ -100,6 +110,7 @@ def test_one_tensor_is_gathered_beyond_a_bucket_and_no_bucket_is_held_back():
     assert seen == 9 and len(alive) == 9
 
 
+@pytest.mark.usefixtures("quick_collections")
 def test_the_next_bucket_is_gathered_while_one_is_on_its_way_and_two_are_in_memory():
     log, buckets_made, flats_made = [], [], []
 

@@ -130,12 +130,6 @@ def _score_token(value: Any) -> Any:
     raise ValueError("expected a token such as '<|vision_start|>' or a token id of 0 or more")
 
 
-def split_system(name: str) -> tuple[str, str]:
-    """`verl:` or `trl:` in front of a reward function's place, "" without one, and the place."""
-    system, _, place = name.partition(":")
-    return (f"{system}:", place) if system in ("verl", "trl") and ":" in place else ("", name)
-
-
 def _reward(value: str) -> str:
     module, colon, function = value.rpartition(":")
     if colon and not (module and function.isidentifier()):
