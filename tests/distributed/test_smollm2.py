@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from helpers.ranks import train_on_ranks
 from helpers.torchrun import ROOT, worker_environment
 
 EXAMPLE = ROOT / "examples" / "smollm2"
@@ -70,9 +69,21 @@ def prepared(tmp_path_factory):
 
 def train(prepared, output, *overrides, processes=1):
     """Step 1's metrics."""
-    files = [f"model.path={prepared / 'base'}", f"data.train={prepared / 'train.jsonl'}"]
-    settings = [*SMALL, *files, f"run.output_dir={output}", *overrides]
-    train_on_ranks(EXAMPLE / "laser.yaml", *settings, processes=processes, timeout=280)
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [
+            *(*launcher, "-m", "megatron_laser", "train", str(EXAMPLE / "laser.yaml"), *SMALL),
+            *(f"model.path={prepared / 'base'}", f"data.train={prepared / 'train.jsonl'}"),
+            *(f"run.output_dir={output}", *overrides),
+        ],
+        env=worker_environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     (line,) = (output / "metrics.jsonl").read_text().splitlines()
     return json.loads(line)
 
