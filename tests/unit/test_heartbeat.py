@@ -6,17 +6,12 @@ import time
 import pytest
 import torch.distributed as dist
 
-from megatron_laser.distributed import heartbeat
 from megatron_laser.distributed.coordinator import Coordinator
 from megatron_laser.distributed.heartbeat import Heartbeats
 
-BEAT = 0.4  # seconds, of 1 in a run: all of it is waited for
-
 
 @pytest.fixture
-def hearts(monkeypatch):
-    for name in ("BEAT_SECONDS", "_OBSERVED_SECONDS", "_MAIN_THREAD_FIRST"):
-        monkeypatch.setattr(heartbeat, name, getattr(heartbeat, name) * BEAT)
+def hearts():
     store = dist.HashStore()
     made = []
 
@@ -102,7 +97,7 @@ def test_a_rank_that_left_is_not_missed(hearts):
     first, second = hearts(0, deadline=1.0), hearts(1, deadline=1.0)
     first.watch(reasons.append)
     second.close()
-    time.sleep(4.0)  # deadline, the main thread's advance, a beat and the table together: 3.2 s
+    time.sleep(5.0)
     assert not reasons
 
 
