@@ -255,8 +255,10 @@ def _branch(config: RunConfig, named: Path, record: dict[str, Any] | None) -> Ou
                 f"{config.run.steps}; raise run.steps, or name an earlier checkpoint"
             ]
         )
+    # That folder itself is refused elsewhere, in other words with --overwrite than without.
+    inner = not same_folder(origin.folder, config.run.output_dir)
     for place in (origin.folder, origin.checkpoint.parent):
-        if Path(os.path.realpath(config.run.output_dir)).is_relative_to(os.path.realpath(place)):
+        if inner and Path(os.path.realpath(config.run.output_dir)).is_relative_to(os.path.realpath(place)):
             raise ConfigError(
                 [
                     f"run.output_dir {config.run.output_dir} lies in {place}, of the run that run.resume names and "
