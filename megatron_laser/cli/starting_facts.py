@@ -261,11 +261,11 @@ def _pick(
 
 
 def _value(row: dict[str, Any], name: str) -> Any:
-    """A column's, or that of `a.b` in the object a, as `data.answer_key` finds it; None where there is none."""
-    if name in row:
-        return row[name]
-    outer, _, inner = name.partition(".")
-    return _value(row[outer], inner) if inner and isinstance(row.get(outer), dict) else None
+    """As `data.answer_key` finds it; None where there is none."""
+    from megatron_laser.data.readers import value_at
+
+    found = value_at(row, name)
+    return None if found is None else found[0]
 
 
 def _is_problem(value: Any) -> bool:

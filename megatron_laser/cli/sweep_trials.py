@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ import yaml
 from megatron_laser.config import ConfigError, RunConfig, load_config
 from megatron_laser.config.comparing import compare
 from megatron_laser.config.yaml_text import Loader, one_line, syntax_problem, yaml_value
+from megatron_laser.run.output_checks import FINISHED, OutputState, finished_steps
 
-FINISHED = "FINISHED"
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._=+-]+")
 _ENTRY = {"label", "overrides"}
 _NAME_LENGTH = 200
@@ -46,12 +45,10 @@ class Trial:
         from megatron_laser.data.epochs import with_most_steps
 
         try:
-            found = json.loads((self.folder / FINISHED).read_text())
-            now = self.config.run.early_stop.model_dump(mode="json")
-            steps = found["steps"] if found.get("early_stop") == now else found["step"]
-            return bool(steps >= with_most_steps(self.config).run.steps)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            ended = OutputState(None, *finished_steps(self.config, self.folder))
+        except (OSError, ConfigError):
             return False
+        return ended.is_done(with_most_steps(self.config).run.steps)
 
     @property
     def says_finished(self) -> bool:

@@ -315,12 +315,10 @@ def _with_options(record: Mapping[str, Any], key: str, options_key: str) -> dict
 
 def _reference(record: Mapping[str, Any], key: str, source: str, mathematics: bool) -> Reference:
     setting = "data.answer_key"
-    if key not in record:
-        found = _inner(record, key)
-        if found is None:
-            raise DataError(_missing(key, setting, source, list(record), "key"))
-        record = {key: found[0]}
-    value = record[key]
+    found = value_at(record, key)
+    if found is None:
+        raise DataError(_missing(key, setting, source, list(record), "key"))
+    (value,) = found
     if mathematics and isinstance(value, str) and not value.strip():
         raise DataError(f"{source}: {key!r} ({setting}) is empty")
     text = None if mathematics else as_written(value)
@@ -337,6 +335,11 @@ def _column_of(key: str, columns: Sequence[str]) -> str:
     """The column that `key` is in: itself, or the part before its dot where only that is a column."""
     outer = key.partition(".")[0]
     return outer if key not in columns and outer in columns else key
+
+
+def value_at(record: Mapping[str, Any], key: str) -> tuple[Any] | None:
+    """The column `key`, or what `a.b` names in the object `a` where no column is named so; None where there is none."""
+    return (record[key],) if key in record else _inner(record, key)
 
 
 def _inner(record: Mapping[str, Any], key: str) -> tuple[Any] | None:

@@ -78,7 +78,7 @@ def check_output_folder(
     if record is None:
         if back_to is not None:
             raise ConfigError([f"run.resume step {back_to}: run.output_dir {folder} holds no run"])
-        return OutputState(None, *_finished_step(config, folder))
+        return OutputState(None, *finished_steps(config, folder))
     if named is not None and not is_branch_of(record, named):
         before = record.get("branched_from")
         what = "a run that is no branch" if before is None else f"a branch of {before.get('folder')}"
@@ -94,7 +94,7 @@ def check_output_folder(
         else:
             checkpoint_of(checkpoints.checkpoint_root(config), back_to)
     step = back_to if back_to is not None else begun[-1] if begun else None
-    finished, planned = _finished_step(config, folder) if back_to is None else (None, None)
+    finished, planned = finished_steps(config, folder) if back_to is None else (None, None)
     state = _same_run(
         config, record, step, change=change, finished=finished, planned=planned, back_to=back_to
     )
@@ -161,8 +161,12 @@ def early_end(config: RunConfig) -> dict[str, Any]:
     return {"steps": config.run.steps, "early_stop": config.run.early_stop.model_dump(mode="json")}
 
 
-def _finished_step(config: RunConfig, folder: Path) -> tuple[int | None, int | None]:
-    """`finished` and `planned` of `OutputState`."""
+def finished_steps(config: RunConfig, folder: Path) -> tuple[int | None, int | None]:
+    """`finished` and `planned` of `OutputState`.
+
+    Raises:
+        ConfigError: FINISHED is damaged.
+    """
     file = folder / FINISHED
     if not file.exists():
         return None, None

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import yaml
 from click import unstyle
-from helpers.models import save_tiny_model, save_word_tokenizer
+from helpers.two_problems import save_model, settings, write_rows
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
@@ -18,38 +18,18 @@ from megatron_laser.run.output_folder import claim_output_folder
 from megatron_laser.run.preflight import CheckFailed, FindingLog, run_preflight
 from megatron_laser.run.preflight.finding_log import Skipped, lines, summary
 
-WORDS = ["<unk>", "<eos>", "what", "is", "1", "2", "+", "<|score|>"]
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("check") / "model"
-    # Of type llama: its tokenizer class takes tokenizer.json as it is.
-    save_tiny_model(folder, "llama3-rope", vocab_size=len(WORDS))
-    save_word_tokenizer(folder, WORDS)
-    return folder
+    return save_model(tmp_path_factory.mktemp("check") / "model")
 
 
 @pytest.fixture
 def run(tmp_path, base):
     """The YAML file of a run in which all is well."""
-    rows = [{"problem": "what is 1 + 1", "answer": "2"}, {"problem": "what is 1", "answer": "1"}]
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    content = {
-        "model": {"path": str(base), "dtype": "float32", "vocab_multiple": 2},
-        "data": {
-            "train": "train.jsonl",
-            "prompt_suffix": "",
-            "apply_chat_template": False,
-            "max_prompt_tokens": 8,
-        },
-        "rollout": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 8},
-        "laser": {"score_token": "<|score|>", "ref_logprob": -6.0, "beta": 0.5},
-        "batching": {"tokens_per_micro_batch": 64},
-        "run": {"steps": 2, "output_dir": "run"},
-    }
+    write_rows(tmp_path)
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(content))
+    file.write_text(yaml.safe_dump(settings(base)))
     return file
 
 

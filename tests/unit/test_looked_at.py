@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 from click import unstyle
-from helpers.models import save_tiny_model, save_word_tokenizer
+from helpers.two_problems import WORDS, save_model, settings, write_rows
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from megatron_laser.cli import app
 
-WORDS = ["<unk>", "<eos>", "what", "is", "1", "2", "+", "<|score|>"]
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 COMMANDS = {
     "dry run": ["train", "--dry-run", "--world-size", "1"],
@@ -32,23 +31,11 @@ class Run:
         self.base.mkdir()
         for file in base.iterdir():
             (self.base / file.name).write_bytes(file.read_bytes())
-        self.rows([{"problem": "what is 1 + 1", "answer": "2"}, {"problem": "what is 1", "answer": "1"}])
-        self.settings = {
-            "model": {"path": str(self.base), "dtype": "float32", "vocab_multiple": 2},
-            "data": {
-                "train": "train.jsonl",
-                "prompt_suffix": "",
-                "apply_chat_template": False,
-                "max_prompt_tokens": 8,
-            },
-            "rollout": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 8},
-            "laser": {"score_token": "<|score|>", "ref_logprob": -6.0, "beta": 0.5},
-            "batching": {"tokens_per_micro_batch": 64},
-            "run": {"steps": 2, "output_dir": "run"},
-        }
+        write_rows(folder)
+        self.settings = settings(self.base)
 
     def rows(self, rows):
-        (self.folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        write_rows(self.folder, rows)
 
     def set(self, **sections):
         for section, values in sections.items():
@@ -218,10 +205,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("looked_at") / "model"
-    save_tiny_model(folder, "llama3-rope", vocab_size=len(WORDS))
-    save_word_tokenizer(folder, WORDS)
-    return folder
+    return save_model(tmp_path_factory.mktemp("looked_at") / "model")
 
 
 def table():
